@@ -1,0 +1,219 @@
+"""Eight small image-classification tasks: seven rendered, one of real data (scikit-learn's digits).
+
+Each differs from what the base model has seen (`scenes.py`) by tilt, clutter, contrast and noise.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+
+from . import rendering as r
+from .rendering import Floats, Ints, uniform
+
+Split: TypeAlias = Literal["train", "validation", "test"]
+Draw: TypeAlias = Callable[[np.random.Generator, Ints, Split], NDArray[np.uint8]]
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+LETTERS = "ABCEHKOT"
+SHAPES = tuple(r.SHAPES)
+TEXTURES = tuple(r.TEXTURES)
+COLOURS = {
+    "red": (0.85, 0.15, 0.15),
+    "green": (0.15, 0.65, 0.2),
+    "blue": (0.2, 0.3, 0.9),
+    "yellow": (0.9, 0.85, 0.2),
+    "purple": (0.55, 0.2, 0.7),
+    "orange": (0.95, 0.55, 0.15),
+    "cyan": (0.5, 0.9, 0.85),
+    "pink": (0.95, 0.6, 0.75),
+}
+PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
+PLACES = tuple(
+    f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")
+)
+ORIENTATIONS = (
+    "horizontal",
+    "shallow falling",
+    "falling",
+    "steep falling",
+    "vertical",
+    "steep rising",
+    "rising",
+    "shallow rising",
+)
+COUNTS = ("one", "two", "three", "four", "five", "six")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """images: uint8 (n, 32, 32, 3); labels: int64 (n,)."""
+
+    images: NDArray[np.uint8]
+    labels: Ints
+
+
+@dataclass(frozen=True)
+class Task:
+    """A labelled data set that can be drawn from, and one text prompt per class."""
+
+    name: str
+    prompts: tuple[str, ...]
+    draw: Draw
+
+    def samples(self, split: Split, n: int, seed: int) -> Samples:
+        """n images of one split; the random streams of splits, tasks and seeds are independent."""
+        entropy = [seed, zlib.crc32(self.name.encode()), SPLITS.index(split)]
+        rng = np.random.default_rng(entropy)
+        labels = rng.integers(len(self.prompts), size=n)
+        return Samples(self.draw(rng, labels, split), labels)
+
+
+def random_colours(rng: np.random.Generator, n: int, jitter: float) -> Floats:
+    """Colours (n, 3) of the palette, each channel moved by up to `jitter`."""
+    return PALETTE[rng.integers(len(PALETTE), size=n)] + uniform(rng, -jitter, jitter, n, 3)
+
+
+def cluttered(rng: np.random.Generator, n: int, strength: float) -> Floats:
+    """Dull backgrounds (n, 32, 32, 3): a grey tone with coloured blotches of the given strength."""
+    tone = uniform(rng, 0.0, 0.45, n, 3) * 0.3 + uniform(rng, 0.0, 0.45, n, 1) * 0.7
+    canvas = r.plain(tone)
+    for cells in (3, 8):
+        blobs = r.blotches(rng, n, cells) * strength
+        canvas = r.paint(canvas, blobs, uniform(rng, 0, 1, n, 3))
+    return canvas
+
+
+def loose_grid(
+    rng: np.random.Generator, n: int, size: tuple[float, float], tilt: float
+) -> tuple[Floats, Floats]:
+    """Frames (u, v) of objects of random size, place (within the image) and tilt (radians)."""
+    sizes = uniform(rng, *size, n)
+    x, y = (uniform(rng, -1, 1, n) * (1 - sizes) for _ in range(2))
+    return r.object_grid(x, y, sizes, uniform(rng, -tilt, tilt, n))
+
+
+def _letters(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    n = len(labels)
+    u, v = loose_grid(rng, n, (0.6, 0.85), 0.3)
+    mask = r.glyph_masks(LETTERS, labels, u, v)
+    return r.to_uint8(rng, r.paint(cluttered(rng, n, 0.2), mask, random_colours(rng, n, 0.15)), 0.06)
+
+
+@lru_cache
+def _digit_pools() -> dict[Split, tuple[Floats, Ints]]:
+    data, target = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(data))
+    images = (data[order] / 16).astype(np.float32).reshape(-1, 8, 8)
+    cuts = {"train": slice(0, 897), "validation": slice(897, 1197), "test": slice(1197, None)}
+    return {split: (images[cuts[split]], target[order][cuts[split]]) for split in SPLITS}
+
+
+def _digits(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    images, target = _digit_pools()[split]
+    picks = np.empty(len(labels), dtype=np.int64)
+    for digit in range(10):
+        rows = labels == digit
+        picks[rows] = np.resize(rng.permutation(np.flatnonzero(target == digit)), rows.sum())
+    mask = images[picks].repeat(4, axis=1).repeat(4, axis=2)
+    n = len(labels)
+    return r.to_uint8(rng, r.paint(cluttered(rng, n, 0.2), mask, uniform(rng, 0.6, 1, n, 3)), 0.05)
+
+
+def _shapes(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    n = len(labels)
+    u, v = loose_grid(rng, n, (0.4, 0.65), 0.4)
+    mask = r.field_masks(r.SHAPES, labels, u, v)
+    return r.to_uint8(rng, r.paint(cluttered(rng, n, 0.2), mask, random_colours(rng, n, 0.15)), 0.06)
+
+
+def _colours(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    n = len(labels)
+    canvas = cluttered(rng, n, 0.2)
+    shade = uniform(rng, 0.6, 1.1, n, 1)
+    subject = PALETTE[labels] + uniform(rng, -0.12, 0.12, n, 3)
+    for colours, size in ((random_colours(rng, n, 0.1), 0.2), (subject, 0.4)):
+        u, v = loose_grid(rng, n, (0.8 * size, 1.2 * size), np.pi)
+        mask = r.field_masks(r.SHAPES, rng.integers(len(SHAPES), size=n), u, v)
+        canvas = r.paint(canvas, mask, colours * shade)
+    return r.to_uint8(rng, canvas, 0.06)
+
+
+def _orientation(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    n = len(labels)
+    step = np.pi / len(ORIENTATIONS)
+    angle = labels.astype(np.float32) * step + uniform(rng, -0.2, 0.2, n) * step
+    wave = r.stripes(angle, uniform(rng, 4, 9, n), uniform(rng, 0, 2 * np.pi, n))
+    mask = wave * uniform(rng, 0.5, 0.9, n)[:, None, None]
+    return r.to_uint8(rng, r.paint(cluttered(rng, n, 0.2), mask, random_colours(rng, n, 0.2)), 0.06)
+
+
+def _textures(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    n = len(labels)
+    period, angle = uniform(rng, 0.3, 0.6, n), uniform(rng, -0.3, 0.3, n)
+    u, v = r.object_grid(uniform(rng, -1, 1, n), uniform(rng, -1, 1, n), period, angle)
+    mask = r.field_masks(r.TEXTURES, labels, u, v) * uniform(rng, 0.5, 0.9, n)[:, None, None]
+    return r.to_uint8(rng, r.paint(cluttered(rng, n, 0.2), mask, random_colours(rng, n, 0.2)), 0.06)
+
+
+def _counting(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    n = len(labels)
+    canvas = cluttered(rng, n, 0.2)
+    mask = dot_masks(rng, labels + 1, (0.15, 0.25))
+    return r.to_uint8(rng, r.paint(canvas, mask, random_colours(rng, n, 0.15)), 0.06)
+
+
+def dot_masks(rng: np.random.Generator, counts: Ints, size: tuple[float, float]) -> Floats:
+    """counts[i] disjoint dots in each image, in jittered cells of a 3 x 3 grid: (n, 32, 32)."""
+    n = len(counts)
+    cells = rng.permuted(np.tile(np.arange(9), (n, 1)), axis=1)
+    total = np.zeros((n, r.SIDE, r.SIDE), dtype=np.float32)
+    for place in range(counts.max()):
+        x, y = (
+            (cell - 1) * 0.64 + uniform(rng, -0.08, 0.08, n)
+            for cell in (cells[:, place] % 3, cells[:, place] // 3)
+        )
+        u, v = r.object_grid(x, y, uniform(rng, *size, n), np.zeros(n, dtype=np.float32))
+        dot = np.clip(0.5 + 3 * (1 - np.hypot(u, v)), 0, 1)
+        total += dot * (place < counts)[:, None, None]
+    return total
+
+
+def _position(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    n = len(labels)
+    size = uniform(rng, 0.2, 0.35, n)
+    u, v = cell_grid(rng, labels, size, jitter=0.12, tilt=np.pi)
+    mask = r.field_masks(r.SHAPES, rng.integers(len(SHAPES), size=n), u, v)
+    return r.to_uint8(rng, r.paint(cluttered(rng, n, 0.2), mask, random_colours(rng, n, 0.15)), 0.06)
+
+
+def cell_grid(
+    rng: np.random.Generator, cells: Ints, size: Floats, jitter: float, tilt: float
+) -> tuple[Floats, Floats]:
+    """Frames (u, v) of objects in cell cells[i] of a 3 x 3 grid (the order of PLACES)."""
+    n = len(cells)
+    x, y = ((c - 1) * (1 - size) + uniform(rng, -jitter, jitter, n) for c in (cells % 3, cells // 3))
+    return r.object_grid(x, y, size, uniform(rng, -tilt, tilt, n))
+
+
+def _prompts(template: str, words: tuple[str, ...] | str) -> tuple[str, ...]:
+    return tuple(template.format(word) for word in words)
+
+
+TASKS: tuple[Task, ...] = (
+    Task("letters", _prompts("letter {}", LETTERS), _letters),
+    Task("digits", _prompts("digit {}", "0123456789"), _digits),
+    Task("shapes", SHAPES, _shapes),
+    Task("colours", _prompts("{} thing", tuple(COLOURS)), _colours),
+    Task("orientation", _prompts("{} stripes", ORIENTATIONS), _orientation),
+    Task("textures", _prompts("{} texture", TEXTURES), _textures),
+    Task("counting", _prompts("{} dots", COUNTS), _counting),
+    Task("position", _prompts("thing in the {}", PLACES), _position),
+)

@@ -1,0 +1,47 @@
+"""Merge fine-tuned CLIP checkpoints with task singular vectors."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_tsv.errors import CheckpointError, HfTsvError, OutputError, RecipeError, RepoError
+    from hf_tsv.merging import MergeReport, merge
+    from hf_tsv.recipe import Recipe
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "merge": "merging",
+    "MergeReport": "merging",
+    "Recipe": "recipe",
+    "HfTsvError": "errors",
+    "RepoError": "errors",
+    "CheckpointError": "errors",
+    "RecipeError": "errors",
+    "OutputError": "errors",
+}
+
+__all__ = [
+    "CheckpointError",
+    "HfTsvError",
+    "MergeReport",
+    "OutputError",
+    "Recipe",
+    "RecipeError",
+    "RepoError",
+    "__version__",
+    "merge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import hf_tsv` stays cheap."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hf_tsv' has no attribute {name!r}")
+    return getattr(import_module(f"hf_tsv.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

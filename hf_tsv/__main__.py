@@ -1,0 +1,6 @@
+"""`python -m hf_tsv`."""
+
+from hf_tsv.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Checkpoints: references, layouts, lazy reading, streamed writing."""

@@ -1,0 +1,57 @@
+"""Which base model fine-tunes come from, when the user does not say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_tsv.checkpoints.files import read_json
+from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.errors import CheckpointError, HfTsvError
+
+
+def named_by(item: PinnedCheckpoint) -> list[str]:
+    """Base models that a checkpoint names: in its card, else in its config.
+
+    Args:
+        item ([`PinnedCheckpoint`]): a fine-tune.
+
+    Returns:
+        `list[str]`: repository ids; empty when it says nothing.
+    """
+    value = item.card.get("base_model")
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, list) and names:
+        return [name for name in names if isinstance(name, str)]
+    try:
+        config = read_json(item.files, "config.json", str(item))
+    except HfTsvError:  # reported when the checkpoint is opened
+        return []
+    name = config.get("_name_or_path")
+    if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return [name] if name != item.ref else []
+    return []
+
+
+def infer(inputs: Sequence[PinnedCheckpoint]) -> tuple[str, list[str]]:
+    """The base model that the inputs agree on.
+
+    Args:
+        inputs (`Sequence[PinnedCheckpoint]`): the fine-tunes; some may say nothing.
+
+    Returns:
+        `tuple[str, list[str]]`: its repository id, and the inputs that name it.
+
+    Raises:
+        [`CheckpointError`]: nobody names one, or they disagree; the error says who says what.
+    """
+    said = {str(item): named_by(item) for item in inputs}
+    names = {name for found in said.values() for name in found}
+    if len(names) == 1:
+        return names.pop(), [item for item, found in said.items() if found]
+    hint = "Name it with --base-model."
+    if not names:
+        raise CheckpointError("No checkpoint says which base model it was fine-tuned from.", hint)
+    lines = [f"{item}: {', '.join(found) or 'nothing'}" for item, found in said.items()]
+    raise CheckpointError(
+        "The checkpoints name different base models: " + "; ".join(lines) + ".", hint
+    )

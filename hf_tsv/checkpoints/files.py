@@ -1,0 +1,137 @@
+"""Where the files of a checkpoint are read: a folder, or a Hub repository by HTTP range."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from hf_tsv import hub
+from hf_tsv.errors import CheckpointError
+
+MAX_JSON_BYTES = 100_000_000
+
+
+class Files(Protocol):
+    """Random access to the files of one checkpoint."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, or None where there is none."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes `start` … `stop` − 1; exactly that many or an error."""
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `start` on, completely or with an error."""
+
+
+class LocalFiles:
+    """A folder. Reads go into the caller's buffer: mapped pages would count as resident memory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def size(self, name: str) -> int | None:
+        path = self.root / name
+        return path.stat().st_size if path.is_file() else None
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        buffer = bytearray((self._existing_size(name) if stop is None else stop) - start)
+        self.read_into(name, start, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        descriptor = self._descriptor(name)
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], start + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.root / name} is truncated: it ends before byte {start + len(buffer)}.",
+                    "Download or save it again.",
+                )
+            done += count
+
+    def close(self) -> None:
+        """Close what has been opened."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def _existing_size(self, name: str) -> int:
+        size = self.size(name)
+        if size is None:
+            raise CheckpointError(f"{self.root} has no {name}.", "Download or save it again.")
+        return size
+
+    def _descriptor(self, name: str) -> int:
+        with self._lock:
+            if name not in self._descriptors:
+                try:
+                    self._descriptors[name] = os.open(self.root / name, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{self.root / name} cannot be read: {error.strerror}."
+                    ) from None
+            return self._descriptors[name]
+
+
+class HubFiles:
+    """A Hub repository at one commit, read by HTTP range without a copy on disk."""
+
+    def __init__(self, repo: hub.RepoSnapshot) -> None:
+        self.repo = repo
+
+    def size(self, name: str) -> int | None:
+        return self.repo.sizes.get(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        if stop is None:
+            stop = self.size(name)
+            if stop is None:
+                raise CheckpointError(f"{self.repo.repo_id} has no {name}.")
+        return hub.read_range(self.repo, name, start, stop)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        buffer[:] = self.read(name, start, start + len(buffer))
+
+
+def read_json(files: Files, name: str, owner: str) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint.
+
+    Args:
+        files (`Files`): where to read.
+        name (`str`): file name.
+        owner (`str`): the checkpoint, for the error.
+
+    Raises:
+        [`CheckpointError`]: the file is missing, too large, or not a JSON object.
+    """
+    size = files.size(name)
+    if size is None:
+        raise CheckpointError(
+            f"{owner} has no {name}.",
+            "A checkpoint saved by transformers' save_pretrained has one.",
+        )
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{owner}: {name} has {size} bytes, which is no {name}.")
+    try:
+        value = json.loads(files.read(name))
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{owner}: {name} is not valid JSON.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{owner}: {name} is not a JSON object.")
+    return value
+
+
+def inside_folder(name: object) -> bool:
+    """Whether a file name from an index stays inside the checkpoint's folder."""
+    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]

@@ -1,0 +1,115 @@
+"""Which tensor is which: one canonical name for every layout a CLIP checkpoint has on disk.
+
+Canonical names are those of `CLIPModel`: `vision_model.*`, `text_model.*`,
+`visual_projection.weight`, `text_projection.weight`, `logit_scale`. Every transformers version
+loads them into every CLIP class.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from hf_tsv.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a model type has on disk.
+
+    Args:
+        model_type (`str`): `model_type` of config.json.
+        flat_prefix (`str`, *optional*): tower the unprefixed names of transformers 5 belong to.
+    """
+
+    model_type: str
+    flat_prefix: str | None = None
+
+
+LAYOUTS = {
+    layout.model_type: layout
+    for layout in (
+        Layout("clip"),
+        Layout("clip_vision_model", flat_prefix="vision_model."),
+        Layout("clip_text_model", flat_prefix="text_model."),
+    )
+}
+
+FLAT = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm|final_layer_norm)\.")
+TASK_HEAD = re.compile(r"classifier\.")
+QKV = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.weight$")
+
+
+def layout_of(config: dict[str, Any], owner: str) -> Layout:
+    """The layout that a config.json announces.
+
+    Args:
+        config (`dict[str, Any]`): content of config.json.
+        owner (`str`): the checkpoint, for the error.
+
+    Raises:
+        [`CheckpointError`]: the model is not a CLIP.
+    """
+    model_type = config.get("model_type")
+    if model_type not in LAYOUTS:
+        raise CheckpointError(
+            f"{owner} is not a CLIP checkpoint: its config.json says model_type {model_type!r}.",
+            f"Supported are {', '.join(LAYOUTS)} as saved by transformers.",
+        )
+    return LAYOUTS[str(model_type)]
+
+
+def canonical_name(stored: str, layout: Layout) -> str | None:
+    """Name of a stored tensor in `CLIPModel`, or None for a task head.
+
+    Args:
+        stored (`str`): name in the file.
+        layout ([`Layout`]): of the checkpoint the file belongs to.
+
+    Example:
+        >>> canonical_name("encoder.layers.0.mlp.fc1.weight", LAYOUTS["clip_vision_model"])
+        'vision_model.encoder.layers.0.mlp.fc1.weight'
+    """
+    if TASK_HEAD.match(stored):
+        return None
+    if layout.flat_prefix is not None and FLAT.match(stored):
+        return layout.flat_prefix + stored
+    return stored
+
+
+def towers(names: Iterable[str]) -> set[str]:
+    """Parts of a CLIP that a set of canonical names covers, by the first name component."""
+    return {name.split(".")[0] for name in names}
+
+
+def qkv_group(name: str) -> tuple[str, str] | None:
+    """The attention a projection weight belongs to, and its letter; None for other weights.
+
+    Example:
+        >>> qkv_group("vision_model.encoder.layers.0.self_attn.k_proj.weight")
+        ('vision_model.encoder.layers.0.self_attn', 'k')
+    """
+    match = QKV.match(name)
+    return (match[1], match[2]) if match else None
+
+
+def tower_configs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The vision and text part of a config.json, whichever class it belongs to.
+
+    Example:
+        >>> tower_configs({"model_type": "clip_vision_model", "patch_size": 32})["vision_config"]
+        {'model_type': 'clip_vision_model', 'patch_size': 32}
+    """
+    if config.get("model_type") == "clip_vision_model":
+        return {"vision_config": config}
+    if config.get("model_type") == "clip_text_model":
+        return {"text_config": config}
+    parts = {key: config.get(key) for key in ("vision_config", "text_config")}
+    return {key: part for key, part in parts.items() if isinstance(part, dict)}
+
+
+def is_full_model(names: Iterable[str]) -> bool:
+    """Whether canonical names cover both towers of a `CLIPModel`."""
+    return {"vision_model", "text_model"} <= towers(names)

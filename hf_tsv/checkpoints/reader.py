@@ -1,0 +1,257 @@
+"""Lazy reading of safetensors checkpoints: headers first, one tensor at a time after."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.files import Files, inside_folder, read_json
+from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+FIRST_READ_BYTES = 100_000  # holds the whole header of most checkpoints: one request instead of two
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies and what it is.
+
+    Args:
+        file (`str`): file in the checkpoint's folder.
+        dtype (`torch.dtype`): as stored.
+        shape (`tuple[int, ...]`): sizes of its dimensions.
+        start (`int`): first byte in the file.
+        nbytes (`int`): its length in bytes.
+    """
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The headers of a pinned checkpoint.
+
+    Args:
+        pinned ([`PinnedCheckpoint`]): which commit or folder.
+        config (`dict[str, Any]`): its config.json.
+        tensors (`Mapping[str, TensorInfo]`): by canonical name.
+        weight_files (`tuple[str, ...]`): the files these lie in, index included.
+        left_out (`tuple[str, ...]`): stored names that are not merged (task heads).
+    """
+
+    pinned: PinnedCheckpoint
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    weight_files: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return str(self.pinned)
+
+    def reading_from(self, files: Files) -> Checkpoint:
+        """The same checkpoint, read from a copy of its files."""
+        return replace(self, pinned=replace(self.pinned, files=files))
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor as stored.
+
+        Args:
+            name (`str`): canonical name.
+
+        Raises:
+            [`CheckpointError`]: the file is truncated, or a value is NaN or Inf.
+        """
+        info = self.tensors[name]
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        if info.nbytes:
+            self.pinned.files.read_into(info.file, info.start, byte_view(raw))
+        tensor = raw.view(info.dtype).reshape(info.shape)
+        if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
+            count = int(tensor.numel() - finite.sum())
+            raise CheckpointError(
+                f"{self}: {count} of {tensor.numel()} values of {name} are NaN or Inf.",
+                "The checkpoint is damaged; leave it out or save it again.",
+            )
+        return tensor
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
+    """Read the config and all headers of a checkpoint, and nothing else.
+
+    Raises:
+        [`CheckpointError`]: not a CLIP, no safetensors, or a damaged file or index.
+    """
+    owner = str(pinned)
+    config = read_json(pinned.files, "config.json", owner)
+    kind = layout.layout_of(config, owner)
+    shards, index_files = _weight_files(pinned.files, owner)
+    with ThreadPoolExecutor(8) as pool:
+        headers = list(pool.map(lambda name: read_header(pinned.files, name, owner), shards))
+    stored: dict[str, TensorInfo] = {}
+    for header in headers:
+        if twice := sorted(stored.keys() & header.keys()):
+            raise CheckpointError(f"{owner}: {twice[0]} is stored in two files.")
+        stored.update(header)
+    _check_index(shards, stored, owner)
+    tensors: dict[str, TensorInfo] = {}
+    left_out: list[str] = []
+    for name, info in sorted(stored.items()):
+        canonical = layout.canonical_name(name, kind)
+        if canonical is None:
+            left_out.append(name)
+        elif canonical in tensors:
+            raise CheckpointError(f"{owner}: {canonical} is stored twice, once without its prefix.")
+        else:
+            tensors[canonical] = info
+    files = (*dict.fromkeys(shards), *index_files)
+    return Checkpoint(pinned, config, tensors, files, tuple(left_out))
+
+
+def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
+    """Parse and check the header of one safetensors file.
+
+    Every tensor must have a known dtype, as many bytes as its shape says, and together they must
+    fill the file without gap or overlap, as the format demands.
+
+    Args:
+        files (`Files`): where to read.
+        name (`str`): file name.
+        owner (`str`): the checkpoint, for errors.
+
+    Returns:
+        `dict[str, TensorInfo]`: by stored name.
+
+    Raises:
+        [`CheckpointError`]: the file is missing, truncated or not safetensors.
+    """
+    size = files.size(name)
+    if size is None:
+        raise CheckpointError(
+            f"{owner} has no {name}, which its index names.", "Download or save it again."
+        )
+    first = files.read(name, 0, min(size, FIRST_READ_BYTES))
+    length = int.from_bytes(first[:8], "little")
+    if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+        raise _damaged(owner, name, "its header is longer than the file")
+    raw = first[8 : 8 + length]
+    if len(raw) < length:
+        raw += files.read(name, 8 + len(raw), 8 + length)
+    try:
+        entries = json.loads(raw, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError):
+        raise _damaged(owner, name, "its header is not valid JSON") from None
+    if not isinstance(entries, dict):
+        raise _damaged(owner, name, "its header is not a JSON object")
+    entries.pop("__metadata__", None)
+    infos = {
+        key: _tensor_info(key, entry, name, 8 + length, owner) for key, entry in entries.items()
+    }
+    position = 8 + length
+    for key, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if info.start != position:
+            raise _damaged(owner, name, f"{key} does not start where the tensor before it ends")
+        position += info.nbytes
+    if position > size:
+        raise CheckpointError(
+            f"{owner}: {name} is truncated: {position} bytes expected, {size} found.",
+            "Download or save it again.",
+        )
+    if position < size:
+        raise _damaged(owner, name, f"{size - position} bytes follow its last tensor")
+    return infos
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate key")
+    return result
+
+
+def _tensor_info(key: str, entry: Any, file: str, data_start: int, owner: str) -> TensorInfo:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, start, stop]
+        if not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(owner, file, f"the entry of {key} is malformed") from None
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"{owner}: {key} has dtype {dtype}, which cannot be merged.",
+            "Dequantise the checkpoint first (float32, float16 or bfloat16).",
+        )
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if nbytes != stop - start:
+        raise _damaged(
+            owner, file, f"{key} has {stop - start} bytes where its shape needs {nbytes}"
+        )
+    return TensorInfo(file, DTYPES[dtype], tuple(shape), data_start + start, nbytes)
+
+
+def _damaged(owner: str, name: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{owner}: {name} is not a valid safetensors file: {why}.", "Download or save it again."
+    )
+
+
+def _weight_files(files: Files, owner: str) -> tuple[list[str], list[str]]:
+    """Shards of a checkpoint, and the index that names them if there is one."""
+    if files.size(SINGLE_FILE) is not None:
+        return [SINGLE_FILE], []
+    if files.size(INDEX_FILE) is None:
+        raise CheckpointError(
+            f"{owner} has no {SINGLE_FILE} and no {INDEX_FILE}.",
+            "Only safetensors are read; convert a .bin with save_pretrained.",
+        )
+    weight_map = read_json(files, INDEX_FILE, owner).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{owner}: {INDEX_FILE} has no weight_map.")
+    outside = [name for name in weight_map.values() if not inside_folder(name)]
+    if outside:
+        raise CheckpointError(
+            f"{owner}: {INDEX_FILE} points outside its folder: {outside[0]!r}.",
+            "Do not use this checkpoint; its index is not one that transformers writes.",
+        )
+    return sorted(set(weight_map.values())), [INDEX_FILE]
+
+
+def _check_index(shards: list[str], stored: dict[str, TensorInfo], owner: str) -> None:
+    empty = set(shards) - {info.file for info in stored.values()}
+    if empty or not stored:
+        raise CheckpointError(f"{owner}: {min(empty, default=SINGLE_FILE)} holds no tensors.")

@@ -1,0 +1,250 @@
+"""Writing a checkpoint shard by shard: reserve the space, fill in any order, rename when whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+
+from hf_tsv.checkpoints.reader import DTYPE_NAMES, INDEX_FILE, byte_view
+from hf_tsv.errors import OutputError
+from hf_tsv.progress import human_bytes
+
+FILENAME_PATTERN = "model{suffix}.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What will be written: dtype and shape of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """All output files, known to the byte before any tensor is computed.
+
+    Args:
+        headers (`Mapping[str, bytes]`): header of each file, its length prefix included.
+        places (`Mapping[str, tuple[str, int]]`): file and offset of each tensor.
+        sizes (`Mapping[str, int]`): bytes of each file.
+        index (`str`, *optional*): content of the index, when there are several shards.
+    """
+
+    headers: Mapping[str, bytes]
+    places: Mapping[str, tuple[str, int]]
+    sizes: Mapping[str, int]
+    index: str | None
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weight files together, headers included, index not."""
+        return sum(self.sizes.values())
+
+
+def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int | str = "5GB") -> ShardPlan:
+    """Lay out tensors in files, as `save_pretrained` would and byte for byte as `save_file`.
+
+    Args:
+        specs (`Mapping[str, TensorSpec]`): by name.
+        max_shard_size (`int` or `str`): bytes of a file, or `"5GB"`.
+    """
+    meta = {
+        name: torch.empty(specs[name].shape, dtype=specs[name].dtype, device="meta")
+        for name in sorted(specs)
+    }
+    split = split_torch_state_dict_into_shards(
+        meta, filename_pattern=FILENAME_PATTERN, max_shard_size=max_shard_size
+    )
+    headers: dict[str, bytes] = {}
+    places: dict[str, tuple[str, int]] = {}
+    sizes: dict[str, int] = {}
+    for file, names in split.filename_to_tensors.items():
+        header, offsets, sizes[file] = _header({name: specs[name] for name in names})
+        headers[file] = header
+        places.update({name: (file, offset) for name, offset in offsets.items()})
+    index = None
+    if split.is_sharded:
+        content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        index = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    return ShardPlan(headers, places, sizes, index)
+
+
+def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int], int]:
+    """Header bytes, offset of each tensor and size of one file, in the library's own order."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    relative: dict[str, int] = {}
+    for name in sorted(specs, key=lambda n: (-specs[n].dtype.itemsize, n)):
+        spec = specs[name]
+        nbytes = torch.Size(spec.shape).numel() * spec.dtype.itemsize
+        entries[name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + nbytes],
+        }
+        relative[name] = position
+        position += nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: start + offset for name, offset in relative.items()}, start + position
+
+
+class ShardWriter:
+    """Files of a [`ShardPlan`] in a folder, filled tensor by tensor in any order."""
+
+    def __init__(self, folder: Path, plan: ShardPlan) -> None:
+        self._plan = plan
+        self._descriptors: dict[str, int] = {}
+        with disk_errors(folder):
+            for file, header in plan.headers.items():
+                flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+                descriptor = os.open(folder / file, flags, 0o666)
+                self._descriptors[file] = descriptor
+                _reserve(descriptor, plan.sizes[file])
+                _write_all(descriptor, memoryview(header), 0)
+            if plan.index is not None:
+                (folder / INDEX_FILE).write_text(plan.index)
+        self._folder = folder
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor in its place.
+
+        Args:
+            name (`str`): as in the plan.
+            tensor (`Tensor`): of the planned dtype and shape, on any device.
+        """
+        file, offset = self._plan.places[name]
+        data = byte_view(tensor.detach().cpu().contiguous())
+        with disk_errors(self._folder):
+            _write_all(self._descriptors[file], data, offset)
+
+    def close(self) -> None:
+        """Flush to disk and close."""
+        with disk_errors(self._folder):
+            for descriptor in self._descriptors.values():
+                os.fsync(descriptor)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close without flushing."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the space now, so that a full disk is noticed before the first decomposition."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(descriptor, data, offset)
+        data, offset = data[done:], offset + done
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn failures of the file system into an [`OutputError`]."""
+    try:
+        yield
+    except OSError as error:
+        hint = "Choose another folder with -o."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            hint = "Free some space or choose another disk with -o."
+        raise OutputError(f"Cannot write to {folder}: {error.strerror}.", hint) from None
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Refuse early when a disk has less than `needed` bytes left.
+
+    Args:
+        folder (`Path`): where the output will be; need not exist yet.
+        needed (`int`): bytes.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"No space for {folder}: {human_bytes(needed)} are needed and {human_bytes(free)} are"
+            " free.",
+            "Free some space or choose another disk with -o.",
+        )
+
+
+def check_output_folder(folder: Path, marker: str, *, force: bool) -> None:
+    """Refuse an output folder that would overwrite something.
+
+    Args:
+        folder (`Path`): wanted output; may not exist, or be empty.
+        marker (`str`): file that an earlier output of ours holds; only such a folder is replaced.
+        force (`bool`): the user asked to replace it.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise OutputError(f"{folder} exists and is not a folder.", "Choose another one with -o.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not force:
+        raise OutputError(
+            f"The output folder {folder} exists.", "Choose another one with -o, or add --force."
+        )
+    if not (folder / marker).is_file():
+        raise OutputError(
+            f"{folder} was not written by hf-tsv (it has no {marker}), so --force does not"
+            " replace it.",
+            "Remove it yourself or choose another one with -o.",
+        )
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary sibling folder that becomes `target` when the body ends well, and else nothing.
+
+    Args:
+        target (`Path`): final place; an existing folder there is replaced in one rename.
+
+    Yields:
+        `Path`: the folder to write into.
+    """
+    staging = target.parent / f".{target.name}.hf-tsv-{secrets.token_hex(4)}"
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+    try:
+        yield staging
+        with disk_errors(target):
+            _move_into_place(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _move_into_place(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    old = staging.with_name(staging.name + "-old")
+    target.rename(old)
+    try:
+        staging.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,47 @@
+"""The command line: one thin file a command."""
+
+from __future__ import annotations
+
+import typer
+
+from hf_tsv.cli import merge
+from hf_tsv.cli.output import guarded
+
+app = typer.Typer(
+    name="hf-tsv",
+    help=(
+        "Merge fine-tuned CLIP checkpoints from the Hugging Face Hub with task singular vectors,"
+        " without training and without data."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from hf_tsv import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    pass
+
+
+app.command("merge", no_args_is_help=True, epilog=merge.EXAMPLES)(merge.merge)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    with guarded():
+        app()

@@ -1,0 +1,76 @@
+"""What a command prints: data on stdout, everything else on stderr; and how it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+
+class Out:
+    """Results, warnings, hints and errors of one command.
+
+    Args:
+        as_json (`bool`): print one JSON object instead of text.
+        quiet (`bool`): print no status lines; warnings and errors stay.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        logger = logging.getLogger("hf_tsv")
+        logger.handlers = [_StderrHandler()]
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+        logger.propagate = False
+
+    def result(self, text: str, data: Mapping[str, Any]) -> None:
+        """Print the result of the command: `text` for people, or `data` with `--json`."""
+        print(json.dumps(data, ensure_ascii=False) if self.as_json else text)
+
+    def status(self, text: str) -> None:
+        """Tell on stderr what was done, unless quiet."""
+        if not self.quiet:
+            _print_stderr(text)
+
+
+class _StderrHandler(logging.Handler):
+    """Log records as the lines people expect; a warning says that it is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        _print_stderr(("Warning: " if warning else "") + record.getMessage())
+
+
+def _print_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Known errors become one line, a hint and exit code 1; Ctrl-C becomes 130.
+
+    `HF_DEBUG=1` shows the traceback of a known error.
+    """
+    from hf_tsv.errors import HfTsvError
+
+    try:
+        yield
+    except HfTsvError as error:
+        if os.environ.get("HF_DEBUG", "").upper() in {"1", "ON", "YES", "TRUE"}:
+            raise
+        _print_stderr(f"Error: {error.message}")
+        if error.hint:
+            _print_stderr(f"Hint: {error.hint}")
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        _print_stderr("Interrupted; nothing was left behind.")
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(EXIT_INTERRUPTED)  # do not wait for download threads

@@ -1,0 +1,420 @@
+"""The Hugging Face Hub: pinned reads, parallel downloads, checked pushes.
+
+The client retries some calls and not others; here every call is retried, and every failure comes
+out as a [`RepoError`] that says what to do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from httpx2 import ConnectError, TimeoutException, TransportError
+from huggingface_hub import HfApi, get_token, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+from tqdm.auto import tqdm
+
+from hf_tsv import __version__
+from hf_tsv.errors import RepoError
+from hf_tsv.progress import bar, logger
+
+T = TypeVar("T")
+
+RETRY_WAITS = (1, 2, 4, 8)  # seconds, as the client does where it retries
+RETRY_STATUS = {408, 429, 500, 502, 503, 504}
+DOWNLOAD_THREADS = 8
+
+
+@dataclass(frozen=True)
+class RepoSnapshot:
+    """One repository at one commit.
+
+    Args:
+        repo_id (`str`): `org/name`.
+        revision (`str`): the commit sha everything is read at.
+        sizes (`dict[str, int]`): bytes of each file.
+        card (`dict[str, Any]`): front matter of the model card.
+        token (`str`, *optional*): for private and gated repositories; never printed.
+        cache_dir (`str`, *optional*): the client's cache folder.
+        folder (`Path`, *optional*): the cached copy, when the Hub cannot be reached.
+    """
+
+    repo_id: str
+    revision: str
+    sizes: dict[str, int]
+    card: dict[str, Any]
+    token: str | None = field(default=None, repr=False)
+    cache_dir: str | None = None
+    folder: Path | None = None
+
+
+def api(token: str | None = None) -> HfApi:
+    """The client, introducing itself as hf-tsv."""
+    return HfApi(token=token, library_name="hf-tsv", library_version=__version__)
+
+
+def snapshot(
+    repo_id: str, revision: str | None, *, token: str | None = None, cache_dir: str | None = None
+) -> RepoSnapshot:
+    """Pin a repository to a commit and list its files; writes nothing to disk.
+
+    Falls back to the client's cache when the Hub cannot be reached or `HF_HUB_OFFLINE=1`.
+
+    Raises:
+        [`RepoError`]: unknown, private or gated repository, unknown revision, or not cached.
+    """
+    with translated(repo_id, revision):
+        try:
+            info = retried(
+                lambda: api(token).model_info(repo_id, revision=revision, files_metadata=True)
+            )
+        except (OfflineModeIsEnabled, TransportError) as error:
+            return _cached_snapshot(repo_id, revision, cache_dir, error)
+    card = {}
+    if info.card_data is not None:
+        card = info.card_data.to_dict()  # type: ignore[no-untyped-call]
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    return RepoSnapshot(repo_id, str(info.sha), sizes, card, token, cache_dir)
+
+
+def _cached_snapshot(
+    repo_id: str, revision: str | None, cache_dir: str | None, error: Exception
+) -> RepoSnapshot:
+    try:
+        sha = (
+            api()
+            .resolve_revision(
+                repo_id, revision=revision, cache_dir=cache_dir, local_files_only=True
+            )
+            .resolved
+        )
+    except RevisionResolutionError:
+        sha = revision or "main"
+    config = try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir, revision=sha)
+    if not isinstance(config, str):
+        raise RepoError(
+            f"{repo_id} is not in the local cache and the Hub cannot be reached"
+            f" ({type(error).__name__}).",
+            "Run once with a connection and without HF_HUB_OFFLINE.",
+        ) from None
+    if not isinstance(error, OfflineModeIsEnabled):
+        logger.warning("The Hub cannot be reached: %s is taken from the local cache.", repo_id)
+    folder = Path(config).parent
+    sizes = {
+        file.relative_to(folder).as_posix(): file.stat().st_size
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+    return RepoSnapshot(repo_id, folder.name, sizes, {}, None, cache_dir, folder)
+
+
+def read_range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> bytes:
+    """Bytes `start` … `stop` − 1 of one file, by HTTP range; nothing is kept on disk.
+
+    The client follows the redirect to the storage host without the token.
+
+    Raises:
+        [`RepoError`]: the file is missing, or the answer has another length.
+    """
+    if start == stop:
+        return b""
+    url = hf_hub_url(repo.repo_id, filename, revision=repo.revision)
+    headers = build_hf_headers(token=repo.token, library_name="hf-tsv", library_version=__version__)
+    headers["Range"] = f"bytes={start}-{stop - 1}"
+    with translated(repo.repo_id, repo.revision):
+        response = http_backoff("GET", url, headers=headers)
+        hf_raise_for_status(response)
+    body = response.content
+    if response.status_code != 206:  # a server that ignores ranges sends the whole file
+        body = body[start:stop]
+    if len(body) != stop - start:
+        raise RepoError(
+            f"{repo.repo_id}: the Hub sent {len(body)} bytes of {filename} instead of"
+            f" {stop - start}.",
+            "Try again; if it stays, the file in the repository is truncated.",
+        )
+    return bytes(body)
+
+
+def uncached(repo: RepoSnapshot, filenames: Sequence[str]) -> list[str]:
+    """The files of `filenames` that a download would fetch."""
+    if repo.folder is not None:
+        return []
+    return [
+        name
+        for name in filenames
+        if not isinstance(
+            try_to_load_from_cache(
+                repo.repo_id, name, cache_dir=repo.cache_dir, revision=repo.revision
+            ),
+            str,
+        )
+    ]
+
+
+def download(
+    wanted: Sequence[tuple[RepoSnapshot, str | None, Sequence[str]]], *, visible: bool = True
+) -> list[Path]:
+    """Fetch files of several repositories into the client's cache, in parallel, resumable.
+
+    Args:
+        wanted: for each repository its snapshot, the revision the user named (so that a later
+            offline run finds it under that name), and the files.
+        visible (`bool`): show one progress bar over everything.
+
+    Returns:
+        `list[Path]`: the cached folder of each repository.
+    """
+    missing = [(repo, name) for repo, _, names in wanted for name in uncached(repo, names)]
+    total = sum(repo.sizes[name] for repo, name in missing)
+    with bar("Downloading", total, in_bytes=True, visible=visible) as advance:
+        counting = _counting_tqdm(advance)
+        pool = ThreadPoolExecutor(DOWNLOAD_THREADS)
+        try:
+            fetch = [pool.submit(_download_file, repo, name, counting) for repo, name in missing]
+            for file in fetch:
+                file.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return [_cached_folder(repo, revision, names) for repo, revision, names in wanted]
+
+
+def _download_file(repo: RepoSnapshot, filename: str, progress: type[tqdm[Any]]) -> None:
+    with translated(repo.repo_id, repo.revision):
+        retried(
+            lambda: api(repo.token).hf_hub_download(
+                repo.repo_id,
+                filename,
+                revision=repo.revision,
+                cache_dir=repo.cache_dir,
+                tqdm_class=progress,
+            )
+        )
+
+
+def _cached_folder(repo: RepoSnapshot, revision: str | None, names: Sequence[str]) -> Path:
+    if repo.folder is not None:
+        return repo.folder
+    with translated(repo.repo_id, revision):
+        retried(
+            lambda: api(repo.token).resolve_revision(
+                repo.repo_id, revision=revision, cache_dir=repo.cache_dir
+            )
+        )
+    path = try_to_load_from_cache(
+        repo.repo_id, names[0], cache_dir=repo.cache_dir, revision=repo.revision
+    )
+    if not isinstance(path, str):
+        raise RepoError(f"{repo.repo_id}: {names[0]} vanished from the cache.", "Run again.")
+    return Path(path).parents[names[0].count("/")]
+
+
+def _counting_tqdm(advance: Callable[[int], None]) -> type[tqdm[Any]]:
+    """A tqdm that shows nothing and reports to our one bar."""
+
+    class CountingTqdm(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            super().__init__(*args, **{**kwargs, "disable": True})
+            advance(int(kwargs.get("initial") or 0))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            advance(int(n or 0))
+            return None
+
+    return CountingTqdm
+
+
+def writable_repo_id(repo_id: str, *, token: str | None = None, create_pr: bool = False) -> str:
+    """Check before any heavy work that the token may write `repo_id`.
+
+    Args:
+        repo_id (`str`): `org/name`, or `name` for the token's own user.
+        token (`str`, *optional*): default: the one the client is logged in with.
+        create_pr (`bool`): a pull request needs an existing repository, not the right to write it.
+
+    Returns:
+        `str`: the full repository id.
+
+    Raises:
+        [`RepoError`]: no token, an invalid or read-only one, or a namespace it cannot write.
+    """
+    if token is None and get_token() is None:
+        raise RepoError(
+            f"Pushing to {repo_id} needs a token and none is set.",
+            "Run `hf auth login` with a token that can write, or set HF_TOKEN.",
+        )
+    with translated(repo_id, None, writing=True):
+        user = retried(lambda: api(token).whoami())
+        if "/" not in repo_id:
+            repo_id = f"{user['name']}/{repo_id}"
+        exists = retried(lambda: api(token).repo_exists(repo_id))
+    if (user.get("auth") or {}).get("accessToken", {}).get("role") == "read":
+        raise RepoError(
+            f"Pushing to {repo_id} needs a token that can write; this one can only read.",
+            "Create one with the role 'write' and run `hf auth login`.",
+        )
+    if create_pr:
+        if not exists:
+            raise RepoError(
+                f"--create-pr needs an existing repository and {repo_id} does not exist.",
+                "Leave --create-pr out to create it.",
+            )
+        return repo_id
+    if exists:
+        with translated(repo_id, None, writing=True):
+            retried(lambda: api(token).auth_check(repo_id, write=True))
+        return repo_id
+    namespaces = [user["name"], *(org["name"] for org in user.get("orgs", []))]
+    if repo_id.split("/")[0] not in namespaces:
+        raise RepoError(
+            f"This token cannot create {repo_id}: it writes to {', '.join(namespaces)}.",
+            "Choose one of these namespaces, or use --create-pr on an existing repository.",
+        )
+    return repo_id
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload merged model",
+) -> str:
+    """Upload a finished folder as one commit; weights of an earlier upload are replaced.
+
+    Returns:
+        `str`: address of the commit or pull request.
+    """
+    client = api(token)
+    with translated(repo_id, revision, writing=True):
+        if not create_pr:
+            retried(lambda: client.create_repo(repo_id, private=private, exist_ok=True))
+            if revision is not None and revision != "main":
+                retried(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True))
+        commit = retried(
+            lambda: client.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+            )
+        )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def retried(call: Callable[[], T]) -> T:
+    """Call until it succeeds, at most five times, on answers and faults that pass by themselves.
+
+    `Retry-After` is honoured up to a minute. A refused connection is not retried: a machine
+    without network should fall back to its cache at once.
+    """
+    for wait in RETRY_WAITS:
+        try:
+            return call()
+        except HfHubHTTPError as error:
+            if error.response.status_code not in RETRY_STATUS:
+                raise
+            seconds = _retry_after(error, wait)
+        except ConnectError:
+            raise
+        except (TimeoutException, TransportError):
+            seconds = wait
+        logger.info("The Hub did not answer; trying again in %g s.", seconds)
+        time.sleep(seconds)
+    return call()
+
+
+def _retry_after(error: HfHubHTTPError, default: float) -> float:
+    try:
+        return min(float(error.response.headers.get("Retry-After", default)), 60.0)
+    except ValueError:  # a date; the default wait will do
+        return default
+
+
+@contextmanager
+def translated(repo_id: str, revision: str | None, *, writing: bool = False) -> Iterator[None]:
+    """Turn the client's errors into one [`RepoError`] with the way out."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise RepoError(
+            f"{repo_id!r} is not a repository id: {error}",
+            "Give org/name, org/name@revision, or the path of an existing folder.",
+        ) from None
+    except GatedRepoError:  # a subclass of RepositoryNotFoundError: first
+        raise RepoError(
+            f"{repo_id} is gated and this token has no access.",
+            f"Accept its conditions at https://huggingface.co/{repo_id} and log in with"
+            " `hf auth login`.",
+        ) from None
+    except RepositoryNotFoundError:
+        raise RepoError(
+            f"{repo_id} does not exist on the Hub, or is private and this token cannot read it.",
+            "Check the name; for a private repository run `hf auth login`;"
+            " for a local folder check the path.",
+        ) from None
+    except RevisionNotFoundError:
+        raise RepoError(
+            f"{repo_id} has no revision {revision!r}.",
+            f"Branches and tags are listed at https://huggingface.co/{repo_id}/tree/main.",
+        ) from None
+    except RemoteEntryNotFoundError as error:
+        raise RepoError(
+            f"{repo_id}: {_first_line(error)}", "Check the files of the repository."
+        ) from None
+    except LocalEntryNotFoundError:
+        raise RepoError(
+            f"{repo_id}: files are missing from the local cache and the Hub cannot be reached.",
+            "Run once with a connection and without HF_HUB_OFFLINE.",
+        ) from None
+    except HfHubHTTPError as error:
+        raise _http_error(error, repo_id, writing) from None
+    except (TransportError, OfflineModeIsEnabled) as error:
+        raise RepoError(
+            f"{repo_id}: the Hub cannot be reached ({type(error).__name__}).",
+            "Check the connection; with a warm cache HF_HUB_OFFLINE=1 works without.",
+        ) from None
+
+
+def _http_error(error: HfHubHTTPError, repo_id: str, writing: bool) -> RepoError:
+    status = error.response.status_code
+    if status == 401:
+        return RepoError(
+            f"{repo_id}: the Hub does not accept this token.", "Run `hf auth login` again."
+        )
+    if status == 403:
+        action = "write to" if writing else "read"
+        return RepoError(
+            f"This token may not {action} {repo_id}.",
+            f"Use a token that can {action} it: `hf auth login`.",
+        )
+    return RepoError(
+        f"{repo_id}: the Hub answered {status}: {_first_line(error)}", "Try again later."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    message = getattr(error, "server_message", None) or str(error)
+    return next((line.strip() for line in message.splitlines() if line.strip()), "no message")

@@ -1,0 +1,283 @@
+"""Which weight gets which treatment: decided from headers alone, before anything is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Literal
+
+import torch
+
+from hf_tsv import tsv
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.reader import Checkpoint, TensorInfo
+from hf_tsv.checkpoints.writer import ShardPlan, TensorSpec, plan_shards
+from hf_tsv.errors import CheckpointError
+from hf_tsv.recipe import AVERAGED_BY_DEFAULT, Settings
+
+Treatment = Literal["decomposed", "averaged", "summed", "copied"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One unit of work: a tensor, or the stacked q, k, v projections of one attention.
+
+    Args:
+        names (`tuple[str, ...]`): canonical names, stacked along dimension 0 when several.
+        shape (`tuple[int, ...]`): of the stack.
+        treatment (`str`): what is done with it.
+        reason (`str`): why it is not decomposed; empty otherwise.
+        rank (`int`): triplets kept of each task; 0 unless decomposed.
+        inputs (`tuple[int, ...]`): which checkpoints hold it.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    treatment: Treatment
+    reason: str = ""
+    rank: int = 0
+    inputs: tuple[int, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Its name; stacked projections share one."""
+        if len(self.names) == 1:
+            return self.names[0]
+        return self.names[0].replace("q_proj", "{q,k,v}_proj")
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that is known before the first weight is read.
+
+    Args:
+        weights (`tuple[Weight, ...]`): in the order they are worked on.
+        shards ([`ShardPlan`]): the output files.
+        specs (`dict[str, TensorSpec]`): dtype and shape of every output tensor.
+        warnings (`tuple[str, ...]`): what the user should know.
+        peak_memory_bytes (`int`): estimate, on top of the interpreter and its libraries.
+    """
+
+    weights: tuple[Weight, ...]
+    shards: ShardPlan
+    specs: dict[str, TensorSpec]
+    warnings: tuple[str, ...]
+    peak_memory_bytes: int
+
+    def counts(self, frozen: frozenset[str] = frozenset()) -> dict[str, int]:
+        """Tensors per treatment; those in `frozen` turned out unchanged and were copied."""
+        count = Counter({"decomposed": 0, "averaged": 0, "copied": 0})
+        for weight in self.weights:
+            treatment = "averaged" if weight.treatment == "summed" else weight.treatment
+            if weight.label in frozen:
+                treatment = "copied"
+            count[treatment] += len(weight.names)
+        return dict(count)
+
+
+def make_plan(base: Checkpoint, inputs: Sequence[Checkpoint], settings: Settings) -> MergePlan:
+    """Compare all headers and choose a treatment for every tensor of the base.
+
+    Raises:
+        [`CheckpointError`]: weights missing, extra or of another shape; all are listed.
+    """
+    _check_fit(base, inputs)
+    weights = tuple(
+        _treat(names, base, inputs, settings) for names in _group(base.tensors, settings.qkv)
+    )
+    specs = {name: _spec(info, settings) for name, info in base.tensors.items()}
+    warnings = [*_config_warnings(base, inputs), *_rank_warnings(weights, len(inputs), settings)]
+    warnings += _exclude_warnings(base, settings)
+    return MergePlan(
+        weights,
+        plan_shards(specs, settings.max_shard_size),
+        specs,
+        tuple(warnings),
+        _peak_memory(weights, len(inputs)),
+    )
+
+
+def _group(tensors: object, qkv: str) -> list[tuple[str, ...]]:
+    """Names in order, with the q, k, v weights of an attention together when they are fused."""
+    names = sorted(tensors)  # type: ignore[call-overload]
+    if qkv == "split":
+        return [(name,) for name in names]
+    present = set(names)
+    groups: list[tuple[str, ...]] = []
+    for name in names:
+        attention = layout.qkv_group(name)
+        if attention is None:
+            groups.append((name,))
+            continue
+        stack = tuple(f"{attention[0]}.{letter}_proj.weight" for letter in "qkv")
+        if not present.issuperset(stack):
+            groups.append((name,))
+        elif attention[1] == "q":
+            groups.append(stack)
+    return groups
+
+
+def _treat(
+    names: tuple[str, ...], base: Checkpoint, inputs: Sequence[Checkpoint], settings: Settings
+) -> Weight:
+    infos = [base.tensors[name] for name in names]
+    shape = infos[0].shape
+    if len(infos) > 1:
+        shape = (sum(info.shape[0] for info in infos), *shape[1:])
+    holders = tuple(i for i, item in enumerate(inputs) if names[0] in item.tensors)
+
+    def weight(treatment: Treatment, reason: str = "", rank: int = 0) -> Weight:
+        return Weight(names, shape, treatment, reason, rank, holders)
+
+    if not infos[0].dtype.is_floating_point:
+        return weight("copied", "not a floating-point tensor")
+    if not holders:
+        return weight("copied", "no checkpoint has it")
+    if not prod(shape):
+        return weight("copied", "empty")
+    if settings.method == "average":
+        return weight("averaged")
+    if any(fnmatchcase(name, glob) for name in names for glob in settings.exclude):
+        return weight("averaged", "excluded")
+    if settings.method == "task-arithmetic":
+        return weight("summed")
+    if len(shape) != 2:
+        return weight("averaged", "not a matrix")
+    tasks = len(inputs)
+    if settings.method != "orthogonal" and tasks > min(shape):
+        return weight("averaged", f"{tasks} tasks do not fit into {min(shape)} directions")
+    return weight("decomposed", rank=_rank(shape, tasks, settings))
+
+
+def _rank(shape: tuple[int, ...], tasks: int, settings: Settings) -> int:
+    k = min(shape)
+    if settings.method == "orthogonal":
+        return k
+    wanted = tsv.default_rank(shape, tasks)
+    if settings.rank is not None:
+        wanted = min(settings.rank, k)
+    elif settings.rank_fraction is not None:
+        wanted = max(1, int(settings.rank_fraction * k))
+    if settings.method == "tsv":  # T·r orthonormal directions must fit into k
+        return min(wanted, tsv.default_rank(shape, tasks))
+    return wanted
+
+
+def _spec(info: TensorInfo, settings: Settings) -> TensorSpec:
+    dtype = info.dtype
+    if settings.dtype is not None and dtype.is_floating_point:
+        dtype = getattr(torch, settings.dtype)
+    return TensorSpec(dtype, info.shape)
+
+
+def _check_fit(base: Checkpoint, inputs: Sequence[Checkpoint]) -> None:
+    if base.left_out:
+        raise CheckpointError(
+            f"The base model {base} has a task head ({base.left_out[0]}), so it is a fine-tune.",
+            "Name the CLIPModel it was fine-tuned from with --base-model.",
+        )
+    problems = [problem for item in inputs for problem in _misfits(base, item)]
+    if problems:
+        raise CheckpointError(
+            f"{len(problems)} weights do not fit the base model {base}:\n  "
+            + "\n  ".join(problems),
+            "Check that these are fine-tunes of this base model, or name another --base-model.",
+        )
+
+
+def _misfits(base: Checkpoint, item: Checkpoint) -> list[str]:
+    """One line for each weight of `item` that the base has not, or has in another shape."""
+    problems = []
+    parts = layout.towers(item.tensors)
+    encoders = parts & {"vision_model", "text_model"} & layout.towers(base.tensors)
+    if not encoders:
+        return [f"{item}: it has no encoder in common with the base"]
+    whole_model = {"vision_model", "text_model"} <= parts
+    for name, info in base.tensors.items():
+        found = item.tensors.get(name)
+        required = whole_model or name.split(".")[0] in encoders
+        if found is None:
+            if required and info.dtype.is_floating_point:
+                problems.append(f"{item}: {name} is missing")
+        elif found.shape != info.shape:
+            problems.append(
+                f"{item}: {name} has shape {list(found.shape)}, the base {list(info.shape)}"
+            )
+        elif found.dtype.is_floating_point != info.dtype.is_floating_point:
+            problems.append(f"{item}: {name} is {found.dtype}, in the base {info.dtype}")
+    extra = [
+        name
+        for name, info in item.tensors.items()
+        if name not in base.tensors and info.dtype.is_floating_point
+    ]
+    base_parts = layout.towers(base.tensors)
+    for part in sorted({name.split(".")[0] for name in extra} - base_parts):
+        of_part = [name for name in extra if name.split(".")[0] == part]
+        problems.append(f"{item}: the base has no {part} ({len(of_part)} weights)")
+    problems += [
+        f"{item}: {name} is not in the base" for name in extra if name.split(".")[0] in base_parts
+    ]
+    return problems
+
+
+def _config_warnings(base: Checkpoint, inputs: Sequence[Checkpoint]) -> list[str]:
+    """Settings that change what the same weights compute, and that shapes do not show."""
+    warnings = []
+    reference = layout.tower_configs(base.config)
+    for item in inputs:
+        for tower, config in layout.tower_configs(item.config).items():
+            for key in ("hidden_act", "num_attention_heads", "layer_norm_eps", "patch_size"):
+                ours, theirs = reference.get(tower, {}).get(key), config.get(key)
+                if None not in (ours, theirs) and ours != theirs:
+                    warnings.append(
+                        f"{item} has {tower}.{key} = {theirs}, the base {ours}: it is probably not"
+                        " a fine-tune of this base."
+                    )
+    return warnings
+
+
+def _rank_warnings(weights: Sequence[Weight], tasks: int, settings: Settings) -> list[str]:
+    if settings.method != "tsv" or (settings.rank is None and settings.rank_fraction is None):
+        return []
+    wanted = Settings(method="low-rank", rank=settings.rank, rank_fraction=settings.rank_fraction)
+    lowered = [
+        w for w in weights if w.treatment == "decomposed" and w.rank < _rank(w.shape, tasks, wanted)
+    ]
+    if not lowered:
+        return []
+    return [
+        f"The rank was lowered to ⌊k/{tasks}⌋ in {len(lowered)} weights: more directions of"
+        f" {tasks} tasks cannot be orthogonal."
+    ]
+
+
+def _exclude_warnings(base: Checkpoint, settings: Settings) -> list[str]:
+    return [
+        f"--exclude {glob!r} matches no weight."
+        for glob in settings.exclude
+        if glob not in AVERAGED_BY_DEFAULT
+        and not any(fnmatchcase(name, glob) for name in base.tensors)
+    ]
+
+
+def _peak_memory(weights: Sequence[Weight], tasks: int) -> int:
+    """Bytes of a weight being computed while the next one is read; float32 reads, float64 work."""
+    reading = [4 * prod(w.shape) * (len(w.inputs) + 1) for w in weights]
+    computing = []
+    for weight in weights:
+        work = 8 * prod(weight.shape)
+        if weight.treatment == "decomposed":
+            columns = weight.rank * tasks
+            work = 8 * (4 * prod(weight.shape) + 4 * columns * sum(weight.shape))
+        computing.append(work)
+    following = [*reading[1:], 0]
+    return max(
+        (
+            now + work + later
+            for now, work, later in zip(reading, computing, following, strict=True)
+        ),
+        default=0,
+    )

@@ -1,0 +1,80 @@
+"""Progress bars on stderr, and the logger that carries status lines and warnings."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger("hf_tsv")
+
+
+def visible_by_default() -> bool:
+    """Whether bars are shown unless the caller says otherwise: on a terminal, as the Hub client."""
+    disabled = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {
+        "1",
+        "ON",
+        "YES",
+        "TRUE",
+    }
+    return sys.stderr.isatty() and not disabled
+
+
+@contextmanager
+def bar(
+    description: str, total: int, *, in_bytes: bool = False, visible: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Show one bar while the body runs.
+
+    Args:
+        description (`str`): what is being done.
+        total (`int`): number of steps, or bytes.
+        in_bytes (`bool`): show sizes and speed.
+        visible (`bool`): without it nothing is shown.
+
+    Yields:
+        `Callable[[int], None]`: call it with the steps done; safe from any thread.
+    """
+    if not visible or total == 0:
+        yield lambda steps: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    amount = [DownloadColumn(), TransferSpeedColumn()] if in_bytes else [MofNCompleteColumn()]
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *amount,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda steps: progress.update(task, advance=steps)
+
+
+def human_bytes(size: float) -> str:
+    """`size` in bytes as people write it, in powers of 1000 like the Hub.
+
+    Example:
+        >>> human_bytes(605_157_884)
+        '605.2 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,212 @@
+"""Every choice and every pinned input of a merge, as YAML and back."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import yaml
+
+from hf_tsv import __version__
+from hf_tsv.errors import RecipeError
+from hf_tsv.tsv import Method, Orthogonalizer
+
+RECIPE_FILE = "hf_tsv_recipe.yaml"
+FORMAT_VERSION = 1
+SHARD_SIZE = re.compile(r"[1-9]\d*(KB|MB|GB|TB)")  # as the Hub client reads it
+
+Qkv = Literal["split", "fused"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+AVERAGED_BY_DEFAULT = ("text_projection.weight",)
+"""The paper's code averages the text projection although it is a matrix; so do we."""
+
+
+def current_versions() -> dict[str, str]:
+    """Versions that decide about the bytes of a result."""
+    return {"hf_tsv": __version__, "torch": version("torch")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to merge.
+
+    Args:
+        method (`str`): `tsv`, or one of the ablations and baselines.
+        orthogonalizer (`str`): `procrustes` (SVD) or `whitening` (eigendecomposition).
+        alpha (`float`): α, scale of the merged update.
+        rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
+        rank_fraction (`float`, *optional*): the same as a share of k.
+        exclude (`tuple[str, ...]`): globs of canonical names that are averaged instead.
+        qkv (`str`): `split` decomposes the attention projections one by one, `fused` stacked.
+        dtype (`str`, *optional*): of the output; default as the base.
+        max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
+    """
+
+    method: Method = "tsv"
+    orthogonalizer: Orthogonalizer = "procrustes"
+    alpha: float = 1.0
+    rank: int | None = None
+    rank_fraction: float | None = None
+    exclude: tuple[str, ...] = AVERAGED_BY_DEFAULT
+    qkv: Qkv = "split"
+    dtype: Dtype | None = None
+    max_shard_size: int | str = "5GB"
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, get_args(Method))
+        _one_of("orthogonalizer", self.orthogonalizer, get_args(Orthogonalizer))
+        _one_of("qkv", self.qkv, get_args(Qkv))
+        _one_of("dtype", self.dtype, (None, *get_args(Dtype)))
+        _number("alpha", self.alpha)
+        if self.rank is not None and self.rank_fraction is not None:
+            raise RecipeError("rank and rank_fraction exclude each other.", "Give one of them.")
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise RecipeError(f"rank is {self.rank!r}.", "Give a whole number from 1 on.")
+        if self.rank_fraction is not None:
+            _number("rank_fraction", self.rank_fraction)
+            if not 0 < self.rank_fraction <= 1:
+                raise RecipeError(
+                    f"rank_fraction is {self.rank_fraction}.", "Give a number above 0 and up to 1."
+                )
+        if isinstance(self.exclude, str) or not all(isinstance(g, str) for g in self.exclude):
+            raise RecipeError("exclude is not a list of globs.", "Write a list of names or globs.")
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        _check_shard_size(self.max_shard_size)
+
+
+@dataclass(frozen=True)
+class PinnedInput:
+    """One checkpoint of a recipe.
+
+    Args:
+        ref (`str`): repository id or folder.
+        revision (`str`, *optional*): commit sha, for a repository.
+        fingerprint (`str`, *optional*): sha256 of the weights used, for a folder.
+        weight (`float`): factor of this task's update.
+    """
+
+    ref: str
+    revision: str | None = None
+    fingerprint: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("ref", "revision", "fingerprint"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "ref"):
+                raise RecipeError(f"The {name} of an input is {value!r}.", "Write a string.")
+        _number(f"The weight of {self.ref}", self.weight)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merge that can be repeated to the byte, on the same type of device and versions.
+
+    Args:
+        base_model ([`PinnedInput`]): W0.
+        inputs (`tuple[PinnedInput, ...]`): the tasks.
+        settings ([`Settings`]): every choice.
+        device (`str`): type of device the weights were computed on.
+        versions (`dict[str, str]`): of hf-tsv and torch.
+    """
+
+    base_model: PinnedInput
+    inputs: tuple[PinnedInput, ...]
+    settings: Settings
+    device: str = "cpu"
+    versions: dict[str, str] = field(default_factory=current_versions)
+
+    def to_yaml(self) -> str:
+        """The recipe as written into every output."""
+        content = {
+            "hf_tsv_recipe": FORMAT_VERSION,
+            **asdict(self.settings),
+            "exclude": list(self.settings.exclude),
+            "base_model": _pinned_dict(self.base_model, with_weight=False),
+            "inputs": [_pinned_dict(item, with_weight=True) for item in self.inputs],
+            "device": self.device,
+            "versions": self.versions,
+        }
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+
+    @staticmethod
+    def load(path: str | Path) -> Recipe:
+        """Read a recipe file, or the recipe of an output folder.
+
+        Raises:
+            [`RecipeError`]: the file is missing, or not a recipe this version understands.
+        """
+        file = Path(path).expanduser()
+        if file.is_dir():
+            file /= RECIPE_FILE
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise RecipeError(
+                f"The recipe {file} cannot be read: {reason}.", "Check the path."
+            ) from None
+        return Recipe.from_yaml(text, str(file))
+
+    @staticmethod
+    def from_yaml(text: str, source: str = "recipe") -> Recipe:
+        """Parse a recipe; unknown keys are errors, so that no choice is dropped silently.
+
+        Args:
+            text (`str`): content of a recipe file.
+            source (`str`): its name, for errors.
+        """
+        try:
+            content = yaml.safe_load(text)
+        except (yaml.YAMLError, RecursionError):
+            raise RecipeError(f"{source} is not valid YAML.") from None
+        if not isinstance(content, dict) or "hf_tsv_recipe" not in content:
+            raise RecipeError(
+                f"{source} is not an hf-tsv recipe.", f"Every output holds one as {RECIPE_FILE}."
+            )
+        if content.pop("hf_tsv_recipe") != FORMAT_VERSION:
+            raise RecipeError(
+                f"{source} has a recipe format this version does not know.", "Update hf-tsv."
+            )
+        try:
+            names = {f.name for f in fields(Settings)}
+            settings = Settings(**{key: content.pop(key) for key in list(content) if key in names})
+            base = PinnedInput(**content.pop("base_model"))
+            inputs = tuple(PinnedInput(**item) for item in content.pop("inputs"))
+            device = str(content.pop("device", "cpu"))
+            versions = {str(k): str(v) for k, v in (content.pop("versions", None) or {}).items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RecipeError(f"{source} is incomplete or malformed: {error}.") from None
+        if content:
+            raise RecipeError(f"{source} has an unknown key: {min(map(str, content))}.")
+        return Recipe(base, inputs, settings, device, versions)
+
+
+def _check_shard_size(size: object) -> None:
+    positive = type(size) is int and size > 0
+    if not positive and not (isinstance(size, str) and SHARD_SIZE.fullmatch(size)):
+        raise RecipeError(f"max_shard_size is {size!r}.", "Write bytes, or a size such as 5GB.")
+
+
+def _pinned_dict(item: PinnedInput, *, with_weight: bool) -> dict[str, Any]:
+    content = {key: value for key, value in asdict(item).items() if value is not None}
+    if not with_weight:
+        content.pop("weight")
+    return content
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(str(a) for a in allowed if a is not None)
+        raise RecipeError(f"{name} is {value!r}.", f"Choose one of {choices}.")
+
+
+def _number(name: str, value: object) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not math.isfinite(cast("float", value)):
+        raise RecipeError(f"{name} is {value!r}.", "Give a finite number.")

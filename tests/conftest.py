@@ -1,0 +1,37 @@
+"""A loopback Hub that the real client talks to, and tiny CLIP checkpoints made by transformers."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+from hub import Hub
+
+HUB = Hub()
+HUB.start()
+HF_HOME = tempfile.mkdtemp(prefix="hf-tsv-test-home-")
+
+# Frozen when huggingface_hub is imported, so set before anything imports it.
+ENVIRONMENT = {
+    "HF_ENDPOINT": HUB.endpoint,
+    "HF_HOME": HF_HOME,
+    "HF_TOKEN": "hf_write",
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+os.environ.update(ENVIRONMENT)
+for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "HF_DEBUG"):
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """The loopback Hub, empty."""
+    HUB.reset()
+    yield HUB
+    HUB.reset()

@@ -1,0 +1,215 @@
+"""The Hub itself: its users and repositories, two listening servers, faults and a request log."""
+
+from __future__ import annotations
+
+import atexit
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from . import cdn, reading, writing
+from .access import User
+from .routing import dispatch
+from .store import MAIN, Blob, Repo, is_lfs
+from .wire import Fault, Request, Response, Server
+
+Content = bytes | str | Path | None
+ROUTES = {"api": [reading.routes, writing.routes], "cdn": [cdn.routes]}
+
+
+class Hub:
+    """A Hub on 127.0.0.1: `endpoint` is its API, `cdn` the other origin, which stores LFS files.
+
+    Users, repositories and faults may be changed at any time, from any thread.
+    """
+
+    users: dict[str, User]  # token -> user
+    repos: dict[str, Repo]
+    requests: list[Request]
+    page_size: int  # entries per page of a listing
+    multipart_above: int  # bytes; larger LFS files are uploaded in parts of this size
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._ports = {"api": 0, "cdn": 0}
+        self._servers: list[Server] = []
+        self._threads: list[threading.Thread] = []
+        self._bind()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget repositories, faults and requests; the default users and settings again."""
+        with self.lock:
+            self.users = {
+                "hf_write": User("me", orgs=["org"], role="write"),
+                "hf_read": User("reader", role="read"),
+            }
+            self.repos = {}
+            self.requests = []
+            self.page_size = 1000
+            self.multipart_above = 20_000_000
+            self._faults: list[Fault] = []
+
+    # Listening
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._ports['api']}"
+
+    @property
+    def cdn(self) -> str:
+        return f"http://127.0.0.1:{self._ports['cdn']}"
+
+    def start(self) -> None:
+        """Serve, in daemon threads; after `stop`, on the same ports again."""
+        if self._threads:
+            return
+        self._bind()
+        for server in self._servers:
+            thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Close the ports and every connection: from outside, the Hub is down."""
+        for server, thread in zip(self._servers, self._threads, strict=False):
+            server.shutdown()
+            thread.join()
+        for server in self._servers:
+            server.server_close()
+            server.cut_connections()
+        self._servers, self._threads = [], []
+        atexit.unregister(self.stop)
+
+    def _bind(self) -> None:
+        if not self._servers:
+            self._servers = [Server(port, origin, self) for origin, port in self._ports.items()]
+            self._ports = {server.origin: server.server_address[1] for server in self._servers}
+
+    # What tests prepare
+
+    def add_repo(
+        self,
+        repo_id: str,
+        files: Mapping[str, Content] | Path,
+        *,
+        private: bool = False,
+        gated: bool | str = False,
+        branch: str = "main",
+    ) -> str:
+        """Create a repository from files or a folder, and return the sha of its commit.
+
+        Where it exists already, add a commit on that branch, as `commit` does; it stays as private
+        and as gated as it was. `gated` is True, "auto" or "manual"; `hub.repos[id].allowed` names
+        the users let in.
+        """
+        if isinstance(files, Path):
+            paths = sorted(path for path in files.rglob("*") if path.is_file())
+            files = {path.relative_to(files).as_posix(): path for path in paths}
+        with self.lock:
+            if repo_id not in self.repos:
+                gate = "auto" if gated is True else gated
+                self.repos[repo_id] = Repo(repo_id, private=private, gated=gate)
+            return self.commit(repo_id, files, branch=branch)
+
+    def commit(
+        self,
+        repo_id: str,
+        files: Mapping[str, Content],
+        branch: str = "main",
+        parent: str | None = None,
+        message: str = "Add files",
+    ) -> str:
+        """Commit files over those of the parent (by default the branch's head) and return the sha.
+
+        A Path is not read into memory but served from disk, so it must stay as it is; None deletes.
+        A new branch starts from `parent`, or else from main.
+        """
+        changes = {path: _blob(path, content) for path, content in files.items()}
+        with self.lock:
+            repo = self.repos[repo_id]
+            ref = f"refs/heads/{branch}"
+            start = parent or repo.refs.get(ref) or repo.refs.get(MAIN)
+            base = repo.resolve(start) if start else None
+            return repo.commit(ref, changes, parent=base, message=message).sha
+
+    def tag(self, repo_id: str, name: str, sha: str) -> None:
+        self.repos[repo_id].refs[f"refs/tags/{name}"] = self.repos[repo_id].resolve(sha).sha
+
+    def fail(
+        self,
+        pattern: str,
+        status: int | None = None,
+        *,
+        times: float = 1,
+        headers: Mapping[str, str] | None = None,
+        drop_after: int | None = None,
+        truncate: int | None = None,
+        ignore_range: bool = False,
+        delay: float = 0,
+        method: str | None = None,
+    ) -> None:
+        """Let the next `times` requests go wrong whose path, on either origin, matches a regex.
+
+        status: the error answered, with `headers`; 503 if nothing else is to go wrong.
+        drop_after: announce the whole body, send that many bytes and cut the connection.
+        truncate: send a well-formed response of only the first that many bytes.
+        ignore_range: answer 200 with the whole file to a request for a range of it.
+        delay: seconds to wait before the response.
+
+        With drop_after, truncate and ignore_range the request is carried out, and `headers` are
+        added; they wait for a successful response to something other than HEAD, so a redirect to
+        the CDN does not use them up. `times=math.inf` lasts until `reset`.
+        """
+        harmless = drop_after is None and truncate is None and not ignore_range and not delay
+        fault = Fault(
+            pattern=re.compile(pattern),
+            method=method,
+            times=times,
+            status=503 if status is None and harmless else status,
+            headers=headers or {},
+            drop_after=drop_after,
+            truncate=truncate,
+            ignore_range=ignore_range,
+            delay=delay,
+        )
+        with self.lock:
+            self._faults.append(fault)
+
+    # What tests look at
+
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        """The files of a revision, as they are now."""
+        commit = self.repos[repo_id].resolve(revision)
+        return {path: blob.read() for path, blob in commit.files.items()}
+
+    def sent(self, pattern: str = "") -> int:
+        """Bytes of response bodies sent so far for paths that match a regex, on both origins."""
+        return sum(r.body_sent for r in list(self.requests) if re.search(pattern, r.path))
+
+    # What the servers ask
+
+    def log(self, request: Request) -> None:
+        self.requests.append(request)
+
+    def next_fault(self, request: Request, *, spoils_body: bool) -> Fault | None:
+        with self.lock:
+            for fault in self._faults:
+                if fault.spoils_body == spoils_body and fault.matches(request):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def respond(self, request: Request, raw_path: str, body: bytes) -> Response:
+        with self.lock:
+            return dispatch(self, ROUTES[request.origin], request, raw_path, body)
+
+
+def _blob(path: str, content: Content) -> Blob | None:
+    if content is None:
+        return None
+    source = content.encode() if isinstance(content, str) else content
+    size = source.stat().st_size if isinstance(source, Path) else len(source)
+    return Blob.of(source, lfs=is_lfs(path, size))
