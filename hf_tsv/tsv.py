@@ -97,7 +97,7 @@ def storage_noise(base: Tensor, fine_tuned: Tensor) -> float:
     eps = max(eps, torch.finfo(torch.float32).eps)  # differences are taken in float32
     w = fine_tuned.float()
     norms = w.norm(dim=0).max() + w.norm(dim=1).max()
-    return ROUNDING_SPREAD * eps * norms.item()
+    return float(ROUNDING_SPREAD * eps * norms)
 
 
 def decompose(delta: Tensor, rank: int, floor: float = 0.0) -> TaskSingularVectors:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfUriError, HFValidationError
 from huggingface_hub import parse_hf_uri
+from huggingface_hub.errors import HfUriError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from hf_tsv import hub
