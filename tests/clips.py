@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KINDS = ("vision", "flat", "projection", "full", "text", "classifier")
+
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -36,7 +38,9 @@ TEXT = {
 
 def clip_config() -> Any:
     """Config of the tiny CLIP."""
-    from transformers import CLIPConfig
+    from transformers import CLIPConfig, logging
+
+    logging.set_verbosity_error()
 
     return CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=24)
 
@@ -149,7 +153,9 @@ def make_fine_tune(base: Path, folder: Path, seed: int, kind: str = "vision") ->
         save(model, folder)
     elif kind == "flat":
         model = CLIPVisionModel(clip_config().vision_config)
-        model.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+        model.load_state_dict(
+            {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        )
         save(model, folder)
     else:
         cls = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from hub import Hub
 
@@ -26,12 +28,24 @@ os.environ.update(ENVIRONMENT)
 for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "HF_DEBUG"):
     os.environ.pop(name, None)
 
+import clips  # noqa: E402
 import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of checkpoints made by transformers: `base`, and one fine-tune of every kind."""
+    folder = tmp_path_factory.mktemp("zoo")
+    clips.make_base(folder / "base")
+    for seed, kind in enumerate(clips.KINDS, start=1):
+        clips.make_fine_tune(folder / "base", folder / kind, seed, kind)
+    return folder
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     """The loopback Hub, empty."""
     HUB.reset()
+    shutil.rmtree(Path(HF_HOME, "hub"), ignore_errors=True)  # shas repeat from test to test
     yield HUB
     HUB.reset()

@@ -61,6 +61,7 @@ def output_config(base: Checkpoint, dtypes: set[torch.dtype]) -> dict[str, Any]:
         dtypes (`set[torch.dtype]`): of all written tensors.
     """
     config: dict[str, Any] = json.loads(json.dumps(base.config))
+    config.pop("auto_map", None)  # it would point at code, and no code is copied
     floating = {dtype for dtype in dtypes if dtype.is_floating_point}
     if len(floating) == 1:
         name = str(next(iter(floating))).removeprefix("torch.")

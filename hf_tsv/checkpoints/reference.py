@@ -91,7 +91,8 @@ def parse(text: str) -> Reference:
         ) from None
     if uri.type != "model" or uri.path_in_repo:
         raise RepoError(
-            f"{text!r} does not name a model repository.", "Write org/name or org/name@revision."
+            f"{text!r} does not name a model repository.",
+            "Write org/name or org/name@revision; for a local folder check the path.",
         )
     return Reference(uri.id, uri.id, uri.revision)
 

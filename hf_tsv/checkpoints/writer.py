@@ -149,9 +149,13 @@ class ShardWriter:
 def _reserve(descriptor: int, size: int) -> None:
     """Take the space now, so that a full disk is noticed before the first decomposition."""
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        os.ftruncate(descriptor, size)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    os.ftruncate(descriptor, size)  # file systems that cannot reserve
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
@@ -199,6 +203,8 @@ def check_output_folder(folder: Path, marker: str, *, force: bool) -> None:
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise OutputError(f"{folder} exists and is not a folder.", "Choose another one with -o.")
+    if folder.exists() and folder.samefile(Path.cwd()):
+        raise OutputError("The output folder is the current one.", "Name a new one with -o.")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not force:

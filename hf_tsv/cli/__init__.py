@@ -38,10 +38,9 @@ def _root(
     pass
 
 
-app.command("merge", no_args_is_help=True, epilog=merge.EXAMPLES)(merge.merge)
+app.command("merge", no_args_is_help=True, epilog=merge.EXAMPLES)(guarded()(merge.merge))
 
 
 def main() -> None:
     """Entry point of the console script."""
-    with guarded():
-        app()
+    app()

@@ -68,9 +68,14 @@ def guarded() -> Iterator[None]:
         _print_stderr(f"Error: {error.message}")
         if error.hint:
             _print_stderr(f"Hint: {error.hint}")
-        sys.exit(EXIT_ERROR)
+        _leave(EXIT_ERROR)
     except KeyboardInterrupt:
-        _print_stderr("Interrupted; nothing was left behind.")
-        sys.stderr.flush()
-        sys.stdout.flush()
-        os._exit(EXIT_INTERRUPTED)  # do not wait for download threads
+        _print_stderr("Interrupted.")
+        _leave(EXIT_INTERRUPTED)
+
+
+def _leave(code: int) -> None:
+    """Exit at once: an ordinary exit would wait for downloads that are still running."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,116 @@
+"""Where a result goes: a folder that appears whole, a Hub repository, or both."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hf_tsv import hub
+from hf_tsv.checkpoints.writer import check_output_folder
+from hf_tsv.errors import OutputError, RepoError
+from hf_tsv.progress import logger
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the user asked for.
+
+    Args:
+        output (`Path`, *optional*): folder to write.
+        push_to (`str`, *optional*): repository to upload to.
+        force (`bool`): replace an output folder that hf-tsv wrote.
+        private (`bool`, *optional*): make a new repository private.
+        revision (`str`, *optional*): branch to push to.
+        create_pr (`bool`): push as a pull request.
+        commit_message (`str`, *optional*): of the upload.
+    """
+
+    output: Path | None = None
+    push_to: str | None = None
+    force: bool = False
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+
+    def checked(self, marker: str, token: str | None, *, dry_run: bool) -> Target:
+        """Refuse now what would fail after the work: a taken folder, a token that cannot write.
+
+        Args:
+            marker (`str`): file that an output of ours holds.
+            token (`str`, *optional*): default: the one the client is logged in with.
+            dry_run (`bool`): no place is needed then.
+
+        Returns:
+            [`Target`]: with an absolute folder and a full repository id.
+        """
+        if self.output is None and self.push_to is None and not dry_run:
+            raise OutputError(
+                "There is no place for the result.", "Add -o DIR or --push-to REPO_ID."
+            )
+        target = self
+        if self.output is not None:
+            target = replace(target, output=self.output.expanduser().absolute())
+            assert target.output is not None
+            check_output_folder(target.output, marker, force=self.force)
+        if self.push_to is not None:
+            repo_id = hub.writable_repo_id(self.push_to, token=token, create_pr=self.create_pr)
+            target = replace(target, push_to=repo_id)
+        return target
+
+
+@contextmanager
+def final_folder(target: Target) -> Iterator[Path]:
+    """The folder to assemble the result in: the output, or a temporary one for the upload.
+
+    A temporary folder that is complete is kept when the body fails, so that no work is lost.
+    """
+    if target.output is not None:
+        yield target.output
+        return
+    parent = Path(tempfile.mkdtemp(prefix="hf-tsv-"))
+    final = parent / str(target.push_to).rsplit("/", 1)[-1]
+    try:
+        yield final
+    except BaseException:
+        if not final.exists():
+            shutil.rmtree(parent, ignore_errors=True)
+        raise
+    shutil.rmtree(parent, ignore_errors=True)
+
+
+def push(folder: Path, target: Target, token: str | None) -> str | None:
+    """Upload a finished folder, if the target is a repository.
+
+    Returns:
+        `str` or `None`: address of the commit or pull request.
+
+    Raises:
+        [`RepoError`]: with the command that uploads the folder later.
+    """
+    if target.push_to is None:
+        return None
+    logger.info("Uploading to %s.", target.push_to)
+    try:
+        return hub.push(
+            folder,
+            target.push_to,
+            token=token,
+            private=target.private,
+            revision=target.revision,
+            create_pr=target.create_pr,
+            commit_message=target.commit_message or "Upload model made with hf-tsv",
+        )
+    except RepoError as error:
+        error.hint = (
+            f"The result is complete in {folder}; upload it later with"
+            f" `hf upload {target.push_to} {folder}`. {error.hint or ''}"
+        ).rstrip()
+        raise
+    except BaseException:
+        logger.warning("The result is complete in %s, but was not uploaded.", folder)
+        raise

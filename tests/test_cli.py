@@ -1,0 +1,363 @@
+"""The console script as a user meets it: against the loopback Hub, with good and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cli import SCRIPT, Result, hf_tsv
+from hub import Hub, User
+from safetensors.torch import load_file, save_file
+
+CARD = "---\nbase_model: org/base\nlicense: mit\n---\n# A fine-tune\n"
+
+
+@pytest.fixture
+def world(hub: Hub, zoo: Path, tmp_path: Path) -> Path:
+    """A Hub with a base and fine-tunes of it, and an empty folder to work in."""
+    hub.add_repo("org/base", zoo / "base")
+    for kind in ("vision", "flat", "full"):
+        files = {file.name: file for file in (zoo / kind).iterdir()}
+        hub.add_repo(f"org/{kind}", {**files, "README.md": CARD})
+    work = tmp_path / "work"
+    work.mkdir()
+    return work
+
+
+def copied(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target
+
+
+def edited(folder: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a checkpoint with its tensors changed."""
+    copied(folder, target)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_merge_from_the_hub_into_a_folder(world: Path, hub: Hub, zoo: Path) -> None:
+    hub.tag("org/flat", "v1", hub.repos["org/flat"].branches["main"])
+    local = copied(zoo / "projection", world / "local")
+    done = hf_tsv(
+        "merge", "org/vision", "org/flat@v1", f"./{local.name}", "-o", "merged", cwd=world
+    )
+    assert done.code == 0, done.err
+    assert done.out == f"{world / 'merged'}\n"
+    assert "Base model: org/base, named by org/vision, org/flat@v1." in done.err
+    assert (world / "merged" / "hf_tsv_recipe.yaml").is_file()
+    assert not any("authorization" in r.headers for r in hub.requests if r.origin == "cdn")
+    again = hf_tsv("merge", "--recipe", "merged/hf_tsv_recipe.yaml", "-o", "again", cwd=world)
+    assert again.code == 0, again.err
+    for file in (world / "merged").iterdir():
+        assert file.read_bytes() == (world / "again" / file.name).read_bytes(), file.name
+
+
+def test_merge_from_the_hub_to_the_hub(world: Path, hub: Hub) -> None:
+    refs = ["org/vision", "org/flat", "org/full"]
+    done = hf_tsv("merge", *refs, "--push-to", "abc", "--private", "--json", cwd=world)
+    assert done.code == 0, done.err
+    report = done.json
+    shas = {ref: hub.repos[ref].branches["main"] for ref in [*refs, "org/base"]}
+    assert report["base_model"] == {"ref": "org/base", "revision": shas["org/base"]}
+    assert report["inputs"] == [{"ref": ref, "revision": shas[ref]} for ref in refs]
+    assert report["weights"] == {"decomposed": 28, "averaged": 50, "copied": 0}
+    assert report["warnings"] == [] and report["output"] is None and report["seconds"] > 0
+    files = hub.files("me/abc")
+    assert report["output_bytes"] == len(files["model.safetensors"])
+    assert hub.repos["me/abc"].private
+    assert report["url"].startswith(f"{hub.endpoint}/me/abc/commit/")
+    commits = [r for r in hub.requests if "/commit/" in r.path and r.method == "POST"]
+    assert len(commits) == 1
+    assert list(world.iterdir()) == []
+
+
+def test_the_snippet_of_the_card_loads_the_pushed_model_without_hf_tsv(
+    world: Path, hub: Hub
+) -> None:
+    done = hf_tsv("merge", "org/vision", "org/flat", "--push-to", "me/abc", cwd=world)
+    assert done.code == 0, done.err
+    card = hub.files("me/abc")["README.md"].decode()
+    snippet = card.split("```python\n")[1].split("```")[0]
+    assert 'CLIPModel.from_pretrained("me/abc")' in snippet
+    code = f"""
+import sys
+sys.modules["hf_tsv"] = None
+{snippet}
+import numpy
+from PIL import Image
+image = Image.fromarray(numpy.zeros((40, 50, 3), dtype="uint8"))
+assert len(classifier(image, candidate_labels=["a cat", "a dog"])) == 2
+"""
+    subprocess.run([str(SCRIPT.with_name("python")), "-c", code], check=True, capture_output=True)
+
+
+def test_push_to_a_branch_as_a_pull_request_with_a_message(world: Path, hub: Hub) -> None:
+    hub.add_repo("me/abc", {"README.md": "---\nlicense: mit\n---\n", "old.safetensors": b"x"})
+    merge = ["merge", "org/vision", "--push-to", "me/abc"]
+    assert hf_tsv(*merge, "--revision", "tsv", cwd=world).code == 0
+    assert "model.safetensors" in hub.files("me/abc", "tsv")
+    assert "old.safetensors" not in hub.files("me/abc", "tsv")
+    assert "model.safetensors" not in hub.files("me/abc")
+    assert hf_tsv(*merge, "--create-pr", "--commit-message", "Merge!", cwd=world).code == 0
+    assert "model.safetensors" in hub.files("me/abc", "refs/pr/1")
+    assert "model.safetensors" not in hub.files("me/abc")
+
+
+def test_offline_with_a_warm_cache(world: Path, hub: Hub) -> None:
+    first = hf_tsv("merge", "org/vision", "org/flat", "-o", "online", cwd=world)
+    assert first.code == 0, first.err
+    seen = len(hub.requests)
+    done = hf_tsv("merge", "org/vision", "org/flat", "-o", "off", cwd=world, HF_HUB_OFFLINE="1")
+    assert done.code == 0, done.err
+    assert len(hub.requests) == seen
+    for file in (world / "online").iterdir():
+        assert file.read_bytes() == (world / "off" / file.name).read_bytes(), file.name
+
+
+def test_private_and_gated_repositories_open_with_the_right_token(
+    world: Path, hub: Hub, zoo: Path
+) -> None:
+    hub.repos["org/vision"].private = True
+    files = {file.name: file for file in (zoo / "flat").iterdir()}
+    hub.add_repo("acme/flat", {**files, "README.md": CARD}, gated="auto")
+    hub.repos["acme/flat"].allowed = {"me"}
+    assert hf_tsv("merge", "org/vision", "acme/flat", "-o", "merged", cwd=world).code == 0
+
+
+def test_dry_run_as_text_writes_nothing(world: Path, hub: Hub) -> None:
+    done = hf_tsv("merge", "org/vision", "org/flat", "--dry-run", cwd=world)
+    assert done.code == 0, done.err
+    sha = hub.repos["org/vision"].branches["main"]
+    assert f"task 1       org/vision@{sha}" in done.out
+    assert "decomposed   13 tensors" in done.out and "copied       39 tensors" in done.out
+    assert list(world.iterdir()) == []
+    assert not (Path(os.environ["HF_HOME"]) / "hub").exists()
+
+
+def test_quiet_prints_the_result_and_warnings_only(world: Path) -> None:
+    done = hf_tsv("merge", "org/vision", "-o", "merged", "--quiet", cwd=world)
+    assert (done.code, done.out, done.err) == (0, f"{world / 'merged'}\n", "")
+
+
+def test_the_same_checkpoint_twice_is_a_warning(world: Path) -> None:
+    done = hf_tsv("merge", "org/vision", "org/vision", "-o", "merged", "--json", cwd=world)
+    assert done.code == 0
+    assert "Warning: org/vision is given twice" in done.err
+    assert "given twice" in done.json["warnings"][0]
+
+
+def refused(done: Result, world: Path, hub: Hub, *parts: str) -> None:
+    """One clear line that names the thing, exit code 1, nothing written, nothing pushed."""
+    assert done.code == 1, (done.code, done.err)
+    assert done.out == ""
+    errors = [line for line in done.err.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, done.err
+    assert "Hint: " in done.err and "Traceback" not in done.err
+    for part in parts:
+        assert part in done.err, done.err
+    left = {path.name for path in world.iterdir()}
+    assert not {name for name in left if name.startswith(".") or name == "merged"}, left
+    assert not any(r.method in ("POST", "PUT", "DELETE") for r in hub.requests)
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        ([], ["nothing to merge", "at least one checkpoint"]),
+        (["org/nope"], ["org/nope does not exist"]),
+        (["./nope"], ["no folder './nope'"]),
+        (["org/vision@nope"], ["org/vision has no revision 'nope'"]),
+        (["org/base", "--base-model", "org/base"], ["org/base equals the base model"]),
+        (["org/vision", "--weights", "1,2"], ["2 weights for 1 checkpoints"]),
+        (["org/vision", "--weights", "1;2"], ["--weights is '1;2'"]),
+        (["org/vision", "--rank", "3", "--rank-fraction", "0.1"], ["exclude each other"]),
+        (["org/vision", "--alpha", "nan"], ["alpha is nan"]),
+        (["org/vision", "--max-shard-size", "big"], ["max_shard_size is 'big'"]),
+        (["--recipe", "nope.yaml"], ["nope.yaml cannot be read"]),
+    ],
+    ids=lambda value: "-".join(value)[:40] if isinstance(value, list) else str(value),
+)
+def test_bad_arguments(world: Path, hub: Hub, args: list[str], parts: list[str]) -> None:
+    refused(hf_tsv("merge", *args, "-o", "merged", cwd=world), world, hub, *parts)
+
+
+def test_no_place_for_the_result(world: Path, hub: Hub) -> None:
+    refused(hf_tsv("merge", "org/vision", cwd=world), world, hub, "-o DIR or --push-to")
+
+
+def test_a_gated_repository(world: Path, hub: Hub, zoo: Path) -> None:
+    files = {file.name: file for file in (zoo / "flat").iterdir()}
+    hub.add_repo("acme/clip", {**files, "README.md": CARD}, gated="auto")
+    done = hf_tsv("merge", "org/vision", "acme/clip", "-o", "merged", cwd=world)
+    refused(done, world, hub, "acme/clip is gated", "https://huggingface.co/acme/clip")
+
+
+def test_pushing_without_a_token(world: Path, hub: Hub) -> None:
+    done = hf_tsv("merge", "org/vision", "--push-to", "me/abc", cwd=world, HF_TOKEN=None)
+    refused(done, world, hub, "needs a token", "hf auth login")
+    assert hub.sent("safetensors") == 0
+
+
+def test_pushing_with_a_token_that_can_only_read(world: Path, hub: Hub) -> None:
+    hub.users["hf_look"] = User("me", orgs=["org"], role="read")
+    done = hf_tsv("merge", "org/vision", "--push-to", "me/abc", cwd=world, HF_TOKEN="hf_look")
+    refused(done, world, hub, "can only read")
+    assert "hf_look" not in done.err and hub.sent("safetensors") == 0
+
+
+def test_no_base_model_anywhere(world: Path, hub: Hub, zoo: Path) -> None:
+    done = hf_tsv("merge", zoo / "vision", "-o", "merged", cwd=world)
+    refused(done, world, hub, "No checkpoint says which base model", "--base-model")
+
+
+def test_inputs_that_disagree_about_the_base(world: Path, hub: Hub) -> None:
+    hub.add_repo("org/flat", {"README.md": CARD.replace("org/base", "org/other")})
+    done = hf_tsv("merge", "org/vision", "org/flat", "-o", "merged", cwd=world)
+    refused(done, world, hub, "org/vision: org/base; org/flat: org/other", "--base-model")
+
+
+def test_another_architecture(world: Path, hub: Hub, zoo: Path) -> None:
+    other = copied(zoo / "vision", world / "siglip")
+    (other / "config.json").write_text(json.dumps({"model_type": "siglip"}))
+    done = hf_tsv("merge", other, "--base-model", "org/base", "-o", "merged", cwd=world)
+    refused(done, world, hub, "siglip is not a CLIP checkpoint", "model_type 'siglip'")
+
+
+def test_shapes_and_names_that_do_not_fit_are_all_listed(world: Path, hub: Hub, zoo: Path) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["vision_model.post_layernorm.bias"] = torch.zeros(33)
+        del tensors["vision_model.encoder.layers.1.mlp.fc1.weight"]
+        tensors["vision_model.encoder.layers.2.mlp.fc1.bias"] = torch.zeros(64)
+
+    bad = edited(zoo / "vision", world / "bad", damage)
+    done = hf_tsv("merge", bad, "--base-model", "org/base", "-o", "merged", cwd=world)
+    refused(
+        done, world, hub, "3 weights do not fit",
+        "post_layernorm.bias has shape [33], the base [32]",
+        "layers.1.mlp.fc1.weight is missing", "layers.2.mlp.fc1.bias is not in the base",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(world: Path, hub: Hub, zoo: Path, value: float) -> None:
+    name = "vision_model.encoder.layers.1.mlp.fc2.weight"
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][3, :5] = value
+
+    bad = edited(zoo / "vision", world / "bad", damage)
+    done = hf_tsv("merge", bad, "org/flat", "-o", "merged", cwd=world)
+    refused(done, world, hub, f"bad: 5 of 2048 values of {name} are NaN or Inf")
+
+
+def test_a_truncated_file(world: Path, hub: Hub, zoo: Path) -> None:
+    bad = copied(zoo / "vision", world / "bad")
+    file = bad / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    done = hf_tsv("merge", bad, "org/flat", "-o", "merged", cwd=world)
+    refused(done, world, hub, "bad: model.safetensors is truncated")
+
+
+def test_an_index_that_points_outside_its_folder(world: Path, hub: Hub, zoo: Path) -> None:
+    bad = copied(zoo / "vision", world / "bad")
+    (bad / "model.safetensors").rename(world / "stolen.safetensors")
+    index = {"weight_map": {"vision_model.post_layernorm.bias": "../stolen.safetensors"}}
+    (bad / "model.safetensors.index.json").write_text(json.dumps(index))
+    done = hf_tsv("merge", bad, "org/flat", "-o", "merged", cwd=world)
+    refused(done, world, hub, "points outside its folder: '../stolen.safetensors'")
+
+
+def test_an_input_with_the_weights_of_the_base(world: Path, hub: Hub, zoo: Path) -> None:
+    same = copied(zoo / "base", world / "same")
+    done = hf_tsv("merge", "org/vision", same, "-o", "merged", cwd=world)
+    refused(done, world, hub, f"{same} equals the base model org/base")
+
+
+def test_an_output_folder_that_exists(world: Path, hub: Hub) -> None:
+    (world / "taken").mkdir()
+    (world / "taken" / "file").touch()
+    done = hf_tsv("merge", "org/vision", "-o", "taken", cwd=world)
+    refused(done, world, hub, "taken exists", "--force")
+    assert hub.requests == []
+
+
+def test_no_space_on_the_disk(world: Path, hub: Hub, zoo: Path) -> None:
+    """A limit on file sizes stands in for a full disk: reserving the shard fails as it would."""
+    limited = subprocess.run(
+        [str(SCRIPT), "merge", str(zoo / "vision"), "--base-model", str(zoo / "base"),
+         "-o", "merged"],
+        cwd=world, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )  # fmt: skip
+    done = Result(limited.returncode, limited.stdout, limited.stderr)
+    refused(done, world, hub, "Cannot write to", "merged", "Free some space")
+
+
+def test_a_failed_upload_keeps_the_finished_folder(world: Path, hub: Hub) -> None:
+    hub.fail("/api/models/me/abc/commit/", 403, times=99)
+    done = hf_tsv("merge", "org/vision", "--push-to", "me/abc", cwd=world)
+    assert done.code == 1
+    command = done.err.split("`")[1]
+    assert command.startswith("hf upload me/abc ")
+    assert (Path(command.split()[-1]) / "model.safetensors").is_file()
+    shutil.rmtree(Path(command.split()[-1]).parent)
+
+
+def test_interrupting_leaves_nothing_behind(world: Path, zoo: Path) -> None:
+    """Ctrl-C while weights are being decomposed."""
+    from test_merge import deep_checkpoints
+
+    deep_checkpoints(world / "deep", 12)
+    before = sorted(world.iterdir())
+    deep = world / "deep"
+    process = subprocess.Popen(
+        [str(SCRIPT), "merge", str(deep / "t1"), str(deep / "t2"), "--base-model",
+         str(deep / "base"), "-o", "merged"],
+        cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(world.glob(".merged*/model.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == "" and "Interrupted" in err and "Traceback" not in err
+    assert sorted(world.iterdir()) == before
+
+
+def test_an_unknown_option_is_a_usage_error(world: Path) -> None:
+    assert hf_tsv("merge", "--frobnicate", cwd=world).code == 2
+
+
+def test_debug_shows_the_traceback_without_the_token(world: Path) -> None:
+    done = hf_tsv("merge", "org/nope", "-o", "merged", cwd=world, HF_DEBUG="1")
+    assert done.code == 1 and "Traceback" in done.err and "hf_write" not in done.err
+
+
+def test_help_and_version_import_no_torch(world: Path) -> None:
+    code = """
+import sys
+from hf_tsv.cli import app
+try:
+    app(["--help"])
+except SystemExit:
+    pass
+assert not {"torch", "transformers", "huggingface_hub"} & set(sys.modules)
+"""
+    subprocess.run([str(SCRIPT.with_name("python")), "-c", code], check=True, capture_output=True)
+    help_text = hf_tsv("merge", "--help", COLUMNS="200").out
+    assert "org/clip-a org/clip-b@v1 ./clip-c --base-model" in help_text
+    assert hf_tsv("--version").out.strip()[0].isdigit()

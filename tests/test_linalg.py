@@ -1,0 +1,203 @@
+"""Decompositions of one matrix: truncated SVD and the two ways to the polar factor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import gaussian, generator, one_thread, orthonormal, relative_error
+from torch import Tensor
+
+from hf_tsv import linalg
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+
+SHAPES = [(12, 12), (30, 7), (7, 30), (1, 9), (9, 1), (1, 1)]
+POLAR = [linalg.polar_factor, linalg.polar_factor_by_whitening]
+examples = settings(max_examples=30, derandomize=True, deadline=None)
+
+
+def with_singular_values(values: list[float], shape: tuple[int, int], seed: int = 0) -> Tensor:
+    """A float64 matrix with these singular values, in random directions."""
+    g = generator(seed)
+    U, V = orthonormal(shape[0], len(values), g), orthonormal(shape[1], len(values), g)
+    return U * torch.tensor(values, dtype=torch.float64) @ V.T
+
+
+# Truncated SVD
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_triplets_give_the_matrix_back(shape: tuple[int, int]) -> None:
+    matrix = gaussian(*shape, generator(1))
+    U, S, Vh = linalg.truncated_svd(matrix, min(shape))
+    assert relative_error(U * S @ Vh, matrix) < 1e-14
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (30, 7), (7, 30)])
+def test_leading_triplets_give_the_nearest_matrix_of_that_rank(shape: tuple[int, int]) -> None:
+    matrix = gaussian(*shape, generator(2))
+    U, S, Vh = linalg.truncated_svd(matrix, 3)
+    assert (U.shape, S.shape, Vh.shape) == ((shape[0], 3), (3,), (3, shape[1]))
+    dropped = torch.linalg.svdvals(matrix)[3:].norm()  # Eckart, Young
+    assert float((U * S @ Vh - matrix).norm() / dropped) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_singular_values_descend(shape: tuple[int, int]) -> None:
+    _, S, _ = linalg.truncated_svd(gaussian(*shape, generator(3)), min(shape))
+    assert S.tolist() == sorted(S.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_singular_vectors_are_orthonormal(shape: tuple[int, int]) -> None:
+    U, S, Vh = linalg.truncated_svd(gaussian(*shape, generator(4)), 5)
+    identity = torch.eye(len(S), dtype=torch.float64)
+    torch.testing.assert_close(U.T @ U, identity, rtol=0, atol=1e-14)
+    torch.testing.assert_close(Vh @ Vh.T, identity, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (9, 6), (6, 9)])
+@pytest.mark.parametrize(("floor", "kept"), [(0.0, 4), (1e-3, 3), (0.5, 2), (2.5, 1), (5.0, 0)])
+def test_singular_values_under_the_floor_are_dropped(
+    shape: tuple[int, int], floor: float, kept: int
+) -> None:
+    matrix = with_singular_values([3.0, 2.0, 0.1, 1e-4], shape)
+    assert len(linalg.truncated_svd(matrix, 4, floor)[1]) == kept
+
+
+def test_a_singular_value_at_the_floor_is_dropped() -> None:
+    assert linalg.truncated_svd(torch.diag(torch.tensor([2.0, 1.0])), 2, 1.0)[1].tolist() == [2.0]
+
+
+def test_a_zero_matrix_has_no_triplets() -> None:
+    U, S, Vh = linalg.truncated_svd(torch.zeros(4, 6), 3)
+    assert (U.shape, S.shape, Vh.shape) == ((4, 0), (0,), (0, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_stored_numbers_are_decomposed_in_float64(dtype: torch.dtype) -> None:
+    matrix = gaussian(8, 5, generator(5)).to(dtype)
+    U, S, Vh = linalg.truncated_svd(matrix, 5)
+    assert {U.dtype, S.dtype, Vh.dtype} == {torch.float64}
+    assert relative_error(U * S @ Vh, matrix) < 1e-14
+
+
+def test_triplets_do_not_keep_the_untruncated_factors_in_memory() -> None:
+    factors = linalg.truncated_svd(gaussian(40, 30, generator(6)), 2)
+    assert [f.untyped_storage().nbytes() for f in factors] == [8 * 40 * 2, 8 * 2, 8 * 2 * 30]
+
+
+# Polar factor
+
+
+@pytest.mark.parametrize("polar", POLAR)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_polar_factor_has_orthonormal_columns_or_rows(polar, shape: tuple[int, int]) -> None:
+    X, null = polar(gaussian(*shape, generator(7)))
+    gram = X.T @ X if shape[0] >= shape[1] else X @ X.T
+    torch.testing.assert_close(gram, torch.eye(len(gram)).double(), rtol=0, atol=1e-11)
+    assert null == 0
+
+
+@pytest.mark.parametrize("polar", POLAR)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_rest_of_the_polar_decomposition_is_symmetric_and_positive(
+    polar, shape: tuple[int, int]
+) -> None:
+    """A = X H with H = XᵀA: what makes X the nearest one, and not just any orthonormal basis."""
+    A = gaussian(*shape, generator(8))
+    X, _ = polar(A)
+    H = X.T @ A if shape[0] >= shape[1] else A @ X.T
+    torch.testing.assert_close(H, H.T, rtol=0, atol=1e-11)
+    assert torch.linalg.eigvalsh((H + H.T) / 2).min() > 0
+
+
+@pytest.mark.parametrize("polar", POLAR)
+def test_an_orthonormal_matrix_is_its_own_polar_factor(polar) -> None:
+    Q = orthonormal(20, 8, generator(9))
+    assert relative_error(polar(Q)[0], Q) < 1e-13
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**32))
+@examples
+def test_whitening_equals_procrustes(rows: int, columns: int, seed: int) -> None:
+    A = gaussian(rows, columns, generator(seed))
+    assert relative_error(linalg.polar_factor_by_whitening(A)[0], linalg.polar_factor(A)[0]) < 1e-7
+
+
+@pytest.mark.parametrize("shape", [(20, 6), (6, 20), (6, 6)])
+@pytest.mark.parametrize("smallest", [1e-2, 1e-3, 1e-4, 1e-5, 3e-6, 1.1e-6])
+@pytest.mark.parametrize("polar", POLAR)
+def test_the_polar_factor_is_accurate_down_to_the_tolerance(
+    polar, smallest: float, shape: tuple[int, int]
+) -> None:
+    values = [1.0, 0.5, 0.2, 10 * smallest, 1.5 * smallest, smallest]
+    A = with_singular_values(values, shape, seed=10)
+    expected = with_singular_values([1.0] * 6, shape, seed=10)
+    X, null = polar(A)
+    assert relative_error(X, expected) < 5e-6
+    assert null == 0
+
+
+@pytest.mark.parametrize("shape", [(20, 6), (6, 20), (6, 6)])
+@pytest.mark.parametrize("smallest", [9e-7, 1e-7, 1e-9, 1e-12, 1e-16])
+@pytest.mark.parametrize("polar", POLAR)
+def test_null_directions_are_left_out_and_counted(
+    polar, smallest: float, shape: tuple[int, int]
+) -> None:
+    A = with_singular_values([1.0, 0.5, 0.3, 0.2, smallest, smallest / 2], shape, seed=11)
+    minimum_norm = with_singular_values([1.0] * 4 + [0.0] * 2, shape, seed=11)
+    X, null = polar(A)
+    assert relative_error(X, minimum_norm) < 1e-7
+    assert null == 2
+
+
+@pytest.mark.parametrize("polar", POLAR)
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_null_directions_that_are_exactly_zero_count_too(polar, shape: tuple[int, int]) -> None:
+    A = torch.zeros(shape)
+    A[0, 0] = A[1, 1] = 1.0
+    X, null = polar(A)
+    assert torch.equal(X, A.double())
+    assert null == 2
+
+
+@pytest.mark.parametrize("polar", POLAR)
+def test_a_repeated_column_is_shared_between_its_copies(polar) -> None:
+    column = orthonormal(5, 1, generator(12))
+    X, null = polar(torch.cat([column, column, -column], dim=1))
+    expected = torch.cat([column, column, -column], dim=1) / 3**0.5
+    assert relative_error(X, expected) < 1e-13
+    assert null == 2
+
+
+@pytest.mark.parametrize("polar", POLAR)
+def test_the_polar_factor_of_zeros_is_zero(polar) -> None:
+    X, null = polar(torch.zeros(3, 5))
+    assert torch.equal(X, torch.zeros(3, 5, dtype=torch.float64))
+    assert null == 3
+
+
+@pytest.mark.parametrize("polar", POLAR)
+def test_the_polar_factor_of_nothing_is_nothing(polar) -> None:
+    X, null = polar(torch.zeros(3, 0))
+    assert X.shape == (3, 0)
+    assert null == 0
+
+
+@pytest.mark.parametrize("polar", POLAR)
+@pytest.mark.parametrize("scale", [1e-20, 1e15])
+def test_the_polar_factor_does_not_depend_on_scale(polar, scale: float) -> None:
+    A = gaussian(9, 6, generator(13))
+    assert relative_error(polar(scale * A)[0], polar(A)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("polar", POLAR)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_polar_factors_of_stored_numbers_are_computed_in_float64(polar, dtype) -> None:
+    A = gaussian(9, 6, generator(14)).to(dtype)
+    X, _ = polar(A)
+    assert X.dtype == torch.float64
+    assert relative_error(X, polar(A.double())[0]) < 1e-14
