@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from hub import Hub
 HUB = Hub()
 HUB.start()
 HF_HOME = tempfile.mkdtemp(prefix="hf-tsv-test-home-")
+atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
 
 # Frozen when huggingface_hub is imported, so set before anything imports it.
 ENVIRONMENT = {

@@ -80,6 +80,7 @@ def test_any_recipe_is_the_same_after_a_round_trip(
 
 def test_a_recipe_names_every_choice_and_the_versions() -> None:
     content = yaml.safe_load(RECIPE.to_yaml())
+    assert list(content)[:2] == ["hf_tsv_recipe", "method"]
     assert content == {
         "hf_tsv_recipe": 1,
         "method": "tsv",

@@ -160,6 +160,11 @@ def test_the_split_is_the_library_s(tmp_path: Path) -> None:
         assert (tmp_path / file).read_bytes() == expected.read_bytes()
 
 
+def test_the_split_does_not_depend_on_the_order_of_the_tensors() -> None:
+    specs = specs_of(clip_state())
+    assert plan_shards(dict(reversed(specs.items())), 30_000) == plan_shards(specs, 30_000)
+
+
 def test_transformers_loads_the_shards(tmp_path: Path) -> None:
     from transformers import CLIPModel
 

@@ -69,7 +69,7 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     vision = {
         "hidden_size": 96,
         "intermediate_size": 192,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "image_size": SIDE,
         "patch_size": 8,
     }

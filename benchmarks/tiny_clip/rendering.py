@@ -57,13 +57,17 @@ SHAPES: dict[str, Field] = {
 }
 
 
-def field_masks(fields: dict[str, Field], which: Ints, u: Floats, v: Floats) -> Floats:
-    """Soft-edged masks (n, 32, 32) of the which[i]-th field on the grid (u[i], v[i])."""
-    masks = np.empty_like(u)
+def field_masks(
+    fields: dict[str, Field], which: Ints, u: Floats, v: Floats, outline: float | None = None
+) -> Floats:
+    """Soft-edged masks (n, 32, 32) of the which[i]-th field on the grid (u[i], v[i]), or of its outline."""
+    inside = np.empty_like(u)
     for index, field in enumerate(fields.values()):
         rows = which == index
-        masks[rows] = np.clip(0.5 + 6 * field(u[rows], v[rows]), 0, 1)
-    return masks
+        inside[rows] = field(u[rows], v[rows])
+    if outline is not None:
+        inside = outline - np.abs(inside)
+    return np.clip(0.5 + 6 * inside, 0, 1)
 
 
 def _cell(g: Floats) -> Floats:

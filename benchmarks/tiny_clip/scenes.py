@@ -19,11 +19,11 @@ from .tasks import (
     SHAPES,
     TEXTURES,
     cell_grid,
+    centred_grid,
     dot_masks,
 )
 
 GLYPHS = LETTERS + "0123456789"
-NOUNS = (*SHAPES, *(f"letter {c}" for c in LETTERS), *(f"digit {c}" for c in "0123456789"))
 CHUNK = 200
 FRAMES = ("{}", "a picture of {}", "this is a photo of {}.", "a drawing of {}", "there is {}")
 
@@ -31,7 +31,7 @@ FRAMES = ("{}", "a picture of {}", "this is a photo of {}.", "a drawing of {}", 
 def scenes(n: int, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
     """n pairs: uint8 (n, 32, 32, 3) and captions that name some of what is to be seen."""
     rng = np.random.default_rng([seed, 0x5CE2E])
-    kinds = (_things, _things, _dots, _stripes, _textures)
+    kinds = (_glyphs, _shapes, _glyphs, _things, _dots, _stripes, _textures)
     images, captions = [], []
     for start in range(0, n, CHUNK):
         kind = kinds[start // CHUNK % len(kinds)]
@@ -56,20 +56,29 @@ def _colour(rng: np.random.Generator, n: int) -> tuple[Ints, Iterator[str]]:
     return which, (words[w] + " " if s else "" for w, s in zip(which, said, strict=True))
 
 
-def _things(rng: np.random.Generator, n: int) -> Part:
-    what, where = rng.integers(len(NOUNS), size=n), rng.integers(len(PLACES), size=n)
-    u, v = cell_grid(rng, where, uniform(rng, 0.3, 0.8, n), jitter=0.08, tilt=0.15)
-    solid = what < len(SHAPES)
-    mask = np.empty_like(u)
-    mask[solid] = r.field_masks(r.SHAPES, what[solid], u[solid], v[solid])
-    mask[~solid] = r.glyph_masks(GLYPHS, what[~solid] - len(SHAPES), u[~solid], v[~solid])
+def _shapes(rng: np.random.Generator, n: int) -> Part:
+    what = rng.integers(len(SHAPES), size=n)
+    u, v = centred_grid(rng, n, (0.6, 0.9), 0.1, 0.15)
     colour, words = _colour(rng, n)
-    captions = []
-    for noun, place, word in zip(what, where, words, strict=True):
-        name = NOUNS[noun] if rng.random() < 0.9 else "thing"
-        at = f" in the {PLACES[place]}" if rng.random() < 0.7 else ""
-        captions.append(f"{word}{name}{at}")
-    return mask, colour, captions
+    captions = [f"{w}{SHAPES[k]}" for k, w in zip(what, words, strict=True)]
+    return r.field_masks(r.SHAPES, what, u, v), colour, captions
+
+
+def _glyphs(rng: np.random.Generator, n: int) -> Part:
+    what = rng.integers(len(GLYPHS), size=n)
+    u, v = centred_grid(rng, n, (0.8, 1.0), 0.08, 0.1)
+    colour, words = _colour(rng, n)
+    names = ["digit" if g.isdigit() else "letter" for g in GLYPHS]
+    captions = [f"{w}{names[k]} {GLYPHS[k]}" for k, w in zip(what, words, strict=True)]
+    return r.glyph_masks(GLYPHS, what, u, v), colour, captions
+
+
+def _things(rng: np.random.Generator, n: int) -> Part:
+    what, where = rng.integers(len(SHAPES), size=n), rng.integers(len(PLACES), size=n)
+    u, v = cell_grid(rng, where, uniform(rng, 0.25, 0.4, n), jitter=0.08, tilt=0.15)
+    colour, words = _colour(rng, n)
+    captions = [f"{w}thing in the {PLACES[k]}" for k, w in zip(where, words, strict=True)]
+    return r.field_masks(r.SHAPES, what, u, v), colour, captions
 
 
 def _dots(rng: np.random.Generator, n: int) -> Part:

@@ -91,20 +91,20 @@ def cluttered(rng: np.random.Generator, n: int, strength: float) -> Floats:
     return canvas
 
 
-def loose_grid(
-    rng: np.random.Generator, n: int, size: tuple[float, float], tilt: float
+def centred_grid(
+    rng: np.random.Generator, n: int, size: tuple[float, float], shift: float, tilt: float
 ) -> tuple[Floats, Floats]:
-    """Frames (u, v) of objects of random size, place (within the image) and tilt (radians)."""
-    sizes = uniform(rng, *size, n)
-    x, y = (uniform(rng, -1, 1, n) * (1 - sizes) for _ in range(2))
-    return r.object_grid(x, y, sizes, uniform(rng, -tilt, tilt, n))
+    """Frames (u, v) of objects of random size near the middle, off by `shift`, turned by `tilt` (radians)."""
+    x, y = uniform(rng, -shift, shift, n), uniform(rng, -shift, shift, n)
+    return r.object_grid(x, y, uniform(rng, *size, n), uniform(rng, -tilt, tilt, n))
 
 
 def _letters(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    """Tilted letters on clutter."""
     n = len(labels)
-    u, v = loose_grid(rng, n, (0.6, 0.85), 0.3)
-    mask = r.glyph_masks(LETTERS, labels, u, v)
-    return r.to_uint8(rng, r.paint(cluttered(rng, n, 0.2), mask, random_colours(rng, n, 0.15)), 0.06)
+    u, v = centred_grid(rng, n, (0.7, 1.0), 0.1, 0.7)
+    canvas = r.paint(cluttered(rng, n, 0.35), r.glyph_masks(LETTERS, labels, u, v), random_colours(rng, n, 0.15))
+    return r.to_uint8(rng, canvas, 0.04)
 
 
 @lru_cache
@@ -128,46 +128,63 @@ def _digits(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.
 
 
 def _shapes(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    """Dark outlines on bright paper."""
     n = len(labels)
-    u, v = loose_grid(rng, n, (0.4, 0.65), 0.4)
-    mask = r.field_masks(r.SHAPES, labels, u, v)
-    return r.to_uint8(rng, r.paint(cluttered(rng, n, 0.2), mask, random_colours(rng, n, 0.15)), 0.06)
+    u, v = centred_grid(rng, n, (0.6, 0.95), 0.1, 0.4)
+    mask = r.field_masks(r.SHAPES, labels, u, v, outline=0.15)
+    paper = r.plain(uniform(rng, 0.65, 1, n, 3))
+    return r.to_uint8(rng, r.paint(paper, mask, uniform(rng, 0, 0.35, n, 3)), 0.05)
 
 
 def _colours(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    """Things in coloured light, among bits of other colours."""
     n = len(labels)
     canvas = cluttered(rng, n, 0.2)
-    shade = uniform(rng, 0.6, 1.1, n, 1)
-    subject = PALETTE[labels] + uniform(rng, -0.12, 0.12, n, 3)
-    for colours, size in ((random_colours(rng, n, 0.1), 0.2), (subject, 0.4)):
-        u, v = loose_grid(rng, n, (0.8 * size, 1.2 * size), np.pi)
+    for paints, size, shift in ((random_colours(rng, n, 0.1), 0.3, 0.7), (PALETTE[labels], 0.7, 0.1)):
+        u, v = centred_grid(rng, n, (0.8 * size, 1.2 * size), shift, np.pi)
         mask = r.field_masks(r.SHAPES, rng.integers(len(SHAPES), size=n), u, v)
-        canvas = r.paint(canvas, mask, colours * shade)
-    return r.to_uint8(rng, canvas, 0.06)
+        canvas = r.paint(canvas, mask, paints)
+    light = uniform(rng, 0.5, 1.0, n, 1) * uniform(rng, 0.75, 1.25, n, 3)
+    return r.to_uint8(rng, canvas * light[:, None, None], 0.08)
 
 
 def _orientation(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    """Fine, faint gratings."""
     n = len(labels)
     step = np.pi / len(ORIENTATIONS)
     angle = labels.astype(np.float32) * step + uniform(rng, -0.2, 0.2, n) * step
-    wave = r.stripes(angle, uniform(rng, 4, 9, n), uniform(rng, 0, 2 * np.pi, n))
-    mask = wave * uniform(rng, 0.5, 0.9, n)[:, None, None]
-    return r.to_uint8(rng, r.paint(cluttered(rng, n, 0.2), mask, random_colours(rng, n, 0.2)), 0.06)
+    wave = r.stripes(angle, uniform(rng, 4, 7, n), uniform(rng, 0, 2 * np.pi, n))
+    mask = wave * uniform(rng, 0.4, 0.8, n)[:, None, None]
+    grey = r.plain(uniform(rng, 0.2, 0.8, n, 1).repeat(3, axis=1))
+    return r.to_uint8(rng, r.paint(grey, mask, uniform(rng, 0, 1, n, 3)), 0.08)
 
 
 def _textures(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    """Textures in two random colours, turned any way."""
     n = len(labels)
-    period, angle = uniform(rng, 0.3, 0.6, n), uniform(rng, -0.3, 0.3, n)
+    period, angle = uniform(rng, 0.3, 0.6, n), uniform(rng, -0.5, 0.5, n)
     u, v = r.object_grid(uniform(rng, -1, 1, n), uniform(rng, -1, 1, n), period, angle)
-    mask = r.field_masks(r.TEXTURES, labels, u, v) * uniform(rng, 0.5, 0.9, n)[:, None, None]
-    return r.to_uint8(rng, r.paint(cluttered(rng, n, 0.2), mask, random_colours(rng, n, 0.2)), 0.06)
+    mask = r.field_masks(r.TEXTURES, labels, u, v)
+    paper = r.plain(uniform(rng, 0.55, 1, n, 3))
+    return r.to_uint8(rng, r.paint(paper, mask, uniform(rng, 0, 0.4, n, 3)), 0.06)
 
 
 def _counting(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    """Dots, dark or bright, on a bright blotched ground."""
     n = len(labels)
-    canvas = cluttered(rng, n, 0.2)
-    mask = dot_masks(rng, labels + 1, (0.15, 0.25))
-    return r.to_uint8(rng, r.paint(canvas, mask, random_colours(rng, n, 0.15)), 0.06)
+    ground = r.paint(r.plain(uniform(rng, 0.5, 1, n, 3)), r.blotches(rng, n, 3) * 0.5, uniform(rng, 0, 1, n, 3))
+    mask = dot_masks(rng, labels + 1, (0.14, 0.24))
+    return r.to_uint8(rng, r.paint(ground, mask, uniform(rng, 0, 0.3, n, 3)), 0.05)
+
+
+def _position(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
+    """Small letters on stripes."""
+    n = len(labels)
+    wave = r.stripes(uniform(rng, 0, np.pi, n), uniform(rng, 5, 12, n), uniform(rng, 0, 2 * np.pi, n))
+    ground = r.paint(r.plain(uniform(rng, 0, 0.5, n, 3)), wave * 0.6, uniform(rng, 0, 0.6, n, 3))
+    u, v = cell_grid(rng, labels, uniform(rng, 0.3, 0.4, n), jitter=0.1, tilt=0.5)
+    mask = r.glyph_masks(LETTERS, rng.integers(len(LETTERS), size=n), u, v)
+    return r.to_uint8(rng, r.paint(ground, mask, uniform(rng, 0.7, 1, n, 3)), 0.05)
 
 
 def dot_masks(rng: np.random.Generator, counts: Ints, size: tuple[float, float]) -> Floats:
@@ -184,14 +201,6 @@ def dot_masks(rng: np.random.Generator, counts: Ints, size: tuple[float, float])
         dot = np.clip(0.5 + 3 * (1 - np.hypot(u, v)), 0, 1)
         total += dot * (place < counts)[:, None, None]
     return total
-
-
-def _position(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
-    n = len(labels)
-    size = uniform(rng, 0.2, 0.35, n)
-    u, v = cell_grid(rng, labels, size, jitter=0.12, tilt=np.pi)
-    mask = r.field_masks(r.SHAPES, rng.integers(len(SHAPES), size=n), u, v)
-    return r.to_uint8(rng, r.paint(cluttered(rng, n, 0.2), mask, random_colours(rng, n, 0.15)), 0.06)
 
 
 def cell_grid(

@@ -16,6 +16,8 @@ from .models import build_model, build_processor
 from .scenes import scenes
 from .tasks import Task
 
+import os
+HEAD_SCALE = float(os.environ.get("HS", "20"))
 Tick = Callable[[], None]
 
 
@@ -102,7 +104,7 @@ def finetune(
     vision = CLIPVisionModel(base.config.vision_config)
     vision.load_state_dict(base.vision_model.state_dict())
     base.requires_grad_(False)
-    head = base.logit_scale.exp() * text_embeddings(base, tokenizer, task.prompts)
+    head = HEAD_SCALE * text_embeddings(base, tokenizer, task.prompts)
     data = task.samples("train", recipe.task_images, recipe.seed)
     labels = torch.from_numpy(data.labels)
 
