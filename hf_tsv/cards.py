@@ -36,9 +36,9 @@ class CardInput:
 
     @property
     def link(self) -> str:
-        """Markdown: a link to the commit, or the folder's name as code."""
-        if self.revision is None:
-            return f"{code(self.name)} (a local folder)"
+        """Markdown for a table: a link to the commit, or the folder's name as code."""
+        if self.revision is None:  # a table ends its cells at a bar even inside code
+            return code(self.name).replace("|", r"\|") + " (a local folder)"
         url = f"https://huggingface.co/{self.ref}/tree/{self.revision}"
         return f"[{code(self.ref)}]({url}) at {code(self.revision[:12])}"
 

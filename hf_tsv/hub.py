@@ -6,6 +6,7 @@ out as a [`RepoError`] that says what to do.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,6 +67,11 @@ class RepoSnapshot:
 
 def api(token: str | None = None) -> HfApi:
     """The client, introducing itself as hf-tsv."""
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise RepoError(
+            "The token is empty or has characters that no token has.",
+            "Copy it again from https://huggingface.co/settings/tokens.",
+        )
     return HfApi(token=token, library_name="hf-tsv", library_version=__version__)
 
 
@@ -86,11 +92,17 @@ def snapshot(
             )
         except (OfflineModeIsEnabled, TransportError) as error:
             return _cached_snapshot(repo_id, revision, cache_dir, error)
-    card = {}
-    if info.card_data is not None:
-        card = info.card_data.to_dict()  # type: ignore[no-untyped-call]
+    card = {} if info.card_data is None else card_dict(info.card_data)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     return RepoSnapshot(repo_id, str(info.sha), sizes, card, token, cache_dir)
+
+
+def card_dict(data: Any) -> dict[str, Any]:
+    """Front matter of a card; {} where the client cannot write it, as with broken eval_results."""
+    try:
+        return dict(data.to_dict())
+    except (AttributeError, TypeError, ValueError):
+        return {}
 
 
 def _cached_snapshot(
@@ -282,6 +294,14 @@ def writable_repo_id(repo_id: str, *, token: str | None = None, create_pr: bool 
             retried(lambda: api(token).auth_check(repo_id, write=True))
         return repo_id
     namespaces = [user["name"], *(org["name"] for org in user.get("orgs", []))]
+    scopes = (user.get("auth") or {}).get("accessToken", {}).get("fineGrained")
+    if scopes is not None:
+        namespaces = [
+            scope["entity"]["name"]
+            for scope in scopes.get("scoped", [])
+            if "repo.write" in scope.get("permissions", [])
+            and scope["entity"].get("type") != "model"
+        ]
     if repo_id.split("/")[0] not in namespaces:
         raise RepoError(
             f"This token cannot create {repo_id}: it writes to {', '.join(namespaces)}.",
@@ -306,12 +326,17 @@ def push(
         `str`: address of the commit or pull request.
     """
     client = api(token)
+    if create_pr and revision not in (None, "main"):
+        raise RepoError(
+            "A pull request cannot start from a revision.", "Give --create-pr or --revision."
+        )
     with translated(repo_id, revision, writing=True):
         if not create_pr:
             retried(lambda: client.create_repo(repo_id, private=private, exist_ok=True))
-            if revision is not None and revision != "main":
+            if revision is not None and revision != "main" and not revision.startswith("refs/"):
                 retried(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True))
-        commit = retried(
+        attempt = _once if create_pr else retried  # a lost answer would open a second one
+        commit = attempt(
             lambda: client.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -322,6 +347,10 @@ def push(
             )
         )
     return str(commit.pr_url or commit.commit_url)
+
+
+def _once(call: Callable[[], T]) -> T:
+    return call()
 
 
 def retried(call: Callable[[], T]) -> T:
@@ -348,9 +377,10 @@ def retried(call: Callable[[], T]) -> T:
 
 def _retry_after(error: HfHubHTTPError, default: float) -> float:
     try:
-        return min(float(error.response.headers.get("Retry-After", default)), 60.0)
+        seconds = float(error.response.headers.get("Retry-After", default))
     except ValueError:  # a date; the default wait will do
         return default
+    return min(seconds, 60.0) if seconds >= 0 else default
 
 
 @contextmanager
@@ -395,6 +425,10 @@ def translated(repo_id: str, revision: str | None, *, writing: bool = False) -> 
         raise RepoError(
             f"{repo_id}: the Hub cannot be reached ({type(error).__name__}).",
             "Check the connection; with a warm cache HF_HUB_OFFLINE=1 works without.",
+        ) from None
+    except (TypeError, ValueError) as error:  # a card that the client or the Hub does not take
+        raise RepoError(
+            f"{repo_id}: {_first_line(error)}", "Check the metadata of its model card."
         ) from None
 
 

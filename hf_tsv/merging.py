@@ -15,7 +15,7 @@ import torch
 from hf_tsv import cards, stream
 from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.reader import Checkpoint
-from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, disk_errors, whole_folder
+from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, whole_folder
 from hf_tsv.delivery import Target, final_folder, push
 from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.plan import MergePlan, make_plan
@@ -296,13 +296,12 @@ def _merge_into(
     _check_fingerprints(job, findings)
     warnings = [*job.warnings, *_finding_warnings(inputs, findings)]
     recipe = _recipe(job, findings, device)
-    with disk_errors(folder):
-        companions.copy(base, folder)
-        config = companions.output_config(base, {spec.dtype for spec in job.plan.specs.values()})
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        card = _card(job, target, recipe, findings, warnings)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    companions.copy(base, folder)
+    config = companions.output_config(base, {spec.dtype for spec in job.plan.specs.values()})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    card = _card(job, target, recipe, findings, warnings)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return findings, warnings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -66,14 +67,16 @@ class Settings:
         if self.rank is not None and self.rank_fraction is not None:
             raise RecipeError("rank and rank_fraction exclude each other.", "Give one of them.")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
-            raise RecipeError(f"rank is {self.rank!r}.", "Give a whole number from 1 on.")
+            raise RecipeError(f"rank is {_short(self.rank)}.", "Give a whole number from 1 on.")
         if self.rank_fraction is not None:
             _number("rank_fraction", self.rank_fraction)
             if not 0 < self.rank_fraction <= 1:
                 raise RecipeError(
                     f"rank_fraction is {self.rank_fraction}.", "Give a number above 0 and up to 1."
                 )
-        if isinstance(self.exclude, str) or not all(isinstance(g, str) for g in self.exclude):
+        if not isinstance(self.exclude, list | tuple) or not all(
+            isinstance(glob, str) for glob in self.exclude
+        ):
             raise RecipeError("exclude is not a list of globs.", "Write a list of names or globs.")
         object.__setattr__(self, "exclude", tuple(self.exclude))
         _check_shard_size(self.max_shard_size)
@@ -99,7 +102,7 @@ class PinnedInput:
         for name in ("ref", "revision", "fingerprint"):
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "ref"):
-                raise RecipeError(f"The {name} of an input is {value!r}.", "Write a string.")
+                raise RecipeError(f"The {name} of an input is {_short(value)}.", "Write a string.")
         _number(f"The weight of {self.ref}", self.weight)
 
 
@@ -132,7 +135,10 @@ class Recipe:
             "device": self.device,
             "versions": self.versions,
         }
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+        if any(mark in text for mark in "\x85\u2028\u2029\ufeff"):  # lost on the way back
+            text = yaml.safe_dump(content, sort_keys=False, width=1000)
+        return text
 
     @staticmethod
     def load(path: str | Path) -> Recipe:
@@ -141,13 +147,16 @@ class Recipe:
         Raises:
             [`RecipeError`]: the file is missing, or not a recipe this version understands.
         """
-        file = Path(path).expanduser()
-        if file.is_dir():
-            file /= RECIPE_FILE
+        file = Path(path)
         try:
+            file = file.expanduser()
+            if file.is_dir():
+                file /= RECIPE_FILE
             text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            if isinstance(error, UnicodeDecodeError):
+                reason = "not UTF-8"
             raise RecipeError(
                 f"The recipe {file} cannot be read: {reason}.", "Check the path."
             ) from None
@@ -163,13 +172,14 @@ class Recipe:
         """
         try:
             content = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError):
+        except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError):
             raise RecipeError(f"{source} is not valid YAML.") from None
         if not isinstance(content, dict) or "hf_tsv_recipe" not in content:
             raise RecipeError(
                 f"{source} is not an hf-tsv recipe.", f"Every output holds one as {RECIPE_FILE}."
             )
-        if content.pop("hf_tsv_recipe") != FORMAT_VERSION:
+        version = content.pop("hf_tsv_recipe")
+        if type(version) is not int or version != FORMAT_VERSION:
             raise RecipeError(
                 f"{source} has a recipe format this version does not know.", "Update hf-tsv."
             )
@@ -178,10 +188,20 @@ class Recipe:
             settings = Settings(**{key: content.pop(key) for key in list(content) if key in names})
             base = PinnedInput(**content.pop("base_model"))
             inputs = tuple(PinnedInput(**item) for item in content.pop("inputs"))
-            device = str(content.pop("device", "cpu"))
-            versions = {str(k): str(v) for k, v in (content.pop("versions", None) or {}).items()}
+            device = content.pop("device", "cpu")
+            versions = content.pop("versions", {})
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"{source} is incomplete or malformed: {error}.") from None
+        if not inputs:
+            raise RecipeError(f"{source} names no inputs.")
+        if base.weight != 1:
+            raise RecipeError(f"{source} gives base_model a weight; only inputs have one.")
+        if not isinstance(device, str):
+            raise RecipeError(f"device is {_short(device)}.", "Write a string.")
+        if not isinstance(versions, dict) or not all(
+            isinstance(text, str) for item in versions.items() for text in item
+        ):
+            raise RecipeError(f"versions is {_short(versions)}.", "Write names with versions.")
         if content:
             raise RecipeError(f"{source} has an unknown key: {min(map(str, content))}.")
         return Recipe(base, inputs, settings, device, versions)
@@ -190,7 +210,9 @@ class Recipe:
 def _check_shard_size(size: object) -> None:
     positive = type(size) is int and size > 0
     if not positive and not (isinstance(size, str) and SHARD_SIZE.fullmatch(size)):
-        raise RecipeError(f"max_shard_size is {size!r}.", "Write bytes, or a size such as 5GB.")
+        raise RecipeError(
+            f"max_shard_size is {_short(size)}.", "Write bytes, or a size such as 5GB."
+        )
 
 
 def _pinned_dict(item: PinnedInput, *, with_weight: bool) -> dict[str, Any]:
@@ -203,10 +225,19 @@ def _pinned_dict(item: PinnedInput, *, with_weight: bool) -> dict[str, Any]:
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         choices = ", ".join(str(a) for a in allowed if a is not None)
-        raise RecipeError(f"{name} is {value!r}.", f"Choose one of {choices}.")
+        raise RecipeError(f"{name} is {_short(value)}.", f"Choose one of {choices}.")
 
 
 def _number(name: str, value: object) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(cast("float", value)):
-        raise RecipeError(f"{name} is {value!r}.", "Give a finite number.")
+    try:
+        good = good and math.isfinite(cast("float", value))
+    except OverflowError:
+        good = False
+    if not good:
+        raise RecipeError(f"{name} is {_short(value)}.", "Give a finite number.")
+
+
+def _short(value: object) -> str:
+    """A value for an error message; aliases in YAML can stand for gigabytes."""
+    return reprlib.repr(value)

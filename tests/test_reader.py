@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -490,7 +491,7 @@ def almost_valid_headers(draw: st.DrawFn) -> Any:
                 place = place[key]
                 continue
             if draw(st.integers(0, 4)):
-                place[key] = draw(STRANGE)
+                place[key] = deepcopy(draw(STRANGE))  # the next round may change it
             else:
                 del place[key]
             break

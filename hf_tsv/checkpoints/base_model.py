@@ -20,8 +20,8 @@ def named_by(item: PinnedCheckpoint) -> list[str]:
     """
     value = item.card.get("base_model")
     names = [value] if isinstance(value, str) else value
-    if isinstance(names, list) and names:
-        return [name for name in names if isinstance(name, str)]
+    if isinstance(names, list) and any(names):
+        return [name for name in names if isinstance(name, str) and name]
     try:
         config = read_json(item.files, "config.json", str(item))
     except HfTsvError:  # reported when the checkpoint is opened

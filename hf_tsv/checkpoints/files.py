@@ -36,8 +36,11 @@ class LocalFiles:
         self._lock = threading.Lock()
 
     def size(self, name: str) -> int | None:
-        path = self.root / name
-        return path.stat().st_size if path.is_file() else None
+        try:
+            path = self.root / name
+            return path.stat().st_size if path.is_file() else None
+        except (OSError, ValueError):  # a name that no file can have
+            return None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         buffer = bytearray((self._existing_size(name) if stop is None else stop) - start)
@@ -134,4 +137,6 @@ def inside_folder(name: object) -> bool:
     if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
         return False
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        return False
+    return ":" not in path.parts[0]

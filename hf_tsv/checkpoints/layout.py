@@ -53,12 +53,12 @@ def layout_of(config: dict[str, Any], owner: str) -> Layout:
         [`CheckpointError`]: the model is not a CLIP.
     """
     model_type = config.get("model_type")
-    if model_type not in LAYOUTS:
+    if not isinstance(model_type, str) or model_type not in LAYOUTS:
         raise CheckpointError(
             f"{owner} is not a CLIP checkpoint: its config.json says model_type {model_type!r}.",
             f"Supported are {', '.join(LAYOUTS)} as saved by transformers.",
         )
-    return LAYOUTS[str(model_type)]
+    return LAYOUTS[model_type]
 
 
 def canonical_name(stored: str, layout: Layout) -> str | None:

@@ -20,6 +20,7 @@ from hf_tsv.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_DIMENSIONS = 64  # the limit of torch
 FIRST_READ_BYTES = 100_000  # holds the whole header of most checkpoints: one request instead of two
 
 DTYPES = {
@@ -119,7 +120,7 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
     owner = str(pinned)
     config = read_json(pinned.files, "config.json", owner)
     kind = layout.layout_of(config, owner)
-    shards, index_files = _weight_files(pinned.files, owner)
+    shards, weight_map = _weight_files(pinned.files, owner)
     with ThreadPoolExecutor(8) as pool:
         headers = list(pool.map(lambda name: read_header(pinned.files, name, owner), shards))
     stored: dict[str, TensorInfo] = {}
@@ -127,7 +128,7 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
         if twice := sorted(stored.keys() & header.keys()):
             raise CheckpointError(f"{owner}: {twice[0]} is stored in two files.")
         stored.update(header)
-    _check_index(shards, stored, owner)
+    _check_index(shards, weight_map, stored, owner)
     tensors: dict[str, TensorInfo] = {}
     left_out: list[str] = []
     for name, info in sorted(stored.items()):
@@ -138,7 +139,7 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
             raise CheckpointError(f"{owner}: {canonical} is stored twice, once without its prefix.")
         else:
             tensors[canonical] = info
-    files = (*dict.fromkeys(shards), *index_files)
+    files = (*shards, *([INDEX_FILE] if weight_map else []))
     return Checkpoint(pinned, config, tensors, files, tuple(left_out))
 
 
@@ -172,12 +173,15 @@ def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
     if len(raw) < length:
         raw += files.read(name, 8 + len(raw), 8 + length)
     try:
-        entries = json.loads(raw, object_pairs_hook=_without_duplicates)
+        entries = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
+        json.dumps(entries, ensure_ascii=False).encode()  # a lone surrogate is no text
     except (ValueError, RecursionError):
         raise _damaged(owner, name, "its header is not valid JSON") from None
     if not isinstance(entries, dict):
         raise _damaged(owner, name, "its header is not a JSON object")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(owner, name, "its __metadata__ is malformed")
     infos = {
         key: _tensor_info(key, entry, name, 8 + length, owner) for key, entry in entries.items()
     }
@@ -206,8 +210,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor_info(key: str, entry: Any, file: str, data_start: int, owner: str) -> TensorInfo:
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, start, stop]
-        if not all(type(n) is int and n >= 0 for n in numbers):
+        well_typed = isinstance(dtype, str) and isinstance(shape, list)
+        if not well_typed or len(shape) > MAX_DIMENSIONS:
+            raise ValueError
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop)):
+            raise ValueError
+        if math.prod(n for n in shape if n) >= 2**63:  # even with a zero among them
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise _damaged(owner, file, f"the entry of {key} is malformed") from None
@@ -230,10 +238,10 @@ def _damaged(owner: str, name: str, why: str) -> CheckpointError:
     )
 
 
-def _weight_files(files: Files, owner: str) -> tuple[list[str], list[str]]:
-    """Shards of a checkpoint, and the index that names them if there is one."""
+def _weight_files(files: Files, owner: str) -> tuple[list[str], dict[str, str]]:
+    """Shards of a checkpoint, and the file of each tensor if an index says it."""
     if files.size(SINGLE_FILE) is not None:
-        return [SINGLE_FILE], []
+        return [SINGLE_FILE], {}
     if files.size(INDEX_FILE) is None:
         raise CheckpointError(
             f"{owner} has no {SINGLE_FILE} and no {INDEX_FILE}.",
@@ -248,10 +256,19 @@ def _weight_files(files: Files, owner: str) -> tuple[list[str], list[str]]:
             f"{owner}: {INDEX_FILE} points outside its folder: {outside[0]!r}.",
             "Do not use this checkpoint; its index is not one that transformers writes.",
         )
-    return sorted(set(weight_map.values())), [INDEX_FILE]
+    return sorted(set(weight_map.values())), weight_map
 
 
-def _check_index(shards: list[str], stored: dict[str, TensorInfo], owner: str) -> None:
+def _check_index(
+    shards: list[str], weight_map: dict[str, str], stored: dict[str, TensorInfo], owner: str
+) -> None:
     empty = set(shards) - {info.file for info in stored.values()}
     if empty or not stored:
         raise CheckpointError(f"{owner}: {min(empty, default=SINGLE_FILE)} holds no tensors.")
+    said = set(weight_map.items())
+    held = {(key, info.file) for key, info in stored.items()}
+    if weight_map and said != held:
+        raise CheckpointError(
+            f"{owner}: {INDEX_FILE} and the shards disagree about {min(said ^ held)[0]}.",
+            "Download or save it again.",
+        )

@@ -74,10 +74,10 @@ def parse(text: str) -> Reference:
         >>> parse("org/clip-a@v1")
         Reference(text='org/clip-a', repo_id='org/clip-a', revision='v1')
     """
-    path = Path(text).expanduser()
-    if path.is_dir():
+    kind = _local_kind(text)
+    if kind == "folder":
         return Reference(text)
-    if path.is_file():
+    if kind == "file":
         raise CheckpointError(f"{text} is a file.", "Give the folder that holds config.json.")
     if text.startswith((".", "/", "~")) or not text.strip():
         raise CheckpointError(f"There is no folder {text!r}.", "Check the path.")
@@ -95,6 +95,15 @@ def parse(text: str) -> Reference:
             "Write org/name or org/name@revision; for a local folder check the path.",
         )
     return Reference(uri.id, uri.id, uri.revision)
+
+
+def _local_kind(text: str) -> str | None:
+    """What a text is on this machine: "folder", "file", or None for nothing that can be read."""
+    try:
+        path = Path(text).expanduser()
+        return "folder" if text and path.is_dir() else "file" if path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # too long, no permission, an unknown ~user
+        return None
 
 
 def pin(
@@ -122,13 +131,11 @@ def pin(
 def _local_card(files: LocalFiles) -> dict[str, Any]:
     """Front matter of a folder's README.md; a damaged card is no reason not to merge."""
     from huggingface_hub import ModelCard
-    from yaml import YAMLError
 
     if files.size("README.md") is None:
         return {}
     try:
         text = files.read("README.md").decode("utf-8", errors="replace")
-        data = ModelCard(text, ignore_metadata_errors=True).data
-        return dict(data.to_dict())  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError, YAMLError):
+        return hub.card_dict(ModelCard(text, ignore_metadata_errors=True).data)
+    except Exception:  # YAML and the client raise a dozen types on strange cards
         return {}

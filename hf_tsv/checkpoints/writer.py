@@ -20,6 +20,8 @@ from hf_tsv.checkpoints.reader import DTYPE_NAMES, INDEX_FILE, byte_view
 from hf_tsv.errors import OutputError
 from hf_tsv.progress import human_bytes
 
+# The library sorts by dtype, in this order, and then by name.
+DTYPE_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
 FILENAME_PATTERN = "model{suffix}.safetensors"
 
 
@@ -86,7 +88,7 @@ def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int], int
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     relative: dict[str, int] = {}
-    for name in sorted(specs, key=lambda n: (-specs[n].dtype.itemsize, n)):
+    for name in sorted(specs, key=lambda n: (DTYPE_ORDER.index(DTYPE_NAMES[specs[n].dtype]), n)):
         spec = specs[name]
         nbytes = torch.Size(spec.shape).numel() * spec.dtype.itemsize
         entries[name] = {
@@ -104,12 +106,15 @@ def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int], int
 
 
 class ShardWriter:
-    """Files of a [`ShardPlan`] in a folder, filled tensor by tensor in any order."""
+    """Files of a [`ShardPlan`] in a folder, filled tensor by tensor in any order.
+
+    Raises `OSError` where the disk does; [`whole_folder`] makes it an [`OutputError`].
+    """
 
     def __init__(self, folder: Path, plan: ShardPlan) -> None:
         self._plan = plan
         self._descriptors: dict[str, int] = {}
-        with disk_errors(folder):
+        try:
             for file, header in plan.headers.items():
                 flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
                 descriptor = os.open(folder / file, flags, 0o666)
@@ -118,7 +123,9 @@ class ShardWriter:
                 _write_all(descriptor, memoryview(header), 0)
             if plan.index is not None:
                 (folder / INDEX_FILE).write_text(plan.index)
-        self._folder = folder
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put one tensor in its place.
@@ -129,14 +136,12 @@ class ShardWriter:
         """
         file, offset = self._plan.places[name]
         data = byte_view(tensor.detach().cpu().contiguous())
-        with disk_errors(self._folder):
-            _write_all(self._descriptors[file], data, offset)
+        _write_all(self._descriptors[file], data, offset)
 
     def close(self) -> None:
         """Flush to disk and close."""
-        with disk_errors(self._folder):
-            for descriptor in self._descriptors.values():
-                os.fsync(descriptor)
+        for descriptor in self._descriptors.values():
+            os.fsync(descriptor)
         self.abandon()
 
     def abandon(self) -> None:
@@ -166,7 +171,7 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn failures of the file system into an [`OutputError`]."""
+    """Turn failures of the file system into an [`OutputError`] that names `folder`."""
     try:
         yield
     except OSError as error:
@@ -183,8 +188,9 @@ def check_free_space(folder: Path, needed: int) -> None:
         folder (`Path`): where the output will be; need not exist yet.
         needed (`int`): bytes.
     """
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    with disk_errors(folder):
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutputError(
             f"No space for {folder}: {human_bytes(needed)} are needed and {human_bytes(free)} are"
@@ -201,6 +207,11 @@ def check_output_folder(folder: Path, marker: str, *, force: bool) -> None:
         marker (`str`): file that an earlier output of ours holds; only such a folder is replaced.
         force (`bool`): the user asked to replace it.
     """
+    with disk_errors(folder):
+        _check_output_folder(folder, marker, force=force)
+
+
+def _check_output_folder(folder: Path, marker: str, *, force: bool) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise OutputError(f"{folder} exists and is not a folder.", "Choose another one with -o.")
     if folder.exists() and folder.samefile(Path.cwd()):
@@ -229,17 +240,31 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Yields:
         `Path`: the folder to write into.
     """
+    before = _identity(target)
     staging = target.parent / f".{target.name}.hf-tsv-{secrets.token_hex(4)}"
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
-    try:
-        yield staging
-        with disk_errors(target):
+        try:
+            yield staging
+            if _identity(target) != before:
+                raise OutputError(
+                    f"{target} was changed by something else in the meantime.",
+                    "Choose another folder with -o.",
+                )
             _move_into_place(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def _identity(folder: Path) -> object:
+    """Changes when a folder appears, is replaced, or gets or loses an entry."""
+    try:
+        stat = folder.lstat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns
 
 
 def _move_into_place(staging: Path, target: Path) -> None:

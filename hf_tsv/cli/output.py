@@ -49,7 +49,9 @@ class _StderrHandler(logging.Handler):
 
 
 def _print_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """Names from repositories may hold escape codes; a terminal must not act on them."""
+    safe = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    print(safe, file=sys.stderr, flush=True)
 
 
 @contextmanager
