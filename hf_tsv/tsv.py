@@ -6,6 +6,7 @@ rank r each. Source: Gargiulo et al., "Task Singular Vectors", CVPR 2025 (arXiv 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -95,9 +96,14 @@ def storage_noise(base: Tensor, fine_tuned: Tensor) -> float:
     """
     eps = max(torch.finfo(t.dtype).eps for t in (base, fine_tuned))
     eps = max(eps, torch.finfo(torch.float32).eps)  # differences are taken in float32
-    w = fine_tuned.float()
-    norms = w.norm(dim=0).max() + w.norm(dim=1).max()
-    return float(ROUNDING_SPREAD * eps * norms)
+    tiny = max(torch.finfo(t.dtype).smallest_normal for t in (base, fine_tuned))
+    size = fine_tuned.float().abs().clamp_min(tiny)
+    if base.dtype == fine_tuned.dtype:
+        # W0 lies on the grid that W1 was rounded to: a change below half a step is lost rather
+        # than replaced by noise, so no entry is wrong by more than it should have changed.
+        change = _norms(fine_tuned.float() - base.float()) / math.sqrt(base.numel())
+        size = size.clamp_max(float(change) / (ROUNDING_SPREAD * eps))
+    return float(ROUNDING_SPREAD * eps * (_norms(size, 0).max() + _norms(size, 1).max()))
 
 
 def decompose(delta: Tensor, rank: int, floor: float = 0.0) -> TaskSingularVectors:
@@ -194,6 +200,12 @@ def merge(
         vectors, null_directions = orthogonalise(vectors, solver)
         # A wide concatenation has more columns than directions; that alone is no degeneracy.
     return MergedUpdate(vectors.matrix(), ranks, null_directions)
+
+
+def _norms(matrix: Tensor, dim: int | None = None) -> Tensor:
+    """Norms summed in float64, where squares of float32 neither overflow nor vanish."""
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64)
+    return norms
 
 
 def _precision(matrix: Tensor) -> float:
