@@ -138,7 +138,7 @@ def _fence(text: str) -> str:
 def _title(names: Sequence[str]) -> str:
     shown = [plain(name) for name in names]
     if len(shown) == 1:
-        return f"Task vector of {shown[0]}"
+        return f"Merge of {shown[0]} alone"
     if len(shown) > 4:
         return f"Merge of {', '.join(shown[:3])} and {len(shown) - 3} more"
     return f"Merge of {', '.join(shown[:-1])} and {shown[-1]}"

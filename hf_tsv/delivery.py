@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,19 +49,64 @@ class Target:
         Returns:
             [`Target`]: with an absolute folder and a full repository id.
         """
+        only_pushing = [
+            self.private is not None,
+            self.revision,
+            self.create_pr,
+            self.commit_message,
+        ]
+        if self.push_to is None and any(only_pushing):
+            raise OutputError(
+                "--private, --revision, --create-pr and --commit-message are about an upload.",
+                "Add --push-to REPO_ID; to read a revision of an input write org/name@revision.",
+            )
+        if self.create_pr and self.revision not in (None, "main"):
+            raise OutputError(
+                "A pull request cannot start from a revision.", "Give --create-pr or --revision."
+            )
         if self.output is None and self.push_to is None and not dry_run:
             raise OutputError(
                 "There is no place for the result.", "Add -o DIR or --push-to REPO_ID."
             )
         target = self
         if self.output is not None:
-            target = replace(target, output=self.output.expanduser().absolute())
-            assert target.output is not None
-            check_output_folder(target.output, marker, force=self.force)
+            try:
+                output = self.output.expanduser().absolute()
+            except RuntimeError as error:
+                raise OutputError(f"{self.output}: {error}", "Write the path out.") from None
+            check_output_folder(output, marker, force=self.force)
+            target = replace(target, output=output)
         if self.push_to is not None:
-            repo_id = hub.writable_repo_id(self.push_to, token=token, create_pr=self.create_pr)
+            repo_id = hub.writable_repo_id(
+                self.push_to, token=token, private=self.private, create_pr=self.create_pr
+            )
             target = replace(target, push_to=repo_id)
         return target
+
+    def refuse_inputs(self, folders: Sequence[str]) -> None:
+        """Refuse to replace a folder that is, or holds, one of the inputs.
+
+        Args:
+            folders (`Sequence[str]`): local inputs.
+        """
+        if self.output is None:
+            return
+        output = self.output.resolve()
+        for folder in folders:
+            path = Path(folder).expanduser().resolve()
+            if path == output or output in path.parents:
+                raise OutputError(
+                    f"The output folder {self.output} would replace the input {folder}.",
+                    "Choose another one with -o.",
+                )
+
+    def upload_command(self, folder: Path) -> str:
+        """The `hf` command that uploads a finished folder as asked."""
+        words = ["hf", "upload", str(self.push_to), str(folder)]
+        words += ["--private"] if self.private else []
+        words += ["--create-pr"] if self.create_pr else []
+        words += ["--revision", self.revision] if self.revision else []
+        return shlex.join(words)
 
 
 @contextmanager
@@ -108,7 +154,7 @@ def push(folder: Path, target: Target, token: str | None) -> str | None:
     except RepoError as error:
         error.hint = (
             f"The result is complete in {folder}; upload it later with"
-            f" `hf upload {target.push_to} {folder}`. {error.hint or ''}"
+            f" `{target.upload_command(folder)}`. {error.hint or ''}"
         ).rstrip()
         raise
     except BaseException:

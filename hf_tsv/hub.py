@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
-from httpx2 import ConnectError, TimeoutException, TransportError
-from huggingface_hub import HfApi, get_token, hf_hub_url, try_to_load_from_cache
+from httpx2 import ConnectError, RequestError, TransportError, UnsupportedProtocol
+from huggingface_hub import HfApi, ModelInfo, get_token, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from hf_tsv import __version__
 from hf_tsv.errors import RepoError
+from hf_tsv.parallel import in_parallel
 from hf_tsv.progress import bar, logger
 
 T = TypeVar("T")
@@ -40,6 +41,13 @@ T = TypeVar("T")
 RETRY_WAITS = (1, 2, 4, 8)  # seconds, as the client does where it retries
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 DOWNLOAD_THREADS = 8
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+OLD_WEIGHTS = (
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+)
+"""Files of an earlier upload that a new one replaces; other files of the repository stay."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,11 @@ def snapshot(
             )
         except (OfflineModeIsEnabled, TransportError) as error:
             return _cached_snapshot(repo_id, revision, cache_dir, error)
+        except TypeError as error:  # a card with keys the client trips over
+            raise RepoError(
+                f"The model card of {repo_id} cannot be read: {_first_line(error)}",
+                "Download the repository and merge the folder.",
+            ) from None
     card = {} if info.card_data is None else card_dict(info.card_data)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     return RepoSnapshot(repo_id, str(info.sha), sizes, card, token, cache_dir)
@@ -125,9 +138,15 @@ def _cached_snapshot(
             f" ({type(error).__name__}).",
             "Run once with a connection and without HF_HUB_OFFLINE.",
         ) from None
+    folder = Path(config).parent
+    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise RepoError(
+            f"The weights of {repo_id} are not in the local cache and the Hub cannot be reached"
+            f" ({type(error).__name__}).",
+            "Run once with a connection and without HF_HUB_OFFLINE.",
+        ) from None
     if not isinstance(error, OfflineModeIsEnabled):
         logger.warning("The Hub cannot be reached: %s is taken from the local cache.", repo_id)
-    folder = Path(config).parent
     sizes = {
         file.relative_to(folder).as_posix(): file.stat().st_size
         for file in folder.rglob("*")
@@ -180,31 +199,48 @@ def uncached(repo: RepoSnapshot, filenames: Sequence[str]) -> list[str]:
     ]
 
 
-def download(
-    wanted: Sequence[tuple[RepoSnapshot, str | None, Sequence[str]]], *, visible: bool = True
-) -> list[Path]:
+@dataclass(frozen=True)
+class Wanted:
+    """Files that a run needs of one repository.
+
+    Args:
+        repo ([`RepoSnapshot`]): which commit.
+        asked_revision (`str`, *optional*): the revision the user named, so that a later offline
+            run finds the commit under that name.
+        names (`tuple[str, ...]`): the files.
+    """
+
+    repo: RepoSnapshot
+    asked_revision: str | None
+    names: tuple[str, ...]
+
+
+def missing(wanted: Sequence[Wanted]) -> list[tuple[RepoSnapshot, str]]:
+    """What a download would fetch, each file once."""
+    files = {
+        (item.repo.repo_id, item.repo.revision, name): (item.repo, name)
+        for item in wanted
+        for name in uncached(item.repo, item.names)
+    }
+    return list(files.values())
+
+
+def download(wanted: Sequence[Wanted], *, visible: bool = True) -> list[Path]:
     """Fetch files of several repositories into the client's cache, in parallel, resumable.
 
     Args:
-        wanted: for each repository its snapshot, the revision the user named (so that a later
-            offline run finds it under that name), and the files.
+        wanted (`Sequence[Wanted]`): what is needed.
         visible (`bool`): show one progress bar over everything.
 
     Returns:
         `list[Path]`: the cached folder of each repository.
     """
-    missing = [(repo, name) for repo, _, names in wanted for name in uncached(repo, names)]
-    total = sum(repo.sizes[name] for repo, name in missing)
+    files = missing(wanted)
+    total = sum(repo.sizes[name] for repo, name in files)
     with bar("Downloading", total, in_bytes=True, visible=visible) as advance:
         counting = _counting_tqdm(advance)
-        pool = ThreadPoolExecutor(DOWNLOAD_THREADS)
-        try:
-            fetch = [pool.submit(_download_file, repo, name, counting) for repo, name in missing]
-            for file in fetch:
-                file.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    return [_cached_folder(repo, revision, names) for repo, revision, names in wanted]
+        in_parallel(lambda file: _download_file(*file, counting), files, DOWNLOAD_THREADS)
+    return [_cached_folder(item) for item in wanted]
 
 
 def _download_file(repo: RepoSnapshot, filename: str, progress: type[tqdm[Any]]) -> None:
@@ -220,21 +256,22 @@ def _download_file(repo: RepoSnapshot, filename: str, progress: type[tqdm[Any]])
         )
 
 
-def _cached_folder(repo: RepoSnapshot, revision: str | None, names: Sequence[str]) -> Path:
+def _cached_folder(item: Wanted) -> Path:
+    repo, first = item.repo, item.names[0]
     if repo.folder is not None:
         return repo.folder
-    with translated(repo.repo_id, revision):
+    with translated(repo.repo_id, item.asked_revision):
         retried(
             lambda: api(repo.token).resolve_revision(
-                repo.repo_id, revision=revision, cache_dir=repo.cache_dir
+                repo.repo_id, revision=item.asked_revision, cache_dir=repo.cache_dir
             )
         )
     path = try_to_load_from_cache(
-        repo.repo_id, names[0], cache_dir=repo.cache_dir, revision=repo.revision
+        repo.repo_id, first, cache_dir=repo.cache_dir, revision=repo.revision
     )
     if not isinstance(path, str):
-        raise RepoError(f"{repo.repo_id}: {names[0]} vanished from the cache.", "Run again.")
-    return Path(path).parents[names[0].count("/")]
+        raise RepoError(f"{repo.repo_id}: {first} vanished from the cache.", "Run again.")
+    return Path(path).parents[first.count("/")]
 
 
 def _counting_tqdm(advance: Callable[[int], None]) -> type[tqdm[Any]]:
@@ -253,12 +290,19 @@ def _counting_tqdm(advance: Callable[[int], None]) -> type[tqdm[Any]]:
     return CountingTqdm
 
 
-def writable_repo_id(repo_id: str, *, token: str | None = None, create_pr: bool = False) -> str:
+def writable_repo_id(
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+) -> str:
     """Check before any heavy work that the token may write `repo_id`.
 
     Args:
         repo_id (`str`): `org/name`, or `name` for the token's own user.
         token (`str`, *optional*): default: the one the client is logged in with.
+        private (`bool`, *optional*): wanted visibility; an existing repository must have it.
         create_pr (`bool`): a pull request needs an existing repository, not the right to write it.
 
     Returns:
@@ -277,6 +321,8 @@ def writable_repo_id(repo_id: str, *, token: str | None = None, create_pr: bool 
         if "/" not in repo_id:
             repo_id = f"{user['name']}/{repo_id}"
         exists = retried(lambda: api(token).repo_exists(repo_id))
+        if exists and private is not None:
+            _check_visibility(retried(lambda: api(token).model_info(repo_id)), private)
     if (user.get("auth") or {}).get("accessToken", {}).get("role") == "read":
         raise RepoError(
             f"Pushing to {repo_id} needs a token that can write; this one can only read.",
@@ -310,6 +356,15 @@ def writable_repo_id(repo_id: str, *, token: str | None = None, create_pr: bool 
     return repo_id
 
 
+def _check_visibility(info: ModelInfo, private: bool) -> None:
+    if info.private is not None and bool(info.private) != private:
+        there, flag = ("private", "--no-private") if info.private else ("public", "--private")
+        raise RepoError(
+            f"{info.id} exists and is {there}, and {flag} does not change that.",
+            f"Leave {flag} out, or change the visibility in the settings of the repository.",
+        )
+
+
 def push(
     folder: Path,
     repo_id: str,
@@ -326,26 +381,29 @@ def push(
         `str`: address of the commit or pull request.
     """
     client = api(token)
-    if create_pr and revision not in (None, "main"):
-        raise RepoError(
-            "A pull request cannot start from a revision.", "Give --create-pr or --revision."
-        )
     with translated(repo_id, revision, writing=True):
         if not create_pr:
             retried(lambda: client.create_repo(repo_id, private=private, exist_ok=True))
             if revision is not None and revision != "main" and not revision.startswith("refs/"):
                 retried(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True))
         attempt = _once if create_pr else retried  # a lost answer would open a second one
-        commit = attempt(
-            lambda: client.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-                delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+        try:
+            commit = attempt(
+                lambda: client.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    revision=revision,
+                    create_pr=create_pr,
+                    commit_message=commit_message,
+                    delete_patterns=list(OLD_WEIGHTS),
+                )
             )
-        )
+        except (TypeError, ValueError) as error:  # a card that the client or the Hub does not take
+            if isinstance(error, HfHubHTTPError | JSONDecodeError | HFValidationError):
+                raise
+            raise RepoError(
+                f"{repo_id}: {_first_line(error)}", "Check the metadata of its model card."
+            ) from None
     return str(commit.pr_url or commit.commit_url)
 
 
@@ -366,9 +424,9 @@ def retried(call: Callable[[], T]) -> T:
             if error.response.status_code not in RETRY_STATUS:
                 raise
             seconds = _retry_after(error, wait)
-        except ConnectError:
+        except (ConnectError, UnsupportedProtocol):
             raise
-        except (TimeoutException, TransportError):
+        except TransportError:
             seconds = wait
         logger.info("The Hub did not answer; trying again in %g s.", seconds)
         time.sleep(seconds)
@@ -391,7 +449,7 @@ def translated(repo_id: str, revision: str | None, *, writing: bool = False) -> 
     except HFValidationError as error:
         raise RepoError(
             f"{repo_id!r} is not a repository id: {error}",
-            "Give org/name, org/name@revision, or the path of an existing folder.",
+            "Give org/name." if writing else "Give org/name, org/name@revision, or a folder.",
         ) from None
     except GatedRepoError:  # a subclass of RepositoryNotFoundError: first
         raise RepoError(
@@ -421,14 +479,19 @@ def translated(repo_id: str, revision: str | None, *, writing: bool = False) -> 
         ) from None
     except HfHubHTTPError as error:
         raise _http_error(error, repo_id, writing) from None
-    except (TransportError, OfflineModeIsEnabled) as error:
+    except (RequestError, OfflineModeIsEnabled) as error:
         raise RepoError(
             f"{repo_id}: the Hub cannot be reached ({type(error).__name__}).",
-            "Check the connection; with a warm cache HF_HUB_OFFLINE=1 works without.",
+            "Check the connection and HF_ENDPOINT; with a warm cache use HF_HUB_OFFLINE=1.",
         ) from None
-    except (TypeError, ValueError) as error:  # a card that the client or the Hub does not take
+    except JSONDecodeError:
         raise RepoError(
-            f"{repo_id}: {_first_line(error)}", "Check the metadata of its model card."
+            f"{repo_id}: the answer is not that of a Hub.", "Check HF_ENDPOINT and any proxy."
+        ) from None
+    except OSError as error:  # after the client's own, some of which are OSErrors
+        raise RepoError(
+            f"{repo_id}: the cache cannot be written: {error.strerror or _first_line(error)}.",
+            "Free some space, or choose another folder with --cache-dir.",
         ) from None
 
 

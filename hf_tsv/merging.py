@@ -7,7 +7,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
+from os import PathLike, fspath
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -20,7 +22,14 @@ from hf_tsv.delivery import Target, final_folder, push
 from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.plan import MergePlan, make_plan
 from hf_tsv.progress import bar, logger, visible_by_default
-from hf_tsv.recipe import RECIPE_FILE, PinnedInput, Recipe, Settings, current_versions
+from hf_tsv.recipe import (
+    RECIPE_FILE,
+    PinnedInput,
+    Recipe,
+    Settings,
+    check_number,
+    current_versions,
+)
 from hf_tsv.sources import Sources, equals_base, open_sources
 
 SAME_UPDATE = 0.999
@@ -80,12 +89,13 @@ class _Job:
     plan: MergePlan
     warnings: list[str]
     expected: tuple[str | None, ...]  # fingerprints of local folders in a recipe; base last
+    recipe_device: str | None = None
 
 
 def merge(
-    checkpoints: Sequence[str] = (),
+    checkpoints: str | PathLike[str] | Sequence[str | PathLike[str]] = (),
     *,
-    base_model: str | None = None,
+    base_model: str | PathLike[str] | None = None,
     output: str | Path | None = None,
     push_to: str | None = None,
     recipe: str | Path | Recipe | None = None,
@@ -95,7 +105,7 @@ def merge(
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     rank_fraction: float | None = None,
-    exclude: Sequence[str] = Settings.exclude,
+    exclude: str | Sequence[str] = Settings.exclude,
     qkv: str = Settings.qkv,
     dtype: str | None = None,
     max_shard_size: int | str = Settings.max_shard_size,
@@ -151,7 +161,8 @@ def merge(
         >>> hf_tsv.merge(["org/clip-a", "org/clip-b"], output="merged")  # doctest: +SKIP
     """
     started = time.monotonic()
-    checkpoints = [checkpoints] if isinstance(checkpoints, str) else checkpoints
+    references = _listed(checkpoints)
+    base_ref = None if base_model is None else fspath(base_model)
     show = visible_by_default() if progress is None else progress
     target = Target(
         None if output is None else Path(output),
@@ -159,10 +170,10 @@ def merge(
     )  # fmt: skip
     settings = Settings(
         method, orthogonalizer, alpha, rank, rank_fraction,  # type: ignore[arg-type]
-        tuple(exclude), qkv, dtype, max_shard_size,  # type: ignore[arg-type]
+        tuple(_listed(exclude)), qkv, dtype, max_shard_size,  # type: ignore[arg-type]
     )  # fmt: skip
     if recipe is not None:
-        if checkpoints or base_model is not None or weights is not None or settings != Settings():
+        if references or base_ref is not None or weights is not None or settings != Settings():
             raise RecipeError(
                 "A recipe already names the checkpoints and every setting.",
                 "Give a recipe, or checkpoints and settings.",
@@ -173,13 +184,25 @@ def merge(
     if recipe is not None:
         job = _job_of_recipe(recipe, token, cache)
     else:
-        job = _prepare(checkpoints, base_model, weights, settings, token, cache)
+        job = _prepare(references, base_ref, weights, settings, token, cache)
+    target.refuse_inputs([c.pinned.ref for c in job.sources.all() if c.pinned.is_local])
     if dry_run:
         return _report(job, target, started, job.sources.download_bytes(), dry_run=True)
     return _execute(job, target, device, show, token, started)
 
 
+def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
+    """A single name where a list is expected is a list of one."""
+    return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names)]
+
+
 def _job_of_recipe(recipe: Recipe, token: str | None, cache_dir: str | None) -> _Job:
+    for item in (*recipe.inputs, recipe.base_model):
+        if item.revision is None and not Path(item.ref).expanduser().is_dir():
+            raise RecipeError(
+                f"The recipe was made from the folder {item.ref}, which is not here.",
+                "Run it where that folder is, or restore it.",
+            )
     job = _prepare(
         [_pinned_text(item) for item in recipe.inputs],
         _pinned_text(recipe.base_model),
@@ -190,7 +213,7 @@ def _job_of_recipe(recipe: Recipe, token: str | None, cache_dir: str | None) -> 
         warnings=_version_warnings(recipe),
     )
     expected = tuple(item.fingerprint for item in (*recipe.inputs, recipe.base_model))
-    return replace(job, expected=expected)
+    return replace(job, expected=expected, recipe_device=recipe.device)
 
 
 def _prepare(
@@ -211,6 +234,10 @@ def _prepare(
             f"There are {len(scales)} weights for {len(checkpoints)} checkpoints.",
             "Give one weight for each checkpoint.",
         )
+    for scale in scales:
+        check_number("A weight", scale)
+    if not any(scales):
+        raise RecipeError("Every weight is 0.", "Give at least one task a weight.")
     sources = open_sources(checkpoints, base_ref, token=token, cache_dir=cache_dir)
     plan = make_plan(sources.base, sources.inputs, settings)
     found = [
@@ -247,8 +274,14 @@ def _execute(
     started: float,
 ) -> MergeReport:
     device = stream.pick_device(device_name)
-    if target.output is not None:
-        check_free_space(target.output, job.plan.shards.total_bytes)
+    if job.recipe_device not in (None, device.type):
+        warning = (
+            f"The recipe was made on {job.recipe_device} and this is {device.type}:"
+            " the bytes may differ."
+        )
+        logger.warning(warning)
+        job = replace(job, warnings=[*job.warnings, warning])
+    check_free_space(target.output or Path(gettempdir()), job.plan.shards.total_bytes)
     download_bytes = job.sources.download_bytes()
     job = replace(job, sources=job.sources.downloaded(visible=show))
     try:
@@ -310,16 +343,19 @@ def _finding_warnings(inputs: Sequence[Checkpoint], findings: stream.Findings) -
     cosines = findings.cosines()
     for i, j in combinations(range(len(inputs)), 2):
         cosine = float(cosines[i, j])
-        if abs(cosine) > SAME_UPDATE and str(inputs[i]) != str(inputs[j]):
-            what = "the same update" if cosine > 0 else "opposite updates"
-            warnings.append(
-                f"{inputs[i]} and {inputs[j]} are {what} (cosine {cosine:.4f}):"
-                " directions they share exactly are merged once."
-            )
+        if abs(cosine) < SAME_UPDATE or str(inputs[i]) == str(inputs[j]):
+            continue
+        if cosine < 0:
+            what = "are opposite updates and cancel out"
+        elif findings.null_directions:
+            what = "are the same update, which is merged once"
+        else:
+            what = "are nearly the same update, and what distinguishes them is amplified"
+        warnings.append(f"{inputs[i]} and {inputs[j]} {what} (cosine {cosine:.4f}); leave one out.")
     if findings.null_directions and not warnings:
         warnings.append(
-            f"Tasks share directions exactly in {len(findings.null_directions)} weights; these are"
-            " merged once."
+            f"Tasks have directions in common in {len(findings.null_directions)} weights; these"
+            " are merged once."
         )
     for warning in warnings:
         logger.warning(warning)
@@ -368,7 +404,7 @@ def _card(
         full_model=layout.is_full_model(job.sources.base.tensors),
         repo_id=target.push_to,
         counts=job.plan.counts(frozenset(findings.frozen)),
-        left_out={item.pinned.ref: item.left_out for item in job.sources.inputs if item.left_out},
+        left_out={card_input(c).name: c.left_out for c in job.sources.inputs if c.left_out},
         warnings=warnings,
     )
 

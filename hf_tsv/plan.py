@@ -140,9 +140,12 @@ def _treat(
         return weight("copied", "empty")
     if settings.method == "average":
         return weight("averaged")
-    if any(fnmatchcase(name, glob) for name in names for glob in settings.exclude):
+    summing = settings.method == "task-arithmetic"
+    # The default exclusion says what is not decomposed; a sum decomposes nothing.
+    exclude = () if summing and settings.exclude == AVERAGED_BY_DEFAULT else settings.exclude
+    if any(fnmatchcase(name, glob) for name in names for glob in exclude):
         return weight("averaged", "excluded")
-    if settings.method == "task-arithmetic":
+    if summing:
         return weight("summed")
     if len(shape) != 2:
         return weight("averaged", "not a matrix")
@@ -160,7 +163,7 @@ def _rank(shape: tuple[int, ...], tasks: int, settings: Settings) -> int:
     if settings.rank is not None:
         wanted = min(settings.rank, k)
     elif settings.rank_fraction is not None:
-        wanted = max(1, int(settings.rank_fraction * k))
+        wanted = max(1, int(settings.rank_fraction * k + 1e-9))
     if settings.method == "tsv":  # T·r orthonormal directions must fit into k
         return min(wanted, tsv.default_rank(shape, tasks))
     return wanted

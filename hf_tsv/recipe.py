@@ -7,6 +7,7 @@ import re
 import reprlib
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -63,13 +64,15 @@ class Settings:
         _one_of("orthogonalizer", self.orthogonalizer, get_args(Orthogonalizer))
         _one_of("qkv", self.qkv, get_args(Qkv))
         _one_of("dtype", self.dtype, (None, *get_args(Dtype)))
-        _number("alpha", self.alpha)
+        check_number("alpha", self.alpha)
+        object.__setattr__(self, "alpha", float(self.alpha))  # of NumPy or a whole number
         if self.rank is not None and self.rank_fraction is not None:
             raise RecipeError("rank and rank_fraction exclude each other.", "Give one of them.")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise RecipeError(f"rank is {_short(self.rank)}.", "Give a whole number from 1 on.")
         if self.rank_fraction is not None:
-            _number("rank_fraction", self.rank_fraction)
+            check_number("rank_fraction", self.rank_fraction)
+            object.__setattr__(self, "rank_fraction", float(self.rank_fraction))
             if not 0 < self.rank_fraction <= 1:
                 raise RecipeError(
                     f"rank_fraction is {self.rank_fraction}.", "Give a number above 0 and up to 1."
@@ -103,7 +106,8 @@ class PinnedInput:
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "ref"):
                 raise RecipeError(f"The {name} of an input is {_short(value)}.", "Write a string.")
-        _number(f"The weight of {self.ref}", self.weight)
+        check_number(f"The weight of {self.ref}", self.weight)
+        object.__setattr__(self, "weight", float(self.weight))
 
 
 @dataclass(frozen=True)
@@ -228,8 +232,9 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise RecipeError(f"{name} is {_short(value)}.", f"Choose one of {choices}.")
 
 
-def _number(name: str, value: object) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
+def check_number(name: str, value: object) -> None:
+    """Refuse what is not a finite number; `name` is what the error calls it."""
+    good = isinstance(value, Real) and not isinstance(value, bool)
     try:
         good = good and math.isfinite(cast("float", value))
     except OverflowError:

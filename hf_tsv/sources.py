@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from huggingface_hub import constants
 
@@ -17,10 +15,8 @@ from hf_tsv.checkpoints.reader import Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.checkpoints.writer import check_free_space
 from hf_tsv.errors import CheckpointError
+from hf_tsv.parallel import in_parallel
 from hf_tsv.progress import human_bytes, logger
-
-T = TypeVar("T")
-S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -37,13 +33,13 @@ class Sources:
     inputs: tuple[Checkpoint, ...]
     warnings: tuple[str, ...] = ()
 
+    def all(self) -> tuple[Checkpoint, ...]:
+        """The tasks, then the base."""
+        return (*self.inputs, self.base)
+
     def download_bytes(self) -> int:
         """What [`downloaded`] would fetch; files in the client's cache do not count."""
-        return sum(
-            repo.sizes[name]
-            for repo, _, names in self._wanted()
-            for name in hub.uncached(repo, names)
-        )
+        return sum(repo.sizes[name] for repo, name in hub.missing(self._wanted()))
 
     def downloaded(self, *, visible: bool) -> Sources:
         """The same checkpoints, read from the client's cache; fetches in parallel what is missing.
@@ -53,7 +49,7 @@ class Sources:
         """
         wanted = self._wanted()
         if size := self.download_bytes():
-            check_free_space(Path(wanted[0][0].cache_dir or constants.HF_HUB_CACHE), size)
+            check_free_space(Path(wanted[0].repo.cache_dir or constants.HF_HUB_CACHE), size)
             logger.info("Downloading %s.", human_bytes(size))
         folders = iter(hub.download(wanted, visible=visible))
 
@@ -67,14 +63,14 @@ class Sources:
 
     def close(self) -> None:
         """Close the files that were read."""
-        for item in (self.base, *self.inputs):
+        for item in self.all():
             if isinstance(item.pinned.files, LocalFiles):
                 item.pinned.files.close()
 
-    def _wanted(self) -> list[tuple[hub.RepoSnapshot, str | None, list[str]]]:
+    def _wanted(self) -> list[hub.Wanted]:
         """What has to be on disk: weights and config of all, companion files of the base."""
         wanted = []
-        for item in (*self.inputs, self.base):
+        for item in self.all():
             if not isinstance(item.pinned.files, HubFiles):
                 continue
             repo = item.pinned.files.repo
@@ -83,7 +79,7 @@ class Sources:
                 names.append("README.md")
             if item is self.base:
                 names += companions.present(item)
-            wanted.append((repo, item.pinned.asked_revision, names))
+            wanted.append(hub.Wanted(repo, item.pinned.asked_revision, tuple(names)))
         return wanted
 
 
@@ -107,14 +103,14 @@ def open_sources(
     """
     named = [*references, *([] if base_reference is None else [base_reference])]
     parsed = [parse(text) for text in named]
-    pinned = _in_parallel(lambda ref: pin(ref, token=token, cache_dir=cache_dir), parsed)
+    pinned = in_parallel(lambda ref: pin(ref, token=token, cache_dir=cache_dir), parsed)
     if base_reference is None:
         found, speakers = base_model.infer(pinned)
         logger.info("Base model: %s, named by %s.", found, ", ".join(speakers))
-        pinned.append(pin(parse(found), token=token, cache_dir=cache_dir))
+        pinned.append(pin(parse(f"hf://{found}"), token=token, cache_dir=cache_dir))
     *tasks, base = pinned
     warnings = _check_distinct(tasks, base)
-    *inputs, opened_base = _in_parallel(open_checkpoint, [*tasks, base])
+    *inputs, opened_base = in_parallel(open_checkpoint, [*tasks, base])
     return Sources(opened_base, tuple(inputs), tuple(warnings))
 
 
@@ -124,11 +120,6 @@ def equals_base(name: str, base: str) -> CheckpointError:
         f"{name} equals the base model {base}: it has no update.",
         "Leave it out, or name the right --base-model.",
     )
-
-
-def _in_parallel(call: Callable[[S], T], items: Sequence[S]) -> list[T]:
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(call, items))
 
 
 def _check_distinct(tasks: Sequence[PinnedCheckpoint], base: PinnedCheckpoint) -> list[str]:

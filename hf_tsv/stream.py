@@ -83,7 +83,7 @@ def pick_device(name: str | None = None) -> torch.device:
     Raises:
         [`RecipeError`]: it does not exist here, or several processes were launched.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         raise RecipeError(
             "Several processes are not supported.", "Run hf-tsv without torchrun or accelerate."
         )
@@ -93,8 +93,8 @@ def pick_device(name: str | None = None) -> torch.device:
         return torch.device(PartialState(cpu=not torch.accelerator.is_available()).device)
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise RecipeError(f"There is no device {name!r} here.", "Leave --device out.") from None
     return device
 

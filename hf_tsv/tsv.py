@@ -198,7 +198,6 @@ def merge(
     null_directions = 0
     if orthogonal and vectors.rank:
         vectors, null_directions = orthogonalise(vectors, solver)
-        # A wide concatenation has more columns than directions; that alone is no degeneracy.
     return MergedUpdate(vectors.matrix(), ranks, null_directions)
 
 

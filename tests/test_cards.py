@@ -180,7 +180,7 @@ def test_the_card_names_the_method(method: Any, said: str) -> None:
 @pytest.mark.parametrize(
     ("names", "title"),
     [
-        ("a", "# Task vector of a"),
+        ("a", "# Merge of a alone"),
         ("ab", "# Merge of a and b"),
         ("abcd", "# Merge of a, b, c and d"),
         ("abcdef", "# Merge of a, b, c and 3 more"),

@@ -104,11 +104,13 @@ assert len(classifier(image, candidate_labels=["a cat", "a dog"])) == 2
 
 
 def test_push_to_a_branch_as_a_pull_request_with_a_message(world: Path, hub: Hub) -> None:
-    hub.add_repo("me/abc", {"README.md": "---\nlicense: mit\n---\n", "old.safetensors": b"x"})
+    old = {"model-00001-of-00002.safetensors": b"x", "lora/adapter_model.safetensors": b"y"}
+    hub.add_repo("me/abc", {"README.md": "---\nlicense: mit\n---\n", **old})
     merge = ["merge", "org/vision", "--push-to", "me/abc"]
     assert hf_tsv(*merge, "--revision", "tsv", cwd=world).code == 0
     assert "model.safetensors" in hub.files("me/abc", "tsv")
-    assert "old.safetensors" not in hub.files("me/abc", "tsv")
+    assert "model-00001-of-00002.safetensors" not in hub.files("me/abc", "tsv")
+    assert "lora/adapter_model.safetensors" in hub.files("me/abc", "tsv")
     assert "model.safetensors" not in hub.files("me/abc")
     assert hf_tsv(*merge, "--create-pr", "--commit-message", "Merge!", cwd=world).code == 0
     assert "model.safetensors" in hub.files("me/abc", "refs/pr/1")
@@ -305,14 +307,36 @@ def test_no_space_on_the_disk(world: Path, hub: Hub, zoo: Path) -> None:
     refused(done, world, hub, "Cannot write to", "merged", "Free some space")
 
 
+def test_no_space_for_the_download(world: Path, hub: Hub) -> None:
+    limited = subprocess.run(
+        [str(SCRIPT), "merge", "org/vision", "-o", "merged"],
+        cwd=world, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )  # fmt: skip
+    done = Result(limited.returncode, limited.stdout, limited.stderr)
+    refused(done, world, hub, "org/vision", "cache cannot be written", "--cache-dir")
+
+
+def test_private_does_not_publish_into_a_public_repository(world: Path, hub: Hub) -> None:
+    hub.add_repo("me/abc", {"README.md": "---\nlicense: mit\n---\n"})
+    done = hf_tsv("merge", "org/vision", "--push-to", "me/abc", "--private", cwd=world)
+    refused(done, world, hub, "me/abc exists and is public", "--private")
+
+
+def test_options_of_an_upload_without_an_upload(world: Path, hub: Hub) -> None:
+    done = hf_tsv("merge", "org/vision", "--revision", "v1", "-o", "merged", cwd=world)
+    refused(done, world, hub, "--push-to REPO_ID")
+
+
 def test_a_failed_upload_keeps_the_finished_folder(world: Path, hub: Hub) -> None:
     hub.fail("/api/models/me/abc/commit/", 403, times=99)
-    done = hf_tsv("merge", "org/vision", "--push-to", "me/abc", cwd=world)
+    done = hf_tsv("merge", "org/vision", "--push-to", "me/abc", "--private", cwd=world)
     assert done.code == 1
     command = done.err.split("`")[1]
-    assert command.startswith("hf upload me/abc ")
-    assert (Path(command.split()[-1]) / "model.safetensors").is_file()
-    shutil.rmtree(Path(command.split()[-1]).parent)
+    assert command.startswith("hf upload me/abc ") and command.endswith(" --private")
+    folder = Path(command.split()[3])
+    assert (folder / "model.safetensors").is_file()
+    shutil.rmtree(folder.parent)
 
 
 def test_interrupting_leaves_nothing_behind(world: Path, zoo: Path) -> None:

@@ -396,7 +396,9 @@ def cached(hub: Hub, cache: Path, text: str) -> PinnedCheckpoint:
     """A repository pinned and downloaded, as a merge does it."""
     found = pinned(text, cache_dir=str(cache))
     assert isinstance(found.files, HubFiles)
-    client.download([(found.files.repo, found.asked_revision, list(FILES))], visible=False)
+    client.download(
+        [client.Wanted(found.files.repo, found.asked_revision, tuple(FILES))], visible=False
+    )
     return found
 
 

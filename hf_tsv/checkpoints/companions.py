@@ -33,9 +33,9 @@ def warnings(base: Checkpoint) -> list[str]:
     """What the output will lack to work in a pipeline."""
     have = set(present(base))
     missing = []
-    if not have & set(PROCESSOR_FILES):
+    if "vision_model" in layout.towers(base.tensors) and not have & set(PROCESSOR_FILES):
         missing.append("image processor")
-    if layout.is_full_model(base.tensors) and not have & set(TOKENIZER_FILES):
+    if "text_model" in layout.towers(base.tensors) and not have & set(TOKENIZER_FILES):
         missing.append("tokenizer")
     return [
         f"The base model {base} has no {part}, so the output has none and pipelines need one."

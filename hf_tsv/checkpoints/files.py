@@ -134,7 +134,7 @@ def read_json(files: Files, name: str, owner: str) -> dict[str, Any]:
 
 def inside_folder(name: object) -> bool:
     """Whether a file name from an index stays inside the checkpoint's folder."""
-    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+    if not isinstance(name, str) or not name.isprintable() or "\\" in name:
         return False
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts:

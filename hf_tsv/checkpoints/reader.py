@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.files import Files, inside_folder, read_json
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.errors import CheckpointError
+from hf_tsv.parallel import in_parallel
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -121,8 +121,7 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
     config = read_json(pinned.files, "config.json", owner)
     kind = layout.layout_of(config, owner)
     shards, weight_map = _weight_files(pinned.files, owner)
-    with ThreadPoolExecutor(8) as pool:
-        headers = list(pool.map(lambda name: read_header(pinned.files, name, owner), shards))
+    headers = in_parallel(lambda name: read_header(pinned.files, name, owner), shards)
     stored: dict[str, TensorInfo] = {}
     for header in headers:
         if twice := sorted(stored.keys() & header.keys()):
@@ -182,6 +181,8 @@ def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(owner, name, "its __metadata__ is malformed")
+    if strange := [key for key in entries if not key.isprintable()]:
+        raise _damaged(owner, name, f"{strange[0]!r} is no name of a tensor")
     infos = {
         key: _tensor_info(key, entry, name, 8 + length, owner) for key, entry in entries.items()
     }

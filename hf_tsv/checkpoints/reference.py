@@ -74,6 +74,13 @@ def parse(text: str) -> Reference:
         >>> parse("org/clip-a@v1")
         Reference(text='org/clip-a', repo_id='org/clip-a', revision='v1')
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{text!r} is not valid text.",
+            "Write org/name, or rename the folder: recipes are UTF-8.",
+        ) from None
     kind = _local_kind(text)
     if kind == "folder":
         return Reference(text)
@@ -136,6 +143,8 @@ def _local_card(files: LocalFiles) -> dict[str, Any]:
         return {}
     try:
         text = files.read("README.md").decode("utf-8", errors="replace")
+        if not text.startswith("---"):
+            return {}
         return hub.card_dict(ModelCard(text, ignore_metadata_errors=True).data)
     except Exception:  # YAML and the client raise a dozen types on strange cards
         return {}

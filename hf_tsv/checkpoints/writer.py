@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,8 +214,19 @@ def check_output_folder(folder: Path, marker: str, *, force: bool) -> None:
 def _check_output_folder(folder: Path, marker: str, *, force: bool) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise OutputError(f"{folder} exists and is not a folder.", "Choose another one with -o.")
-    if folder.exists() and folder.samefile(Path.cwd()):
-        raise OutputError("The output folder is the current one.", "Name a new one with -o.")
+    current = folder.exists() and folder.samefile(Path.cwd())
+    if current or os.path.ismount(folder):
+        what = "the current folder" if current else "a mount point"
+        raise OutputError(
+            f"{folder} is {what} and cannot be replaced by the result.",
+            "Name a new folder inside it with -o.",
+        )
+    parent = next(path for path in folder.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"Cannot write to {folder}: {parent} takes no new folder.",
+            "Choose another folder with -o.",
+        )
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not force:
@@ -235,7 +246,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary sibling folder that becomes `target` when the body ends well, and else nothing.
 
     Args:
-        target (`Path`): final place; an existing folder there is replaced in one rename.
+        target (`Path`): final place; an existing folder there is replaced.
 
     Yields:
         `Path`: the folder to write into.
@@ -243,6 +254,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     before = _identity(target)
     staging = target.parent / f".{target.name}.hf-tsv-{secrets.token_hex(4)}"
     with disk_errors(target):
+        made = [path for path in target.parents if not path.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         try:
@@ -255,6 +267,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
             _move_into_place(staging, target)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
+            for path in made:
+                with suppress(OSError):  # something else was put into it meanwhile
+                    path.rmdir()
             raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -269,7 +270,9 @@ def merge(
         "rank_fraction": rank_fraction,
         "qkv": qkv.value,
         "dtype": dtype.value if dtype else None,
-        "max_shard_size": int(max_shard_size) if max_shard_size.isdigit() else max_shard_size,
+        "max_shard_size": int(max_shard_size)
+        if re.fullmatch("[0-9]+", max_shard_size)
+        else max_shard_size,
     }
     if exclude is not None:
         choices["exclude"] = [glob for glob in exclude if glob]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -25,6 +26,9 @@ class Out:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal may not have every character
+                stream.reconfigure(errors="backslashreplace")
         logger = logging.getLogger("hf_tsv")
         logger.handlers = [_StderrHandler()]
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
@@ -32,7 +36,7 @@ class Out:
 
     def result(self, text: str, data: Mapping[str, Any]) -> None:
         """Print the result of the command: `text` for people, or `data` with `--json`."""
-        print(json.dumps(data, ensure_ascii=False) if self.as_json else text)
+        print(json.dumps(data) if self.as_json else text)
 
     def status(self, text: str) -> None:
         """Tell on stderr what was done, unless quiet."""
