@@ -19,12 +19,13 @@ from .rendering import SIDE
 
 MAX_TOKENS = 48
 POSITION_STD = 0.2
+TOKEN_STD = 0.5
 END_OF_WORD = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_processor(corpus: Iterable[str]) -> CLIPProcessor:
-    """An image processor for 32 x 32 pixels, and CLIP's tokenizer with merges learnt from the corpus."""
+    """A processor for 32 x 32 pixels, with CLIP's tokenizer and merges learnt from the corpus."""
     images = CLIPImageProcessorPil(
         size={"shortest_edge": SIDE},
         crop_size={"height": SIDE, "width": SIDE},
@@ -41,7 +42,10 @@ def _build_tokenizer(corpus: Iterable[str]) -> CLIPTokenizer:
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024, end_of_word_suffix=END_OF_WORD, initial_alphabet=alphabet, show_progress=False
+        vocab_size=1024,
+        end_of_word_suffix=END_OF_WORD,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     bpe.train_from_iterator(corpus, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
@@ -52,7 +56,7 @@ def _build_tokenizer(corpus: Iterable[str]) -> CLIPTokenizer:
 
 
 def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A randomly initialised CLIPModel: vision tower 4 x 96, text tower 2 x 64, projections to 64."""
+    """A random CLIPModel: vision tower 3 x 96, text tower 2 x 64, projections to 64."""
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -74,9 +78,13 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
         "patch_size": 8,
     }
     config = CLIPConfig(
-        text_config=text | shared | special, vision_config=vision | shared, projection_dim=64, **special
+        text_config=text | shared | special,
+        vision_config=vision | shared,
+        projection_dim=64,
+        **special,
     )
     model = CLIPModel(config)
-    # The library's 0.02 drowns the position in the patch content, and short training never recovers it.
+    # The library's 0.02 suits long training; in a short one words and places must differ at once.
     torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=POSITION_STD)
+    torch.nn.init.normal_(model.text_model.embeddings.token_embedding.weight, std=TOKEN_STD)
     return model

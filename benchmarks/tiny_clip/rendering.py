@@ -1,6 +1,6 @@
 """Vectorised drawing on batches of small RGB images.
 
-Canvases are float32 in [0, 1], shape (n, 32, 32, 3); masks are (n, 32, 32); one value per image is (n,).
+Canvases are float32 in [0, 1], shape (n, 32, 32, 3); masks are (n, 32, 32); values are (n,).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _cross(u: Floats, v: Floats) -> Floats:
     return np.maximum(np.minimum(0.95 - a, 0.3 - b), np.minimum(0.95 - b, 0.3 - a))
 
 
-#: Signed "insideness" of each shape in its own frame: positive inside, about one unit per object radius.
+#: Signed "insideness" of each shape in its own frame: positive inside, about 1 at the centre.
 SHAPES: dict[str, Field] = {
     "circle": lambda u, v: 0.9 - np.hypot(u, v),
     "square": lambda u, v: 0.8 - np.maximum(np.abs(u), np.abs(v)),
@@ -57,16 +57,12 @@ SHAPES: dict[str, Field] = {
 }
 
 
-def field_masks(
-    fields: dict[str, Field], which: Ints, u: Floats, v: Floats, outline: float | None = None
-) -> Floats:
-    """Soft-edged masks (n, 32, 32) of the which[i]-th field on the grid (u[i], v[i]), or of its outline."""
+def field_masks(fields: dict[str, Field], which: Ints, u: Floats, v: Floats) -> Floats:
+    """Soft masks (n, 32, 32) of the which[i]-th field on the grid (u[i], v[i])."""
     inside = np.empty_like(u)
     for index, field in enumerate(fields.values()):
         rows = which == index
         inside[rows] = field(u[rows], v[rows])
-    if outline is not None:
-        inside = outline - np.abs(inside)
     return np.clip(0.5 + 6 * inside, 0, 1)
 
 
@@ -109,7 +105,7 @@ def glyph_masks(characters: str, which: Ints, u: Floats, v: Floats) -> Floats:
 
 
 def stripes(angle: Floats, period: Floats, phase: Floats) -> Floats:
-    """Sine gratings (n, 32, 32) in [0, 1]: the stripes run along `angle` (radians), `period` in pixels."""
+    """Sine gratings (n, 32, 32) in [0, 1] along `angle` (radians), `period` in pixels."""
     x, y = pixel_grid()
     across = y * np.cos(angle)[:, None, None] - x * np.sin(angle)[:, None, None]
     turns = across * SIDE / 2 / period[:, None, None]

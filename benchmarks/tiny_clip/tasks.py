@@ -1,6 +1,6 @@
 """Eight small image-classification tasks: seven rendered, one of real data (scikit-learn's digits).
 
-Each differs from what the base model has seen (`scenes.py`) by tilt, clutter, contrast and noise.
+Images vary in place, size, tilt, clutter, contrast and noise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ COLOURS = {
 }
 PALETTE = np.array(list(COLOURS.values()), dtype=np.float32)
 PLACES = tuple(
-    f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")
+    f"{row} {column}"
+    for row in ("top", "middle", "bottom")
+    for column in ("left", "centre", "right")
 )
 ORIENTATIONS = (
     "horizontal",
@@ -94,7 +96,7 @@ def cluttered(rng: np.random.Generator, n: int, strength: float) -> Floats:
 def centred_grid(
     rng: np.random.Generator, n: int, size: tuple[float, float], shift: float, tilt: float
 ) -> tuple[Floats, Floats]:
-    """Frames (u, v) of objects of random size near the middle, off by `shift`, turned by `tilt` (radians)."""
+    """Frames (u, v) of objects of random size near the middle, off by `shift`, turned by `tilt`."""
     x, y = uniform(rng, -shift, shift, n), uniform(rng, -shift, shift, n)
     return r.object_grid(x, y, uniform(rng, *size, n), uniform(rng, -tilt, tilt, n))
 
@@ -103,7 +105,9 @@ def _letters(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np
     """Tilted letters on clutter."""
     n = len(labels)
     u, v = centred_grid(rng, n, (0.7, 1.0), 0.1, 0.7)
-    canvas = r.paint(cluttered(rng, n, 0.35), r.glyph_masks(LETTERS, labels, u, v), random_colours(rng, n, 0.15))
+    canvas = r.paint(
+        cluttered(rng, n, 0.35), r.glyph_masks(LETTERS, labels, u, v), random_colours(rng, n, 0.15)
+    )
     return r.to_uint8(rng, canvas, 0.04)
 
 
@@ -128,19 +132,23 @@ def _digits(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.
 
 
 def _shapes(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
-    """Dark outlines on bright paper."""
+    """Faint shapes, much tilted, on clutter."""
     n = len(labels)
-    u, v = centred_grid(rng, n, (0.6, 0.95), 0.1, 0.4)
-    mask = r.field_masks(r.SHAPES, labels, u, v, outline=0.15)
-    paper = r.plain(uniform(rng, 0.65, 1, n, 3))
-    return r.to_uint8(rng, r.paint(paper, mask, uniform(rng, 0, 0.35, n, 3)), 0.05)
+    u, v = centred_grid(rng, n, (0.5, 0.9), 0.12, 0.8)
+    mask = r.field_masks(r.SHAPES, labels, u, v) * uniform(rng, 0.5, 1, n)[:, None, None]
+    return r.to_uint8(
+        rng, r.paint(cluttered(rng, n, 0.35), mask, random_colours(rng, n, 0.2)), 0.04
+    )
 
 
 def _colours(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
     """Things in coloured light, among bits of other colours."""
     n = len(labels)
     canvas = cluttered(rng, n, 0.2)
-    for paints, size, shift in ((random_colours(rng, n, 0.1), 0.3, 0.7), (PALETTE[labels], 0.7, 0.1)):
+    for paints, size, shift in (
+        (random_colours(rng, n, 0.1), 0.3, 0.7),
+        (PALETTE[labels], 0.7, 0.1),
+    ):
         u, v = centred_grid(rng, n, (0.8 * size, 1.2 * size), shift, np.pi)
         mask = r.field_masks(r.SHAPES, rng.integers(len(SHAPES), size=n), u, v)
         canvas = r.paint(canvas, mask, paints)
@@ -154,9 +162,9 @@ def _orientation(rng: np.random.Generator, labels: Ints, split: Split) -> NDArra
     step = np.pi / len(ORIENTATIONS)
     angle = labels.astype(np.float32) * step + uniform(rng, -0.2, 0.2, n) * step
     wave = r.stripes(angle, uniform(rng, 4, 7, n), uniform(rng, 0, 2 * np.pi, n))
-    mask = wave * uniform(rng, 0.4, 0.8, n)[:, None, None]
+    mask = wave * uniform(rng, 0.5, 0.9, n)[:, None, None]
     grey = r.plain(uniform(rng, 0.2, 0.8, n, 1).repeat(3, axis=1))
-    return r.to_uint8(rng, r.paint(grey, mask, uniform(rng, 0, 1, n, 3)), 0.08)
+    return r.to_uint8(rng, r.paint(grey, mask, uniform(rng, 0, 1, n, 3)), 0.05)
 
 
 def _textures(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
@@ -170,17 +178,18 @@ def _textures(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[n
 
 
 def _counting(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
-    """Dots, dark or bright, on a bright blotched ground."""
+    """Dots of any size and strength on clutter."""
     n = len(labels)
-    ground = r.paint(r.plain(uniform(rng, 0.5, 1, n, 3)), r.blotches(rng, n, 3) * 0.5, uniform(rng, 0, 1, n, 3))
-    mask = dot_masks(rng, labels + 1, (0.14, 0.24))
-    return r.to_uint8(rng, r.paint(ground, mask, uniform(rng, 0, 0.3, n, 3)), 0.05)
+    mask = dot_masks(rng, labels + 1, (0.16, 0.26)) * uniform(rng, 0.6, 1, n)[:, None, None]
+    return r.to_uint8(rng, r.paint(cluttered(rng, n, 0.3), mask, uniform(rng, 0.5, 1, n, 3)), 0.05)
 
 
 def _position(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
     """Small letters on stripes."""
     n = len(labels)
-    wave = r.stripes(uniform(rng, 0, np.pi, n), uniform(rng, 5, 12, n), uniform(rng, 0, 2 * np.pi, n))
+    wave = r.stripes(
+        uniform(rng, 0, np.pi, n), uniform(rng, 5, 12, n), uniform(rng, 0, 2 * np.pi, n)
+    )
     ground = r.paint(r.plain(uniform(rng, 0, 0.5, n, 3)), wave * 0.6, uniform(rng, 0, 0.6, n, 3))
     u, v = cell_grid(rng, labels, uniform(rng, 0.3, 0.4, n), jitter=0.1, tilt=0.5)
     mask = r.glyph_masks(LETTERS, rng.integers(len(LETTERS), size=n), u, v)
@@ -208,7 +217,9 @@ def cell_grid(
 ) -> tuple[Floats, Floats]:
     """Frames (u, v) of objects in cell cells[i] of a 3 x 3 grid (the order of PLACES)."""
     n = len(cells)
-    x, y = ((c - 1) * (1 - size) + uniform(rng, -jitter, jitter, n) for c in (cells % 3, cells // 3))
+    x, y = (
+        (c - 1) * (1 - size) + uniform(rng, -jitter, jitter, n) for c in (cells % 3, cells // 3)
+    )
     return r.object_grid(x, y, size, uniform(rng, -tilt, tilt, n))
 
 

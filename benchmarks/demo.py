@@ -1,0 +1,169 @@
+"""What merging does, in a few minutes: tiny CLIPs trained here, merged through the CLI, measured.
+
+`python -m benchmarks.demo` trains a base and one fine-tune a task (cached in `.demo/`), runs
+`hf-tsv merge` with three methods, and prints accuracies on test images that were not trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+CACHE = Path(__file__).parents[1] / ".demo"
+ALPHAS = (0.2, 0.3, 0.5)
+HF_TSV = Path(sys.executable).with_name("hf-tsv")
+TSV, AVERAGE, ARITHMETIC = "TSV-Merge", "average", "task arithmetic"
+BASE, FINE_TUNED = "base, zero-shot", "fine-tuned, one model a task"
+
+
+def merge(folder: Path, names: Sequence[str], output: Path, *options: str) -> Path:
+    """Run `hf-tsv merge` on the fine-tunes in `folder`."""
+    command = [HF_TSV, "merge", *(folder / name for name in names), "--base-model", folder / "base"]
+    options = ("-o", str(output), "--force", "--quiet", *options)
+    done = subprocess.run(
+        [*map(str, command), *options], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return output
+
+
+def train(folder: Path, seed: int, progress: Progress) -> None:
+    """Train what the cache does not hold yet."""
+    from benchmarks.tiny_clip.checkpoints import trained_base, trained_tasks
+    from benchmarks.tiny_clip.tasks import TASKS
+    from benchmarks.tiny_clip.training import Recipe
+
+    recipe = Recipe(seed=seed)
+    steps = progress.add_task("Training the base model", total=recipe.pretraining_steps)
+    trained_base(recipe, folder, lambda: progress.advance(steps))
+    progress.update(steps, completed=recipe.pretraining_steps)
+    missing = [task for task in TASKS if not (folder / task.name).exists()]
+    tasks = progress.add_task("Fine-tuning on each task", total=len(TASKS))
+    progress.advance(tasks, len(TASKS) - len(missing))
+    trained_tasks(recipe, folder, TASKS, lambda: progress.advance(tasks))
+
+
+def merge_all(folder: Path, names: Sequence[str], progress: Progress) -> dict[str, Path]:
+    """Every merge of the demo, two processes at a time."""
+    wanted = {TSV: ["--method", "tsv"], AVERAGE: ["--method", "average"]}
+    for alpha in ALPHAS:
+        wanted[f"{ARITHMETIC} {alpha}"] = ["--method", "task-arithmetic", "--alpha", str(alpha)]
+    bar = progress.add_task("Merging with hf-tsv", total=len(wanted))
+
+    def run(item: tuple[str, list[str]]) -> tuple[str, Path]:
+        name, options = item
+        output = merge(folder, names, folder / f"merged-{name.replace(' ', '-').lower()}", *options)
+        progress.advance(bar)
+        return name, output
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(run, wanted.items()))
+
+
+def measure(
+    folder: Path, merged: dict[str, Path], seed: int, progress: Progress
+) -> dict[str, list[float]]:
+    """Test accuracy in per cent of every row of the table, by task."""
+    from benchmarks.tiny_clip.evaluation import accuracy, load_model, load_vision
+    from benchmarks.tiny_clip.tasks import TASKS
+
+    bar = progress.add_task("Measuring on test images", total=len(ALPHAS) + 5)
+
+    def of_model(path: Path, split: str) -> list[float]:
+        model, processor = load_model(path)
+        return [
+            accuracy(model, model.vision_model, processor, task, split, seed)  # type: ignore[arg-type]
+            for task in TASKS
+        ]
+
+    rows = {BASE: of_model(folder / "base", "test")}
+    progress.advance(bar)
+    validation = {}
+    for alpha in ALPHAS:
+        validation[alpha] = sum(of_model(merged[f"{ARITHMETIC} {alpha}"], "validation"))
+        progress.advance(bar)
+    best = max(validation, key=lambda alpha: validation[alpha])
+    rows[AVERAGE] = of_model(merged[AVERAGE], "test")
+    progress.advance(bar)
+    rows[f"{ARITHMETIC}, α = {best}"] = of_model(merged[f"{ARITHMETIC} {best}"], "test")
+    progress.advance(bar)
+    rows[TSV] = of_model(merged[TSV], "test")
+    progress.advance(bar)
+    model, processor = load_model(folder / "base")
+    rows[FINE_TUNED] = [
+        accuracy(model, load_vision(folder / task.name), processor, task, "test", seed)
+        for task in TASKS
+    ]
+    progress.advance(bar)
+    return rows
+
+
+def normalised(row: Sequence[float], fine_tuned: Sequence[float]) -> float:
+    """Mean share of each fine-tune's own accuracy that a model keeps (eq. 9), in per cent."""
+    return 100 * sum(a / b for a, b in zip(row, fine_tuned, strict=True)) / len(row)
+
+
+def table(rows: dict[str, list[float]], names: Sequence[str]) -> Table:
+    """The accuracies as people read them, a task a row; the best single model is bold."""
+    means = {name: sum(row) / len(row) for name, row in rows.items() if name != FINE_TUNED}
+    best = max(means, key=lambda name: means[name])
+    result = Table(title="Accuracy on test images (%)")
+    result.add_column("task")
+    for name in rows:
+        result.add_column(name, justify="right", style="bold" if name == best else None)
+    for i, task in enumerate(names):
+        result.add_row(task, *(f"{row[i]:.1f}" for row in rows.values()))
+    result.add_section()
+    result.add_row("mean", *(f"{sum(row) / len(row):.1f}" for row in rows.values()))
+    shares = (normalised(row, rows[FINE_TUNED]) for row in rows.values())
+    result.add_row("normalised", *(f"{share:.1f}" for share in shares))
+    return result
+
+
+def main() -> None:
+    """Train, merge, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seed", type=int, default=0, help="of all data and training")
+    parser.add_argument("--json", type=Path, help="write the numbers here as well")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    warnings.filterwarnings("ignore", module="transformers")
+    logging.disable(logging.WARNING)
+
+    from benchmarks.tiny_clip.checkpoints import cache_key
+    from benchmarks.tiny_clip.tasks import TASKS
+    from benchmarks.tiny_clip.training import Recipe
+
+    folder = CACHE / cache_key(Recipe(seed=arguments.seed))
+    names = [task.name for task in TASKS]
+    columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        train(folder, arguments.seed, progress)
+        merged = merge_all(folder, names, progress)
+        rows = measure(folder, merged, arguments.seed, progress)
+    Console().print(table(rows, names))
+    seconds = time.monotonic() - started
+    if arguments.json:
+        content = {"tasks": names, "accuracy": rows, "seconds": round(seconds, 1)}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"\nDone in {seconds:.0f} s. The merged model is in\n{merged[TSV]}\nLoad it with\n")
+    print("  from transformers import CLIPModel, CLIPProcessor")
+    print(f"  model = CLIPModel.from_pretrained({str(merged[TSV])!r})")
+    print(f"  processor = CLIPProcessor.from_pretrained({str(merged[TSV])!r})")
+
+
+if __name__ == "__main__":
+    main()

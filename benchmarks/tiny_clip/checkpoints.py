@@ -1,0 +1,84 @@
+"""Trained tiny CLIPs as ordinary transformers checkpoints, cached between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr
+from dataclasses import asdict
+from io import StringIO
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from transformers import CLIPModel, CLIPProcessor
+
+from .tasks import TASKS, Task
+from .training import Recipe, finetune, pretrain
+
+SOURCES = ("models.py", "rendering.py", "tasks.py", "training.py")
+
+
+def cache_key(recipe: Recipe) -> str:
+    """Changes with every choice and every line of code that decides what is trained."""
+    digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
+    for name in SOURCES:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def trained_base(recipe: Recipe, folder: Path, tick: Callable[[], None]) -> Path:
+    """The pretrained CLIPModel with tokenizer and processor; trained if it is not there.
+
+    `tick` is called after every step.
+    """
+    target = folder / "base"
+    if not target.exists():
+        torch.set_num_threads(1)  # two threads of our own do better: see `training`
+        model, processor = pretrain(recipe, tick)
+        _save(target, model, processor)
+    return target
+
+
+def trained_tasks(
+    recipe: Recipe, folder: Path, tasks: Sequence[Task], done: Callable[[], None]
+) -> list[Path]:
+    """A fine-tuned CLIPVisionModel of every task, two at a time; `done` is told of each."""
+    missing = [task.name for task in tasks if not (folder / task.name).exists()]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_train_task, recipe, folder, name) for name in missing]
+        for job in as_completed(jobs):
+            job.result()
+            done()
+    return [folder / task.name for task in tasks]
+
+
+def _train_task(recipe: Recipe, folder: Path, name: str) -> None:
+    torch.set_num_threads(1)
+    task = next(task for task in TASKS if task.name == name)
+    base = quietly(CLIPModel.from_pretrained, folder / "base")
+    tokenizer = CLIPProcessor.from_pretrained(folder / "base").tokenizer
+    _save(folder / name, finetune(base, tokenizer, task, recipe, lambda: None))
+
+
+def quietly(call: Callable[..., object], *args: object, **kwargs: object) -> object:
+    """Call without the library's loading bars."""
+    with redirect_stderr(StringIO()):
+        return call(*args, **kwargs)
+
+
+def _save(target: Path, *parts: object) -> None:
+    """`save_pretrained` into a folder that appears whole."""
+    staging = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    staging.mkdir(parents=True)
+    try:
+        for part in parts:
+            quietly(part.save_pretrained, staging)  # type: ignore[attr-defined]
+        staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
