@@ -339,21 +339,25 @@ def writable_repo_id(
         with translated(repo_id, None, writing=True):
             retried(lambda: api(token).auth_check(repo_id, write=True))
         return repo_id
-    namespaces = [user["name"], *(org["name"] for org in user.get("orgs", []))]
-    scopes = (user.get("auth") or {}).get("accessToken", {}).get("fineGrained")
-    if scopes is not None:
-        namespaces = [
-            scope["entity"]["name"]
-            for scope in scopes.get("scoped", [])
-            if "repo.write" in scope.get("permissions", [])
-            and scope["entity"].get("type") != "model"
-        ]
+    namespaces = _writable_namespaces(user)
     if repo_id.split("/")[0] not in namespaces:
         raise RepoError(
-            f"This token cannot create {repo_id}: it writes to {', '.join(namespaces)}.",
+            f"This token cannot create {repo_id}: it writes to {', '.join(namespaces) or 'none'}.",
             "Choose one of these namespaces, or use --create-pr on an existing repository.",
         )
     return repo_id
+
+
+def _writable_namespaces(user: dict[str, Any]) -> list[str]:
+    """Users and organisations that a token may create repositories for, from `whoami`."""
+    scopes = (user.get("auth") or {}).get("accessToken", {}).get("fineGrained")
+    if scopes is None:
+        return [user["name"], *(org["name"] for org in user.get("orgs", []))]
+    return [
+        scope["entity"]["name"]
+        for scope in scopes.get("scoped", [])
+        if "repo.write" in scope.get("permissions", []) and scope["entity"].get("type") != "model"
+    ]
 
 
 def _check_visibility(info: ModelInfo, private: bool) -> None:
