@@ -6,15 +6,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_tsv.compression import CompressReport, compress, export_peft
     from hf_tsv.errors import CheckpointError, HfTsvError, OutputError, RecipeError, RepoError
+    from hf_tsv.factors import TaskFactors
     from hf_tsv.merging import MergeReport, merge
+    from hf_tsv.models import TaskSwitcher, load_model, pipeline
     from hf_tsv.recipe import Recipe
+    from hf_tsv.reconstruction import ReconstructReport, reconstruct
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "merge": "merging",
     "MergeReport": "merging",
+    "compress": "compression",
+    "export_peft": "compression",
+    "CompressReport": "compression",
+    "reconstruct": "reconstruction",
+    "ReconstructReport": "reconstruction",
+    "TaskFactors": "factors",
+    "load_model": "models",
+    "pipeline": "models",
+    "TaskSwitcher": "models",
     "Recipe": "recipe",
     "HfTsvError": "errors",
     "RepoError": "errors",
@@ -25,14 +38,23 @@ _HOMES = {
 
 __all__ = [
     "CheckpointError",
+    "CompressReport",
     "HfTsvError",
     "MergeReport",
     "OutputError",
     "Recipe",
     "RecipeError",
+    "ReconstructReport",
     "RepoError",
+    "TaskFactors",
+    "TaskSwitcher",
     "__version__",
+    "compress",
+    "export_peft",
+    "load_model",
     "merge",
+    "pipeline",
+    "reconstruct",
 ]
 
 

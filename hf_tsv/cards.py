@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from hf_tsv.progress import human_bytes
 from hf_tsv.recipe import Recipe
+
+if TYPE_CHECKING:
+    from hf_tsv.factors import FactorsConfig
+
+LARGEST_SHOWN = 10
+"""Weights that a card of factors lists; all are in its configuration file."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +95,9 @@ def merge_card(
         tags=["merge", "task-singular-vectors", "hf-tsv", "clip"],
         license=common_license(inputs),
     )
-    card = ModelCard.from_template(
+    return _rendered(
+        "merge.md.jinja",
         data,
-        template_path=str(templates() / "merge.md.jinja"),
         title=_title([item.name for item in inputs]),
         base=base,
         inputs=inputs,
@@ -99,8 +109,145 @@ def merge_card(
         counts=counts,
         left_out=left_out,
         warnings=warnings,
+    )
+
+
+def factors_card(config: FactorsConfig, repo_id: str | None) -> str:
+    """Card of task factors.
+
+    Args:
+        config ([`FactorsConfig`]): what they are.
+        repo_id (`str`, *optional*): where they will be pushed.
+    """
+    base = CardInput(config.base_model.ref, config.base_model.revision)
+    source = CardInput(config.source.ref, config.source.revision)
+    data = ModelCardData(
+        base_model=base.ref if base.revision else None,
+        base_model_relation="adapter" if base.revision else None,
+        library_name="hf-tsv",
+        tags=["task-singular-vectors", "task-factors", "hf-tsv", "clip"],
+        license=config.source.license,
+    )
+    command = _compress_command(config)
+    kinds = Counter(weight.stored for weight in config.weights.values())
+    return _rendered(
+        "factors.md.jinja",
+        data,
+        config=config,
+        base=base,
+        source=source,
+        repo_id=repo_id,
+        kinds=kinds,
+        largest=sorted(config.weights.items(), key=lambda item: -item[1].norm)[:LARGEST_SHOWN],
+        command=command,
+        fence=_fence(command),
+        dtype=str(config.factor_dtype).removeprefix("torch."),
+    )
+
+
+def adapter_card(
+    config: FactorsConfig, repo_id: str | None, model_class: str, *, dense: bool
+) -> str:
+    """Card of a LoRA adapter made from a compressed task.
+
+    Args:
+        config ([`FactorsConfig`]): what is in it.
+        repo_id (`str`, *optional*): where it will be pushed.
+        model_class (`str`): the transformers class it fits.
+        dense (`bool`): it holds more than matrices.
+    """
+    base = CardInput(config.base_model.ref, config.base_model.revision)
+    data = ModelCardData(
+        base_model=base.ref if base.revision else None,
+        base_model_relation="adapter" if base.revision else None,
+        library_name="peft",
+        tags=["lora", "task-singular-vectors", "hf-tsv", "clip"],
+        license=config.source.license,
+    )
+    flags = ["--format", "peft", "--model-class", model_class, *([] if dense else ["--no-dense"])]
+    command = _compress_command(config, *flags)
+    return _rendered(
+        "adapter.md.jinja",
+        data,
+        config=config,
+        base=base,
+        source=CardInput(config.source.ref, config.source.revision),
+        repo_id=repo_id,
+        model_class=model_class,
+        dense=dense,
+        ranks=[weight.rank for weight in config.weights.values() if weight.rank],
+        command=command,
+        fence=_fence(command),
+        quoted=json.dumps,
+    )
+
+
+def _compress_command(config: FactorsConfig, *options: str) -> str:
+    """The command that makes the same files again."""
+    made_from = [
+        item.ref + (f"@{item.revision}" if item.revision else "")
+        for item in (config.source, config.base_model)
+    ]
+    words = ["hf-tsv", "compress", made_from[0], "--base-model", made_from[1]]
+    for key, value in config.rank_rule.items():
+        words += [f"--{key.replace('_', '-')}", str(value)]
+    dtype = str(config.factor_dtype).removeprefix("torch.")
+    convolutions = (w for w in config.weights.values() if len(w.shape) == 4)
+    words += ["--compress-conv"] if any(w.rank for w in convolutions) else []
+    return shlex.join([*words, "--factor-dtype", dtype, *options, "-o", "compressed"])
+
+
+def reconstructed_card(config: FactorsConfig, factors: str, repo_id: str | None) -> str:
+    """Card of a checkpoint made from task factors.
+
+    Args:
+        config ([`FactorsConfig`]): of the factors.
+        factors (`str`): reference of the factors.
+        repo_id (`str`, *optional*): where it will be pushed.
+    """
+    base = CardInput(config.base_model.ref, config.base_model.revision)
+    data = ModelCardData(
+        base_model=base.ref if base.revision else None,
+        base_model_relation="finetune" if base.revision else None,
+        library_name="transformers",
+        pipeline_tag="image-classification"
+        if config.task_head
+        else "zero-shot-image-classification",
+        tags=["task-singular-vectors", "hf-tsv", "clip"],
+        license=config.source.license,
+    )
+    return _rendered(
+        "reconstructed.md.jinja",
+        data,
+        config=config,
+        base=base,
+        source=CardInput(config.source.ref, config.source.revision),
+        factors=factors,
+        repo_id=repo_id,
+    )
+
+
+def task_name(ref: str) -> str:
+    """Short name of a task: the last part of its reference, without `-tsv`.
+
+    Example:
+        >>> task_name("me/clip-sun397-tsv@main")
+        'clip-sun397'
+    """
+    name = Path(
+        ref.split("@", maxsplit=1)[0] if "/" in ref and not Path(ref).exists() else ref
+    ).name
+    return name.removesuffix("-tsv") or name
+
+
+def _rendered(template: str, data: ModelCardData, **variables: Any) -> str:
+    card = ModelCard.from_template(
+        data,
+        template_path=str(templates() / template),
         code=code,
         plain=plain,
+        human_bytes=human_bytes,
+        **variables,
     )
     return str(card).rstrip("\n") + "\n"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_tsv import hub
+from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.writer import check_output_folder
 from hf_tsv.errors import OutputError, RepoError
 from hf_tsv.progress import logger
@@ -83,21 +84,27 @@ class Target:
             target = replace(target, push_to=repo_id)
         return target
 
-    def refuse_inputs(self, folders: Sequence[str]) -> None:
-        """Refuse to replace a folder that is, or holds, one of the inputs.
+    def refuse_inputs(self, inputs: Sequence[PinnedCheckpoint]) -> None:
+        """Refuse to replace one of the inputs: a folder that is or holds it, or its repository.
 
         Args:
-            folders (`Sequence[str]`): local inputs.
+            inputs (`Sequence[PinnedCheckpoint]`): what is read.
         """
-        if self.output is None:
-            return
-        output = self.output.resolve()
-        for folder in folders:
-            path = Path(folder).expanduser().resolve()
-            if path == output or output in path.parents:
+        for item in inputs:
+            if item.is_local and self.output is not None:
+                output, path = self.output.resolve(), Path(item.ref).expanduser().resolve()
+                if path == output or output in path.parents:
+                    raise OutputError(
+                        f"The output folder {self.output} would replace the input {item.ref}.",
+                        "Choose another one with -o.",
+                    )
+            elif not self.create_pr and (item.ref, item.asked_revision or "main") == (
+                self.push_to,
+                self.revision or "main",
+            ):
                 raise OutputError(
-                    f"The output folder {self.output} would replace the input {folder}.",
-                    "Choose another one with -o.",
+                    f"Pushing to {item.ref} would replace the input {item}.",
+                    "Choose another repository, a branch with --revision, or --create-pr.",
                 )
 
     def upload_command(self, folder: Path) -> str:

@@ -41,11 +41,16 @@ T = TypeVar("T")
 RETRY_WAITS = (1, 2, 4, 8)  # seconds, as the client does where it retries
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 DOWNLOAD_THREADS = 8
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+CONFIGS = ("config.json", "tsv_config.json")
+STEMS = ("model", "task_factors")
+WEIGHT_FILES = tuple(f"{stem}.safetensors{end}" for stem in STEMS for end in ("", ".index.json"))
 OLD_WEIGHTS = (
-    "model.safetensors",
-    "model-?????-of-?????.safetensors",
-    "model.safetensors.index.json",
+    *WEIGHT_FILES,
+    *(f"{stem}-?????-of-?????.safetensors" for stem in STEMS),
+    "tsv_config.json",
+    "hf_tsv_recipe.yaml",
+    "adapter_model.safetensors",
+    "adapter_config.json",
 )
 """Files of an earlier upload that a new one replaces; other files of the repository stay."""
 
@@ -131,8 +136,11 @@ def _cached_snapshot(
         )
     except RevisionResolutionError:
         sha = revision or "main"
-    config = try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir, revision=sha)
-    if not isinstance(config, str):
+    configs = (
+        try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=sha) for name in CONFIGS
+    )
+    config = next((path for path in configs if isinstance(path, str)), None)
+    if config is None:
         raise RepoError(
             f"{repo_id} is not in the local cache and the Hub cannot be reached"
             f" ({type(error).__name__}).",

@@ -16,10 +16,10 @@ import torch
 
 from hf_tsv import cards, stream
 from hf_tsv.checkpoints import companions, layout
-from hf_tsv.checkpoints.reader import Checkpoint
 from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, whole_folder
 from hf_tsv.delivery import Target, final_folder, push
 from hf_tsv.errors import CheckpointError, RecipeError
+from hf_tsv.factors import Origin, TaskFactors
 from hf_tsv.plan import MergePlan, make_plan
 from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.recipe import (
@@ -30,7 +30,7 @@ from hf_tsv.recipe import (
     check_number,
     current_versions,
 )
-from hf_tsv.sources import Sources, equals_base, open_sources
+from hf_tsv.sources import Sources, Task, equals_base, open_sources, pinned_entry
 
 SAME_UPDATE = 0.999
 """Cosine from which two updates are one checkpoint under two names."""
@@ -80,16 +80,29 @@ class MergeReport:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A merge whose references are resolved and whose headers fit."""
+class Job:
+    """A merge whose references are resolved and whose headers fit.
+
+    Args:
+        sources ([`Sources`]): base model and tasks.
+        scales (`tuple[float, ...]`): factor of each task's update.
+        settings ([`Settings`]): how to merge.
+        plan ([`MergePlan`]): which weight gets which treatment.
+        warnings (`list[str]`): so far.
+        expected (`tuple[str | None, ...]`): fingerprints of local folders in a recipe; base last.
+        recipe_device (`str`, *optional*): type of device in a recipe.
+        reconstructed ([`TaskFactors`], *optional*): the only task, of which a whole checkpoint is
+            made again, its task head included.
+    """
 
     sources: Sources
     scales: tuple[float, ...]
     settings: Settings
     plan: MergePlan
     warnings: list[str]
-    expected: tuple[str | None, ...]  # fingerprints of local folders in a recipe; base last
+    expected: tuple[str | None, ...]
     recipe_device: str | None = None
+    reconstructed: TaskFactors | None = None
 
 
 def merge(
@@ -123,7 +136,8 @@ def merge(
     """Merge fine-tuned CLIP checkpoints into one multi-task checkpoint (TSV-Merge).
 
     Args:
-        checkpoints (`Sequence[str]`): `org/name`, `org/name@revision`, `hf://…` or folders.
+        checkpoints (`Sequence[str]`): `org/name`, `org/name@revision`, `hf://…` or folders, of
+            whole checkpoints or of task factors, which need no decomposition.
         base_model (`str`, *optional*): W0; default: the one the checkpoints' cards agree on.
         output (`str` or `Path`, *optional*): folder to write.
         push_to (`str`, *optional*): repository to upload to.
@@ -184,11 +198,11 @@ def merge(
     if recipe is not None:
         job = _job_of_recipe(recipe, token, cache)
     else:
-        job = _prepare(references, base_ref, weights, settings, token, cache)
-    target.refuse_inputs([c.pinned.ref for c in job.sources.all() if c.pinned.is_local])
+        job = prepare(references, base_ref, weights, settings, token, cache)
+    target.refuse_inputs([item.pinned for item in job.sources.all()])
     if dry_run:
-        return _report(job, target, started, job.sources.download_bytes(), dry_run=True)
-    return _execute(job, target, device, show, token, started)
+        return report(job, target, started, job.sources.download_bytes(), dry_run=True)
+    return execute(job, target, device, show, token, started)
 
 
 def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
@@ -196,14 +210,14 @@ def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[
     return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names)]
 
 
-def _job_of_recipe(recipe: Recipe, token: str | None, cache_dir: str | None) -> _Job:
+def _job_of_recipe(recipe: Recipe, token: str | None, cache_dir: str | None) -> Job:
     for item in (*recipe.inputs, recipe.base_model):
         if item.revision is None and not Path(item.ref).expanduser().is_dir():
             raise RecipeError(
                 f"The recipe was made from the folder {item.ref}, which is not here.",
                 "Run it where that folder is, or restore it.",
             )
-    job = _prepare(
+    job = prepare(
         [_pinned_text(item) for item in recipe.inputs],
         _pinned_text(recipe.base_model),
         [item.weight for item in recipe.inputs],
@@ -216,7 +230,7 @@ def _job_of_recipe(recipe: Recipe, token: str | None, cache_dir: str | None) -> 
     return replace(job, expected=expected, recipe_device=recipe.device)
 
 
-def _prepare(
+def prepare(
     checkpoints: Sequence[str],
     base_ref: str | None,
     scales: Sequence[float] | None,
@@ -224,7 +238,7 @@ def _prepare(
     token: str | None,
     cache_dir: str | None,
     warnings: Sequence[str] = (),
-) -> _Job:
+) -> Job:
     """Resolve every reference once, read every header, and plan."""
     if not checkpoints:
         raise RecipeError("There is nothing to merge.", "Name at least one checkpoint.")
@@ -246,7 +260,7 @@ def _prepare(
     for warning in found:
         logger.warning(warning)
     expected = (None,) * (len(checkpoints) + 1)
-    return _Job(sources, tuple(map(float, scales)), settings, plan, found, expected)
+    return Job(sources, tuple(map(float, scales)), settings, plan, found, expected)
 
 
 def _pinned_text(item: PinnedInput) -> str:
@@ -265,8 +279,8 @@ def _version_warnings(recipe: Recipe) -> list[str]:
     return [f"The recipe was made with {', '.join(different)}: the bytes may differ."]
 
 
-def _execute(
-    job: _Job,
+def execute(
+    job: Job,
     target: Target,
     device_name: str | None,
     show: bool,
@@ -292,37 +306,45 @@ def _execute(
             url = push(final, target, token)
     finally:
         job.sources.close()
-    report = _report(job, target, started, download_bytes, findings=findings, warnings=warnings)
-    return replace(report, url=url, device=device.type)
+    done = report(job, target, started, download_bytes, findings=findings, warnings=warnings)
+    return replace(done, url=url, device=device.type)
 
 
-def _refuse_unchanged(job: _Job) -> None:
+def _refuse_unchanged(job: Job) -> None:
     """Find inputs that equal the base before the first decomposition: smallest weights first."""
     base = job.sources.base
     names = (n for w in job.plan.weights if w.treatment != "copied" for n in w.names)
     by_size = sorted(names, key=lambda name: base.tensors[name].nbytes)
     for item in job.sources.inputs:
+        if isinstance(item, TaskFactors):
+            if all(weight.stored == "none" for weight in item.tensors.values()):
+                raise equals_base(str(item), str(base))
+            continue
         held = (name for name in by_size if name in item.tensors)
         if all(torch.equal(item.read(n).float(), base.read(n).float()) for n in held):
             raise equals_base(str(item), str(base))
 
 
 def _merge_into(
-    folder: Path, job: _Job, target: Target, device: torch.device, show: bool
+    folder: Path, job: Job, target: Target, device: torch.device, show: bool
 ) -> tuple[stream.Findings, list[str]]:
     """Write a complete checkpoint into `folder`: weights, config, companions, recipe, card."""
     base, inputs = job.sources.base, job.sources.inputs
     weights = job.plan.weights
-    logger.info(
-        "Merging %d weights of %d checkpoints on %s.", len(weights), len(inputs), device.type
-    )
+    verb = "Merging" if job.reconstructed is None else "Reconstructing"
+    tasks = f"{len(inputs)} task{'s' * (len(inputs) != 1)}"
+    logger.info("%s %d weights of %s on %s.", verb, len(weights), tasks, device.type)
     writer = ShardWriter(folder, job.plan.shards)
     try:
-        with bar("Merging", len(weights), visible=show) as advance:
+        with bar(verb, len(weights), visible=show) as advance:
             findings = stream.merge_weights(
                 job.plan, base, inputs, job.scales, job.settings, writer,
                 device=device, advance=advance,
             )  # fmt: skip
+        if job.reconstructed is not None:
+            for name in job.reconstructed.head:
+                dtype = job.plan.specs[name].dtype
+                writer.write(name, job.reconstructed.read(name).to(dtype))
         writer.close()
     finally:
         writer.abandon()
@@ -331,14 +353,20 @@ def _merge_into(
     recipe = _recipe(job, findings, device)
     companions.copy(base, folder)
     config = companions.output_config(base, {spec.dtype for spec in job.plan.specs.values()})
+    if job.reconstructed is not None and job.reconstructed.head:
+        config |= companions.head_config(job.reconstructed.config.model_config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    card = _card(job, target, recipe, findings, warnings)
+    if job.reconstructed is None:
+        card = _card(job, target, recipe, findings, warnings)
+    else:
+        factors = job.reconstructed
+        card = cards.reconstructed_card(factors.config, str(factors), target.push_to)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return findings, warnings
 
 
-def _finding_warnings(inputs: Sequence[Checkpoint], findings: stream.Findings) -> list[str]:
+def _finding_warnings(inputs: Sequence[Task], findings: stream.Findings) -> list[str]:
     warnings = []
     cosines = findings.cosines()
     for i, j in combinations(range(len(inputs)), 2):
@@ -362,7 +390,7 @@ def _finding_warnings(inputs: Sequence[Checkpoint], findings: stream.Findings) -
     return warnings
 
 
-def _check_fingerprints(job: _Job, findings: stream.Findings) -> None:
+def _check_fingerprints(job: Job, findings: stream.Findings) -> None:
     """A recipe's local folders must still hold what they held."""
     keys = [*range(len(job.sources.inputs)), -1]
     for key, wanted in zip(keys, job.expected, strict=True):
@@ -374,8 +402,8 @@ def _check_fingerprints(job: _Job, findings: stream.Findings) -> None:
             )
 
 
-def _recipe(job: _Job, findings: stream.Findings, device: torch.device) -> Recipe:
-    def pinned(item: Checkpoint, key: int, scale: float) -> PinnedInput:
+def _recipe(job: Job, findings: stream.Findings, device: torch.device) -> Recipe:
+    def pinned(item: Task, key: int, scale: float) -> PinnedInput:
         fingerprint = findings.fingerprint(key) if item.pinned.is_local else None
         return PinnedInput(item.pinned.ref, item.pinned.revision, fingerprint, scale)
 
@@ -387,15 +415,15 @@ def _recipe(job: _Job, findings: stream.Findings, device: torch.device) -> Recip
 
 
 def _card(
-    job: _Job,
+    job: Job,
     target: Target,
     recipe: Recipe,
     findings: stream.Findings,
     warnings: Sequence[str],
 ) -> str:
-    def card_input(item: Checkpoint, scale: float = 1.0) -> cards.CardInput:
-        pinned = item.pinned
-        return cards.CardInput(pinned.ref, pinned.revision, cards.card_license(pinned.card), scale)
+    def card_input(item: Task, scale: float = 1.0) -> cards.CardInput:
+        origin = Origin.of(item.pinned)
+        return cards.CardInput(origin.ref, origin.revision, origin.license, scale)
 
     return cards.merge_card(
         recipe,
@@ -409,8 +437,8 @@ def _card(
     )
 
 
-def _report(
-    job: _Job,
+def report(
+    job: Job,
     target: Target,
     started: float,
     download_bytes: int,
@@ -435,8 +463,8 @@ def _report(
         treatments[weight.label] = entry
     return MergeReport(
         output=None if target.output is None else str(target.output),
-        base_model=_pinned_entry(job.sources.base),
-        inputs=[_pinned_entry(item) for item in job.sources.inputs],
+        base_model=pinned_entry(job.sources.base),
+        inputs=[pinned_entry(item) for item in job.sources.inputs],
         weights=job.plan.counts(frozen),
         output_bytes=job.plan.shards.total_bytes,
         seconds=round(time.monotonic() - started, 3),
@@ -448,7 +476,3 @@ def _report(
         peak_memory_bytes=job.plan.peak_memory_bytes,
         dry_run=dry_run,
     )
-
-
-def _pinned_entry(item: Checkpoint) -> dict[str, str | None]:
-    return {"ref": item.pinned.ref, "revision": item.pinned.revision}

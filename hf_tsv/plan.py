@@ -16,7 +16,12 @@ from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.reader import Checkpoint, TensorInfo
 from hf_tsv.checkpoints.writer import ShardPlan, TensorSpec, plan_shards
 from hf_tsv.errors import CheckpointError
+from hf_tsv.factors import TaskFactors
 from hf_tsv.recipe import AVERAGED_BY_DEFAULT, Settings
+from hf_tsv.sources import Task
+
+NEGLIGIBLE_ENERGY = 1e-9
+"""Share of an update too small to warn of."""
 
 Treatment = Literal["decomposed", "averaged", "summed", "copied"]
 
@@ -78,19 +83,21 @@ class MergePlan:
         return dict(count)
 
 
-def make_plan(base: Checkpoint, inputs: Sequence[Checkpoint], settings: Settings) -> MergePlan:
+def make_plan(base: Checkpoint, inputs: Sequence[Task], settings: Settings) -> MergePlan:
     """Compare all headers and choose a treatment for every tensor of the base.
 
     Raises:
         [`CheckpointError`]: weights missing, extra or of another shape; all are listed.
     """
-    _check_fit(base, inputs)
+    check_fit(base, inputs)
     weights = tuple(
         _treat(names, base, inputs, settings) for names in _group(base.tensors, settings.qkv)
     )
     specs = {name: _spec(info, settings) for name, info in base.tensors.items()}
-    warnings = [*_config_warnings(base, inputs), *_rank_warnings(weights, len(inputs), settings)]
+    warnings = [*config_warnings(base, inputs), *_rank_warnings(weights, len(inputs), settings)]
     warnings += _exclude_warnings(base, settings)
+    if len(inputs) > 1:  # one task alone is reconstructed, not merged
+        warnings += _energy_warnings(weights, inputs)
     return MergePlan(
         weights,
         plan_shards(specs, settings.max_shard_size),
@@ -121,7 +128,7 @@ def _group(tensors: object, qkv: str) -> list[tuple[str, ...]]:
 
 
 def _treat(
-    names: tuple[str, ...], base: Checkpoint, inputs: Sequence[Checkpoint], settings: Settings
+    names: tuple[str, ...], base: Checkpoint, inputs: Sequence[Task], settings: Settings
 ) -> Weight:
     infos = [base.tensors[name] for name in names]
     shape = infos[0].shape
@@ -176,7 +183,12 @@ def _spec(info: TensorInfo, settings: Settings) -> TensorSpec:
     return TensorSpec(dtype, info.shape)
 
 
-def _check_fit(base: Checkpoint, inputs: Sequence[Checkpoint]) -> None:
+def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
+    """Refuse inputs whose headers do not fit the base.
+
+    Raises:
+        [`CheckpointError`]: weights missing, extra or of another shape; all are listed.
+    """
     if base.left_out:
         raise CheckpointError(
             f"The base model {base} has a task head ({base.left_out[0]}), so it is a fine-tune.",
@@ -191,7 +203,7 @@ def _check_fit(base: Checkpoint, inputs: Sequence[Checkpoint]) -> None:
         )
 
 
-def _misfits(base: Checkpoint, item: Checkpoint) -> list[str]:
+def _misfits(base: Checkpoint, item: Task) -> list[str]:
     """One line for each weight of `item` that the base has not, or has in another shape."""
     problems = []
     parts = layout.towers(item.tensors)
@@ -226,12 +238,13 @@ def _misfits(base: Checkpoint, item: Checkpoint) -> list[str]:
     return problems
 
 
-def _config_warnings(base: Checkpoint, inputs: Sequence[Checkpoint]) -> list[str]:
+def config_warnings(base: Checkpoint, inputs: Sequence[Task]) -> list[str]:
     """Settings that change what the same weights compute, and that shapes do not show."""
     warnings = []
     reference = layout.tower_configs(base.config)
     for item in inputs:
-        for tower, config in layout.tower_configs(item.config).items():
+        settings = item.config.model_config if isinstance(item, TaskFactors) else item.config
+        for tower, config in layout.tower_configs(settings).items():
             for key in ("hidden_act", "num_attention_heads", "layer_norm_eps", "patch_size"):
                 ours, theirs = reference.get(tower, {}).get(key), config.get(key)
                 if None not in (ours, theirs) and ours != theirs:
@@ -264,6 +277,33 @@ def _exclude_warnings(base: Checkpoint, settings: Settings) -> list[str]:
         if glob not in AVERAGED_BY_DEFAULT
         and not any(fnmatchcase(name, glob) for name in base.tensors)
     ]
+
+
+def _energy_warnings(weights: Sequence[Weight], inputs: Sequence[Task]) -> list[str]:
+    """What is missing in factors that keep fewer triplets than this merge uses."""
+    warnings = []
+    for i, item in enumerate(inputs):
+        if not isinstance(item, TaskFactors):
+            continue
+        short, missing, total = 0, 0.0, 0.0
+        for weight in weights:
+            alone = weight.treatment == "decomposed" and len(weight.names) == 1
+            for name in weight.names if i in weight.inputs else ():
+                kept = item.tensors[name]
+                total += kept.norm**2
+                needed = min(weight.rank, kept.numerical_rank) if alone else kept.numerical_rank
+                if kept.stored == "dense" or (kept.stored == "factors" and kept.rank >= needed):
+                    continue
+                lost = (1 - kept.energy) * kept.norm**2
+                missing += lost
+                short += lost > 0
+        if missing > NEGLIGIBLE_ENERGY * total:
+            warnings.append(
+                f"{item} keeps fewer singular vectors than this merge uses in {short} weights:"
+                f" {100 * missing / total:.2g} % of the energy of its update is missing."
+                " Compress with a larger rank for the exact merge."
+            )
+    return warnings
 
 
 def _peak_memory(weights: Sequence[Weight], tasks: int) -> int:

@@ -82,7 +82,7 @@ class Settings:
         ):
             raise RecipeError("exclude is not a list of globs.", "Write a list of names or globs.")
         object.__setattr__(self, "exclude", tuple(self.exclude))
-        _check_shard_size(self.max_shard_size)
+        check_shard_size(self.max_shard_size)
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,8 @@ class Recipe:
         return Recipe(base, inputs, settings, device, versions)
 
 
-def _check_shard_size(size: object) -> None:
+def check_shard_size(size: object) -> None:
+    """Refuse what is neither a number of bytes nor a size such as 5GB."""
     positive = type(size) is int and size > 0
     if not positive and not (isinstance(size, str) and SHARD_SIZE.fullmatch(size)):
         raise RecipeError(

@@ -15,31 +15,35 @@ from hf_tsv.checkpoints.reader import Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.checkpoints.writer import check_free_space
 from hf_tsv.errors import CheckpointError
+from hf_tsv.factors import TaskFactors, is_factors, open_factors
 from hf_tsv.parallel import in_parallel
 from hf_tsv.progress import human_bytes, logger
+
+Task = Checkpoint | TaskFactors
+"""A fine-tune, whole or compressed."""
 
 
 @dataclass(frozen=True)
 class Sources:
-    """A base model and fine-tunes of it, all pinned.
+    """A base model and fine-tunes of it, whole or compressed, all pinned.
 
     Args:
         base ([`Checkpoint`]): W0.
-        inputs (`tuple[Checkpoint, ...]`): the tasks.
+        inputs (`tuple[Checkpoint | TaskFactors, ...]`): the tasks.
         warnings (`tuple[str, ...]`): what the user should know of them.
     """
 
     base: Checkpoint
-    inputs: tuple[Checkpoint, ...]
+    inputs: tuple[Task, ...]
     warnings: tuple[str, ...] = ()
 
-    def all(self) -> tuple[Checkpoint, ...]:
+    def all(self) -> tuple[Task, ...]:
         """The tasks, then the base."""
         return (*self.inputs, self.base)
 
     def download_bytes(self) -> int:
         """What [`downloaded`] would fetch; files in the client's cache do not count."""
-        return sum(repo.sizes[name] for repo, name in hub.missing(self._wanted()))
+        return sum(repo.sizes[name] for repo, name in hub.missing(_wanted(self.all(), [self.base])))
 
     def downloaded(self, *, visible: bool) -> Sources:
         """The same checkpoints, read from the client's cache; fetches in parallel what is missing.
@@ -47,19 +51,9 @@ class Sources:
         Args:
             visible (`bool`): show one progress bar over everything.
         """
-        wanted = self._wanted()
-        if size := self.download_bytes():
-            check_free_space(Path(wanted[0].repo.cache_dir or constants.HF_HUB_CACHE), size)
-            logger.info("Downloading %s.", human_bytes(size))
-        folders = iter(hub.download(wanted, visible=visible))
-
-        def local(item: Checkpoint) -> Checkpoint:
-            if not isinstance(item.pinned.files, HubFiles):
-                return item
-            return item.reading_from(LocalFiles(next(folders)))
-
-        inputs = tuple(local(item) for item in self.inputs)
-        return replace(self, inputs=inputs, base=local(self.base))
+        *inputs, base = fetched(self.all(), with_companions=[self.base], visible=visible)
+        assert isinstance(base, Checkpoint)  # it was one before
+        return replace(self, inputs=tuple(inputs), base=base)
 
     def close(self) -> None:
         """Close the files that were read."""
@@ -67,20 +61,43 @@ class Sources:
             if isinstance(item.pinned.files, LocalFiles):
                 item.pinned.files.close()
 
-    def _wanted(self) -> list[hub.Wanted]:
-        """What has to be on disk: weights and config of all, companion files of the base."""
-        wanted = []
-        for item in self.all():
-            if not isinstance(item.pinned.files, HubFiles):
-                continue
-            repo = item.pinned.files.repo
-            names = ["config.json", *item.weight_files]
-            if "README.md" in repo.sizes:  # an offline run infers the base from it
-                names.append("README.md")
-            if item is self.base:
-                names += companions.present(item)
-            wanted.append(hub.Wanted(repo, item.pinned.asked_revision, tuple(names)))
-        return wanted
+
+def _wanted(items: Sequence[Task], with_companions: Sequence[Task]) -> list[hub.Wanted]:
+    """What has to be on disk of repositories: weights and config, and companion files of some."""
+    wanted = []
+    for item in items:
+        if not isinstance(item.pinned.files, HubFiles):
+            continue
+        repo = item.pinned.files.repo
+        names = list(item.needed_files)
+        if "README.md" in repo.sizes:  # an offline run infers the base from it
+            names.append("README.md")
+        if any(item is other for other in with_companions):
+            names += companions.present(item.pinned)
+        wanted.append(hub.Wanted(repo, item.pinned.asked_revision, tuple(names)))
+    return wanted
+
+
+def fetched(items: Sequence[Task], *, with_companions: Sequence[Task], visible: bool) -> list[Task]:
+    """The same items, read from this machine; fetches in parallel what the cache does not hold.
+
+    Args:
+        items (`Sequence[Checkpoint | TaskFactors]`): of the Hub, or of folders.
+        with_companions (`Sequence[Checkpoint | TaskFactors]`): those whose processor and tokenizer
+            files are needed too.
+        visible (`bool`): show one progress bar over everything.
+    """
+    wanted = _wanted(items, with_companions)
+    if size := sum(repo.sizes[name] for repo, name in hub.missing(wanted)):
+        check_free_space(Path(wanted[0].repo.cache_dir or constants.HF_HUB_CACHE), size)
+        logger.info("Downloading %s.", human_bytes(size))
+    folders = iter(hub.download(wanted, visible=visible))
+    return [
+        item.reading_from(LocalFiles(next(folders)))
+        if isinstance(item.pinned.files, HubFiles)
+        else item
+        for item in items
+    ]
 
 
 def open_sources(
@@ -93,7 +110,7 @@ def open_sources(
     """Resolve every reference once and read every header, in parallel; writes nothing.
 
     Args:
-        references (`Sequence[str]`): the fine-tunes.
+        references (`Sequence[str]`): the fine-tunes, or task factors of them.
         base_reference (`str`, *optional*): default: the base they agree on.
         token (`str`, *optional*): default: the one the client is logged in with.
         cache_dir (`str`, *optional*): the client's cache.
@@ -101,17 +118,58 @@ def open_sources(
     Raises:
         [`HfTsvError`]: one cannot be read, is no CLIP, or is the base itself.
     """
+
+    def pinned(text: str) -> PinnedCheckpoint:
+        return pin(parse(text), token=token, cache_dir=cache_dir)
+
     named = [*references, *([] if base_reference is None else [base_reference])]
-    parsed = [parse(text) for text in named]
-    pinned = in_parallel(lambda ref: pin(ref, token=token, cache_dir=cache_dir), parsed)
+    tasks = in_parallel(pinned, named)
+    inputs = in_parallel(open_task, tasks)
+    opened_base: Task
     if base_reference is None:
-        found, speakers = base_model.infer(pinned)
-        logger.info("Base model: %s, named by %s.", found, ", ".join(speakers))
-        pinned.append(pin(parse(f"hf://{found}"), token=token, cache_dir=cache_dir))
-    *tasks, base = pinned
+        base = pinned(_inferred_base(inputs))
+        opened_base = open_task(base)
+    else:
+        base, opened_base = tasks.pop(), inputs.pop()
+    if isinstance(opened_base, TaskFactors):
+        raise CheckpointError(
+            f"The base model {opened_base} holds task factors.",
+            "Name the checkpoint that the tasks were fine-tuned from.",
+        )
     warnings = _check_distinct(tasks, base)
-    *inputs, opened_base = in_parallel(open_checkpoint, [*tasks, base])
     return Sources(opened_base, tuple(inputs), tuple(warnings))
+
+
+def open_task(pinned: PinnedCheckpoint) -> Task:
+    """Read the headers of a checkpoint, or of task factors."""
+    return open_factors(pinned) if is_factors(pinned) else open_checkpoint(pinned)
+
+
+def _inferred_base(inputs: Sequence[Task]) -> str:
+    """Reference of the base model that cards, configs and factors agree on."""
+    origins = {str(i): i.config.base_model for i in inputs if isinstance(i, TaskFactors)}
+    said = {
+        str(item): [origins[str(item)].ref]
+        if str(item) in origins
+        else base_model.named_by(item.pinned)
+        for item in inputs
+    }
+    found, speakers = base_model.infer(said)
+    logger.info("Base model: %s, named by %s.", found, ", ".join(speakers))
+    revisions = {origin.revision for origin in origins.values()}
+    if None in revisions:  # factors of a folder: the same one must be here
+        if not Path(found).expanduser().is_dir():
+            raise CheckpointError(
+                f"{speakers[0]} was compressed against the folder {found}, which is not here.",
+                "Name the same base model with --base-model.",
+            )
+        return found
+    return f"hf://{found}@{revisions.pop()}" if len(revisions) == 1 else f"hf://{found}"
+
+
+def pinned_entry(item: Task) -> dict[str, str | None]:
+    """What a report says of a checkpoint."""
+    return {"ref": item.pinned.ref, "revision": item.pinned.revision}
 
 
 def equals_base(name: str, base: str) -> CheckpointError:

@@ -5,22 +5,29 @@ Memory holds two weights of all checkpoints at most, whatever the number of laye
 
 from __future__ import annotations
 
-import hashlib
+import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hf_tsv import baselines, linalg, tsv
-from hf_tsv.checkpoints.reader import DTYPE_NAMES, Checkpoint, byte_view
+from hf_tsv.checkpoints.reader import Checkpoint, digest, fingerprint
 from hf_tsv.checkpoints.writer import ShardWriter
 from hf_tsv.errors import CheckpointError, RecipeError
+from hf_tsv.factors import TaskFactors
 from hf_tsv.plan import MergePlan, Weight
 from hf_tsv.recipe import Settings
+from hf_tsv.sources import Task
+from hf_tsv.tsv import TaskSingularVectors, Update
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 SKETCH_ENTRIES = 4096
 """Entries of each update that its likeness to the others is judged by."""
@@ -33,13 +40,14 @@ class LoadedWeight:
     Args:
         weight ([`Weight`]): its plan.
         base (`Tensor`): W0 as stored, stacked.
-        deltas (`dict[int, Tensor]`): Δ of the tasks that changed it, float32, by input.
+        deltas (`dict[int, Tensor | TaskSingularVectors]`): updates by the tasks that changed it,
+            by input; Δ in float32, or the triplets of a compressed task.
         floors (`dict[int, float]`): their storage noise.
     """
 
     weight: Weight
     base: Tensor
-    deltas: dict[int, Tensor]
+    deltas: dict[int, Update]
     floors: dict[int, float]
 
 
@@ -73,8 +81,7 @@ class Findings:
 
     def fingerprint(self, index: int) -> str:
         """sha256 over names, types and bytes of the tensors read from one folder."""
-        lines = (f"{name} {digest}\n" for name, digest in sorted(self.digests[index].items()))
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return fingerprint(self.digests[index])
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -102,7 +109,7 @@ def pick_device(name: str | None = None) -> torch.device:
 def merge_weights(
     plan: MergePlan,
     base: Checkpoint,
-    inputs: Sequence[Checkpoint],
+    inputs: Sequence[Task],
     scales: Sequence[float],
     settings: Settings,
     writer: ShardWriter,
@@ -115,7 +122,7 @@ def merge_weights(
     Args:
         plan ([`MergePlan`]): what to do.
         base ([`Checkpoint`]): W0.
-        inputs (`Sequence[Checkpoint]`): the tasks.
+        inputs (`Sequence[Checkpoint | TaskFactors]`): the tasks.
         scales (`Sequence[float]`): factor of each task's update.
         settings ([`Settings`]): how to merge.
         writer ([`ShardWriter`]): takes the result.
@@ -126,9 +133,9 @@ def merge_weights(
         [`Findings`]: ranks, frozen weights, likeness of tasks, fingerprints.
     """
     findings = Findings(len(inputs))
-    for index, item in enumerate([*inputs, base]):
-        if item.pinned.is_local:
-            findings.digests[index if item is not base else -1] = {}
+    findings.digests = {i: {} for i, item in enumerate(inputs) if item.pinned.is_local}
+    if base.pinned.is_local or any(isinstance(item, TaskFactors) for item in inputs):
+        findings.digests[-1] = {}
     with (
         ThreadPoolExecutor(1, "hf-tsv-read") as reading,
         ThreadPoolExecutor(1, "hf-tsv-write") as writing,
@@ -136,7 +143,7 @@ def merge_weights(
         written: Future[None] | None = None
         try:
             load = lambda weight: _load(weight, base, inputs, scales, findings)  # noqa: E731
-            for loaded in _read_ahead(reading, load, plan.weights):
+            for loaded in read_ahead(reading, load, plan.weights):
                 result = _merge_one(loaded, plan, settings, device, findings)
                 if written is not None:
                     written.result()
@@ -149,15 +156,17 @@ def merge_weights(
     return findings
 
 
-def _read_ahead(
-    pool: ThreadPoolExecutor,
-    load: Callable[[Weight], LoadedWeight],
-    weights: Sequence[Weight],
-) -> Iterator[LoadedWeight]:
-    """Load weights in order, one ahead of the caller."""
-    pending: deque[Future[LoadedWeight]] = deque()
-    for weight in weights:
-        pending.append(pool.submit(load, weight))
+def read_ahead(pool: ThreadPoolExecutor, load: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+    """Load items in order, one ahead of the caller.
+
+    Args:
+        pool (`ThreadPoolExecutor`): does the loading.
+        load (`Callable`): of one item.
+        items (`Sequence`): its arguments.
+    """
+    pending: deque[Future[T]] = deque()
+    for item in items:
+        pending.append(pool.submit(load, item))
         if len(pending) > 1:
             yield pending.popleft().result()
     while pending:
@@ -167,25 +176,33 @@ def _read_ahead(
 def _load(
     weight: Weight,
     base: Checkpoint,
-    inputs: Sequence[Checkpoint],
+    inputs: Sequence[Task],
     scales: Sequence[float],
     findings: Findings,
 ) -> LoadedWeight:
     w0 = _read(weight, base, findings.digests.get(-1))
-    deltas: dict[int, Tensor] = {}
+    deltas: dict[int, Update] = {}
     floors: dict[int, float] = {}
     if weight.treatment == "copied":
         return LoadedWeight(weight, w0, deltas, floors)
     for i in weight.inputs:
-        wi = _read(weight, inputs[i], findings.digests.get(i))
-        delta = wi.float() - w0.float()
-        if scales[i] != 1.0:
-            delta *= scales[i]
-        if not delta.any():
+        source, floor = inputs[i], 0.0
+        if isinstance(source, TaskFactors):
+            _check_base(source, weight, findings, base)
+            update = _stored_update(source, weight, findings.digests.get(i))
+            if update is None:
+                continue
+        else:
+            wi = _read(weight, source, findings.digests.get(i))
+            update = wi.float() - w0.float()
+            if not update.any():
+                continue
+            if weight.treatment == "decomposed":
+                floor = tsv.storage_noise(w0, wi)
+        if scales[i] == 0.0:
             continue
-        deltas[i] = delta
-        if weight.treatment == "decomposed":
-            floors[i] = tsv.storage_noise(w0, wi) * abs(scales[i])
+        deltas[i] = update if scales[i] == 1.0 else _scaled(update, scales[i])
+        floors[i] = floor * abs(scales[i])
     _add_likeness(findings, deltas)
     return LoadedWeight(weight, w0, deltas, floors)
 
@@ -193,23 +210,56 @@ def _load(
 def _read(weight: Weight, source: Checkpoint, digests: dict[str, str] | None) -> Tensor:
     tensors = [source.read(name) for name in weight.names]
     if digests is not None:
-        for name, tensor in zip(weight.names, tensors, strict=True):
-            header = f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} ".encode()
-            digest = hashlib.sha256(header)
-            digest.update(byte_view(tensor))
-            digests[name] = digest.hexdigest()
+        digests.update({n: digest(t) for n, t in zip(weight.names, tensors, strict=True)})
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _add_likeness(findings: Findings, deltas: dict[int, Tensor]) -> None:
+def _check_base(factors: TaskFactors, weight: Weight, findings: Findings, base: Checkpoint) -> None:
+    for name in weight.names:
+        factors.check_base(name, findings.digests[-1][name], str(base))
+
+
+def _stored_update(
+    factors: TaskFactors, weight: Weight, digests: dict[str, str] | None
+) -> Update | None:
+    """The update of a weight from factors; of stacked weights as one dense matrix."""
+    updates = [factors.update(name, digests) for name in weight.names]
+    if len(updates) == 1 or all(update is None for update in updates):
+        return updates[0]
+    shapes = [factors.tensors[name].shape for name in weight.names]
+    parts = [
+        torch.zeros(shape) if update is None else tsv.dense(update).float()
+        for update, shape in zip(updates, shapes, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _scaled(update: Update, scale: float) -> Update:
+    if isinstance(update, TaskSingularVectors):  # singular values stay positive
+        sign = -1.0 if scale < 0 else 1.0
+        return TaskSingularVectors(update.U * sign, update.S * abs(scale), update.Vh)
+    return update * scale
+
+
+def _add_likeness(findings: Findings, deltas: Mapping[int, Update]) -> None:
     if len(deltas) < 2:
         return
     tasks = list(deltas)
-    entries = next(iter(deltas.values())).numel()
-    stride = -(-entries // SKETCH_ENTRIES)
-    sample = torch.stack([deltas[i].reshape(-1)[::stride].double() for i in tasks])
+    sample = torch.stack([_sample(deltas[i]) for i in tasks])
     index = torch.tensor(tasks)
     findings.likeness[index[:, None], index] += sample @ sample.mT
+
+
+def _sample(update: Update) -> Tensor:
+    """Every so many entries of Δ, float64."""
+    entries = math.prod(update.shape)
+    stride = -(-entries // SKETCH_ENTRIES)
+    if not isinstance(update, TaskSingularVectors):
+        return update.reshape(-1)[::stride].double()
+    chosen = torch.arange(0, entries, stride)
+    rows, columns = chosen // update.shape[1], chosen % update.shape[1]
+    left = update.U.double()[rows] * update.S.double()
+    return (left * update.Vh.double().mT[columns]).sum(dim=1)
 
 
 def _merge_one(
@@ -230,15 +280,15 @@ def _merge_one(
     if weight.treatment == "decomposed":
         update = _decomposed_update(loaded, deltas, settings, findings)
     elif weight.treatment == "summed":
-        update = baselines.sum_update(deltas)
+        update = baselines.sum_update(map(tsv.dense, deltas))
     else:  # tasks that left the weight as it was count in the mean
-        update = baselines.mean_update(deltas) * (len(deltas) / findings.tasks)
+        update = baselines.mean_update(map(tsv.dense, deltas)) * (len(deltas) / findings.tasks)
     w0 = linalg.in_working_precision(loaded.base.to(device))
     return _cast(w0 + settings.alpha * linalg.in_working_precision(update), dtype, weight)
 
 
 def _decomposed_update(
-    loaded: LoadedWeight, deltas: Sequence[Tensor], settings: Settings, findings: Findings
+    loaded: LoadedWeight, deltas: Sequence[Update], settings: Settings, findings: Findings
 ) -> Tensor:
     merged = tsv.merge(
         deltas,

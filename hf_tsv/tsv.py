@@ -47,9 +47,28 @@ class TaskSingularVectors:
         """Number of triplets kept."""
         return self.S.numel()
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return self.U.shape[0], self.Vh.shape[1]
+
     def matrix(self) -> Tensor:
-        """U diag(S) Vh, shape (d_out, d_in)."""
-        return (self.U * self.S) @ self.Vh
+        """U diag(S) Vh, shape (d_out, d_in), in the working precision."""
+        U, S, Vh = map(linalg.in_working_precision, (self.U, self.S, self.Vh))
+        return (U * S) @ Vh
+
+    def truncated(self, rank: int) -> TaskSingularVectors:
+        """The leading triplets, `rank` at most; those with a singular value of zero are dropped."""
+        r = min(rank, int((self.S > 0).sum()))
+        return TaskSingularVectors(self.U[:, :r], self.S[:r], self.Vh[:r])
+
+    def to(self, target: torch.device | torch.dtype) -> TaskSingularVectors:
+        """The same triplets on another device, or in another dtype."""
+        return TaskSingularVectors(self.U.to(target), self.S.to(target), self.Vh.to(target))
+
+
+Update = Tensor | TaskSingularVectors
+"""The update of one weight by one task: Δ itself, or its leading singular triplets."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +180,15 @@ def orthogonalise(
     return TaskSingularVectors(U, vectors.S, Vh), max(null_left, null_right)
 
 
+def dense(update: Update) -> Tensor:
+    """Δ of an update, in the working precision."""
+    if isinstance(update, TaskSingularVectors):
+        return update.matrix()
+    return linalg.in_working_precision(update)
+
+
 def merge(
-    deltas: Sequence[Tensor],
+    deltas: Sequence[Update],
     rank: int,
     *,
     floors: Sequence[float] | None = None,
@@ -172,7 +198,8 @@ def merge(
     """Merged update of one weight, M = U⊥ diag(S) V⊥h (algorithm 1).
 
     Args:
-        deltas (`Sequence[Tensor]`): the task matrices, shape (d_out, d_in) each.
+        deltas (`Sequence[Tensor | TaskSingularVectors]`): the task matrices, shape (d_out, d_in)
+            each; those given by their triplets need no decomposition.
         rank (`int`): triplets kept of each task; k for the untruncated ablation.
         floors (`Sequence[float]`, *optional*): noise floor of each task matrix.
         orthogonal (`bool`): whether to orthogonalise; without it the truncated updates are summed.
@@ -188,9 +215,10 @@ def merge(
     """
     k = min(deltas[0].shape)
     if len(deltas) == 1 and rank >= k:  # nothing is truncated and nothing interferes
-        return MergedUpdate(linalg.in_working_precision(deltas[0]), (k,))
+        kept = deltas[0].rank if isinstance(deltas[0], TaskSingularVectors) else k
+        return MergedUpdate(dense(deltas[0]), (kept,))
     tasks = [
-        decompose(delta, rank, floor)
+        _leading(delta, rank, floor)
         for delta, floor in zip(deltas, floors or [0.0] * len(deltas), strict=True)
     ]
     ranks = tuple(task.rank for task in tasks)
@@ -199,6 +227,13 @@ def merge(
     if orthogonal and vectors.rank:
         vectors, null_directions = orthogonalise(vectors, solver)
     return MergedUpdate(vectors.matrix(), ranks, null_directions)
+
+
+def _leading(delta: Update, rank: int, floor: float) -> TaskSingularVectors:
+    if not isinstance(delta, TaskSingularVectors):
+        return decompose(delta, rank, floor)
+    kept = delta.truncated(rank)
+    return kept.to(linalg.in_working_precision(kept.S).dtype)
 
 
 def _norms(matrix: Tensor, dim: int | None = None) -> Tensor:

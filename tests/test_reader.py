@@ -23,13 +23,15 @@ from hf_tsv.checkpoints.files import LocalFiles, inside_folder
 from hf_tsv.checkpoints.reader import (
     DTYPES,
     FIRST_READ_BYTES,
-    INDEX_FILE,
     SINGLE_FILE,
     Checkpoint,
+    index_of,
     open_checkpoint,
 )
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.errors import CheckpointError
+
+INDEX_FILE = index_of(SINGLE_FILE)
 
 fuzz = settings(
     max_examples=60,

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_tsv.checkpoints.reader import DTYPES, INDEX_FILE, SINGLE_FILE
+from hf_tsv.checkpoints.reader import DTYPES, SINGLE_FILE, index_of
 from hf_tsv.checkpoints.writer import (
     ShardWriter,
     TensorSpec,
@@ -32,6 +32,8 @@ from hf_tsv.checkpoints.writer import (
     whole_folder,
 )
 from hf_tsv.errors import OutputError
+
+INDEX_FILE = index_of(SINGLE_FILE)
 
 MARKER = "hf_tsv_recipe.yaml"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hf_tsv.checkpoints.files import read_json
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
@@ -32,19 +32,18 @@ def named_by(item: PinnedCheckpoint) -> list[str]:
     return []
 
 
-def infer(inputs: Sequence[PinnedCheckpoint]) -> tuple[str, list[str]]:
+def infer(said: Mapping[str, Sequence[str]]) -> tuple[str, list[str]]:
     """The base model that the inputs agree on.
 
     Args:
-        inputs (`Sequence[PinnedCheckpoint]`): the fine-tunes; some may say nothing.
+        said (`Mapping[str, Sequence[str]]`): what each fine-tune names; some may say nothing.
 
     Returns:
-        `tuple[str, list[str]]`: its repository id, and the inputs that name it.
+        `tuple[str, list[str]]`: the base model, and the inputs that name it.
 
     Raises:
         [`CheckpointError`]: nobody names one, or they disagree; the error says who says what.
     """
-    said = {str(item): named_by(item) for item in inputs}
     names = {name for found in said.values() for name in found}
     if len(names) == 1:
         return names.pop(), [item for item, found in said.items() if found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.files import MAX_JSON_BYTES
 from hf_tsv.checkpoints.reader import Checkpoint
+from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.errors import CheckpointError
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -24,14 +26,14 @@ OTHER_FILES = (
 COMPANIONS = (*PROCESSOR_FILES, *TOKENIZER_FILES, *OTHER_FILES)
 
 
-def present(base: Checkpoint) -> list[str]:
-    """The companion files that the base model has."""
-    return [name for name in COMPANIONS if base.pinned.files.size(name) is not None]
+def present(item: PinnedCheckpoint) -> list[str]:
+    """The companion files that a checkpoint has."""
+    return [name for name in COMPANIONS if item.files.size(name) is not None]
 
 
 def warnings(base: Checkpoint) -> list[str]:
     """What the output will lack to work in a pipeline."""
-    have = set(present(base))
+    have = set(present(base.pinned))
     missing = []
     if "vision_model" in layout.towers(base.tensors) and not have & set(PROCESSOR_FILES):
         missing.append("image processor")
@@ -45,7 +47,7 @@ def warnings(base: Checkpoint) -> list[str]:
 
 def copy(base: Checkpoint, folder: Path) -> None:
     """Copy the companion files of the base model into the output folder."""
-    for name in present(base):
+    for name in present(base.pinned):
         if (base.pinned.files.size(name) or 0) > MAX_JSON_BYTES:
             raise CheckpointError(f"{base}: {name} is too large to be what it says.")
         (folder / name).write_bytes(base.pinned.files.read(name))
@@ -71,3 +73,13 @@ def output_config(base: Checkpoint, dtypes: set[torch.dtype]) -> dict[str, Any]:
             if isinstance(part, dict):
                 part.update({k: name for k in ("dtype", "torch_dtype") if part.get(k)})
     return config
+
+
+def head_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a task head needs in config.json: its class and its labels.
+
+    Args:
+        config (`Mapping[str, Any]`): of the fine-tuned checkpoint.
+    """
+    keys = ("architectures", "id2label", "label2id", "num_labels", "problem_type")
+    return {key: config[key] for key in keys if key in config}

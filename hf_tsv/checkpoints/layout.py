@@ -8,7 +8,7 @@ loads them into every CLIP class.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,40 @@ LAYOUTS = {
         Layout("clip_text_model", flat_prefix="text_model."),
     )
 }
+
+
+@dataclass(frozen=True)
+class ModelClass:
+    """Which canonical names a CLIP class of transformers 5 has, and how it calls them.
+
+    Args:
+        parts (`tuple[str, ...]`): first components of the canonical names of its parameters.
+        flat_prefix (`str`): what the class leaves out of the canonical names.
+        config_part (`str`, *optional*): the part of a CLIP's config.json that it is made from;
+            None for the whole.
+    """
+
+    parts: tuple[str, ...]
+    flat_prefix: str = ""
+    config_part: str | None = None
+
+
+VISION, TEXT = "vision_config", "text_config"
+MODEL_CLASSES = {
+    "CLIPModel": ModelClass(
+        ("vision_model", "text_model", "visual_projection", "text_projection", "logit_scale")
+    ),
+    "CLIPVisionModel": ModelClass(("vision_model",), "vision_model.", VISION),
+    "CLIPVisionModelWithProjection": ModelClass(
+        ("vision_model", "visual_projection"), config_part=VISION
+    ),
+    "CLIPForImageClassification": ModelClass(("vision_model",)),
+    "CLIPTextModel": ModelClass(("text_model",), "text_model.", TEXT),
+    "CLIPTextModelWithProjection": ModelClass(("text_model", "text_projection"), config_part=TEXT),
+}
+
+BUFFER = "position_ids"
+"""In checkpoints of transformers 4, but not a parameter of the modules."""
 
 FLAT = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm|final_layer_norm)\.")
 TASK_HEAD = re.compile(r"classifier\.")
@@ -79,6 +113,33 @@ def canonical_name(stored: str, layout: Layout) -> str | None:
     return stored
 
 
+def name_in_class(name: str, model_class: str) -> str | None:
+    """Name of a canonical parameter in a class of [`MODEL_CLASSES`], or None if it has it not.
+
+    Example:
+        >>> name_in_class("vision_model.encoder.layers.0.mlp.fc1.weight", "CLIPVisionModel")
+        'encoder.layers.0.mlp.fc1.weight'
+    """
+    kind = MODEL_CLASSES[model_class]
+    if name.split(".", maxsplit=1)[0] not in kind.parts or name.endswith(BUFFER):
+        return None
+    return name.removeprefix(kind.flat_prefix)
+
+
+def saved_class(config: Mapping[str, Any]) -> str:
+    """The class of [`MODEL_CLASSES`] that a config.json was saved by.
+
+    Example:
+        >>> saved_class({"model_type": "clip_vision_model"})
+        'CLIPVisionModel'
+    """
+    named = config.get("architectures")
+    if isinstance(named, list) and len(named) == 1 and named[0] in MODEL_CLASSES:
+        return str(named[0])
+    flat = {"clip_vision_model": "CLIPVisionModel", "clip_text_model": "CLIPTextModel"}
+    return flat.get(str(config.get("model_type")), "CLIPModel")
+
+
 def towers(names: Iterable[str]) -> set[str]:
     """Parts of a CLIP that a set of canonical names covers, by the first name component."""
     return {name.split(".")[0] for name in names}
@@ -95,7 +156,7 @@ def qkv_group(name: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-def tower_configs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def tower_configs(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The vision and text part of a config.json, whichever class it belongs to.
 
     Example:

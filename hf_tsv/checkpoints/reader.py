@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from hf_tsv.errors import CheckpointError
 from hf_tsv.parallel import in_parallel
 
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 64  # the limit of torch
 FIRST_READ_BYTES = 100_000  # holds the whole header of most checkpoints: one request instead of two
@@ -66,17 +67,27 @@ class Checkpoint:
         config (`dict[str, Any]`): its config.json.
         tensors (`Mapping[str, TensorInfo]`): by canonical name.
         weight_files (`tuple[str, ...]`): the files these lie in, index included.
-        left_out (`tuple[str, ...]`): stored names that are not merged (task heads).
+        head (`Mapping[str, TensorInfo]`): its task head, by stored name; no base has one.
     """
 
     pinned: PinnedCheckpoint
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     weight_files: tuple[str, ...]
-    left_out: tuple[str, ...] = ()
+    head: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return str(self.pinned)
+
+    @property
+    def needed_files(self) -> tuple[str, ...]:
+        """What a run reads of it."""
+        return (CONFIG_FILE, *self.weight_files)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Stored names that a merge leaves out."""
+        return tuple(self.head)
 
     def reading_from(self, files: Files) -> Checkpoint:
         """The same checkpoint, read from a copy of its files."""
@@ -91,18 +102,51 @@ class Checkpoint:
         Raises:
             [`CheckpointError`]: the file is truncated, or a value is NaN or Inf.
         """
-        info = self.tensors[name]
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        if info.nbytes:
-            self.pinned.files.read_into(info.file, info.start, byte_view(raw))
-        tensor = raw.view(info.dtype).reshape(info.shape)
-        if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
-            count = int(tensor.numel() - finite.sum())
-            raise CheckpointError(
-                f"{self}: {count} of {tensor.numel()} values of {name} are NaN or Inf.",
-                "The checkpoint is damaged; leave it out or save it again.",
-            )
-        return tensor
+        info = self.tensors[name] if name in self.tensors else self.head[name]
+        return read_tensor(self.pinned.files, info, name, str(self))
+
+
+def read_tensor(files: Files, info: TensorInfo, name: str, owner: str) -> Tensor:
+    """Read one tensor as stored.
+
+    Args:
+        files (`Files`): where to read.
+        info ([`TensorInfo`]): where it lies.
+        name (`str`): its name, for the error.
+        owner (`str`): the checkpoint, for the error.
+
+    Raises:
+        [`CheckpointError`]: the file is truncated, or a value is NaN or Inf.
+    """
+    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    if info.nbytes:
+        files.read_into(info.file, info.start, byte_view(raw))
+    tensor = raw.view(info.dtype).reshape(info.shape)
+    if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
+        count = int(tensor.numel() - finite.sum())
+        raise CheckpointError(
+            f"{owner}: {count} of {tensor.numel()} values of {name} are NaN or Inf.",
+            "The checkpoint is damaged; leave it out or save it again.",
+        )
+    return tensor
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 of one tensor: its type and shape as text, then its bytes.
+
+    Example:
+        >>> digest(torch.zeros(2))[:12]
+        '46b46b5d4b1b'
+    """
+    result = hashlib.sha256(f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} ".encode())
+    result.update(byte_view(tensor))
+    return result.hexdigest()
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """sha256 over names and digests of tensors, in the order of the names."""
+    lines = (f"{name} {value}\n" for name, value in sorted(digests.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def byte_view(tensor: Tensor) -> memoryview:
@@ -118,28 +162,54 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
         [`CheckpointError`]: not a CLIP, no safetensors, or a damaged file or index.
     """
     owner = str(pinned)
-    config = read_json(pinned.files, "config.json", owner)
+    config = read_json(pinned.files, CONFIG_FILE, owner)
     kind = layout.layout_of(config, owner)
-    shards, weight_map = _weight_files(pinned.files, owner)
-    headers = in_parallel(lambda name: read_header(pinned.files, name, owner), shards)
+    stored, files = read_headers(pinned.files, SINGLE_FILE, owner)
+    tensors: dict[str, TensorInfo] = {}
+    head: dict[str, TensorInfo] = {}
+    for name, info in sorted(stored.items()):
+        canonical = layout.canonical_name(name, kind)
+        if canonical is None:
+            head[name] = info
+        elif canonical in tensors:
+            raise CheckpointError(f"{owner}: {canonical} is stored twice, once without its prefix.")
+        else:
+            tensors[canonical] = info
+    return Checkpoint(pinned, config, tensors, files, head)
+
+
+def index_of(single: str) -> str:
+    """Name of the index that stands for `single` where it is split into shards."""
+    return f"{single}.index.json"
+
+
+def read_headers(
+    files: Files, single: str, owner: str
+) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+    """Parse and check all headers of a single file, or of the shards that its index names.
+
+    Args:
+        files (`Files`): where to read.
+        single (`str`): file name, if it is one file.
+        owner (`str`): the checkpoint, for errors.
+
+    Returns:
+        `tuple[dict[str, TensorInfo], tuple[str, ...]]`: tensors by stored name, and the files
+        they lie in, index included.
+
+    Raises:
+        [`CheckpointError`]: a file is missing, damaged, or disagrees with the index.
+    """
+    shards, weight_map = _weight_files(files, single, owner)
+    headers = in_parallel(lambda name: read_header(files, name, owner), shards)
     stored: dict[str, TensorInfo] = {}
     for header in headers:
         if twice := sorted(stored.keys() & header.keys()):
             raise CheckpointError(f"{owner}: {twice[0]} is stored in two files.")
         stored.update(header)
-    _check_index(shards, weight_map, stored, owner)
-    tensors: dict[str, TensorInfo] = {}
-    left_out: list[str] = []
-    for name, info in sorted(stored.items()):
-        canonical = layout.canonical_name(name, kind)
-        if canonical is None:
-            left_out.append(name)
-        elif canonical in tensors:
-            raise CheckpointError(f"{owner}: {canonical} is stored twice, once without its prefix.")
-        else:
-            tensors[canonical] = info
-    files = (*shards, *([INDEX_FILE] if weight_map else []))
-    return Checkpoint(pinned, config, tensors, files, tuple(left_out))
+    index = index_of(single)
+    _check_index(shards, weight_map, stored, index, owner)
+    return stored, (*shards, *([index] if weight_map else []))
 
 
 def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
@@ -239,37 +309,42 @@ def _damaged(owner: str, name: str, why: str) -> CheckpointError:
     )
 
 
-def _weight_files(files: Files, owner: str) -> tuple[list[str], dict[str, str]]:
+def _weight_files(files: Files, single: str, owner: str) -> tuple[list[str], dict[str, str]]:
     """Shards of a checkpoint, and the file of each tensor if an index says it."""
-    if files.size(SINGLE_FILE) is not None:
-        return [SINGLE_FILE], {}
-    if files.size(INDEX_FILE) is None:
+    if files.size(single) is not None:
+        return [single], {}
+    index = index_of(single)
+    if files.size(index) is None:
         raise CheckpointError(
-            f"{owner} has no {SINGLE_FILE} and no {INDEX_FILE}.",
+            f"{owner} has no {single} and no {index}.",
             "Only safetensors are read; convert a .bin with save_pretrained.",
         )
-    weight_map = read_json(files, INDEX_FILE, owner).get("weight_map")
+    weight_map = read_json(files, index, owner).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{owner}: {INDEX_FILE} has no weight_map.")
+        raise CheckpointError(f"{owner}: {index} has no weight_map.")
     outside = [name for name in weight_map.values() if not inside_folder(name)]
     if outside:
         raise CheckpointError(
-            f"{owner}: {INDEX_FILE} points outside its folder: {outside[0]!r}.",
+            f"{owner}: {index} points outside its folder: {outside[0]!r}.",
             "Do not use this checkpoint; its index is not one that transformers writes.",
         )
     return sorted(set(weight_map.values())), weight_map
 
 
 def _check_index(
-    shards: list[str], weight_map: dict[str, str], stored: dict[str, TensorInfo], owner: str
+    shards: list[str],
+    weight_map: dict[str, str],
+    stored: dict[str, TensorInfo],
+    index: str,
+    owner: str,
 ) -> None:
     empty = set(shards) - {info.file for info in stored.values()}
     if empty or not stored:
-        raise CheckpointError(f"{owner}: {min(empty, default=SINGLE_FILE)} holds no tensors.")
+        raise CheckpointError(f"{owner}: {min(empty, default=shards[0])} holds no tensors.")
     said = set(weight_map.items())
     held = {(key, info.file) for key, info in stored.items()}
     if weight_map and said != held:
         raise CheckpointError(
-            f"{owner}: {INDEX_FILE} and the shards disagree about {min(said ^ held)[0]}.",
+            f"{owner}: {index} and the shards disagree about {min(said ^ held)[0]}.",
             "Download or save it again.",
         )

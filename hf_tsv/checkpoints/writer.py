@@ -16,13 +16,12 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from hf_tsv.checkpoints.reader import DTYPE_NAMES, INDEX_FILE, byte_view
+from hf_tsv.checkpoints.reader import DTYPE_NAMES, SINGLE_FILE, byte_view, index_of
 from hf_tsv.errors import OutputError
 from hf_tsv.progress import human_bytes
 
 # The library sorts by dtype, in this order, and then by name.
 DTYPE_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
-FILENAME_PATTERN = "model{suffix}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,14 @@ class ShardPlan:
         places (`Mapping[str, tuple[str, int]]`): file and offset of each tensor.
         sizes (`Mapping[str, int]`): bytes of each file.
         index (`str`, *optional*): content of the index, when there are several shards.
+        index_file (`str`): its name.
     """
 
     headers: Mapping[str, bytes]
     places: Mapping[str, tuple[str, int]]
     sizes: Mapping[str, int]
     index: str | None
+    index_file: str
 
     @property
     def total_bytes(self) -> int:
@@ -55,19 +56,25 @@ class ShardPlan:
         return sum(self.sizes.values())
 
 
-def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int | str = "5GB") -> ShardPlan:
+def plan_shards(
+    specs: Mapping[str, TensorSpec],
+    max_shard_size: int | str = "5GB",
+    single: str = SINGLE_FILE,
+) -> ShardPlan:
     """Lay out tensors in files, as `save_pretrained` would and byte for byte as `save_file`.
 
     Args:
         specs (`Mapping[str, TensorSpec]`): by name.
         max_shard_size (`int` or `str`): bytes of a file, or `"5GB"`.
+        single (`str`): file name; shards get a number before the suffix.
     """
     meta = {
         name: torch.empty(specs[name].shape, dtype=specs[name].dtype, device="meta")
         for name in sorted(specs)
     }
+    pattern = single.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(
-        meta, filename_pattern=FILENAME_PATTERN, max_shard_size=max_shard_size
+        meta, filename_pattern=pattern, max_shard_size=max_shard_size
     )
     headers: dict[str, bytes] = {}
     places: dict[str, tuple[str, int]] = {}
@@ -80,7 +87,7 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_size: int | str = "5G
     if split.is_sharded:
         content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         index = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    return ShardPlan(headers, places, sizes, index)
+    return ShardPlan(headers, places, sizes, index, index_of(single))
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int], int]:
@@ -122,7 +129,7 @@ class ShardWriter:
                 _reserve(descriptor, plan.sizes[file])
                 _write_all(descriptor, memoryview(header), 0)
             if plan.index is not None:
-                (folder / INDEX_FILE).write_text(plan.index)
+                (folder / plan.index_file).write_text(plan.index)
         except BaseException:
             self.abandon()
             raise

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from hf_tsv.cli import merge
+from hf_tsv.cli import compress, merge, reconstruct
 from hf_tsv.cli.output import guarded
 
 app = typer.Typer(
     name="hf-tsv",
     help=(
-        "Merge fine-tuned CLIP checkpoints from the Hugging Face Hub with task singular vectors,"
-        " without training and without data."
+        "Merge or compress fine-tuned CLIP checkpoints from the Hugging Face Hub with task singular"
+        " vectors, without training and without data."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -38,7 +38,10 @@ def _root(
     pass
 
 
-app.command("merge", no_args_is_help=True, epilog=merge.EXAMPLES)(guarded()(merge.merge))
+for module in (merge, compress, reconstruct):
+    name = module.__name__.rpartition(".")[2]
+    command = guarded()(getattr(module, name))
+    app.command(name, no_args_is_help=True, epilog=module.EXAMPLES)(command)
 
 
 def main() -> None:

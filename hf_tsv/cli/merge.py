@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from hf_tsv.cli import options
 from hf_tsv.cli.output import Out
 from hf_tsv.errors import RecipeError
 
@@ -52,17 +52,7 @@ class Qkv(str, Enum):
     fused = "fused"
 
 
-class Dtype(str, Enum):
-    """Values of `--dtype`."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
 METHOD = "How to merge"
-TARGET = "Where the result goes"
-RUN = "How to run"
 
 
 def merge(
@@ -70,18 +60,12 @@ def merge(
         Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
         typer.Argument(
             metavar="CHECKPOINTS...",
-            help="Fine-tunes to merge: org/name, org/name@revision, or a local folder.",
+            help="Fine-tunes to merge, whole or as task factors: org/name, org/name@revision, or a"
+            " local folder.",
             show_default=False,
         ),
     ] = None,
-    base_model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            metavar="REF",
-            help="What they were fine-tuned from. [default: what their model cards say]",
-            show_default=False,
-        ),
-    ] = None,
+    base_model: options.BaseModel = None,
     recipe: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -90,62 +74,13 @@ def merge(
             show_default=False,
         ),
     ] = None,
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="DIR",
-            help="Folder to write.",
-            rich_help_panel=TARGET,
-            show_default=False,
-        ),
-    ] = None,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force", help="Replace an output folder that hf-tsv wrote.", rich_help_panel=TARGET
-        ),
-    ] = False,
-    push_to: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            metavar="REPO_ID",
-            help="Hub repository to upload to; created if needed.",
-            rich_help_panel=TARGET,
-            show_default=False,
-        ),
-    ] = None,
-    private: Annotated[
-        Optional[bool],  # noqa: UP045
-        typer.Option(
-            "--private/--no-private",
-            help="Make a new repository private.",
-            rich_help_panel=TARGET,
-            show_default=False,
-        ),
-    ] = None,
-    revision: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            metavar="BRANCH",
-            help="Branch to push to; created if needed.",
-            rich_help_panel=TARGET,
-            show_default=False,
-        ),
-    ] = None,
-    create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="Push as a pull request.", rich_help_panel=TARGET)
-    ] = False,
-    commit_message: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            metavar="TEXT",
-            help="Summary of the commit.",
-            rich_help_panel=TARGET,
-            show_default=False,
-        ),
-    ] = None,
+    output: options.Output = None,
+    force: options.Force = False,
+    push_to: options.PushTo = None,
+    private: options.Private = None,
+    revision: options.Revision = None,
+    create_pr: options.CreatePr = False,
+    commit_message: options.CommitMessage = None,
     method: Annotated[
         Method,
         typer.Option(
@@ -204,54 +139,20 @@ def merge(
         ),
     ] = Qkv.split,
     dtype: Annotated[
-        Optional[Dtype],  # noqa: UP045
+        Optional[options.Dtype],  # noqa: UP045
         typer.Option(
             help="Type of the written weights. [default: as the base model]",
             rich_help_panel=METHOD,
             show_default=False,
         ),
     ] = None,
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest output file.", rich_help_panel=TARGET)
-    ] = "5GB",
-    device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            metavar="NAME",
-            help="cpu, cuda, … [default: the best there is]",
-            rich_help_panel=RUN,
-            show_default=False,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Show what would be done; reads headers only, writes nothing.",
-            rich_help_panel=RUN,
-        ),
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=RUN)
-    ] = False,
-    quiet: Annotated[
-        bool,
-        typer.Option("-q", "--quiet", help="No progress, no status.", rich_help_panel=RUN),
-    ] = False,
-    token: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="Hub token. [default: HF_TOKEN, or the one of `hf auth login`]",
-            rich_help_panel=RUN,
-            show_default=False,
-        ),
-    ] = None,
-    cache_dir: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            help="Hub cache. [default: as the Hub client]", rich_help_panel=RUN, show_default=False
-        ),
-    ] = None,
+    max_shard_size: options.MaxShardSize = "5GB",
+    device: options.Device = None,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    token: options.Token = None,
+    cache_dir: options.CacheDir = None,
 ) -> None:
     """Merge fine-tuned CLIP checkpoints into one multi-task checkpoint.
 
@@ -270,9 +171,7 @@ def merge(
         "rank_fraction": rank_fraction,
         "qkv": qkv.value,
         "dtype": dtype.value if dtype else None,
-        "max_shard_size": int(max_shard_size)
-        if re.fullmatch("[0-9]+", max_shard_size)
-        else max_shard_size,
+        "max_shard_size": options.shard_size(max_shard_size),
     }
     if exclude is not None:
         choices["exclude"] = [glob for glob in exclude if glob]
@@ -327,11 +226,8 @@ def _summary(report: MergeReport) -> str:
 def _preview(report: MergeReport) -> str:
     from hf_tsv.progress import human_bytes
 
-    def pinned(entry: dict[str, str | None]) -> str:
-        return f"{entry['ref']}@{entry['revision']}" if entry["revision"] else str(entry["ref"])
-
-    rows = [("base model", pinned(report.base_model))]
-    rows += [(f"task {i}", pinned(entry)) for i, entry in enumerate(report.inputs, start=1)]
+    rows = [("base model", options.pinned(report.base_model))]
+    rows += [(f"task {i}", options.pinned(entry)) for i, entry in enumerate(report.inputs, start=1)]
     rows += [(name, f"{count} tensors") for name, count in report.weights.items()]
     rows += [("left out", f"{name}: {', '.join(h)}") for name, h in report.left_out.items()]
     rows += [
@@ -340,5 +236,4 @@ def _preview(report: MergeReport) -> str:
         ("output", human_bytes(report.output_bytes)),
         ("peak memory", f"about {human_bytes(report.peak_memory_bytes)} beside the libraries"),
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return options.columns(rows)

@@ -1,0 +1,143 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+TARGET = "Where the result goes"
+RUN = "How to run"
+
+
+class Dtype(str, Enum):
+    """Types that weights are written in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+# `Optional` because typer reads the annotations at run time on Python 3.10.
+BaseModel = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="REF",
+        help="What was fine-tuned. [default: what model cards and factors say]",
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="Folder to write.",
+        rich_help_panel=TARGET,
+        show_default=False,
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Replace an output folder that hf-tsv wrote.", rich_help_panel=TARGET
+    ),
+]
+PushTo = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="REPO_ID",
+        help="Hub repository to upload to; created if needed.",
+        rich_help_panel=TARGET,
+        show_default=False,
+    ),
+]
+Private = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option(
+        "--private/--no-private",
+        help="Make a new repository private.",
+        rich_help_panel=TARGET,
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="BRANCH",
+        help="Branch to push to; created if needed.",
+        rich_help_panel=TARGET,
+        show_default=False,
+    ),
+]
+CreatePr = Annotated[
+    bool, typer.Option("--create-pr", help="Push as a pull request.", rich_help_panel=TARGET)
+]
+CommitMessage = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="TEXT",
+        help="Summary of the commit.",
+        rich_help_panel=TARGET,
+        show_default=False,
+    ),
+]
+MaxShardSize = Annotated[
+    str, typer.Option(metavar="SIZE", help="Largest output file.", rich_help_panel=TARGET)
+]
+Device = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="NAME",
+        help="cpu, cuda, … [default: the best there is]",
+        rich_help_panel=RUN,
+        show_default=False,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Show what would be done; reads headers only, writes nothing.",
+        rich_help_panel=RUN,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=RUN)]
+Quiet = Annotated[
+    bool,
+    typer.Option("-q", "--quiet", help="No progress, no status.", rich_help_panel=RUN),
+]
+Token = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Hub token. [default: HF_TOKEN, or the one of `hf auth login`]",
+        rich_help_panel=RUN,
+        show_default=False,
+    ),
+]
+CacheDir = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        help="Hub cache. [default: as the Hub client]", rich_help_panel=RUN, show_default=False
+    ),
+]
+
+
+def shard_size(text: str) -> int | str:
+    """Bytes, if it is a plain number; else a size such as 5GB, checked where it is used."""
+    return int(text) if re.fullmatch("[0-9]+", text) else text
+
+
+def pinned(entry: dict[str, str | None]) -> str:
+    """A checkpoint of a report, as one reference."""
+    return f"{entry['ref']}@{entry['revision']}" if entry["revision"] else str(entry["ref"])
+
+
+def columns(rows: list[tuple[str, str]]) -> str:
+    """Names and values as two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

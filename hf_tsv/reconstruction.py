@@ -1,0 +1,161 @@
+"""The verb `reconstruct`: task factors and their base model become a whole checkpoint again."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_tsv import merging
+from hf_tsv.checkpoints.writer import TensorSpec, plan_shards
+from hf_tsv.delivery import Target
+from hf_tsv.errors import CheckpointError
+from hf_tsv.factors import TaskFactors
+from hf_tsv.progress import visible_by_default
+from hf_tsv.recipe import RECIPE_FILE, Settings
+from hf_tsv.sources import pinned_entry
+
+
+@dataclass(frozen=True)
+class ReconstructReport:
+    """What a reconstruction did, or with `dry_run` would do.
+
+    Args:
+        output (`str`, *optional*): the folder written, if it is kept.
+        base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
+        factors (`dict[str, str | None]`): the same of the task factors.
+        source (`dict[str, str | None]`): the same of the checkpoint that was compressed.
+        update_error (`float`): ‖Δ − stored‖ / ‖Δ‖ of the factors.
+        output_bytes (`int`): size of the weight files.
+        seconds (`float`): wall time.
+        warnings (`list[str]`): what the user should know.
+        download_bytes (`int`): fetched from the Hub; what the cache held does not count.
+        peak_memory_bytes (`int`): estimate, on top of the interpreter and its libraries.
+        device (`str`, *optional*): type of device computed on.
+        url (`str`, *optional*): commit or pull request on the Hub.
+        dry_run (`bool`): nothing was written.
+    """
+
+    output: str | None
+    base_model: dict[str, str | None]
+    factors: dict[str, str | None]
+    source: dict[str, str | None]
+    update_error: float
+    output_bytes: int
+    seconds: float
+    warnings: list[str]
+    download_bytes: int
+    peak_memory_bytes: int
+    device: str | None = None
+    url: str | None = None
+    dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return asdict(self)
+
+
+def reconstruct(
+    factors: str | PathLike[str],
+    *,
+    base_model: str | PathLike[str] | None = None,
+    output: str | Path | None = None,
+    push_to: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | str = Settings.max_shard_size,
+    device: str | None = None,
+    force: bool = False,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    dry_run: bool = False,
+    progress: bool | None = None,
+) -> ReconstructReport:
+    """Make a whole checkpoint of task factors: W0 + U diag(σ) Vh, weight by weight.
+
+    The result is the complete base model with the task in it, and the task head if there was one.
+
+    Args:
+        factors (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
+        base_model (`str`, *optional*): W0; default: the one the factors were made from.
+        output (`str` or `Path`, *optional*): folder to write.
+        push_to (`str`, *optional*): repository to upload to.
+        dtype (`str`, *optional*): of the output; default as the base.
+        max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
+        device (`str`, *optional*): default: the one accelerate chooses.
+        force (`bool`): replace an output folder that hf-tsv wrote.
+        private (`bool`, *optional*): make a new repository private.
+        revision (`str`, *optional*): branch to push to.
+        create_pr (`bool`): push as a pull request.
+        commit_message (`str`, *optional*): of the upload.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        dry_run (`bool`): plan only; touches neither disk nor Hub.
+        progress (`bool`, *optional*): show bars; default: on a terminal.
+
+    Returns:
+        [`ReconstructReport`]: what was done.
+
+    Raises:
+        [`HfTsvError`]: with the reason and what to do; nothing is written or pushed then.
+
+    Example:
+        >>> import hf_tsv
+        >>> hf_tsv.reconstruct("me/clip-sun397-tsv", output="full")  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    show = visible_by_default() if progress is None else progress
+    target = Target(
+        None if output is None else Path(output),
+        push_to, force, private, revision, create_pr, commit_message,
+    )  # fmt: skip
+    settings = Settings(exclude=(), dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
+    target = target.checked(RECIPE_FILE, token, dry_run=dry_run)
+    base_ref = None if base_model is None else fspath(base_model)
+    cache = None if cache_dir is None else str(cache_dir)
+    job = merging.prepare([fspath(factors)], base_ref, None, settings, token, cache)
+    (item,) = job.sources.inputs
+    if not isinstance(item, TaskFactors):
+        raise CheckpointError(
+            f"{item} is a checkpoint, not task factors.", "Make factors with `hf-tsv compress`."
+        )
+    job = _with_head(job, item)
+    target.refuse_inputs([source.pinned for source in job.sources.all()])
+    if dry_run:
+        done = merging.report(job, target, started, job.sources.download_bytes(), dry_run=True)
+    else:
+        done = merging.execute(job, target, device, show, token, started)
+    return ReconstructReport(
+        output=done.output,
+        base_model=done.base_model,
+        factors=pinned_entry(item),
+        source={"ref": item.config.source.ref, "revision": item.config.source.revision},
+        update_error=item.config.update_error,
+        output_bytes=done.output_bytes,
+        seconds=done.seconds,
+        warnings=done.warnings,
+        download_bytes=done.download_bytes,
+        peak_memory_bytes=done.peak_memory_bytes,
+        device=done.device,
+        url=done.url,
+        dry_run=dry_run,
+    )
+
+
+def _with_head(job: merging.Job, factors: TaskFactors) -> merging.Job:
+    """The same job with a place for the task head in its output files."""
+    wanted = None if job.settings.dtype is None else getattr(torch, job.settings.dtype)
+    specs = dict(job.plan.specs)
+    for name, info in factors.head.items():
+        dtype = wanted if wanted is not None and info.dtype.is_floating_point else info.dtype
+        specs[name] = TensorSpec(dtype, info.shape)
+    shards = plan_shards(specs, job.settings.max_shard_size)
+    plan = replace(job.plan, specs=specs, shards=shards)
+    return replace(job, plan=plan, reconstructed=factors)
