@@ -13,6 +13,9 @@ from torch import Tensor
 
 KINDS = ("vision", "flat", "projection", "full", "text", "classifier")
 
+CARD = "---\nbase_model: org/base\nlicense: mit\n---\n# A fine-tune\n"
+"""Model card of a fine-tune on the Hub."""
+
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,

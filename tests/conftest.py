@@ -52,3 +52,15 @@ def hub() -> Iterator[Hub]:
     shutil.rmtree(Path(HF_HOME, "hub"), ignore_errors=True)  # shas repeat from test to test
     yield HUB
     HUB.reset()
+
+
+@pytest.fixture
+def world(hub: Hub, zoo: Path, tmp_path: Path) -> Path:
+    """A Hub with a base and fine-tunes of it, and an empty folder to work in."""
+    hub.add_repo("org/base", zoo / "base")
+    for kind in ("vision", "flat", "full"):
+        files = {file.name: file for file in (zoo / kind).iterdir()}
+        hub.add_repo(f"org/{kind}", {**files, "README.md": clips.CARD})
+    work = tmp_path / "work"
+    work.mkdir()
+    return work

@@ -14,28 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import SCRIPT, Result, hf_tsv
+from cli import SCRIPT, Result, copied, hf_tsv, refused
+from clips import CARD
 from hub import Hub, User
 from safetensors.torch import load_file, save_file
-
-CARD = "---\nbase_model: org/base\nlicense: mit\n---\n# A fine-tune\n"
-
-
-@pytest.fixture
-def world(hub: Hub, zoo: Path, tmp_path: Path) -> Path:
-    """A Hub with a base and fine-tunes of it, and an empty folder to work in."""
-    hub.add_repo("org/base", zoo / "base")
-    for kind in ("vision", "flat", "full"):
-        files = {file.name: file for file in (zoo / kind).iterdir()}
-        hub.add_repo(f"org/{kind}", {**files, "README.md": CARD})
-    work = tmp_path / "work"
-    work.mkdir()
-    return work
-
-
-def copied(folder: Path, target: Path) -> Path:
-    shutil.copytree(folder, target)
-    return target
 
 
 def edited(folder: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -158,20 +140,6 @@ def test_the_same_checkpoint_twice_is_a_warning(world: Path) -> None:
     assert done.code == 0
     assert "Warning: org/vision is given twice" in done.err
     assert "given twice" in done.json["warnings"][0]
-
-
-def refused(done: Result, world: Path, hub: Hub, *parts: str) -> None:
-    """One clear line that names the thing, exit code 1, nothing written, nothing pushed."""
-    assert done.code == 1, (done.code, done.err)
-    assert done.out == ""
-    errors = [line for line in done.err.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == 1, done.err
-    assert "Hint: " in done.err and "Traceback" not in done.err
-    for part in parts:
-        assert part in done.err, done.err
-    left = {path.name for path in world.iterdir()}
-    assert not {name for name in left if name.startswith(".") or name == "merged"}, left
-    assert not any(r.method in ("POST", "PUT", "DELETE") for r in hub.requests)
 
 
 @pytest.mark.parametrize(
