@@ -63,9 +63,7 @@ def measure(folder: Path, seed: int, tick: Callable[[], None]) -> list[Point]:
     model, processor = load_model(folder / "base")
 
     def accuracies(vision: Callable[[str], Any]) -> list[float]:
-        return [
-            accuracy(model, vision(task.name), processor, task, "test", seed) for task in TASKS
-        ]
+        return [accuracy(model, vision(task.name), processor, task, "test", seed) for task in TASKS]
 
     fine_tuned = accuracies(lambda name: load_vision(folder / name))
     tick()

@@ -664,9 +664,10 @@ def _write_adapter(
         name: _stored(item, kept.get(name, DENSE if name in whole and item.norm else 0))
         for name, item in by_name.items()
     }
-    sizes = (math.prod(spec.shape) * spec.dtype.itemsize for spec in specs.values())
     left_out = (*plan.left_out, *job.source.head)
-    return Written(weights, rounding, sum(sizes), shards.total_bytes, left_out)
+    return Written(
+        weights, rounding, sum(spec.nbytes for spec in specs.values()), shards.total_bytes, left_out
+    )
 
 
 def _plan_adapter(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -193,10 +194,12 @@ class FactorsConfig:
             update_error=entry.number("update_error"),
             weights=weights,
             task_head=entry.texts("task_head"),
-            model_config=entry.object("model_config").content,
+            model_config=entry.object("model_config", any_names=True).content,
             format=FORMAT,
             left_out=entry.texts("left_out"),
         )
+        if config.factor_dtype == torch.float64:
+            raise entry.malformed("factor_dtype")
         if base.text("fingerprint") != config.base_fingerprint():
             raise entry.malformed("base_model.fingerprint")
         return config
@@ -400,7 +403,7 @@ class TaskFactors:
             )
         if len(weight.shape) == 2:
             return vectors
-        return vectors.matrix().reshape(weight.shape)
+        return vectors.matrix().float().reshape(weight.shape)  # Δ as a dense one is: float32
 
     def read(self, name: str) -> Tensor:
         """One tensor of the task head, as stored.
@@ -470,6 +473,13 @@ def open_factors(pinned: PinnedCheckpoint) -> TaskFactors:
             )
     if extra := sorted(stored.keys() - expected.keys()):
         raise CheckpointError(f"{owner}: {FACTORS_CONFIG} does not mention {extra[0]}.")
+    for name, weight in config.weights.items():
+        parts = tensor_specs({name: weight}, config.factor_dtype, {})
+        if weight.bytes != sum(part.nbytes for part in parts.values()):
+            raise CheckpointError(
+                f"{owner}: weights.{name}.bytes in {FACTORS_CONFIG} is not what it takes.",
+                "Download or save them again.",
+            )
     return TaskFactors(pinned, config, stored, files)
 
 
@@ -499,7 +509,7 @@ def _stored_weight(entry: _Entry) -> StoredWeight:
         dtype=_dtype(entry, "dtype"),
         rank=entry.whole("rank"),
         numerical_rank=entry.whole("numerical_rank"),
-        energy=entry.number("energy"),
+        energy=entry.number("energy", 1.0),
         norm=entry.number("norm"),
         bytes=entry.whole("bytes"),
         base_sha256=entry.text("base_sha256"),
@@ -508,6 +518,8 @@ def _stored_weight(entry: _Entry) -> StoredWeight:
         raise entry.malformed("stored")
     low_rank = weight.stored == "factors"
     if low_rank and (len(shape) < 2 or not 0 < weight.rank <= min(matrix_shape(weight.shape))):
+        raise entry.malformed("rank")
+    if weight.rank and not low_rank:
         raise entry.malformed("rank")
     return weight
 
@@ -533,9 +545,9 @@ class _Entry:
             "Download or save the factors again.",
         )
 
-    def object(self, key: str) -> _Entry:
+    def object(self, key: str, *, any_names: bool = False) -> _Entry:
         value = self.content.get(key)
-        if not isinstance(value, dict) or not all(name.isprintable() for name in value):
+        if not isinstance(value, dict) or not (any_names or all(map(str.isprintable, value))):
             raise self.malformed(key)
         return _Entry(value, self.owner, f"{self.path}{key}.")
 
@@ -557,8 +569,8 @@ class _Entry:
             raise self.malformed(key)
         return value
 
-    def number(self, key: str) -> float:
+    def number(self, key: str, most: float = sys.float_info.max) -> float:
         value: Any = self.content.get(key)
-        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        if type(value) not in (int, float) or not 0 <= value <= most:
             raise self.malformed(key)
         return float(value)

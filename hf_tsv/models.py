@@ -75,6 +75,8 @@ def load_model(
         >>> from transformers import pipeline
         >>> model = load_model("me/clip-sun397-tsv")  # doctest: +SKIP
     """
+    if task is not None:
+        _check_pipeline(task)
     found = _find(reference, task, base_model, token, cache_dir, progress, processor=False)
     return _model(found, dtype, device)
 
@@ -118,8 +120,7 @@ def pipeline(
     """
     import transformers
 
-    if task not in PIPELINES:
-        raise RecipeError(f"There is no CLIP pipeline {task!r}.", f"Choose {_one_of(PIPELINES)}.")
+    _check_pipeline(task)
     found = _find(model, task, base_model, token, cache_dir, progress, processor=True)
     if "image_processor" not in kwargs:
         load: Any = transformers.AutoImageProcessor.from_pretrained  # without annotations
@@ -167,6 +168,7 @@ def _find(
         if model_class == "base":
             model_class = _default_class(base)
     _check_head(item, model_class)
+    _check_parts([item] if base is None else [item, base], model_class)
     show = visible_by_default() if progress is None else progress
     items = [item] if base is None else [item, base]
     item, *rest = fetched(items, with_companions=items, visible=show)
@@ -199,6 +201,22 @@ def _check_head(item: Task, model_class: str) -> None:
         raise CheckpointError(
             f"{item} has no classification head, which image-classification needs.",
             "Use zero-shot-image-classification with candidate_labels.",
+        )
+
+
+def _check_pipeline(task: str) -> None:
+    if task not in PIPELINES:
+        raise RecipeError(f"There is no CLIP pipeline {task!r}.", f"Choose {_one_of(PIPELINES)}.")
+
+
+def _check_parts(items: Sequence[Task], model_class: str) -> None:
+    """Refuse a class of which transformers would have to make up weights."""
+    held = set[str]().union(*(layout.towers(item.tensors) for item in items))
+    missing = [part for part in layout.MODEL_CLASSES[model_class].parts if part not in held]
+    if missing:
+        raise CheckpointError(
+            f"{model_class} needs {missing[0]}, which {' and '.join(map(str, items))} lack.",
+            "Use another task, or a base model that is a whole CLIPModel.",
         )
 
 
@@ -314,7 +332,7 @@ class TaskSwitcher:
         parameters = dict(model.named_parameters())
         changed = dict.fromkeys(name for updates in tasks.values() for name in updates)
         self._parameters = {
-            name: parameters[str(layout.name_in_class(name, model_class))].data for name in changed
+            name: parameters[str(layout.name_in_class(name, model_class))] for name in changed
         }
         self._tasks = {
             task: {name: self._prepared(name, update) for name, update in updates.items()}
@@ -322,7 +340,7 @@ class TaskSwitcher:
         }
         self._base = base
         self._copies = (
-            {} if base else {name: data.clone() for name, data in self._parameters.items()}
+            {} if base else {name: p.detach().clone() for name, p in self._parameters.items()}
         )
         self._touched: set[str] = set()
         self._lock = threading.RLock()
@@ -379,6 +397,8 @@ class TaskSwitcher:
                 f"There is no CLIP class {model_class!r}.",
                 f"Choose {_one_of(layout.MODEL_CLASSES)}.",
             )
+        _check_head(base, model_class)
+        _check_parts([base], model_class)
         digests: dict[str, str] = {}
         tasks = {
             name: _updates(item, base, model_class, digests)
@@ -415,7 +435,7 @@ class TaskSwitcher:
             self._restore(self._touched - wanted.keys())
             for name, update in wanted.items():
                 self._touched.add(name)
-                _add(self._parameters[name], self._original(name), update)
+                _add(self._parameters[name].data, self._original(name), update)
             self.active = task
 
     @torch.no_grad()
@@ -427,14 +447,13 @@ class TaskSwitcher:
 
     def _restore(self, names: set[str]) -> None:
         for name in names:
-            self._parameters[name].copy_(self._original(name))
+            self._parameters[name].data.copy_(self._original(name))
             self._touched.discard(name)
 
     def _original(self, name: str) -> Tensor:
-        if self._base is None:
-            return self._copies[name]
-        data = self._parameters[name]
-        return self._base.read(name).to(data.device, data.dtype)
+        data = self._parameters[name].data  # looked up anew: the model may have been moved
+        original = self._copies[name] if self._base is None else self._base.read(name)
+        return original.to(data.device, data.dtype)
 
     def _prepared(self, name: str, update: Update) -> Update:
         """An update on the device and in the dtype it is added in; σ goes into U once."""
@@ -448,6 +467,7 @@ class TaskSwitcher:
 
 def _add(target: Tensor, base: Tensor, update: Update) -> None:
     """target = W0 + update, without a temporary matrix where the dtypes agree."""
+    update = update.to(target.device)  # itself, unless the model was moved
     if isinstance(update, TaskSingularVectors):
         if update.U.dtype == target.dtype:
             torch.addmm(base, update.U, update.Vh, out=target)
@@ -483,12 +503,12 @@ def _updates(
 def _named(
     references: Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]],
 ) -> dict[str, str | PathLike[str]]:
-    if isinstance(references, Mapping):
-        return dict(references)
     if isinstance(references, str | PathLike):
         references = [references]
     if not references:
         raise RecipeError("There are no tasks to switch between.", "Name at least one.")
+    if isinstance(references, Mapping):
+        return dict(references)
     named: dict[str, str | PathLike[str]] = {}
     for reference in references:
         name = task_name(fspath(reference))

@@ -89,14 +89,17 @@ def budget_bytes(budget: str | int, checkpoint_bytes: int) -> int:
         >>> budget_bytes("10%", 350_000_000), budget_bytes("1.5MB", 350_000_000)
         (35000000, 1500000)
     """
-    match = BUDGET.fullmatch(str(budget).strip()) if type(budget) in (str, int) else None
-    if match is None or float(match[1]) == 0 or (match[2] == "%" and float(match[1]) > 100):
+    match = BUDGET.fullmatch(budget.strip()) if isinstance(budget, str) else None
+    number = budget if type(budget) is int else float(match[1]) if match else 0
+    unit = match[2].upper() if match else ""
+    if not 0 < number < 2**63 or (unit == "%" and number > 100):
+        what = repr(budget)[:40] if isinstance(budget, str) else "out of range"
         raise RecipeError(
-            f"budget is {str(budget)[:40]!r}.", "Write a share such as 10%, or a size such as 35MB."
+            f"budget is {what}.", "Write a share such as 10%, or a size such as 35MB."
         )
-    if match[2] == "%":
-        return int(checkpoint_bytes * float(match[1]) / 100 + 1e-6)
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    if unit == "%":
+        return int(checkpoint_bytes * number / 100 + 1e-6)
+    return int(number * UNITS[unit])
 
 
 def rank_of_energy(energies: Tensor, total: float, share: float) -> int:

@@ -179,8 +179,6 @@ def test_the_task_head_and_its_labels_come_with_the_factors(made: Made) -> None:
     assert model.config.id2label == {i: f"LABEL_{i}" for i in range(3)}
 
 
-# BUG: reconstruct rounds the update of a convolution to float32 before the sum, and load_model does
-# not, so entries are a step of float32 apart.
 def test_factors_of_convolutions_load_as_they_are_reconstructed(made: Made, tmp_path: Path) -> None:
     hf_tsv.compress(
         made.plain["vision"], base_model=made.base, output=tmp_path / "conv-tsv",
@@ -210,8 +208,6 @@ def test_factors_made_from_a_vision_tower_load_as_one(made: Made, tmp_path: Path
     assert_same_model(found, loaded("CLIPVisionModel", tmp_path / "whole"))
 
 
-# BUG: a class whose weights nobody holds is made anyway: transformers fails on shapes, or where
-# its default sizes happen to fit (ViT-B/32), leaves the text tower random.
 def test_a_tower_that_nobody_has_is_an_error(made: Made, tmp_path: Path) -> None:
     base = made.plain["vision"]
     hf_tsv.compress(made.plain["flat"], base_model=base, output=tmp_path / "tsv")
@@ -242,7 +238,6 @@ def test_factors_without_a_head_cannot_classify_images(made: Made) -> None:
         hf_tsv.load_model(made.factors["vision"], task=CLASSES)
 
 
-# BUG: load_model raises KeyError; pipeline checks the same argument.
 def test_a_task_that_no_clip_does_is_refused(made: Made) -> None:
     with pytest.raises(RecipeError, match=f"'text-generation'.*{ZERO_SHOT}"):
         hf_tsv.load_model(made.factors["vision"], task="text-generation")
@@ -732,7 +727,6 @@ def test_a_class_that_transformers_lacks_is_refused(made: Made) -> None:
         switcher(made, "vision", model_class="ViT")
 
 
-# BUG: the head is left random; a base has none, and each task its own.
 def test_a_classifier_is_not_switched_with_a_random_head(made: Made) -> None:
     with pytest.raises(CheckpointError, match="classification head"):
         switcher(made, "classifier", model_class="CLIPForImageClassification")
@@ -765,7 +759,6 @@ def test_memory_keeps_a_copy_of_changed_weights_only_and_disk_of_none(made: Made
     assert sizes["memory"] - sizes["disk"] == sum(changed)
 
 
-# BUG: the parameters' storage is taken once, so a model that was converted since is not switched.
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_converted_after_loading_is_still_switched(
@@ -790,7 +783,7 @@ def test_a_model_converted_after_loading_is_still_switched(
 
 def test_tasks_are_called_like_their_repositories(hub: Hub, made: Made) -> None:
     push_factors(hub, made)
-    hub.add_repo("me/b", dict(hub.files("me/vision-tsv")))
+    hub.add_repo("me/b", hub.files("me/vision-tsv"))
     tasks = TaskSwitcher.from_pretrained(["me/vision-tsv@main", "hf://me/b"])
     assert tasks.names == ["vision", "b"]
     tasks.activate("vision")
@@ -818,7 +811,6 @@ def test_two_tasks_of_one_name_are_refused_before_anything_is_read(
     assert hub.requests == []
 
 
-# BUG: an empty mapping is taken, and activate ends in StopIteration.
 @pytest.mark.parametrize("references", [[], {}])
 def test_no_tasks_are_refused(made: Made, references: Sequence[str] | Mapping[str, str]) -> None:
     with pytest.raises(RecipeError, match="no tasks"):

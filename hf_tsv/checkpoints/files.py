@@ -125,6 +125,7 @@ def read_json(files: Files, name: str, owner: str) -> dict[str, Any]:
         raise CheckpointError(f"{owner}: {name} has {size} bytes, which is no {name}.")
     try:
         value = json.loads(files.read(name))
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text
     except (ValueError, RecursionError):
         raise CheckpointError(f"{owner}: {name} is not valid JSON.") from None
     if not isinstance(value, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import secrets
 import shutil
@@ -30,6 +31,11 @@ class TensorSpec:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -97,14 +103,13 @@ def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int], int
     relative: dict[str, int] = {}
     for name in sorted(specs, key=lambda n: (DTYPE_ORDER.index(DTYPE_NAMES[specs[n].dtype]), n)):
         spec = specs[name]
-        nbytes = torch.Size(spec.shape).numel() * spec.dtype.itemsize
         entries[name] = {
             "dtype": DTYPE_NAMES[spec.dtype],
             "shape": list(spec.shape),
-            "data_offsets": [position, position + nbytes],
+            "data_offsets": [position, position + spec.nbytes],
         }
         relative[name] = position
-        position += nbytes
+        position += spec.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
