@@ -7,22 +7,21 @@ and fails if the rank of the paper, r = k/T, keeps less than 99 % of the accurac
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
+
+from benchmarks.prepared import bars, quiet_libraries, trained
 
 SHARES = (2, 5, 10, 20, 50)
 PLAIN = "float32"
-SMALL = "bfloat16, --compress-conv"
+SMALL = "bfloat16, conv too"
 PAPER = "r = k/T"
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     PLAIN: {},
@@ -52,32 +51,33 @@ class Point:
     update_error: float = 0.0
 
 
-def measure(folder: Path, seed: int, tick: Callable[[], None]) -> list[Point]:
-    """Compress every task to every size, load it, and measure it on its test images.
-
-    `tick` is called [`steps`] times.
-    """
-    from benchmarks.tiny_clip.evaluation import accuracy, load_model, load_vision
+def accuracies(folder: Path, vision: Callable[[str], Any], seed: int) -> list[float]:
+    """Test accuracy in per cent of the vision tower of every task, beside the base's text tower."""
+    from benchmarks.tiny_clip.evaluation import accuracy, load_model
     from benchmarks.tiny_clip.tasks import TASKS
 
     model, processor = load_model(folder / "base")
+    return [accuracy(model, vision(task.name), processor, task, "test", seed) for task in TASKS]
 
-    def accuracies(vision: Callable[[str], Any]) -> list[float]:
-        return [accuracy(model, vision(task.name), processor, task, "test", seed) for task in TASKS]
 
-    fine_tuned = accuracies(lambda name: load_vision(folder / name))
-    tick()
+def measure(
+    folder: Path, fine_tuned: Sequence[float], seed: int, progress: Progress
+) -> list[Point]:
+    """Compress every task to every size, load it, and measure it on its test images.
+
+    Args:
+        folder: with the base model and the fine-tunes.
+        fine_tuned: accuracy of every fine-tune, in per cent.
+        seed: of the images.
+        progress: gets a bar.
+    """
+    bar = progress.add_task("Compressing and measuring", total=len(VARIANTS) * (len(SHARES) + 1))
     points = []
     for variant, options in VARIANTS.items():
-        for rule in [*({"budget": f"{share}%"} for share in SHARES), _paper(len(TASKS))]:
-            points.append(_point(folder, variant, {**options, **rule}, accuracies, fine_tuned))
-            tick()
+        for rule in [*({"budget": f"{share}%"} for share in SHARES), _paper(len(fine_tuned))]:
+            points.append(_point(folder, variant, {**options, **rule}, fine_tuned, seed))
+            progress.advance(bar)
     return points
-
-
-def steps() -> int:
-    """How often [`measure`] reports."""
-    return 1 + len(VARIANTS) * (len(SHARES) + 1)
 
 
 def _paper(tasks: int) -> dict[str, float]:
@@ -88,8 +88,8 @@ def _point(
     folder: Path,
     variant: str,
     options: Mapping[str, Any],
-    accuracies: Callable[[Callable[[str], Any]], list[float]],
     fine_tuned: Sequence[float],
+    seed: int,
 ) -> Point:
     import hf_tsv
     from benchmarks.tiny_clip.checkpoints import quietly
@@ -105,7 +105,7 @@ def _point(
         )
 
     try:
-        found = accuracies(vision)
+        found = accuracies(folder, vision, seed)
     except hf_tsv.RecipeError:  # what is stored whole takes more
         return Point(variant, rule)
     kept = [100 * a / b for a, b in zip(found, fine_tuned, strict=True)]
@@ -121,7 +121,10 @@ def _point(
 
 def table(points: Sequence[Point]) -> Table:
     """The points as people read them."""
-    result = Table(title="Bytes and accuracy kept by compressed tasks (mean, %)")
+    result = Table(
+        title="Bytes and accuracy kept by compressed tasks (mean, %)",
+        caption="– : what is stored whole takes more than that",
+    )
     for name in ("stored as", "rule"):
         result.add_column(name)
     for name in ("bytes", "accuracy", "kept", "update error"):
@@ -180,16 +183,12 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_libraries()
 
-    from benchmarks.demo import CACHE, train
-    from benchmarks.tiny_clip.checkpoints import cache_key
-    from benchmarks.tiny_clip.training import Recipe
+    from benchmarks.tiny_clip.evaluation import load_vision
 
-    folder = CACHE / cache_key(Recipe(seed=arguments.seed))
-    columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        train(folder, arguments.seed, progress)
-        bar = progress.add_task("Compressing and measuring", total=steps())
-        points = measure(folder, arguments.seed, lambda: progress.advance(bar))
+    with bars() as progress:
+        folder = trained(arguments.seed, progress)
+        fine_tuned = accuracies(folder, lambda name: load_vision(folder / name), arguments.seed)
+        points = measure(folder, fine_tuned, arguments.seed, progress)
     Console().print(table(points))
     file = arguments.plot or folder / "compression.svg"
     plot(points, file)
@@ -197,13 +196,6 @@ def main() -> None:
     kept = kept_at_the_rank_of_the_paper(points)
     if kept < REQUIRED:
         sys.exit(f"r = k/T keeps {kept:.2f} % of the accuracy, less than {REQUIRED} %.")
-
-
-def quiet_libraries() -> None:
-    """No bars and no reports of the libraries between ours."""
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    warnings.filterwarnings("ignore", module="transformers")
-    logging.disable(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,29 @@
-"""What merging does, in a few minutes: tiny CLIPs trained here, merged through the CLI, measured.
+"""What hf-tsv does, in a few minutes: tiny CLIPs trained here, merged, compressed, measured.
 
 `python -m benchmarks.demo` trains a base and one fine-tune a task (cached in `.demo/`), runs
-`hf-tsv merge` with three methods, and prints accuracies on test images that were not trained on.
+`hf-tsv merge` with three methods, compresses every task to several sizes, and prints accuracies on
+test images that were not trained on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
-CACHE = Path(__file__).parents[1] / ".demo"
+from benchmarks import compression
+from benchmarks.prepared import bars, quiet_libraries, trained
+
 ALPHAS = (0.2, 0.3, 0.5)
 HF_TSV = Path(sys.executable).with_name("hf-tsv")
 TSV, AVERAGE, ARITHMETIC = "TSV-Merge", "average", "task arithmetic"
@@ -38,22 +40,6 @@ def merge(folder: Path, names: Sequence[str], output: Path, *options: str) -> Pa
     if done.returncode:
         raise SystemExit(done.stderr)
     return output
-
-
-def train(folder: Path, seed: int, progress: Progress) -> None:
-    """Train what the cache does not hold yet."""
-    from benchmarks.tiny_clip.checkpoints import trained_base, trained_tasks
-    from benchmarks.tiny_clip.tasks import TASKS
-    from benchmarks.tiny_clip.training import Recipe
-
-    recipe = Recipe(seed=seed)
-    steps = progress.add_task("Training the base model", total=recipe.pretraining_steps)
-    trained_base(recipe, folder, lambda: progress.advance(steps))
-    progress.update(steps, completed=recipe.pretraining_steps)
-    missing = [task for task in TASKS if not (folder / task.name).exists()]
-    tasks = progress.add_task("Fine-tuning on each task", total=len(TASKS))
-    progress.advance(tasks, len(TASKS) - len(missing))
-    trained_tasks(recipe, folder, TASKS, lambda: progress.advance(tasks))
 
 
 def merge_all(folder: Path, names: Sequence[str], progress: Progress) -> dict[str, Path]:
@@ -134,31 +120,33 @@ def table(rows: dict[str, list[float]], names: Sequence[str]) -> Table:
 
 
 def main() -> None:
-    """Train, merge, measure, print."""
+    """Train, merge, compress, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seed", type=int, default=0, help="of all data and training")
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     arguments = parser.parse_args()
     started = time.monotonic()
-    warnings.filterwarnings("ignore", module="transformers")
-    logging.disable(logging.WARNING)
+    quiet_libraries()
 
-    from benchmarks.tiny_clip.checkpoints import cache_key
     from benchmarks.tiny_clip.tasks import TASKS
-    from benchmarks.tiny_clip.training import Recipe
 
-    folder = CACHE / cache_key(Recipe(seed=arguments.seed))
     names = [task.name for task in TASKS]
-    columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        train(folder, arguments.seed, progress)
+    with bars() as progress:
+        folder = trained(arguments.seed, progress)
         merged = merge_all(folder, names, progress)
         rows = measure(folder, merged, arguments.seed, progress)
+        points = compression.measure(folder, rows[FINE_TUNED], arguments.seed, progress)
     Console().print(table(rows, names))
+    plot = folder / "compression.svg"
+    compression.plot(points, plot)
+    Console().print(compression.table(points))
     seconds = time.monotonic() - started
     if arguments.json:
-        content = {"tasks": names, "accuracy": rows, "seconds": round(seconds, 1)}
+        compressed = [asdict(point) for point in points]
+        content = {"tasks": names, "accuracy": rows, "compressed": compressed}
+        content["seconds"] = round(seconds, 1)
         arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"The plot of it is in {plot}")
     print(f"\nDone in {seconds:.0f} s. The merged model is in\n{merged[TSV]}\nLoad it with\n")
     print("  from transformers import CLIPModel, CLIPProcessor")
     print(f"  model = CLIPModel.from_pretrained({str(merged[TSV])!r})")

@@ -1,0 +1,44 @@
+"""What every run on the tiny CLIPs begins with: a quiet console, and the models, trained once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+CACHE = Path(__file__).parents[1] / ".demo"
+
+
+def quiet_libraries() -> None:
+    """No bars and no reports of the libraries between ours; call before importing them."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    warnings.filterwarnings("ignore", module="transformers")
+    logging.disable(logging.WARNING)
+
+
+def bars() -> Progress:
+    """Progress of several jobs, on stderr."""
+    columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn()
+    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
+
+
+def trained(seed: int, progress: Progress) -> Path:
+    """The folder with `base` and a fine-tune of every task; trains what it does not hold yet."""
+    from benchmarks.tiny_clip.checkpoints import cache_key, trained_base, trained_tasks
+    from benchmarks.tiny_clip.tasks import TASKS
+    from benchmarks.tiny_clip.training import Recipe
+
+    recipe = Recipe(seed=seed)
+    folder = CACHE / cache_key(recipe)
+    steps = progress.add_task("Training the base model", total=recipe.pretraining_steps)
+    trained_base(recipe, folder, lambda: progress.advance(steps))
+    progress.update(steps, completed=recipe.pretraining_steps)
+    missing = [task for task in TASKS if not (folder / task.name).exists()]
+    tasks = progress.add_task("Fine-tuning on each task", total=len(TASKS))
+    progress.advance(tasks, len(TASKS) - len(missing))
+    trained_tasks(recipe, folder, TASKS, lambda: progress.advance(tasks))
+    return folder
