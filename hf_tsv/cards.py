@@ -47,8 +47,8 @@ class CardInput:
     @property
     def link(self) -> str:
         """Markdown for a table: a link to the commit, or the folder's name as code."""
-        if self.revision is None:  # a table ends its cells at a bar even inside code
-            return code(self.name).replace("|", r"\|") + " (a local folder)"
+        if self.revision is None:
+            return cell(self.name) + " (a local folder)"
         url = f"https://huggingface.co/{self.ref}/tree/{self.revision}"
         return f"[{code(self.ref)}]({url}) at {code(self.revision[:12])}"
 
@@ -197,22 +197,24 @@ def _compress_command(config: FactorsConfig, *options: str) -> str:
     return shlex.join([*words, "--factor-dtype", dtype, *options, "-o", "compressed"])
 
 
-def reconstructed_card(config: FactorsConfig, factors: str, repo_id: str | None) -> str:
+def reconstructed_card(
+    config: FactorsConfig, factors: str, repo_id: str | None, *, full_model: bool
+) -> str:
     """Card of a checkpoint made from task factors.
 
     Args:
         config ([`FactorsConfig`]): of the factors.
         factors (`str`): reference of the factors.
         repo_id (`str`, *optional*): where it will be pushed.
+        full_model (`bool`): a whole `CLIPModel`, not one tower.
     """
+    zero_shot = "zero-shot-image-classification" if full_model else "image-feature-extraction"
     base = CardInput(config.base_model.ref, config.base_model.revision)
     data = ModelCardData(
         base_model=base.ref if base.revision else None,
         base_model_relation="finetune" if base.revision else None,
         library_name="transformers",
-        pipeline_tag="image-classification"
-        if config.task_head
-        else "zero-shot-image-classification",
+        pipeline_tag="image-classification" if config.task_head else zero_shot,
         tags=["task-singular-vectors", "hf-tsv", "clip"],
         license=config.source.license,
     )
@@ -245,6 +247,7 @@ def _rendered(template: str, data: ModelCardData, **variables: Any) -> str:
         data,
         template_path=str(templates() / template),
         code=code,
+        cell=cell,
         plain=plain,
         human_bytes=human_bytes,
         **variables,
@@ -276,6 +279,11 @@ def code(text: object) -> str:
     fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
     pad = " " if line.startswith("`") or line.endswith("`") else ""
     return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def cell(text: object) -> str:
+    """Inline code inside a table, whose cells end at a bar even in code."""
+    return code(text).replace("|", r"\|")
 
 
 def _fence(text: str) -> str:

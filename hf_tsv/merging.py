@@ -361,7 +361,12 @@ def _merge_into(
         card = _card(job, target, recipe, findings, warnings)
     else:
         factors = job.reconstructed
-        card = cards.reconstructed_card(factors.config, str(factors), target.push_to)
+        card = cards.reconstructed_card(
+            factors.config,
+            str(factors),
+            target.push_to,
+            full_model=layout.is_full_model(base.tensors),
+        )
     (folder / "README.md").write_text(card, encoding="utf-8")
     return findings, warnings
 

@@ -8,12 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_tsv.cards import CardInput, card_license, code, common_license, merge_card, plain, templates
+from hf_tsv.cards import (
+    CardInput,
+    adapter_card,
+    card_license,
+    code,
+    common_license,
+    factors_card,
+    merge_card,
+    plain,
+    reconstructed_card,
+    task_name,
+    templates,
+)
+from hf_tsv.factors import FactorsConfig, Origin, StoredWeight
 from hf_tsv.recipe import PinnedInput, Recipe, Settings
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -212,6 +226,118 @@ def test_the_templates_are_found() -> None:
     assert (templates() / "merge.md.jinja").is_file()
 
 
+# Compressed tasks
+
+
+def described(
+    text: str = "fc1", *, local: bool = False, head: Sequence[str] = (), weights: int = 1
+) -> FactorsConfig:
+    """Of a matrix as factors, a bias, and an unchanged weight; `text` wherever it may come from."""
+    matrix = StoredWeight("factors", (64, 32), torch.float32, 3, 32, 0.5, 2.0, 1164, "0" * 64)
+    bias = StoredWeight("dense", (64,), torch.float32, 0, 0, 1.0, 1.0, 256, "1" * 64)
+    none = StoredWeight("none", (64,), torch.float32, 0, 0, 1.0, 0.0, 0, "2" * 64)
+    base = Origin(f"/data/{text}") if local else Origin("org/base", SHA)
+    source = Origin(f"/data/{text}", None, text) if local else Origin("org/clip-a", SHA, "mit")
+    matrices = {f"{text}.{i}.weight": matrix for i in range(weights)}
+    return FactorsConfig(
+        base, source, {"budget": text if local else "10%"}, torch.float32, 10_000, 10_000, 1420,
+        0.25, {**matrices, f"{text}.bias": bias, f"{text}.scale": none}, tuple(head), {},
+        left_out=(text,) if local else (),
+    )  # fmt: skip
+
+
+def compressed_cards(config: FactorsConfig, repo_id: str | None = None) -> dict[str, str]:
+    return {
+        "factors": factors_card(config, repo_id),
+        "adapter": adapter_card(config, repo_id, "CLIPModel", dense=True),
+        "reconstructed": reconstructed_card(config, "me/a-tsv", repo_id, full_model=True),
+    }
+
+
+def test_the_front_matter_of_compressed_tasks() -> None:
+    common = {"base_model": "org/base", "license": "mit"}
+    tags = ["task-singular-vectors", "hf-tsv", "clip"]
+    found = {kind: front_matter(card) for kind, card in compressed_cards(described()).items()}
+    assert found == {
+        "factors": {
+            **common,
+            "base_model_relation": "adapter",
+            "library_name": "hf-tsv",
+            "tags": ["task-singular-vectors", "task-factors", "hf-tsv", "clip"],
+        },
+        "adapter": {
+            **common,
+            "base_model_relation": "adapter",
+            "library_name": "peft",
+            "tags": ["lora", *tags],
+        },
+        "reconstructed": {
+            **common,
+            "base_model_relation": "finetune",
+            "library_name": "transformers",
+            "pipeline_tag": "zero-shot-image-classification",
+            "tags": tags,
+        },
+    }
+    for card in compressed_cards(described(local=True)).values():
+        assert "base_model" not in front_matter(card)
+        assert "base_model_relation" not in front_matter(card)
+
+
+@pytest.mark.parametrize(
+    ("head", "full_model", "pipeline"),
+    [
+        (["classifier.weight"], True, "image-classification"),
+        ([], True, "zero-shot-image-classification"),
+        ([], False, "image-feature-extraction"),
+    ],
+)
+def test_a_reconstruction_names_the_pipeline_that_it_fits(
+    head: list[str], full_model: bool, pipeline: str
+) -> None:
+    card = reconstructed_card(described(head=head), "me/a-tsv", None, full_model=full_model)
+    assert front_matter(card)["pipeline_tag"] == pipeline
+    assert ("CLIPForImageClassification" in card) == bool(head)
+
+
+def test_the_card_of_factors_says_what_is_kept() -> None:
+    card = factors_card(described(head=["classifier.weight"]), None)
+    assert "| size | 1.4 kB, 14.2 % of the checkpoint's 10.0 kB |" in card
+    assert "1 matrices as factors, 1 tensors whole, 1 unchanged or left out, in float32" in card
+    assert "| `fc1.0.weight` | 64 × 32 | factors | 3 | 50.00 % |" in card
+    assert "| task head | `classifier.weight` |" in card
+    command = f"hf-tsv compress org/clip-a@{SHA} --base-model org/base@{SHA} --budget 10%"
+    assert f"\n{command} --factor-dtype float32 -o compressed\n" in card
+
+
+def test_the_card_of_factors_lists_the_largest_updates_only() -> None:
+    assert "All updates, as in" in factors_card(described(weights=8), None)
+    card = factors_card(described(weights=40), None)
+    assert "The largest updates" in card and card.count("| 64 × 32 |") == 10
+
+
+@pytest.mark.parametrize("repo_id", [None, "me/a-tsv"])
+def test_the_code_of_compressed_tasks_is_python_that_loads_them(repo_id: str | None) -> None:
+    for kind, card in compressed_cards(described(), repo_id).items():
+        blocks = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+        for block in blocks:
+            compile(block, kind, "exec")
+        assert f'"{repo_id or "."}"' in blocks[0], kind
+
+
+@pytest.mark.parametrize(
+    ("ref", "name"),
+    [
+        ("me/clip-sun397-tsv@main", "clip-sun397"),
+        ("hf://me/a", "a"),
+        ("./folder/b-tsv/", "b"),
+        ("-tsv", "-tsv"),
+    ],
+)
+def test_a_task_is_called_like_its_repository(ref: str, name: str) -> None:
+    assert task_name(ref) == name
+
+
 # Text from elsewhere
 
 
@@ -257,6 +383,20 @@ def test_hostile_text_changes_nothing_but_itself(text: str) -> None:
     expected = {**front_matter(PLAIN_CARD), "license": text}
     assert {key: data.get(key) for key in expected} == expected
     assert "49" not in body.replace("2049", "")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("kind", ["factors", "adapter", "reconstructed"])
+def test_hostile_text_stays_in_its_place_in_cards_of_compressed_tasks(kind: str, text: str) -> None:
+    card = compressed_cards(described(text, local=True, head=[text]))[kind]
+    other = compressed_cards(described("plain", local=True, head=["plain"]))[kind]
+    head, _, body = card.removeprefix("---\n").partition("\n---\n")
+    assert skeleton(body) == skeleton(other.removeprefix("---\n").partition("\n---\n")[2])
+    assert yaml.safe_load(head) == {**front_matter(other), "license": text}
+    assert "49" not in body.replace("249", "")
+    blocks = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        compile(block, kind, "exec")
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, "next\x85line"])

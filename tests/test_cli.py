@@ -350,6 +350,10 @@ except SystemExit:
 assert not {"torch", "transformers", "huggingface_hub"} & set(sys.modules)
 """
     subprocess.run([str(SCRIPT.with_name("python")), "-c", code], check=True, capture_output=True)
-    help_text = hf_tsv("merge", "--help", COLUMNS="200").out
-    assert "org/clip-a org/clip-b@v1 ./clip-c --base-model" in help_text
+    for verb, example in (
+        ("merge", "hf-tsv merge org/clip-a org/clip-b@v1 ./clip-c --base-model"),
+        ("compress", "hf-tsv compress org/clip-sun397 --budget 10%"),
+        ("reconstruct", "hf-tsv reconstruct me/clip-sun397-tsv -o full"),
+    ):
+        assert example in hf_tsv(verb, "--help", COLUMNS="200").out
     assert hf_tsv("--version").out.strip()[0].isdigit()
