@@ -110,7 +110,7 @@ def plan_adapter(
             f"({', '.join(layout.MODEL_CLASSES)}), or keep the task as factors.",
         )
     biased = dense and any(bias_of(name) in changed for name in targets)
-    others = [name for name in in_class if dense and _has_no_pair(name)]
+    others = [name for name in in_class if dense and not (is_target(name) or is_bias(name))]
     replaced = {_saved_module(name) for name in others if name in changed}
     values = [name for name in others if _saved_module(name) in replaced]
 
@@ -148,6 +148,11 @@ def is_target(name: str) -> bool:
         False
     """
     return TARGET.fullmatch(name) is not None
+
+
+def is_bias(name: str) -> bool:
+    """Whether a canonical name is the bias beside such a weight."""
+    return name.endswith(".bias") and is_target(name.removesuffix("bias") + "weight")
 
 
 def bias_of(weight: str) -> str:
@@ -190,12 +195,6 @@ def lora_pair(vectors: TaskSingularVectors) -> tuple[Tensor, Tensor]:
         return vectors.Vh.new_zeros(1, d_in), vectors.U.new_zeros(d_out, 1)
     root = torch.sqrt(vectors.S)
     return root[:, None] * vectors.Vh, vectors.U * root
-
-
-def _has_no_pair(name: str) -> bool:
-    """Whether a tensor can only be stored as a value: not a target nor its bias."""
-    weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name
-    return not is_target(weight)
 
 
 def _saved_module(name: str) -> str:

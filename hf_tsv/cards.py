@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -49,8 +50,8 @@ class CardInput:
         """Markdown for a table: a link to the commit, or the folder's name as code."""
         if self.revision is None:
             return cell(self.name) + " (a local folder)"
-        url = f"https://huggingface.co/{self.ref}/tree/{self.revision}"
-        return f"[{code(self.ref)}]({url}) at {code(self.revision[:12])}"
+        url = f"https://huggingface.co/{quote(self.ref)}/tree/{quote(self.revision, safe='')}"
+        return f"[{cell(self.ref)}]({url}) at {cell(self.revision[:12])}"
 
 
 def templates() -> Path:
@@ -192,19 +193,18 @@ def _compress_command(config: FactorsConfig, *options: str) -> str:
     for key, value in config.rank_rule.items():
         words += [f"--{key.replace('_', '-')}", str(value)]
     dtype = str(config.factor_dtype).removeprefix("torch.")
-    convolutions = (w for w in config.weights.values() if len(w.shape) == 4)
-    words += ["--compress-conv"] if any(w.rank for w in convolutions) else []
+    words += ["--compress-conv"] if config.compress_conv else []
     return shlex.join([*words, "--factor-dtype", dtype, *options, "-o", "compressed"])
 
 
 def reconstructed_card(
-    config: FactorsConfig, factors: str, repo_id: str | None, *, full_model: bool
+    config: FactorsConfig, factors: CardInput, repo_id: str | None, *, full_model: bool
 ) -> str:
     """Card of a checkpoint made from task factors.
 
     Args:
         config ([`FactorsConfig`]): of the factors.
-        factors (`str`): reference of the factors.
+        factors ([`CardInput`]): the factors it was made from.
         repo_id (`str`, *optional*): where it will be pushed.
         full_model (`bool`): a whole `CLIPModel`, not one tower.
     """
@@ -236,9 +236,8 @@ def task_name(ref: str) -> str:
         >>> task_name("me/clip-sun397-tsv@main")
         'clip-sun397'
     """
-    name = Path(
-        ref.split("@", maxsplit=1)[0] if "/" in ref and not Path(ref).exists() else ref
-    ).name
+    path = Path(ref)
+    name = path.resolve().name if path.exists() else Path(ref.partition("@")[0]).name
     return name.removesuffix("-tsv") or name
 
 

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike, fspath
@@ -149,12 +149,15 @@ class Options:
         adapter_only = not self.dense or self.model_class is not None
         if self.format == "factors" and adapter_only:
             raise RecipeError(
-                "--no-dense and --model-class are about an adapter.", "Add --format peft."
+                "dense=False and model_class (--no-dense, --model-class) are about an adapter.",
+                "Add --format peft.",
             )
         if self.format == "peft" and self.compress_conv:
             raise RecipeError(
                 "A LoRA adapter stores the patch convolution whole.", "Leave --compress-conv out."
             )
+        if self.format == "peft" and self.max_shard_size != Settings.max_shard_size:
+            raise RecipeError("A LoRA adapter is a single file.", "Leave --max-shard-size out.")
         if self.model_class is not None and self.model_class not in layout.MODEL_CLASSES:
             raise RecipeError(
                 f"There is no CLIP class {self.model_class!r}.",
@@ -254,8 +257,8 @@ class Job:
         return sum(info.nbytes for info in self.source.head.values())
 
     def delta(self, name: str) -> Tensor:
-        """Δ of one weight, float32."""
-        return self.source.read(name).float() - self.sources.base.read(name).float()
+        """Δ of one weight."""
+        return tsv.difference(self.source.read(name), self.sources.base.read(name))
 
 
 def compress(
@@ -458,7 +461,7 @@ def run(
     """
     started = time.monotonic()
     show = visible_by_default() if progress is None else progress
-    target = target.checked(FACTORS_CONFIG, token, dry_run=dry_run)
+    target = target.checked(token, dry_run=dry_run)
     sources = open_sources([checkpoint], base_model, token=token, cache_dir=cache_dir)
     job = _prepare(sources, options)
     target.refuse_inputs([item.pinned for item in sources.all()])
@@ -476,8 +479,12 @@ def run(
             url = push(final, target, token)
     finally:
         job.sources.close()
+    report = _measured_report(report, config)
+    if config.factors_bytes >= config.checkpoint_bytes:
+        report.warnings.append(_too_large(report))
+        logger.warning(report.warnings[-1])
     return replace(
-        _measured_report(report, config),
+        report,
         output_bytes=output_bytes,
         seconds=round(time.monotonic() - started, 3),
         device=place.type,
@@ -514,22 +521,27 @@ def _candidate(name: str, source: Checkpoint, options: Options) -> Candidate:
     triplet_bytes = (rows + 1 + columns) * options.dtype.itemsize
     most = min(rows, columns, (dense_bytes - 1) // triplet_bytes)  # eq. 10
     wanted = options.rule.rank_before(min(rows, columns))
-    if most == 0 or (wanted is not None and wanted > most):
+    if most == 0:
         return only_dense
-    limit = most if wanted is None else wanted
+    limit = most if wanted is None else min(wanted, most)
     return Candidate(name, info.shape, info.dtype, limit, triplet_bytes, dense_bytes)
 
 
 def _adapter_candidate(name: str, source: Checkpoint, options: Options) -> Candidate:
     """A linear layer has any rank; everything else is stored as its value, or not at all."""
     info = source.tensors[name]
+    if layout.name_in_class(name, options.model_class or layout.saved_class(source.config)) is None:
+        return Candidate(name, info.shape, info.dtype, 0, 0, 0)
     if adapter.is_target(name):
         rows, columns = info.shape
         k = min(rows, columns)
         limit = options.rule.rank_before(k) or k
         triplet_bytes = (rows + columns) * options.dtype.itemsize
         return Candidate(name, info.shape, info.dtype, limit, triplet_bytes, None)
-    return Candidate(name, info.shape, info.dtype, 0, 0, info.nbytes if options.dense else 0)
+    nbytes = info.nbytes
+    if adapter.is_bias(name):  # its change is stored, in the dtype of the pairs
+        nbytes = math.prod(info.shape) * options.dtype.itemsize
+    return Candidate(name, info.shape, info.dtype, 0, 0, nbytes if options.dense else 0)
 
 
 @dataclass(frozen=True)
@@ -572,6 +584,7 @@ def _compress_into(
         source=Origin.of(source.pinned),
         rank_rule=options.rule.to_dict(),
         factor_dtype=options.dtype,
+        compress_conv=options.compress_conv,
         checkpoint_bytes=job.checkpoint_bytes,
         base_bytes=job.base_bytes,
         factors_bytes=written.tensor_bytes,
@@ -659,11 +672,14 @@ def _write_adapter(
     finally:
         writer.abandon()
     (folder / "adapter_config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
-    whole = plan.biases.keys() | plan.values.keys()
-    weights = {
-        name: _stored(item, kept.get(name, DENSE if name in whole and item.norm else 0))
-        for name, item in by_name.items()
-    }
+    keys = {name: list(adapter.pair_keys(module)) for name, module in plan.pairs.items()}
+    keys |= {name: [key] for name, key in (plan.biases | plan.values).items()}
+    weights = {}
+    for name, item in by_name.items():
+        whole = name in keys and name not in kept and item.norm > 0
+        weight = _stored(item, DENSE if whole else kept.get(name, 0))
+        stored_bytes = sum(specs[key].nbytes for key in keys.get(name, ()))
+        weights[name] = replace(weight, bytes=stored_bytes)
     left_out = (*plan.left_out, *job.source.head)
     return Written(
         weights, rounding, sum(spec.nbytes for spec in specs.values()), shards.total_bytes, left_out
@@ -770,8 +786,9 @@ def _load(candidate: Candidate, job: Job) -> tuple[Candidate, Tensor, str, float
     w0, w1 = job.sources.base.read(candidate.name), job.source.read(candidate.name)
     rows, columns = matrix_shape(candidate.shape)
     w0, w1 = w0.reshape(rows, columns), w1.reshape(rows, columns)
+    delta = stream.update_of(candidate.name, job.source, w1, w0)
     floor = tsv.storage_noise(w0, w1) if candidate.limit else 0.0
-    return candidate, w1.float() - w0.float(), digest(w0.reshape(candidate.shape)), floor
+    return candidate, delta, digest(w0.reshape(candidate.shape)), floor
 
 
 def _decompose(item: Measured, delta: Tensor, floor: float, spool: Spool) -> Measured:
@@ -779,7 +796,7 @@ def _decompose(item: Measured, delta: Tensor, floor: float, spool: Spool) -> Mea
     kept = vectors.truncated(item.candidate.limit)
     return replace(
         item,
-        singular_values=kept.S.double().cpu(),
+        singular_values=kept.S.cpu().double(),
         numerical_rank=vectors.rank,
         place=spool.put(kept),
     )
@@ -790,63 +807,82 @@ def _ranks(measured: Sequence[Measured], job: Job) -> list[int]:
     rule = job.options.rule
     if rule.budget is not None:
         return _within_budget(measured, job, budget_bytes(rule.budget, job.checkpoint_bytes))
-    return [_rank(item, rule.energy) for item in measured]
+    return [_rank(item, rule) for item in measured]
 
 
-def _rank(item: Measured, energy: float | None) -> int:
+def _rank(item: Measured, rule: RankRule) -> int:
     if item.norm == 0:
         return 0
-    if item.candidate.limit == 0:
+    limit, kept = item.candidate.limit, len(item.singular_values)
+    if limit == 0:
         return DENSE
-    kept = len(item.singular_values)
-    if energy is None or kept == 0:
-        return kept
-    rank = rank_of_energy(item.singular_values.square(), item.norm**2, energy)
-    short = item.energy(rank) < energy and item.numerical_rank > kept
-    return DENSE if short else rank
+    if rule.energy is not None and kept:
+        rank = rank_of_energy(item.singular_values.square(), item.norm**2, rule.energy)
+        short = item.energy(rank) < rule.energy
+    else:
+        rank = kept
+        wanted = rule.rank_before(min(matrix_shape(item.candidate.shape)))
+        short = wanted is not None and wanted > limit
+    # What is missing is worth storing only if it is more than the rounding of the checkpoints.
+    return DENSE if short and item.numerical_rank > kept else rank
 
 
 def _within_budget(measured: Sequence[Measured], job: Job, budget: int) -> list[int]:
-    ranks = [_rank(item, None) for item in measured]
-    fixed = _fixed_bytes(measured, job)
+    ranks = [_rank(item, job.options.rule) for item in measured]
+    fixed, paid = _fixed_bytes(measured, job)
     if fixed > budget:
         raise RecipeError(
             f"The budget is {human_bytes(budget)}, and what is stored whole (biases, norms, …)"
             f" alone takes {human_bytes(fixed)}.",
-            "Give a larger --budget or --factor-dtype bfloat16;"
-            + (
-                " --compress-conv makes the patch convolution smaller."
-                if job.options.format == "factors"
-                else " --no-dense stores matrices alone."
-            ),
+            f"Give a larger --budget{_smaller(job.options)}.",
         )
     free = [i for i, item in enumerate(measured) if item.norm and item.candidate.limit]
-    choices = [
-        Choice(
-            measured[i].singular_values.square(),
-            measured[i].norm ** 2,
-            measured[i].candidate.triplet_bytes,
-            measured[i].candidate.dense_bytes,
-        )
-        for i in free
-    ]
-    for i, rank in zip(free, allocate(choices, budget - fixed), strict=True):
-        ranks[i] = rank
+    held = [min(paid, len(measured[i].singular_values)) for i in free]
+    choices = [_choice(measured[i], already) for i, already in zip(free, held, strict=True)]
+    chosen = allocate(choices, budget - fixed)
+    for i, already, rank in zip(free, held, chosen, strict=True):
+        ranks[i] = DENSE if rank == DENSE else already + rank
     return ranks
 
 
-def _fixed_bytes(measured: Sequence[Measured], job: Job) -> int:
-    """Bytes of everything that has no rank to choose."""
+def _smaller(options: Options) -> str:
+    """Options that would make what is stored whole smaller, for a hint."""
+    adapter_only = options.format == "peft"
+    flags = [
+        *(["--factor-dtype bfloat16"] if options.factor_dtype == "float32" else []),
+        *(["--compress-conv"] if not (adapter_only or options.compress_conv) else []),
+        *(["--no-dense"] if adapter_only and options.dense else []),
+    ]
+    return "".join(f", or {flag}" for flag in flags)
+
+
+def _choice(item: Measured, held: int) -> Choice:
+    """What may be stored of a weight beyond the triplets that are paid for."""
+    energies = item.singular_values.square()
+    # The update itself is no choice where all it has more is the rounding of the checkpoints.
+    more = item.numerical_rank > len(energies)
+    return Choice(
+        energies[held:],
+        item.norm**2 - float(energies[:held].sum()),
+        item.candidate.triplet_bytes,
+        item.candidate.dense_bytes if more else None,
+    )
+
+
+def _fixed_bytes(measured: Sequence[Measured], job: Job) -> tuple[int, int]:
+    """Bytes of everything that has no rank to choose, and the triplets of a matrix among them."""
     if job.options.format == "factors":
         whole = (m.candidate for m in measured if m.norm and not m.candidate.limit)
-        return job.head_bytes + sum(candidate.dense_bytes or 0 for candidate in whole)
+        return job.head_bytes + sum(candidate.dense_bytes or 0 for candidate in whole), 0
     largest = {m.candidate.name: m.numerical_rank for m in measured if m.candidate.limit}
     plan = _plan_adapter(job, measured, largest)
     base = job.sources.base.tensors
+    values = sum(_holder(job, name).tensors[name].nbytes for name in plan.values)
+    if not plan.biases:
+        return values, 0
     biases = sum(math.prod(base[name].shape) for name in plan.biases) * job.options.dtype.itemsize
     pairs = (m.candidate.triplet_bytes for m in measured if m.candidate.name in plan.pairs)
-    values = sum(_holder(job, name).tensors[name].nbytes for name in plan.values)
-    return biases + values + (sum(pairs) if biases else 0)  # a changed bias needs a pair beside it
+    return values + biases + sum(pairs), 1  # a bias needs a pair beside it
 
 
 def _stored(item: Measured, rank: int) -> StoredWeight:
@@ -897,7 +933,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not rounded.isfinite().all():
         raise CheckpointError(
             f"The update of {name} does not fit into {str(dtype).removeprefix('torch.')}.",
-            "Use --factor-dtype float32 or bfloat16.",
+            "Use --factor-dtype bfloat16, whose range is that of float32.",
         )
     return rounded
 
@@ -909,30 +945,33 @@ def _squared(error: Tensor) -> float:
 def _disk_bytes(job: Job) -> int:
     """The spool at its largest, and the result at its largest."""
     spool = sum(item.limit * 4 * sum(matrix_shape(item.shape)) for item in job.candidates)
-    return spool + sum(_most_bytes(job.candidates)) + job.head_bytes
+    return (
+        spool
+        + sum(_most_bytes(item, job.options.rule) for item in job.candidates)
+        + (job.head_bytes)
+    )
 
 
-def _most_bytes(candidates: Iterable[Candidate]) -> list[int]:
-    """Bytes of each weight if nothing of it is frozen or of lower rank."""
-    return [
-        item.limit * item.triplet_bytes if item.limit else item.dense_bytes or 0
-        for item in candidates
-    ]
+def _most_bytes(item: Candidate, rule: RankRule) -> int:
+    """Bytes of a weight if nothing of it is frozen or of lower rank."""
+    factors = item.limit * item.triplet_bytes
+    wanted = rule.rank_before(min(matrix_shape(item.shape)))
+    fits = wanted is not None and wanted <= item.limit
+    return factors if fits else max(factors, item.dense_bytes or 0)
 
 
 def _report(job: Job, target: Target, download_bytes: int) -> CompressReport:
     """What is known before any weight is read: the sizes are upper bounds."""
     options, source = job.options, job.source
-    sizes = _most_bytes(job.candidates)
-    total: int | None = sum(sizes) + job.head_bytes
-    if options.rule.energy is not None:
-        total = None
+    sizes = [_most_bytes(item, options.rule) for item in job.candidates]
+    most = sum(sizes) + (job.head_bytes if options.format == "factors" else 0)
     if options.rule.budget is not None:
-        total = min(sum(sizes), budget_bytes(options.rule.budget, job.checkpoint_bytes))
+        most = min(most, budget_bytes(options.rule.budget, job.checkpoint_bytes))
+    total = None if options.rule.energy is not None else most
     known = options.rule.energy is None and options.rule.budget is None
     weights = {
         item.name: {
-            "stored": "factors" if item.limit else "dense",
+            "stored": "factors" if item.limit else "dense" if item.dense_bytes else "none",
             "shape": list(item.shape),
             **({"rank": item.limit, "bytes": size} if known else {"most_rank": item.limit}),
         }
@@ -950,7 +989,9 @@ def _report(job: Job, target: Target, download_bytes: int) -> CompressReport:
         checkpoint_bytes=job.checkpoint_bytes,
         ratio=None if total is None else total / job.checkpoint_bytes,
         base_bytes=job.base_bytes,
-        ratio_for_tasks={} if total is None else _for_tasks(job, total),
+        ratio_for_tasks={}
+        if total is None
+        else tasks_ratio(total, job.base_bytes, job.checkpoint_bytes),
         update_error=None,
         weights=weights,
         left_out=[],
@@ -980,8 +1021,12 @@ def _measured_report(report: CompressReport, config: FactorsConfig) -> CompressR
     )
 
 
-def _for_tasks(job: Job, factors_bytes: int) -> dict[str, float]:
-    return tasks_ratio(factors_bytes, job.base_bytes, job.checkpoint_bytes)
+def _too_large(report: CompressReport) -> str:
+    narrow = " or --factor-dtype bfloat16" if report.factor_dtype == "float32" else ""
+    return (
+        f"The result is {100 * (report.ratio or 0):.0f} % of the checkpoint's size;"
+        f" keep less{narrow} to make it smaller."
+    )
 
 
 def tasks_ratio(factors_bytes: int, base_bytes: int, checkpoint_bytes: int) -> dict[str, float]:

@@ -39,11 +39,10 @@ class Target:
     create_pr: bool = False
     commit_message: str | None = None
 
-    def checked(self, marker: str, token: str | None, *, dry_run: bool) -> Target:
+    def checked(self, token: str | None, *, dry_run: bool) -> Target:
         """Refuse now what would fail after the work: a taken folder, a token that cannot write.
 
         Args:
-            marker (`str`): file that an output of ours holds.
             token (`str`, *optional*): default: the one the client is logged in with.
             dry_run (`bool`): no place is needed then.
 
@@ -75,7 +74,7 @@ class Target:
                 output = self.output.expanduser().absolute()
             except RuntimeError as error:
                 raise OutputError(f"{self.output}: {error}", "Write the path out.") from None
-            check_output_folder(output, marker, force=self.force)
+            check_output_folder(output, hub.MARKERS, force=self.force)
             target = replace(target, output=output)
         if self.push_to is not None:
             repo_id = hub.writable_repo_id(
@@ -93,19 +92,22 @@ class Target:
         for item in inputs:
             if item.is_local and self.output is not None:
                 output, path = self.output.resolve(), Path(item.ref).expanduser().resolve()
-                if path == output or output in path.parents:
+                links = [p.resolve() for p in path.iterdir()] if path.is_dir() else []
+                if any(output in (p, *p.parents) for p in (path, *links)):
                     raise OutputError(
                         f"The output folder {self.output} would replace the input {item.ref}.",
                         "Choose another one with -o.",
                     )
-            elif not self.create_pr and (item.ref, item.asked_revision or "main") == (
-                self.push_to,
-                self.revision or "main",
-            ):
+            elif item.ref == self.push_to and not self.create_pr and self._replaces(item):
                 raise OutputError(
                     f"Pushing to {item.ref} would replace the input {item}.",
                     "Choose another repository, a branch with --revision, or --create-pr.",
                 )
+
+    def _replaces(self, item: PinnedCheckpoint) -> bool:
+        """Whether the branch pushed to is the one an input was read from, or may be."""
+        branch, asked = self.revision or "main", item.asked_revision or "main"
+        return branch == asked or (asked == item.revision and branch == "main")
 
     def upload_command(self, folder: Path) -> str:
         """The `hf` command that uploads a finished folder as asked."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_tsv import __version__, cards
+from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.files import HubFiles, LocalFiles, read_json
 from hf_tsv.checkpoints.reader import (
     DTYPE_NAMES,
@@ -47,6 +49,7 @@ ADAPTER_FORMAT = "hf-tsv peft adapter"
 FORMAT_VERSION = 1
 STORED = ("factors", "dense", "none")
 PARTS = ("U", "S", "Vh")
+REVISION = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class FactorsConfig:
         source ([`Origin`]): the fine-tuned checkpoint.
         rank_rule (`Mapping[str, Any]`): the one rule that applied, by name.
         factor_dtype (`torch.dtype`): of every stored update.
+        compress_conv (`bool`): convolutions could be stored as factors.
         checkpoint_bytes (`int`): size of the tensors of the fine-tuned checkpoint.
         base_bytes (`int`): size of the same weights in the base model.
         update_error (`float`): ‖Δ − stored‖ / ‖Δ‖ over all weights.
@@ -124,6 +128,7 @@ class FactorsConfig:
     source: Origin
     rank_rule: Mapping[str, Any]
     factor_dtype: torch.dtype
+    compress_conv: bool
     checkpoint_bytes: int
     base_bytes: int
     factors_bytes: int
@@ -150,6 +155,7 @@ class FactorsConfig:
             "source": vars(self.source),
             "rank_rule": dict(self.rank_rule),
             "factor_dtype": DTYPE_NAMES[self.factor_dtype],
+            "compress_conv": self.compress_conv,
             "checkpoint_bytes": self.checkpoint_bytes,
             "base_bytes": self.base_bytes,
             "factors_bytes": self.factors_bytes,
@@ -174,20 +180,17 @@ class FactorsConfig:
         """
         _check_format(content, owner)
         entry = _Entry(content, owner)
-        base, source = entry.object("base_model"), entry.object("source")
+        base = entry.object("base_model")
         weights = {
             name: _stored_weight(entry.object("weights").object(name))
             for name in entry.object("weights").content
         }
         config = FactorsConfig(
-            base_model=Origin(base.text("ref"), base.text("revision", optional=True)),
-            source=Origin(
-                source.text("ref"),
-                source.text("revision", optional=True),
-                source.text("license", optional=True),
-            ),
+            base_model=_origin(base),
+            source=_origin(entry.object("source"), licensed=True),
             rank_rule=entry.object("rank_rule").content,
             factor_dtype=_dtype(entry, "factor_dtype"),
+            compress_conv=entry.truth("compress_conv"),
             checkpoint_bytes=entry.whole("checkpoint_bytes"),
             base_bytes=entry.whole("base_bytes"),
             factors_bytes=entry.whole("factors_bytes"),
@@ -200,6 +203,10 @@ class FactorsConfig:
         )
         if config.factor_dtype == torch.float64:
             raise entry.malformed("factor_dtype")
+        if not all(layout.TASK_HEAD.match(name) for name in config.task_head):
+            raise entry.malformed("task_head")
+        if config.checkpoint_bytes == 0:
+            raise entry.malformed("checkpoint_bytes")
         if base.text("fingerprint") != config.base_fingerprint():
             raise entry.malformed("base_model.fingerprint")
         return config
@@ -306,7 +313,7 @@ class TaskFactors:
             folder (`str` or `Path`): must not exist, or be empty.
             force (`bool`): replace a folder that hf-tsv wrote.
         """
-        target = Target(Path(folder), force=force).checked(FACTORS_CONFIG, None, dry_run=False)
+        target = Target(Path(folder), force=force).checked(None, dry_run=False)
         target.refuse_inputs([self.pinned])
         assert target.output is not None  # checked above
         self._copy(target.output, None)
@@ -335,7 +342,11 @@ class TaskFactors:
             `str`: address of the commit or pull request.
         """
         target = Target(None, repo_id, False, private, revision, create_pr, commit_message)
-        target = target.checked(FACTORS_CONFIG, token, dry_run=False)
+        target = target.checked(token, dry_run=False)
+        for origin in (self.config.source, self.config.base_model):
+            if origin.revision is not None:
+                made_from = replace(self.pinned, ref=origin.ref, revision=origin.revision)
+                target.refuse_inputs([replace(made_from, asked_revision=None)])
         with tempfile.TemporaryDirectory(prefix="hf-tsv-") as parent:
             folder = Path(parent) / "factors"
             self._copy(folder, target.push_to)
@@ -480,6 +491,11 @@ def open_factors(pinned: PinnedCheckpoint) -> TaskFactors:
                 f"{owner}: weights.{name}.bytes in {FACTORS_CONFIG} is not what it takes.",
                 "Download or save them again.",
             )
+    if config.factors_bytes != sum(info.nbytes for info in stored.values()):
+        raise CheckpointError(
+            f"{owner}: factors_bytes in {FACTORS_CONFIG} is not the size of its tensors.",
+            "Download or save them again.",
+        )
     return TaskFactors(pinned, config, stored, files)
 
 
@@ -524,6 +540,14 @@ def _stored_weight(entry: _Entry) -> StoredWeight:
     return weight
 
 
+def _origin(entry: _Entry, *, licensed: bool = False) -> Origin:
+    revision = entry.text("revision", optional=True)
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise entry.malformed("revision")
+    license = entry.text("license", optional=True) if licensed else None
+    return Origin(entry.text("ref"), revision, license)
+
+
 def _dtype(entry: _Entry, key: str) -> torch.dtype:
     dtype = DTYPES.get(entry.text(key))
     if dtype is None or not dtype.is_floating_point:
@@ -563,9 +587,15 @@ class _Entry:
             raise self.malformed(key)
         return tuple(value)
 
+    def truth(self, key: str) -> bool:
+        value = self.content.get(key)
+        if type(value) is not bool:
+            raise self.malformed(key)
+        return value
+
     def whole(self, key: str) -> int:
         value = self.content.get(key)
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value < 2**63:
             raise self.malformed(key)
         return value
 

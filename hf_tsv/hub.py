@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,11 +45,13 @@ DOWNLOAD_THREADS = 8
 CONFIGS = ("config.json", "tsv_config.json")
 STEMS = ("model", "task_factors")
 WEIGHT_FILES = tuple(f"{stem}.safetensors{end}" for stem in STEMS for end in ("", ".index.json"))
+MARKERS = ("hf_tsv_recipe.yaml", "tsv_config.json", "hf_tsv_reconstruction.json")
+"""One of them is in everything that hf-tsv writes."""
+
 OLD_WEIGHTS = (
     *WEIGHT_FILES,
     *(f"{stem}-?????-of-?????.safetensors" for stem in STEMS),
-    "tsv_config.json",
-    "hf_tsv_recipe.yaml",
+    *MARKERS,
     "adapter_model.safetensors",
     "adapter_config.json",
 )
@@ -398,6 +401,8 @@ def push(
             retried(lambda: client.create_repo(repo_id, private=private, exist_ok=True))
             if revision is not None and revision != "main" and not revision.startswith("refs/"):
                 retried(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True))
+        if not create_pr:
+            _warn_of_replaced_files(client, repo_id, revision)
         attempt = _once if create_pr else retried  # a lost answer would open a second one
         try:
             commit = attempt(
@@ -417,6 +422,16 @@ def push(
                 f"{repo_id}: {_first_line(error)}", "Check the metadata of its model card."
             ) from None
     return str(commit.pr_url or commit.commit_url)
+
+
+def _warn_of_replaced_files(client: HfApi, repo_id: str, revision: str | None) -> None:
+    """Say which weights of somebody else's making the upload takes the place of."""
+    there = retried(lambda: client.list_repo_files(repo_id, revision=revision))
+    old = [name for name in there if any(fnmatch(name, pattern) for pattern in OLD_WEIGHTS)]
+    if old and not set(MARKERS) & set(there):
+        logger.warning(
+            "The upload replaces %s of %s; earlier commits keep them.", ", ".join(old), repo_id
+        )
 
 
 def _once(call: Callable[[], T]) -> T:

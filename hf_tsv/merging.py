@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from os import PathLike, fspath
@@ -91,8 +91,8 @@ class Job:
         warnings (`list[str]`): so far.
         expected (`tuple[str | None, ...]`): fingerprints of local folders in a recipe; base last.
         recipe_device (`str`, *optional*): type of device in a recipe.
-        reconstructed ([`TaskFactors`], *optional*): the only task, of which a whole checkpoint is
-            made again, its task head included.
+        head ([`TaskFactors`], *optional*): whose task head the output gets.
+        verb (`str`): what is done, for the bar.
     """
 
     sources: Sources
@@ -102,7 +102,12 @@ class Job:
     warnings: list[str]
     expected: tuple[str | None, ...]
     recipe_device: str | None = None
-    reconstructed: TaskFactors | None = None
+    head: TaskFactors | None = None
+    verb: str = "Merging"
+
+
+Describe = Callable[[Path, Job, Target, stream.Findings, Sequence[str], torch.device], None]
+"""Writes what goes beside the checkpoint: where it comes from, and its card."""
 
 
 def merge(
@@ -193,7 +198,7 @@ def merge(
                 "Give a recipe, or checkpoints and settings.",
             )
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    target = target.checked(RECIPE_FILE, token, dry_run=dry_run)
+    target = target.checked(token, dry_run=dry_run)
     cache = None if cache_dir is None else str(cache_dir)
     if recipe is not None:
         job = _job_of_recipe(recipe, token, cache)
@@ -286,7 +291,19 @@ def execute(
     show: bool,
     token: str | None,
     started: float,
+    describe: Describe | None = None,
 ) -> MergeReport:
+    """Do what was prepared: download, compute, write, push.
+
+    Args:
+        job ([`Job`]): what to do.
+        target ([`Target`]): where the result goes.
+        device_name (`str`, *optional*): default: the one accelerate chooses.
+        show (`bool`): show bars.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        started (`float`): monotonic time at which the run began.
+        describe (`Callable`, *optional*): default: writes recipe and card of a merge.
+    """
     device = stream.pick_device(device_name)
     if job.recipe_device not in (None, device.type):
         warning = (
@@ -302,7 +319,9 @@ def execute(
         _refuse_unchanged(job)
         with final_folder(target) as final:
             with whole_folder(final) as staging:
-                findings, warnings = _merge_into(staging, job, target, device, show)
+                findings, warnings = _merge_into(
+                    staging, job, target, device, show, describe or _describe
+                )
             url = push(final, target, token)
     finally:
         job.sources.close()
@@ -326,49 +345,55 @@ def _refuse_unchanged(job: Job) -> None:
 
 
 def _merge_into(
-    folder: Path, job: Job, target: Target, device: torch.device, show: bool
+    folder: Path,
+    job: Job,
+    target: Target,
+    device: torch.device,
+    show: bool,
+    describe: Describe,
 ) -> tuple[stream.Findings, list[str]]:
-    """Write a complete checkpoint into `folder`: weights, config, companions, recipe, card."""
+    """Write a complete checkpoint into `folder`: weights, config, companions, description."""
     base, inputs = job.sources.base, job.sources.inputs
     weights = job.plan.weights
-    verb = "Merging" if job.reconstructed is None else "Reconstructing"
     tasks = f"{len(inputs)} task{'s' * (len(inputs) != 1)}"
-    logger.info("%s %d weights of %s on %s.", verb, len(weights), tasks, device.type)
+    logger.info("%s %d weights of %s on %s.", job.verb, len(weights), tasks, device.type)
     writer = ShardWriter(folder, job.plan.shards)
     try:
-        with bar(verb, len(weights), visible=show) as advance:
+        with bar(job.verb, len(weights), visible=show) as advance:
             findings = stream.merge_weights(
                 job.plan, base, inputs, job.scales, job.settings, writer,
                 device=device, advance=advance,
             )  # fmt: skip
-        if job.reconstructed is not None:
-            for name in job.reconstructed.head:
-                dtype = job.plan.specs[name].dtype
-                writer.write(name, job.reconstructed.read(name).to(dtype))
+        if job.head is not None:
+            for name in job.head.head:
+                writer.write(name, job.head.read(name).to(job.plan.specs[name].dtype))
         writer.close()
     finally:
         writer.abandon()
     _check_fingerprints(job, findings)
     warnings = [*job.warnings, *_finding_warnings(inputs, findings)]
-    recipe = _recipe(job, findings, device)
     companions.copy(base, folder)
     config = companions.output_config(base, {spec.dtype for spec in job.plan.specs.values()})
-    if job.reconstructed is not None and job.reconstructed.head:
-        config |= companions.head_config(job.reconstructed.config.model_config)
+    if job.head is not None and job.head.head:
+        config |= companions.head_config(job.head.config.model_config, job.head.head)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    if job.reconstructed is None:
-        card = _card(job, target, recipe, findings, warnings)
-    else:
-        factors = job.reconstructed
-        card = cards.reconstructed_card(
-            factors.config,
-            str(factors),
-            target.push_to,
-            full_model=layout.is_full_model(base.tensors),
-        )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    describe(folder, job, target, findings, warnings, device)
     return findings, warnings
+
+
+def _describe(
+    folder: Path,
+    job: Job,
+    target: Target,
+    findings: stream.Findings,
+    warnings: Sequence[str],
+    device: torch.device,
+) -> None:
+    """Write recipe and card of a merge."""
+    recipe = _recipe(job, findings, device)
+    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    card = _card(job, target, recipe, findings, warnings)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _finding_warnings(inputs: Sequence[Task], findings: stream.Findings) -> list[str]:
@@ -452,6 +477,7 @@ def report(
     warnings: Sequence[str] | None = None,
     dry_run: bool = False,
 ) -> MergeReport:
+    """What was done, or without `findings` would be done; see [`MergeReport`]."""
     ranks = {} if findings is None else findings.ranks
     frozen = frozenset() if findings is None else frozenset(findings.frozen)
     treatments: dict[str, dict[str, Any]] = {}

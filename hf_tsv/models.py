@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,7 @@ from hf_tsv.factors import TaskFactors
 from hf_tsv.plan import check_fit
 from hf_tsv.progress import visible_by_default
 from hf_tsv.sources import Task, fetched, open_sources, open_task
+from hf_tsv.stream import pick_device
 from hf_tsv.tsv import TaskSingularVectors, Update
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def load_model(
         task (`str`, *optional*): of a pipeline, which decides about the class; default: the class
             of the checkpoint; of factors that of the base model, or of their task head.
         base_model (`str`, *optional*): default: what the factors or the card name.
-        dtype (`torch.dtype`, *optional*): default: as stored.
+        dtype (`torch.dtype`, *optional*): default: as stored; of several the one that holds all.
         device (`str`, *optional*): default: cpu.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
@@ -121,7 +123,8 @@ def pipeline(
     import transformers
 
     _check_pipeline(task)
-    found = _find(model, task, base_model, token, cache_dir, progress, processor=True)
+    given = {"image_processor", "tokenizer"} <= kwargs.keys()
+    found = _find(model, task, base_model, token, cache_dir, progress, processor=not given)
     if "image_processor" not in kwargs:
         load: Any = transformers.AutoImageProcessor.from_pretrained  # without annotations
         kwargs["image_processor"] = load(found.processor)
@@ -169,6 +172,12 @@ def _find(
             model_class = _default_class(base)
     _check_head(item, model_class)
     _check_parts([item] if base is None else [item, base], model_class)
+    if processor and not (own_processor or (base and _has_processor(base, model_class))):
+        tokenizer = " and tokenizer" if model_class == "CLIPModel" else ""
+        raise CheckpointError(
+            f"Neither {item} nor its base model has the processor{tokenizer} that {task} needs.",
+            "Save them beside the weights, or pass image_processor=… and tokenizer=….",
+        )
     show = visible_by_default() if progress is None else progress
     items = [item] if base is None else [item, base]
     item, *rest = fetched(items, with_companions=items, visible=show)
@@ -227,7 +236,7 @@ def _close(item: Task) -> None:
 
 def _folder(item: Task) -> Path:
     files = item.pinned.files
-    assert isinstance(files, LocalFiles)  # after _downloaded
+    assert isinstance(files, LocalFiles)  # after fetched
     return files.root
 
 
@@ -245,16 +254,25 @@ def _model(
     if found.model_class == "CLIPForImageClassification":
         state |= {name: found.item.read(name) for name in found.item.head}
     if dtype is None:
-        dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+        stored = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+        dtype = reduce(torch.promote_types, stored)
     cls = getattr(transformers, found.model_class)
     config = cls.config_class.from_dict(_class_config(found))
-    model: PreTrainedModel = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model: PreTrainedModel
+    model, info = cls.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"{found.item} lacks {min(info['missing_keys'])} of {found.model_class}.",
+            "Download or save it again.",
+        )
     model.name_or_path = str(found.item)
     for item in (found.item, found.base):
         if item is not None:
             _close(item)
     if device is not None:
-        torch.nn.Module.to(model, torch.device(device))
+        torch.nn.Module.to(model, pick_device(str(device)))
     return model
 
 
@@ -274,7 +292,10 @@ def _value(name: str, found: _Found) -> Tensor:
     update = item.update(name)
     if update is None:
         return w0
-    return (linalg.in_working_precision(w0) + tsv.dense(update)).to(w0.dtype)
+    weight = (linalg.in_working_precision(w0) + tsv.dense(update)).to(w0.dtype)
+    if not weight.isfinite().all():
+        raise CheckpointError(f"{item}: {name} does not fit into {w0.dtype} with its update.")
+    return weight
 
 
 def _class_config(found: _Found) -> dict[str, Any]:
@@ -289,6 +310,11 @@ def _class_config(found: _Found) -> dict[str, Any]:
         return {**towers[parts], "architectures": [found.model_class]}
     if config.get("model_type") != "clip" and base is not None:
         config = base.config
+    if found.model_class == PIPELINES["image-classification"]:
+        labels = ("id2label", "label2id", "num_labels")
+        config = {key: value for key, value in config.items() if key not in labels}
+        own = item.config.model_config if isinstance(item, TaskFactors) else item.config
+        config |= companions.head_config(own, item.head)
     return {**config, "architectures": [found.model_class]}
 
 

@@ -59,9 +59,6 @@ class RankRule:
         """The one rule that applies, by name."""
         return {k: v for k, v in vars(self).items() if v is not None}
 
-    def __str__(self) -> str:
-        return " ".join(f"{name} {value}" for name, value in self.to_dict().items())
-
     def rank_before(self, k: int) -> int | None:
         """Rank of a weight, where it does not depend on its singular values; else None.
 

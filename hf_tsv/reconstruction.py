@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -10,14 +12,18 @@ from typing import Any
 
 import torch
 
-from hf_tsv import merging
+from hf_tsv import __version__, cards, merging, stream
+from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.writer import TensorSpec, plan_shards
 from hf_tsv.delivery import Target
 from hf_tsv.errors import CheckpointError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.progress import visible_by_default
-from hf_tsv.recipe import RECIPE_FILE, Settings
+from hf_tsv.recipe import Settings
 from hf_tsv.sources import pinned_entry
+
+RECONSTRUCTION_FILE = "hf_tsv_reconstruction.json"
+"""Says what a checkpoint was made of."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def reconstruct(
         push_to, force, private, revision, create_pr, commit_message,
     )  # fmt: skip
     settings = Settings(exclude=(), dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
-    target = target.checked(RECIPE_FILE, token, dry_run=dry_run)
+    target = target.checked(token, dry_run=dry_run)
     base_ref = None if base_model is None else fspath(base_model)
     cache = None if cache_dir is None else str(cache_dir)
     job = merging.prepare([fspath(factors)], base_ref, None, settings, token, cache)
@@ -131,7 +137,7 @@ def reconstruct(
     if dry_run:
         done = merging.report(job, target, started, job.sources.download_bytes(), dry_run=True)
     else:
-        done = merging.execute(job, target, device, show, token, started)
+        done = merging.execute(job, target, device, show, token, started, _describe)
     return ReconstructReport(
         output=done.output,
         base_model=done.base_model,
@@ -158,4 +164,31 @@ def _with_head(job: merging.Job, factors: TaskFactors) -> merging.Job:
         specs[name] = TensorSpec(dtype, info.shape)
     shards = plan_shards(specs, job.settings.max_shard_size)
     plan = replace(job.plan, specs=specs, shards=shards)
-    return replace(job, plan=plan, reconstructed=factors)
+    return replace(job, plan=plan, head=factors, verb="Reconstructing")
+
+
+def _describe(
+    folder: Path,
+    job: merging.Job,
+    target: Target,
+    findings: stream.Findings,
+    warnings: Sequence[str],
+    device: torch.device,
+) -> None:
+    """Write origin and card of a reconstruction."""
+    (item,), base = job.sources.inputs, job.sources.base
+    assert isinstance(item, TaskFactors)  # checked by reconstruct
+    fingerprint = findings.fingerprint(0) if item.pinned.is_local else None
+    origin = {
+        "hf_tsv_version": __version__,
+        "factors": {**pinned_entry(item), "fingerprint": fingerprint},
+        "base_model": pinned_entry(base),
+        "source": {"ref": item.config.source.ref, "revision": item.config.source.revision},
+        "dtype": job.settings.dtype,
+    }
+    text = json.dumps(origin, indent=2, ensure_ascii=False) + "\n"
+    (folder / RECONSTRUCTION_FILE).write_text(text, encoding="utf-8")
+    made_from = cards.CardInput(item.pinned.ref, item.pinned.revision)
+    full_model = layout.is_full_model(base.tensors)
+    card = cards.reconstructed_card(item.config, made_from, target.push_to, full_model=full_model)
+    (folder / "README.md").write_text(card, encoding="utf-8")

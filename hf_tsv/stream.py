@@ -29,6 +29,9 @@ from hf_tsv.tsv import TaskSingularVectors, Update
 S = TypeVar("S")
 T = TypeVar("T")
 
+LARGEST_UPDATE = 1e30
+"""Entries beyond it are no update, and sums of their squares would overflow."""
+
 SKETCH_ENTRIES = 4096
 """Entries of each update that its likeness to the others is judged by."""
 
@@ -192,9 +195,11 @@ def _load(
             update = _stored_update(source, weight, findings.digests.get(i))
             if update is None:
                 continue
+            if weight.treatment == "decomposed" and isinstance(update, Tensor):
+                floor = _stored_noise(source, weight, w0, update)
         else:
             wi = _read(weight, source, findings.digests.get(i))
-            update = wi.float() - w0.float()
+            update = update_of(weight.label, source, wi, w0)
             if not update.any():
                 continue
             if weight.treatment == "decomposed":
@@ -205,6 +210,27 @@ def _load(
         floors[i] = floor * abs(scales[i])
     _add_likeness(findings, deltas)
     return LoadedWeight(weight, w0, deltas, floors)
+
+
+def update_of(name: str, source: Checkpoint, fine_tuned: Tensor, base: Tensor) -> Tensor:
+    """Δ of one weight.
+
+    Args:
+        name (`str`): of the weight, for the error.
+        source ([`Checkpoint`]): the fine-tune, for the error.
+        fine_tuned (`Tensor`): W1 as stored.
+        base (`Tensor`): W0 as stored.
+
+    Raises:
+        [`CheckpointError`]: it overflows.
+    """
+    update = tsv.difference(fine_tuned, base)
+    if not update.isfinite().all() or not float(update.abs().max()) < LARGEST_UPDATE:
+        raise CheckpointError(
+            f"{source}: {name} differs from the base model by more than {LARGEST_UPDATE:g}.",
+            "The checkpoint is damaged; leave it out or save it again.",
+        )
+    return update
 
 
 def _read(weight: Weight, source: Checkpoint, digests: dict[str, str] | None) -> Tensor:
@@ -232,6 +258,14 @@ def _stored_update(
         for update, shape in zip(updates, shapes, strict=True)
     ]
     return torch.cat(parts)
+
+
+def _stored_noise(factors: TaskFactors, weight: Weight, w0: Tensor, update: Tensor) -> float:
+    """Rounding in an update stored whole: of the checkpoint it was made from, and its own."""
+    dtypes = [factors.tensors[name].dtype for name in weight.names]
+    dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    w1 = (w0.double() + update.double()).to(dtype)
+    return tsv.storage_noise(w0, w1) + tsv.rounding_noise(update, factors.config.factor_dtype)
 
 
 def _scaled(update: Update, scale: float) -> Update:

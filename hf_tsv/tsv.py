@@ -97,6 +97,18 @@ def default_rank(shape: Sequence[int], tasks: int) -> int:
     return max(1, min(shape) // tasks)
 
 
+def difference(fine_tuned: Tensor, base: Tensor) -> Tensor:
+    """Δ = W1 − W0, in float32, or in float64 where one of the two is.
+
+    Args:
+        fine_tuned (`Tensor`): W1 as stored.
+        base (`Tensor`): W0 as stored, same shape.
+    """
+    wide = torch.float64 in (fine_tuned.dtype, base.dtype)
+    dtype = torch.float64 if wide else torch.float32
+    return fine_tuned.to(dtype) - base.to(dtype)
+
+
 def storage_noise(base: Tensor, fine_tuned: Tensor) -> float:
     """Spectral norm below which a task matrix is rounding of the stored checkpoints.
 
@@ -113,15 +125,29 @@ def storage_noise(base: Tensor, fine_tuned: Tensor) -> float:
     Returns:
         `float`: in the units of the weights.
     """
-    eps = max(torch.finfo(t.dtype).eps for t in (base, fine_tuned))
-    eps = max(eps, torch.finfo(torch.float32).eps)  # differences are taken in float32
-    tiny = max(torch.finfo(t.dtype).smallest_normal for t in (base, fine_tuned))
-    size = fine_tuned.float().abs().clamp_min(tiny)
+    delta = difference(fine_tuned, base)
+    eps = max(torch.finfo(t.dtype).eps for t in (base, fine_tuned, delta))
+    tiny = max(torch.finfo(t.dtype).smallest_normal for t in (base, fine_tuned, delta))
+    size = fine_tuned.to(delta.dtype).abs().clamp_min(tiny)
     if base.dtype == fine_tuned.dtype:
         # W0 lies on the grid that W1 was rounded to: a change below half a step is lost rather
         # than replaced by noise, so no entry is wrong by more than it should have changed.
-        change = _norms(fine_tuned.float() - base.float()) / math.sqrt(base.numel())
-        size = size.clamp_max(float(change) / (ROUNDING_SPREAD * eps))
+        change = float(_norms(delta)) / math.sqrt(base.numel())
+        size = size.clamp_max(min(change / (ROUNDING_SPREAD * eps), torch.finfo(size.dtype).max))
+    return _noise(size, eps)
+
+
+def rounding_noise(matrix: Tensor, dtype: torch.dtype) -> float:
+    """Spectral norm of what rounding to a dtype changes in a matrix; see [`storage_noise`].
+
+    Args:
+        matrix (`Tensor`): shape (d_out, d_in).
+        dtype (`torch.dtype`): it was rounded to.
+    """
+    return _noise(matrix.float(), torch.finfo(dtype).eps)
+
+
+def _noise(size: Tensor, eps: float) -> float:
     return float(ROUNDING_SPREAD * eps * (_norms(size, 0).max() + _norms(size, 1).max()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,17 +241,21 @@ def described(
     source = Origin(f"/data/{text}", None, text) if local else Origin("org/clip-a", SHA, "mit")
     matrices = {f"{text}.{i}.weight": matrix for i in range(weights)}
     return FactorsConfig(
-        base, source, {"budget": text if local else "10%"}, torch.float32, 10_000, 10_000, 1420,
-        0.25, {**matrices, f"{text}.bias": bias, f"{text}.scale": none}, tuple(head), {},
+        base, source, {"budget": text if local else "10%"}, torch.float32, False,
+        10_000, 10_000, 1420, 0.25, {**matrices, f"{text}.bias": bias, f"{text}.scale": none}, tuple(head), {},
         left_out=(text,) if local else (),
     )  # fmt: skip
+
+
+def made_from(config: FactorsConfig) -> CardInput:
+    return CardInput(config.source.ref, config.source.revision)
 
 
 def compressed_cards(config: FactorsConfig, repo_id: str | None = None) -> dict[str, str]:
     return {
         "factors": factors_card(config, repo_id),
         "adapter": adapter_card(config, repo_id, "CLIPModel", dense=True),
-        "reconstructed": reconstructed_card(config, "me/a-tsv", repo_id, full_model=True),
+        "reconstructed": reconstructed_card(config, made_from(config), repo_id, full_model=True),
     }
 
 
@@ -295,7 +300,9 @@ def test_the_front_matter_of_compressed_tasks() -> None:
 def test_a_reconstruction_names_the_pipeline_that_it_fits(
     head: list[str], full_model: bool, pipeline: str
 ) -> None:
-    card = reconstructed_card(described(head=head), "me/a-tsv", None, full_model=full_model)
+    card = reconstructed_card(
+        described(head=head), CardInput("me/a-tsv", SHA), None, full_model=full_model
+    )
     assert front_matter(card)["pipeline_tag"] == pipeline
     assert ("CLIPForImageClassification" in card) == bool(head)
 
@@ -338,6 +345,14 @@ def test_a_task_is_called_like_its_repository(ref: str, name: str) -> None:
     assert task_name(ref) == name
 
 
+def test_a_task_in_this_folder_is_called_like_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clip-a-tsv").mkdir()
+    monkeypatch.chdir(tmp_path / "clip-a-tsv")
+    assert task_name(".") == "clip-a"
+
+
 # Text from elsewhere
 
 
@@ -363,6 +378,13 @@ def skeleton(card: str) -> list[str]:
     return lines
 
 
+def prose(body: str) -> str:
+    """Markdown without its code, where nothing is a link."""
+    fenced = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", body, flags=re.DOTALL | re.MULTILINE)
+    without_code = re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", fenced)
+    return re.sub(r"\\.", "", without_code)
+
+
 def hostile_card(text: str) -> str:
     inputs = [CardInput(f"/data/{text}", None, text), *hub("org/b", license=text)]
     return card_of(
@@ -386,13 +408,29 @@ def test_hostile_text_changes_nothing_but_itself(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("local", [True, False])
 @pytest.mark.parametrize("kind", ["factors", "adapter", "reconstructed"])
-def test_hostile_text_stays_in_its_place_in_cards_of_compressed_tasks(kind: str, text: str) -> None:
-    card = compressed_cards(described(text, local=True, head=[text]))[kind]
-    other = compressed_cards(described("plain", local=True, head=["plain"]))[kind]
+def test_hostile_text_stays_in_its_place_in_cards_of_compressed_tasks(
+    kind: str, text: str, local: bool
+) -> None:
+    def made(text: str) -> str:
+        config = described(text, local=True, head=[text])
+        if not local:
+            origin = Origin(f"org/{text}", f"{text} {SHA}", text)
+            config = replace(config, base_model=origin, source=origin)
+        return compressed_cards(config)[kind]
+
+    card, other = made(text), made("plain")
     head, _, body = card.removeprefix("---\n").partition("\n---\n")
     assert skeleton(body) == skeleton(other.removeprefix("---\n").partition("\n---\n")[2])
-    assert yaml.safe_load(head) == {**front_matter(other), "license": text}
+    expected = {**front_matter(other), "license": text}
+    if not local:
+        expected["base_model"] = f"org/{text}"
+    assert yaml.safe_load(head) == expected
+    assert not re.findall(
+        r"\]\((?!https://(huggingface\.co/org/[^\s()<>]*|huggingface\.co/docs/peft|arxiv\.org/abs/2412\.00081)\))",
+        prose(body),
+    )
     assert "49" not in body.replace("249", "")
     blocks = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
     for block in blocks:

@@ -935,7 +935,17 @@ def test_the_configuration_of_the_source_may_have_keys_of_any_name(folder: Path)
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [(f"{MATRIX}/energy", 1.5), (f"{BIAS}/rank", 4), (f"{MATRIX}/bytes", 1)],
+    [
+        (f"{MATRIX}/energy", 1.5),
+        (f"{BIAS}/rank", 4),
+        (f"{MATRIX}/bytes", 1),
+        ("factors_bytes", 1),
+        ("checkpoint_bytes", 0),
+        ("checkpoint_bytes", 10**400),
+        ("source.revision", "main"),
+        ("task_head", ["logit_scale"]),
+        ("compress_conv", 1),
+    ],
 )
 def test_a_figure_that_cannot_be_true_is_named(folder: Path, key: str, value: Any) -> None:
     refused(with_value(folder, key, value), f"{said_of(key)} in {FACTORS_CONFIG}")
@@ -988,7 +998,7 @@ def test_a_weight_that_is_not_described_does_not_fit_the_fingerprint(folder: Pat
         (f"{SQUARE}/shape", [32, 33], f"{SQUARE}.Vh"),
         ("factor_dtype", "BF16", "BF16"),
         ("task_head", [HEAD[0]], f"{HEAD[1]}.value"),
-        ("task_head", [*HEAD, "more"], "more.value"),
+        ("task_head", [*HEAD, "classifier.more"], "classifier.more.value"),
     ],
     ids=shown,
 )

@@ -223,9 +223,87 @@ def test_a_model_is_loaded_in_the_dtype_asked_for(made: Made, dtype: torch.dtype
     assert differing(snapshot(found), snapshot(expected)) == []
 
 
-def test_a_device_is_one_the_weights_are_moved_to(made: Made) -> None:
-    found = hf_tsv.load_model(made.factors["vision"], device="meta")
-    assert {parameter.device.type for parameter in found.parameters()} == {"meta"}
+def test_a_device_that_is_not_here_is_refused(made: Made) -> None:
+    assert hf_tsv.load_model(made.factors["vision"], device="cpu").device.type == "cpu"
+    with pytest.raises(RecipeError, match="There is no device 'xyz' here"):
+        hf_tsv.load_model(made.factors["vision"], device="xyz")
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_not_filled_up(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.base, tmp_path / "clip")
+    tensors = stored(tmp_path / "clip")
+    del tensors["vision_model.encoder.layers.0.mlp.fc1.weight"]
+    save_file(tensors, tmp_path / "clip/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"clip lacks vision_model\..*fc1\.weight"):
+        hf_tsv.load_model(tmp_path / "clip")
+
+
+def test_a_base_of_several_dtypes_loses_nothing(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.base, tmp_path / "base")
+    tensors = stored(tmp_path / "base")
+    tensors["logit_scale"] = tensors["logit_scale"].half()
+    save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    factors = hf_tsv.compress(made.plain["vision"], base_model=tmp_path / "base", rank=4)
+    factors.save_pretrained(tmp_path / "tsv")
+    hf_tsv.reconstruct(tmp_path / "tsv", output=tmp_path / "whole")
+    whole = {name: tensor.float() for name, tensor in stored(tmp_path / "whole").items()}
+    assert differing(snapshot(hf_tsv.load_model(tmp_path / "tsv")), whole) == []
+
+
+def test_an_update_that_overflows_the_base_is_refused(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.factors["vision"], tmp_path / "tsv")
+    file = tmp_path / "tsv/task_factors.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(".S"))
+    tensors[name][0] = 1e38
+    tensors[name.removesuffix("S") + "U"] *= 100
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="does not fit into"):
+        hf_tsv.load_model(tmp_path / "tsv")
+
+
+def test_the_number_of_labels_is_that_of_the_head(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.plain["classifier"], tmp_path / "classifier")
+    config = json.loads((tmp_path / "classifier/config.json").read_text())
+    for key in ("id2label", "label2id", "num_labels"):
+        config.pop(key, None)
+    (tmp_path / "classifier/config.json").write_text(json.dumps(config))
+    found = hf_tsv.load_model(tmp_path / "classifier")
+    assert found.config.num_labels == 3
+    factors = hf_tsv.compress(tmp_path / "classifier", base_model=made.base)
+    factors.save_pretrained(tmp_path / "tsv")
+    hf_tsv.reconstruct(tmp_path / "tsv", output=tmp_path / "whole")
+    from transformers import CLIPForImageClassification
+
+    again = clips.load(CLIPForImageClassification, tmp_path / "whole")
+    assert again.config.num_labels == 3 and again.classifier.weight.shape[0] == 3
+
+
+def test_a_pipeline_without_any_processor_says_what_is_missing(made: Made, tmp_path: Path) -> None:
+    tensors_only = ("config.json", "model.safetensors")
+    for source, name in ((made.base, "base"), (made.plain["full"], "full")):
+        (tmp_path / name).mkdir()
+        for file in tensors_only:
+            shutil.copy(source / file, tmp_path / name / file)
+    with pytest.raises(CheckpointError, match="processor and tokenizer that zero-shot"):
+        hf_tsv.pipeline(ZERO_SHOT, tmp_path / "full", base_model=tmp_path / "base")
+
+
+def test_loading_leaves_no_file_open(made: Made) -> None:
+    def open_files() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    before = open_files()
+    hf_tsv.load_model(made.factors["vision"])
+    hf_tsv.TaskFactors.from_pretrained(made.factors["vision"]).update(
+        "vision_model.post_layernorm.weight"
+    )
+    hf_tsv.compress(made.plain["vision"], base_model=made.base, rank=2)
+    hf_tsv.reconstruct(made.factors["vision"], dry_run=True)
+    del_switcher = switcher(made, "vision", keep="disk")
+    del del_switcher
+    assert open_files() == before
 
 
 def test_factors_are_not_put_on_another_base(made: Made) -> None:

@@ -598,12 +598,14 @@ def test_a_checkpoint_saved_in_another_dtype_only_is_no_task(dtype: torch.dtype,
 
 
 @every_kind
-def test_float64_checkpoints_are_subtracted_in_float32(kind: str) -> None:
+def test_float64_checkpoints_are_subtracted_in_float64(kind: str) -> None:
     g = generator(16)
     W0 = base_weights(kind, (96, 96), g)
-    W1 = W0 + lora((96, 96), 16, 3e-4, g)
-    delta = W1.float() - W0.float()
+    W1 = W0 + lora((96, 96), 16, 1e-12, g)
+    delta = tsv.difference(W1, W0)
     assert tsv.decompose(delta, 96, tsv.storage_noise(W0, W1)).rank == 16
+    assert tsv.difference(W1, W0.float()).dtype == torch.float64
+    assert tsv.difference(W1.float(), W0.half()).dtype == torch.float32
 
 
 def test_weights_below_the_normal_range_of_float16_have_its_absolute_step() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.files import MAX_JSON_BYTES
-from hf_tsv.checkpoints.reader import Checkpoint
+from hf_tsv.checkpoints.reader import Checkpoint, TensorInfo
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.errors import CheckpointError
 
@@ -75,11 +75,17 @@ def output_config(base: Checkpoint, dtypes: set[torch.dtype]) -> dict[str, Any]:
     return config
 
 
-def head_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def head_config(config: Mapping[str, Any], head: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """What a task head needs in config.json: its class and its labels.
 
     Args:
         config (`Mapping[str, Any]`): of the fine-tuned checkpoint.
+        head (`Mapping[str, TensorInfo]`): its tensors; the number of labels is theirs, whatever
+            the configuration says.
     """
-    keys = ("architectures", "id2label", "label2id", "num_labels", "problem_type")
-    return {key: config[key] for key in keys if key in config}
+    found = {key: config[key] for key in ("architectures", "problem_type") if key in config}
+    labels = next((info.shape[0] for info in head.values() if info.shape), 0)
+    named = config.get("id2label")
+    if not isinstance(named, dict) or len(named) != labels:
+        return {**found, "num_labels": labels}
+    return {**found, **{k: config[k] for k in ("id2label", "label2id") if k in config}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import weakref
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ class LocalFiles:
         self.root = root
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._descriptors)
 
     def size(self, name: str) -> int | None:
         try:
@@ -62,9 +64,7 @@ class LocalFiles:
     def close(self) -> None:
         """Close what has been opened."""
         with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+            _close_all(self._descriptors)
 
     def _existing_size(self, name: str) -> int:
         size = self.size(name)
@@ -82,6 +82,11 @@ class LocalFiles:
                         f"{self.root / name} cannot be read: {error.strerror}."
                     ) from None
             return self._descriptors[name]
+
+
+def _close_all(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
 
 
 class HubFiles:

@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,19 +211,20 @@ def check_free_space(folder: Path, needed: int) -> None:
         )
 
 
-def check_output_folder(folder: Path, marker: str, *, force: bool) -> None:
+def check_output_folder(folder: Path, markers: Sequence[str], *, force: bool) -> None:
     """Refuse an output folder that would overwrite something.
 
     Args:
         folder (`Path`): wanted output; may not exist, or be empty.
-        marker (`str`): file that an earlier output of ours holds; only such a folder is replaced.
+        markers (`Sequence[str]`): files of which an earlier output of ours holds one; only such a
+            folder is replaced.
         force (`bool`): the user asked to replace it.
     """
     with disk_errors(folder):
-        _check_output_folder(folder, marker, force=force)
+        _check_output_folder(folder, markers, force=force)
 
 
-def _check_output_folder(folder: Path, marker: str, *, force: bool) -> None:
+def _check_output_folder(folder: Path, markers: Sequence[str], *, force: bool) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise OutputError(f"{folder} exists and is not a folder.", "Choose another one with -o.")
     current = folder.exists() and folder.samefile(Path.cwd())
@@ -245,10 +246,10 @@ def _check_output_folder(folder: Path, marker: str, *, force: bool) -> None:
         raise OutputError(
             f"The output folder {folder} exists.", "Choose another one with -o, or add --force."
         )
-    if not (folder / marker).is_file():
+    if not any((folder / marker).is_file() for marker in markers):
         raise OutputError(
-            f"{folder} was not written by hf-tsv (it has no {marker}), so --force does not"
-            " replace it.",
+            f"{folder} was not written by hf-tsv (it has no {' or '.join(markers)}), so --force"
+            " does not replace it.",
             "Remove it yourself or choose another one with -o.",
         )
 

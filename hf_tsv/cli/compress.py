@@ -171,6 +171,7 @@ def _summary(report: CompressReport) -> str:
     from hf_tsv.progress import human_bytes
 
     kinds = [weight["stored"] for weight in report.weights.values()]
+    shares = (f"{T} such tasks take {100 * r:.0f} %" for T, r in report.ratio_for_tasks.items())
     lines = [
         f"Compressed in {report.seconds:.1f} s: {human_bytes(report.factors_bytes or 0)},"
         f" {100 * (report.ratio or 0):.1f} % of the checkpoint's"
@@ -178,9 +179,7 @@ def _summary(report: CompressReport) -> str:
         f" {report.update_error:.3g}.",
         f"{kinds.count('factors')} weights low-rank, {kinds.count('dense')} whole,"
         f" {kinds.count('none')} unchanged or left out.",
-        "With the base model, "
-        + ", ".join(f"{T} such tasks take {100 * r:.0f} %" for T, r in _tasks(report))
-        + " of their checkpoints.",
+        f"With the base model, {', '.join(shares)} of their checkpoints.",
     ]
     if report.left_out:
         names = report.left_out[:4]
@@ -189,10 +188,6 @@ def _summary(report: CompressReport) -> str:
     if report.url:
         lines.append(f"Uploaded: {report.url}")
     return "\n".join(lines)
-
-
-def _tasks(report: CompressReport) -> list[tuple[str, float]]:
-    return list(report.ratio_for_tasks.items())
 
 
 def _preview(report: CompressReport) -> str:
