@@ -45,6 +45,7 @@ from hf_tsv.factors import (
     open_factors,
     tensor_specs,
 )
+from hf_tsv.memory import give_back_large_blocks
 from hf_tsv.plan import check_fit, config_warnings
 from hf_tsv.progress import bar, human_bytes, logger, visible_by_default
 from hf_tsv.ranks import DENSE, Choice, RankRule, allocate, budget_bytes, rank_of_energy
@@ -764,6 +765,7 @@ def measure(job: Job, spool: Spool, device: torch.device, advance: Any) -> list[
         device (`torch.device`): where to compute.
         advance (`Callable[[int], None]`): told after each weight.
     """
+    give_back_large_blocks()
     measured = []
     with ThreadPoolExecutor(1, "hf-tsv-read") as reading:
         try:

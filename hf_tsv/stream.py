@@ -21,6 +21,7 @@ from hf_tsv.checkpoints.reader import Checkpoint, digest, fingerprint
 from hf_tsv.checkpoints.writer import ShardWriter
 from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.factors import TaskFactors
+from hf_tsv.memory import give_back_large_blocks
 from hf_tsv.plan import MergePlan, Weight
 from hf_tsv.recipe import Settings
 from hf_tsv.sources import Task
@@ -135,6 +136,7 @@ def merge_weights(
     Returns:
         [`Findings`]: ranks, frozen weights, likeness of tasks, fingerprints.
     """
+    give_back_large_blocks()
     findings = Findings(len(inputs))
     findings.digests = {i: {} for i, item in enumerate(inputs) if item.pinned.is_local}
     if base.pinned.is_local or any(isinstance(item, TaskFactors) for item in inputs):

@@ -21,6 +21,9 @@ from torch import Tensor
 
 import hf_tsv as api
 from hf_tsv import CheckpointError, OutputError, RecipeError
+from hf_tsv.compression import Options, run
+from hf_tsv.delivery import Target
+from hf_tsv.ranks import RankRule
 from hf_tsv.tsv import TaskSingularVectors, dense
 
 FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -356,15 +359,93 @@ def test_factors_of_enough_rank_merge_like_their_originals(
             assert torch.equal(found[name], w0), name
 
 
-def test_stacked_attention_of_factors_is_that_of_their_originals(zoo: Path, tmp_path: Path) -> None:
-    for kind in ("vision", "flat"):
-        compress(zoo, kind, tmp_path / kind, rank_fraction=1.0)
+def test_stacked_attention_of_factors_is_that_of_their_originals(tmp_path: Path) -> None:
+    """One of them left some keys as they were; both are of rank 2, so their factors are whole."""
+    lora_zoo(tmp_path / "zoo")
+    zoo = tmp_path / "zoo"
+    tuned, base = state(zoo / "a"), state(zoo / "base")
+    tuned |= {name: tensor for name, tensor in base.items() if "0.self_attn.k_proj" in name}
+    save_file(tuned, zoo / "a" / "model.safetensors", metadata={"format": "pt"})
+    for name in "ab":
+        factors = compress(zoo, name, tmp_path / name, rank=4)
+        assert {w.stored for w in factors.config.weights.values()} == {"factors", "none"}
     options: dict[str, Any] = {"base_model": zoo / "base", "qkv": "fused"}
-    api.merge([tmp_path / "vision", tmp_path / "flat"], output=tmp_path / "a", **options)
-    api.merge([zoo / "vision", zoo / "flat"], output=tmp_path / "b", **options)
-    other = state(tmp_path / "b")
-    for name, tensor in state(tmp_path / "a").items():
-        torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-7)
+    api.merge([tmp_path / "a", tmp_path / "b"], output=tmp_path / "x", **options)
+    api.merge([zoo / "a", zoo / "b"], output=tmp_path / "y", **options)
+    other = state(tmp_path / "y")
+    for name, tensor in state(tmp_path / "x").items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=2e-7)
+        assert name not in base or "text" in name or tensor.shape == base[name].shape
+
+
+def lora_zoo(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A base and two fine-tunes of rank 2, `a` and `b`, saved in a dtype."""
+    clips.make_base(folder / "base", dtype=dtype)
+    base = state(folder / "base")
+    for seed, name in enumerate("ab"):
+        copied(folder / "base", folder / name)
+        g = torch.Generator().manual_seed(seed)
+        tuned = {
+            n: (t.float() + clips.update(t.shape, g, rank=2)).to(dtype)
+            if n.startswith("vision_model") and n.endswith("weight") and t.ndim == 2
+            else t
+            for n, t in base.items()
+        }
+        save_file(tuned, folder / name / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"rank_fraction": 1.0},
+        {"budget": "100%"},
+        {"budget": "60%"},
+        {"rank": 16},
+        {"energy": 0.999},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_updates_cost_and_merge_by_their_own_rank(
+    tmp_path: Path, dtype: torch.dtype, rule: dict[str, Any]
+) -> None:
+    """Rounding of the stored checkpoints is neither kept nor, in a merge, amplified."""
+    zoo = lora_zoo(tmp_path / "zoo", dtype)
+    for name in "ab":
+        factors = compress(zoo, name, tmp_path / name, **rule)
+        changed = [w for w in factors.config.weights.values() if w.norm]
+        assert {(w.stored, w.rank) for w in changed} == {("factors", 2)}
+    api.merge([tmp_path / name for name in "ab"], output=tmp_path / "x", dtype="float32")
+    api.merge([zoo / name for name in "ab"], base_model=zoo / "base", output=tmp_path / "y",
+              dtype="float32")  # fmt: skip
+    base, found, expected = (state(f) for f in (zoo / "base", tmp_path / "x", tmp_path / "y"))
+    for name, tensor in expected.items():
+        change = tensor.double() - base[name].double()
+        if change.norm():
+            assert relative_error(found[name].double() - base[name].double(), change) < 1e-4, name
+
+
+def test_the_rounding_in_updates_stored_whole_is_no_direction_of_the_task(tmp_path: Path) -> None:
+    """As a writer may store them: dense, rounding and all."""
+    zoo = lora_zoo(tmp_path / "zoo", torch.bfloat16)
+    for name in "ab":
+        compress(zoo, name, tmp_path / name, rank=2)
+        folder = tmp_path / name
+        config = json.loads((folder / "tsv_config.json").read_text())
+        base, tuned = state(zoo / "base"), state(zoo / name)
+        tensors = {}
+        for weight, entry in config["weights"].items():
+            if entry["stored"] == "factors":
+                delta = tuned[weight].float() - base[weight].float()
+                tensors[f"{weight}.delta"] = delta
+                entry |= {"stored": "dense", "rank": 0, "energy": 1.0, "bytes": delta.nbytes}
+        config["factors_bytes"] = sum(t.nbytes for t in tensors.values())
+        (folder / "tsv_config.json").write_text(json.dumps(config))
+        save_file(tensors, folder / "task_factors.safetensors")
+    report = api.merge([tmp_path / name for name in "ab"], output=tmp_path / "out")
+    ranks = {tuple(w["ranks"]) for w in report.treatments.values() if "ranks" in w}
+    assert ranks == {(2, 2)}
 
 
 def test_factors_need_no_decomposition(
@@ -407,9 +488,11 @@ def test_weights_scale_factors_too(zoo: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found[tmp_path][name], tensor, rtol=0, atol=2e-7)
 
 
-def test_factors_given_twice_or_beside_their_original_are_named(zoo: Path, tmp_path: Path) -> None:
-    compress(zoo, "vision", tmp_path / "factors", rank_fraction=1.0)
-    report = api.merge([tmp_path / "factors", zoo / "vision"], output=tmp_path / "out")
+def test_factors_given_twice_or_beside_their_original_are_named(tmp_path: Path) -> None:
+    zoo = lora_zoo(tmp_path / "zoo")
+    compress(zoo, "a", tmp_path / "factors", rank=4)
+    report = api.merge([tmp_path / "factors", zoo / "a"], base_model=zoo / "base",
+                       output=tmp_path / "out")  # fmt: skip
     assert "are the same update, which is merged once" in report.warnings[0]
 
 
@@ -481,14 +564,17 @@ def test_a_full_rank_adapter_computes_what_the_fine_tune_does(
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Adapter 'default'.* have invalid shape.*lora_B.bias")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "rank"), [("float32", 5), ("bfloat16", 5), ("bfloat16", 32)])
 def test_a_truncated_adapter_holds_the_truncated_updates(
-    zoo: Path, tmp_path: Path, dtype: str
+    zoo: Path, tmp_path: Path, dtype: str, rank: int
 ) -> None:
     report = api.export_peft(
-        zoo / "vision", base_model=zoo / "base", output=tmp_path / "lora", rank=5,
+        zoo / "vision", base_model=zoo / "base", output=tmp_path / "lora", rank=rank,
         factor_dtype=dtype,
     )  # fmt: skip
+    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors").values()
+    assert report.factors_bytes == sum(tensor.nbytes for tensor in stored)
+    assert report.factors_bytes == sum(weight["bytes"] for weight in report.weights.values())
     merged = with_adapter(zoo / "base", tmp_path / "lora", "CLIPVisionModel").state_dict()
     base, tuned = state(zoo / "base"), state(zoo / "vision")
     lost = total = 0.0
@@ -496,7 +582,7 @@ def test_a_truncated_adapter_holds_the_truncated_updates(
         full_name = f"vision_model.{name}"
         delta = tuned[full_name].double() - base[full_name].double()
         error = float((tensor.double() - tuned[full_name].double()).norm())
-        if report.weights[full_name]["stored"] == "factors":
+        if report.weights[full_name]["stored"] == "factors" and rank == 5:
             assert error == pytest.approx(tail(delta, 5), rel=1e-3), name
         else:
             assert error < 2e-2 * float(delta.norm()), name
@@ -535,12 +621,60 @@ def test_an_adapter_can_be_made_for_another_class(zoo: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dense", [True, False])
-def test_a_budget_for_an_adapter_is_kept(zoo: Path, tmp_path: Path, dense: bool) -> None:
-    report = api.export_peft(
-        zoo / "full", base_model=zoo / "base", output=tmp_path / "lora", budget="70%", dense=dense
-    )
+@pytest.mark.parametrize("model_class", ["CLIPModel", "CLIPTextModel"])
+def test_a_budget_for_an_adapter_is_kept_and_nearly_spent(
+    zoo: Path, tmp_path: Path, dense: bool, model_class: str
+) -> None:
+    options: dict[str, Any] = {
+        "base_model": zoo / "base", "dense": dense, "model_class": model_class,
+    }  # fmt: skip
+    most = api.export_peft(zoo / "full", output=tmp_path / "most", rank=99, **options)
+    assert most.factors_bytes is not None
+    budget = int(0.8 * most.factors_bytes)
+    report = api.export_peft(zoo / "full", output=tmp_path / "lora", budget=budget, **options)
     assert report.factors_bytes is not None
-    assert 0.5 * report.checkpoint_bytes < report.factors_bytes <= 0.7 * report.checkpoint_bytes
+    largest = (64 + 32) * 4
+    assert budget - 2 * largest < report.factors_bytes <= budget
+    file = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert report.factors_bytes == sum(tensor.nbytes for tensor in file.values())
+
+
+def test_a_budget_that_holds_no_more_than_what_has_no_rank(zoo: Path, tmp_path: Path) -> None:
+    """Biases need a pair beside them, so one triplet of every matrix is always there."""
+    options: dict[str, Any] = {"base_model": zoo / "base"}
+    least = api.export_peft(zoo / "vision", output=tmp_path / "least", rank=1, **options)
+    assert least.factors_bytes is not None
+    report = api.export_peft(
+        zoo / "vision", output=tmp_path / "lora", budget=least.factors_bytes, **options
+    )
+    assert report.factors_bytes == least.factors_bytes
+    assert report.update_error == pytest.approx(least.update_error, rel=1e-6)
+    with pytest.raises(RecipeError, match="alone takes"):
+        api.export_peft(
+            zoo / "vision", output=tmp_path / "x", budget=least.factors_bytes - 1, **options
+        )
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Adapter 'default'.* have invalid shape.*lora_B.bias")
+@pytest.mark.parametrize("model_class", ["CLIPTextModel", "CLIPVisionModel"])
+def test_an_adapter_of_one_tower_reports_the_other_as_left_out(
+    zoo: Path, tmp_path: Path, model_class: str
+) -> None:
+    report = api.export_peft(
+        zoo / "full", base_model=zoo / "base", output=tmp_path / "lora", rank=32,
+        model_class=model_class,
+    )  # fmt: skip
+    base, tuned = state(zoo / "base"), state(zoo / "full")
+    part = "text_model." if model_class == "CLIPTextModel" else "vision_model."
+    squares = {n: float((tuned[n] - base[n]).double().square().sum()) for n in report.weights}
+    outside = sum(square for name, square in squares.items() if not name.startswith(part))
+    assert report.update_error == pytest.approx(
+        math.sqrt(outside / sum(squares.values())), rel=1e-4
+    )
+    stored = {name for name, weight in report.weights.items() if weight["stored"] != "none"}
+    assert stored == {name for name in report.weights if name.startswith(part)}
+    assert set(report.left_out) == report.weights.keys() - stored
 
 
 # The command line and the Hub
@@ -707,6 +841,126 @@ def test_an_upload_never_replaces_what_it_was_made_from(world: Path, hub: Hub) -
     assert done.code == 0, done.err
     assert "task_factors.safetensors" in hub.files("me/clip", "tsv")
     assert "model.safetensors" in hub.files("me/clip")
+
+
+def test_an_upload_never_replaces_the_commit_it_was_made_from(world: Path, hub: Hub) -> None:
+    hub.add_repo("me/clip", hub.files("org/vision"))
+    sha = hub.repos["me/clip"].branches["main"]
+    with pytest.raises(OutputError, match="would replace the input"):
+        api.compress(f"me/clip@{sha}", push_to="me/clip")
+    factors = api.compress("me/clip", rank=2)
+    with pytest.raises(OutputError, match="would replace the input"):
+        factors.push_to_hub("me/clip")
+    assert "model.safetensors" in hub.files("me/clip")
+    factors.push_to_hub("me/clip", revision="tsv")
+    assert "task_factors.safetensors" in hub.files("me/clip", "tsv")
+
+
+def test_an_upload_says_whose_weights_it_replaces(
+    world: Path, hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.add_repo("me/other", hub.files("org/flat"))
+    api.compress("org/vision", rank=2, push_to="me/other")
+    replaced = [r.getMessage() for r in caplog.records if "replaces" in r.getMessage()]
+    assert replaced == [
+        "The upload replaces model.safetensors of me/other; earlier commits keep them."
+    ]
+    api.compress("org/vision", rank=3, push_to="me/other")
+    assert sum("replaces" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_force_replaces_whatever_hf_tsv_wrote(zoo: Path, tmp_path: Path) -> None:
+    compress(zoo, "vision", tmp_path / "factors", rank=2)
+    out = tmp_path / "out"
+    for _ in range(2):
+        api.reconstruct(tmp_path / "factors", output=out, force=True)
+        api.merge([zoo / "flat"], base_model=zoo / "base", output=out, force=True)
+        compress(zoo, "flat", out, rank=2, force=True)
+    with pytest.raises(OutputError, match="was not written by hf-tsv"):
+        compress(zoo, "vision", zoo / "flat", force=True)
+
+
+def test_an_input_behind_a_link_is_not_replaced(zoo: Path, tmp_path: Path) -> None:
+    compress(zoo, "vision", tmp_path / "out", rank=2)
+    copied(zoo / "vision", tmp_path / "out" / "real")
+    (tmp_path / "linked").mkdir()
+    for file in (tmp_path / "out" / "real").iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    with pytest.raises(OutputError, match="would replace the input"):
+        api.compress(
+            tmp_path / "linked", base_model=zoo / "base", output=tmp_path / "out", force=True
+        )
+    assert (tmp_path / "out" / "real" / "model.safetensors").is_file()
+
+
+def test_a_reconstruction_says_what_it_was_made_of(zoo: Path, tmp_path: Path) -> None:
+    compress(zoo, "classifier", tmp_path / "factors", rank=2)
+    api.reconstruct(tmp_path / "factors", output=tmp_path / "full")
+    said = json.loads((tmp_path / "full" / "hf_tsv_reconstruction.json").read_text())
+    assert said["factors"]["ref"] == str(tmp_path / "factors")
+    assert said["source"]["ref"] == str(zoo / "classifier")
+    assert not (tmp_path / "full" / "hf_tsv_recipe.yaml").exists()
+    with pytest.raises(RecipeError, match="hf_tsv_recipe"):
+        api.merge(recipe=tmp_path / "full", output=tmp_path / "again")
+
+
+@pytest.mark.parametrize("verb", ["compress", "merge"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_updates_too_large_for_their_arithmetic_are_named(
+    zoo: Path, tmp_path: Path, dtype: torch.dtype, verb: str
+) -> None:
+    copied(zoo / "vision", tmp_path / "huge")
+    tensors = state(tmp_path / "huge")
+    tensors[FC1] = tensors[FC1].to(dtype)
+    tensors[FC1][3, 4] = 3e38 if dtype == torch.float32 else 1e200
+    save_file(tensors, tmp_path / "huge" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"huge: {FC1} differs from the base model by more"):
+        getattr(api, verb)(tmp_path / "huge", base_model=zoo / "base", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_larger_than_the_checkpoint_is_a_warning(zoo: Path, tmp_path: Path) -> None:
+    clips.make_base(tmp_path / "base", dtype=torch.bfloat16)
+    clips.make_fine_tune(tmp_path / "base", tmp_path / "tuned", 1, "full")
+    report = api.compress(tmp_path / "tuned", base_model=tmp_path / "base", energy=1.0).report
+    assert report is not None
+    (warning,) = report.warnings
+    assert "200 % of the checkpoint's size" in warning and "bfloat16" in warning
+
+
+@pytest.mark.parametrize("kind", ["vision", "classifier"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": "100%"},
+        {"budget": "70%"},
+        {"rank": 4},
+        {"rank_fraction": 1.0, "factor_dtype": "bfloat16"},
+        {"format": "peft", "rank": 5},
+        {"format": "peft", "rank": 5, "factor_dtype": "bfloat16"},
+        {"format": "peft", "budget": "70%"},
+        {"format": "peft", "rank": 5, "dense": False},
+    ],
+    ids=str,
+)
+def test_a_dry_run_never_promises_less_than_is_written(
+    zoo: Path, tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    rules = {"rank", "rank_fraction", "budget"} & options.keys()
+    others = {name: value for name, value in options.items() if name not in rules}
+    wanted = Options(RankRule(**{name: options[name] for name in rules}), **others)
+    target = Target(tmp_path / "x")
+    dry, real = (
+        run(str(zoo / kind), str(zoo / "base"), wanted, target, dry_run=dry)
+        for dry in (True, False)
+    )
+    assert dry.factors_bytes is not None and real.factors_bytes is not None
+    assert dry.factors_bytes >= real.factors_bytes > 0
+    if not options.get("dense", True):
+        kinds = {n: w["stored"] for n, w in dry.weights.items()}
+        assert {n for n, k in kinds.items() if k == "none"} == set(real.left_out) - {
+            "classifier.weight", "classifier.bias",
+        }  # fmt: skip
 
 
 def test_the_output_is_never_an_input(zoo: Path, tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_an_interrupted_run_leaves_the_earlier_output_as_it_was(tmp_path: Path) 
 
 def test_an_earlier_output_is_replaced_as_a_whole(tmp_path: Path) -> None:
     earlier_output(tmp_path / "out")
-    check_output_folder(tmp_path / "out", MARKER, force=True)
+    check_output_folder(tmp_path / "out", [MARKER], force=True)
     with whole_folder(tmp_path / "out") as staging:
         (staging / "file").write_text("new")
         assert (tmp_path / "out" / "old").exists()
@@ -268,8 +268,8 @@ def earlier_output(folder: Path) -> Path:
 
 
 def test_a_new_and_an_empty_folder_are_fine(tmp_path: Path) -> None:
-    check_output_folder(tmp_path / "new" / "deeper", MARKER, force=False)
-    check_output_folder(tmp_path, MARKER, force=False)
+    check_output_folder(tmp_path / "new" / "deeper", [MARKER], force=False)
+    check_output_folder(tmp_path, [MARKER], force=False)
     (tmp_path / "empty").mkdir()
     with whole_folder(tmp_path / "empty") as staging:
         (staging / "file").write_text("text")
@@ -278,7 +278,7 @@ def test_a_new_and_an_empty_folder_are_fine(tmp_path: Path) -> None:
 
 def test_an_earlier_output_takes_force(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"out exists.*--force"):
-        check_output_folder(earlier_output(tmp_path / "out"), MARKER, force=False)
+        check_output_folder(earlier_output(tmp_path / "out"), [MARKER], force=False)
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -289,7 +289,7 @@ def test_a_folder_that_is_not_ours_is_refused_even_with_force(
     (tmp_path / content).parent.mkdir(exist_ok=True)
     (tmp_path / content).write_text("precious")
     with pytest.raises(OutputError, match="not written by hf-tsv" if force else "exists"):
-        check_output_folder(tmp_path, MARKER, force=force)
+        check_output_folder(tmp_path, [MARKER], force=force)
 
 
 @pytest.mark.parametrize("target", ["ours", "empty", "nowhere"])
@@ -298,7 +298,7 @@ def test_a_symlink_is_refused(tmp_path: Path, target: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / target)
     with pytest.raises(OutputError, match="link exists and is not a folder"):
-        check_output_folder(tmp_path / "link", MARKER, force=True)
+        check_output_folder(tmp_path / "link", [MARKER], force=True)
 
 
 @pytest.mark.parametrize("text", [".", "", "{}", "../here"])
@@ -308,18 +308,18 @@ def test_the_current_folder_is_refused(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(OutputError, match="current"):
-        check_output_folder(Path(text.format(Path.cwd())), MARKER, force=True)
+        check_output_folder(Path(text.format(Path.cwd())), [MARKER], force=True)
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(OutputError, match="not a folder"):
-        check_output_folder(tmp_path / "file", MARKER, force=True)
+        check_output_folder(tmp_path / "file", [MARKER], force=True)
 
 
 @pytest.mark.parametrize("force", [False, True])
 def test_what_appears_in_the_meantime_is_not_overwritten(tmp_path: Path, force: bool) -> None:
-    check_output_folder(tmp_path / "out", MARKER, force=force)
+    check_output_folder(tmp_path / "out", [MARKER], force=force)
     with pytest.raises(OutputError, match="out"), whole_folder(tmp_path / "out"):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("text")
@@ -340,7 +340,7 @@ def test_too_little_space_is_noticed_before_the_work(tmp_path: Path) -> None:
 def test_a_relative_folder_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     check_free_space(Path("out"), 1)
-    check_output_folder(Path("out"), MARKER, force=False)
+    check_output_folder(Path("out"), [MARKER], force=False)
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "n" * 250, "file/out", "n/" * 3000])
@@ -348,7 +348,7 @@ def test_an_impossible_folder_is_an_output_error(tmp_path: Path, name: str) -> N
     (tmp_path / "file").write_text("")
     folder = tmp_path / name
     with pytest.raises(OutputError, match="Cannot write to"):
-        check_output_folder(folder, MARKER, force=False)
+        check_output_folder(folder, [MARKER], force=False)
         check_free_space(folder, 1)
         with whole_folder(folder):
             pass
