@@ -1,4 +1,4 @@
-"""Merge fine-tuned CLIP checkpoints with task singular vectors."""
+"""Merge and compress fine-tuned CLIP checkpoints with task singular vectors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from hf_tsv.errors import CheckpointError, HfTsvError, OutputError, RecipeError, RepoError
     from hf_tsv.factors import TaskFactors
     from hf_tsv.merging import MergeReport, merge
-    from hf_tsv.models import TaskSwitcher, load_model, pipeline
+    from hf_tsv.models import load_model, pipeline
     from hf_tsv.recipe import Recipe
     from hf_tsv.reconstruction import ReconstructReport, reconstruct
+    from hf_tsv.switching import TaskSwitcher
 
 __version__ = "0.1.0"
 
@@ -27,7 +28,7 @@ _HOMES = {
     "TaskFactors": "factors",
     "load_model": "models",
     "pipeline": "models",
-    "TaskSwitcher": "models",
+    "TaskSwitcher": "switching",
     "Recipe": "recipe",
     "HfTsvError": "errors",
     "RepoError": "errors",

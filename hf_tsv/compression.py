@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from hf_tsv import adapter, cards, linalg, stream, tsv
-from hf_tsv.checkpoints import layout
-from hf_tsv.checkpoints.reader import Checkpoint, byte_view, digest
+from hf_tsv import cards, stream
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.checkpoints.writer import (
-    ShardWriter,
-    TensorSpec,
     check_free_space,
-    plan_shards,
     whole_folder,
 )
+from hf_tsv.compressed_files import (
+    choose_ranks,
+    model_class_of,
+    write_adapter,
+    write_factors,
+)
 from hf_tsv.delivery import Target, final_folder, push
-from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.factors import (
     ADAPTER_FORMAT,
     FACTORS_CONFIG,
-    FACTORS_FILE,
     FORMAT,
     FactorsConfig,
     Origin,
@@ -43,18 +37,14 @@ from hf_tsv.factors import (
     TaskFactors,
     matrix_shape,
     open_factors,
-    tensor_specs,
 )
-from hf_tsv.memory import give_back_large_blocks
 from hf_tsv.plan import check_fit, config_warnings
-from hf_tsv.progress import bar, human_bytes, logger, visible_by_default
-from hf_tsv.ranks import DENSE, Choice, RankRule, allocate, budget_bytes, rank_of_energy
-from hf_tsv.recipe import Dtype, Settings, check_shard_size
+from hf_tsv.progress import bar, logger, visible_by_default
+from hf_tsv.ranks import RankRule, budget_bytes
+from hf_tsv.recipe import Settings
 from hf_tsv.sources import Sources, equals_base, open_sources, pinned_entry
-from hf_tsv.tsv import TaskSingularVectors
+from hf_tsv.spectra import Candidate, Job, Options, Spool, candidates_of, measure
 
-Format = Literal["factors", "peft"]
-ADAPTER_FILE = "adapter_model.safetensors"
 TASK_COUNTS = (8, 14, 20)
 """Numbers of tasks that the paper reports."""
 
@@ -115,151 +105,6 @@ class CompressReport:
     def to_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to compress.
-
-    Args:
-        rule ([`RankRule`]): which triplets are kept.
-        factor_dtype (`str`): of the stored updates.
-        compress_conv (`bool`): decompose the patch convolution too, one row an output channel.
-        format (`str`): `factors`, or `peft` for a LoRA adapter.
-        dense (`bool`): a LoRA adapter also gets what is no matrix of a linear layer.
-        model_class (`str`, *optional*): the class a LoRA adapter is for; default: that of the
-            fine-tuned checkpoint.
-        max_shard_size (`int` or `str`): bytes of a file, or `"5GB"`.
-    """
-
-    rule: RankRule = field(default_factory=RankRule)
-    factor_dtype: Dtype = "float32"
-    compress_conv: bool = False
-    format: Format = "factors"
-    dense: bool = True
-    model_class: str | None = None
-    max_shard_size: int | str = Settings.max_shard_size
-
-    def __post_init__(self) -> None:
-        for name, kinds in (("factor_dtype", get_args(Dtype)), ("format", get_args(Format))):
-            if getattr(self, name) not in kinds:
-                raise RecipeError(
-                    f"{name} is {getattr(self, name)!r}.", f"Choose one of {', '.join(kinds)}."
-                )
-        check_shard_size(self.max_shard_size)
-        adapter_only = not self.dense or self.model_class is not None
-        if self.format == "factors" and adapter_only:
-            raise RecipeError(
-                "dense=False and model_class (--no-dense, --model-class) are about an adapter.",
-                "Add --format peft.",
-            )
-        if self.format == "peft" and self.compress_conv:
-            raise RecipeError(
-                "A LoRA adapter stores the patch convolution whole.", "Leave --compress-conv out."
-            )
-        if self.format == "peft" and self.max_shard_size != Settings.max_shard_size:
-            raise RecipeError("A LoRA adapter is a single file.", "Leave --max-shard-size out.")
-        if self.model_class is not None and self.model_class not in layout.MODEL_CLASSES:
-            raise RecipeError(
-                f"There is no CLIP class {self.model_class!r}.",
-                f"Choose one of {', '.join(layout.MODEL_CLASSES)}.",
-            )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored updates."""
-        dtype: torch.dtype = getattr(torch, self.factor_dtype)
-        return dtype
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What may be kept of one weight, known from its header.
-
-    Args:
-        name (`str`): canonical name.
-        shape (`tuple[int, ...]`): of the weight.
-        dtype (`torch.dtype`): in the fine-tuned checkpoint.
-        limit (`int`): most triplets that may be kept; 0: only the update itself.
-        triplet_bytes (`int`): of one triplet.
-        dense_bytes (`int`, *optional*): of the update itself; None if that is no option.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    limit: int
-    triplet_bytes: int
-    dense_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One weight after its decomposition.
-
-    Args:
-        candidate ([`Candidate`]): from its header.
-        base_sha256 (`str`): digest of W0.
-        norm (`float`): ‖Δ‖, Frobenius.
-        singular_values (`Tensor`): those that may be kept, float64, descending.
-        numerical_rank (`int`): how many there are above storage rounding.
-        place (`int`): where the spool holds its vectors.
-    """
-
-    candidate: Candidate
-    base_sha256: str
-    norm: float
-    singular_values: Tensor
-    numerical_rank: int = 0
-    place: int = 0
-
-    def energy(self, rank: int) -> float:
-        """Share of the squared norm that is kept."""
-        if rank == DENSE or self.norm == 0:
-            return 1.0
-        return min(1.0, float(self.singular_values[:rank].square().sum()) / self.norm**2)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A compression whose references are resolved and whose headers fit."""
-
-    sources: Sources
-    options: Options
-    candidates: tuple[Candidate, ...]
-    warnings: tuple[str, ...]
-
-    @property
-    def source(self) -> Checkpoint:
-        """The fine-tuned checkpoint."""
-        (item,) = self.sources.inputs
-        if isinstance(item, TaskFactors):
-            raise CheckpointError(
-                f"{item} holds task factors already.",
-                "Compress the fine-tuned checkpoint; `hf-tsv reconstruct` makes one of factors.",
-            )
-        return item
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Size of all tensors of the fine-tuned checkpoint."""
-        held = (*self.source.tensors.values(), *self.source.head.values())
-        return sum(info.nbytes for info in held)
-
-    @property
-    def base_bytes(self) -> int:
-        """Size of the same weights in the base model."""
-        base = self.sources.base.tensors
-        return sum(info.nbytes for name, info in base.items() if name in self.source.tensors)
-
-    @property
-    def head_bytes(self) -> int:
-        """Size of the task head, which is kept as it is."""
-        return sum(info.nbytes for info in self.source.head.values())
-
-    def delta(self, name: str) -> Tensor:
-        """Δ of one weight."""
-        return tsv.difference(self.source.read(name), self.sources.base.read(name))
 
 
 def compress(
@@ -497,71 +342,12 @@ def _prepare(sources: Sources, options: Options) -> Job:
     job = Job(sources, options, (), ())
     base, source = sources.base, job.source
     check_fit(base, [source])
-    names = [
-        name
-        for name, info in sorted(base.tensors.items())
-        if name in source.tensors and info.dtype.is_floating_point and info.nbytes
-    ]
-    make = _candidate if options.format == "factors" else _adapter_candidate
-    candidates = tuple(make(name, source, options) for name in names)
     warnings = [*sources.warnings, *config_warnings(base, [source])]
     if options.format == "peft" and source.head:
         warnings.append(f"An adapter has no place for the task head {', '.join(source.head)}.")
     for warning in warnings:
         logger.warning(warning)
-    return Job(sources, options, candidates, tuple(warnings))
-
-
-def _candidate(name: str, source: Checkpoint, options: Options) -> Candidate:
-    info = source.tensors[name]
-    dense_bytes = math.prod(info.shape) * options.dtype.itemsize
-    only_dense = Candidate(name, info.shape, info.dtype, 0, 0, dense_bytes)
-    if len(info.shape) != 2 and not (options.compress_conv and len(info.shape) == 4):
-        return only_dense
-    rows, columns = matrix_shape(info.shape)
-    triplet_bytes = (rows + 1 + columns) * options.dtype.itemsize
-    most = min(rows, columns, (dense_bytes - 1) // triplet_bytes)  # eq. 10
-    wanted = options.rule.rank_before(min(rows, columns))
-    if most == 0:
-        return only_dense
-    limit = most if wanted is None else min(wanted, most)
-    return Candidate(name, info.shape, info.dtype, limit, triplet_bytes, dense_bytes)
-
-
-def _adapter_candidate(name: str, source: Checkpoint, options: Options) -> Candidate:
-    """A linear layer has any rank; everything else is stored as its value, or not at all."""
-    info = source.tensors[name]
-    if layout.name_in_class(name, options.model_class or layout.saved_class(source.config)) is None:
-        return Candidate(name, info.shape, info.dtype, 0, 0, 0)
-    if adapter.is_target(name):
-        rows, columns = info.shape
-        k = min(rows, columns)
-        limit = options.rule.rank_before(k) or k
-        triplet_bytes = (rows + columns) * options.dtype.itemsize
-        return Candidate(name, info.shape, info.dtype, limit, triplet_bytes, None)
-    nbytes = info.nbytes
-    if adapter.is_bias(name):  # its change is stored, in the dtype of the pairs
-        nbytes = math.prod(info.shape) * options.dtype.itemsize
-    return Candidate(name, info.shape, info.dtype, 0, 0, nbytes if options.dense else 0)
-
-
-@dataclass(frozen=True)
-class Written:
-    """What went into the weight files.
-
-    Args:
-        weights (`Mapping[str, StoredWeight]`): by canonical name.
-        rounding (`float`): squared error of rounding to the factor dtype.
-        tensor_bytes (`int`): of all tensors, headers aside.
-        file_bytes (`int`): of the files.
-        left_out (`tuple[str, ...]`): changed tensors that the format has no place for.
-    """
-
-    weights: Mapping[str, StoredWeight]
-    rounding: float
-    tensor_bytes: int
-    file_bytes: int
-    left_out: tuple[str, ...] = ()
+    return replace(job, candidates=candidates_of(job), warnings=tuple(warnings))
 
 
 def _compress_into(
@@ -575,8 +361,8 @@ def _compress_into(
             measured = measure(job, spool, device, advance)
         if not any(item.norm for item in measured):
             raise equals_base(str(source), str(base))
-        ranks = _ranks(measured, job)
-        write = _write_factors if options.format == "factors" else _write_adapter
+        ranks = choose_ranks(measured, job)
+        write = write_factors if options.format == "factors" else write_adapter
         written = write(folder, job, spool, measured, ranks)
     total = sum(item.norm**2 for item in measured)
     lost = sum((1 - item.energy) * item.norm**2 for item in written.weights.values())
@@ -600,348 +386,9 @@ def _compress_into(
     if options.format == "factors":
         card = cards.factors_card(config, target.push_to)
     else:
-        card = cards.adapter_card(config, target.push_to, _model_class(job), dense=options.dense)
+        card = cards.adapter_card(config, target.push_to, model_class_of(job), dense=options.dense)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return config, written.file_bytes
-
-
-def _write_factors(
-    folder: Path, job: Job, spool: Spool, measured: Sequence[Measured], ranks: Sequence[int]
-) -> Written:
-    head = job.source.head
-    weights = {
-        item.candidate.name: _stored(item, rank) for item, rank in zip(measured, ranks, strict=True)
-    }
-    specs = tensor_specs(weights, job.options.dtype, head)
-    plan = plan_shards(specs, job.options.max_shard_size, FACTORS_FILE)
-    rounding = 0.0
-    writer = ShardWriter(folder, plan)
-    try:
-        for item in measured:
-            rounding += _write_update(writer, job, spool, item, weights[item.candidate.name])
-        for name in head:
-            writer.write(f"{name}.value", job.source.read(name))
-        writer.close()
-    finally:
-        writer.abandon()
-    tensor_bytes = sum(item.bytes for item in weights.values()) + job.head_bytes
-    return Written(weights, rounding, tensor_bytes, plan.total_bytes)
-
-
-def _write_adapter(
-    folder: Path, job: Job, spool: Spool, measured: Sequence[Measured], ranks: Sequence[int]
-) -> Written:
-    dtype, base = job.options.dtype, job.sources.base
-    by_name = {item.candidate.name: item for item in measured}
-    kept = {
-        item.candidate.name: rank
-        for item, rank in zip(measured, ranks, strict=True)
-        if item.candidate.limit
-    }
-    plan = _plan_adapter(job, measured, kept)
-    specs: dict[str, TensorSpec] = {}
-    for name, module in plan.pairs.items():
-        (d_out, d_in), r = base.tensors[name].shape, max(1, kept[name])
-        key_a, key_b = adapter.pair_keys(module)
-        specs |= {key_a: TensorSpec(dtype, (r, d_in)), key_b: TensorSpec(dtype, (d_out, r))}
-    for name, key in plan.biases.items():
-        specs[key] = TensorSpec(dtype, base.tensors[name].shape)
-    values = {name: _holder(job, name) for name in plan.values}
-    for name, key in plan.values.items():
-        info = values[name].tensors[name]
-        specs[key] = TensorSpec(info.dtype, info.shape)
-    shards = plan_shards(specs, 2**62, ADAPTER_FILE)  # PEFT reads a single file
-    rounding = 0.0
-    writer = ShardWriter(folder, shards)
-    try:
-        for name, module in plan.pairs.items():
-            vectors = spool.get(by_name[name], kept[name])
-            pair = adapter.lora_pair(vectors)
-            A, B = (cast(factor, dtype, name) for factor in pair)
-            for key, factor in zip(adapter.pair_keys(module), (A, B), strict=True):
-                writer.write(key, factor)
-            if dtype != torch.float32:
-                rounding += _squared(vectors.matrix() - B.double() @ A.double())
-        for name, key in plan.biases.items():
-            delta = job.delta(name) if name in job.source.tensors else base.read(name).float() * 0
-            rounded = cast(delta, dtype, name)
-            writer.write(key, rounded)
-            rounding += _squared(delta.double() - rounded)
-        for name, key in plan.values.items():
-            writer.write(key, values[name].read(name))
-        writer.close()
-    finally:
-        writer.abandon()
-    (folder / "adapter_config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
-    keys = {name: list(adapter.pair_keys(module)) for name, module in plan.pairs.items()}
-    keys |= {name: [key] for name, key in (plan.biases | plan.values).items()}
-    weights = {}
-    for name, item in by_name.items():
-        whole = name in keys and name not in kept and item.norm > 0
-        weight = _stored(item, DENSE if whole else kept.get(name, 0))
-        stored_bytes = sum(specs[key].nbytes for key in keys.get(name, ()))
-        weights[name] = replace(weight, bytes=stored_bytes)
-    left_out = (*plan.left_out, *job.source.head)
-    return Written(
-        weights, rounding, sum(spec.nbytes for spec in specs.values()), shards.total_bytes, left_out
-    )
-
-
-def _plan_adapter(
-    job: Job, measured: Sequence[Measured], ranks: Mapping[str, int]
-) -> adapter.Adapter:
-    base = job.sources.base
-    return adapter.plan_adapter(
-        ranks,
-        {item.candidate.name for item in measured if item.norm},
-        [name for name, info in base.tensors.items() if info.dtype.is_floating_point],
-        _model_class(job),
-        dense=job.options.dense,
-        base_model=base.pinned.ref,
-        revision=base.pinned.revision,
-    )
-
-
-def _model_class(job: Job) -> str:
-    """The class an adapter is for."""
-    return job.options.model_class or layout.saved_class(job.source.config)
-
-
-def _holder(job: Job, name: str) -> Checkpoint:
-    """The checkpoint that has the fine-tuned value of a weight: the base where it is unchanged."""
-    return job.source if name in job.source.tensors else job.sources.base
-
-
-class Spool:
-    """Singular vectors of all weights on disk, until it is known how many of each are kept.
-
-    Args:
-        folder (`Path`): where the file lies; it has no name there.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by __exit__)
-        self._end = 0
-
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def put(self, vectors: TaskSingularVectors) -> int:
-        """Keep Uᵀ and Vh in float32; triplet after triplet, so that a prefix is a truncation."""
-        start = self._end
-        rows = torch.cat([vectors.U.mT, vectors.Vh], dim=1)
-        data = byte_view(rows.to("cpu", torch.float32).contiguous())
-        self._file.seek(start)
-        self._file.write(data)
-        self._end += len(data)
-        return start
-
-    def get(self, item: Measured, rank: int) -> TaskSingularVectors:
-        """The leading triplets of one weight.
-
-        Args:
-            item ([`Measured`]): the weight.
-            rank (`int`): how many.
-        """
-        d_out, d_in = matrix_shape(item.candidate.shape)
-        rows = torch.empty(rank, d_out + d_in)
-        self._file.flush()
-        done = os.preadv(self._file.fileno(), [byte_view(rows)], item.place)
-        if done != rows.nbytes:
-            raise OSError(5, "the temporary file was cut short")
-        S = item.singular_values[:rank].float()
-        return TaskSingularVectors(rows[:, :d_out].mT, S, rows[:, d_out:])
-
-
-def measure(job: Job, spool: Spool, device: torch.device, advance: Any) -> list[Measured]:
-    """Decompose every weight once; the next one is read meanwhile.
-
-    Args:
-        job ([`Job`]): what to compress.
-        spool ([`Spool`]): takes the singular vectors.
-        device (`torch.device`): where to compute.
-        advance (`Callable[[int], None]`): told after each weight.
-    """
-    give_back_large_blocks()
-    measured = []
-    with ThreadPoolExecutor(1, "hf-tsv-read") as reading:
-        try:
-            load = lambda item: _load(item, job)  # noqa: E731
-            for candidate, delta, base_sha256, floor in stream.read_ahead(
-                reading, load, job.candidates
-            ):
-                norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-                item = Measured(candidate, base_sha256, norm, torch.empty(0))
-                if norm and candidate.limit:
-                    item = _decompose(item, delta.to(device), floor, spool)
-                measured.append(item)
-                advance(1)
-        finally:
-            reading.shutdown(cancel_futures=True)
-    return measured
-
-
-def _load(candidate: Candidate, job: Job) -> tuple[Candidate, Tensor, str, float]:
-    w0, w1 = job.sources.base.read(candidate.name), job.source.read(candidate.name)
-    rows, columns = matrix_shape(candidate.shape)
-    w0, w1 = w0.reshape(rows, columns), w1.reshape(rows, columns)
-    delta = stream.update_of(candidate.name, job.source, w1, w0)
-    floor = tsv.storage_noise(w0, w1) if candidate.limit else 0.0
-    return candidate, delta, digest(w0.reshape(candidate.shape)), floor
-
-
-def _decompose(item: Measured, delta: Tensor, floor: float, spool: Spool) -> Measured:
-    vectors = tsv.decompose(delta, min(delta.shape), floor)
-    kept = vectors.truncated(item.candidate.limit)
-    return replace(
-        item,
-        singular_values=kept.S.cpu().double(),
-        numerical_rank=vectors.rank,
-        place=spool.put(kept),
-    )
-
-
-def _ranks(measured: Sequence[Measured], job: Job) -> list[int]:
-    """Rank of every weight by the rule, or [`DENSE`]."""
-    rule = job.options.rule
-    if rule.budget is not None:
-        return _within_budget(measured, job, budget_bytes(rule.budget, job.checkpoint_bytes))
-    return [_rank(item, rule) for item in measured]
-
-
-def _rank(item: Measured, rule: RankRule) -> int:
-    if item.norm == 0:
-        return 0
-    limit, kept = item.candidate.limit, len(item.singular_values)
-    if limit == 0:
-        return DENSE
-    if rule.energy is not None and kept:
-        rank = rank_of_energy(item.singular_values.square(), item.norm**2, rule.energy)
-        short = item.energy(rank) < rule.energy
-    else:
-        rank = kept
-        wanted = rule.rank_before(min(matrix_shape(item.candidate.shape)))
-        short = wanted is not None and wanted > limit
-    # What is missing is worth storing only if it is more than the rounding of the checkpoints.
-    return DENSE if short and item.numerical_rank > kept else rank
-
-
-def _within_budget(measured: Sequence[Measured], job: Job, budget: int) -> list[int]:
-    ranks = [_rank(item, job.options.rule) for item in measured]
-    fixed, paid = _fixed_bytes(measured, job)
-    if fixed > budget:
-        raise RecipeError(
-            f"The budget is {human_bytes(budget)}, and what is stored whole (biases, norms, …)"
-            f" alone takes {human_bytes(fixed)}.",
-            f"Give a larger --budget{_smaller(job.options)}.",
-        )
-    free = [i for i, item in enumerate(measured) if item.norm and item.candidate.limit]
-    held = [min(paid, len(measured[i].singular_values)) for i in free]
-    choices = [_choice(measured[i], already) for i, already in zip(free, held, strict=True)]
-    chosen = allocate(choices, budget - fixed)
-    for i, already, rank in zip(free, held, chosen, strict=True):
-        ranks[i] = DENSE if rank == DENSE else already + rank
-    return ranks
-
-
-def _smaller(options: Options) -> str:
-    """Options that would make what is stored whole smaller, for a hint."""
-    adapter_only = options.format == "peft"
-    flags = [
-        *(["--factor-dtype bfloat16"] if options.factor_dtype == "float32" else []),
-        *(["--compress-conv"] if not (adapter_only or options.compress_conv) else []),
-        *(["--no-dense"] if adapter_only and options.dense else []),
-    ]
-    return "".join(f", or {flag}" for flag in flags)
-
-
-def _choice(item: Measured, held: int) -> Choice:
-    """What may be stored of a weight beyond the triplets that are paid for."""
-    energies = item.singular_values.square()
-    # The update itself is no choice where all it has more is the rounding of the checkpoints.
-    more = item.numerical_rank > len(energies)
-    return Choice(
-        energies[held:],
-        item.norm**2 - float(energies[:held].sum()),
-        item.candidate.triplet_bytes,
-        item.candidate.dense_bytes if more else None,
-    )
-
-
-def _fixed_bytes(measured: Sequence[Measured], job: Job) -> tuple[int, int]:
-    """Bytes of everything that has no rank to choose, and the triplets of a matrix among them."""
-    if job.options.format == "factors":
-        whole = (m.candidate for m in measured if m.norm and not m.candidate.limit)
-        return job.head_bytes + sum(candidate.dense_bytes or 0 for candidate in whole), 0
-    largest = {m.candidate.name: m.numerical_rank for m in measured if m.candidate.limit}
-    plan = _plan_adapter(job, measured, largest)
-    base = job.sources.base.tensors
-    values = sum(_holder(job, name).tensors[name].nbytes for name in plan.values)
-    if not plan.biases:
-        return values, 0
-    biases = sum(math.prod(base[name].shape) for name in plan.biases) * job.options.dtype.itemsize
-    pairs = (m.candidate.triplet_bytes for m in measured if m.candidate.name in plan.pairs)
-    return values + biases + sum(pairs), 1  # a bias needs a pair beside it
-
-
-def _stored(item: Measured, rank: int) -> StoredWeight:
-    candidate = item.candidate
-    stored = "dense" if rank == DENSE else "factors" if rank else "none"
-    sizes = {"dense": candidate.dense_bytes or 0, "factors": rank * candidate.triplet_bytes}
-    return StoredWeight(
-        stored=stored,
-        shape=candidate.shape,
-        dtype=candidate.dtype,
-        rank=max(rank, 0),
-        numerical_rank=item.numerical_rank if stored == "factors" else 0,
-        energy=item.energy(rank),
-        norm=item.norm,
-        bytes=sizes.get(stored, 0),
-        base_sha256=item.base_sha256,
-    )
-
-
-def _write_update(
-    writer: ShardWriter, job: Job, spool: Spool, item: Measured, weight: StoredWeight
-) -> float:
-    """Write the update of one weight; returns the squared error of rounding it."""
-    name, dtype = item.candidate.name, job.options.dtype
-    if weight.stored == "none":
-        return 0.0
-    if weight.stored == "dense":
-        delta = job.delta(name)
-        rounded = cast(delta, dtype, name)
-        writer.write(f"{name}.delta", rounded)
-        return _squared(linalg.in_working_precision(delta) - rounded)
-    vectors = spool.get(item, weight.rank)
-    stored = TaskSingularVectors(
-        *(cast(part, dtype, name) for part in (vectors.U, vectors.S, vectors.Vh))
-    )
-    for part in ("U", "S", "Vh"):
-        writer.write(f"{name}.{part}", getattr(stored, part))
-    return 0.0 if dtype == torch.float32 else _squared(vectors.matrix() - stored.matrix())
-
-
-def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """An update in the dtype it is stored in.
-
-    Raises:
-        [`CheckpointError`]: a value is too large for it.
-    """
-    rounded = tensor.to(dtype)
-    if not rounded.isfinite().all():
-        raise CheckpointError(
-            f"The update of {name} does not fit into {str(dtype).removeprefix('torch.')}.",
-            "Use --factor-dtype bfloat16, whose range is that of float32.",
-        )
-    return rounded
-
-
-def _squared(error: Tensor) -> float:
-    return float(torch.linalg.vector_norm(error, dtype=torch.float64)) ** 2
 
 
 def _disk_bytes(job: Job) -> int:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hf_tsv import linalg, tsv
-from hf_tsv.cards import task_name
 from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.files import LocalFiles
 from hf_tsv.checkpoints.reader import Checkpoint, digest
@@ -25,7 +23,6 @@ from hf_tsv.plan import check_fit
 from hf_tsv.progress import visible_by_default
 from hf_tsv.sources import Task, fetched, open_sources, open_task
 from hf_tsv.stream import pick_device
-from hf_tsv.tsv import TaskSingularVectors, Update
 
 if TYPE_CHECKING:
     from transformers import Pipeline, PreTrainedModel
@@ -36,8 +33,6 @@ PIPELINES = {
     "image-classification": "CLIPForImageClassification",
 }
 """Tasks of transformers pipelines that a CLIP can do, and the class that does it."""
-
-Keep = Literal["memory", "disk"]
 
 
 def load_model(
@@ -80,7 +75,7 @@ def load_model(
     if task is not None:
         _check_pipeline(task)
     found = _find(reference, task, base_model, token, cache_dir, progress, processor=False)
-    return _model(found, dtype, device)
+    return build(found, dtype, device)
 
 
 def pipeline(
@@ -127,17 +122,19 @@ def pipeline(
     found = _find(model, task, base_model, token, cache_dir, progress, processor=not given)
     if "image_processor" not in kwargs:
         load: Any = transformers.AutoImageProcessor.from_pretrained  # without annotations
-        kwargs["image_processor"] = load(found.processor)
+        kwargs["image_processor"] = load(found.processor, trust_remote_code=False)
     if found.model_class == "CLIPModel" and "tokenizer" not in kwargs:
-        kwargs["tokenizer"] = transformers.AutoTokenizer.from_pretrained(found.processor)
-    loaded = _model(found, dtype, device)
+        kwargs["tokenizer"] = transformers.AutoTokenizer.from_pretrained(
+            found.processor, trust_remote_code=False
+        )
+    loaded = build(found, dtype, device)
     make: Any = transformers.pipeline  # its overloads want a literal task
     made: Pipeline = make(task, model=loaded, device=loaded.device, **kwargs)
     return made
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """A checkpoint or factors on this machine, the base where it is needed, and the class."""
 
     item: Task
@@ -155,11 +152,11 @@ def _find(
     progress: bool | None,
     *,
     processor: bool,
-) -> _Found:
+) -> Found:
     cache = None if cache_dir is None else str(cache_dir)
     text = fspath(reference)
     item = open_task(pin(parse(text), token=token, cache_dir=cache))
-    model_class = _default_class(item) if task is None else PIPELINES[task]
+    model_class = default_class(item) if task is None else PIPELINES[task]
     base = None
     own_processor = _has_processor(item, model_class)
     complete = isinstance(item, Checkpoint) and not _missing_parts(item, model_class)
@@ -169,9 +166,9 @@ def _find(
         (item,), base = sources.inputs, sources.base
         check_fit(base, [item])
         if model_class == "base":
-            model_class = _default_class(base)
-    _check_head(item, model_class)
-    _check_parts([item] if base is None else [item, base], model_class)
+            model_class = default_class(base)
+    check_head(item, model_class)
+    check_parts([item] if base is None else [item, base], model_class)
     if processor and not (own_processor or (base and _has_processor(base, model_class))):
         tokenizer = " and tokenizer" if model_class == "CLIPModel" else ""
         raise CheckpointError(
@@ -183,10 +180,10 @@ def _find(
     item, *rest = fetched(items, with_companions=items, visible=show)
     base = rest[0] if rest and isinstance(rest[0], Checkpoint) else None
     folder = _folder(item) if own_processor or base is None else _folder(base)
-    return _Found(item, base, model_class, folder)
+    return Found(item, base, model_class, folder)
 
 
-def _default_class(item: Task) -> str:
+def default_class(item: Task) -> str:
     """The class a checkpoint was saved as; of factors without a task head, that of the base."""
     if isinstance(item, TaskFactors):
         return PIPELINES["image-classification"] if item.head else "base"
@@ -205,7 +202,8 @@ def _has_processor(item: Task, model_class: str) -> bool:
     )
 
 
-def _check_head(item: Task, model_class: str) -> None:
+def check_head(item: Task, model_class: str) -> None:
+    """Refuse a classifier whose head would be random."""
     if model_class == "CLIPForImageClassification" and not item.head:
         raise CheckpointError(
             f"{item} has no classification head, which image-classification needs.",
@@ -215,10 +213,10 @@ def _check_head(item: Task, model_class: str) -> None:
 
 def _check_pipeline(task: str) -> None:
     if task not in PIPELINES:
-        raise RecipeError(f"There is no CLIP pipeline {task!r}.", f"Choose {_one_of(PIPELINES)}.")
+        raise RecipeError(f"There is no CLIP pipeline {task!r}.", f"Choose {one_of(PIPELINES)}.")
 
 
-def _check_parts(items: Sequence[Task], model_class: str) -> None:
+def check_parts(items: Sequence[Task], model_class: str) -> None:
     """Refuse a class of which transformers would have to make up weights."""
     held = set[str]().union(*(layout.towers(item.tensors) for item in items))
     missing = [part for part in layout.MODEL_CLASSES[model_class].parts if part not in held]
@@ -229,7 +227,8 @@ def _check_parts(items: Sequence[Task], model_class: str) -> None:
         )
 
 
-def _close(item: Task) -> None:
+def close(item: Task) -> None:
+    """Close the files of a checkpoint that has been read."""
     if isinstance(item.pinned.files, LocalFiles):
         item.pinned.files.close()
 
@@ -240,9 +239,16 @@ def _folder(item: Task) -> Path:
     return files.root
 
 
-def _model(
-    found: _Found, dtype: torch.dtype | None, device: str | torch.device | None
+def build(
+    found: Found, dtype: torch.dtype | None, device: str | torch.device | None
 ) -> PreTrainedModel:
+    """The transformers model of what was found, in evaluation mode; closes its files.
+
+    Args:
+        found ([`Found`]): checkpoint or factors, base, and class.
+        dtype (`torch.dtype`, *optional*): default: as stored; of several the one that holds all.
+        device (`str`, *optional*): default: cpu.
+    """
     import transformers
 
     state = {}
@@ -270,13 +276,13 @@ def _model(
     model.name_or_path = str(found.item)
     for item in (found.item, found.base):
         if item is not None:
-            _close(item)
+            close(item)
     if device is not None:
         torch.nn.Module.to(model, pick_device(str(device)))
     return model
 
 
-def _value(name: str, found: _Found) -> Tensor:
+def _value(name: str, found: Found) -> Tensor:
     """One weight of the model: of the checkpoint, of the base, or of the base and the task."""
     item, base = found.item, found.base
     if isinstance(item, Checkpoint):
@@ -298,7 +304,7 @@ def _value(name: str, found: _Found) -> Tensor:
     return weight
 
 
-def _class_config(found: _Found) -> dict[str, Any]:
+def _class_config(found: Found) -> dict[str, Any]:
     """The config.json that fits the class: of one tower, or of both."""
     item, base = found.item, found.base
     config = item.config if isinstance(item, Checkpoint) else dict(item.config.model_config)
@@ -318,230 +324,15 @@ def _class_config(found: _Found) -> dict[str, Any]:
     return {**config, "architectures": [found.model_class]}
 
 
-def _one_of(names: Mapping[str, object] | Sequence[str]) -> str:
+def one_of(names: Mapping[str, object] | Sequence[str]) -> str:
+    """A choice in words.
+
+    Example:
+        >>> one_of(["a", "b", "c"])
+        'a, b or c'
+    """
     return (
         " or ".join([", ".join(list(names)[:-1]), list(names)[-1]])
         if len(names) > 1
         else str(next(iter(names)))
     )
-
-
-class TaskSwitcher:
-    """One base model in memory whose weights become those of one task after another.
-
-    [`activate`] writes W0 + U diag(σ) Vh into the model's own parameters, in their dtype;
-    [`deactivate`] restores W0 bit for bit. Both hold a lock, so several threads may call them; a
-    forward pass that runs meanwhile sees weights of two tasks, so callers must not overlap the two.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the base model.
-        tasks (`Mapping[str, Mapping[str, Update]]`): updates by task and canonical name.
-        model_class (`str`): of the model.
-        base ([`Checkpoint`], *optional*): where W0 is read again; without it a copy is kept of
-            every weight that a task changes.
-
-    Example:
-        >>> tasks = TaskSwitcher.from_pretrained(["me/a-tsv", "me/b-tsv"])  # doctest: +SKIP
-        >>> tasks.activate("a")  # doctest: +SKIP
-        >>> tasks.model.get_image_features(pixel_values)  # doctest: +SKIP
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tasks: Mapping[str, Mapping[str, Update]],
-        model_class: str,
-        base: Checkpoint | None = None,
-    ) -> None:
-        self.model = model
-        self.active: str | None = None
-        parameters = dict(model.named_parameters())
-        changed = dict.fromkeys(name for updates in tasks.values() for name in updates)
-        self._parameters = {
-            name: parameters[str(layout.name_in_class(name, model_class))] for name in changed
-        }
-        self._tasks = {
-            task: {name: self._prepared(name, update) for name, update in updates.items()}
-            for task, updates in tasks.items()
-        }
-        self._base = base
-        self._copies = (
-            {} if base else {name: p.detach().clone() for name, p in self._parameters.items()}
-        )
-        self._touched: set[str] = set()
-        self._lock = threading.RLock()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        references: Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]],
-        *,
-        base_model: str | PathLike[str] | None = None,
-        model_class: str | None = None,
-        keep: Keep = "memory",
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        token: str | None = None,
-        cache_dir: str | Path | None = None,
-        progress: bool | None = None,
-    ) -> TaskSwitcher:
-        """Load the base model once, and the factors of every task.
-
-        Args:
-            references (`Sequence[str]` or `Mapping[str, str]`): task factors; without names a task
-                is called like its repository, without `-tsv`.
-            base_model (`str`, *optional*): default: the one the factors were made from.
-            model_class (`str`, *optional*): for example `CLIPVisionModel`; default: that of the
-                base model.
-            keep (`str`): where W0 is restored from: a copy in `"memory"` of what tasks change, or
-                the base model's file on `"disk"`, slower and without the copy.
-            dtype (`torch.dtype`, *optional*): default: as the base is stored.
-            device (`str`, *optional*): default: cpu.
-            token (`str`, *optional*): default: the one the Hub client is logged in with.
-            cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-            progress (`bool`, *optional*): show a bar; default: on a terminal.
-
-        Raises:
-            [`HfTsvError`]: not factors, or of different base models.
-        """
-        named = _named(references)
-        if keep not in ("memory", "disk"):
-            raise RecipeError(f"keep is {keep!r}.", "Choose memory or disk.")
-        sources = open_sources(
-            [fspath(ref) for ref in named.values()],
-            None if base_model is None else fspath(base_model),
-            token=token,
-            cache_dir=None if cache_dir is None else str(cache_dir),
-        )
-        check_fit(sources.base, sources.inputs)
-        show = visible_by_default() if progress is None else progress
-        sources = sources.downloaded(visible=show)
-        items, base = sources.inputs, sources.base
-        model_class = model_class or _default_class(base)
-        if model_class not in layout.MODEL_CLASSES:
-            raise RecipeError(
-                f"There is no CLIP class {model_class!r}.",
-                f"Choose {_one_of(layout.MODEL_CLASSES)}.",
-            )
-        _check_head(base, model_class)
-        _check_parts([base], model_class)
-        digests: dict[str, str] = {}
-        tasks = {
-            name: _updates(item, base, model_class, digests)
-            for name, item in zip(named, items, strict=True)
-        }
-        model = _model(_Found(base, None, model_class), dtype, device)
-        switcher = cls(model, tasks, model_class, base if keep == "disk" else None)
-        for item in items:
-            _close(item)
-        return switcher
-
-    @property
-    def names(self) -> list[str]:
-        """The tasks."""
-        return list(self._tasks)
-
-    @torch.no_grad()
-    def activate(self, task: str) -> None:
-        """Put the weights of a task into the model.
-
-        Args:
-            task (`str`): one of `names`.
-
-        Raises:
-            [`RecipeError`]: there is no such task.
-        """
-        if task not in self._tasks:
-            raise RecipeError(f"There is no task {task!r}.", f"Choose {_one_of(self.names)}.")
-        with self._lock:
-            if self.active == task:
-                return
-            self.active = None
-            wanted = self._tasks[task]
-            self._restore(self._touched - wanted.keys())
-            for name, update in wanted.items():
-                self._touched.add(name)
-                _add(self._parameters[name].data, self._original(name), update)
-            self.active = task
-
-    @torch.no_grad()
-    def deactivate(self) -> None:
-        """Put the weights of the base model back, bit for bit."""
-        with self._lock:
-            self.active = None
-            self._restore(set(self._touched))
-
-    def _restore(self, names: set[str]) -> None:
-        for name in names:
-            self._parameters[name].data.copy_(self._original(name))
-            self._touched.discard(name)
-
-    def _original(self, name: str) -> Tensor:
-        data = self._parameters[name].data  # looked up anew: the model may have been moved
-        original = self._copies[name] if self._base is None else self._base.read(name)
-        return original.to(data.device, data.dtype)
-
-    def _prepared(self, name: str, update: Update) -> Update:
-        """An update on the device and in the dtype it is added in; σ goes into U once."""
-        data = self._parameters[name]
-        dtype = torch.float32 if data.dtype.itemsize < 4 else data.dtype
-        if isinstance(update, TaskSingularVectors):
-            update = update.to(data.device).to(dtype)
-            return TaskSingularVectors(update.U * update.S, update.S, update.Vh)
-        return update.to(data.device, dtype)
-
-
-def _add(target: Tensor, base: Tensor, update: Update) -> None:
-    """target = W0 + update, without a temporary matrix where the dtypes agree."""
-    update = update.to(target.device)  # itself, unless the model was moved
-    if isinstance(update, TaskSingularVectors):
-        if update.U.dtype == target.dtype:
-            torch.addmm(base, update.U, update.Vh, out=target)
-        else:
-            target.copy_(torch.addmm(base.to(update.U.dtype), update.U, update.Vh))
-    elif update.dtype == target.dtype:
-        torch.add(base, update, out=target)
-    else:
-        target.copy_(base.to(update.dtype) + update)
-
-
-def _updates(
-    item: Task, base: Checkpoint, model_class: str, digests: dict[str, str]
-) -> dict[str, Update]:
-    """What a task changes of a model class; the base is compared, each weight read once."""
-    if not isinstance(item, TaskFactors):
-        raise CheckpointError(
-            f"{item} is a checkpoint, not task factors.", "Make factors with `hf-tsv compress`."
-        )
-    updates: dict[str, Update] = {}
-    for name in item.tensors:
-        if layout.name_in_class(name, model_class) is None:
-            continue
-        if name not in digests:
-            digests[name] = digest(base.read(name))
-        item.check_base(name, digests[name], str(base))
-        update = item.update(name)
-        if update is not None:
-            updates[name] = update
-    return updates
-
-
-def _named(
-    references: Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]],
-) -> dict[str, str | PathLike[str]]:
-    if isinstance(references, str | PathLike):
-        references = [references]
-    if not references:
-        raise RecipeError("There are no tasks to switch between.", "Name at least one.")
-    if isinstance(references, Mapping):
-        return dict(references)
-    named: dict[str, str | PathLike[str]] = {}
-    for reference in references:
-        name = task_name(fspath(reference))
-        if name in named:
-            raise RecipeError(
-                f"{named[name]} and {reference} are both called {name!r}.",
-                "Give names: TaskSwitcher.from_pretrained({'a': …, 'b': …}).",
-            )
-        named[name] = reference
-    return named

@@ -21,9 +21,10 @@ from torch import Tensor
 
 import hf_tsv as api
 from hf_tsv import CheckpointError, OutputError, RecipeError
-from hf_tsv.compression import Options, run
+from hf_tsv.compression import run
 from hf_tsv.delivery import Target
 from hf_tsv.ranks import RankRule
+from hf_tsv.spectra import Options
 from hf_tsv.tsv import TaskSingularVectors, dense
 
 FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"

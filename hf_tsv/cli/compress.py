@@ -139,13 +139,14 @@ def compress(
     from hf_tsv import compression
     from hf_tsv.delivery import Target
     from hf_tsv.ranks import RankRule
+    from hf_tsv.spectra import Options
 
     if not checkpoint:
         raise RecipeError("There is nothing to compress.", "Name a checkpoint.")
     report = compression.run(
         checkpoint,
         base_model,
-        compression.Options(
+        Options(
             RankRule(rank_fraction, rank, energy, budget),
             factor_dtype.value,
             compress_conv,

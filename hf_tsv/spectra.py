@@ -1,0 +1,311 @@
+"""What may be kept of the weights of a task, and the singular vectors that there are."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hf_tsv import adapter, stream, tsv
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.reader import Checkpoint, byte_view, digest
+from hf_tsv.errors import CheckpointError, RecipeError
+from hf_tsv.factors import (
+    TaskFactors,
+    matrix_shape,
+)
+from hf_tsv.memory import give_back_large_blocks
+from hf_tsv.ranks import DENSE, RankRule
+from hf_tsv.recipe import Dtype, Settings, check_shard_size
+from hf_tsv.sources import Sources
+from hf_tsv.tsv import TaskSingularVectors
+
+Format = Literal["factors", "peft"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compress.
+
+    Args:
+        rule ([`RankRule`]): which triplets are kept.
+        factor_dtype (`str`): of the stored updates.
+        compress_conv (`bool`): decompose the patch convolution too, one row an output channel.
+        format (`str`): `factors`, or `peft` for a LoRA adapter.
+        dense (`bool`): a LoRA adapter also gets what is no matrix of a linear layer.
+        model_class (`str`, *optional*): the class a LoRA adapter is for; default: that of the
+            fine-tuned checkpoint.
+        max_shard_size (`int` or `str`): bytes of a file, or `"5GB"`.
+    """
+
+    rule: RankRule = field(default_factory=RankRule)
+    factor_dtype: Dtype = "float32"
+    compress_conv: bool = False
+    format: Format = "factors"
+    dense: bool = True
+    model_class: str | None = None
+    max_shard_size: int | str = Settings.max_shard_size
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("factor_dtype", get_args(Dtype)), ("format", get_args(Format))):
+            if getattr(self, name) not in kinds:
+                raise RecipeError(
+                    f"{name} is {getattr(self, name)!r}.", f"Choose one of {', '.join(kinds)}."
+                )
+        check_shard_size(self.max_shard_size)
+        adapter_only = not self.dense or self.model_class is not None
+        if self.format == "factors" and adapter_only:
+            raise RecipeError(
+                "dense=False and model_class (--no-dense, --model-class) are about an adapter.",
+                "Add --format peft.",
+            )
+        if self.format == "peft" and self.compress_conv:
+            raise RecipeError(
+                "A LoRA adapter stores the patch convolution whole.", "Leave --compress-conv out."
+            )
+        if self.format == "peft" and self.max_shard_size != Settings.max_shard_size:
+            raise RecipeError("A LoRA adapter is a single file.", "Leave --max-shard-size out.")
+        if self.model_class is not None and self.model_class not in layout.MODEL_CLASSES:
+            raise RecipeError(
+                f"There is no CLIP class {self.model_class!r}.",
+                f"Choose one of {', '.join(layout.MODEL_CLASSES)}.",
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored updates."""
+        dtype: torch.dtype = getattr(torch, self.factor_dtype)
+        return dtype
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What may be kept of one weight, known from its header.
+
+    Args:
+        name (`str`): canonical name.
+        shape (`tuple[int, ...]`): of the weight.
+        dtype (`torch.dtype`): in the fine-tuned checkpoint.
+        limit (`int`): most triplets that may be kept; 0: only the update itself.
+        triplet_bytes (`int`): of one triplet.
+        dense_bytes (`int`, *optional*): of the update itself; None if that is no option.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    limit: int
+    triplet_bytes: int
+    dense_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One weight after its decomposition.
+
+    Args:
+        candidate ([`Candidate`]): from its header.
+        base_sha256 (`str`): digest of W0.
+        norm (`float`): ‖Δ‖, Frobenius.
+        singular_values (`Tensor`): those that may be kept, float64, descending.
+        numerical_rank (`int`): how many there are above storage rounding.
+        place (`int`): where the spool holds its vectors.
+    """
+
+    candidate: Candidate
+    base_sha256: str
+    norm: float
+    singular_values: Tensor
+    numerical_rank: int = 0
+    place: int = 0
+
+    def energy(self, rank: int) -> float:
+        """Share of the squared norm that is kept."""
+        if rank == DENSE or self.norm == 0:
+            return 1.0
+        return min(1.0, float(self.singular_values[:rank].square().sum()) / self.norm**2)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A compression whose references are resolved and whose headers fit."""
+
+    sources: Sources
+    options: Options
+    candidates: tuple[Candidate, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def source(self) -> Checkpoint:
+        """The fine-tuned checkpoint."""
+        (item,) = self.sources.inputs
+        if isinstance(item, TaskFactors):
+            raise CheckpointError(
+                f"{item} holds task factors already.",
+                "Compress the fine-tuned checkpoint; `hf-tsv reconstruct` makes one of factors.",
+            )
+        return item
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of all tensors of the fine-tuned checkpoint."""
+        held = (*self.source.tensors.values(), *self.source.head.values())
+        return sum(info.nbytes for info in held)
+
+    @property
+    def base_bytes(self) -> int:
+        """Size of the same weights in the base model."""
+        base = self.sources.base.tensors
+        return sum(info.nbytes for name, info in base.items() if name in self.source.tensors)
+
+    @property
+    def head_bytes(self) -> int:
+        """Size of the task head, which is kept as it is."""
+        return sum(info.nbytes for info in self.source.head.values())
+
+    def delta(self, name: str) -> Tensor:
+        """Δ of one weight."""
+        return tsv.difference(self.source.read(name), self.sources.base.read(name))
+
+
+def candidates_of(job: Job) -> tuple[Candidate, ...]:
+    """Every weight that base and fine-tuned checkpoint share, and what may be kept of it."""
+    base, source, options = job.sources.base, job.source, job.options
+    make = _candidate if options.format == "factors" else _adapter_candidate
+    return tuple(
+        make(name, source, options)
+        for name, info in sorted(base.tensors.items())
+        if name in source.tensors and info.dtype.is_floating_point and info.nbytes
+    )
+
+
+def _candidate(name: str, source: Checkpoint, options: Options) -> Candidate:
+    info = source.tensors[name]
+    dense_bytes = math.prod(info.shape) * options.dtype.itemsize
+    only_dense = Candidate(name, info.shape, info.dtype, 0, 0, dense_bytes)
+    if len(info.shape) != 2 and not (options.compress_conv and len(info.shape) == 4):
+        return only_dense
+    rows, columns = matrix_shape(info.shape)
+    triplet_bytes = (rows + 1 + columns) * options.dtype.itemsize
+    most = min(rows, columns, (dense_bytes - 1) // triplet_bytes)  # eq. 10
+    wanted = options.rule.rank_before(min(rows, columns))
+    if most == 0:
+        return only_dense
+    limit = most if wanted is None else min(wanted, most)
+    return Candidate(name, info.shape, info.dtype, limit, triplet_bytes, dense_bytes)
+
+
+def _adapter_candidate(name: str, source: Checkpoint, options: Options) -> Candidate:
+    """A linear layer has any rank; everything else is stored as its value, or not at all."""
+    info = source.tensors[name]
+    if layout.name_in_class(name, options.model_class or layout.saved_class(source.config)) is None:
+        return Candidate(name, info.shape, info.dtype, 0, 0, 0)
+    if adapter.is_target(name):
+        rows, columns = info.shape
+        k = min(rows, columns)
+        limit = options.rule.rank_before(k) or k
+        triplet_bytes = (rows + columns) * options.dtype.itemsize
+        return Candidate(name, info.shape, info.dtype, limit, triplet_bytes, None)
+    nbytes = info.nbytes
+    if adapter.is_bias(name):  # its change is stored, in the dtype of the pairs
+        nbytes = math.prod(info.shape) * options.dtype.itemsize
+    return Candidate(name, info.shape, info.dtype, 0, 0, nbytes if options.dense else 0)
+
+
+class Spool:
+    """Singular vectors of all weights on disk, until it is known how many of each are kept.
+
+    Args:
+        folder (`Path`): where the file lies; it has no name there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by __exit__)
+        self._end = 0
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def put(self, vectors: TaskSingularVectors) -> int:
+        """Keep Uᵀ and Vh in float32; triplet after triplet, so that a prefix is a truncation."""
+        start = self._end
+        rows = torch.cat([vectors.U.mT, vectors.Vh], dim=1)
+        data = byte_view(rows.to("cpu", torch.float32).contiguous())
+        self._file.seek(start)
+        self._file.write(data)
+        self._end += len(data)
+        return start
+
+    def get(self, item: Measured, rank: int) -> TaskSingularVectors:
+        """The leading triplets of one weight.
+
+        Args:
+            item ([`Measured`]): the weight.
+            rank (`int`): how many.
+        """
+        d_out, d_in = matrix_shape(item.candidate.shape)
+        rows = torch.empty(rank, d_out + d_in)
+        self._file.flush()
+        done = os.preadv(self._file.fileno(), [byte_view(rows)], item.place)
+        if done != rows.nbytes:
+            raise OSError(5, "the temporary file was cut short")
+        S = item.singular_values[:rank].float()
+        return TaskSingularVectors(rows[:, :d_out].mT, S, rows[:, d_out:])
+
+
+def measure(job: Job, spool: Spool, device: torch.device, advance: Any) -> list[Measured]:
+    """Decompose every weight once; the next one is read meanwhile.
+
+    Args:
+        job ([`Job`]): what to compress.
+        spool ([`Spool`]): takes the singular vectors.
+        device (`torch.device`): where to compute.
+        advance (`Callable[[int], None]`): told after each weight.
+    """
+    give_back_large_blocks()
+    measured = []
+    with ThreadPoolExecutor(1, "hf-tsv-read") as reading:
+        try:
+            load = lambda item: _load(item, job)  # noqa: E731
+            for candidate, delta, base_sha256, floor in stream.read_ahead(
+                reading, load, job.candidates
+            ):
+                norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+                item = Measured(candidate, base_sha256, norm, torch.empty(0))
+                if norm and candidate.limit:
+                    item = _decompose(item, delta.to(device), floor, spool)
+                measured.append(item)
+                advance(1)
+        finally:
+            reading.shutdown(cancel_futures=True)
+    return measured
+
+
+def _load(candidate: Candidate, job: Job) -> tuple[Candidate, Tensor, str, float]:
+    w0, w1 = job.sources.base.read(candidate.name), job.source.read(candidate.name)
+    rows, columns = matrix_shape(candidate.shape)
+    w0, w1 = w0.reshape(rows, columns), w1.reshape(rows, columns)
+    delta = stream.update_of(candidate.name, job.source, w1, w0)
+    floor = tsv.storage_noise(w0, w1) if candidate.limit else 0.0
+    return candidate, delta, digest(w0.reshape(candidate.shape)), floor
+
+
+def _decompose(item: Measured, delta: Tensor, floor: float, spool: Spool) -> Measured:
+    vectors = tsv.decompose(delta, min(delta.shape), floor)
+    kept = vectors.truncated(item.candidate.limit)
+    return replace(
+        item,
+        singular_values=kept.S.cpu().double(),
+        numerical_rank=vectors.rank,
+        place=spool.put(kept),
+    )
