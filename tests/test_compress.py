@@ -20,7 +20,7 @@ from test_merge import deep_checkpoints, relative_error, state
 from torch import Tensor
 
 import hf_tsv as api
-from hf_tsv import CheckpointError, OutputError, RecipeError
+from hf_tsv import CheckpointError, HfTsvError, OutputError, RecipeError
 from hf_tsv.compression import run
 from hf_tsv.delivery import Target
 from hf_tsv.ranks import RankRule
@@ -791,18 +791,9 @@ def test_quiet_prints_the_result_only(world: Path) -> None:
     ("args", "parts"),
     [
         (["org/nope"], ["org/nope does not exist"]),
-        (["org/base", "--base-model", "org/base"], ["org/base equals the base model"]),
         (["org/vision", "--rank", "3", "--energy", "0.5"], ["rank and energy exclude each other"]),
-        (["org/vision", "--budget", "lots"], ["budget is 'lots'", "10%", "35MB"]),
         (["org/vision", "--budget", "1kB"], ["budget is 1.0 kB", "28.0 kB"]),
-        (["org/vision", "--rank-fraction", "1.5"], ["rank_fraction is 1.5"]),
-        (["org/vision", "--energy", "0"], ["energy is 0.0"]),
-        (["org/vision", "--rank", "0"], ["rank is 0"]),
         (["org/vision", "--no-dense"], ["about an adapter", "--format peft"]),
-        (["org/vision", "--format", "peft", "--compress-conv"], ["patch convolution whole"]),
-        (["org/vision", "--format", "peft", "--model-class", "Bert"], ["no CLIP class 'Bert'"]),
-        (["org/vision", "--format", "peft", "--model-class", "CLIPTextModel"], ["LoRA adapter"]),
-        (["org/vision", "--max-shard-size", "big"], ["max_shard_size is 'big'"]),
     ],
     ids=lambda value: "-".join(value)[:50] if isinstance(value, list) else str(value),
 )
@@ -810,6 +801,34 @@ def test_bad_arguments_of_compress(
     world: Path, hub: Hub, args: list[str], parts: list[str]
 ) -> None:
     refused(hf_tsv("compress", *args, "-o", "out", cwd=world), world, hub, *parts)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank_fraction": 1.5}, r"rank_fraction is 1\.5"),
+        ({"energy": 0.0}, r"energy is 0\.0"),
+        ({"rank": 0}, "rank is 0"),
+        ({"budget": "lots"}, "budget is 'lots'.*10%.*35MB"),
+        ({"factor_dtype": "int8"}, "factor_dtype is 'int8'"),
+        ({"max_shard_size": "big"}, "max_shard_size is 'big'"),
+        ({"base_model": "vision"}, "vision equals the base model"),
+        ({"format": "peft", "model_class": "Bert"}, "no CLIP class 'Bert'"),
+        ({"format": "peft", "model_class": "CLIPTextModel"}, "LoRA adapter"),
+    ],
+    ids=str,
+)
+def test_bad_choices_are_refused_and_write_nothing(
+    zoo: Path, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    compress_or_export: Any = api.compress
+    if options.get("format") == "peft":
+        compress_or_export = api.export_peft
+    options = {name: value for name, value in options.items() if name != "format"}
+    base = zoo / options.pop("base_model", "base")
+    with pytest.raises(HfTsvError, match=said) as error:
+        compress_or_export(zoo / "vision", base_model=base, output=tmp_path / "out", **options)
+    assert error.value.hint and list(tmp_path.iterdir()) == []
 
 
 def test_bad_input_of_reconstruct(world: Path, hub: Hub, zoo: Path) -> None:
