@@ -52,6 +52,8 @@ class MergeReport:
         treatments (`dict[str, dict]`): per weight its treatment, rank and reason.
         left_out (`dict[str, list[str]]`): task heads not merged, by checkpoint.
         download_bytes (`int`): fetched from the Hub; what the cache held does not count.
+        exact_decompositions (`int`): that took a full SVD: all with `precision="exact"`, else those
+            that failed the check.
         peak_memory_bytes (`int`): estimate, on top of the interpreter and its libraries.
         device (`str`, *optional*): type of device computed on.
         url (`str`, *optional*): commit or pull request on the Hub.
@@ -70,6 +72,7 @@ class MergeReport:
     left_out: dict[str, list[str]]
     download_bytes: int
     peak_memory_bytes: int
+    exact_decompositions: int = 0
     device: str | None = None
     url: str | None = None
     dry_run: bool = False
@@ -119,6 +122,7 @@ def merge(
     recipe: str | Path | Recipe | None = None,
     method: str = Settings.method,
     orthogonalizer: str = Settings.orthogonalizer,
+    precision: str = Settings.precision,
     alpha: float = Settings.alpha,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
@@ -149,7 +153,10 @@ def merge(
         recipe (`str`, `Path` or [`Recipe`], *optional*): repeat a merge; instead of
             `checkpoints`, `base_model` and the settings.
         method (`str`): `tsv`, `low-rank`, `orthogonal`, `task-arithmetic` or `average`.
-        orthogonalizer (`str`): `procrustes` or `whitening`.
+        orthogonalizer (`str`): `procrustes` or `whitening`; the same result up to rounding, and
+            with `precision="fast"` the same computation.
+        precision (`str`): `fast`: by Gram matrices in float64, each result checked, with a full SVD
+            of what fails the check; `exact`: full float64 SVDs only.
         alpha (`float`): α, scale of the merged update.
         weights (`Sequence[float]`, *optional*): factor of each task's update.
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
@@ -189,7 +196,7 @@ def merge(
     )  # fmt: skip
     settings = Settings(
         method, orthogonalizer, alpha, rank, rank_fraction,  # type: ignore[arg-type]
-        tuple(_listed(exclude)), qkv, dtype, max_shard_size,  # type: ignore[arg-type]
+        tuple(_listed(exclude)), qkv, dtype, max_shard_size, precision,  # type: ignore[arg-type]
     )  # fmt: skip
     if recipe is not None:
         if references or base_ref is not None or weights is not None or settings != Settings():
@@ -505,5 +512,6 @@ def report(
         left_out={str(item): list(item.left_out) for item in job.sources.inputs if item.left_out},
         download_bytes=download_bytes,
         peak_memory_bytes=job.plan.peak_memory_bytes,
+        exact_decompositions=0 if findings is None else findings.exact,
         dry_run=dry_run,
     )

@@ -15,7 +15,8 @@ import yaml
 
 from hf_tsv import __version__
 from hf_tsv.errors import RecipeError
-from hf_tsv.tsv import Method, Orthogonalizer
+from hf_tsv.linalg import Orthogonalizer, Precision
+from hf_tsv.tsv import Method
 
 RECIPE_FILE = "hf_tsv_recipe.yaml"
 FORMAT_VERSION = 1
@@ -30,7 +31,8 @@ AVERAGED_BY_DEFAULT = ("text_projection.weight",)
 
 def current_versions() -> dict[str, str]:
     """Versions that decide about the bytes of a result."""
-    return {"hf_tsv": __version__, "torch": version("torch")}
+    names = ("torch", "numpy", "scipy")
+    return {"hf_tsv": __version__, **{name: version(name) for name in names}}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Settings:
         qkv (`str`): `split` decomposes the attention projections one by one, `fused` stacked.
         dtype (`str`, *optional*): of the output; default as the base.
         max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
+        precision (`str`): `fast`: by Gram matrices, each result checked; `exact`: full SVDs.
     """
 
     method: Method = "tsv"
@@ -58,10 +61,12 @@ class Settings:
     qkv: Qkv = "split"
     dtype: Dtype | None = None
     max_shard_size: int | str = "5GB"
+    precision: Precision = "fast"
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, get_args(Method))
         _one_of("orthogonalizer", self.orthogonalizer, get_args(Orthogonalizer))
+        _one_of("precision", self.precision, get_args(Precision))
         _one_of("qkv", self.qkv, get_args(Qkv))
         _one_of("dtype", self.dtype, (None, *get_args(Dtype)))
         check_number("alpha", self.alpha)

@@ -301,7 +301,7 @@ def _load(candidate: Candidate, job: Job) -> tuple[Candidate, Tensor, str, float
 
 
 def _decompose(item: Measured, delta: Tensor, floor: float, spool: Spool) -> Measured:
-    vectors = tsv.decompose(delta, min(delta.shape), floor)
+    vectors = tsv.decompose(delta, min(delta.shape), floor, precision="exact")
     kept = vectors.truncated(item.candidate.limit)
     return replace(
         item,

@@ -62,6 +62,7 @@ class Findings:
     Args:
         ranks (`dict[str, tuple[int, ...]]`): triplets used of each changed task, by weight.
         null_directions (`dict[str, int]`): by weight, where tasks share directions exactly.
+        exact (`int`): decompositions that took a full SVD.
         frozen (`set[str]`): planned to change, but equal to the base in every checkpoint.
         likeness (`Tensor`): inner products of sampled updates, shape (T, T).
         digests (`dict[int, dict[str, str]]`): sha256 of each tensor read, by local input;
@@ -71,6 +72,7 @@ class Findings:
     tasks: int
     ranks: dict[str, tuple[int, ...]] = field(default_factory=dict)
     null_directions: dict[str, int] = field(default_factory=dict)
+    exact: int = 0
     frozen: set[str] = field(default_factory=set)
     likeness: Tensor = field(init=False)
     digests: dict[int, dict[str, str]] = field(default_factory=dict)
@@ -142,6 +144,7 @@ def merge_weights(
     if base.pinned.is_local or any(isinstance(item, TaskFactors) for item in inputs):
         findings.digests[-1] = {}
     with (
+        linalg.threads(),
         ThreadPoolExecutor(1, "hf-tsv-read") as reading,
         ThreadPoolExecutor(1, "hf-tsv-write") as writing,
     ):
@@ -332,7 +335,9 @@ def _decomposed_update(
         floors=list(loaded.floors.values()),
         orthogonal=settings.method != "low-rank",
         solver=settings.orthogonalizer,
+        precision=settings.precision,
     )
+    findings.exact += merged.exact
     label = loaded.weight.label
     findings.ranks[label] = merged.ranks
     if merged.null_directions:

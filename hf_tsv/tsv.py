@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from hf_tsv import linalg
+from hf_tsv.linalg import Orthogonalizer, Precision
 
 Method = Literal["tsv", "low-rank", "orthogonal", "task-arithmetic", "average"]
-Orthogonalizer = Literal["procrustes", "whitening"]
 
 ROUNDING_SPREAD = 0.3
 """Standard deviation of rounding to the floating-point grid, in units of eps · |w|; upper bound.
@@ -80,11 +80,13 @@ class MergedUpdate:
         ranks (`tuple[int, ...]`): triplets used of each task.
         null_directions (`int`): directions the tasks have in common so exactly that
             orthogonalisation left them out (equal or opposite tasks).
+        exact (`int`): decompositions that took a full float64 SVD.
     """
 
     matrix: Tensor
     ranks: tuple[int, ...]
     null_directions: int = 0
+    exact: int = 0
 
 
 def default_rank(shape: Sequence[int], tasks: int) -> int:
@@ -151,13 +153,16 @@ def _noise(size: Tensor, eps: float) -> float:
     return float(ROUNDING_SPREAD * eps * (_norms(size, 0).max() + _norms(size, 1).max()))
 
 
-def decompose(delta: Tensor, rank: int, floor: float = 0.0) -> TaskSingularVectors:
+def decompose(
+    delta: Tensor, rank: int, floor: float = 0.0, precision: Precision = "fast"
+) -> TaskSingularVectors:
     """Leading task singular vectors of one task matrix (section 3.1).
 
     Args:
         delta (`Tensor`): Δ, shape (d_out, d_in).
         rank (`int`): triplets to keep at most.
         floor (`float`): singular values up to this are noise, see [`storage_noise`].
+        precision (`str`): `"fast"`, certified, or `"exact"`: a full float64 SVD.
 
     Returns:
         [`TaskSingularVectors`]: of rank min(rank, numerical rank of Δ).
@@ -166,14 +171,8 @@ def decompose(delta: Tensor, rank: int, floor: float = 0.0) -> TaskSingularVecto
         >>> decompose(torch.diag(torch.tensor([3.0, 2.0, 0.0])), rank=3).S.tolist()
         [3.0, 2.0]
     """
-    # Scaled to unit norm, so that tiny updates do not underflow and huge ones do not overflow.
-    scale = linalg.in_working_precision(delta).norm().item()
-    if scale == 0.0:
-        scale = 1.0
-    U, S, Vh = linalg.truncated_svd(
-        linalg.in_working_precision(delta) / scale, rank, max(floor / scale, _precision(delta))
-    )
-    return TaskSingularVectors(U, S * scale, Vh)
+    svd = linalg.truncated_svd(delta, rank, floor, precision)
+    return TaskSingularVectors(svd.U, svd.S, svd.Vh)
 
 
 def concatenate(tasks: Sequence[TaskSingularVectors]) -> TaskSingularVectors:
@@ -183,27 +182,6 @@ def concatenate(tasks: Sequence[TaskSingularVectors]) -> TaskSingularVectors:
         torch.cat([t.S for t in tasks]),
         torch.cat([t.Vh for t in tasks], dim=0),
     )
-
-
-def orthogonalise(
-    vectors: TaskSingularVectors, solver: Orthogonalizer = "procrustes"
-) -> tuple[TaskSingularVectors, int]:
-    """Replace U and Vh by the nearest matrices with orthonormal columns and rows (eq. 6).
-
-    Both solvers give the same matrix; where the polar factor is not unique (tasks that share a
-    direction exactly) both take the one of minimum norm.
-
-    Args:
-        vectors ([`TaskSingularVectors`]): concatenated factors of all tasks.
-        solver (`str`): `"procrustes"` (SVD) or `"whitening"` (U (UᵀU)^(−1/2)).
-
-    Returns:
-        `tuple[TaskSingularVectors, int]`: U⊥, S, V⊥h, and the null directions left out.
-    """
-    polar = linalg.polar_factor if solver == "procrustes" else linalg.polar_factor_by_whitening
-    U, null_left = polar(vectors.U)
-    Vh, null_right = polar(vectors.Vh)
-    return TaskSingularVectors(U, vectors.S, Vh), max(null_left, null_right)
 
 
 def dense(update: Update) -> Tensor:
@@ -220,6 +198,7 @@ def merge(
     floors: Sequence[float] | None = None,
     orthogonal: bool = True,
     solver: Orthogonalizer = "procrustes",
+    precision: Precision = "fast",
 ) -> MergedUpdate:
     """Merged update of one weight, M = U⊥ diag(S) V⊥h (algorithm 1).
 
@@ -229,7 +208,8 @@ def merge(
         rank (`int`): triplets kept of each task; k for the untruncated ablation.
         floors (`Sequence[float]`, *optional*): noise floor of each task matrix.
         orthogonal (`bool`): whether to orthogonalise; without it the truncated updates are summed.
-        solver (`str`): see [`orthogonalise`].
+        solver (`str`): `"procrustes"` (SVD) or `"whitening"` (U (UᵀU)^(−1/2)), the same matrix.
+        precision (`str`): `"fast"`, certified, or `"exact"`: full float64 SVDs.
 
     Returns:
         [`MergedUpdate`]: M before α. A task matrix of zeros contributes nothing.
@@ -243,32 +223,34 @@ def merge(
     if len(deltas) == 1 and rank >= k:  # nothing is truncated and nothing interferes
         kept = deltas[0].rank if isinstance(deltas[0], TaskSingularVectors) else k
         return MergedUpdate(dense(deltas[0]), (kept,))
-    tasks = [
-        _leading(delta, rank, floor)
-        for delta, floor in zip(deltas, floors or [0.0] * len(deltas), strict=True)
-    ]
+    tasks, exact = _leading(deltas, rank, floors or [0.0] * len(deltas), precision)
     ranks = tuple(task.rank for task in tasks)
     vectors = concatenate(tasks)
-    null_directions = 0
-    if orthogonal and vectors.rank:
-        vectors, null_directions = orthogonalise(vectors, solver)
-    return MergedUpdate(vectors.matrix(), ranks, null_directions)
+    if not orthogonal or not vectors.rank:
+        return MergedUpdate(vectors.matrix(), ranks, exact=exact)
+    product = linalg.orthogonal_product(vectors.U, vectors.S, vectors.Vh, precision, solver)
+    return MergedUpdate(product.matrix, ranks, product.null_directions, exact + product.exact)
 
 
-def _leading(delta: Update, rank: int, floor: float) -> TaskSingularVectors:
-    if not isinstance(delta, TaskSingularVectors):
-        return decompose(delta, rank, floor)
-    kept = delta.truncated(rank)
-    return kept.to(linalg.in_working_precision(kept.S).dtype)
+def _leading(
+    deltas: Sequence[Update], rank: int, floors: Sequence[float], precision: Precision
+) -> tuple[list[TaskSingularVectors], int]:
+    """Triplets of every task, and how many took a full SVD."""
+    whole = [(d, f) for d, f in zip(deltas, floors, strict=True) if isinstance(d, Tensor)]
+    found = linalg.truncated_svds([d for d, _ in whole], rank, [f for _, f in whole], precision)
+    decomposed = iter(found)
+    tasks = []
+    for delta in deltas:
+        if isinstance(delta, Tensor):
+            svd = next(decomposed)
+            tasks.append(TaskSingularVectors(svd.U, svd.S, svd.Vh))
+        else:
+            kept = delta.truncated(rank)
+            tasks.append(kept.to(linalg.in_working_precision(kept.S).dtype))
+    return tasks, sum(svd.exact for svd in found)
 
 
 def _norms(matrix: Tensor, dim: int | None = None) -> Tensor:
     """Norms summed in float64, where squares of float32 neither overflow nor vanish."""
     norms: Tensor = torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64)
     return norms
-
-
-def _precision(matrix: Tensor) -> float:
-    """Relative size of singular values that the working precision cannot tell from zero."""
-    dtype = linalg.in_working_precision(matrix[:1, :1]).dtype
-    return torch.finfo(dtype).eps * float(max(matrix.shape))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +20,21 @@ POLAR = [linalg.polar_factor, linalg.polar_factor_by_whitening]
 examples = settings(max_examples=30, derandomize=True, deadline=None)
 
 
+Triplets = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+@pytest.fixture(params=["fast", "exact"])
+def svd(request: pytest.FixtureRequest) -> Triplets:
+    """The truncated SVD, by either way."""
+
+    def triplets(matrix: Tensor, rank: int, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        found = linalg.truncated_svd(matrix, rank, floor, request.param)
+        assert found.exact or request.param == "fast"
+        return found.U, found.S, found.Vh
+
+    return triplets
+
+
 def with_singular_values(values: list[float], shape: tuple[int, int], seed: int = 0) -> Tensor:
     """A float64 matrix with these singular values, in random directions."""
     g = generator(seed)
@@ -29,30 +46,32 @@ def with_singular_values(values: list[float], shape: tuple[int, int], seed: int 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_all_triplets_give_the_matrix_back(shape: tuple[int, int]) -> None:
+def test_all_triplets_give_the_matrix_back(svd: Triplets, shape: tuple[int, int]) -> None:
     matrix = gaussian(*shape, generator(1))
-    U, S, Vh = linalg.truncated_svd(matrix, min(shape))
+    U, S, Vh = svd(matrix, min(shape))
     assert relative_error(U * S @ Vh, matrix) < 1e-14
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (30, 7), (7, 30)])
-def test_leading_triplets_give_the_nearest_matrix_of_that_rank(shape: tuple[int, int]) -> None:
+def test_leading_triplets_give_the_nearest_matrix_of_that_rank(
+    svd: Triplets, shape: tuple[int, int]
+) -> None:
     matrix = gaussian(*shape, generator(2))
-    U, S, Vh = linalg.truncated_svd(matrix, 3)
+    U, S, Vh = svd(matrix, 3)
     assert (U.shape, S.shape, Vh.shape) == ((shape[0], 3), (3,), (3, shape[1]))
     dropped = torch.linalg.svdvals(matrix)[3:].norm()  # Eckart, Young
     assert float((U * S @ Vh - matrix).norm() / dropped) == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_singular_values_descend(shape: tuple[int, int]) -> None:
-    _, S, _ = linalg.truncated_svd(gaussian(*shape, generator(3)), min(shape))
+def test_singular_values_descend(svd: Triplets, shape: tuple[int, int]) -> None:
+    _, S, _ = svd(gaussian(*shape, generator(3)), min(shape))
     assert S.tolist() == sorted(S.tolist(), reverse=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_singular_vectors_are_orthonormal(shape: tuple[int, int]) -> None:
-    U, S, Vh = linalg.truncated_svd(gaussian(*shape, generator(4)), 5)
+def test_singular_vectors_are_orthonormal(svd: Triplets, shape: tuple[int, int]) -> None:
+    U, S, Vh = svd(gaussian(*shape, generator(4)), 5)
     identity = torch.eye(len(S), dtype=torch.float64)
     torch.testing.assert_close(U.T @ U, identity, rtol=0, atol=1e-14)
     torch.testing.assert_close(Vh @ Vh.T, identity, rtol=0, atol=1e-14)
@@ -61,31 +80,31 @@ def test_singular_vectors_are_orthonormal(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(6, 6), (9, 6), (6, 9)])
 @pytest.mark.parametrize(("floor", "kept"), [(0.0, 4), (1e-3, 3), (0.5, 2), (2.5, 1), (5.0, 0)])
 def test_singular_values_under_the_floor_are_dropped(
-    shape: tuple[int, int], floor: float, kept: int
+    svd: Triplets, shape: tuple[int, int], floor: float, kept: int
 ) -> None:
     matrix = with_singular_values([3.0, 2.0, 0.1, 1e-4], shape)
-    assert len(linalg.truncated_svd(matrix, 4, floor)[1]) == kept
+    assert len(svd(matrix, 4, floor)[1]) == kept
 
 
-def test_a_singular_value_at_the_floor_is_dropped() -> None:
-    assert linalg.truncated_svd(torch.diag(torch.tensor([2.0, 1.0])), 2, 1.0)[1].tolist() == [2.0]
+def test_a_singular_value_at_the_floor_is_dropped(svd: Triplets) -> None:
+    assert svd(torch.diag(torch.tensor([2.0, 1.0])), 2, 1.0)[1].tolist() == [2.0]
 
 
-def test_a_zero_matrix_has_no_triplets() -> None:
-    U, S, Vh = linalg.truncated_svd(torch.zeros(4, 6), 3)
+def test_a_zero_matrix_has_no_triplets(svd: Triplets) -> None:
+    U, S, Vh = svd(torch.zeros(4, 6), 3)
     assert (U.shape, S.shape, Vh.shape) == ((4, 0), (0,), (0, 6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_stored_numbers_are_decomposed_in_float64(dtype: torch.dtype) -> None:
+def test_stored_numbers_are_decomposed_in_float64(svd: Triplets, dtype: torch.dtype) -> None:
     matrix = gaussian(8, 5, generator(5)).to(dtype)
-    U, S, Vh = linalg.truncated_svd(matrix, 5)
+    U, S, Vh = svd(matrix, 5)
     assert {U.dtype, S.dtype, Vh.dtype} == {torch.float64}
     assert relative_error(U * S @ Vh, matrix) < 1e-14
 
 
-def test_triplets_do_not_keep_the_untruncated_factors_in_memory() -> None:
-    factors = linalg.truncated_svd(gaussian(40, 30, generator(6)), 2)
+def test_triplets_do_not_keep_the_untruncated_factors_in_memory(svd: Triplets) -> None:
+    factors = svd(gaussian(40, 30, generator(6)), 2)
     assert [f.untyped_storage().nbytes() for f in factors] == [8 * 40 * 2, 8 * 2, 8 * 2 * 30]
 
 
@@ -201,3 +220,71 @@ def test_polar_factors_of_stored_numbers_are_computed_in_float64(polar, dtype) -
     X, _ = polar(A)
     assert X.dtype == torch.float64
     assert relative_error(X, polar(A.double())[0]) < 1e-14
+
+
+# The certified kernels
+
+
+def test_triplets_by_the_gram_matrix_are_those_of_the_svd() -> None:
+    matrix = gaussian(60, 40, generator(30))
+    for shape in (matrix, matrix.T):
+        fast, exact = (linalg.truncated_svd(shape, 7, 0.0, p) for p in ("fast", "exact"))
+        assert (fast.exact, exact.exact) == (False, True)
+        assert relative_error(fast.S, exact.S) < 1e-12
+        assert relative_error(fast.U * fast.S @ fast.Vh, exact.U * exact.S @ exact.Vh) < 1e-12
+
+
+def test_what_a_gram_matrix_cannot_tell_is_left_to_the_svd() -> None:
+    """Singular values eight orders of magnitude apart: squared they are beyond float64."""
+    matrix = with_singular_values([1.0, 1e-2, 1e-9, 3e-10], (30, 20))
+    found = linalg.truncated_svd(matrix, 4)
+    assert found.exact
+    expected = torch.tensor([1.0, 1e-2, 1e-9, 3e-10], dtype=torch.float64)
+    torch.testing.assert_close(found.S, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_the_product_of_polar_factors_does_not_depend_on_the_way(scale: float) -> None:
+    U, V = gaussian(50, 24, generator(31)), gaussian(36, 24, generator(32))
+    S = torch.linspace(2, 1, 24, dtype=torch.float64) * scale
+    fast, exact = (linalg.orthogonal_product(U, S, V.T, p) for p in ("fast", "exact"))
+    assert (fast.exact, exact.exact) == (0, 2)
+    assert relative_error(fast.matrix, exact.matrix) < 1e-10
+
+
+def test_more_columns_than_rows_are_whitened_from_the_other_side() -> None:
+    U, V = gaussian(20, 45, generator(33)), gaussian(60, 45, generator(34))
+    S = torch.linspace(2, 1, 45, dtype=torch.float64)
+    fast, exact = (linalg.orthogonal_product(U, S, V.T, p) for p in ("fast", "exact"))
+    assert fast.exact == 0
+    assert relative_error(fast.matrix, exact.matrix) < 1e-10
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e-9, 1e-7])
+def test_dependent_columns_are_left_to_the_svd(distance: float) -> None:
+    """Equal tasks, or nearly so: what is a null direction is decided on singular values."""
+    U = orthonormal(40, 6, generator(35))
+    twice = torch.cat([U, U + distance * gaussian(40, 6, generator(36))], dim=1)
+    V = orthonormal(30, 12, generator(37))
+    S = torch.ones(12, dtype=torch.float64)
+    fast, exact = (linalg.orthogonal_product(twice, S, V.T, p) for p in ("fast", "exact"))
+    assert fast.exact == 1
+    assert fast.null_directions == exact.null_directions == 6
+    assert relative_error(fast.matrix, exact.matrix) < 1e-7
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    deltas = [gaussian(70, 500, generator(40 + i)).float() for i in range(4)]
+    U, V = gaussian(90, 40, generator(50)), gaussian(800, 40, generator(51))
+    S = torch.linspace(2, 1, 40, dtype=torch.float64)
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        with linalg.threads():
+            triplets = linalg.truncated_svds(deltas, 9, [0.0] * 4)
+            product = linalg.orthogonal_product(U, S, V.T)
+        assert torch.get_num_threads() == count
+        found.append([product.matrix, *(t for svd in triplets for t in (svd.U, svd.S, svd.Vh))])
+    torch.set_num_threads(1)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

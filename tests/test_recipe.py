@@ -51,6 +51,7 @@ all_settings = st.builds(
     Settings,
     method=st.sampled_from(["tsv", "low-rank", "orthogonal", "task-arithmetic", "average"]),
     orthogonalizer=st.sampled_from(["procrustes", "whitening"]),
+    precision=st.sampled_from(["fast", "exact"]),
     alpha=numbers,
     rank=st.none() | st.integers(1, 10**6),
     exclude=st.lists(texts, max_size=3).map(tuple),
@@ -92,6 +93,7 @@ def test_a_recipe_names_every_choice_and_the_versions() -> None:
         "qkv": "split",
         "dtype": "bfloat16",
         "max_shard_size": "5GB",
+        "precision": "fast",
         "base_model": {"ref": "org/base", "revision": SHA},
         "inputs": [
             {"ref": "org/a", "revision": SHA, "weight": 0.5},
@@ -191,6 +193,7 @@ def test_a_yaml_tag_constructs_nothing(value: str) -> None:
 WRONG = {
     "method": ["TSV", "", None, 3, [], {}],
     "orthogonalizer": ["svd", None, True],
+    "precision": ["float64", None, True],
     "alpha": ["1", None, True, [], float("nan"), float("inf"), -float("inf"), 10**400],
     "rank": [0, -1, 1.0, 1.5, "8", True, [8]],
     "rank_fraction": [0, 0.0, -0.5, 1.01, "0.5", True, float("nan"), 10**400],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import reference
@@ -28,7 +28,7 @@ from hf_tsv import linalg, tsv
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
-SOLVERS = ["procrustes", "whitening"]
+SOLVERS = ("fast", "procrustes", "whitening")
 STORED = [torch.float32, torch.float16, torch.bfloat16]
 BAR = 5e-6
 """Largest relative error of a merged update that is accepted for any spectrum."""
@@ -62,8 +62,17 @@ def related(tasks: int = 3, shape: tuple[int, int] = (24, 30), seed: int = 0) ->
     )
 
 
-def merged(deltas: Sequence[Tensor], rank: int, solver: str = "procrustes", **kwargs) -> Tensor:
-    return tsv.merge(deltas, rank, solver=solver, **kwargs).matrix
+def merged(deltas: Sequence[Tensor], rank: int, solver: str = "fast", **kwargs) -> Tensor:
+    return tsv.merge(deltas, rank, **how(solver), **kwargs).matrix
+
+
+def how(solver: str) -> dict[str, Any]:
+    """Arguments of the merge: certified kernels, or one of the exact solvers."""
+    return {} if solver == "fast" else {"precision": "exact", "solver": solver}
+
+
+def of_reference(solver: str) -> str:
+    return "procrustes" if solver == "fast" else solver
 
 
 # The definition
@@ -73,7 +82,7 @@ def merged(deltas: Sequence[Tensor], rank: int, solver: str = "procrustes", **kw
 @given(case=cases())
 @examples
 def test_merge_is_the_method(solver: str, case: Case) -> None:
-    expected = reference.tsv(case.deltas, [case.rank] * len(case.deltas), solver)
+    expected = reference.tsv(case.deltas, [case.rank] * len(case.deltas), of_reference(solver))
     assert relative_error(merged(*case, solver), expected) < 1e-8
 
 
@@ -81,8 +90,8 @@ def test_merge_is_the_method(solver: str, case: Case) -> None:
 @given(case=cases(explicit_rank=True))
 @examples
 def test_merge_takes_any_smaller_rank(solver: str, case: Case) -> None:
-    expected = reference.tsv(case.deltas, [case.rank] * len(case.deltas), solver)
-    result = tsv.merge(*case, solver=solver)
+    expected = reference.tsv(case.deltas, [case.rank] * len(case.deltas), of_reference(solver))
+    result = tsv.merge(*case, **how(solver))
     assert relative_error(result.matrix, expected) < 1e-8
     assert result.ranks == (case.rank,) * len(case.deltas)
 
@@ -111,7 +120,7 @@ def test_without_truncation_every_task_is_orthogonalised_at_full_rank(
     solver: str, case: Case
 ) -> None:
     k = min(case.deltas[0].shape)
-    expected = reference.orthogonal(case.deltas, solver)
+    expected = reference.orthogonal(case.deltas, of_reference(solver))
     assert relative_error(merged(case.deltas, k, solver), expected) < 1e-8
 
 
@@ -136,20 +145,6 @@ def test_a_task_is_its_leading_singular_triplets(case: Case) -> None:
     assert relative_error(task.S, reference.triplets(delta, case.rank)[1]) < 1e-12
 
 
-@both_solvers
-@given(case=cases(smallest=20))
-@examples
-def test_orthogonalised_factors_are_orthonormal(solver: str, case: Case) -> None:
-    vectors = tsv.concatenate([tsv.decompose(delta, case.rank) for delta in case.deltas])
-    orthonormal_vectors, null_directions = tsv.orthogonalise(vectors, solver)
-    identity = torch.eye(case.rank * len(case.deltas), dtype=torch.float64)
-    gram = orthonormal_vectors.U.T @ orthonormal_vectors.U
-    torch.testing.assert_close(gram, identity, rtol=0, atol=1e-7)
-    gram = orthonormal_vectors.Vh @ orthonormal_vectors.Vh.T
-    torch.testing.assert_close(gram, identity, rtol=0, atol=1e-7)
-    assert null_directions == 0
-
-
 @pytest.mark.parametrize(
     ("solver", "polar"),
     [
@@ -157,13 +152,12 @@ def test_orthogonalised_factors_are_orthonormal(solver: str, case: Case) -> None
         ("whitening", linalg.polar_factor_by_whitening),
     ],
 )
-def test_each_solver_is_the_one_it_says(solver: str, polar) -> None:
+def test_each_exact_solver_is_the_one_it_says(solver: str, polar) -> None:
     deltas, rank = related(3)
     vectors = tsv.concatenate([tsv.decompose(delta, rank) for delta in deltas])
-    result, _ = tsv.orthogonalise(vectors, solver)
-    assert torch.equal(result.U, polar(vectors.U)[0])  # they differ in the last bits
-    assert torch.equal(result.Vh, polar(vectors.Vh)[0])
-    assert torch.equal(result.S, vectors.S)
+    found = linalg.orthogonal_product(vectors.U, vectors.S, vectors.Vh, "exact", solver)
+    expected = (polar(vectors.U)[0] * vectors.S) @ polar(vectors.Vh)[0]
+    assert relative_error(found.matrix, expected) < 1e-14 and found.exact == 2
 
 
 @both_solvers
@@ -214,7 +208,7 @@ def test_updates_at_the_ends_of_float32_neither_underflow_nor_overflow(
 ) -> None:
     g = generator(0)
     deltas = [(scale * gaussian(9, 7, g)).float() for _ in range(3)]
-    result = tsv.merge(deltas, 2, solver=solver)
+    result = tsv.merge(deltas, 2, **how(solver))
     assert relative_error(result.matrix / scale, reference.tsv(deltas, [2] * 3) / scale) < 1e-11
     assert result.ranks == (2, 2, 2)
 
@@ -323,7 +317,7 @@ def test_the_smallest_matrices_merge(solver: str, shape: tuple[int, int]) -> Non
 @both_solvers
 def test_a_rank_above_k_is_k(solver: str) -> None:
     deltas, _ = related(3, (6, 8))
-    assert tsv.merge(deltas, 100, solver=solver).ranks == (6, 6, 6)
+    assert tsv.merge(deltas, 100, **how(solver)).ranks == (6, 6, 6)
 
 
 # Zero and constant updates
@@ -332,7 +326,7 @@ def test_a_rank_above_k_is_k(solver: str) -> None:
 @both_solvers
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_only_unchanged_tasks_give_no_update(solver: str, tasks: int) -> None:
-    result = tsv.merge([torch.zeros(4, 6)] * tasks, tsv.default_rank((4, 6), tasks), solver=solver)
+    result = tsv.merge([torch.zeros(4, 6)] * tasks, tsv.default_rank((4, 6), tasks), **how(solver))
     assert not result.matrix.any()
     assert result.matrix.shape == (4, 6)
     assert result.null_directions == 0
@@ -342,7 +336,7 @@ def test_only_unchanged_tasks_give_no_update(solver: str, tasks: int) -> None:
 def test_an_unchanged_task_contributes_nothing(solver: str) -> None:
     (first, second, _), rank = related(3)
     zero = torch.zeros_like(first)
-    result = tsv.merge([zero, first, zero, second], rank, solver=solver)
+    result = tsv.merge([zero, first, zero, second], rank, **how(solver))
     assert relative_error(result.matrix, merged([first, second], rank, solver)) < 1e-13
     assert result.ranks == (0, rank, 0, rank)
     assert result.null_directions == 0
@@ -350,7 +344,7 @@ def test_an_unchanged_task_contributes_nothing(solver: str) -> None:
 
 @both_solvers
 def test_constant_matrices_merge_at_their_only_direction(solver: str) -> None:
-    result = tsv.merge([torch.full((4, 6), 1.0), torch.full((4, 6), -3.0)], 2, solver=solver)
+    result = tsv.merge([torch.full((4, 6), 1.0), torch.full((4, 6), -3.0)], 2, **how(solver))
     torch.testing.assert_close(result.matrix, torch.full((4, 6), -1.0).double(), rtol=1e-12, atol=0)
     assert result.ranks == (1, 1)
     assert result.null_directions == 1
@@ -363,7 +357,7 @@ def test_constant_matrices_merge_at_their_only_direction(solver: str) -> None:
 @pytest.mark.parametrize("copies", [2, 3, 5])
 def test_equal_tasks_merge_to_the_one_they_are(solver: str, copies: int) -> None:
     (delta,), _ = related(1)
-    result = tsv.merge([delta] * copies, 4, solver=solver)
+    result = tsv.merge([delta] * copies, 4, **how(solver))
     assert relative_error(result.matrix, reference.low_rank_approximation(delta, 4)) < 1e-12
     assert result.null_directions == 4 * (copies - 1)
 
@@ -371,7 +365,7 @@ def test_equal_tasks_merge_to_the_one_they_are(solver: str, copies: int) -> None
 @both_solvers
 def test_opposite_tasks_cancel(solver: str) -> None:
     (delta,), _ = related(1)
-    result = tsv.merge([delta, -delta], 4, solver=solver)
+    result = tsv.merge([delta, -delta], 4, **how(solver))
     assert float(result.matrix.norm() / delta.norm()) < 1e-12
     assert result.null_directions == 4
 
@@ -384,19 +378,19 @@ def test_a_pair_among_others_takes_the_minimum_norm_factor(
 ) -> None:
     (a, b, c), _ = related(3, shape)
     deltas = [a, b, c, sign * a]
-    result = tsv.merge(deltas, 6, solver=solver)
+    result = tsv.merge(deltas, 6, **how(solver))
     assert relative_error(result.matrix, reference.tsv_by_projectors(deltas, [6] * 4)) < 1e-7
     assert result.null_directions == 6
 
 
 @both_solvers
-@pytest.mark.parametrize("solver_of_reference", SOLVERS)
+@pytest.mark.parametrize("solver_of_reference", SOLVERS[1:])
 def test_a_multiple_of_a_task_shares_all_its_directions(
     solver: str, solver_of_reference: str
 ) -> None:
     (delta, other), _ = related(2)
     deltas = [delta, 2.5 * delta, other]
-    result = tsv.merge(deltas, 4, solver=solver)
+    result = tsv.merge(deltas, 4, **how(solver))
     expected = reference.tsv(deltas, [4] * 3, solver_of_reference)
     assert relative_error(result.matrix, expected) < 1e-9
     assert result.null_directions == 4
@@ -405,7 +399,7 @@ def test_a_multiple_of_a_task_shares_all_its_directions(
 @both_solvers
 def test_equal_directions_are_counted_where_they_cancel_exactly(solver: str) -> None:
     delta = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
-    result = tsv.merge([delta, delta], 2, solver=solver)
+    result = tsv.merge([delta, delta], 2, **how(solver))
     assert result.null_directions == 2
     assert relative_error(result.matrix, torch.diag(torch.tensor([4.0, 3.0, 0.0, 0.0]))) < 1e-15
 
@@ -416,7 +410,7 @@ def test_nearly_equal_tasks_stay_two_tasks(solver: str, distance: float) -> None
     g = generator(6)
     delta, other = gaussian(20, 30, g), gaussian(20, 30, g)
     deltas = [delta, delta + distance * other]
-    result = tsv.merge(deltas, 5, solver=solver)
+    result = tsv.merge(deltas, 5, **how(solver))
     assert relative_error(result.matrix, reference.tsv(deltas, [5, 5])) < BAR
     assert result.null_directions == 0
 
@@ -434,7 +428,7 @@ def test_the_solvers_agree_however_near_two_tasks_are(angle: float) -> None:
         @ (V * angles.cos() + away_V * angles.sin()).T
     )
     deltas = [first * s @ V.T, second]
-    results = [tsv.merge(deltas, 10, solver=solver) for solver in SOLVERS]
+    results = [tsv.merge(deltas, 10, **how(solver)) for solver in SOLVERS]
     assert relative_error(results[1].matrix, results[0].matrix) < BAR
     assert results[1].null_directions == results[0].null_directions
 
@@ -485,7 +479,7 @@ def test_updates_of_low_rank_are_merged_accurately(
     g = generator(9)
     deltas = [lora(shape, 3, 3e-4, g) for _ in range(tasks)]  # rank 3 to float64 rounding
     rank = tsv.default_rank(shape, tasks)
-    result = tsv.merge(deltas, rank, solver=solver)
+    result = tsv.merge(deltas, rank, **how(solver))
     assert result.ranks == (min(rank, 3),) * tasks
     assert relative_error(result.matrix, reference.tsv(deltas, result.ranks)) < BAR
 

@@ -38,6 +38,13 @@ class Method(str, Enum):
     average = "average"
 
 
+class Precision(str, Enum):
+    """Values of `--precision`."""
+
+    fast = "fast"
+    exact = "exact"
+
+
 class Orthogonalizer(str, Enum):
     """Values of `--orthogonalizer`."""
 
@@ -88,10 +95,16 @@ def merge(
             rich_help_panel=METHOD,
         ),
     ] = Method.tsv,
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            help="Fast and checked, or full float64 SVDs throughout.", rich_help_panel=METHOD
+        ),
+    ] = Precision.fast,
     orthogonalizer: Annotated[
         Orthogonalizer,
         typer.Option(
-            help="SVD or eigendecomposition; the same result up to rounding.",
+            help="With --precision exact: SVD or eigendecomposition; the same up to rounding.",
             rich_help_panel=METHOD,
         ),
     ] = Orthogonalizer.procrustes,
@@ -165,6 +178,7 @@ def merge(
     choices: dict[str, Any] = {
         "method": method.value,
         "orthogonalizer": orthogonalizer.value,
+        "precision": precision.value,
         "alpha": alpha,
         "weights": _numbers(weights),
         "rank": rank,

@@ -1,0 +1,119 @@
+"""Symmetric routines of SciPy's LAPACK and BLAS that torch does not offer.
+
+They are called through the function pointers that SciPy publishes for Cython, with ctypes, which
+lets go of the interpreter lock: SciPy's own wrappers hold it, so that threads would wait for one
+another. All matrices are float64, contiguous, on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+"""Block size that workspaces are made for; LAPACK uses what fits."""
+
+
+class NotConvergedError(ArithmeticError):
+    """An eigensolver gave up."""
+
+
+@functools.cache
+def _routine(name: str, arguments: int) -> Callable[..., None]:
+    from scipy.linalg import cython_blas, cython_lapack
+
+    api = ctypes.pythonapi
+    api.PyCapsule_GetName.restype = ctypes.c_char_p
+    api.PyCapsule_GetName.argtypes = [ctypes.py_object]
+    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    modules: tuple[ModuleType, ...] = (cython_lapack, cython_blas)
+    capsule = next(m.__pyx_capi__[name] for m in modules if name in m.__pyx_capi__)
+    address = api.PyCapsule_GetPointer(capsule, api.PyCapsule_GetName(capsule))
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(address)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a Fortran routine: everything by reference, strings as one character."""
+    held = [
+        ctypes.c_char(a.encode()) if isinstance(a, str)
+        else ctypes.c_int(a) if isinstance(a, int)
+        else ctypes.c_double(a) if isinstance(a, float)
+        else a
+        for a in arguments
+    ]  # fmt: skip
+    references = [a.data_ptr() if isinstance(a, Tensor) else ctypes.byref(a) for a in held]
+    _routine(name, len(arguments))(*references)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """No threads inside BLAS and LAPACK of SciPy while callers use their own."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+def gram(a: Tensor) -> Tensor:
+    """aᵀ a of a matrix (m, n), in the upper triangle (n, n); the rest is zero."""
+    m, n = a.shape
+    result = torch.zeros(n, n, dtype=torch.float64)
+    _call("dsyrk", "L", "N", n, m, 1.0, a, n, 0.0, result, n)
+    return result
+
+
+def leading_eigh(upper: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues of a symmetric matrix and their eigenvectors.
+
+    Args:
+        upper (`Tensor`): shape (n, n); its upper triangle counts, and is overwritten.
+        count (`int`): how many.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: eigenvalues descending (count,), eigenvectors as rows (count, n).
+
+    Raises:
+        [`NotConvergedError`]: LAPACK's `dsyevr` failed.
+    """
+    n = upper.shape[0]
+    values, vectors = _doubles(n), _doubles(count, n)
+    work, iwork = _doubles((BLOCK + 6) * n), torch.empty(10 * n, dtype=torch.int32)
+    support = torch.empty(2 * n, dtype=torch.int32)
+    found, info = ctypes.c_int(0), ctypes.c_int(0)
+    _call(
+        "dsyevr", "V", "I", "L", n, upper, n, 0.0, 0.0, n - count + 1, n, 0.0, found, values,
+        vectors, n, support, work, work.numel(), iwork, iwork.numel(), info,
+    )  # fmt: skip
+    if info.value or found.value != count:
+        raise NotConvergedError(f"dsyevr: info {info.value}, {found.value} of {count} eigenvalues")
+    return values[:count].flip(0), vectors.flip(0)
+
+
+def eigh(upper: Tensor) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a symmetric matrix, ascending, and eigenvectors as rows.
+
+    Args:
+        upper (`Tensor`): shape (n, n); its upper triangle counts, and is overwritten.
+
+    Raises:
+        [`NotConvergedError`]: LAPACK's `dsyevd` failed.
+    """
+    n = upper.shape[0]
+    values, info = _doubles(n), ctypes.c_int(0)
+    work, iwork = _doubles(1 + 6 * n + 2 * n * n), torch.empty(3 + 5 * n, dtype=torch.int32)
+    _call("dsyevd", "V", "L", n, upper, n, values, work, work.numel(), iwork, iwork.numel(), info)
+    if info.value:
+        raise NotConvergedError(f"dsyevd: info {info.value}")
+    return values, upper
+
+
+def _doubles(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.float64)
