@@ -2,7 +2,7 @@
 
 They are called through the function pointers that SciPy publishes for Cython, with ctypes, which
 lets go of the interpreter lock: SciPy's own wrappers hold it, so that threads would wait for one
-another. All matrices are float64, contiguous, on the CPU.
+another. All matrices are float64, on the CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from hf_tsv.memory import empty
 
 BLOCK = 64
 """Block size that workspaces are made for; LAPACK uses what fits."""
@@ -63,10 +65,17 @@ def one_thread() -> Iterator[None]:
 
 
 def gram(a: Tensor) -> Tensor:
-    """aᵀ a of a matrix (m, n), in the upper triangle (n, n); the rest is zero."""
+    """aᵀ a of a matrix (m, n), in the upper triangle (n, n); the rest is anything.
+
+    The matrix is contiguous, or its transpose is.
+    """
     m, n = a.shape
-    result = torch.zeros(n, n, dtype=torch.float64)
-    _call("dsyrk", "L", "N", n, m, 1.0, a, n, 0.0, result, n)
+    result = _doubles(n, n)
+    if a.is_contiguous():
+        _call("dsyrk", "L", "N", n, m, 1.0, a, n, 0.0, result, n)
+    else:
+        a = a.mT.contiguous()
+        _call("dsyrk", "L", "T", n, m, 1.0, a, m, 0.0, result, n)
     return result
 
 
@@ -116,4 +125,4 @@ def eigh(upper: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _doubles(*shape: int) -> Tensor:
-    return torch.empty(*shape, dtype=torch.float64)
+    return empty(*shape, dtype=torch.float64)

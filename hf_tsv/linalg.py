@@ -10,6 +10,7 @@ the number of threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hf_tsv import lapack
+from hf_tsv.memory import empty
 
 Precision = Literal["fast", "exact"]
 Orthogonalizer = Literal["procrustes", "whitening"]
@@ -106,24 +108,30 @@ def in_working_precision(matrix: Tensor) -> Tensor:
 
 
 @contextmanager
-def threads() -> Iterator[None]:
+def threads(most: int | None = None) -> Iterator[None]:
     """Let the functions here use the threads that torch has, one task each.
 
     Within the context no call of torch or LAPACK starts threads of its own.
+
+    Args:
+        most (`int`, *optional*): fewer threads than torch has.
     """
     own = torch.get_num_threads()
+    workers = min(own, most or own)
     torch.set_num_threads(1)
-    token = _WORKERS.set(own)
     try:
-        with lapack.one_thread():
-            yield
+        with lapack.one_thread(), ThreadPoolExecutor(workers, "hf-tsv-compute") as pool:
+            token = _POOL.set(pool if workers > 1 else None)
+            try:
+                yield
+            finally:
+                _POOL.reset(token)
     finally:
-        _WORKERS.reset(token)
         torch.set_num_threads(own)
 
 
-_WORKERS: ContextVar[int] = ContextVar("workers", default=1)
-"""Threads for independent parts; 1 in those threads themselves."""
+_POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
+"""Threads for independent parts; none in those threads themselves."""
 
 
 def truncated_svds(
@@ -147,11 +155,11 @@ def truncated_svd(
     matrix: Tensor, rank: int, floor: float = 0.0, precision: Precision = "fast"
 ) -> SVD:
     """Leading singular triplets of one matrix; see [`truncated_svds`]."""
-    a = in_working_precision(matrix)
-    scale = float(a.norm()) or 1.0  # so that squares neither underflow nor overflow
-    floor = max(floor / scale, torch.finfo(a.dtype).eps * max(a.shape))
+    a, scale = _scaled(matrix)
+    floor = max(floor / scale, torch.finfo(a.dtype).eps * max(a.shape) * float(a.norm()))
     wide = a.shape[0] < a.shape[1]  # LAPACK takes about twice as long for a wide matrix
-    a = ((a.mT if wide else a) / scale).contiguous()
+    if wide:
+        a = a.mT
     found = _gram_svd(a, rank, floor) if precision == "fast" else None
     U, S, Vh = found or _full_svd(a, rank, floor)
     if wide:
@@ -226,6 +234,36 @@ def polar_factor_by_whitening(
     return (factor.mT if wide else factor), 0
 
 
+def _scaled(matrix: Tensor) -> tuple[Tensor, float]:
+    """A matrix over a power of two, in working precision: squares neither under- nor overflow."""
+    largest = largest_entry(matrix) if matrix.numel() else 0.0
+    scale = 2.0 ** (math.frexp(largest)[1] if largest else 0)
+    if matrix.device.type != "cpu":
+        return in_working_precision(matrix) / scale, scale
+    a = empty(*matrix.shape, dtype=torch.float64)
+    return a.copy_(matrix).mul_(1 / scale), scale
+
+
+def largest_entry(matrix: Tensor) -> float:
+    """Largest absolute value of a matrix that has entries; NaN or Inf if it has one."""
+    low, high = torch.aminmax(matrix)
+    return float(torch.maximum(-low, high))
+
+
+def norms(matrix: Tensor) -> tuple[float, float, float]:
+    """Frobenius norm, and the largest norms of a row and of a column.
+
+    Args:
+        matrix (`Tensor`): shape (m, n), float32 or float64, on the CPU.
+    """
+    scale = (largest_entry(matrix) if matrix.numel() else 0.0) or 1.0
+    a = torch.div(matrix, scale, out=empty(*matrix.shape, dtype=matrix.dtype)).numpy()
+    rows, columns = np.einsum("ij,ij->i", a, a), np.einsum("ij,ij->j", a, a)
+    squares = rows.sum(dtype=np.float64), rows.max(initial=0.0), columns.max(initial=0.0)
+    whole, row, column = (scale * math.sqrt(s) for s in squares)
+    return whole, row, column
+
+
 def _full_svd(a: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(a, full_matrices=False)
     r = min(rank, int((floor < S).sum()))
@@ -262,7 +300,7 @@ def _polar(matrix: Tensor, precision: Precision, solver: Orthogonalizer) -> _Pol
     if precision == "fast":
         a = in_working_precision(matrix)
         wide = a.shape[0] < a.shape[1]
-        root = _inverse_root((a.mT if wide else a).contiguous())
+        root = _inverse_root(a.mT if wide else a)
         if root is not None:
             return _Polar([root, a] if wide else [a, root], 0, exact=False)
     by = polar_factor if solver == "procrustes" else polar_factor_by_whitening
@@ -333,7 +371,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type != "cpu" or a.dtype != torch.float64:
         return a @ b
     n = b.shape[1]
-    result = torch.empty(a.shape[0], n, dtype=a.dtype)
+    result = empty(a.shape[0], n, dtype=a.dtype)
     parts = max(1, -(-n // COLUMNS))
     bounds = [n * i // parts for i in range(parts + 1)]
     left, right, out = a.numpy(), b.numpy(), result.numpy()
@@ -348,8 +386,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _each(call: Callable[[S], T], items: Sequence[S]) -> list[T]:
     """Results of a call on every item, several at a time inside [`threads`]."""
-    workers = min(_WORKERS.get(), len(items))
-    if workers < 2:
+    pool = _POOL.get()
+    if pool is None or len(items) < 2:
         return [call(item) for item in items]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(call, items))
+    return list(pool.map(call, items))

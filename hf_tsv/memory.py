@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
+
+import numpy as np
+import torch
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGE_BLOCK = 1 << 20
@@ -21,3 +26,14 @@ def give_back_large_blocks() -> None:
         if mallopt is not None:
             mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
             mallopt(M_TRIM_THRESHOLD, LARGE_BLOCK)
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor on the CPU, in huge pages where the system offers them.
+
+    NumPy asks for them from 4 MB; touching 32 MB for the first time takes a quarter of the time.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not nbytes:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(np.empty(nbytes, np.uint8)).view(dtype).reshape(shape)

@@ -296,7 +296,7 @@ def _load(candidate: Candidate, job: Job) -> tuple[Candidate, Tensor, str, float
     rows, columns = matrix_shape(candidate.shape)
     w0, w1 = w0.reshape(rows, columns), w1.reshape(rows, columns)
     delta = stream.update_of(candidate.name, job.source, w1, w0)
-    floor = tsv.storage_noise(w0, w1) if candidate.limit else 0.0
+    floor = tsv.storage_noise(w0, w1, delta) if candidate.limit else 0.0
     return candidate, delta, digest(w0.reshape(candidate.shape)), floor
 
 

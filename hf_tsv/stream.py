@@ -21,6 +21,7 @@ from hf_tsv.checkpoints.reader import Checkpoint, digest, fingerprint
 from hf_tsv.checkpoints.writer import ShardWriter
 from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.factors import TaskFactors
+from hf_tsv.linalg import largest_entry
 from hf_tsv.memory import give_back_large_blocks
 from hf_tsv.plan import MergePlan, Weight
 from hf_tsv.recipe import Settings
@@ -205,10 +206,10 @@ def _load(
         else:
             wi = _read(weight, source, findings.digests.get(i))
             update = update_of(weight.label, source, wi, w0)
-            if not update.any():
+            if not largest_entry(update):
                 continue
             if weight.treatment == "decomposed":
-                floor = tsv.storage_noise(w0, wi)
+                floor = tsv.storage_noise(w0, wi, update)
         if scales[i] == 0.0:
             continue
         deltas[i] = update if scales[i] == 1.0 else _scaled(update, scales[i])
@@ -230,7 +231,7 @@ def update_of(name: str, source: Checkpoint, fine_tuned: Tensor, base: Tensor) -
         [`CheckpointError`]: it overflows.
     """
     update = tsv.difference(fine_tuned, base)
-    if not update.isfinite().all() or not float(update.abs().max()) < LARGEST_UPDATE:
+    if update.numel() and not largest_entry(update) < LARGEST_UPDATE:
         raise CheckpointError(
             f"{source}: {name} differs from the base model by more than {LARGEST_UPDATE:g}.",
             "The checkpoint is damaged; leave it out or save it again.",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_tsv import linalg
 from hf_tsv.linalg import Orthogonalizer, Precision
+from hf_tsv.memory import empty
 
 Method = Literal["tsv", "low-rank", "orthogonal", "task-arithmetic", "average"]
 
@@ -108,10 +109,11 @@ def difference(fine_tuned: Tensor, base: Tensor) -> Tensor:
     """
     wide = torch.float64 in (fine_tuned.dtype, base.dtype)
     dtype = torch.float64 if wide else torch.float32
-    return fine_tuned.to(dtype) - base.to(dtype)
+    result = empty(*base.shape, dtype=dtype)
+    return torch.sub(fine_tuned.to(dtype), base.to(dtype), out=result)
 
 
-def storage_noise(base: Tensor, fine_tuned: Tensor) -> float:
+def storage_noise(base: Tensor, fine_tuned: Tensor, delta: Tensor | None = None) -> float:
     """Spectral norm below which a task matrix is rounding of the stored checkpoints.
 
     W0 + Δ is rounded to the stored dtype, so W1 − W0 differs from Δ by noise of about eps · |w| an
@@ -123,20 +125,22 @@ def storage_noise(base: Tensor, fine_tuned: Tensor) -> float:
     Args:
         base (`Tensor`): W0 as stored, shape (d_out, d_in).
         fine_tuned (`Tensor`): W1 as stored, same shape.
+        delta (`Tensor`, *optional*): W1 − W0, where it is at hand.
 
     Returns:
         `float`: in the units of the weights.
     """
-    delta = difference(fine_tuned, base)
+    delta = difference(fine_tuned, base) if delta is None else delta
     eps = max(torch.finfo(t.dtype).eps for t in (base, fine_tuned, delta))
     tiny = max(torch.finfo(t.dtype).smallest_normal for t in (base, fine_tuned, delta))
-    size = fine_tuned.to(delta.dtype).abs().clamp_min(tiny)
+    most = torch.finfo(delta.dtype).max
     if base.dtype == fine_tuned.dtype:
         # W0 lies on the grid that W1 was rounded to: a change below half a step is lost rather
         # than replaced by noise, so no entry is wrong by more than it should have changed.
-        change = float(_norms(delta)) / math.sqrt(base.numel())
-        size = size.clamp_max(min(change / (ROUNDING_SPREAD * eps), torch.finfo(size.dtype).max))
-    return _noise(size, eps)
+        change = linalg.norms(delta)[0]
+        most = min(change / math.sqrt(base.numel()) / (ROUNDING_SPREAD * eps), most)
+    size = torch.abs(fine_tuned.to(delta.dtype), out=empty(*base.shape, dtype=delta.dtype))
+    return _noise(size.clamp_(min(tiny, most), most), eps)
 
 
 def rounding_noise(matrix: Tensor, dtype: torch.dtype) -> float:
@@ -150,7 +154,8 @@ def rounding_noise(matrix: Tensor, dtype: torch.dtype) -> float:
 
 
 def _noise(size: Tensor, eps: float) -> float:
-    return float(ROUNDING_SPREAD * eps * (_norms(size, 0).max() + _norms(size, 1).max()))
+    _, row, column = linalg.norms(size)
+    return ROUNDING_SPREAD * eps * (row + column)
 
 
 def decompose(
@@ -248,9 +253,3 @@ def _leading(
             kept = delta.truncated(rank)
             tasks.append(kept.to(linalg.in_working_precision(kept.S).dtype))
     return tasks, sum(svd.exact for svd in found)
-
-
-def _norms(matrix: Tensor, dim: int | None = None) -> Tensor:
-    """Norms summed in float64, where squares of float32 neither overflow nor vanish."""
-    norms: Tensor = torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64)
-    return norms

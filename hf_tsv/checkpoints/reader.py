@@ -16,6 +16,8 @@ from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.files import Files, inside_folder, read_json
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.errors import CheckpointError
+from hf_tsv.linalg import largest_entry
+from hf_tsv.memory import empty
 from hf_tsv.parallel import in_parallel
 
 SINGLE_FILE = "model.safetensors"
@@ -118,12 +120,12 @@ def read_tensor(files: Files, info: TensorInfo, name: str, owner: str) -> Tensor
     Raises:
         [`CheckpointError`]: the file is truncated, or a value is NaN or Inf.
     """
-    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    raw = empty(info.nbytes, dtype=torch.uint8)
     if info.nbytes:
         files.read_into(info.file, info.start, byte_view(raw))
     tensor = raw.view(info.dtype).reshape(info.shape)
-    if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
-        count = int(tensor.numel() - finite.sum())
+    if tensor.is_floating_point() and tensor.numel() and not math.isfinite(largest_entry(tensor)):
+        count = int(tensor.numel() - tensor.isfinite().sum())
         raise CheckpointError(
             f"{owner}: {count} of {tensor.numel()} values of {name} are NaN or Inf.",
             "The checkpoint is damaged; leave it out or save it again.",
