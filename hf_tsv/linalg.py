@@ -254,12 +254,18 @@ def norms(matrix: Tensor) -> tuple[float, float, float]:
     """Frobenius norm, and the largest norms of a row and of a column.
 
     Args:
-        matrix (`Tensor`): shape (m, n), float32 or float64, on the CPU.
+        matrix (`Tensor`): shape (m, n), float32 or float64.
     """
     scale = (largest_entry(matrix) if matrix.numel() else 0.0) or 1.0
-    a = torch.div(matrix, scale, out=empty(*matrix.shape, dtype=matrix.dtype)).numpy()
-    rows, columns = np.einsum("ij,ij->i", a, a), np.einsum("ij,ij->j", a, a)
-    squares = rows.sum(dtype=np.float64), rows.max(initial=0.0), columns.max(initial=0.0)
+    a = empty(*matrix.shape, dtype=matrix.dtype, device=matrix.device)
+    torch.div(matrix, scale, out=a)
+    if a.device.type == "cpu":  # torch takes twenty times as long for the columns
+        n = a.numpy()
+        rows, columns = (torch.from_numpy(np.einsum(f"ij,ij->{kept}", n, n)) for kept in "ij")
+    else:
+        rows, columns = a.square().sum(dim=1), a.square_().sum(dim=0)
+    zero = rows.new_zeros(1)
+    squares = rows.double().sum(), torch.cat([rows, zero]).max(), torch.cat([columns, zero]).max()
     whole, row, column = (scale * math.sqrt(s) for s in squares)
     return whole, row, column
 

@@ -20,6 +20,7 @@ from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, whole_folde
 from hf_tsv.delivery import Target, final_folder, push
 from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.factors import Origin, TaskFactors
+from hf_tsv.findings import Finding, Findings
 from hf_tsv.plan import MergePlan, make_plan
 from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.recipe import (
@@ -109,7 +110,7 @@ class Job:
     verb: str = "Merging"
 
 
-Describe = Callable[[Path, Job, Target, stream.Findings, Sequence[str], torch.device], None]
+Describe = Callable[[Path, Job, Target, Findings, Sequence[str], torch.device], None]
 """Writes what goes beside the checkpoint: where it comes from, and its card."""
 
 
@@ -358,7 +359,7 @@ def _merge_into(
     device: torch.device,
     show: bool,
     describe: Describe,
-) -> tuple[stream.Findings, list[str]]:
+) -> tuple[Findings, list[str]]:
     """Write a complete checkpoint into `folder`: weights, config, companions, description."""
     base, inputs = job.sources.base, job.sources.inputs
     weights = job.plan.weights
@@ -367,10 +368,17 @@ def _merge_into(
     writer = ShardWriter(folder, job.plan.shards)
     try:
         with bar(job.verb, len(weights), visible=show) as advance:
-            findings = stream.merge_weights(
-                job.plan, base, inputs, job.scales, job.settings, writer,
-                device=device, advance=advance,
+            found: list[Finding] = []
+
+            def done(finding: Finding) -> None:
+                found.append(finding)
+                advance(1)
+
+            stream.merge_weights(
+                weights, job.plan, base, inputs, job.scales, job.settings, writer,
+                device=device, done=done,
             )  # fmt: skip
+            findings = Findings(len(inputs), found)
         if job.head is not None:
             for name in job.head.head:
                 writer.write(name, job.head.read(name).to(job.plan.specs[name].dtype))
@@ -392,7 +400,7 @@ def _describe(
     folder: Path,
     job: Job,
     target: Target,
-    findings: stream.Findings,
+    findings: Findings,
     warnings: Sequence[str],
     device: torch.device,
 ) -> None:
@@ -403,7 +411,7 @@ def _describe(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _finding_warnings(inputs: Sequence[Task], findings: stream.Findings) -> list[str]:
+def _finding_warnings(inputs: Sequence[Task], findings: Findings) -> list[str]:
     warnings = []
     cosines = findings.cosines()
     for i, j in combinations(range(len(inputs)), 2):
@@ -427,11 +435,11 @@ def _finding_warnings(inputs: Sequence[Task], findings: stream.Findings) -> list
     return warnings
 
 
-def _check_fingerprints(job: Job, findings: stream.Findings) -> None:
+def _check_fingerprints(job: Job, findings: Findings) -> None:
     """A recipe's local folders must still hold what they held."""
     keys = [*range(len(job.sources.inputs)), -1]
     for key, wanted in zip(keys, job.expected, strict=True):
-        if wanted is not None and key in findings.digests and findings.fingerprint(key) != wanted:
+        if wanted is not None and findings.fingerprint(key) not in (None, wanted):
             item = job.sources.base if key == -1 else job.sources.inputs[key]
             raise CheckpointError(
                 f"{item} is not what it was when the recipe was written.",
@@ -439,7 +447,7 @@ def _check_fingerprints(job: Job, findings: stream.Findings) -> None:
             )
 
 
-def _recipe(job: Job, findings: stream.Findings, device: torch.device) -> Recipe:
+def _recipe(job: Job, findings: Findings, device: torch.device) -> Recipe:
     def pinned(item: Task, key: int, scale: float) -> PinnedInput:
         fingerprint = findings.fingerprint(key) if item.pinned.is_local else None
         return PinnedInput(item.pinned.ref, item.pinned.revision, fingerprint, scale)
@@ -455,7 +463,7 @@ def _card(
     job: Job,
     target: Target,
     recipe: Recipe,
-    findings: stream.Findings,
+    findings: Findings,
     warnings: Sequence[str],
 ) -> str:
     def card_input(item: Task, scale: float = 1.0) -> cards.CardInput:
@@ -468,7 +476,7 @@ def _card(
         [card_input(*pair) for pair in zip(job.sources.inputs, job.scales, strict=True)],
         full_model=layout.is_full_model(job.sources.base.tensors),
         repo_id=target.push_to,
-        counts=job.plan.counts(frozenset(findings.frozen)),
+        counts=job.plan.counts(findings.frozen),
         left_out={card_input(c).name: c.left_out for c in job.sources.inputs if c.left_out},
         warnings=warnings,
     )
@@ -480,13 +488,13 @@ def report(
     started: float,
     download_bytes: int,
     *,
-    findings: stream.Findings | None = None,
+    findings: Findings | None = None,
     warnings: Sequence[str] | None = None,
     dry_run: bool = False,
 ) -> MergeReport:
     """What was done, or without `findings` would be done; see [`MergeReport`]."""
     ranks = {} if findings is None else findings.ranks
-    frozen = frozenset() if findings is None else frozenset(findings.frozen)
+    frozen = frozenset() if findings is None else findings.frozen
     treatments: dict[str, dict[str, Any]] = {}
     for weight in job.plan.weights:
         entry: dict[str, Any] = {"treatment": weight.treatment}

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from hf_tsv import __version__, cards, merging, stream
+from hf_tsv import __version__, cards, merging
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.writer import TensorSpec, plan_shards
 from hf_tsv.delivery import Target
 from hf_tsv.errors import CheckpointError
 from hf_tsv.factors import TaskFactors
+from hf_tsv.findings import Findings
 from hf_tsv.progress import visible_by_default
 from hf_tsv.recipe import Settings
 from hf_tsv.sources import pinned_entry
@@ -171,7 +172,7 @@ def _describe(
     folder: Path,
     job: merging.Job,
     target: Target,
-    findings: stream.Findings,
+    findings: Findings,
     warnings: Sequence[str],
     device: torch.device,
 ) -> None:

@@ -7,26 +7,43 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hf_tsv import baselines, linalg, tsv
-from hf_tsv.checkpoints.reader import Checkpoint, digest, fingerprint
+from hf_tsv.checkpoints.reader import Checkpoint, digest
 from hf_tsv.checkpoints.writer import ShardWriter
 from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.factors import TaskFactors
+from hf_tsv.findings import Finding, Seconds
 from hf_tsv.linalg import largest_entry
 from hf_tsv.memory import give_back_large_blocks
 from hf_tsv.plan import MergePlan, Weight
 from hf_tsv.recipe import Settings
 from hf_tsv.sources import Task
 from hf_tsv.tsv import TaskSingularVectors, Update
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How much goes on at a time.
+
+    Args:
+        threads (`int`, *optional*): for the computation; default: those torch has.
+        ahead (`bool`): whether the next weight is read meanwhile.
+    """
+
+    threads: int | None = None
+    ahead: bool = True
+
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -46,49 +63,18 @@ class LoadedWeight:
         weight ([`Weight`]): its plan.
         base (`Tensor`): W0 as stored, stacked.
         deltas (`dict[int, Tensor | TaskSingularVectors]`): updates by the tasks that changed it,
-            by input; Δ in float32, or the triplets of a compressed task.
+            by input; Δ in float32, or the triplets of a compressed task. Only to be decomposed.
         floors (`dict[int, float]`): their storage noise.
+        update (`Tensor`, *optional*): their mean or sum, where that is what is wanted.
+        finding ([`Finding`]): what reading found.
     """
 
     weight: Weight
     base: Tensor
     deltas: dict[int, Update]
     floors: dict[int, float]
-
-
-@dataclass
-class Findings:
-    """What became known while the weights went by.
-
-    Args:
-        ranks (`dict[str, tuple[int, ...]]`): triplets used of each changed task, by weight.
-        null_directions (`dict[str, int]`): by weight, where tasks share directions exactly.
-        exact (`int`): decompositions that took a full SVD.
-        frozen (`set[str]`): planned to change, but equal to the base in every checkpoint.
-        likeness (`Tensor`): inner products of sampled updates, shape (T, T).
-        digests (`dict[int, dict[str, str]]`): sha256 of each tensor read, by local input;
-            −1 is the base.
-    """
-
-    tasks: int
-    ranks: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    null_directions: dict[str, int] = field(default_factory=dict)
-    exact: int = 0
-    frozen: set[str] = field(default_factory=set)
-    likeness: Tensor = field(init=False)
-    digests: dict[int, dict[str, str]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.likeness = torch.zeros(self.tasks, self.tasks, dtype=torch.float64)
-
-    def cosines(self) -> Tensor:
-        """Cosine between the updates of every two tasks, from the samples, shape (T, T)."""
-        norms = self.likeness.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-        return self.likeness / norms / norms[:, None]
-
-    def fingerprint(self, index: int) -> str:
-        """sha256 over names, types and bytes of the tensors read from one folder."""
-        return fingerprint(self.digests[index])
+    update: Tensor | None
+    finding: Finding
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -114,6 +100,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def merge_weights(
+    weights: Sequence[Weight],
     plan: MergePlan,
     base: Checkpoint,
     inputs: Sequence[Task],
@@ -122,11 +109,13 @@ def merge_weights(
     writer: ShardWriter,
     *,
     device: torch.device,
-    advance: Callable[[int], None],
-) -> Findings:
-    """Read, merge and write every weight of a plan, one at a time.
+    done: Callable[[Finding], None],
+    parallelism: Parallelism | None = None,
+) -> None:
+    """Read, merge and write weights of a plan, one at a time.
 
     Args:
+        weights (`Sequence[Weight]`): which.
         plan ([`MergePlan`]): what to do.
         base ([`Checkpoint`]): W0.
         inputs (`Sequence[Checkpoint | TaskFactors]`): the tasks.
@@ -134,88 +123,158 @@ def merge_weights(
         settings ([`Settings`]): how to merge.
         writer ([`ShardWriter`]): takes the result.
         device (`torch.device`): where to compute.
-        advance (`Callable[[int], None]`): told after each weight.
-
-    Returns:
-        [`Findings`]: ranks, frozen weights, likeness of tasks, fingerprints.
+        done (`Callable[[Finding], None]`): told after each weight is written, in another thread.
+        parallelism ([`Parallelism`], *optional*): default: as much as there is.
     """
     give_back_large_blocks()
-    findings = Findings(len(inputs))
-    findings.digests = {i: {} for i, item in enumerate(inputs) if item.pinned.is_local}
-    if base.pinned.is_local or any(isinstance(item, TaskFactors) for item in inputs):
-        findings.digests[-1] = {}
+    parallelism = parallelism or Parallelism()
+    reader = _Reader(base, inputs, scales, device)
     with (
-        linalg.threads(),
+        linalg.threads(parallelism.threads),
         ThreadPoolExecutor(1, "hf-tsv-read") as reading,
         ThreadPoolExecutor(1, "hf-tsv-write") as writing,
     ):
         written: Future[None] | None = None
         try:
-            load = lambda weight: _load(weight, base, inputs, scales, findings)  # noqa: E731
-            for loaded in read_ahead(reading, load, plan.weights):
-                result = _merge_one(loaded, plan, settings, device, findings)
+            loads = read_ahead(reading, reader.load, weights, parallelism.ahead)
+            while True:
+                started = time.monotonic()
+                loaded = next(loads, None)
+                if loaded is None:
+                    break
+                waited = time.monotonic() - started
+                started = time.monotonic()
+                result, finding = _merge_one(loaded, plan, settings, len(inputs))
+                computed = time.monotonic() - started
+                started = time.monotonic()
                 if written is not None:
                     written.result()
-                written = writing.submit(_write, writer, loaded.weight, result, base)
-                advance(1)
+                waited += time.monotonic() - started
+                seconds = replace(finding.seconds, waiting=waited, computing=computed)
+                written = writing.submit(
+                    _write, writer, loaded.weight, result, base, replace(finding, seconds=seconds),
+                    done,
+                )  # fmt: skip
+                del loaded, result
             if written is not None:
                 written.result()
         finally:
             reading.shutdown(cancel_futures=True)
-    return findings
 
 
-def read_ahead(pool: ThreadPoolExecutor, load: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+def read_ahead(
+    pool: ThreadPoolExecutor, load: Callable[[S], T], items: Sequence[S], ahead: bool = True
+) -> Iterator[T]:
     """Load items in order, one ahead of the caller.
 
     Args:
         pool (`ThreadPoolExecutor`): does the loading.
         load (`Callable`): of one item.
         items (`Sequence`): its arguments.
+        ahead (`bool`): without it each is loaded when it is asked for.
     """
     pending: deque[Future[T]] = deque()
     for item in items:
         pending.append(pool.submit(load, item))
-        if len(pending) > 1:
+        if len(pending) > ahead:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
-def _load(
-    weight: Weight,
-    base: Checkpoint,
-    inputs: Sequence[Task],
-    scales: Sequence[float],
-    findings: Findings,
-) -> LoadedWeight:
-    w0 = _read(weight, base, findings.digests.get(-1))
-    deltas: dict[int, Update] = {}
-    floors: dict[int, float] = {}
-    if weight.treatment == "copied":
-        return LoadedWeight(weight, w0, deltas, floors)
-    for i in weight.inputs:
-        source, floor = inputs[i], 0.0
-        if isinstance(source, TaskFactors):
-            _check_base(source, weight, findings, base)
-            update = _stored_update(source, weight, findings.digests.get(i))
-            if update is None:
-                continue
-            if weight.treatment == "decomposed" and isinstance(update, Tensor):
-                floor = _stored_noise(source, weight, w0, update)
-        else:
-            wi = _read(weight, source, findings.digests.get(i))
-            update = update_of(weight.label, source, wi, w0)
-            if not largest_entry(update):
-                continue
-            if weight.treatment == "decomposed":
-                floor = tsv.storage_noise(w0, wi, update)
-        if scales[i] == 0.0:
-            continue
-        deltas[i] = update if scales[i] == 1.0 else _scaled(update, scales[i])
-        floors[i] = floor * abs(scales[i])
-    _add_likeness(findings, deltas)
-    return LoadedWeight(weight, w0, deltas, floors)
+@dataclass(frozen=True)
+class _Reader:
+    """Reads weights of all checkpoints and subtracts.
+
+    Args:
+        base ([`Checkpoint`]): W0.
+        inputs (`Sequence[Checkpoint | TaskFactors]`): the tasks.
+        scales (`Sequence[float]`): factor of each task's update.
+        device (`torch.device`): where updates go.
+    """
+
+    base: Checkpoint
+    inputs: Sequence[Task]
+    scales: Sequence[float]
+    device: torch.device
+
+    def load(self, weight: Weight) -> LoadedWeight:
+        started = time.monotonic()
+        digests: dict[int, dict[str, str]] = {
+            i: {} for i, item in enumerate(self.inputs) if item.pinned.is_local
+        }
+        if self.base.pinned.is_local or any(isinstance(i, TaskFactors) for i in self.inputs):
+            digests[-1] = {}
+        w0 = self._read(weight, self.base, digests.get(-1))
+        deltas: dict[int, Update] = {}
+        floors: dict[int, float] = {}
+        samples: dict[int, Tensor] = {}
+        update: Tensor | None = None
+
+        def updates() -> Iterator[Update]:
+            for i, delta, floor in self._updates(weight, w0, digests):
+                samples[i], floors[i] = _sample(delta), floor
+                yield delta
+
+        if weight.treatment == "decomposed":
+            found = list(updates())
+            deltas = dict(zip(floors, found, strict=True))
+        elif weight.treatment != "copied":
+            update = self._combined(weight, updates())
+            if update is not None and weight.treatment == "averaged":
+                # tasks that left the weight as it was count in the mean
+                update *= len(floors) / len(self.inputs)
+        seconds = Seconds(reading=time.monotonic() - started)
+        frozen = not floors and weight.treatment != "copied"
+        finding = Finding(
+            weight.label, frozen=frozen, digests=digests, seconds=seconds, tasks=tuple(samples),
+            likeness=_products(list(samples.values())),
+        )  # fmt: skip
+        return LoadedWeight(weight, w0, deltas, floors, update, finding)
+
+    def _combined(self, weight: Weight, updates: Iterator[Update]) -> Tensor | None:
+        """Sum or mean of updates, one in memory at a time; None if there is none."""
+        dense = (u if isinstance(u, Tensor) else u.matrix() for u in updates)
+        first = next(dense, None)
+        if first is None:
+            return None
+        rule = baselines.sum_update if weight.treatment == "summed" else baselines.mean_update
+        return rule(chain([first], dense))
+
+    def _updates(
+        self, weight: Weight, w0: Tensor, digests: Mapping[int, dict[str, str]]
+    ) -> Iterator[tuple[int, Update, float]]:
+        """Updates of the tasks that changed a weight, each with its storage noise."""
+        decomposed = weight.treatment == "decomposed"
+        for i in weight.inputs:
+            source, scale, floor = self.inputs[i], self.scales[i], 0.0
+            update: Update | None
+            if isinstance(source, TaskFactors):
+                for name in weight.names:
+                    source.check_base(name, digests[-1][name], str(self.base))
+                update = _stored_update(source, weight, digests.get(i))
+                if update is None:
+                    continue
+                if decomposed and isinstance(update, Tensor):
+                    floor = _stored_noise(source, weight, w0, update)
+                update = update.to(self.device)
+            else:
+                wi = self._read(weight, source, digests.get(i))
+                update = update_of(weight.label, source, wi, w0)
+                if not largest_entry(update):
+                    continue
+                if decomposed:
+                    floor = tsv.storage_noise(w0, wi, update)
+            if scale != 0.0:
+                yield i, update if scale == 1.0 else _scaled(update, scale), floor * abs(scale)
+
+    def _read(self, weight: Weight, source: Checkpoint, digests: dict[str, str] | None) -> Tensor:
+        pinned = self.device.type == "cuda"
+        tensors = [source.read(name, pinned=pinned) for name in weight.names]
+        if digests is not None:
+            digests.update({n: digest(t) for n, t in zip(weight.names, tensors, strict=True)})
+        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return tensor.to(self.device)
 
 
 def update_of(name: str, source: Checkpoint, fine_tuned: Tensor, base: Tensor) -> Tensor:
@@ -237,18 +296,6 @@ def update_of(name: str, source: Checkpoint, fine_tuned: Tensor, base: Tensor) -
             "The checkpoint is damaged; leave it out or save it again.",
         )
     return update
-
-
-def _read(weight: Weight, source: Checkpoint, digests: dict[str, str] | None) -> Tensor:
-    tensors = [source.read(name) for name in weight.names]
-    if digests is not None:
-        digests.update({n: digest(t) for n, t in zip(weight.names, tensors, strict=True)})
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _check_base(factors: TaskFactors, weight: Weight, findings: Findings, base: Checkpoint) -> None:
-    for name in weight.names:
-        factors.check_base(name, findings.digests[-1][name], str(base))
 
 
 def _stored_update(
@@ -281,13 +328,12 @@ def _scaled(update: Update, scale: float) -> Update:
     return update * scale
 
 
-def _add_likeness(findings: Findings, deltas: Mapping[int, Update]) -> None:
-    if len(deltas) < 2:
-        return
-    tasks = list(deltas)
-    sample = torch.stack([_sample(deltas[i]) for i in tasks])
-    index = torch.tensor(tasks)
-    findings.likeness[index[:, None], index] += sample @ sample.mT
+def _products(samples: Sequence[Tensor]) -> tuple[tuple[float, ...], ...]:
+    """Inner products of every two of several vectors."""
+    if len(samples) < 2:
+        return ()
+    stacked = torch.stack(list(samples))
+    return tuple(tuple(row) for row in (stacked @ stacked.mT).tolist())
 
 
 def _sample(update: Update) -> Tensor:
@@ -295,55 +341,41 @@ def _sample(update: Update) -> Tensor:
     entries = math.prod(update.shape)
     stride = -(-entries // SKETCH_ENTRIES)
     if not isinstance(update, TaskSingularVectors):
-        return update.reshape(-1)[::stride].double()
+        return update.reshape(-1)[::stride].cpu().double()
     chosen = torch.arange(0, entries, stride)
     rows, columns = chosen // update.shape[1], chosen % update.shape[1]
+    update = update.to(torch.device("cpu"))
     left = update.U.double()[rows] * update.S.double()
     return (left * update.Vh.double().mT[columns]).sum(dim=1)
 
 
 def _merge_one(
-    loaded: LoadedWeight,
-    plan: MergePlan,
-    settings: Settings,
-    device: torch.device,
-    findings: Findings,
-) -> Tensor:
+    loaded: LoadedWeight, plan: MergePlan, settings: Settings, tasks: int
+) -> tuple[Tensor, Finding]:
     """The merged weight, in the dtype it will be stored in."""
-    weight = loaded.weight
+    weight, finding = loaded.weight, loaded.finding
     dtype = plan.specs[weight.names[0]].dtype
-    if not loaded.deltas:
-        if weight.treatment != "copied":
-            findings.frozen.add(weight.label)
-        return _cast(loaded.base, dtype, weight)
-    deltas = [delta.to(device) for delta in loaded.deltas.values()]
-    if weight.treatment == "decomposed":
-        update = _decomposed_update(loaded, deltas, settings, findings)
-    elif weight.treatment == "summed":
-        update = baselines.sum_update(map(tsv.dense, deltas))
-    else:  # tasks that left the weight as it was count in the mean
-        update = baselines.mean_update(map(tsv.dense, deltas)) * (len(deltas) / findings.tasks)
-    w0 = linalg.in_working_precision(loaded.base.to(device))
-    return _cast(w0 + settings.alpha * linalg.in_working_precision(update), dtype, weight)
-
-
-def _decomposed_update(
-    loaded: LoadedWeight, deltas: Sequence[Update], settings: Settings, findings: Findings
-) -> Tensor:
-    merged = tsv.merge(
-        deltas,
-        loaded.weight.rank,
-        floors=list(loaded.floors.values()),
-        orthogonal=settings.method != "low-rank",
-        solver=settings.orthogonalizer,
-        precision=settings.precision,
-    )
-    findings.exact += merged.exact
-    label = loaded.weight.label
-    findings.ranks[label] = merged.ranks
-    if merged.null_directions:
-        findings.null_directions[label] = merged.null_directions
-    return merged.matrix
+    update = loaded.update
+    if loaded.deltas:
+        merged = tsv.merge(
+            list(loaded.deltas.values()),
+            weight.rank,
+            floors=list(loaded.floors.values()),
+            orthogonal=settings.method != "low-rank",
+            solver=settings.orthogonalizer,
+            precision=settings.precision,
+        )
+        update = merged.matrix
+        finding = replace(
+            finding,
+            ranks=merged.ranks,
+            null_directions=merged.null_directions,
+            exact=merged.exact,
+        )
+    if update is None:
+        return _cast(loaded.base, dtype, weight), finding
+    w0 = linalg.in_working_precision(loaded.base)
+    return _cast(w0 + settings.alpha * linalg.in_working_precision(update), dtype, weight), finding
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, weight: Weight) -> Tensor:
@@ -356,8 +388,18 @@ def _cast(tensor: Tensor, dtype: torch.dtype, weight: Weight) -> Tensor:
     return stored
 
 
-def _write(writer: ShardWriter, weight: Weight, result: Tensor, base: Checkpoint) -> None:
+def _write(
+    writer: ShardWriter,
+    weight: Weight,
+    result: Tensor,
+    base: Checkpoint,
+    finding: Finding,
+    done: Callable[[Finding], None],
+) -> None:
+    started = time.monotonic()
     rows = [base.tensors[name].shape[0] for name in weight.names] if len(weight.names) > 1 else None
     parts = [result] if rows is None else torch.split(result, rows)
     for name, part in zip(weight.names, parts, strict=True):
         writer.write(name, part)
+    seconds = replace(finding.seconds, writing=time.monotonic() - started)
+    done(replace(finding, seconds=seconds))

@@ -109,7 +109,7 @@ def difference(fine_tuned: Tensor, base: Tensor) -> Tensor:
     """
     wide = torch.float64 in (fine_tuned.dtype, base.dtype)
     dtype = torch.float64 if wide else torch.float32
-    result = empty(*base.shape, dtype=dtype)
+    result = empty(*base.shape, dtype=dtype, device=base.device)
     return torch.sub(fine_tuned.to(dtype), base.to(dtype), out=result)
 
 
@@ -139,7 +139,8 @@ def storage_noise(base: Tensor, fine_tuned: Tensor, delta: Tensor | None = None)
         # than replaced by noise, so no entry is wrong by more than it should have changed.
         change = linalg.norms(delta)[0]
         most = min(change / math.sqrt(base.numel()) / (ROUNDING_SPREAD * eps), most)
-    size = torch.abs(fine_tuned.to(delta.dtype), out=empty(*base.shape, dtype=delta.dtype))
+    size = empty(*base.shape, dtype=delta.dtype, device=base.device)
+    torch.abs(fine_tuned.to(delta.dtype), out=size)
     return _noise(size.clamp_(min(tiny, most), most), eps)
 
 

@@ -95,20 +95,23 @@ class Checkpoint:
         """The same checkpoint, read from a copy of its files."""
         return replace(self, pinned=replace(self.pinned, files=files))
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, *, pinned: bool = False) -> Tensor:
         """Read one tensor as stored.
 
         Args:
             name (`str`): canonical name.
+            pinned (`bool`): into memory from where a GPU copies at full speed.
 
         Raises:
             [`CheckpointError`]: the file is truncated, or a value is NaN or Inf.
         """
         info = self.tensors[name] if name in self.tensors else self.head[name]
-        return read_tensor(self.pinned.files, info, name, str(self))
+        return read_tensor(self.pinned.files, info, name, str(self), pinned=pinned)
 
 
-def read_tensor(files: Files, info: TensorInfo, name: str, owner: str) -> Tensor:
+def read_tensor(
+    files: Files, info: TensorInfo, name: str, owner: str, *, pinned: bool = False
+) -> Tensor:
     """Read one tensor as stored.
 
     Args:
@@ -116,11 +119,12 @@ def read_tensor(files: Files, info: TensorInfo, name: str, owner: str) -> Tensor
         info ([`TensorInfo`]): where it lies.
         name (`str`): its name, for the error.
         owner (`str`): the checkpoint, for the error.
+        pinned (`bool`): into memory from where a GPU copies at full speed.
 
     Raises:
         [`CheckpointError`]: the file is truncated, or a value is NaN or Inf.
     """
-    raw = empty(info.nbytes, dtype=torch.uint8)
+    raw = empty(info.nbytes, dtype=torch.uint8, pinned=pinned)
     if info.nbytes:
         files.read_into(info.file, info.start, byte_view(raw))
     tensor = raw.view(info.dtype).reshape(info.shape)

@@ -1,0 +1,140 @@
+"""What becomes known while the weights go by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints.reader import fingerprint
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall time by what was done; reading, computing and writing go on side by side.
+
+    Args:
+        reading (`float`): reading and subtracting.
+        waiting (`float`): of the computation, for reads or writes to end.
+        computing (`float`): decomposing, orthogonalising, adding up.
+        writing (`float`): into the output files.
+    """
+
+    reading: float = 0.0
+    waiting: float = 0.0
+    computing: float = 0.0
+    writing: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def rounded(self) -> dict[str, float]:
+        """To the millisecond, by name."""
+        return {name: round(value, 3) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became known of one weight.
+
+    Args:
+        label (`str`): of the weight in the plan.
+        ranks (`tuple[int, ...]`): triplets used of each changed task.
+        null_directions (`int`): directions that tasks share exactly.
+        exact (`int`): decompositions that took a full SVD.
+        frozen (`bool`): planned to change, but equal to the base in every checkpoint.
+        tasks (`tuple[int, ...]`): those that changed it.
+        likeness (`tuple[tuple[float, ...], ...]`): inner products of their sampled updates.
+        digests (`dict[int, dict[str, str]]`): sha256 of each tensor read, by local input;
+            −1 is the base.
+        seconds ([`Seconds`]): what it took.
+    """
+
+    label: str
+    ranks: tuple[int, ...] = ()
+    null_directions: int = 0
+    exact: int = 0
+    frozen: bool = False
+    tasks: tuple[int, ...] = ()
+    likeness: tuple[tuple[float, ...], ...] = ()
+    digests: dict[int, dict[str, str]] = field(default_factory=dict)
+    seconds: Seconds = field(default_factory=Seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Finding:
+        """The inverse of [`to_dict`], after a round through JSON."""
+        return cls(**{
+            **entry,
+            "ranks": tuple(entry["ranks"]),
+            "tasks": tuple(entry["tasks"]),
+            "likeness": tuple(tuple(row) for row in entry["likeness"]),
+            "digests": {int(index): found for index, found in entry["digests"].items()},
+            "seconds": Seconds(**entry["seconds"]),
+        })  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What became known of all weights.
+
+    Args:
+        inputs (`int`): number of tasks, T.
+        weights (`Sequence[Finding]`): in the order of the plan.
+    """
+
+    inputs: int
+    weights: Sequence[Finding]
+
+    @property
+    def ranks(self) -> dict[str, tuple[int, ...]]:
+        """Triplets used of each changed task, by decomposed weight."""
+        return {found.label: found.ranks for found in self.weights if found.ranks}
+
+    @property
+    def null_directions(self) -> dict[str, int]:
+        """By weight, where tasks share directions exactly."""
+        found = {found.label: found.null_directions for found in self.weights}
+        return {label: count for label, count in found.items() if count}
+
+    @property
+    def exact(self) -> int:
+        """Decompositions that took a full SVD."""
+        return sum(found.exact for found in self.weights)
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Weights planned to change, but equal to the base in every checkpoint."""
+        return frozenset(found.label for found in self.weights if found.frozen)
+
+    @property
+    def seconds(self) -> Seconds:
+        """What all weights took."""
+        return sum((found.seconds for found in self.weights), Seconds())
+
+    def cosines(self) -> Tensor:
+        """Cosine between the updates of every two tasks, from the samples, shape (T, T)."""
+        likeness = torch.zeros(self.inputs, self.inputs, dtype=torch.float64)
+        for found in self.weights:
+            if found.likeness:
+                index = torch.tensor(found.tasks)
+                likeness[index[:, None], index] += torch.tensor(found.likeness, dtype=torch.float64)
+        norms = likeness.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        return likeness / norms / norms[:, None]
+
+    def fingerprint(self, index: int) -> str | None:
+        """sha256 over names, types and bytes of the tensors read of one input; None if of a repo.
+
+        Args:
+            index (`int`): of the input; −1 is the base.
+        """
+        digests = [found.digests[index] for found in self.weights if index in found.digests]
+        if not digests:
+            return None
+        return fingerprint({name: value for part in digests for name, value in part.items()})
