@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hf_tsv import cards, stream
+from hf_tsv import cards, processes, stream
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.checkpoints.writer import (
     check_free_space,
@@ -306,6 +306,7 @@ def run(
         progress (`bool`, *optional*): show bars; default: on a terminal.
     """
     started = time.monotonic()
+    processes.alone("compress")
     show = visible_by_default() if progress is None else progress
     target = target.checked(token, dry_run=dry_run)
     sources = open_sources([checkpoint], base_model, token=token, cache_dir=cache_dir)

@@ -4,7 +4,8 @@ HfTsvError
 ├── RepoError         a Hub repository cannot be read or written: unknown, gated, revision, token
 ├── CheckpointError   a checkpoint is damaged or does not fit the base model
 ├── RecipeError       a recipe or an option cannot be used
-└── OutputError       the output folder cannot be written
+├── OutputError       the output folder cannot be written
+└── LostProcessError  one of several processes is gone, or failed
 """
 
 from __future__ import annotations
@@ -41,3 +42,7 @@ class RecipeError(HfTsvError):
 
 class OutputError(HfTsvError):
     """The output folder cannot be written."""
+
+
+class LostProcessError(HfTsvError):
+    """One of the processes that share a run is gone, or failed."""

@@ -50,6 +50,7 @@ class Finding:
         likeness (`tuple[tuple[float, ...], ...]`): inner products of their sampled updates.
         digests (`dict[int, dict[str, str]]`): sha256 of each tensor read, by local input;
             −1 is the base.
+        written (`dict[str, str]`): sha256 of each tensor written.
         seconds ([`Seconds`]): what it took.
     """
 
@@ -61,6 +62,7 @@ class Finding:
     tasks: tuple[int, ...] = ()
     likeness: tuple[tuple[float, ...], ...] = ()
     digests: dict[int, dict[str, str]] = field(default_factory=dict)
+    written: dict[str, str] = field(default_factory=dict)
     seconds: Seconds = field(default_factory=Seconds)
 
     def to_dict(self) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def _call(name: str, *arguments: Any) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """No threads inside BLAS and LAPACK of SciPy while callers use their own."""
+    """No threads inside BLAS and LAPACK of NumPy and SciPy while callers use their own."""
+    from scipy.linalg import cython_blas, cython_lapack  # noqa: F401  (only what is loaded is held)
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, user_api="blas"):

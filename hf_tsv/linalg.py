@@ -108,16 +108,16 @@ def in_working_precision(matrix: Tensor) -> Tensor:
 
 
 @contextmanager
-def threads(most: int | None = None) -> Iterator[None]:
+def threads(count: int | None = None) -> Iterator[None]:
     """Let the functions here use the threads that torch has, one task each.
 
     Within the context no call of torch or LAPACK starts threads of its own.
 
     Args:
-        most (`int`, *optional*): fewer threads than torch has.
+        count (`int`, *optional*): default: those torch has.
     """
     own = torch.get_num_threads()
-    workers = min(own, most or own)
+    workers = count or own
     torch.set_num_threads(1)
     try:
         with lapack.one_thread(), ThreadPoolExecutor(workers, "hf-tsv-compute") as pool:

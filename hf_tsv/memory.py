@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,3 +50,14 @@ def empty(
     if not nbytes or pinned or device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
     return torch.from_numpy(np.empty(nbytes, np.uint8)).view(dtype).reshape(shape)
+
+
+def resident() -> int:
+    """Bytes of memory this process has in use; where the system does not say, the most it had."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from os import PathLike, fspath
 from pathlib import Path
@@ -14,14 +14,17 @@ from typing import Any
 
 import torch
 
-from hf_tsv import cards, stream
+from hf_tsv import cards, journal, memory, processes, stream
 from hf_tsv.checkpoints import companions, layout
-from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, whole_folder
+from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, disk_errors
+from hf_tsv.costs import Parallelism, fitting, operations, peak_memory
 from hf_tsv.delivery import Target, final_folder, push
-from hf_tsv.errors import CheckpointError, RecipeError
+from hf_tsv.errors import CheckpointError, HfTsvError, LostProcessError, OutputError, RecipeError
 from hf_tsv.factors import Origin, TaskFactors
 from hf_tsv.findings import Finding, Findings
 from hf_tsv.plan import MergePlan, make_plan
+from hf_tsv.processes import Processes
 from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.recipe import (
     RECIPE_FILE,
@@ -32,6 +35,9 @@ from hf_tsv.recipe import (
     current_versions,
 )
 from hf_tsv.sources import Sources, Task, equals_base, open_sources, pinned_entry
+
+LIBRARIES = 64_000_000
+"""Bytes of the libraries that are loaded when the first weight is computed."""
 
 SAME_UPDATE = 0.999
 """Cosine from which two updates are one checkpoint under two names."""
@@ -56,6 +62,8 @@ class MergeReport:
         exact_decompositions (`int`): that took a full SVD: all with `precision="exact"`, else those
             that failed the check.
         peak_memory_bytes (`int`): estimate, on top of the interpreter and its libraries.
+        timings (`dict[str, float]`): seconds `reading`, `waiting` for reads and writes,
+            `computing` and `writing`, over all weights; those of each are in `treatments`.
         device (`str`, *optional*): type of device computed on.
         url (`str`, *optional*): commit or pull request on the Hub.
         dry_run (`bool`): nothing was written.
@@ -74,6 +82,7 @@ class MergeReport:
     download_bytes: int
     peak_memory_bytes: int
     exact_decompositions: int = 0
+    timings: dict[str, float] = field(default_factory=dict)
     device: str | None = None
     url: str | None = None
     dry_run: bool = False
@@ -97,6 +106,8 @@ class Job:
         recipe_device (`str`, *optional*): type of device in a recipe.
         head ([`TaskFactors`], *optional*): whose task head the output gets.
         verb (`str`): what is done, for the bar.
+        max_memory (`int`, *optional*): bytes each process may use.
+        parallelism ([`Parallelism`]): what fits into them.
     """
 
     sources: Sources
@@ -108,6 +119,62 @@ class Job:
     recipe_device: str | None = None
     head: TaskFactors | None = None
     verb: str = "Merging"
+    max_memory: int | None = None
+    parallelism: Parallelism = field(default_factory=Parallelism)
+
+    def within(self, max_memory: int | None) -> Job:
+        """The same job with as much parallelism as memory allows."""
+        used = memory.resident() + LIBRARIES
+        found = fitting(self.plan.weights, torch.get_num_threads(), max_memory, used)
+        return replace(self, max_memory=max_memory, parallelism=found)
+
+    def to_json(self, device: torch.device) -> dict[str, Any]:
+        """Everything that decides about the bytes of the result."""
+        return {
+            "verb": self.verb,
+            "base_model": _identity(self.sources.base),
+            "inputs": [_identity(item) for item in self.sources.inputs],
+            "weights": self.scales,
+            "settings": asdict(self.settings),
+            "tensors": {n: [str(t.dtype), t.shape] for n, t in self.plan.specs.items()},
+            "versions": current_versions(),
+            "device": device.type,
+        }
+
+
+def _identity(item: Task) -> dict[str, Any]:
+    """Which commit; or which folder, and size and time of change of its files."""
+    entry: dict[str, Any] = {**pinned_entry(item)}
+    if item.pinned.is_local:
+        root = Path(item.pinned.ref).expanduser()
+        stats = {name: (root / name).stat() for name in item.needed_files}
+        entry["files"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    return entry
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    """What the other processes need to know.
+
+    Args:
+        references (`tuple[str, ...]`): the tasks, pinned.
+        base (`str`): the base model, pinned.
+        plan ([`MergePlan`]): of all weights.
+        scales (`tuple[float, ...]`): factor of each task's update.
+        settings ([`Settings`]): how to merge.
+        max_memory (`int`, *optional*): bytes each process may use.
+        work (`Path`): the folder under construction.
+        shares (`list[list[str]]`): labels of the weights of each process.
+    """
+
+    references: tuple[str, ...]
+    base: str
+    plan: MergePlan
+    scales: tuple[float, ...]
+    settings: Settings
+    max_memory: int | None
+    work: Path
+    shares: list[list[str]]
 
 
 Describe = Callable[[Path, Job, Target, Findings, Sequence[str], torch.device], None]
@@ -140,6 +207,7 @@ def merge(
     commit_message: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    max_memory: int | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> MergeReport:
@@ -174,11 +242,12 @@ def merge(
         commit_message (`str`, *optional*): of the upload.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        max_memory (`int`, *optional*): bytes the process may use; less goes on at a time then.
         dry_run (`bool`): plan only; touches neither disk nor Hub.
         progress (`bool`, *optional*): show bars; default: on a terminal.
 
     Returns:
-        [`MergeReport`]: what was done.
+        [`MergeReport`]: what was done; the same in every process of a launch.
 
     Raises:
         [`HfTsvError`]: with the reason and what to do; nothing is written or pushed then.
@@ -199,23 +268,38 @@ def merge(
         method, orthogonalizer, alpha, rank, rank_fraction,  # type: ignore[arg-type]
         tuple(_listed(exclude)), qkv, dtype, max_shard_size, precision,  # type: ignore[arg-type]
     )  # fmt: skip
-    if recipe is not None:
-        if references or base_ref is not None or weights is not None or settings != Settings():
-            raise RecipeError(
-                "A recipe already names the checkpoints and every setting.",
-                "Give a recipe, or checkpoints and settings.",
-            )
-        recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    target = target.checked(token, dry_run=dry_run)
     cache = None if cache_dir is None else str(cache_dir)
-    if recipe is not None:
-        job = _job_of_recipe(recipe, token, cache)
-    else:
-        job = prepare(references, base_ref, weights, settings, token, cache)
-    target.refuse_inputs([item.pinned for item in job.sources.all()])
-    if dry_run:
-        return report(job, target, started, job.sources.download_bytes(), dry_run=True)
-    return execute(job, target, device, show, token, started)
+    with processes.joined() as group:
+        if group.rank:
+            done: MergeReport = follow(group, device, token, cache)
+            return done
+        with group.leading():
+            if recipe is not None:
+                if (
+                    references
+                    or base_ref is not None
+                    or weights is not None
+                    or (settings != Settings())
+                ):
+                    raise RecipeError(
+                        "A recipe already names the checkpoints and every setting.",
+                        "Give a recipe, or checkpoints and settings.",
+                    )
+                recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+            target = target.checked(token, dry_run=dry_run)
+            if recipe is not None:
+                job = _job_of_recipe(recipe, token, cache)
+            else:
+                job = prepare(references, base_ref, weights, settings, token, cache)
+            job = job.within(max_memory)
+            target.refuse_inputs([item.pinned for item in job.sources.all()])
+            if dry_run:
+                size = job.sources.download_bytes()
+                done = report(job, target, started, size, dry_run=True)
+            else:
+                done = execute(job, target, device, show, token, started, group)
+            group.send(done)
+            return done
 
 
 def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
@@ -276,7 +360,7 @@ def prepare(
     return Job(sources, tuple(map(float, scales)), settings, plan, found, expected)
 
 
-def _pinned_text(item: PinnedInput) -> str:
+def _pinned_text(item: PinnedInput | PinnedCheckpoint) -> str:
     return item.ref if item.revision is None else f"{item.ref}@{item.revision}"
 
 
@@ -299,6 +383,7 @@ def execute(
     show: bool,
     token: str | None,
     started: float,
+    group: Processes,
     describe: Describe | None = None,
 ) -> MergeReport:
     """Do what was prepared: download, compute, write, push.
@@ -310,6 +395,7 @@ def execute(
         show (`bool`): show bars.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         started (`float`): monotonic time at which the run began.
+        group ([`Processes`]): those that share the work; this one is the first.
         describe (`Callable`, *optional*): default: writes recipe and card of a merge.
     """
     device = stream.pick_device(device_name)
@@ -320,21 +406,71 @@ def execute(
         )
         logger.warning(warning)
         job = replace(job, warnings=[*job.warnings, warning])
-    check_free_space(target.output or Path(gettempdir()), job.plan.shards.total_bytes)
+    parent = target.output or Path(gettempdir())
+    check_free_space(parent, job.plan.shards.total_bytes - journal.begun_bytes(target.output))
     download_bytes = job.sources.download_bytes()
     job = replace(job, sources=job.sources.downloaded(visible=show))
     try:
         _refuse_unchanged(job)
         with final_folder(target) as final:
-            with whole_folder(final) as staging:
-                findings, warnings = _merge_into(
-                    staging, job, target, device, show, describe or _describe
-                )
+            findings, warnings = _construct(
+                final, job, target, device, show, group, describe or _describe
+            )
             url = push(final, target, token)
     finally:
         job.sources.close()
     done = report(job, target, started, download_bytes, findings=findings, warnings=warnings)
     return replace(done, url=url, device=device.type)
+
+
+def follow(
+    group: Processes, device_name: str | None, token: str | None, cache_dir: str | None
+) -> Any:
+    """Do this process's share of what the first one has prepared.
+
+    Args:
+        group ([`Processes`]): those that share the work; this one is not the first.
+        device_name (`str`, *optional*): default: the one accelerate chooses.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str`, *optional*): default: the Hub client's cache.
+
+    Returns:
+        [`MergeReport`]: or whatever the first process reports.
+    """
+    message = group.receive()
+    if not isinstance(message, _Assignment):
+        return message
+    group.agree(_do_share(message, group.rank, device_name, token, cache_dir))
+    return group.receive()
+
+
+def _do_share(
+    assigned: _Assignment,
+    rank: int,
+    device_name: str | None,
+    token: str | None,
+    cache_dir: str | None,
+) -> HfTsvError | None:
+    """Open what the first process has pinned, and work on it; returns what went wrong."""
+    try:
+        if not (assigned.work / journal.JOB).is_file():
+            raise OutputError(
+                f"{assigned.work.parent} is not the same folder on every machine.",
+                "Choose an output on storage that they share.",
+            )
+        device = stream.pick_device(device_name)
+        sources = open_sources(
+            assigned.references, assigned.base, token=token, cache_dir=cache_dir
+        ).downloaded(visible=False)
+        job = Job(sources, assigned.scales, assigned.settings, assigned.plan, [], ())
+        job = job.within(assigned.max_memory)
+    except HfTsvError as error:
+        (assigned.work / journal.FAILED).touch()
+        return error
+    try:
+        return _merge_share(job, assigned.work, assigned.shares[rank], rank, device, lambda _: None)
+    finally:
+        sources.close()
 
 
 def _refuse_unchanged(job: Job) -> None:
@@ -352,48 +488,107 @@ def _refuse_unchanged(job: Job) -> None:
             raise equals_base(str(item), str(base))
 
 
-def _merge_into(
-    folder: Path,
+def _construct(
+    final: Path,
     job: Job,
     target: Target,
     device: torch.device,
     show: bool,
+    group: Processes,
     describe: Describe,
 ) -> tuple[Findings, list[str]]:
-    """Write a complete checkpoint into `folder`: weights, config, companions, description."""
-    base, inputs = job.sources.base, job.sources.inputs
-    weights = job.plan.weights
-    tasks = f"{len(inputs)} task{'s' * (len(inputs) != 1)}"
-    logger.info("%s %d weights of %s on %s.", job.verb, len(weights), tasks, device.type)
-    writer = ShardWriter(folder, job.plan.shards)
-    try:
-        with bar(job.verb, len(weights), visible=show) as advance:
-            found: list[Finding] = []
-
-            def done(finding: Finding) -> None:
-                found.append(finding)
-                advance(1)
-
-            stream.merge_weights(
-                weights, job.plan, base, inputs, job.scales, job.settings, writer,
-                device=device, done=done,
-            )  # fmt: skip
-            findings = Findings(len(inputs), found)
+    """Write a complete checkpoint: weights, config, companions, description."""
+    with journal.under_construction(
+        final, job.to_json(device), job.plan.shards, force=target.force
+    ) as (work, resumed):
+        folder = work / journal.FILES
+        finished = _finished(job, work) if resumed else set()
+        left = [weight for weight in job.plan.weights if weight.label not in finished]
+        shares = [
+            [left[i].label for i in share]
+            for share in processes.shares([operations(w) for w in left], group.count)
+        ]
+        tasks = f"{len(job.sources.inputs)} task{'s' * (len(job.sources.inputs) != 1)}"
+        where = device.type if group.count == 1 else f"{device.type}, {group.count} processes"
+        logger.info("%s %d weights of %s on %s.", job.verb, len(left), tasks, where)
+        references = tuple(_pinned_text(item.pinned) for item in job.sources.inputs)
+        assignment = _Assignment(
+            references, _pinned_text(job.sources.base.pinned), job.plan, job.scales,
+            job.settings, job.max_memory, work.absolute(), shares,
+        )  # fmt: skip
+        group.send(assignment)
+        with bar(job.verb, len(shares[0]), visible=show) as advance:
+            error = _merge_share(job, work, shares[0], 0, device, advance)
+        group.agree(error)
         if job.head is not None:
+            writer = ShardWriter(folder, job.plan.shards, create=False)
             for name in job.head.head:
                 writer.write(name, job.head.read(name).to(job.plan.specs[name].dtype))
-        writer.close()
+            writer.close()
+        noted = journal.read(work)
+        findings = Findings(len(job.sources.inputs), [noted[w.label] for w in job.plan.weights])
+        _check_fingerprints(job, findings)
+        warnings = [*job.warnings, *_finding_warnings(job.sources.inputs, findings)]
+        _complete(folder, job)
+        describe(folder, job, target, findings, warnings, device)
+    return findings, warnings
+
+
+def _finished(job: Job, work: Path) -> set[str]:
+    """Labels of the weights that an earlier run has written."""
+    writer = ShardWriter(work / journal.FILES, job.plan.shards, create=False)
+    try:
+        found = journal.still_there(journal.read(work).values(), writer, job.plan.specs)
     finally:
         writer.abandon()
-    _check_fingerprints(job, findings)
-    warnings = [*job.warnings, *_finding_warnings(inputs, findings)]
+    journal.rewrite(work, found)
+    logger.info("%d of %d weights are there already.", len(found), len(job.plan.weights))
+    return {finding.label for finding in found}
+
+
+def _merge_share(
+    job: Job,
+    work: Path,
+    labels: Sequence[str],
+    rank: int,
+    device: torch.device,
+    advance: Callable[[int], None],
+) -> HfTsvError | None:
+    """Merge some weights into the files under construction; returns what went wrong."""
+    wanted = set(labels)
+    weights = [weight for weight in job.plan.weights if weight.label in wanted]
+
+    def done(finding: Finding) -> None:
+        notes.add(finding)
+        advance(1)
+        if (work / journal.FAILED).exists():
+            raise LostProcessError("Another process failed.", "See its message.")
+
+    try:
+        with disk_errors(work), journal.Journal(work, rank) as notes:
+            writer = ShardWriter(work / journal.FILES, job.plan.shards, create=False)
+            try:
+                stream.merge_weights(
+                    weights, job.plan, job.sources.base, job.sources.inputs, job.scales,
+                    job.settings, writer, device=device, done=done, parallelism=job.parallelism,
+                )  # fmt: skip
+                writer.close()
+            finally:
+                writer.abandon()
+    except HfTsvError as error:
+        (work / journal.FAILED).touch()
+        return error
+    return None
+
+
+def _complete(folder: Path, job: Job) -> None:
+    """Write what makes the weights load: config, processor, tokenizer."""
+    base = job.sources.base
     companions.copy(base, folder)
     config = companions.output_config(base, {spec.dtype for spec in job.plan.specs.values()})
     if job.head is not None and job.head.head:
         config |= companions.head_config(job.head.config.model_config, job.head.head)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    describe(folder, job, target, findings, warnings, device)
-    return findings, warnings
 
 
 def _describe(
@@ -495,6 +690,7 @@ def report(
     """What was done, or without `findings` would be done; see [`MergeReport`]."""
     ranks = {} if findings is None else findings.ranks
     frozen = frozenset() if findings is None else findings.frozen
+    seconds = {found.label: found.seconds for found in findings.weights} if findings else {}
     treatments: dict[str, dict[str, Any]] = {}
     for weight in job.plan.weights:
         entry: dict[str, Any] = {"treatment": weight.treatment}
@@ -506,6 +702,8 @@ def report(
                 entry["ranks"] = list(ranks[weight.label])
         elif weight.reason:
             entry["reason"] = weight.reason
+        if weight.label in seconds:
+            entry["seconds"] = seconds[weight.label].rounded()
         treatments[weight.label] = entry
     return MergeReport(
         output=None if target.output is None else str(target.output),
@@ -519,7 +717,8 @@ def report(
         treatments=treatments,
         left_out={str(item): list(item.left_out) for item in job.sources.inputs if item.left_out},
         download_bytes=download_bytes,
-        peak_memory_bytes=job.plan.peak_memory_bytes,
+        peak_memory_bytes=peak_memory(job.plan.weights, job.parallelism),
         exact_decompositions=0 if findings is None else findings.exact,
+        timings={} if findings is None else findings.seconds.rounded(),
         dry_run=dry_run,
     )

@@ -63,14 +63,12 @@ class MergePlan:
         shards ([`ShardPlan`]): the output files.
         specs (`dict[str, TensorSpec]`): dtype and shape of every output tensor.
         warnings (`tuple[str, ...]`): what the user should know.
-        peak_memory_bytes (`int`): estimate, on top of the interpreter and its libraries.
     """
 
     weights: tuple[Weight, ...]
     shards: ShardPlan
     specs: dict[str, TensorSpec]
     warnings: tuple[str, ...]
-    peak_memory_bytes: int
 
     def counts(self, frozen: frozenset[str] = frozenset()) -> dict[str, int]:
         """Tensors per treatment; those in `frozen` turned out unchanged and were copied."""
@@ -103,7 +101,6 @@ def make_plan(base: Checkpoint, inputs: Sequence[Task], settings: Settings) -> M
         plan_shards(specs, settings.max_shard_size),
         specs,
         tuple(warnings),
-        _peak_memory(weights, len(inputs)),
     )
 
 
@@ -304,23 +301,3 @@ def _energy_warnings(weights: Sequence[Weight], inputs: Sequence[Task]) -> list[
                 " Compress with a larger rank for the exact merge."
             )
     return warnings
-
-
-def _peak_memory(weights: Sequence[Weight], tasks: int) -> int:
-    """Bytes of a weight being computed while the next one is read; float32 reads, float64 work."""
-    reading = [4 * prod(w.shape) * (len(w.inputs) + 1) for w in weights]
-    computing = []
-    for weight in weights:
-        work = 8 * prod(weight.shape)
-        if weight.treatment == "decomposed":
-            columns = weight.rank * tasks
-            work = 8 * (4 * prod(weight.shape) + 4 * columns * sum(weight.shape))
-        computing.append(work)
-    following = [*reading[1:], 0]
-    return max(
-        (
-            now + work + later
-            for now, work, later in zip(reading, computing, following, strict=True)
-        ),
-        default=0,
-    )

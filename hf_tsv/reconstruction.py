@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_tsv import __version__, cards, merging
+from hf_tsv import __version__, cards, merging, processes
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.writer import TensorSpec, plan_shards
 from hf_tsv.delivery import Target
@@ -82,6 +82,7 @@ def reconstruct(
     commit_message: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    max_memory: int | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> ReconstructReport:
@@ -104,6 +105,7 @@ def reconstruct(
         commit_message (`str`, *optional*): of the upload.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        max_memory (`int`, *optional*): bytes the process may use; less goes on at a time then.
         dry_run (`bool`): plan only; touches neither disk nor Hub.
         progress (`bool`, *optional*): show bars; default: on a terminal.
 
@@ -124,21 +126,34 @@ def reconstruct(
         push_to, force, private, revision, create_pr, commit_message,
     )  # fmt: skip
     settings = Settings(exclude=(), dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
-    target = target.checked(token, dry_run=dry_run)
-    base_ref = None if base_model is None else fspath(base_model)
     cache = None if cache_dir is None else str(cache_dir)
-    job = merging.prepare([fspath(factors)], base_ref, None, settings, token, cache)
-    (item,) = job.sources.inputs
-    if not isinstance(item, TaskFactors):
-        raise CheckpointError(
-            f"{item} is a checkpoint, not task factors.", "Make factors with `hf-tsv compress`."
-        )
-    job = _with_head(job, item)
-    target.refuse_inputs([source.pinned for source in job.sources.all()])
-    if dry_run:
-        done = merging.report(job, target, started, job.sources.download_bytes(), dry_run=True)
-    else:
-        done = merging.execute(job, target, device, show, token, started, _describe)
+    with processes.joined() as group:
+        if group.rank:
+            report: ReconstructReport = merging.follow(group, device, token, cache)
+            return report
+        with group.leading():
+            target = target.checked(token, dry_run=dry_run)
+            base_ref = None if base_model is None else fspath(base_model)
+            job = merging.prepare([fspath(factors)], base_ref, None, settings, token, cache)
+            (item,) = job.sources.inputs
+            if not isinstance(item, TaskFactors):
+                raise CheckpointError(
+                    f"{item} is a checkpoint, not task factors.",
+                    "Make factors with `hf-tsv compress`.",
+                )
+            job = _with_head(job, item).within(max_memory)
+            target.refuse_inputs([source.pinned for source in job.sources.all()])
+            if dry_run:
+                size = job.sources.download_bytes()
+                done = merging.report(job, target, started, size, dry_run=True)
+            else:
+                done = merging.execute(job, target, device, show, token, started, group, _describe)
+            report = _report(done, item)
+            group.send(report)
+            return report
+
+
+def _report(done: merging.MergeReport, item: TaskFactors) -> ReconstructReport:
     return ReconstructReport(
         output=done.output,
         base_model=done.base_model,
@@ -152,7 +167,7 @@ def reconstruct(
         peak_memory_bytes=done.peak_memory_bytes,
         device=done.device,
         url=done.url,
-        dry_run=dry_run,
+        dry_run=done.dry_run,
     )
 
 

@@ -6,7 +6,6 @@ Memory holds two weights of all checkpoints at most, whatever the number of laye
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +17,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hf_tsv import baselines, linalg, tsv
+from hf_tsv import baselines, linalg, processes, tsv
 from hf_tsv.checkpoints.reader import Checkpoint, digest
 from hf_tsv.checkpoints.writer import ShardWriter
+from hf_tsv.costs import Parallelism
 from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.findings import Finding, Seconds
@@ -30,20 +30,6 @@ from hf_tsv.plan import MergePlan, Weight
 from hf_tsv.recipe import Settings
 from hf_tsv.sources import Task
 from hf_tsv.tsv import TaskSingularVectors, Update
-
-
-@dataclass(frozen=True)
-class Parallelism:
-    """How much goes on at a time.
-
-    Args:
-        threads (`int`, *optional*): for the computation; default: those torch has.
-        ahead (`bool`): whether the next weight is read meanwhile.
-    """
-
-    threads: int | None = None
-    ahead: bool = True
-
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -81,13 +67,9 @@ def pick_device(name: str | None = None) -> torch.device:
     """The device accelerate chooses (cuda, xpu, mps, else cpu), or the one asked for.
 
     Raises:
-        [`RecipeError`]: it does not exist here, or several processes were launched.
+        [`RecipeError`]: it does not exist here.
     """
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-        raise RecipeError(
-            "Several processes are not supported.", "Run hf-tsv without torchrun or accelerate."
-        )
-    if name is None:
+    if name is None or (name == "cuda" and processes.launched() > 1):
         from accelerate import PartialState
 
         return torch.device(PartialState(cpu=not torch.accelerator.is_available()).device)
@@ -110,7 +92,7 @@ def merge_weights(
     *,
     device: torch.device,
     done: Callable[[Finding], None],
-    parallelism: Parallelism | None = None,
+    parallelism: Parallelism,
 ) -> None:
     """Read, merge and write weights of a plan, one at a time.
 
@@ -124,10 +106,9 @@ def merge_weights(
         writer ([`ShardWriter`]): takes the result.
         device (`torch.device`): where to compute.
         done (`Callable[[Finding], None]`): told after each weight is written, in another thread.
-        parallelism ([`Parallelism`], *optional*): default: as much as there is.
+        parallelism ([`Parallelism`]): how much goes on at a time.
     """
     give_back_large_blocks()
-    parallelism = parallelism or Parallelism()
     reader = _Reader(base, inputs, scales, device)
     with (
         linalg.threads(parallelism.threads),
@@ -399,7 +380,10 @@ def _write(
     started = time.monotonic()
     rows = [base.tensors[name].shape[0] for name in weight.names] if len(weight.names) > 1 else None
     parts = [result] if rows is None else torch.split(result, rows)
+    written = {}
     for name, part in zip(weight.names, parts, strict=True):
-        writer.write(name, part)
+        stored = part.cpu().contiguous()
+        writer.write(name, stored)
+        written[name] = digest(stored)
     seconds = replace(finding.seconds, writing=time.monotonic() - started)
-    done(replace(finding, seconds=seconds))
+    done(replace(finding, written=written, seconds=seconds))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -307,27 +308,47 @@ def test_a_failed_upload_keeps_the_finished_folder(world: Path, hub: Hub) -> Non
     shutil.rmtree(folder.parent)
 
 
-def test_interrupting_leaves_nothing_behind(world: Path, zoo: Path) -> None:
-    """Ctrl-C while weights are being decomposed."""
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [
+        (signal.SIGINT, 130, "Interrupted."),
+        (signal.SIGTERM, 143, "Terminated."),
+        (signal.SIGKILL, -9, ""),
+    ],
+)
+def test_an_interrupted_merge_goes_on_where_it_stopped(
+    world: Path, sent: signal.Signals, code: int, said: str
+) -> None:
+    """Ctrl-C, the end of a batch job and a kill, while weights are being decomposed."""
     from test_merge import deep_checkpoints
 
     deep_checkpoints(world / "deep", 12)
-    before = sorted(world.iterdir())
     deep = world / "deep"
+    command = ["merge", str(deep / "t1"), str(deep / "t2"), "--base-model", str(deep / "base")]
     process = subprocess.Popen(
-        [str(SCRIPT), "merge", str(deep / "t1"), str(deep / "t2"), "--base-model",
-         str(deep / "base"), "-o", "merged"],
+        [str(SCRIPT), *command, "-o", "merged"],
         cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    journal = world / ".merged.hf-tsv" / "done.0.jsonl"
     deadline = time.monotonic() + 60
-    while not list(world.glob(".merged*/model.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
+    while time.monotonic() < deadline and not (journal.exists() and journal.stat().st_size):
+        time.sleep(0.005)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert out == "" and "Interrupted" in err and "Traceback" not in err
-    assert sorted(world.iterdir()) == before
+    assert process.returncode == code, err
+    assert out == "" and said in err and "Traceback" not in err
+    assert said == "" or "the same command goes on from there" in err
+    assert not (world / "merged").exists()
+    again, whole = (
+        hf_tsv(*command, "-o", "merged", cwd=world),
+        hf_tsv(*command, "-o", "whole", cwd=world),
+    )
+    assert again.code == whole.code == 0, again.err
+    found = re.search(r"(\d+) of 73 weights are there already", again.err)
+    assert found is not None and 0 < int(found[1]) < 73, again.err
+    for name in ("model.safetensors", "hf_tsv_recipe.yaml", "config.json"):
+        assert (world / "merged" / name).read_bytes() == (world / "whole" / name).read_bytes()
+    assert not list(world.glob(".*"))
 
 
 def test_an_unknown_option_is_a_usage_error(world: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -288,3 +291,21 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     torch.set_num_threads(1)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_no_library_starts_threads_of_its_own() -> None:
+    """In a fresh process, where SciPy is not loaded before."""
+    code = """
+import torch
+from hf_tsv import linalg
+torch.set_num_threads(2)
+with linalg.threads():
+    linalg.truncated_svds([torch.randn(30, 20) for _ in range(2)], 3, [0.0, 0.0])
+    from threadpoolctl import threadpool_info
+    found = {i["filepath"]: i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
+assert len(found) == 2, found  # NumPy's and SciPy's
+assert set(found.values()) == {1}, found
+"""
+    limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in limits}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -15,7 +15,8 @@ from clips import clip_config
 from hf_tsv.checkpoints.files import LocalFiles
 from hf_tsv.checkpoints.reader import Checkpoint, TensorInfo
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
-from hf_tsv.errors import CheckpointError
+from hf_tsv.costs import Parallelism, fitting, operations, peak_memory
+from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.plan import MergePlan, Weight, make_plan
 from hf_tsv.recipe import Settings
 
@@ -414,10 +415,16 @@ def test_the_output_is_split_as_asked(base: Checkpoint, shapes: dict[str, Any]) 
     assert set(many.places) == set(one.places) == set(shapes)
 
 
+def peak(base: Checkpoint, inputs: Sequence[Checkpoint], **parallelism: Any) -> int:
+    """Bytes that a merge is said to need."""
+    weights = make_plan(base, inputs, Settings()).weights
+    return peak_memory(weights, Parallelism(**parallelism))
+
+
 def test_the_memory_needed_grows_with_the_tasks_and_the_largest_weight(
     base: Checkpoint, shapes: dict[str, Any]
 ) -> None:
-    few, many = (make_plan(base, tasks(shapes, n), Settings()).peak_memory_bytes for n in (2, 8))
+    few, many = (peak(base, tasks(shapes, n)) for n in (2, 8))
     largest = max(prod(info.shape) for info in base.tensors.values())
     assert 3 * 4 * largest < few < many < 1000 * largest
 
@@ -426,10 +433,38 @@ def test_memory_does_not_grow_with_the_number_of_layers() -> None:
     def model(layers: int) -> dict[str, Any]:
         return {f"vision_model.encoder.layers.{i}.mlp.fc1.weight": (64, 32) for i in range(layers)}
 
-    peaks = {
-        make_plan(
-            headers("base", model(n)), [headers("task", model(n))], Settings()
-        ).peak_memory_bytes
-        for n in (2, 5, 50)
-    }
+    peaks = {peak(headers("base", model(n)), [headers("task", model(n))]) for n in (3, 5, 50)}
     assert len(peaks) == 1
+
+
+def test_less_memory_means_less_at_a_time(base: Checkpoint, shapes: dict[str, Any]) -> None:
+    weights = make_plan(base, tasks(shapes, 4), Settings()).weights
+    inputs = tasks(shapes, 4)
+    sizes = [
+        peak(base, inputs, threads=4),
+        peak(base, inputs, threads=4, ahead=False),
+        peak(base, inputs, threads=1, ahead=False),
+    ]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    used = 1000
+    assert fitting(weights, 4, None, used) == Parallelism(4)
+    assert fitting(weights, 4, used + sizes[0], used) == Parallelism(4)
+    assert fitting(weights, 4, used + sizes[1], used) == Parallelism(4, ahead=False)
+    assert fitting(weights, 4, used + sizes[2], used) == Parallelism(1, ahead=False)
+    with pytest.raises(RecipeError, match="memory are needed"):
+        fitting(weights, 4, used + sizes[2] - 1, used)
+
+
+def test_operations_follow_the_size_and_the_number_of_tasks(base: Checkpoint) -> None:
+    """What processes share is weighed by it: a wide layer counts more, a copy next to nothing."""
+
+    def cost(shape: tuple[int, ...], count: int, **settings: Any) -> float:
+        name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+        plan = make_plan(
+            headers("base", {name: shape}), tasks({name: shape}, count), Settings(**settings)
+        )
+        return operations(plan.weights[0])
+
+    assert cost((64, 32), 2) < cost((128, 32), 2) < cost((128, 64), 2) < cost((128, 64), 4)
+    assert cost((64, 32), 2, method="average") < 0.5 * cost((64, 32), 2)
+    assert operations(Weight(("a",), (64, 32), "copied")) < cost((64, 32), 2, method="average")

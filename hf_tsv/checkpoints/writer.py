@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_tsv.checkpoints.reader import DTYPE_NAMES, SINGLE_FILE, byte_view, index_of
 from hf_tsv.errors import OutputError
+from hf_tsv.memory import empty
 from hf_tsv.progress import human_bytes
 
 # The library sorts by dtype, in this order, and then by name.
@@ -121,19 +122,25 @@ class ShardWriter:
     """Files of a [`ShardPlan`] in a folder, filled tensor by tensor in any order.
 
     Raises `OSError` where the disk does; [`whole_folder`] makes it an [`OutputError`].
+
+    Args:
+        folder (`Path`): where they lie.
+        plan ([`ShardPlan`]): what they hold.
+        create (`bool`): make them and their index; else they are there, from another writer.
     """
 
-    def __init__(self, folder: Path, plan: ShardPlan) -> None:
+    def __init__(self, folder: Path, plan: ShardPlan, *, create: bool = True) -> None:
         self._plan = plan
         self._descriptors: dict[str, int] = {}
+        flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
         try:
             for file, header in plan.headers.items():
-                flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
                 descriptor = os.open(folder / file, flags, 0o666)
                 self._descriptors[file] = descriptor
-                _reserve(descriptor, plan.sizes[file])
-                _write_all(descriptor, memoryview(header), 0)
-            if plan.index is not None:
+                if create:
+                    _reserve(descriptor, plan.sizes[file])
+                    _write_all(descriptor, memoryview(header), 0)
+            if create and plan.index is not None:
                 (folder / plan.index_file).write_text(plan.index)
         except BaseException:
             self.abandon()
@@ -149,6 +156,22 @@ class ShardWriter:
         file, offset = self._plan.places[name]
         data = byte_view(tensor.detach().cpu().contiguous())
         _write_all(self._descriptors[file], data, offset)
+
+    def read_back(self, name: str, spec: TensorSpec) -> Tensor:
+        """What stands in the place of one tensor.
+
+        Args:
+            name (`str`): as in the plan.
+            spec ([`TensorSpec`]): its dtype and shape.
+        """
+        file, offset = self._plan.places[name]
+        raw = empty(spec.nbytes, dtype=torch.uint8)
+        view, done = byte_view(raw), 0
+        while done < spec.nbytes and (
+            got := os.preadv(self._descriptors[file], [view[done:]], offset + done)
+        ):
+            done += got
+        return raw.view(spec.dtype).reshape(spec.shape)
 
     def close(self) -> None:
         """Flush to disk and close."""
@@ -264,29 +287,34 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Yields:
         `Path`: the folder to write into.
     """
-    before = _identity(target)
     staging = target.parent / f".{target.name}.hf-tsv-{secrets.token_hex(4)}"
     with disk_errors(target):
-        made = [path for path in target.parents if not path.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
+        before, made = identity(target), make_parents(target)
         staging.mkdir()
         try:
             yield staging
-            if _identity(target) != before:
-                raise OutputError(
-                    f"{target} was changed by something else in the meantime.",
-                    "Choose another folder with -o.",
-                )
-            _move_into_place(staging, target)
+            replace_folder(target, staging, before)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
-            for path in made:
-                with suppress(OSError):  # something else was put into it meanwhile
-                    path.rmdir()
+            remove_empty(made)
             raise
 
 
-def _identity(folder: Path) -> object:
+def make_parents(folder: Path) -> list[Path]:
+    """Make the folders above one, and say which, the innermost first."""
+    made = [path for path in folder.parents if not path.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, unless something was put into them."""
+    for path in folders:
+        with suppress(OSError):
+            path.rmdir()
+
+
+def identity(folder: Path) -> object:
     """Changes when a folder appears, is replaced, or gets or loses an entry."""
     try:
         stat = folder.lstat()
@@ -295,14 +323,29 @@ def _identity(folder: Path) -> object:
     return stat.st_dev, stat.st_ino, stat.st_mtime_ns
 
 
-def _move_into_place(staging: Path, target: Path) -> None:
+def replace_folder(target: Path, new: Path, before: object) -> None:
+    """Put a finished folder in its place.
+
+    Args:
+        target (`Path`): the place; a folder there is removed.
+        new (`Path`): the finished folder, on the same file system.
+        before (`object`): [`identity`] of the target when the work began.
+
+    Raises:
+        [`OutputError`]: the target is not what it was.
+    """
+    if identity(target) != before:
+        raise OutputError(
+            f"{target} was changed by something else in the meantime.",
+            "Choose another folder with -o.",
+        )
     if not target.exists():
-        staging.rename(target)
+        new.rename(target)
         return
-    old = staging.with_name(staging.name + "-old")
+    old = new.with_name(new.name + "-old")
     target.rename(old)
     try:
-        staging.rename(target)
+        new.rename(target)
     except BaseException:
         old.rename(target)
         raise

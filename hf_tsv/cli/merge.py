@@ -161,6 +161,8 @@ def merge(
     ] = None,
     max_shard_size: options.MaxShardSize = "5GB",
     device: options.Device = None,
+    max_memory: options.MaxMemory = None,
+    timings: options.Timings = False,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -204,11 +206,14 @@ def merge(
         commit_message=commit_message,
         token=token,
         cache_dir=cache_dir,
+        max_memory=options.memory_size(max_memory),
         dry_run=dry_run,
         progress=False if quiet else None,
     )
     if not dry_run:
         out.status(_summary(report))
+        if timings:
+            out.status(options.timings(report.timings, report.treatments))
     text = _preview(report) if dry_run else (report.output or report.url or "")
     out.result(text, report.to_dict())
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
+
+from hf_tsv.errors import RecipeError
 
 TARGET = "Where the result goes"
 RUN = "How to run"
@@ -98,6 +100,23 @@ Device = Annotated[
         show_default=False,
     ),
 ]
+MaxMemory = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="SIZE",
+        help="Memory each process may use: 2GB. Less goes on at a time then. [default: no limit]",
+        rich_help_panel=RUN,
+        show_default=False,
+    ),
+]
+Timings = Annotated[
+    bool,
+    typer.Option(
+        "--timings",
+        help="Show the seconds spent reading, waiting, computing and writing.",
+        rich_help_panel=RUN,
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -130,6 +149,27 @@ CacheDir = Annotated[
 def shard_size(text: str) -> int | str:
     """Bytes, if it is a plain number; else a size such as 5GB, checked where it is used."""
     return int(text) if re.fullmatch("[0-9]+", text) else text
+
+
+def memory_size(text: str | None) -> int | None:
+    """Bytes of a size such as 2GB."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kKMGT]?)B?", text.strip())
+    if found is None or not float(found[1]):
+        raise RecipeError(f"--max-memory is {text!r}.", "Write a size such as 2GB or 800MB.")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+
+
+def timings(seconds: dict[str, float], treatments: dict[str, dict[str, Any]]) -> str:
+    """Seconds by what was done, and the weights that took longest."""
+    slowest = sorted(
+        ((entry["seconds"], name) for name, entry in treatments.items() if "seconds" in entry),
+        key=lambda pair: -pair[0]["computing"],
+    )
+    rows = [(name, f"{value:.2f} s") for name, value in seconds.items()]
+    rows += [(f"{found['computing']:.2f} s", name) for found, name in slowest[:3]]
+    return columns(rows)
 
 
 def pinned(entry: dict[str, str | None]) -> str:

@@ -6,13 +6,22 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from hf_tsv.errors import HfTsvError
+from hf_tsv.processes import LOST, is_leader
+
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class Terminated(KeyboardInterrupt):
+    """Somebody sent SIGTERM: a launcher whose other process died, or a batch system."""
 
 
 class Out:
@@ -24,19 +33,22 @@ class Out:
     """
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.speaks = is_leader()
         self.as_json = as_json
-        self.quiet = quiet
+        self.quiet = quiet or not self.speaks
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a terminal may not have every character
                 stream.reconfigure(errors="backslashreplace")
         logger = logging.getLogger("hf_tsv")
         logger.handlers = [_StderrHandler()]
-        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+        level = logging.WARNING if quiet else logging.INFO
+        logger.setLevel(level if self.speaks else logging.CRITICAL)
         logger.propagate = False
 
     def result(self, text: str, data: Mapping[str, Any]) -> None:
         """Print the result of the command: `text` for people, or `data` with `--json`."""
-        print(json.dumps(data) if self.as_json else text)
+        if self.speaks:
+            print(json.dumps(data) if self.as_json else text)
 
     def status(self, text: str) -> None:
         """Tell on stderr what was done, unless quiet."""
@@ -60,24 +72,32 @@ def _print_stderr(text: str) -> None:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Known errors become one line, a hint and exit code 1; Ctrl-C becomes 130.
+    """Known errors become one line, a hint and exit code 1; Ctrl-C becomes 130, SIGTERM 143.
 
-    `HF_DEBUG=1` shows the traceback of a known error.
+    `HF_DEBUG=1` shows the traceback of a known error. Of several processes only the first speaks,
+    unless it is gone.
     """
-    from hf_tsv.errors import HfTsvError
-
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     except HfTsvError as error:
+        if not is_leader() and error.message != LOST:
+            _leave(EXIT_ERROR)
         if os.environ.get("HF_DEBUG", "").upper() in {"1", "ON", "YES", "TRUE"}:
             raise
         _print_stderr(f"Error: {error.message}")
         if error.hint:
             _print_stderr(f"Hint: {error.hint}")
         _leave(EXIT_ERROR)
-    except KeyboardInterrupt:
-        _print_stderr("Interrupted.")
-        _leave(EXIT_INTERRUPTED)
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        if is_leader():
+            _print_stderr("Terminated." if terminated else "Interrupted.")
+        _leave(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED)
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Terminated
 
 
 def _leave(code: int) -> None:

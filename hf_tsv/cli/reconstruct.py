@@ -48,6 +48,7 @@ def reconstruct(
     ] = None,
     max_shard_size: options.MaxShardSize = "5GB",
     device: options.Device = None,
+    max_memory: options.MaxMemory = None,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -76,6 +77,7 @@ def reconstruct(
         commit_message=commit_message,
         token=token,
         cache_dir=cache_dir,
+        max_memory=options.memory_size(max_memory),
         dry_run=dry_run,
         progress=False if quiet else None,
     )

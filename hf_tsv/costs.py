@@ -1,0 +1,116 @@
+"""What a weight costs, in operations and in memory, and how much can go on at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from hf_tsv.errors import RecipeError
+from hf_tsv.progress import human_bytes
+
+if TYPE_CHECKING:
+    from hf_tsv.plan import Weight
+
+EIGH = 9.0
+"""Operations of a full symmetric eigendecomposition, per cube of its size; of leading pairs 4/3,
+which run at a third of the speed of a product."""
+
+PER_VALUE = 200.0
+"""Operations as which reading, checking and adding one value count."""
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How much goes on at a time.
+
+    Args:
+        threads (`int`): for the computation.
+        ahead (`bool`): whether the next weight is read meanwhile.
+    """
+
+    threads: int = 1
+    ahead: bool = True
+
+
+def operations(weight: Weight) -> float:
+    """About how many floating-point operations a weight takes.
+
+    Args:
+        weight ([`Weight`]): its plan.
+    """
+    tasks = len(weight.inputs)
+    values = PER_VALUE * prod(weight.shape) * (tasks + 1)
+    if weight.treatment != "decomposed":
+        return values
+    (m, n), columns = weight.shape, weight.rank * tasks
+    short, inner = min(m, n), min(columns, max(m, n))
+    truncation = m * n * short + 4 * short**3 + 4 * m * n * weight.rank
+    sides = sum(d * inner * min(d, inner) + EIGH * min(d, inner) ** 3 for d in (m, n))
+    return values + tasks * truncation + sides + 4 * m * n * columns
+
+
+def peak_memory(weights: Sequence[Weight], parallelism: Parallelism) -> int:
+    """Most bytes in use at a time, on top of the interpreter and its libraries.
+
+    Args:
+        weights (`Sequence[Weight]`): in the order they are worked on.
+        parallelism ([`Parallelism`]): how they are.
+    """
+    peak = 0
+    for i, weight in enumerate(weights):
+        held = _held(weight) + max(_computing(weight, parallelism.threads), _reading(weight))
+        if i:  # still being written
+            held += 4 * prod(weights[i - 1].shape)
+        if parallelism.ahead and i + 1 < len(weights):
+            held += _held(weights[i + 1]) + _reading(weights[i + 1])
+        peak = max(peak, held)
+    return peak
+
+
+def fitting(weights: Sequence[Weight], threads: int, most: int | None, used: int) -> Parallelism:
+    """As much parallelism as memory allows.
+
+    Args:
+        weights (`Sequence[Weight]`): in the order they are worked on.
+        threads (`int`): that there are.
+        most (`int`, *optional*): bytes the whole process may use.
+        used (`int`): bytes it uses already.
+
+    Raises:
+        [`RecipeError`]: not even one thread fits.
+    """
+    choices = [Parallelism(threads), *(Parallelism(n, ahead=False) for n in range(threads, 0, -1))]
+    for choice in choices:
+        needed = used + peak_memory(weights, choice)
+        if most is None or needed <= most:
+            return choice
+    raise RecipeError(
+        f"About {human_bytes(needed)} of memory are needed, more than --max-memory allows.",
+        f"Give at least {human_bytes(needed)}.",
+    )
+
+
+def _held(weight: Weight) -> int:
+    """W0 and all updates; means and sums hold one task at a time."""
+    tasks = len(weight.inputs) if weight.treatment == "decomposed" else 1
+    return 4 * prod(weight.shape) * (tasks + 1)
+
+
+def _reading(weight: Weight) -> int:
+    """A checkpoint's own values and two steps on the way to the next update."""
+    return 0 if weight.treatment == "copied" else 4 * 3 * prod(weight.shape)
+
+
+def _computing(weight: Weight, threads: int) -> int:
+    """Everything in float64."""
+    result = (8 + 8 + 4) * prod(weight.shape)  # update, sum, cast
+    if weight.treatment != "decomposed":
+        return result
+    (m, n), columns = weight.shape, weight.rank * len(weight.inputs)
+    vectors = 8 * columns * (m + n)
+    one_task = 8 * (m * n + 4 * min(m, n) ** 2 + 4 * weight.rank * (m + n))
+    inner = min(columns, max(m, n))
+    polar = min(threads, 2) * 8 * 5 * inner**2 + vectors  # beside it, the chain of products
+    return vectors + max(threads * one_task, vectors + polar + result)

@@ -1,0 +1,214 @@
+"""An output under construction: what is finished of it, so that a run that stopped can go on.
+
+Beside the output `merged` stands `.merged.hf-tsv`: the job in `job.json`, the files in `files/`,
+and in `done.N.jsonl` one line for each weight that process N has written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from hf_tsv.checkpoints.reader import digest
+from hf_tsv.checkpoints.writer import (
+    ShardPlan,
+    ShardWriter,
+    TensorSpec,
+    disk_errors,
+    identity,
+    make_parents,
+    remove_empty,
+    replace_folder,
+)
+from hf_tsv.errors import LostProcessError, OutputError
+from hf_tsv.findings import Finding
+from hf_tsv.progress import logger
+
+JOB, FILES, FAILED = "job.json", "files", "failed"
+
+
+def journal_file(rank: int) -> str:
+    """Name of the journal of one process."""
+    return f"done.{rank}.jsonl"
+
+
+class Journal:
+    """Finished weights of one process.
+
+    Args:
+        work (`Path`): the folder under construction.
+        rank (`int`): of the process.
+    """
+
+    def __init__(self, work: Path, rank: int = 0) -> None:
+        self._file = (work / journal_file(rank)).open("a", encoding="utf-8")
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, finding: Finding) -> None:
+        """Note one weight, after its last byte is written."""
+        self._file.write(json.dumps(finding.to_dict()) + "\n")
+        self._file.flush()
+
+
+def read(work: Path) -> dict[str, Finding]:
+    """Weights that the journals name; a line that was cut off does not count."""
+    found = {}
+    for path in sorted(work.glob(journal_file(0).replace("0", "*"))):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            with suppress(ValueError, TypeError, KeyError):
+                if line.endswith("\n"):
+                    finding = Finding.from_dict(json.loads(line))
+                    found[finding.label] = finding
+    return found
+
+
+def still_there(
+    findings: Iterable[Finding], writer: ShardWriter, specs: Mapping[str, TensorSpec]
+) -> list[Finding]:
+    """Those whose bytes stand in the files: after a power failure they may not."""
+    return [
+        found
+        for found in findings
+        if all(digest(writer.read_back(n, specs[n])) == d for n, d in found.written.items())
+    ]
+
+
+def rewrite(work: Path, findings: Sequence[Finding]) -> None:
+    """Let one journal hold these weights, and no other any."""
+    new = work / "done.new"
+    lines = (json.dumps(finding.to_dict()) + "\n" for finding in findings)
+    new.write_text("".join(lines), encoding="utf-8")
+    new.replace(work / journal_file(0))
+    for path in work.glob(journal_file(0).replace("0", "*")):
+        if path.name != journal_file(0):
+            path.unlink()
+
+
+def begun_bytes(target: Path | None) -> int:
+    """Bytes that an earlier run has reserved for the same output."""
+    files = None if target is None else _work_of(target) / FILES
+    if files is None or not files.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in files.iterdir())
+
+
+def _work_of(target: Path) -> Path:
+    return target.parent / f".{target.name}.hf-tsv"
+
+
+@contextmanager
+def under_construction(
+    target: Path, job: Mapping[str, Any], plan: ShardPlan, *, force: bool
+) -> Iterator[tuple[Path, bool]]:
+    """A folder that becomes `target` when the body ends well, and goes on where it stopped.
+
+    A run that is interrupted or loses a process leaves it; any other error removes it.
+
+    Args:
+        target (`Path`): final place; an existing folder there is replaced.
+        job (`Mapping[str, Any]`): everything that decides about the result.
+        plan ([`ShardPlan`]): its files.
+        force (`bool`): forget what another job has begun.
+
+    Yields:
+        `tuple[Path, bool]`: the folder under construction, and whether it holds a beginning.
+
+    Raises:
+        [`OutputError`]: another job began it, or another process is at it.
+    """
+    work = _work_of(target)
+    text = json.dumps(job, sort_keys=True, indent=1)
+    with disk_errors(target):
+        before, made = identity(target), make_parents(target)
+        work.mkdir(exist_ok=True)
+        with _locked(work / JOB, target) as file:
+            try:
+                resumed = _begin(work, file, text, target, plan, force=force)
+                yield work, resumed
+                (work / FAILED).unlink(missing_ok=True)
+                replace_folder(target, work / FILES, before)
+            except (KeyboardInterrupt, LostProcessError):
+                if not (count := len(read(work))):
+                    _remove(work, made)
+                    raise
+                logger.warning(
+                    "%d finished weights are kept in %s; the same command goes on from there.",
+                    count,
+                    work,
+                )
+                raise
+            except _OthersError as error:
+                remove_empty(made)
+                raise OutputError(error.message, error.hint) from None
+            except BaseException:
+                _remove(work, made)
+                raise
+            shutil.rmtree(work, ignore_errors=True)
+
+
+class _OthersError(OutputError):
+    """What stands there is not ours to remove."""
+
+
+def _begin(
+    work: Path, file: IO[str], text: str, target: Path, plan: ShardPlan, *, force: bool
+) -> bool:
+    """Make the files, or find them begun by the same job."""
+    begun, files = file.read(), work / FILES
+    whole = files.is_dir() and all(
+        (files / name).is_file() and (files / name).stat().st_size == size
+        for name, size in plan.sizes.items()
+    )
+    if begun == text and whole:
+        (work / FAILED).unlink(missing_ok=True)
+        return True
+    if begun not in ("", text) and files.is_dir() and not force:
+        raise _OthersError(
+            f"Another run has begun {target} with other inputs or settings.",
+            f"Finish it with the same command, add --force to start over, or remove {work}.",
+        )
+    file.truncate(0)
+    for path in work.iterdir():
+        if path.name != JOB:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    files.mkdir()
+    ShardWriter(files, plan).abandon()
+    file.seek(0)
+    file.write(text)
+    file.flush()
+    return False
+
+
+def _remove(work: Path, made: Sequence[Path]) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    remove_empty(made)
+
+
+@contextmanager
+def _locked(path: Path, target: Path) -> Iterator[IO[str]]:
+    """A file held by one process at a time, where the system can do that."""
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                raise BlockingIOError  # finished in this moment
+        except ImportError:
+            pass  # Windows
+        except BlockingIOError:
+            raise OutputError(
+                f"Another process is writing {target}.", "Wait for it, or choose another -o."
+            ) from None
+        file.seek(0)
+        yield file
