@@ -257,35 +257,31 @@ def merge(
         >>> hf_tsv.merge(["org/clip-a", "org/clip-b"], output="merged")  # doctest: +SKIP
     """
     started = time.monotonic()
-    references = _listed(checkpoints)
-    base_ref = None if base_model is None else fspath(base_model)
-    show = visible_by_default() if progress is None else progress
-    target = Target(
-        None if output is None else Path(output),
-        push_to, force, private, revision, create_pr, commit_message,
-    )  # fmt: skip
-    settings = Settings(
-        method, orthogonalizer, alpha, rank, rank_fraction,  # type: ignore[arg-type]
-        tuple(_listed(exclude)), qkv, dtype, max_shard_size, precision,  # type: ignore[arg-type]
-    )  # fmt: skip
     cache = None if cache_dir is None else str(cache_dir)
     with processes.joined() as group:
         if group.rank:
             done: MergeReport = follow(group, device, token, cache)
             return done
         with group.leading():
-            if recipe is not None:
-                if (
-                    references
-                    or base_ref is not None
-                    or weights is not None
-                    or (settings != Settings())
-                ):
-                    raise RecipeError(
-                        "A recipe already names the checkpoints and every setting.",
-                        "Give a recipe, or checkpoints and settings.",
-                    )
-                recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+            show = visible_by_default() if progress is None else progress
+            references = _listed(checkpoints)
+            base_ref = None if base_model is None else fspath(base_model)
+            target = Target(
+                None if output is None else Path(output),
+                push_to, force, private, revision, create_pr, commit_message,
+            )  # fmt: skip
+            settings = Settings(
+                method, orthogonalizer, alpha, rank, rank_fraction,  # type: ignore[arg-type]
+                tuple(_listed(exclude)), qkv, dtype, max_shard_size, precision,  # type: ignore[arg-type]
+            )  # fmt: skip
+            named = references or base_ref is not None or weights is not None
+            if recipe is not None and (named or settings != Settings()):
+                raise RecipeError(
+                    "A recipe already names the checkpoints and every setting.",
+                    "Give a recipe, or checkpoints and settings.",
+                )
+            if recipe is not None and not isinstance(recipe, Recipe):
+                recipe = Recipe.load(recipe)
             target = target.checked(token, dry_run=dry_run)
             if recipe is not None:
                 job = _job_of_recipe(recipe, token, cache)

@@ -120,18 +120,18 @@ def reconstruct(
         >>> hf_tsv.reconstruct("me/clip-sun397-tsv", output="full")  # doctest: +SKIP
     """
     started = time.monotonic()
-    show = visible_by_default() if progress is None else progress
-    target = Target(
-        None if output is None else Path(output),
-        push_to, force, private, revision, create_pr, commit_message,
-    )  # fmt: skip
-    settings = Settings(exclude=(), dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
     cache = None if cache_dir is None else str(cache_dir)
     with processes.joined() as group:
         if group.rank:
             report: ReconstructReport = merging.follow(group, device, token, cache)
             return report
         with group.leading():
+            show = visible_by_default() if progress is None else progress
+            target = Target(
+                None if output is None else Path(output),
+                push_to, force, private, revision, create_pr, commit_message,
+            )  # fmt: skip
+            settings = Settings(exclude=(), dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
             target = target.checked(token, dry_run=dry_run)
             base_ref = None if base_model is None else fspath(base_model)
             job = merging.prepare([fspath(factors)], base_ref, None, settings, token, cache)

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,10 @@ from hf_tsv.processes import LOST, is_leader
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+
+TURN = 3.0
+"""Seconds that the first process has to say what is wrong; launchers end it when another one ends
+with an error."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -82,6 +87,7 @@ def guarded() -> Iterator[None]:
         yield
     except HfTsvError as error:
         if not is_leader() and error.message != LOST:
+            time.sleep(TURN)
             _leave(EXIT_ERROR)
         if os.environ.get("HF_DEBUG", "").upper() in {"1", "ON", "YES", "TRUE"}:
             raise

@@ -1,0 +1,289 @@
+"""Results in a file that grows from run to run, and as tables that people read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.speed.compressions import CHECKPOINTS, FACTORS
+from benchmarks.speed.curves import draw
+from benchmarks.speed.merges import OURS, PLAIN
+
+FOLDER = Path(__file__).parent / "results"
+Row = Mapping[str, Any]
+Runs = Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The file: sections of rows, and the circumstances each row was measured in.
+
+    Args:
+        name: of the file, without suffix.
+        content: `circumstances`, a list, and `sections`: by section and key, one row.
+        folder: where it is.
+    """
+
+    name: str
+    content: dict[str, Any]
+    folder: Path = FOLDER
+
+    def add(self, section: str, key: Sequence[object], row: Any, facts: Mapping[str, Any]) -> None:
+        """Put a row in the place of an older one of the same key, and save everything."""
+        known = self.content["circumstances"]
+        if facts not in known:
+            known.append(dict(facts))
+        stored = {**asdict(row), "circumstances": known.index(facts)}
+        rows = self.content["sections"].setdefault(section, {})
+        rows[", ".join(map(str, key))] = json.loads(json.dumps(stored))
+        self.save()
+
+    def save(self) -> None:
+        """Write the file, the tables and the figures."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / f"{self.name}.json.part"
+        draft.write_text(json.dumps(self.content, indent=1) + "\n")
+        draft.replace(self.folder / f"{self.name}.json")
+        for curve in self.content["sections"].get("curves", {}).values():
+            if any(curve["runs"].values()):
+                draw(curve, self.folder / self.figure(curve))
+        (self.folder / f"{self.name}.md").write_text(markdown(self))
+
+    def figure(self, curve: Row) -> str:
+        """Name of the file of a curve."""
+        return f"{self.name}-{curve['over']}.svg"
+
+
+def opened(name: str, folder: Path = FOLDER) -> Results:
+    """The results of this name so far."""
+    file = folder / f"{name}.json"
+    empty: dict[str, Any] = {"circumstances": [], "sections": {}}
+    return Results(name, json.loads(file.read_text()) if file.exists() else empty, folder)
+
+
+def markdown(results: Results) -> str:
+    """All sections as tables, then the circumstances."""
+    sections = results.content["sections"]
+    writers: dict[str, Callable[[Iterable[Row]], list[str]]] = {
+        "merge": _merges,
+        "alone": _alone,
+        "compress": _compressions,
+        "spectra": _spectra,
+    }
+    lines = ["# Speed and accuracy", ""]
+    for name, write in writers.items():
+        if name in sections:
+            lines += [*write(sections[name].values()), ""]
+    if "curves" in sections:
+        lines += _curves(results)
+    return "\n".join([*lines, *_circumstances(results.content["circumstances"])])
+
+
+def _merges(rows: Iterable[Row]) -> list[str]:
+    head = [
+        "model", "tasks", "layers", "conditions", "plain", "hf-tsv", "wall ratio",
+        "compute ratio", "CPU ratio", "floor", "over the floor",
+    ]  # fmt: skip
+    rows, times, sizes = list(rows), [], []
+    for row in rows:
+        runs, ours = row["runs"], row["runs"][OURS]
+        case = [row["model"], row["tasks"], row["layers"], _conditions(row)]
+        others = [name for name in runs if name != OURS]
+        for name in others:
+            times.append(
+                [
+                    *case[:3],
+                    case[3] + (f"; {name}" if len(others) > 1 else ""),
+                    _span(_walls(runs[name]), " s"),
+                    _span(_walls(ours), " s"),
+                    _ratio(_walls(runs[name]), _walls(ours)),
+                    _ratio(_computing(runs[name]), _computing(ours)),
+                    _ratio([run["cpu"] for run in runs[name]], [run["cpu"] for run in ours]),
+                    f"{row['floor']:.3g} s",
+                    f"{median(_walls(ours)) / row['floor']:.1f} ×",
+                ]
+            )
+        errors = row["errors"]
+        sizes.append(
+            [
+                *case,
+                _megabytes(max(run["peak_bytes"] for run in runs[PLAIN])),
+                *_memory(row),
+                f"{errors['plain']:.0e}",
+                f"{errors['ours']:.0e}",
+                f"{errors['apart']:.0e}",
+                "yes" if errors["agree"] else "**no**",
+            ]
+        )
+    sizes_head = [
+        *head[:4], "peak, plain", "peak, hf-tsv", "bound", "error, plain", "error, hf-tsv",
+        "files apart", "files agree with float64",
+    ]  # fmt: skip
+    return [
+        "## Merging",
+        "",
+        "Whole processes, median (lowest … highest); ratios are of rounds in turn.",
+        "The floor reads all files once and computes at the rate of a float64 matrix product: here"
+        f" {_rates(rows)}.",
+        "",
+        *_table(head, times),
+        "",
+        "The bound is the interpreter with its libraries, and the largest weight of the base and"
+        " all tasks in float32.",
+        "Errors are those of merged updates against float64, relative, the largest of a sample.",
+        "",
+        *_table(sizes_head, sizes),
+    ]
+
+
+def _alone(rows: Iterable[Row]) -> list[str]:
+    head = [
+        "model", "tasks", "layers", "conditions", "wall", "computing", "peak", "bound", "floor",
+    ]  # fmt: skip
+    lines = [
+        [
+            row["model"],
+            row["tasks"],
+            row["layers"],
+            _conditions(row),
+            _span(_walls(row["runs"][OURS]), " s"),
+            _span(_computing(row["runs"][OURS]), " s"),
+            *_memory(row),
+            f"{row['floor']:.2f} s",
+        ]
+        for row in rows
+    ]
+    return ["## Whole towers, hf-tsv alone", "", *_table(head, lines)]
+
+
+def _compressions(rows: Iterable[Row]) -> list[str]:
+    head = [
+        "model", "tasks", "layers", "conditions", "plain", "hf-tsv", "wall ratio", "compute ratio",
+        "factors", "merging from checkpoints", "from factors", "ratio",
+    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        theirs, ours = row["compressing"][PLAIN], row["compressing"][OURS]
+        slow, fast = row["merging"][CHECKPOINTS], row["merging"][FACTORS]
+        lines.append(
+            [
+                row["model"],
+                row["tasks"],
+                row["layers"],
+                _conditions(row),
+                _span(_walls(theirs), " s"),
+                _span(_walls(ours), " s"),
+                _ratio(_walls(theirs), _walls(ours)),
+                _ratio(_computing(theirs), _computing(ours)),
+                f"{100 * row['factors_bytes'] / row['checkpoint_bytes']:.0f} %",
+                _span(_walls(slow), " s"),
+                _span(_walls(fast), " s"),
+                _ratio(_walls(slow), _walls(fast)),
+            ]
+        )
+    return [
+        "## Compressing one task, and merging from factors of all",
+        "",
+        "At r = k/T; the bytes of the factors are a share of the checkpoint's.",
+        "",
+        *_table(head, lines),
+    ]
+
+
+def _spectra(rows: Iterable[Row]) -> list[str]:
+    head = ["spectrum", "tasks", "triplets of a task", "error, plain", "error, hf-tsv"]
+    lines = [
+        [
+            row["spectrum"],
+            row["tasks"],
+            " … ".join(map(str, sorted(set(row["ranks"])))),
+            f"{row['plain']:.0e}",
+            f"{row['ours']:.0e}",
+        ]
+        for row in rows
+    ]
+    return [
+        "## Errors of one merged update against float64",
+        "",
+        "A weight of 768 × 768. Where tasks are of low rank, unchanged or equal, the answer is that"
+        " without noise of storage and without null directions.",
+        "",
+        *_table(head, lines),
+    ]
+
+
+def _curves(results: Results) -> list[str]:
+    lines = ["## How the time grows", ""]
+    for curve in results.content["sections"]["curves"].values():
+        if any(curve["runs"].values()):
+            lines += [f"![Wall time over {curve['over']}]({results.figure(curve)})", ""]
+        if curve["missing"]:
+            lines += [f"Time over {curve['over']} could not be measured: {curve['missing']}", ""]
+    return lines
+
+
+def _circumstances(known: Iterable[Row]) -> list[str]:
+    lines = ["## Measured on", ""]
+    for facts in known:
+        versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+        lines.append(
+            f"- {facts['date']}: {facts['cpu']}, {facts['cpus']} cores,"
+            f" {facts['memory_bytes'] / 2**30:.0f} GiB, {facts['device']}, {facts['platform']};"
+            f" {versions}; `{facts['command']}`"
+        )
+    return [*lines, ""]
+
+
+def _conditions(row: Row) -> str:
+    """What is not as usual."""
+    chosen = row["conditions"]
+    words = [word for word in ("busy", "cold") if chosen[word]]
+    words += [chosen["device"]] if chosen["device"] != "cpu" else []
+    return ", ".join([row["spectrum"], *words])
+
+
+def _rates(rows: Sequence[Row]) -> str:
+    gemm, read = (sorted(row["rates"][rate] / 1e9 for row in rows) for rate in ("gemm", "read"))
+    return (
+        f"{gemm[0]:,.0f} … {gemm[-1]:,.0f} Gflop/s, {read[0]:.1f} … {read[-1]:.1f} GB/s from disk"
+    )
+
+
+def _memory(row: Row) -> list[str]:
+    peak = max(run["peak_bytes"] for run in row["runs"][OURS])
+    return [_megabytes(peak), _megabytes(row["interpreter_bytes"] + row["weights_bytes"])]
+
+
+def _walls(runs: Runs) -> list[float]:
+    return [run["wall"] for run in runs]
+
+
+def _computing(runs: Runs) -> list[float]:
+    """Nothing where a program does not say it."""
+    return [run["seconds"]["computing"] for run in runs if "computing" in run["seconds"]]
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> str:
+    return _span([a / b for a, b in zip(above, below, strict=False) if b], "")
+
+
+def _span(numbers: Sequence[float], unit: str) -> str:
+    if not numbers:
+        return "–"
+    middle = f"{median(numbers):.2f}{unit}"
+    if len(numbers) == 1:
+        return middle
+    return f"{middle} ({min(numbers):.2f} … {max(numbers):.2f})"
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> list[str]:
+    rule = ["---"] * 1 + ["---:"] * (len(head) - 1)
+    return ["| " + " | ".join(map(str, line)) + " |" for line in (head, rule, *lines)]
