@@ -58,15 +58,27 @@ def peak_memory(weights: Sequence[Weight], parallelism: Parallelism) -> int:
         weights (`Sequence[Weight]`): in the order they are worked on.
         parallelism ([`Parallelism`]): how they are.
     """
+    largest = max((held(weight) for weight in weights), default=0)
+    most_read = max(map(_reading, weights), default=0)
     peak = 0
     for i, weight in enumerate(weights):
-        held = _held(weight) + max(_computing(weight, parallelism.threads), _reading(weight))
+        now = held(weight) + max(_computing(weight, parallelism.threads), _reading(weight))
         if i:  # still being written
-            held += 4 * prod(weights[i - 1].shape)
+            now += 4 * prod(weights[i - 1].shape)
         if parallelism.ahead and i + 1 < len(weights):
-            held += _held(weights[i + 1]) + _reading(weights[i + 1])
-        peak = max(peak, held)
+            now += largest + most_read
+        peak = max(peak, now)
     return peak
+
+
+def held(weight: Weight) -> int:
+    """Bytes of W0 and all updates; means and sums hold one task at a time.
+
+    Args:
+        weight ([`Weight`]): its plan.
+    """
+    tasks = len(weight.inputs) if weight.treatment == "decomposed" else 1
+    return 4 * prod(weight.shape) * (tasks + 1)
 
 
 def fitting(weights: Sequence[Weight], threads: int, most: int | None, used: int) -> Parallelism:
@@ -90,12 +102,6 @@ def fitting(weights: Sequence[Weight], threads: int, most: int | None, used: int
         f"About {human_bytes(needed)} of memory are needed, more than --max-memory allows.",
         f"Give at least {human_bytes(needed)}.",
     )
-
-
-def _held(weight: Weight) -> int:
-    """W0 and all updates; means and sums hold one task at a time."""
-    tasks = len(weight.inputs) if weight.treatment == "decomposed" else 1
-    return 4 * prod(weight.shape) * (tasks + 1)
 
 
 def _reading(weight: Weight) -> int:

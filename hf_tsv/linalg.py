@@ -5,7 +5,7 @@ squaring singular values in float32 loses the trailing half of them. Every resul
 afterwards; what fails is computed again by a full float64 SVD. `exact` does only that.
 
 On the CPU tasks are decomposed side by side, one thread each, which makes the bits independent of
-the number of threads.
+the number of threads. On other devices those of one shape are decomposed in one batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from hf_tsv import lapack
+from hf_tsv import iterative, lapack
 from hf_tsv.memory import empty
 
 Precision = Literal["fast", "exact"]
@@ -63,8 +63,14 @@ The merged update is wrong by 0.005 to 0.14 of it, measured on related tasks of 
 SMALLEST_EIGENVALUE = 10 * RANK_TOLERANCE**2
 """Of a Gram matrix, relative to its largest: below it null directions may begin."""
 
+SMALLEST_SQUARE = 1e-12
+"""Of a singular value, relative to the squared norm: below it a Gram matrix holds rounding."""
+
 PROBES = 8
 """Vectors that it is estimated with."""
+
+BATCH = 1 << 26
+"""Entries of the matrices decomposed at a time, 0.5 GB; eigenvectors take several times that."""
 
 COLUMNS = 384
 """Columns a product is computed in at a time; the same for every number of threads."""
@@ -145,26 +151,41 @@ def truncated_svds(
         floors (`Sequence[float]`): singular values up to this are numerically zero and dropped.
         precision (`str`): `"exact"`: by a full float64 SVD, always.
     """
-    return _each(
-        lambda item: truncated_svd(item[0], rank, item[1], precision),
-        list(zip(matrices, floors, strict=True)),
-    )
+    items = list(zip(matrices, floors, strict=True))
+    found = _each(lambda batch: _svds(batch, rank, precision), _batches(items))
+    return [svd for batch in found for svd in batch]
 
 
 def truncated_svd(
     matrix: Tensor, rank: int, floor: float = 0.0, precision: Precision = "fast"
 ) -> SVD:
     """Leading singular triplets of one matrix; see [`truncated_svds`]."""
-    a, scale = _scaled(matrix)
-    floor = max(floor / scale, torch.finfo(a.dtype).eps * max(a.shape) * float(a.norm()))
-    wide = a.shape[0] < a.shape[1]  # LAPACK takes about twice as long for a wide matrix
-    if wide:
-        a = a.mT
-    found = _gram_svd(a, rank, floor) if precision == "fast" else None
-    U, S, Vh = found or _full_svd(a, rank, floor)
-    if wide:
-        U, Vh = Vh.mT, U.mT
-    return SVD(U, S * scale, Vh, exact=found is None)
+    return truncated_svds([matrix], rank, [floor], precision)[0]
+
+
+def numerical_rank(matrix: Tensor, floor: float) -> int:
+    """How many singular values of a matrix are above a floor.
+
+    Args:
+        matrix (`Tensor`): shape (m, n).
+        floor (`float`): in the units of the matrix.
+    """
+    item = _scaled(matrix, floor)
+    norm = float(item.a.norm())
+    if item.a.dtype == torch.float64 and item.floor**2 > SMALLEST_SQUARE * norm**2:
+        gram = _symmetric(_gram(item.a))
+        gram.diagonal().sub_(item.floor**2)
+        return _positive(gram)
+    return int((torch.linalg.svdvals(item.a) > item.floor).sum())
+
+
+def _positive(matrix: Tensor) -> int:
+    """Number of positive eigenvalues of a symmetric matrix, those of D in L D Lᵀ (Sylvester)."""
+    factor, pivots, info = torch.linalg.ldl_factor_ex(matrix)
+    if info.item():
+        return int((torch.linalg.eigvalsh(matrix) > 0).sum())
+    single = pivots > 0  # the others are rows of 2 × 2 blocks, one eigenvalue of each sign
+    return int((factor.diagonal()[single] > 0).sum()) + int((~single).sum()) // 2
 
 
 def orthogonal_product(
@@ -234,16 +255,6 @@ def polar_factor_by_whitening(
     return (factor.mT if wide else factor), 0
 
 
-def _scaled(matrix: Tensor) -> tuple[Tensor, float]:
-    """A matrix over a power of two, in working precision: squares neither under- nor overflow."""
-    largest = largest_entry(matrix) if matrix.numel() else 0.0
-    scale = 2.0 ** (math.frexp(largest)[1] if largest else 0)
-    if matrix.device.type != "cpu":
-        return in_working_precision(matrix) / scale, scale
-    a = empty(*matrix.shape, dtype=torch.float64)
-    return a.copy_(matrix).mul_(1 / scale), scale
-
-
 def largest_entry(matrix: Tensor) -> float:
     """Largest absolute value of a matrix that has entries; NaN or Inf if it has one."""
     low, high = torch.aminmax(matrix)
@@ -270,6 +281,61 @@ def norms(matrix: Tensor) -> tuple[float, float, float]:
     return whole, row, column
 
 
+def _batches(items: Sequence[tuple[Tensor, float]]) -> list[list[tuple[Tensor, float]]]:
+    """Matrices to decompose at a time: neighbours of one shape where products are the way."""
+    batches: list[list[tuple[Tensor, float]]] = []
+    for matrix, floor in items:
+        last = batches[-1] if batches else []
+        fits = last and _by_products(matrix) and matrix.shape == last[0][0].shape
+        if fits and (len(last) + 1) * matrix.numel() <= BATCH:
+            last.append((matrix, floor))
+        else:
+            batches.append([(matrix, floor)])
+    return batches
+
+
+def _by_products(matrix: Tensor) -> bool:
+    """Whether products are so much faster than LAPACK's ways there that iterations pay."""
+    return matrix.device.type not in ("cpu", "mps") and matrix.numel() > 0
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A matrix `a` (m, n), m >= n, of entries up to 1, its floor, and what to undo afterwards."""
+
+    a: Tensor
+    floor: float
+    scale: float
+    wide: bool
+
+
+def _scaled(matrix: Tensor, floor: float) -> _Scaled:
+    """Divided by a power of two, so that squares neither underflow nor overflow."""
+    largest = largest_entry(matrix) if matrix.numel() else 0.0
+    scale = 2.0 ** (math.frexp(largest)[1] if largest else 0)
+    if matrix.device.type == "cpu":
+        a = empty(*matrix.shape, dtype=torch.float64).copy_(matrix).mul_(1 / scale)
+    else:
+        a = in_working_precision(matrix) / scale
+    floor = max(floor / scale, torch.finfo(a.dtype).eps * max(a.shape) * float(a.norm()))
+    wide = a.shape[0] < a.shape[1]  # LAPACK takes about twice as long for a wide matrix
+    return _Scaled(a.mT if wide else a, floor, scale, wide)
+
+
+def _svds(batch: Sequence[tuple[Tensor, float]], rank: int, precision: Precision) -> list[SVD]:
+    items = [_scaled(matrix, floor) for matrix, floor in batch]
+    eigen = _leading_eighs(items, rank) if precision == "fast" else [None] * len(items)
+    return [_svd(item, rank, found) for item, found in zip(items, eigen, strict=True)]
+
+
+def _svd(item: _Scaled, rank: int, eigen: tuple[Tensor, Tensor] | None) -> SVD:
+    found = _gram_svd(item.a, item.floor, *eigen) if eigen else None
+    U, S, Vh = found or _full_svd(item.a, rank, item.floor)
+    if item.wide:
+        U, Vh = Vh.mT, U.mT
+    return SVD(U, S * item.scale, Vh, exact=found is None)
+
+
 def _full_svd(a: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(a, full_matrices=False)
     r = min(rank, int((floor < S).sum()))
@@ -277,12 +343,10 @@ def _full_svd(a: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor, Tenso
     return U[:, :r].clone(), S[:r].clone(), Vh[:r].clone()
 
 
-def _gram_svd(a: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor, Tensor] | None:
+def _gram_svd(
+    a: Tensor, floor: float, values: Tensor, Vh: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Triplets of a (m, n), m >= n, from the eigenvectors of aᵀa; None if they fail the check."""
-    found = _leading_eigh(a, min(rank, a.shape[1]))
-    if found is None:
-        return None
-    values, Vh = found
     S = values.clamp_min(0).sqrt()
     r = int((floor < S).sum())
     S, Vh = S[:r].clone(), Vh[:r].clone()
@@ -306,12 +370,22 @@ def _polar(matrix: Tensor, precision: Precision, solver: Orthogonalizer) -> _Pol
     if precision == "fast":
         a = in_working_precision(matrix)
         wide = a.shape[0] < a.shape[1]
-        root = _inverse_root(a.mT if wide else a)
+        tall = a.mT if wide else a
+        parts = _polar_parts(tall) if _by_products(tall) else None
+        if parts is not None:
+            return _Polar([f.mT for f in reversed(parts)] if wide else [*parts], 0, exact=False)
+        root = _inverse_root(tall)
         if root is not None:
             return _Polar([root, a] if wide else [a, root], 0, exact=False)
     by = polar_factor if solver == "procrustes" else polar_factor_by_whitening
     factor, null_directions = by(matrix)
     return _Polar([factor], null_directions, exact=True)
+
+
+def _polar_parts(a: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Polar factor of a (m, n), m >= n, as a product of two; None if it fails the check."""
+    parts = iterative.polar_parts(a, SMALLEST_EIGENVALUE)
+    return parts if parts and _loss(*parts) < POLAR_CERTIFICATE else None
 
 
 def _inverse_root(a: Tensor) -> Tensor | None:
@@ -324,6 +398,19 @@ def _inverse_root(a: Tensor) -> Tensor | None:
         return None
     root = _symmetric(_gram(vectors * values[:, None] ** -0.25))
     return root if _loss(a, root) < POLAR_CERTIFICATE else None
+
+
+def _leading_eighs(items: Sequence[_Scaled], rank: int) -> Sequence[tuple[Tensor, Tensor] | None]:
+    """What [`_leading_eigh`] finds of each."""
+    count = min(rank, items[0].a.shape[1])
+    if not _by_products(items[0].a):
+        return [_leading_eigh(item.a, count) for item in items]
+    grams = torch.stack([item.a.mT @ item.a for item in items])
+    floors = torch.tensor([item.floor for item in items], dtype=grams.dtype, device=grams.device)
+    try:
+        return list(zip(*iterative.leading_eigh(grams, count, floors), strict=True))
+    except LinAlgError:
+        return [None] * len(items)
 
 
 def _loss(a: Tensor, root: Tensor) -> float:

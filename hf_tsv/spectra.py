@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from hf_tsv import adapter, stream, tsv
+from hf_tsv import adapter, linalg, stream, tsv
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.reader import Checkpoint, byte_view, digest
 from hf_tsv.errors import CheckpointError, RecipeError
@@ -21,7 +22,7 @@ from hf_tsv.factors import (
     TaskFactors,
     matrix_shape,
 )
-from hf_tsv.memory import give_back_large_blocks
+from hf_tsv.memory import share_one_heap
 from hf_tsv.ranks import DENSE, RankRule
 from hf_tsv.recipe import Dtype, Settings, check_shard_size
 from hf_tsv.sources import Sources
@@ -264,7 +265,7 @@ class Spool:
 
 
 def measure(job: Job, spool: Spool, device: torch.device, advance: Any) -> list[Measured]:
-    """Decompose every weight once; the next one is read meanwhile.
+    """Decompose every weight once, one in each thread; the next one is read meanwhile.
 
     Args:
         job ([`Job`]): what to compress.
@@ -272,40 +273,77 @@ def measure(job: Job, spool: Spool, device: torch.device, advance: Any) -> list[
         device (`torch.device`): where to compute.
         advance (`Callable[[int], None]`): told after each weight.
     """
-    give_back_large_blocks()
-    measured = []
-    with ThreadPoolExecutor(1, "hf-tsv-read") as reading:
+    share_one_heap()
+    workers = torch.get_num_threads()
+    sizes = [4 * math.prod(candidate.shape) for candidate in job.candidates]
+    measured: list[Measured] = []
+    pending: deque[Future[tuple[Measured, TaskSingularVectors | None]]] = deque()
+
+    def finish() -> None:
+        item, vectors = pending.popleft().result()
+        if vectors is not None:
+            item = replace(item, place=spool.put(vectors))
+        measured.append(item)
+        advance(1)
+
+    with (
+        linalg.threads(),
+        ThreadPoolExecutor(1, "hf-tsv-read") as reading,
+        ThreadPoolExecutor(workers, "hf-tsv-compute") as computing,
+    ):
         try:
             load = lambda item: _load(item, job)  # noqa: E731
-            for candidate, delta, base_sha256, floor in stream.read_ahead(
-                reading, load, job.candidates
-            ):
-                norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-                item = Measured(candidate, base_sha256, norm, torch.empty(0))
-                if norm and candidate.limit:
-                    item = _decompose(item, delta.to(device), floor, spool)
-                measured.append(item)
-                advance(1)
+            for loaded in stream.read_ahead(reading, load, job.candidates, sizes):
+                pending.append(computing.submit(_decompose, loaded, device))
+                del loaded
+                if len(pending) >= workers:
+                    finish()
+            while pending:
+                finish()
         finally:
             reading.shutdown(cancel_futures=True)
+            computing.shutdown(cancel_futures=True)
     return measured
 
 
-def _load(candidate: Candidate, job: Job) -> tuple[Candidate, Tensor, str, float]:
+@dataclass(frozen=True)
+class _Loaded:
+    """The update of one weight, its storage noise, and the digest of W0."""
+
+    candidate: Candidate
+    delta: Tensor
+    base_sha256: str
+    floor: float
+
+
+def _load(candidate: Candidate, job: Job) -> _Loaded:
     w0, w1 = job.sources.base.read(candidate.name), job.source.read(candidate.name)
     rows, columns = matrix_shape(candidate.shape)
     w0, w1 = w0.reshape(rows, columns), w1.reshape(rows, columns)
     delta = stream.update_of(candidate.name, job.source, w1, w0)
     floor = tsv.storage_noise(w0, w1, delta) if candidate.limit else 0.0
-    return candidate, delta, digest(w0.reshape(candidate.shape)), floor
+    return _Loaded(candidate, delta, digest(w0.reshape(candidate.shape)), floor)
 
 
-def _decompose(item: Measured, delta: Tensor, floor: float, spool: Spool) -> Measured:
-    vectors = tsv.decompose(delta, min(delta.shape), floor, precision="exact")
-    kept = vectors.truncated(item.candidate.limit)
-    return replace(
-        item,
-        singular_values=kept.S.cpu().double(),
-        numerical_rank=vectors.rank,
-        place=spool.put(kept),
-    )
+def _decompose(
+    loaded: _Loaded, device: torch.device
+) -> tuple[Measured, TaskSingularVectors | None]:
+    """Leading triplets of one weight, as many as may be kept; None where none may."""
+    candidate, delta = loaded.candidate, loaded.delta
+    norm = linalg.norms(delta)[0]
+    item = Measured(candidate, loaded.base_sha256, norm, torch.empty(0))
+    if not norm or not candidate.limit:
+        return item, None
+    delta = delta.to(device)
+    whole = 2 * candidate.limit > min(delta.shape)  # then one SVD has everything
+    if whole:
+        vectors = tsv.decompose(delta, min(delta.shape), loaded.floor, "exact")
+        numerical_rank = vectors.rank
+    else:
+        vectors = tsv.decompose(delta, candidate.limit, loaded.floor)
+        numerical_rank = vectors.rank
+        if numerical_rank == candidate.limit:
+            numerical_rank = linalg.numerical_rank(delta, loaded.floor)
+    kept = vectors.truncated(candidate.limit)
+    values = kept.S.cpu().double()
+    return replace(item, singular_values=values, numerical_rank=numerical_rank), kept

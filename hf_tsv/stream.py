@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hf_tsv import baselines, linalg, processes, tsv
+from hf_tsv import baselines, costs, linalg, processes, tsv
 from hf_tsv.checkpoints.reader import Checkpoint, digest
 from hf_tsv.checkpoints.writer import ShardWriter
 from hf_tsv.costs import Parallelism
@@ -25,7 +25,7 @@ from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.findings import Finding, Seconds
 from hf_tsv.linalg import largest_entry
-from hf_tsv.memory import give_back_large_blocks
+from hf_tsv.memory import share_one_heap
 from hf_tsv.plan import MergePlan, Weight
 from hf_tsv.recipe import Settings
 from hf_tsv.sources import Task
@@ -36,6 +36,9 @@ T = TypeVar("T")
 
 LARGEST_UPDATE = 1e30
 """Entries beyond it are no update, and sums of their squares would overflow."""
+
+LITTLE = 0.05
+"""What biases and norms take, as a share of the largest weight."""
 
 SKETCH_ENTRIES = 4096
 """Entries of each update that its likeness to the others is judged by."""
@@ -108,7 +111,7 @@ def merge_weights(
         done (`Callable[[Finding], None]`): told after each weight is written, in another thread.
         parallelism ([`Parallelism`]): how much goes on at a time.
     """
-    give_back_large_blocks()
+    share_one_heap()
     reader = _Reader(base, inputs, scales, device)
     with (
         linalg.threads(parallelism.threads),
@@ -117,7 +120,8 @@ def merge_weights(
     ):
         written: Future[None] | None = None
         try:
-            loads = read_ahead(reading, reader.load, weights, parallelism.ahead)
+            sizes = [costs.held(weight) for weight in weights]
+            loads = read_ahead(reading, reader.load, weights, sizes, ahead=parallelism.ahead)
             while True:
                 started = time.monotonic()
                 loaded = next(loads, None)
@@ -144,23 +148,40 @@ def merge_weights(
 
 
 def read_ahead(
-    pool: ThreadPoolExecutor, load: Callable[[S], T], items: Sequence[S], ahead: bool = True
+    pool: ThreadPoolExecutor,
+    load: Callable[[S], T],
+    items: Sequence[S],
+    sizes: Sequence[int],
+    *,
+    ahead: bool = True,
 ) -> Iterator[T]:
-    """Load items in order, one ahead of the caller.
+    """Load items in order; those that the caller will want next meanwhile.
+
+    As many as the largest item takes, and a little more: between two large weights lie small ones,
+    during whose computation the next large one could not be read.
 
     Args:
         pool (`ThreadPoolExecutor`): does the loading.
         load (`Callable`): of one item.
         items (`Sequence`): its arguments.
+        sizes (`Sequence[int]`): bytes that each takes.
         ahead (`bool`): without it each is loaded when it is asked for.
     """
-    pending: deque[Future[T]] = deque()
-    for item in items:
-        pending.append(pool.submit(load, item))
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+    most = max(sizes, default=0) * (1 + LITTLE)
+    pending: deque[tuple[Future[T], int]] = deque()
+    todo = deque(zip(items, sizes, strict=True))
+
+    def submit() -> None:
+        item, size = todo.popleft()
+        pending.append((pool.submit(load, item), size))
+
+    while todo or pending:
+        if not pending:
+            submit()
+        future, _ = pending.popleft()
+        while ahead and todo and sum(s for _, s in pending) + todo[0][1] <= most:
+            submit()
+        yield future.result()
 
 
 @dataclass(frozen=True)
@@ -339,7 +360,7 @@ def _merge_one(
     update = loaded.update
     if loaded.deltas:
         merged = tsv.merge(
-            list(loaded.deltas.values()),
+            [loaded.deltas.pop(i) for i in loaded.floors],
             weight.rank,
             floors=list(loaded.floors.values()),
             orthogonal=settings.method != "low-rank",
@@ -355,8 +376,8 @@ def _merge_one(
         )
     if update is None:
         return _cast(loaded.base, dtype, weight), finding
-    w0 = linalg.in_working_precision(loaded.base)
-    return _cast(w0 + settings.alpha * linalg.in_working_precision(update), dtype, weight), finding
+    update = linalg.in_working_precision(update)
+    return _cast(update.mul_(settings.alpha).add_(loaded.base), dtype, weight), finding
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, weight: Weight) -> Tensor:

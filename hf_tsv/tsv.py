@@ -232,6 +232,7 @@ def merge(
     tasks, exact = _leading(deltas, rank, floors or [0.0] * len(deltas), precision)
     ranks = tuple(task.rank for task in tasks)
     vectors = concatenate(tasks)
+    del deltas, tasks  # the last references, when the caller has let go of them
     if not orthogonal or not vectors.rank:
         return MergedUpdate(vectors.matrix(), ranks, exact=exact)
     product = linalg.orthogonal_product(vectors.U, vectors.S, vectors.Vh, precision, solver)

@@ -309,3 +309,21 @@ assert set(found.values()) == {1}, found
     limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if name not in limits}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (20, 20)])
+@pytest.mark.parametrize("floor", [1.0, 0.3, 1e-3, 1e-6, 2e-7, 1e-9, 1e-12])
+def test_singular_values_above_a_floor_are_counted(shape: tuple[int, int], floor: float) -> None:
+    """By signs of a factorisation where that is exact, else by the values themselves."""
+    values = [2.0, 0.5, 0.4, 1e-2, 1e-4, 1e-5, 5e-7, 1e-8, 1e-10]
+    matrix = with_singular_values(values, shape, seed=3)
+    assert linalg.numerical_rank(matrix, floor) == sum(value > floor for value in values)
+
+
+def test_counting_does_not_decompose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.linalg, "svdvals", None)
+    matrix = gaussian(70, 50, generator(60))
+    floor = float(torch.linalg.matrix_norm(matrix, 2)) / 2
+    expected = int((floor < torch.linalg.svd(matrix).S).sum())
+    assert 0 < expected < 50
+    assert linalg.numerical_rank(matrix, floor) == expected
