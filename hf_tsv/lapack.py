@@ -83,6 +83,9 @@ def gram(a: Tensor) -> Tensor:
 def leading_eigh(upper: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues of a symmetric matrix and their eigenvectors.
 
+    By tridiagonal form and multiple relatively robust representations. LAPACK's driver for both,
+    `dsyevr`, takes bisection and inverse iteration for a part of the spectrum: a quarter slower.
+
     Args:
         upper (`Tensor`): shape (n, n); its upper triangle counts, and is overwritten.
         count (`int`): how many.
@@ -91,19 +94,25 @@ def leading_eigh(upper: Tensor, count: int) -> tuple[Tensor, Tensor]:
         `tuple[Tensor, Tensor]`: eigenvalues descending (count,), eigenvectors as rows (count, n).
 
     Raises:
-        [`NotConvergedError`]: LAPACK's `dsyevr` failed.
+        [`NotConvergedError`]: LAPACK's `dstemr` failed.
     """
     n = upper.shape[0]
+    diagonal, beside, reflectors = _doubles(n), _doubles(n), _doubles(n)
     values, vectors = _doubles(n), _doubles(count, n)
-    work, iwork = _doubles((BLOCK + 6) * n), torch.empty(10 * n, dtype=torch.int32)
-    support = torch.empty(2 * n, dtype=torch.int32)
-    found, info = ctypes.c_int(0), ctypes.c_int(0)
+    work, iwork = _doubles(BLOCK * n), torch.empty(10 * n, dtype=torch.int32)
+    support = torch.empty(2 * count, dtype=torch.int32)
+    found, info, relative = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(1)
+    _call("dsytrd", "L", n, upper, n, diagonal, beside, reflectors, work, work.numel(), info)
     _call(
-        "dsyevr", "V", "I", "L", n, upper, n, 0.0, 0.0, n - count + 1, n, 0.0, found, values,
-        vectors, n, support, work, work.numel(), iwork, iwork.numel(), info,
+        "dstemr", "V", "I", n, diagonal, beside, 0.0, 0.0, n - count + 1, n, found, values,
+        vectors, n, count, support, relative, work, work.numel(), iwork, iwork.numel(), info,
     )  # fmt: skip
     if info.value or found.value != count:
-        raise NotConvergedError(f"dsyevr: info {info.value}, {found.value} of {count} eigenvalues")
+        raise NotConvergedError(f"dstemr: info {info.value}, {found.value} of {count} eigenvalues")
+    _call(
+        "dormtr", "L", "L", "N", n, count, upper, n, reflectors, vectors, n, work, work.numel(),
+        info,
+    )  # fmt: skip
     return values[:count].flip(0), vectors.flip(0)
 
 

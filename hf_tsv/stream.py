@@ -72,10 +72,12 @@ def pick_device(name: str | None = None) -> torch.device:
     Raises:
         [`RecipeError`]: it does not exist here.
     """
+    if name is None and not torch.accelerator.is_available():
+        return torch.device("cpu")  # a second before accelerate is loaded
     if name is None or (name == "cuda" and processes.launched() > 1):
         from accelerate import PartialState
 
-        return torch.device(PartialState(cpu=not torch.accelerator.is_available()).device)
+        return torch.device(PartialState().device)
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()

@@ -10,9 +10,13 @@ from statistics import median
 from typing import Any
 
 from benchmarks.speed.compressions import CHECKPOINTS, FACTORS
-from benchmarks.speed.curves import draw
+from benchmarks.speed.curves import draw, seconds
 from benchmarks.speed.merges import OURS, PLAIN
 
+BOUND = 4
+"""Times the largest weight of all checkpoints that a merge may take."""
+
+PHASES = ("reading", "waiting", "computing", "writing")
 FOLDER = Path(__file__).parent / "results"
 Row = Mapping[str, Any]
 Runs = Sequence[Row]
@@ -88,7 +92,7 @@ def _merges(rows: Iterable[Row]) -> list[str]:
         "model", "tasks", "layers", "conditions", "plain", "hf-tsv", "wall ratio",
         "compute ratio", "CPU ratio", "floor", "over the floor",
     ]  # fmt: skip
-    rows, times, sizes = list(rows), [], []
+    rows, times, sizes, phases = list(rows), [], [], []
     for row in rows:
         runs, ours = row["runs"], row["runs"][OURS]
         case = [row["model"], row["tasks"], row["layers"], _conditions(row)]
@@ -119,6 +123,7 @@ def _merges(rows: Iterable[Row]) -> list[str]:
                 "yes" if errors["agree"] else "**no**",
             ]
         )
+        phases.append([*case, *(_phase(ours, name) for name in PHASES)])
     sizes_head = [
         *head[:4], "peak, plain", "peak, hf-tsv", "bound", "error, plain", "error, hf-tsv",
         "files apart", "files agree with float64",
@@ -132,17 +137,25 @@ def _merges(rows: Iterable[Row]) -> list[str]:
         "",
         *_table(head, times),
         "",
-        "The bound is the interpreter with its libraries, and the largest weight of the base and"
-        " all tasks in float32.",
+        f"The bound is the interpreter with its libraries, and {BOUND} times the largest weight of"
+        " the base and all tasks in float32.",
         "Errors are those of merged updates against float64, relative, the largest of a sample.",
         "",
         *_table(sizes_head, sizes),
+        "",
+        "Seconds of hf-tsv by what was done, side by side; waiting is what the computation lost.",
+        "",
+        *_table([*head[:4], *PHASES], phases),
     ]
+
+
+def _phase(runs: Runs, name: str) -> str:
+    return f"{median(run['seconds'][name] for run in runs):.2f} s"
 
 
 def _alone(rows: Iterable[Row]) -> list[str]:
     head = [
-        "model", "tasks", "layers", "conditions", "wall", "computing", "peak", "bound", "floor",
+        "model", "tasks", "layers", "conditions", "wall", *PHASES, "peak", "bound", "floor",
     ]  # fmt: skip
     lines = [
         [
@@ -151,7 +164,7 @@ def _alone(rows: Iterable[Row]) -> list[str]:
             row["layers"],
             _conditions(row),
             _span(_walls(row["runs"][OURS]), " s"),
-            _span(_computing(row["runs"][OURS]), " s"),
+            *(_phase(row["runs"][OURS], name) for name in PHASES),
             *_memory(row),
             f"{row['floor']:.2f} s",
         ]
@@ -163,7 +176,7 @@ def _alone(rows: Iterable[Row]) -> list[str]:
 def _compressions(rows: Iterable[Row]) -> list[str]:
     head = [
         "model", "tasks", "layers", "conditions", "plain", "hf-tsv", "wall ratio", "compute ratio",
-        "factors", "merging from checkpoints", "from factors", "ratio",
+        "factors", "merging from checkpoints", "from factors", "wall ratio", "compute ratio",
     ]  # fmt: skip
     lines = []
     for row in rows:
@@ -183,6 +196,7 @@ def _compressions(rows: Iterable[Row]) -> list[str]:
                 _span(_walls(slow), " s"),
                 _span(_walls(fast), " s"),
                 _ratio(_walls(slow), _walls(fast)),
+                _ratio(_computing(slow), _computing(fast)),
             ]
         )
     return [
@@ -220,10 +234,24 @@ def _curves(results: Results) -> list[str]:
     lines = ["## How the time grows", ""]
     for curve in results.content["sections"]["curves"].values():
         if any(curve["runs"].values()):
-            lines += [f"![Wall time over {curve['over']}]({results.figure(curve)})", ""]
+            lines += [f"![Time over {curve['over']}]({results.figure(curve)})", ""]
+            lines += [*_curve(curve), ""]
         if curve["missing"]:
             lines += [f"Time over {curve['over']} could not be measured: {curve['missing']}", ""]
     return lines
+
+
+def _curve(curve: Row) -> list[str]:
+    """The medians of a figure, and what the first value takes over each."""
+    lines = []
+    for name, by_value in curve["runs"].items():
+        times = {int(v): median(map(seconds, runs)) for v, runs in by_value.items()}
+        first = times[min(times)]
+        lines += [
+            [name, value, f"{time:.2f} s", f"{first / time:.2f} ×"]
+            for value, time in sorted(times.items())
+        ]
+    return _table(["", curve["over"], "time", f"over {curve['over']} = {min(times)}"], lines)
 
 
 def _circumstances(known: Iterable[Row]) -> list[str]:
@@ -255,7 +283,7 @@ def _rates(rows: Sequence[Row]) -> str:
 
 def _memory(row: Row) -> list[str]:
     peak = max(run["peak_bytes"] for run in row["runs"][OURS])
-    return [_megabytes(peak), _megabytes(row["interpreter_bytes"] + row["weights_bytes"])]
+    return [_megabytes(peak), _megabytes(row["interpreter_bytes"] + BOUND * row["weights_bytes"])]
 
 
 def _walls(runs: Runs) -> list[float]:
