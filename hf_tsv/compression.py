@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from hf_tsv.factors import (
     matrix_shape,
     open_factors,
 )
+from hf_tsv.findings import Seconds
 from hf_tsv.plan import check_fit, config_warnings
 from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.ranks import RankRule, budget_bytes
@@ -74,6 +75,8 @@ class CompressReport:
         warnings (`list[str]`): what the user should know.
         download_bytes (`int`): fetched from the Hub; what the cache held does not count.
         peak_memory_bytes (`int`): estimate, on top of the interpreter and its libraries.
+        timings (`dict[str, float]`): seconds `reading`, `waiting` for reads, `computing` and
+            `writing`.
         device (`str`, *optional*): type of device computed on.
         url (`str`, *optional*): commit or pull request on the Hub.
         dry_run (`bool`): nothing was written.
@@ -98,6 +101,7 @@ class CompressReport:
     warnings: list[str]
     download_bytes: int
     peak_memory_bytes: int
+    timings: dict[str, float] = field(default_factory=dict)
     device: str | None = None
     url: str | None = None
     dry_run: bool = False
@@ -322,7 +326,7 @@ def run(
     try:
         with final_folder(target) as final:
             with whole_folder(final) as staging:
-                config, output_bytes = _compress_into(staging, job, target, place, show)
+                config, output_bytes, seconds = _compress_into(staging, job, target, place, show)
             url = push(final, target, token)
     finally:
         job.sources.close()
@@ -333,6 +337,7 @@ def run(
     return replace(
         report,
         output_bytes=output_bytes,
+        timings=seconds.rounded(),
         seconds=round(time.monotonic() - started, 3),
         device=place.type,
         url=url,
@@ -353,18 +358,20 @@ def _prepare(sources: Sources, options: Options) -> Job:
 
 def _compress_into(
     folder: Path, job: Job, target: Target, device: torch.device, show: bool
-) -> tuple[FactorsConfig, int]:
+) -> tuple[FactorsConfig, int, Seconds]:
     """Write a complete result into `folder`: tensors, description, card."""
     source, base, options = job.source, job.sources.base, job.options
     logger.info("Compressing %d weights of %s on %s.", len(job.candidates), source, device.type)
     with Spool(folder) as spool:
         with bar("Decomposing", len(job.candidates), visible=show) as advance:
-            measured = measure(job, spool, device, advance)
+            measured, seconds = measure(job, spool, device, advance)
         if not any(item.norm for item in measured):
             raise equals_base(str(source), str(base))
+        started = time.monotonic()
         ranks = choose_ranks(measured, job)
         write = write_factors if options.format == "factors" else write_adapter
         written = write(folder, job, spool, measured, ranks)
+    seconds += Seconds(writing=time.monotonic() - started)
     total = sum(item.norm**2 for item in measured)
     lost = sum((1 - item.energy) * item.norm**2 for item in written.weights.values())
     config = FactorsConfig(
@@ -389,7 +396,7 @@ def _compress_into(
     else:
         card = cards.adapter_card(config, target.push_to, model_class_of(job), dense=options.dense)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    return config, written.file_bytes
+    return config, written.file_bytes, seconds
 
 
 def _disk_bytes(job: Job) -> int:
@@ -449,7 +456,7 @@ def _report(job: Job, target: Target, download_bytes: int) -> CompressReport:
         seconds=0.0,
         warnings=list(job.warnings),
         download_bytes=download_bytes,
-        peak_memory_bytes=largest * (2 * 2 * 4 + 6 * 8),
+        peak_memory_bytes=largest * (4 * 4 + torch.get_num_threads() * (4 + 4 * 8)),
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,18 +124,22 @@ class Target:
 def final_folder(target: Target) -> Iterator[Path]:
     """The folder to assemble the result in: the output, or a temporary one for the upload.
 
-    A temporary folder that is complete is kept when the body fails, so that no work is lost.
+    What is in the temporary one when the body fails is kept, so that no work is lost; the same
+    command finds it again.
     """
     if target.output is not None:
         yield target.output
         return
-    parent = Path(tempfile.mkdtemp(prefix="hf-tsv-"))
-    final = parent / str(target.push_to).rsplit("/", 1)[-1]
+    name = hashlib.sha256(str(target.push_to).encode()).hexdigest()[:12]
+    parent = Path(tempfile.gettempdir()) / f"hf-tsv-{os.getuid()}-{name}"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    if parent.is_symlink() or parent.stat().st_uid != os.getuid():
+        raise OutputError(f"{parent} belongs to somebody else.", "Set TMPDIR to another folder.")
     try:
-        yield final
+        yield parent / str(target.push_to).rsplit("/", 1)[-1]
     except BaseException:
-        if not final.exists():
-            shutil.rmtree(parent, ignore_errors=True)
+        with suppress(OSError):
+            parent.rmdir()
         raise
     shutil.rmtree(parent, ignore_errors=True)
 

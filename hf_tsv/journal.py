@@ -25,7 +25,7 @@ from hf_tsv.checkpoints.writer import (
     remove_empty,
     replace_folder,
 )
-from hf_tsv.errors import LostProcessError, OutputError
+from hf_tsv.errors import HfTsvError, LostProcessError, OutputError
 from hf_tsv.findings import Finding
 from hf_tsv.progress import logger
 
@@ -112,7 +112,8 @@ def under_construction(
 ) -> Iterator[tuple[Path, bool]]:
     """A folder that becomes `target` when the body ends well, and goes on where it stopped.
 
-    A run that is interrupted or loses a process leaves it; any other error removes it.
+    A run that is interrupted, loses a process or meets something unforeseen leaves it; an error
+    that would come again removes it.
 
     Args:
         target (`Path`): final place; an existing folder there is replaced.
@@ -137,21 +138,22 @@ def under_construction(
                 yield work, resumed
                 (work / FAILED).unlink(missing_ok=True)
                 replace_folder(target, work / FILES, before)
-            except (KeyboardInterrupt, LostProcessError):
-                if not (count := len(read(work))):
-                    _remove(work, made)
-                    raise
-                logger.warning(
-                    "%d finished weights are kept in %s; the same command goes on from there.",
-                    count,
-                    work,
-                )
-                raise
             except _OthersError as error:
                 remove_empty(made)
                 raise OutputError(error.message, error.hint) from None
-            except BaseException:
-                _remove(work, made)
+            except BaseException as error:
+                known = isinstance(error, HfTsvError | OSError)
+                lost = isinstance(error, LostProcessError)
+                count = 0 if known and not lost else len(read(work))
+                if count:
+                    logger.warning(
+                        "%d finished weights are kept in %s; the same command goes on from there.",
+                        count,
+                        work,
+                    )
+                else:
+                    shutil.rmtree(work, ignore_errors=True)
+                    remove_empty(made)
                 raise
             shutil.rmtree(work, ignore_errors=True)
 
@@ -165,6 +167,8 @@ def _begin(
 ) -> bool:
     """Make the files, or find them begun by the same job."""
     begun, files = file.read(), work / FILES
+    if not _is_json(begun):  # the run ended while it began
+        begun = ""
     whole = files.is_dir() and all(
         (files / name).is_file() and (files / name).stat().st_size == size
         for name, size in plan.sizes.items()
@@ -189,9 +193,12 @@ def _begin(
     return False
 
 
-def _remove(work: Path, made: Sequence[Path]) -> None:
-    shutil.rmtree(work, ignore_errors=True)
-    remove_empty(made)
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from os import PathLike, fspath
@@ -461,7 +462,8 @@ def _do_share(
         job = Job(sources, assigned.scales, assigned.settings, assigned.plan, [], ())
         job = job.within(assigned.max_memory)
     except HfTsvError as error:
-        (assigned.work / journal.FAILED).touch()
+        with suppress(OSError):  # the folder may be what is wrong
+            (assigned.work / journal.FAILED).touch()
         return error
     try:
         return _merge_share(job, assigned.work, assigned.shares[rank], rank, device, lambda _: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from hf_tsv.factors import (
     TaskFactors,
     matrix_shape,
 )
+from hf_tsv.findings import Seconds
 from hf_tsv.memory import share_one_heap
 from hf_tsv.ranks import DENSE, RankRule
 from hf_tsv.recipe import Dtype, Settings, check_shard_size
@@ -264,7 +266,9 @@ class Spool:
         return TaskSingularVectors(rows[:, :d_out].mT, S, rows[:, d_out:])
 
 
-def measure(job: Job, spool: Spool, device: torch.device, advance: Any) -> list[Measured]:
+def measure(
+    job: Job, spool: Spool, device: torch.device, advance: Any
+) -> tuple[list[Measured], Seconds]:
     """Decompose every weight once, one in each thread; the next one is read meanwhile.
 
     Args:
@@ -272,11 +276,17 @@ def measure(job: Job, spool: Spool, device: torch.device, advance: Any) -> list[
         spool ([`Spool`]): takes the singular vectors.
         device (`torch.device`): where to compute.
         advance (`Callable[[int], None]`): told after each weight.
+
+    Returns:
+        `tuple[list[Measured], Seconds]`: every weight, and the time it took to read and decompose
+        them.
     """
+    started, waited = time.monotonic(), 0.0
     share_one_heap()
     workers = torch.get_num_threads()
     sizes = [4 * math.prod(candidate.shape) for candidate in job.candidates]
     measured: list[Measured] = []
+    reading_seconds: list[float] = []
     pending: deque[Future[tuple[Measured, TaskSingularVectors | None]]] = deque()
 
     def finish() -> None:
@@ -293,7 +303,14 @@ def measure(job: Job, spool: Spool, device: torch.device, advance: Any) -> list[
     ):
         try:
             load = lambda item: _load(item, job)  # noqa: E731
-            for loaded in stream.read_ahead(reading, load, job.candidates, sizes):
+            loads = stream.read_ahead(reading, load, job.candidates, sizes)
+            while True:
+                asked = time.monotonic()
+                loaded = next(loads, None)
+                if loaded is None:
+                    break
+                waited += time.monotonic() - asked
+                reading_seconds.append(loaded.seconds)
                 pending.append(computing.submit(_decompose, loaded, device))
                 del loaded
                 if len(pending) >= workers:
@@ -303,26 +320,30 @@ def measure(job: Job, spool: Spool, device: torch.device, advance: Any) -> list[
         finally:
             reading.shutdown(cancel_futures=True)
             computing.shutdown(cancel_futures=True)
-    return measured
+    computed = time.monotonic() - started - waited
+    return measured, Seconds(sum(reading_seconds), waited, computed)
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The update of one weight, its storage noise, and the digest of W0."""
+    """The update of one weight, its storage noise, the digest of W0, and what reading took."""
 
     candidate: Candidate
     delta: Tensor
     base_sha256: str
     floor: float
+    seconds: float
 
 
 def _load(candidate: Candidate, job: Job) -> _Loaded:
+    started = time.monotonic()
     w0, w1 = job.sources.base.read(candidate.name), job.source.read(candidate.name)
     rows, columns = matrix_shape(candidate.shape)
     w0, w1 = w0.reshape(rows, columns), w1.reshape(rows, columns)
     delta = stream.update_of(candidate.name, job.source, w1, w0)
     floor = tsv.storage_noise(w0, w1, delta) if candidate.limit else 0.0
-    return _Loaded(candidate, delta, digest(w0.reshape(candidate.shape)), floor)
+    sha256 = digest(w0.reshape(candidate.shape))
+    return _Loaded(candidate, delta, sha256, floor, time.monotonic() - started)
 
 
 def _decompose(

@@ -131,7 +131,7 @@ def merge_weights(
                     break
                 waited = time.monotonic() - started
                 started = time.monotonic()
-                result, finding = _merge_one(loaded, plan, settings, len(inputs))
+                result, finding = _merge_one(loaded, plan, settings)
                 computed = time.monotonic() - started
                 started = time.monotonic()
                 if written is not None:
@@ -172,16 +172,20 @@ def read_ahead(
     most = max(sizes, default=0) * (1 + LITTLE)
     pending: deque[tuple[Future[T], int]] = deque()
     todo = deque(zip(items, sizes, strict=True))
+    taken = 0  # by what is pending
 
     def submit() -> None:
+        nonlocal taken
         item, size = todo.popleft()
         pending.append((pool.submit(load, item), size))
+        taken += size
 
     while todo or pending:
         if not pending:
             submit()
-        future, _ = pending.popleft()
-        while ahead and todo and sum(s for _, s in pending) + todo[0][1] <= most:
+        future, size = pending.popleft()
+        taken -= size
+        while ahead and todo and taken + todo[0][1] <= most:
             submit()
         yield future.result()
 
@@ -353,9 +357,7 @@ def _sample(update: Update) -> Tensor:
     return (left * update.Vh.double().mT[columns]).sum(dim=1)
 
 
-def _merge_one(
-    loaded: LoadedWeight, plan: MergePlan, settings: Settings, tasks: int
-) -> tuple[Tensor, Finding]:
+def _merge_one(loaded: LoadedWeight, plan: MergePlan, settings: Settings) -> tuple[Tensor, Finding]:
     """The merged weight, in the dtype it will be stored in."""
     weight, finding = loaded.weight, loaded.finding
     dtype = plan.specs[weight.names[0]].dtype

@@ -170,6 +170,28 @@ def test_a_beginning_without_its_files_is_begun_anew(
     assert_whole(merge, tmp_path)
 
 
+def test_a_job_of_which_only_half_was_noted_is_begun_anew(
+    merge: Callable[..., hf_tsv.MergeReport], stopped: Path, tmp_path: Path
+) -> None:
+    job = stopped / "job.json"
+    job.write_text(job.read_text()[:100])
+    merge()
+    assert_whole(merge, tmp_path)
+
+
+def test_what_nobody_foresaw_costs_no_finished_weight(
+    merge: Callable[..., hf_tsv.MergeReport], stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "_merge_one", failing)
+        with pytest.raises(MemoryError):
+            merge()
+    assert len(lines(stopped)) == 5
+
+
 def test_an_error_after_going_on_leaves_nothing(
     merge: Callable[..., hf_tsv.MergeReport], stopped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -449,19 +449,46 @@ print([line.split()[1] for line in open("/proc/self/status") if line.startswith(
     assert peaks[24] - peaks[2] < 60e6, peaks
 
 
-def deep_checkpoints(folder: Path, layers: int) -> None:
-    """A vision-only base and two fine-tunes, 256 wide, written without a model class."""
+def test_peak_memory_is_bounded_by_the_largest_weight(tmp_path: Path) -> None:
+    """Interpreter, libraries, and four times the largest weight of base and tasks; as foretold."""
+    tasks = 8
+    deep_checkpoints(tmp_path / "tiny", 1, 16)
+    deep_checkpoints(tmp_path / "wide", 2, 512, tasks)
+    peaks = {}
+    for name, found in (("tiny", 2), ("wide", tasks)):
+        inputs = [str(tmp_path / name / f"t{i + 1}") for i in range(found)]
+        code = f"""
+import hf_tsv, json, torch
+torch.set_num_threads(2)
+options = dict(base_model={str(tmp_path / name / "base")!r})
+planned = hf_tsv.merge({inputs}, **options, dry_run=True).peak_memory_bytes
+hf_tsv.merge({inputs}, **options, output={str(tmp_path / name / "out")!r})
+peak = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+print(json.dumps([planned, int(peak) * 1024]))
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        )
+        peaks[name] = json.loads(done.stdout)
+    largest = 4 * 512 * 2048
+    (_, interpreter), (planned, peak) = peaks["tiny"], peaks["wide"]
+    assert peak <= interpreter + 4 * (tasks + 1) * largest, peaks
+    assert peak <= interpreter + planned, peaks
+
+
+def deep_checkpoints(folder: Path, layers: int, width: int = 256, tasks: int = 2) -> None:
+    """A vision-only base and fine-tunes, written without a model class."""
     config = {**clips.VISION, "model_type": "clip_vision_model", "num_hidden_layers": layers}
-    for index, name in enumerate(("base", "t1", "t2")):
+    for index, name in enumerate(("base", *(f"t{i + 1}" for i in range(tasks)))):
         generator = torch.Generator().manual_seed(index)
-        tensors = {"vision_model.post_layernorm.weight": torch.full((256,), 1.0 + index)}
+        tensors = {"vision_model.post_layernorm.weight": torch.full((width,), 1.0 + index)}
         for layer in range(layers):
             prefix = f"vision_model.encoder.layers.{layer}"
             for key in ("q_proj", "k_proj", "v_proj", "out_proj"):
-                w = torch.randn(256, 256, generator=generator)
+                w = torch.randn(width, width, generator=generator)
                 tensors[f"{prefix}.self_attn.{key}.weight"] = w
-            tensors[f"{prefix}.mlp.fc1.weight"] = torch.randn(1024, 256, generator=generator)
-            tensors[f"{prefix}.mlp.fc2.weight"] = torch.randn(256, 1024, generator=generator)
+            tensors[f"{prefix}.mlp.fc1.weight"] = torch.randn(4 * width, width, generator=generator)
+            tensors[f"{prefix}.mlp.fc2.weight"] = torch.randn(width, 4 * width, generator=generator)
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(config))
         save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})

@@ -124,6 +124,7 @@ def compress(
     commit_message: options.CommitMessage = None,
     max_shard_size: options.MaxShardSize = "5GB",
     device: options.Device = None,
+    timings: options.Timings = False,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -164,6 +165,8 @@ def compress(
     )
     if not dry_run:
         out.status(_summary(report))
+        if timings:
+            out.status(options.timings(report.timings, {}))
     text = _preview(report) if dry_run else (report.output or report.url or "")
     out.result(text, report.to_dict())
 
