@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_tsv.compression import CompressReport, compress, export_peft
-    from hf_tsv.errors import CheckpointError, HfTsvError, OutputError, RecipeError, RepoError
+    from hf_tsv.errors import (
+        CheckpointError,
+        HfTsvError,
+        LostProcessError,
+        OutputError,
+        RecipeError,
+        RepoError,
+    )
     from hf_tsv.factors import TaskFactors
     from hf_tsv.merging import MergeReport, merge
     from hf_tsv.models import load_model, pipeline
@@ -35,12 +42,14 @@ _HOMES = {
     "CheckpointError": "errors",
     "RecipeError": "errors",
     "OutputError": "errors",
+    "LostProcessError": "errors",
 }
 
 __all__ = [
     "CheckpointError",
     "CompressReport",
     "HfTsvError",
+    "LostProcessError",
     "MergeReport",
     "OutputError",
     "Recipe",

@@ -75,6 +75,8 @@ class CompressReport:
         warnings (`list[str]`): what the user should know.
         download_bytes (`int`): fetched from the Hub; what the cache held does not count.
         peak_memory_bytes (`int`): estimate, on top of the interpreter and its libraries.
+        exact_decompositions (`int`): that took a full SVD: where most triplets may be kept, or
+            where those of a Gram matrix failed the check.
         timings (`dict[str, float]`): seconds `reading`, `waiting` for reads, `computing` and
             `writing`.
         device (`str`, *optional*): type of device computed on.
@@ -101,6 +103,7 @@ class CompressReport:
     warnings: list[str]
     download_bytes: int
     peak_memory_bytes: int
+    exact_decompositions: int = 0
     timings: dict[str, float] = field(default_factory=dict)
     device: str | None = None
     url: str | None = None
@@ -326,18 +329,20 @@ def run(
     try:
         with final_folder(target) as final:
             with whole_folder(final) as staging:
-                config, output_bytes, seconds = _compress_into(staging, job, target, place, show)
+                done = _compress_into(staging, job, target, place, show)
             url = push(final, target, token)
     finally:
         job.sources.close()
+    config = done.config
     report = _measured_report(report, config)
     if config.factors_bytes >= config.checkpoint_bytes:
         report.warnings.append(_too_large(report))
         logger.warning(report.warnings[-1])
     return replace(
         report,
-        output_bytes=output_bytes,
-        timings=seconds.rounded(),
+        output_bytes=done.output_bytes,
+        exact_decompositions=done.exact,
+        timings=done.seconds.rounded(),
         seconds=round(time.monotonic() - started, 3),
         device=place.type,
         url=url,
@@ -356,9 +361,19 @@ def _prepare(sources: Sources, options: Options) -> Job:
     return replace(job, candidates=candidates_of(job), warnings=tuple(warnings))
 
 
+@dataclass(frozen=True)
+class _Done:
+    """What was written, how many full SVDs it took, and how long."""
+
+    config: FactorsConfig
+    output_bytes: int
+    exact: int
+    seconds: Seconds
+
+
 def _compress_into(
     folder: Path, job: Job, target: Target, device: torch.device, show: bool
-) -> tuple[FactorsConfig, int, Seconds]:
+) -> _Done:
     """Write a complete result into `folder`: tensors, description, card."""
     source, base, options = job.source, job.sources.base, job.options
     logger.info("Compressing %d weights of %s on %s.", len(job.candidates), source, device.type)
@@ -396,7 +411,8 @@ def _compress_into(
     else:
         card = cards.adapter_card(config, target.push_to, model_class_of(job), dense=options.dense)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    return config, written.file_bytes, seconds
+    exact = sum(item.exact for item in measured)
+    return _Done(config, written.file_bytes, exact, seconds)
 
 
 def _disk_bytes(job: Job) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 EIGH = 9.0
 """Operations of a full symmetric eigendecomposition, per cube of its size; of leading pairs 4/3,
 which run at a third of the speed of a product."""
+
+LITTLE = 0.05
+"""What biases and norms take, as a share of the largest weight."""
 
 PER_VALUE = 200.0
 """Operations as which reading, checking and adding one value count."""
@@ -66,7 +70,7 @@ def peak_memory(weights: Sequence[Weight], parallelism: Parallelism) -> int:
         if i:  # still being written
             now += 4 * prod(weights[i - 1].shape)
         if parallelism.ahead and i + 1 < len(weights):
-            now += largest + most_read
+            now += int(largest * (1 + LITTLE)) + most_read
         peak = max(peak, now)
     return peak
 
@@ -104,6 +108,27 @@ def fitting(weights: Sequence[Weight], threads: int, most: int | None, used: int
     )
 
 
+def memory_size(size: int | str | None) -> int | None:
+    """Bytes of a limit of memory.
+
+    Args:
+        size (`int` or `str`, *optional*): bytes, or a number with a unit; None: no limit.
+
+    Raises:
+        [`RecipeError`]: it is neither.
+
+    Example:
+        >>> memory_size("2GB")
+        2000000000
+    """
+    if size is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kKMGT]?)B?", str(size).strip())
+    if found is None or not float(found[1]):
+        raise RecipeError(f"max_memory (--max-memory) is {size!r}.", "Write 2GB or 800MB.")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+
+
 def _reading(weight: Weight) -> int:
     """A checkpoint's own values and two steps on the way to the next update."""
     return 0 if weight.treatment == "copied" else 4 * 3 * prod(weight.shape)
@@ -119,4 +144,5 @@ def _computing(weight: Weight, threads: int) -> int:
     one_task = 8 * (m * n + 4 * min(m, n) ** 2 + 4 * weight.rank * (m + n))
     inner = min(columns, max(m, n))
     polar = min(threads, 2) * 8 * 5 * inner**2 + vectors  # beside it, the chain of products
-    return vectors + max(threads * one_task, vectors + polar + result)
+    decomposing = min(threads, len(weight.inputs)) * one_task
+    return vectors + max(decomposing, vectors + polar + result)

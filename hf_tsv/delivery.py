@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -124,22 +122,18 @@ class Target:
 def final_folder(target: Target) -> Iterator[Path]:
     """The folder to assemble the result in: the output, or a temporary one for the upload.
 
-    What is in the temporary one when the body fails is kept, so that no work is lost; the same
-    command finds it again.
+    A temporary folder that is complete is kept when the body fails, so that no work is lost.
     """
     if target.output is not None:
         yield target.output
         return
-    name = hashlib.sha256(str(target.push_to).encode()).hexdigest()[:12]
-    parent = Path(tempfile.gettempdir()) / f"hf-tsv-{os.getuid()}-{name}"
-    parent.mkdir(mode=0o700, exist_ok=True)
-    if parent.is_symlink() or parent.stat().st_uid != os.getuid():
-        raise OutputError(f"{parent} belongs to somebody else.", "Set TMPDIR to another folder.")
+    parent = Path(tempfile.mkdtemp(prefix="hf-tsv-"))
+    final = parent / str(target.push_to).rsplit("/", 1)[-1]
     try:
-        yield parent / str(target.push_to).rsplit("/", 1)[-1]
+        yield final
     except BaseException:
-        with suppress(OSError):
-            parent.rmdir()
+        if not final.exists():
+            shutil.rmtree(parent, ignore_errors=True)
         raise
     shutil.rmtree(parent, ignore_errors=True)
 

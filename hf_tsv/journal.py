@@ -6,6 +6,7 @@ and in `done.N.jsonl` one line for each weight that process N has written.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from hf_tsv.checkpoints.writer import (
     remove_empty,
     replace_folder,
 )
-from hf_tsv.errors import HfTsvError, LostProcessError, OutputError
+from hf_tsv.errors import CheckpointError, OutputError
 from hf_tsv.findings import Finding
 from hf_tsv.progress import logger
 
@@ -60,16 +61,28 @@ class Journal:
         self._file.flush()
 
 
-def read(work: Path) -> dict[str, Finding]:
-    """Weights that the journals name; a line that was cut off does not count."""
+def read(work: Path, processes: int = 1) -> dict[str, Finding]:
+    """Weights that the journals name; a line that was cut off does not count.
+
+    Args:
+        work (`Path`): the folder under construction.
+        processes (`int`): whose journals there must be, though a listing may not show them yet.
+    """
     found = {}
-    for path in sorted(work.glob(journal_file(0).replace("0", "*"))):
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            with suppress(ValueError, TypeError, KeyError):
-                if line.endswith("\n"):
-                    finding = Finding.from_dict(json.loads(line))
-                    found[finding.label] = finding
+    names = {path.name for path in _journals(work)} | set(map(journal_file, range(processes)))
+    for name in sorted(names):
+        with suppress(FileNotFoundError):
+            text = (work / name).read_text(encoding="utf-8", errors="replace")
+            for line in text.splitlines(keepends=True):
+                with suppress(ValueError, TypeError, KeyError, AttributeError):
+                    if line.endswith("\n"):
+                        finding = Finding.from_dict(json.loads(line))
+                        found[finding.label] = finding
     return found
+
+
+def _journals(work: Path) -> list[Path]:
+    return list(work.glob("done.*.jsonl"))
 
 
 def still_there(
@@ -89,37 +102,49 @@ def rewrite(work: Path, findings: Sequence[Finding]) -> None:
     lines = (json.dumps(finding.to_dict()) + "\n" for finding in findings)
     new.write_text("".join(lines), encoding="utf-8")
     new.replace(work / journal_file(0))
-    for path in work.glob(journal_file(0).replace("0", "*")):
+    for path in _journals(work):
         if path.name != journal_file(0):
             path.unlink()
 
 
 def begun_bytes(target: Path | None) -> int:
     """Bytes that an earlier run has reserved for the same output."""
-    files = None if target is None else _work_of(target) / FILES
-    if files is None or not files.is_dir():
+    try:
+        files = [] if target is None else list((_work_of(target) / FILES).iterdir())
+        return sum(512 * path.stat().st_blocks for path in files)  # not the holes
+    except OSError:
         return 0
-    return sum(path.stat().st_size for path in files.iterdir())
 
 
 def _work_of(target: Path) -> Path:
     return target.parent / f".{target.name}.hf-tsv"
 
 
+def note_failure(work: Path) -> None:
+    """Let the other processes stop after their next weight."""
+    with suppress(OSError):  # the folder may be what is wrong
+        (work / FAILED).touch()
+
+
 @contextmanager
 def under_construction(
-    target: Path, job: Mapping[str, Any], plan: ShardPlan, *, force: bool
+    target: Path,
+    job: Mapping[str, Any],
+    plan: ShardPlan,
+    *,
+    force: bool,
+    keep: bool = True,
 ) -> Iterator[tuple[Path, bool]]:
     """A folder that becomes `target` when the body ends well, and goes on where it stopped.
 
-    A run that is interrupted, loses a process or meets something unforeseen leaves it; an error
-    that would come again removes it.
+    A run that stops leaves it, whatever the reason, unless it is an input that will fail again.
 
     Args:
         target (`Path`): final place; an existing folder there is replaced.
         job (`Mapping[str, Any]`): everything that decides about the result.
         plan ([`ShardPlan`]): its files.
         force (`bool`): forget what another job has begun.
+        keep (`bool`): leave the beginning of a run that stops; else nobody would find it again.
 
     Yields:
         `tuple[Path, bool]`: the folder under construction, and whether it holds a beginning.
@@ -136,16 +161,13 @@ def under_construction(
             try:
                 resumed = _begin(work, file, text, target, plan, force=force)
                 yield work, resumed
-                (work / FAILED).unlink(missing_ok=True)
                 replace_folder(target, work / FILES, before)
             except _OthersError as error:
                 remove_empty(made)
                 raise OutputError(error.message, error.hint) from None
             except BaseException as error:
-                known = isinstance(error, HfTsvError | OSError)
-                lost = isinstance(error, LostProcessError)
-                count = 0 if known and not lost else len(read(work))
-                if count:
+                in_vain = not keep or isinstance(error, CheckpointError)
+                if count := 0 if in_vain else len(read(work)):
                     logger.warning(
                         "%d finished weights are kept in %s; the same command goes on from there.",
                         count,
@@ -202,13 +224,24 @@ def _is_json(text: str) -> bool:
 
 
 @contextmanager
+def _unless_unknown() -> Iterator[None]:
+    """Some network file systems have no locks."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+
+
+@contextmanager
 def _locked(path: Path, target: Path) -> Iterator[IO[str]]:
     """A file held by one process at a time, where the system can do that."""
-    with path.open("a+", encoding="utf-8") as file:
+    with path.open("a+", encoding="utf-8", errors="replace") as file:
         try:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with _unless_unknown():
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 raise BlockingIOError  # finished in this moment
         except ImportError:

@@ -38,7 +38,10 @@ def _routine(name: str, arguments: int) -> Callable[..., None]:
     api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
     modules: tuple[ModuleType, ...] = (cython_lapack, cython_blas)
     capsule = next(m.__pyx_capi__[name] for m in modules if name in m.__pyx_capi__)
-    address = api.PyCapsule_GetPointer(capsule, api.PyCapsule_GetName(capsule))
+    signature = api.PyCapsule_GetName(capsule)
+    if signature.count(b",") + 1 != arguments or b"int *" not in signature:
+        raise ImportError(f"SciPy's {name} is not the one known here: {signature.decode()}")
+    address = api.PyCapsule_GetPointer(capsule, signature)
     return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(address)
 
 
@@ -126,6 +129,8 @@ def eigh(upper: Tensor) -> tuple[Tensor, Tensor]:
         [`NotConvergedError`]: LAPACK's `dsyevd` failed.
     """
     n = upper.shape[0]
+    if 1 + 6 * n + 2 * n * n >= 2**31:
+        raise NotConvergedError(f"{n} rows are more than 32-bit sizes allow")
     values, info = _doubles(n), ctypes.c_int(0)
     work, iwork = _doubles(1 + 6 * n + 2 * n * n), torch.empty(3 + 5 * n, dtype=torch.int32)
     _call("dsyevd", "V", "L", n, upper, n, values, work, work.numel(), iwork, iwork.numel(), info)

@@ -353,8 +353,15 @@ def _gram_svd(
     U = _product(a, Vh.mT) / S
     residual = _product(U.mT, a) - S[:, None] * Vh
     residual = residual.norm(dim=1).amax() / S[0] if r else S.sum()
-    loss = _product(U.mT, U).fill_diagonal_(0).abs().amax() if r else S.sum()
+    loss = torch.maximum(*(_skewness(W) for W in (U.mT, Vh))) if r else S.sum()
     return (U, S, Vh) if bool(torch.maximum(residual, loss) < CERTIFICATE) else None
+
+
+def _skewness(rows: Tensor) -> Tensor:
+    """Largest entry of W Wᵀ − I."""
+    gram = _product(rows, rows.mT)
+    gram.diagonal().sub_(1)
+    return gram.abs().amax()
 
 
 @dataclass(frozen=True)

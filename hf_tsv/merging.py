@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from os import PathLike, fspath
@@ -19,7 +18,7 @@ from hf_tsv import cards, journal, memory, processes, stream
 from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, disk_errors
-from hf_tsv.costs import Parallelism, fitting, operations, peak_memory
+from hf_tsv.costs import Parallelism, fitting, memory_size, operations, peak_memory
 from hf_tsv.delivery import Target, final_folder, push
 from hf_tsv.errors import CheckpointError, HfTsvError, LostProcessError, OutputError, RecipeError
 from hf_tsv.factors import Origin, TaskFactors
@@ -208,7 +207,7 @@ def merge(
     commit_message: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> MergeReport:
@@ -243,7 +242,8 @@ def merge(
         commit_message (`str`, *optional*): of the upload.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        max_memory (`int`, *optional*): bytes the process may use; less goes on at a time then.
+        max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
+            on at a time then.
         dry_run (`bool`): plan only; touches neither disk nor Hub.
         progress (`bool`, *optional*): show bars; default: on a terminal.
 
@@ -288,14 +288,14 @@ def merge(
                 job = _job_of_recipe(recipe, token, cache)
             else:
                 job = prepare(references, base_ref, weights, settings, token, cache)
-            job = job.within(max_memory)
+            job = job.within(memory_size(max_memory))
             target.refuse_inputs([item.pinned for item in job.sources.all()])
             if dry_run:
                 size = job.sources.download_bytes()
                 done = report(job, target, started, size, dry_run=True)
             else:
                 done = execute(job, target, device, show, token, started, group)
-            group.send(done)
+            group.dismiss(done)
             return done
 
 
@@ -462,8 +462,7 @@ def _do_share(
         job = Job(sources, assigned.scales, assigned.settings, assigned.plan, [], ())
         job = job.within(assigned.max_memory)
     except HfTsvError as error:
-        with suppress(OSError):  # the folder may be what is wrong
-            (assigned.work / journal.FAILED).touch()
+        journal.note_failure(assigned.work)
         return error
     try:
         return _merge_share(job, assigned.work, assigned.shares[rank], rank, device, lambda _: None)
@@ -497,7 +496,11 @@ def _construct(
 ) -> tuple[Findings, list[str]]:
     """Write a complete checkpoint: weights, config, companions, description."""
     with journal.under_construction(
-        final, job.to_json(device), job.plan.shards, force=target.force
+        final,
+        job.to_json(device),
+        job.plan.shards,
+        force=target.force,
+        keep=target.output is not None,
     ) as (work, resumed):
         folder = work / journal.FILES
         finished = _finished(job, work) if resumed else set()
@@ -523,8 +526,7 @@ def _construct(
             for name in job.head.head:
                 writer.write(name, job.head.read(name).to(job.plan.specs[name].dtype))
             writer.close()
-        noted = journal.read(work)
-        findings = Findings(len(job.sources.inputs), [noted[w.label] for w in job.plan.weights])
+        findings = Findings(len(job.sources.inputs), _all_noted(job, work, group.count))
         _check_fingerprints(job, findings)
         warnings = [*job.warnings, *_finding_warnings(job.sources.inputs, findings)]
         _complete(folder, job)
@@ -542,6 +544,29 @@ def _finished(job: Job, work: Path) -> set[str]:
     journal.rewrite(work, found)
     logger.info("%d of %d weights are there already.", len(found), len(job.plan.weights))
     return {finding.label for finding in found}
+
+
+def _all_noted(job: Job, work: Path, count: int) -> list[Finding]:
+    """What all processes found, in the order of the plan.
+
+    The bytes of several processes are read back: storage that machines share may lose some where
+    two of them write into one page.
+    """
+    noted = journal.read(work, count)
+    if count > 1:
+        writer = ShardWriter(work / journal.FILES, job.plan.shards, create=False)
+        try:
+            there = journal.still_there(noted.values(), writer, job.plan.specs)
+        finally:
+            writer.abandon()
+        journal.rewrite(work, there)
+        noted = {finding.label: finding for finding in there}
+    if missing := [weight.label for weight in job.plan.weights if weight.label not in noted]:
+        raise LostProcessError(
+            f"{len(missing)} weights of other processes have not arrived, {missing[0]} first.",
+            processes.AGAIN,
+        )
+    return [noted[weight.label] for weight in job.plan.weights]
 
 
 def _merge_share(
@@ -574,8 +599,11 @@ def _merge_share(
             finally:
                 writer.abandon()
     except HfTsvError as error:
-        (work / journal.FAILED).touch()
+        journal.note_failure(work)
         return error
+    except BaseException:
+        journal.note_failure(work)
+        raise
     return None
 
 

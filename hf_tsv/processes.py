@@ -25,12 +25,13 @@ AGAIN = "Run the same command again; it goes on with what is finished."
 
 def launched() -> int:
     """Number of processes that a launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    text = os.environ.get("WORLD_SIZE", "")
+    return int(text) if text.isdecimal() else 1
 
 
 def is_leader() -> bool:
     """Whether this process is the one that speaks."""
-    return launched() == 1 or os.environ.get("RANK", "0") == "0"
+    return launched() < 2 or os.environ.get("RANK", "0") == "0"
 
 
 @dataclass
@@ -40,11 +41,13 @@ class Processes:
     Args:
         rank (`int`): of this one.
         count (`int`): of all.
+        connection (`Any`): what messages go over.
         listening (`bool`): whether the others wait for a message of the first one.
     """
 
     rank: int = 0
     count: int = 1
+    connection: Any = None
     listening: bool = True
 
     def send(self, message: Any) -> None:
@@ -54,7 +57,7 @@ class Processes:
 
             self.listening = False
             with _noticing():
-                dist.broadcast_object_list([message])
+                dist.broadcast_object_list([message], group=self.connection)
 
     def receive(self) -> Any:
         """The next message of the first process.
@@ -66,7 +69,7 @@ class Processes:
 
         box: list[Any] = [None]
         with _noticing():
-            dist.broadcast_object_list(box)
+            dist.broadcast_object_list(box, group=self.connection)
         if isinstance(box[0], _Failure):
             raise LostProcessError("The first process failed.", "See its message.")
         return box[0]
@@ -83,12 +86,17 @@ class Processes:
 
             mine, met = met[0], [None] * self.count
             with _noticing():
-                dist.all_gather_object(met, mine)
+                dist.all_gather_object(met, mine, group=self.connection)
         # what made one stop comes before that others stopped with it
         failures = sorted(filter(None, met), key=lambda failure: failure[0] is LostProcessError)
         for kind, message, hint in failures:
             raise kind(message, hint)
         self.listening = True
+
+    def dismiss(self, message: Any) -> None:
+        """The last message; the work is done, so nobody has to be there any more."""
+        with suppress(LostProcessError):
+            self.send(message)
 
     @contextmanager
     def leading(self) -> Iterator[None]:
@@ -111,21 +119,30 @@ class _Failure:
 def joined() -> Iterator[Processes]:
     """Meet the processes that a launcher started; alone without one.
 
+    All of them have to call what calls this.
+
     Raises:
-        [`LostProcessError`]: they do not meet.
+        [`RecipeError`]: they do not meet.
     """
-    if launched() == 1:
+    if launched() < 2:
         yield Processes()
         return
     import torch.distributed as dist
 
     own = not dist.is_initialized()
-    with _noticing():
+    connection = None
+    try:
         if own:
             dist.init_process_group("gloo", timeout=PATIENCE)
-        group = Processes(dist.get_rank(), dist.get_world_size())
+        else:  # of the caller, perhaps over NCCL, which waits ten minutes
+            connection = dist.new_group(backend="gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(
+            f"The {launched()} processes of WORLD_SIZE do not meet: {str(error).splitlines()[0]}",
+            "Start them with torchrun or accelerate launch, or unset WORLD_SIZE.",
+        ) from None
     try:
-        yield group
+        yield Processes(dist.get_rank(), dist.get_world_size(), connection)
     finally:
         if own:
             dist.destroy_process_group()

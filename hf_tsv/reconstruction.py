@@ -15,6 +15,7 @@ import torch
 from hf_tsv import __version__, cards, merging, processes
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.writer import TensorSpec, plan_shards
+from hf_tsv.costs import memory_size
 from hf_tsv.delivery import Target
 from hf_tsv.errors import CheckpointError
 from hf_tsv.factors import TaskFactors
@@ -82,7 +83,7 @@ def reconstruct(
     commit_message: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> ReconstructReport:
@@ -105,7 +106,8 @@ def reconstruct(
         commit_message (`str`, *optional*): of the upload.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        max_memory (`int`, *optional*): bytes the process may use; less goes on at a time then.
+        max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
+            on at a time then.
         dry_run (`bool`): plan only; touches neither disk nor Hub.
         progress (`bool`, *optional*): show bars; default: on a terminal.
 
@@ -141,7 +143,7 @@ def reconstruct(
                     f"{item} is a checkpoint, not task factors.",
                     "Make factors with `hf-tsv compress`.",
                 )
-            job = _with_head(job, item).within(max_memory)
+            job = _with_head(job, item).within(memory_size(max_memory))
             target.refuse_inputs([source.pinned for source in job.sources.all()])
             if dry_run:
                 size = job.sources.download_bytes()
@@ -149,7 +151,7 @@ def reconstruct(
             else:
                 done = merging.execute(job, target, device, show, token, started, group, _describe)
             report = _report(done, item)
-            group.send(report)
+            group.dismiss(report)
             return report
 
 

@@ -120,6 +120,7 @@ class Measured:
         singular_values (`Tensor`): those that may be kept, float64, descending.
         numerical_rank (`int`): how many there are above storage rounding.
         place (`int`): where the spool holds its vectors.
+        exact (`bool`): they are from a full SVD.
     """
 
     candidate: Candidate
@@ -128,6 +129,7 @@ class Measured:
     singular_values: Tensor
     numerical_rank: int = 0
     place: int = 0
+    exact: bool = False
 
     def energy(self, rank: int) -> float:
         """Share of the squared norm that is kept."""
@@ -356,15 +358,19 @@ def _decompose(
     if not norm or not candidate.limit:
         return item, None
     delta = delta.to(device)
-    whole = 2 * candidate.limit > min(delta.shape)  # then one SVD has everything
-    if whole:
-        vectors = tsv.decompose(delta, min(delta.shape), loaded.floor, "exact")
-        numerical_rank = vectors.rank
-    else:
-        vectors = tsv.decompose(delta, candidate.limit, loaded.floor)
-        numerical_rank = vectors.rank
-        if numerical_rank == candidate.limit:
-            numerical_rank = linalg.numerical_rank(delta, loaded.floor)
-    kept = vectors.truncated(candidate.limit)
-    values = kept.S.cpu().double()
-    return replace(item, singular_values=values, numerical_rank=numerical_rank), kept
+    k = min(delta.shape)
+    whole = 2 * candidate.limit > k  # then one SVD has everything
+    svd = linalg.truncated_svd(
+        delta, k if whole else candidate.limit, loaded.floor, "exact" if whole else "fast"
+    )
+    numerical_rank = svd.S.numel()
+    if numerical_rank == candidate.limit and not whole:
+        numerical_rank = linalg.numerical_rank(delta, loaded.floor)
+    kept = TaskSingularVectors(svd.U, svd.S, svd.Vh).truncated(candidate.limit)
+    item = replace(
+        item,
+        singular_values=kept.S.cpu().double(),
+        numerical_rank=numerical_rank,
+        exact=svd.exact,
+    )
+    return item, kept

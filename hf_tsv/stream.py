@@ -1,6 +1,7 @@
 """The pipeline: read the next weight while this one is computed and the last one is written.
 
-Memory holds two weights of all checkpoints at most, whatever the number of layers.
+Memory holds the weight being computed, about as much again of the next ones, and the result being
+written, whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -36,9 +37,6 @@ T = TypeVar("T")
 
 LARGEST_UPDATE = 1e30
 """Entries beyond it are no update, and sums of their squares would overflow."""
-
-LITTLE = 0.05
-"""What biases and norms take, as a share of the largest weight."""
 
 SKETCH_ENTRIES = 4096
 """Entries of each update that its likeness to the others is judged by."""
@@ -169,7 +167,7 @@ def read_ahead(
         sizes (`Sequence[int]`): bytes that each takes.
         ahead (`bool`): without it each is loaded when it is asked for.
     """
-    most = max(sizes, default=0) * (1 + LITTLE)
+    most = max(sizes, default=0) * (1 + costs.LITTLE)
     pending: deque[tuple[Future[T], int]] = deque()
     todo = deque(zip(items, sizes, strict=True))
     taken = 0  # by what is pending

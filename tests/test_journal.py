@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub import Hub
 from safetensors.torch import load_file
 
 import hf_tsv
-from hf_tsv import journal, stream
+from hf_tsv import journal, merging, stream
 from hf_tsv.checkpoints.writer import TensorSpec, plan_shards
-from hf_tsv.errors import CheckpointError, OutputError
+from hf_tsv.errors import CheckpointError, LostProcessError, OutputError, RepoError
 from hf_tsv.findings import Finding, Findings, Seconds
+from hf_tsv.recipe import Settings
 
 WORK = ".out.hf-tsv"
 
@@ -179,17 +183,68 @@ def test_a_job_of_which_only_half_was_noted_is_begun_anew(
     assert_whole(merge, tmp_path)
 
 
-def test_what_nobody_foresaw_costs_no_finished_weight(
-    merge: Callable[..., hf_tsv.MergeReport], stopped: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (MemoryError(), MemoryError),
+        (OSError(errno.ENOSPC, "No space left on device"), OutputError),
+        (RepoError("The Hub does not answer."), RepoError),
+    ],
+)
+def test_what_may_go_well_next_time_costs_no_finished_weight(
+    merge: Callable[..., hf_tsv.MergeReport],
+    stopped: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    seen: type[Exception],
 ) -> None:
     def failing(*_: Any) -> Any:
-        raise MemoryError
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(stream, "_merge_one", failing)
-        with pytest.raises(MemoryError):
+        with pytest.raises(seen):
             merge()
     assert len(lines(stopped)) == 5
+    merge()
+    assert_whole(merge, tmp_path)
+
+
+def test_an_upload_that_is_stopped_leaves_nothing(
+    hub: Hub,
+    zoo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Without an output folder nobody would find the beginning again."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def stopping(self: journal.Journal, finding: Finding) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "add", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            hf_tsv.merge([zoo / "vision"], base_model=zoo / "base", push_to="me/x")
+    assert list(tmp_path.iterdir()) == [] and "kept" not in caplog.text
+
+
+def test_weights_of_other_processes_that_did_not_arrive_are_noticed(
+    zoo: Path, stopped: Path
+) -> None:
+    tasks = [str(zoo / "vision"), str(zoo / "full")]
+    job = merging.prepare(tasks, str(zoo / "base"), None, Settings(), None, None)
+    weights = len(job.plan.weights)
+    with pytest.raises(LostProcessError, match=f"{weights - 5} weights .* have not arrived"):
+        merging._all_noted(job, stopped, 2)
+    file = stopped / "files" / "model.safetensors"
+    os.truncate(file, 0)
+    os.truncate(file, job.plan.shards.total_bytes)
+    with pytest.raises(LostProcessError, match=f"{weights} weights .* have not arrived"):
+        merging._all_noted(job, stopped, 2)
+    job.sources.close()
 
 
 def test_an_error_after_going_on_leaves_nothing(

@@ -14,9 +14,11 @@ import torch
 from cli import hf_tsv as run
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import hf_tsv
-from hf_tsv.stream import LITTLE, read_ahead
+from hf_tsv.costs import LITTLE
+from hf_tsv.stream import read_ahead
 
 
 class Loads:
@@ -115,7 +117,7 @@ def test_memory_that_cannot_be_is_refused(zoo: Path, tmp_path: Path, size: str) 
         str(tmp_path / "out"), f"--max-memory={size}",
     )  # fmt: skip
     assert done.code == 1
-    assert "--max-memory" in done.err and "Hint: " in done.err
+    assert "memory" in done.err and "Hint: " in done.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -134,3 +136,25 @@ def test_less_memory_is_less_at_a_time(zoo: Path, tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     assert free == tight > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "average"}, {"method": "low-rank", "alpha": 0.5}]
+)
+def test_a_merge_on_a_gpu_is_that_of_the_cpu(
+    zoo: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Through pinned memory, and back into the files."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        report = hf_tsv.merge(
+            [zoo / "vision", zoo / "full"], base_model=zoo / "base", output=tmp_path / device,
+            device=device, **options,
+        )  # fmt: skip
+        assert report.device == device
+        found[device] = load_file(tmp_path / device / "model.safetensors")
+    base = load_file(zoo / "base" / "model.safetensors")
+    for name, expected in found["cpu"].items():
+        change = (expected.double() - base[name].double()).norm()
+        assert (found["cuda"][name].double() - expected.double()).norm() <= 1e-4 * change, name

@@ -53,7 +53,12 @@ class LocalFiles:
         descriptor = self._descriptor(name)
         done = 0
         while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], start + done)
+            try:
+                count = os.preadv(descriptor, [buffer[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.root / name} cannot be read: {error.strerror}."
+                ) from None
             if count == 0:
                 raise CheckpointError(
                     f"{self.root / name} is truncated: it ends before byte {start + len(buffer)}.",

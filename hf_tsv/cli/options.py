@@ -9,8 +9,6 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from hf_tsv.errors import RecipeError
-
 TARGET = "Where the result goes"
 RUN = "How to run"
 
@@ -149,16 +147,6 @@ CacheDir = Annotated[
 def shard_size(text: str) -> int | str:
     """Bytes, if it is a plain number; else a size such as 5GB, checked where it is used."""
     return int(text) if re.fullmatch("[0-9]+", text) else text
-
-
-def memory_size(text: str | None) -> int | None:
-    """Bytes of a size such as 2GB."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kKMGT]?)B?", text.strip())
-    if found is None or not float(found[1]):
-        raise RecipeError(f"--max-memory is {text!r}.", "Write a size such as 2GB or 800MB.")
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
 def timings(seconds: dict[str, float], treatments: dict[str, dict[str, Any]]) -> str:

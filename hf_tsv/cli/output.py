@@ -87,6 +87,7 @@ def guarded() -> Iterator[None]:
         yield
     except HfTsvError as error:
         if not is_leader() and error.message != LOST:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(TURN)
             _leave(EXIT_ERROR)
         if os.environ.get("HF_DEBUG", "").upper() in {"1", "ON", "YES", "TRUE"}:

@@ -77,7 +77,7 @@ def reconstruct(
         commit_message=commit_message,
         token=token,
         cache_dir=cache_dir,
-        max_memory=options.memory_size(max_memory),
+        max_memory=max_memory,
         dry_run=dry_run,
         progress=False if quiet else None,
     )
