@@ -14,10 +14,14 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_tsv.memory import empty
+
+Vector = NDArray[np.float64]
 
 BLOCK = 64
 """Block size that workspaces are made for; LAPACK uses what fits."""
@@ -54,7 +58,12 @@ def _call(name: str, *arguments: Any) -> None:
         else a
         for a in arguments
     ]  # fmt: skip
-    references = [a.data_ptr() if isinstance(a, Tensor) else ctypes.byref(a) for a in held]
+    references = [
+        a.data_ptr() if isinstance(a, Tensor)
+        else a if isinstance(a, ctypes.c_void_p)
+        else ctypes.byref(a)
+        for a in held
+    ]  # fmt: skip
     _routine(name, len(arguments))(*references)
 
 
@@ -83,6 +92,66 @@ def gram(a: Tensor) -> Tensor:
     return result
 
 
+def product(upper: Tensor, vector: Vector) -> Vector:
+    """A symmetric matrix times a vector.
+
+    Args:
+        upper (`Tensor`): shape (n, n); its upper triangle counts.
+        vector (`numpy.ndarray`): shape (n,), contiguous.
+    """
+    n, result = len(vector), np.empty(len(vector))
+    x, y = (ctypes.c_void_p(v.ctypes.data) for v in (vector, result))
+    _call("dsymv", "L", n, 1.0, upper, n, x, 1, 0.0, y, 1)
+    return result
+
+
+def is_positive_definite(upper: Tensor) -> bool:
+    """Whether all eigenvalues of a symmetric matrix are positive, by Cholesky's method.
+
+    Args:
+        upper (`Tensor`): shape (n, n); its upper triangle counts, and is overwritten.
+    """
+    n, info = upper.shape[0], ctypes.c_int(0)
+    _call("dpotrf", "L", n, upper, n, info)
+    return info.value == 0
+
+
+def tridiagonal_eigh(diagonal: Vector, beside: Vector, count: int) -> tuple[Vector, Vector]:
+    """The largest eigenvalues of a symmetric tridiagonal matrix and their eigenvectors.
+
+    Args:
+        diagonal (`numpy.ndarray`): shape (n,).
+        beside (`numpy.ndarray`): shape (n − 1,).
+        count (`int`): how many.
+
+    Returns:
+        `tuple[numpy.ndarray, numpy.ndarray]`: eigenvalues descending (count,), eigenvectors as rows
+        (count, n).
+
+    Raises:
+        [`NotConvergedError`]: LAPACK's `dstemr` failed.
+    """
+    padded = np.append(beside, 0.0)
+    values, vectors = _tridiagonal(torch.tensor(diagonal), torch.tensor(padded), count)
+    return values[:count].flip(0).numpy(), vectors.flip(0).numpy()
+
+
+def _tridiagonal(diagonal: Tensor, beside: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Ascending, the values of room for n; both arguments are overwritten."""
+    n = diagonal.numel()
+    values, vectors = _doubles(n), _doubles(count, n)
+    work, iwork = _doubles(18 * n), torch.empty(10 * n, dtype=torch.int32)
+    support = torch.empty(2 * count, dtype=torch.int32)
+    found, info, relative = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(1)
+    _call(
+        "dstemr", "V", "I", n, diagonal, beside, 0.0, 0.0, n - count + 1, n, found, values,
+        vectors, n, count, support, relative, work, work.numel(), iwork, iwork.numel(), info,
+    )  # fmt: skip
+    if info.value or found.value != count:
+        raise NotConvergedError(f"dstemr: info {info.value}, {found.value} of {count} eigenvalues")
+    return values, vectors
+
+
 def leading_eigh(upper: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues of a symmetric matrix and their eigenvectors.
 
@@ -101,17 +170,9 @@ def leading_eigh(upper: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     n = upper.shape[0]
     diagonal, beside, reflectors = _doubles(n), _doubles(n), _doubles(n)
-    values, vectors = _doubles(n), _doubles(count, n)
-    work, iwork = _doubles(BLOCK * n), torch.empty(10 * n, dtype=torch.int32)
-    support = torch.empty(2 * count, dtype=torch.int32)
-    found, info, relative = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(1)
+    work, info = _doubles(BLOCK * n), ctypes.c_int(0)
     _call("dsytrd", "L", n, upper, n, diagonal, beside, reflectors, work, work.numel(), info)
-    _call(
-        "dstemr", "V", "I", n, diagonal, beside, 0.0, 0.0, n - count + 1, n, found, values,
-        vectors, n, count, support, relative, work, work.numel(), iwork, iwork.numel(), info,
-    )  # fmt: skip
-    if info.value or found.value != count:
-        raise NotConvergedError(f"dstemr: info {info.value}, {found.value} of {count} eigenvalues")
+    values, vectors = _tridiagonal(diagonal, beside, count)
     _call(
         "dormtr", "L", "L", "N", n, count, upper, n, reflectors, vectors, n, work, work.numel(),
         info,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from hf_tsv import iterative, lapack
+from hf_tsv import iterative, lanczos, lapack
 from hf_tsv.memory import empty
 
 Precision = Literal["fast", "exact"]
@@ -411,7 +411,7 @@ def _leading_eighs(items: Sequence[_Scaled], rank: int) -> Sequence[tuple[Tensor
     """What [`_leading_eigh`] finds of each."""
     count = min(rank, items[0].a.shape[1])
     if not _by_products(items[0].a):
-        return [_leading_eigh(item.a, count) for item in items]
+        return [_leading_eigh(item.a, count, item.floor) for item in items]
     grams = torch.stack([item.a.mT @ item.a for item in items])
     floors = torch.tensor([item.floor for item in items], dtype=grams.dtype, device=grams.device)
     try:
@@ -429,8 +429,14 @@ def _loss(a: Tensor, root: Tensor) -> float:
     return float((root.mT @ (a.mT @ white) - probes).norm() / PROBES**0.5)
 
 
-def _leading_eigh(a: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
-    """Largest eigenvalues of aᵀa, descending, eigenvectors as rows; None where that is no use."""
+def _leading_eigh(a: Tensor, count: int, floor: float = 0.0) -> tuple[Tensor, Tensor] | None:
+    """Largest eigenvalues of aᵀa, descending, eigenvectors as rows; None where that is no use.
+
+    Args:
+        a (`Tensor`): shape (m, n).
+        count (`int`): how many at most.
+        floor (`float`): singular values up to this are not wanted.
+    """
     if a.dtype != torch.float64 or not a.numel():
         return None
     gram = _gram(a)
@@ -439,7 +445,8 @@ def _leading_eigh(a: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
             values, vectors = torch.linalg.eigh(gram)
             return values.flip(0)[:count], vectors.mT.flip(0)[:count]
         if count < a.shape[1]:
-            return lapack.leading_eigh(gram, count)
+            found = lanczos.leading_eigh(gram, count, floor**2)
+            return found or lapack.leading_eigh(gram, count)
         values, vectors = lapack.eigh(gram)
         return values.flip(0), vectors.flip(0)
     except (lapack.NotConvergedError, LinAlgError):

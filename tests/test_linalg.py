@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from reference import gaussian, generator, one_thread, orthonormal, relative_error
 from torch import Tensor
 
-from hf_tsv import linalg
+from hf_tsv import lanczos, lapack, linalg
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -327,3 +328,68 @@ def test_counting_does_not_decompose(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = int((floor < torch.linalg.svd(matrix).S).sum())
     assert 0 < expected < 50
     assert linalg.numerical_rank(matrix, floor) == expected
+
+
+# Lanczos' method
+
+
+def gram_of(values: Tensor, seed: int = 70) -> Tensor:
+    """A positive semi-definite matrix of these eigenvalues."""
+    Q = orthonormal(len(values), len(values), generator(seed))
+    return lapack.gram((Q * values.sqrt()).T.contiguous())
+
+
+def decaying(size: int, exponent: float) -> Tensor:
+    return torch.arange(1, size + 1, dtype=torch.float64) ** -exponent
+
+
+@pytest.mark.parametrize("count", [1, 5, 20])
+@pytest.mark.parametrize("exponent", [0.25, 0.5, 1.0, 2.0, 4.0])
+def test_few_eigenvectors_are_found_in_a_krylov_space(exponent: float, count: int) -> None:
+    values = decaying(240, exponent)
+    gram = gram_of(values)
+    found = lanczos.leading_eigh(gram.clone(), count, 0.0)
+    assert found is not None
+    torch.testing.assert_close(found[0], values[:count], rtol=1e-12, atol=1e-14)
+    _, expected = lapack.leading_eigh(gram, count)
+    cosines = (found[1] @ expected.T).diagonal().abs()
+    assert float((1 - cosines).max()) < 1e-12
+    torch.testing.assert_close(
+        found[1] @ found[1].T, torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-13
+    )
+
+
+def test_many_eigenvectors_are_not_looked_for_there() -> None:
+    assert lanczos.leading_eigh(gram_of(decaying(60, 0.5)), 6, 0.0) is None
+
+
+def test_an_eigenvector_that_was_missed_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start without any of it never finds it; the proof fails, and LAPACK takes over."""
+
+    class Start:
+        def standard_normal(self, n: int) -> np.ndarray:
+            start = np.ones(n)
+            start[1] = 0
+            return start
+
+    monkeypatch.setattr(lanczos.np.random, "default_rng", lambda seed: Start())
+    values = decaying(120, 0.5)
+    assert lanczos.leading_eigh(values.diag(), 4, 0.0) is None
+    svd = linalg.truncated_svd(values.diag(), 4)
+    assert not svd.exact
+    torch.testing.assert_close(svd.S, values[:4], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-18, 1e-13, 1e-9])
+def test_what_is_under_the_floor_need_not_converge(noise: float) -> None:
+    """An update of rank 3, exactly or with the rounding of its storage."""
+    values = noise * (1 + decaying(240, 0.5))
+    values[:3] = torch.tensor([1.0, 0.1, 1e-3])
+    found = lanczos.leading_eigh(gram_of(values), 12, floor=1e-8)
+    assert found is not None
+    torch.testing.assert_close(found[0], values[:3], rtol=1e-8, atol=0)
+    assert found[1].shape == (3, 240)
+
+
+def test_zeros_have_no_eigenvectors_there() -> None:
+    assert lanczos.leading_eigh(torch.zeros(240, 240, dtype=torch.float64), 3, 0.0) is None
