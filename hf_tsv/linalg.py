@@ -261,14 +261,15 @@ def largest_entry(matrix: Tensor) -> float:
     return float(torch.maximum(-low, high))
 
 
-def norms(matrix: Tensor) -> tuple[float, float, float]:
+def norms(matrix: Tensor, *, overwrite: bool = False) -> tuple[float, float, float]:
     """Frobenius norm, and the largest norms of a row and of a column.
 
     Args:
         matrix (`Tensor`): shape (m, n), float32 or float64.
+        overwrite (`bool`): use its memory for the work.
     """
     scale = (largest_entry(matrix) if matrix.numel() else 0.0) or 1.0
-    a = empty(*matrix.shape, dtype=matrix.dtype, device=matrix.device)
+    a = matrix if overwrite else empty(*matrix.shape, dtype=matrix.dtype, device=matrix.device)
     torch.div(matrix, scale, out=a)
     if a.device.type == "cpu":  # torch takes twenty times as long for the columns
         n = a.numpy()

@@ -151,11 +151,12 @@ def rounding_noise(matrix: Tensor, dtype: torch.dtype) -> float:
         matrix (`Tensor`): shape (d_out, d_in).
         dtype (`torch.dtype`): it was rounded to.
     """
-    return _noise(matrix.float(), torch.finfo(dtype).eps)
+    return _noise(matrix.to(torch.float32, copy=True), torch.finfo(dtype).eps)
 
 
 def _noise(size: Tensor, eps: float) -> float:
-    _, row, column = linalg.norms(size)
+    """Of entries of this size, whose memory is used for the work."""
+    _, row, column = linalg.norms(size, overwrite=True)
     return ROUNDING_SPREAD * eps * (row + column)
 
 
