@@ -308,6 +308,20 @@ def test_a_failed_upload_keeps_the_finished_folder(world: Path, hub: Hub) -> Non
     shutil.rmtree(folder.parent)
 
 
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """A merge that takes a moment, and what it makes when nothing disturbs it."""
+    from test_merge import deep_checkpoints
+
+    folder = tmp_path_factory.mktemp("deep")
+    deep_checkpoints(folder, 6)
+    command = ["merge", *(str(folder / t) for t in ("t1", "t2"))]
+    command += ["--base-model", str(folder / "base")]
+    done = hf_tsv(*command, "-o", "whole", cwd=folder)
+    assert done.code == 0, done.err
+    return command, folder / "whole"
+
+
 @pytest.mark.parametrize(
     ("sent", "code", "said"),
     [
@@ -317,19 +331,15 @@ def test_a_failed_upload_keeps_the_finished_folder(world: Path, hub: Hub) -> Non
     ],
 )
 def test_an_interrupted_merge_goes_on_where_it_stopped(
-    world: Path, sent: signal.Signals, code: int, said: str
+    deep: tuple[list[str], Path], tmp_path: Path, sent: signal.Signals, code: int, said: str
 ) -> None:
     """Ctrl-C, the end of a batch job and a kill, while weights are being decomposed."""
-    from test_merge import deep_checkpoints
-
-    deep_checkpoints(world / "deep", 12)
-    deep = world / "deep"
-    command = ["merge", str(deep / "t1"), str(deep / "t2"), "--base-model", str(deep / "base")]
+    command, whole = deep
     process = subprocess.Popen(
         [str(SCRIPT), *command, "-o", "merged"],
-        cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    journal = world / ".merged.hf-tsv" / "done.0.jsonl"
+    journal = tmp_path / ".merged.hf-tsv" / "done.0.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (journal.exists() and journal.stat().st_size):
         time.sleep(0.005)
@@ -338,17 +348,14 @@ def test_an_interrupted_merge_goes_on_where_it_stopped(
     assert process.returncode == code, err
     assert out == "" and said in err and "Traceback" not in err
     assert said == "" or "the same command goes on from there" in err
-    assert not (world / "merged").exists()
-    again, whole = (
-        hf_tsv(*command, "-o", "merged", cwd=world),
-        hf_tsv(*command, "-o", "whole", cwd=world),
-    )
-    assert again.code == whole.code == 0, again.err
-    found = re.search(r"(\d+) of 73 weights are there already", again.err)
-    assert found is not None and 0 < int(found[1]) < 73, again.err
+    assert not (tmp_path / "merged").exists()
+    again = hf_tsv(*command, "-o", "merged", cwd=tmp_path)
+    assert again.code == 0, again.err
+    found = re.search(r"(\d+) of 37 weights are there already", again.err)
+    assert found is not None and 0 < int(found[1]) < 37, again.err
     for name in ("model.safetensors", "hf_tsv_recipe.yaml", "config.json"):
-        assert (world / "merged" / name).read_bytes() == (world / "whole" / name).read_bytes()
-    assert not list(world.glob(".*"))
+        assert (tmp_path / "merged" / name).read_bytes() == (whole / name).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def test_an_unknown_option_is_a_usage_error(world: Path) -> None:

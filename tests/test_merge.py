@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hf_tsv
-from hf_tsv import CheckpointError, MergeReport, OutputError, RecipeError
+from hf_tsv import CheckpointError, MergeReport, OutputError, RecipeError, merging
 
 
 def tsv_update(deltas: list[Tensor], rank: int) -> Tensor:
@@ -451,9 +451,9 @@ print([line.split()[1] for line in open("/proc/self/status") if line.startswith(
 
 def test_peak_memory_is_bounded_by_the_largest_weight(tmp_path: Path) -> None:
     """Interpreter, libraries, and four times the largest weight of base and tasks; as foretold."""
-    tasks = 8
+    tasks = 16
     deep_checkpoints(tmp_path / "tiny", 1, 16)
-    deep_checkpoints(tmp_path / "wide", 2, 512, tasks)
+    deep_checkpoints(tmp_path / "wide", 1, 512, tasks)
     peaks = {}
     for name, found in (("tiny", 2), ("wide", tasks)):
         inputs = [str(tmp_path / name / f"t{i + 1}") for i in range(found)]
@@ -473,7 +473,7 @@ print(json.dumps([planned, int(peak) * 1024]))
     largest = 4 * 512 * 2048
     (_, interpreter), (planned, peak) = peaks["tiny"], peaks["wide"]
     assert peak <= interpreter + 4 * (tasks + 1) * largest, peaks
-    assert peak <= interpreter + planned, peaks
+    assert peak <= interpreter + planned + merging.LIBRARIES, peaks
 
 
 def deep_checkpoints(folder: Path, layers: int, width: int = 256, tasks: int = 2) -> None:

@@ -176,7 +176,7 @@ def test_a_process_is_measured_from_outside(tmp_path: Path) -> None:
 def test_seconds_of_hf_tsv_are_found_in_its_timings(tmp_path: Path) -> None:
     report = {"seconds": 9.0, "timings": {"reading": 1.0, "computing": 2.0, "x": {}}}
     done = processes.run(["json.tool", _json(tmp_path, report)])
-    assert done.seconds == {"reading": 1.0, "computing": 2.0}
+    assert done.seconds == {"reading": 1.0, "computing": 2.0, "whole": 9.0}
 
 
 def test_a_failed_process_says_why() -> None:
