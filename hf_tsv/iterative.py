@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from hf_tsv import lanczos
+
 TOLERANCE = 1e-11
 """Residual of a singular triplet, relative to the largest singular value, to stop at."""
 
@@ -86,6 +88,31 @@ def leading_eigh(grams: Tensor, count: int, floors: Tensor) -> tuple[Tensor, Ten
         block = _filtered(grams, block, image, quotients, excess, count, sweep == 0)
     values[todo], vectors[todo] = _eigh(grams, count)
     return values, vectors
+
+
+def nothing_missed(grams: Tensor, values: Tensor, vectors: Tensor, floors: Tensor) -> Tensor:
+    """Whether matrices have no other eigenvalues above the last of these and above their floors.
+
+    By Cholesky's method, as [`hf_tsv.lanczos`] does it.
+
+    Args:
+        grams (`Tensor`): shape (T, n, n).
+        values (`Tensor`): descending, shape (T, count).
+        vectors (`Tensor`): as rows, shape (T, count, n).
+        floors (`Tensor`): shape (T,); as in [`leading_eigh`].
+
+    Returns:
+        `Tensor`: shape (T,), booleans.
+    """
+    wanted = values > floors[:, None] ** 2
+    bounds = torch.where(wanted.all(1), values[:, -1], floors**2) * (1 + lanczos.MARGIN)
+    weighted = (
+        torch.where(wanted[:, :, None], vectors, 0) * (2 * values.clamp_min(0)).sqrt()[:, :, None]
+    )
+    rest = weighted.mT @ weighted - grams
+    rest.diagonal(dim1=1, dim2=2).add_(bounds[:, None] + torch.finfo(bounds.dtype).tiny)
+    proved: Tensor = torch.linalg.cholesky_ex(rest).info == 0
+    return proved
 
 
 def polar_parts(a: Tensor, smallest: float) -> tuple[Tensor, Tensor] | None:

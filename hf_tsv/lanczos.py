@@ -96,8 +96,12 @@ def _extend(
 
 
 def _rest_is_less(upper: Tensor, values: Tensor, vectors: Tensor, bound: float) -> bool:
-    """Whether a matrix without these eigenvectors has no eigenvalue above a bound."""
-    rest = lapack.gram(vectors * values[:, None].sqrt())
+    """Whether a matrix has no other eigenvalue above a bound.
+
+    These are moved to their negatives rather than to zero, so that what is left of their residuals
+    counts in second order only.
+    """
+    rest = lapack.gram(vectors * (2 * values[:, None]).sqrt())
     rest -= upper
     rest.diagonal().add_(bound * (1 + MARGIN))
     return lapack.is_positive_definite(rest)

@@ -416,9 +416,12 @@ def _leading_eighs(items: Sequence[_Scaled], rank: int) -> Sequence[tuple[Tensor
     grams = torch.stack([item.a.mT @ item.a for item in items])
     floors = torch.tensor([item.floor for item in items], dtype=grams.dtype, device=grams.device)
     try:
-        return list(zip(*iterative.leading_eigh(grams, count, floors), strict=True))
+        values, vectors = iterative.leading_eigh(grams, count, floors)
     except LinAlgError:
         return [None] * len(items)
+    proved = iterative.nothing_missed(grams, values, vectors, floors).tolist()
+    found = zip(values, vectors, strict=True)
+    return [pair if ok else None for pair, ok in zip(found, proved, strict=True)]
 
 
 def _loss(a: Tensor, root: Tensor) -> float:

@@ -153,6 +153,20 @@ def test_what_does_not_converge_is_left_to_the_eigensolver(monkeypatch) -> None:
     eigh.assert_called_once()
 
 
+def test_an_eigenvector_that_was_missed_is_noticed() -> None:
+    values = torch.linspace(2, 0, 40, dtype=torch.float64)
+    gram = values.diag()[None]
+    floors = torch.zeros(1, dtype=torch.float64)
+    vectors = torch.eye(40, dtype=torch.float64)[None]
+    right = iterative.nothing_missed(gram, values[None, :5], vectors[:, :5], floors)
+    others = [0, 1, 2, 4, 5]
+    wrong = iterative.nothing_missed(gram, values[None, others], vectors[:, others], floors)
+    assert (right.tolist(), wrong.tolist()) == ([True], [False])
+    above = torch.tensor([values[3].sqrt() * 1.001], dtype=torch.float64)
+    garbage = torch.cat([vectors[:, :3], vectors[:, :2] * torch.nan], dim=1)
+    assert iterative.nothing_missed(gram, values[None, :5], garbage, above).tolist() == [True]
+
+
 @pytest.mark.parametrize("count", [1, 53, 54, SIZE])
 def test_any_number_of_eigenvectors_is_found(count: int) -> None:
     a = unit_matrices("power-law-0.5")
