@@ -14,7 +14,7 @@ from benchmarks.speed.processes import FailedError, Run
 from benchmarks.speed.synthetic import Zoo
 
 TASKS = (2, 4, 8, 14, 20)
-LAYERS = (1, 2, 4, 8)
+LAYERS = (1, 2, 4)
 PROCESSES = (1, 2)
 FEW_TASKS = 8
 COLOURS: Mapping[str, str] = {OURS: "#1f5fa8", PLAIN: "#c2571a", TRANSPOSED: "#5d8f2e"}
