@@ -468,3 +468,9 @@ def test_operations_follow_the_size_and_the_number_of_tasks(base: Checkpoint) ->
     assert cost((64, 32), 2) < cost((128, 32), 2) < cost((128, 64), 2) < cost((128, 64), 4)
     assert cost((64, 32), 2, method="average") < 0.5 * cost((64, 32), 2)
     assert operations(Weight(("a",), (64, 32), "copied")) < cost((64, 32), 2, method="average")
+
+
+def test_what_is_read_ahead_counts_in_memory() -> None:
+    shapes = {f"vision_model.encoder.layers.{i}.mlp.fc1.weight": (64, 32) for i in range(3)}
+    base, inputs = headers("base", shapes), [headers(f"t{i}", shapes) for i in range(4)]
+    assert peak(base, inputs) - peak(base, inputs, ahead=False) >= 4 * 64 * 32 * (4 + 1)
