@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -27,12 +27,16 @@ BLOCK = 64
 """Block size that workspaces are made for; LAPACK uses what fits."""
 
 
+TINY = 1e-300
+"""In place of a pivot of zero."""
+
+
 class NotConvergedError(ArithmeticError):
     """An eigensolver gave up."""
 
 
 @functools.cache
-def _routine(name: str, arguments: int) -> Callable[..., None]:
+def _routine(name: str, arguments: int, quick: bool) -> Callable[..., None]:
     from scipy.linalg import cython_blas, cython_lapack
 
     api = ctypes.pythonapi
@@ -46,11 +50,20 @@ def _routine(name: str, arguments: int) -> Callable[..., None]:
     if signature.count(b",") + 1 != arguments or b"int *" not in signature:
         raise ImportError(f"SciPy's {name} is not the one known here: {signature.decode()}")
     address = api.PyCapsule_GetPointer(capsule, signature)
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(address)
+    kind = ctypes.PYFUNCTYPE if quick else ctypes.CFUNCTYPE
+    return kind(None, *[ctypes.c_void_p] * arguments)(address)
 
 
-def _call(name: str, *arguments: Any) -> None:
-    """Call a Fortran routine: everything by reference, strings as one character."""
+def prepared(name: str, *arguments: Any, quick: bool = False) -> Callable[[], None]:
+    """A call of a Fortran routine to make many times: everything by reference.
+
+    Args:
+        name (`str`): of the routine.
+        arguments (`Any`): strings of one character, numbers, and tensors; or objects of ctypes,
+            whose values can be changed between the calls, a `c_void_p` for an array.
+        quick (`bool`): it keeps the interpreter lock. Letting go of it and getting it back from
+            another thread takes ten microseconds.
+    """
     held = [
         ctypes.c_char(a.encode()) if isinstance(a, str)
         else ctypes.c_int(a) if isinstance(a, int)
@@ -64,7 +77,13 @@ def _call(name: str, *arguments: Any) -> None:
         else ctypes.byref(a)
         for a in held
     ]  # fmt: skip
-    _routine(name, len(arguments))(*references)
+    routine = _routine(name, len(arguments), quick)
+    return lambda held=held: routine(*references)  # type: ignore[misc]
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a Fortran routine once."""
+    prepared(name, *arguments)()
 
 
 @contextmanager
@@ -89,19 +108,6 @@ def gram(a: Tensor) -> Tensor:
     else:
         a = a.mT.contiguous()
         _call("dsyrk", "L", "T", n, m, 1.0, a, m, 0.0, result, n)
-    return result
-
-
-def product(upper: Tensor, vector: Vector) -> Vector:
-    """A symmetric matrix times a vector.
-
-    Args:
-        upper (`Tensor`): shape (n, n); its upper triangle counts.
-        vector (`numpy.ndarray`): shape (n,), contiguous.
-    """
-    n, result = len(vector), np.empty(len(vector))
-    x, y = (ctypes.c_void_p(v.ctypes.data) for v in (vector, result))
-    _call("dsymv", "L", n, 1.0, upper, n, x, 1, 0.0, y, 1)
     return result
 
 
@@ -152,7 +158,7 @@ def _tridiagonal(diagonal: Tensor, beside: Tensor, count: int) -> tuple[Tensor, 
     return values, vectors
 
 
-def leading_eigh(upper: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def leading_eigh(upper: Tensor, count: int, floor: float = 0.0) -> tuple[Tensor, Tensor, int]:
     """The largest eigenvalues of a symmetric matrix and their eigenvectors.
 
     By tridiagonal form and multiple relatively robust representations. LAPACK's driver for both,
@@ -161,9 +167,11 @@ def leading_eigh(upper: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Args:
         upper (`Tensor`): shape (n, n); its upper triangle counts, and is overwritten.
         count (`int`): how many.
+        floor (`float`): what eigenvalues are counted above.
 
     Returns:
-        `tuple[Tensor, Tensor]`: eigenvalues descending (count,), eigenvectors as rows (count, n).
+        `tuple[Tensor, Tensor, int]`: eigenvalues descending (count,), eigenvectors as rows
+        (count, n), and how many of all are above the floor.
 
     Raises:
         [`NotConvergedError`]: LAPACK's `dstemr` failed.
@@ -172,12 +180,23 @@ def leading_eigh(upper: Tensor, count: int) -> tuple[Tensor, Tensor]:
     diagonal, beside, reflectors = _doubles(n), _doubles(n), _doubles(n)
     work, info = _doubles(BLOCK * n), ctypes.c_int(0)
     _call("dsytrd", "L", n, upper, n, diagonal, beside, reflectors, work, work.numel(), info)
+    above = _above(diagonal.tolist(), beside.tolist(), floor)
     values, vectors = _tridiagonal(diagonal, beside, count)
     _call(
         "dormtr", "L", "L", "N", n, count, upper, n, reflectors, vectors, n, work, work.numel(),
         info,
     )  # fmt: skip
-    return values[:count].flip(0), vectors.flip(0)
+    return values[:count].flip(0), vectors.flip(0), above
+
+
+def _above(diagonal: Sequence[float], beside: Sequence[float], floor: float) -> int:
+    """How many eigenvalues of a tridiagonal matrix are larger: the positive pivots (Sturm)."""
+    pivot, square, count = 1.0, 0.0, 0
+    for entry, next_ in zip(diagonal, beside, strict=True):
+        pivot = entry - floor - square / pivot
+        pivot = pivot if abs(pivot) > TINY else -TINY
+        square, count = next_ * next_, count + (pivot > 0)
+    return count
 
 
 def eigh(upper: Tensor) -> tuple[Tensor, Tensor]:

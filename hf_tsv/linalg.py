@@ -63,14 +63,21 @@ The merged update is wrong by 0.005 to 0.14 of it, measured on related tasks of 
 SMALLEST_EIGENVALUE = 10 * RANK_TOLERANCE**2
 """Of a Gram matrix, relative to its largest: below it null directions may begin."""
 
-SMALLEST_SQUARE = 1e-12
-"""Of a singular value, relative to the squared norm: below it a Gram matrix holds rounding."""
+SMALLEST_SQUARE = 100
+"""Of a singular value, relative to the largest eigenvalue of a Gram matrix, in units of its
+precision: below it there may be nothing but rounding."""
 
 PROBES = 8
-"""Vectors that it is estimated with."""
+"""Vectors that residuals are estimated with: ten times too small once in ten million."""
 
 BATCH = 1 << 26
 """Entries of the matrices decomposed at a time, 0.5 GB; eigenvectors take several times that."""
+
+SMALL = 1e-12
+"""Entries up to which, and from the inverse of which, squares are summed after scaling."""
+
+TILE = 128
+"""Rows and columns that are mirrored at a time."""
 
 COLUMNS = 384
 """Columns a product is computed in at a time; the same for every number of threads."""
@@ -85,12 +92,15 @@ class SVD:
         S (`Tensor`): shape (r,), descending.
         Vh (`Tensor`): shape (r, n).
         exact (`bool`): from a full float64 SVD.
+        numerical_rank (`int`, *optional*): singular values of the matrix above the floor, where
+            they were counted.
     """
 
     U: Tensor
     S: Tensor
     Vh: Tensor
     exact: bool
+    numerical_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,12 @@ _POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
 
 
 def truncated_svds(
-    matrices: Sequence[Tensor], rank: int, floors: Sequence[float], precision: Precision = "fast"
+    matrices: Sequence[Tensor],
+    rank: int,
+    floors: Sequence[float],
+    precision: Precision = "fast",
+    *,
+    count: bool = False,
 ) -> list[SVD]:
     """Leading singular triplets of several matrices.
 
@@ -150,42 +165,23 @@ def truncated_svds(
         rank (`int`): how many triplets at most.
         floors (`Sequence[float]`): singular values up to this are numerically zero and dropped.
         precision (`str`): `"exact"`: by a full float64 SVD, always.
+        count (`bool`): find the numerical rank too, of which `rank` may be a part.
     """
     items = list(zip(matrices, floors, strict=True))
-    found = _each(lambda batch: _svds(batch, rank, precision), _batches(items))
+    found = _each(lambda batch: _svds(batch, rank, precision, count), _batches(items))
     return [svd for batch in found for svd in batch]
 
 
 def truncated_svd(
-    matrix: Tensor, rank: int, floor: float = 0.0, precision: Precision = "fast"
+    matrix: Tensor,
+    rank: int,
+    floor: float = 0.0,
+    precision: Precision = "fast",
+    *,
+    count: bool = False,
 ) -> SVD:
     """Leading singular triplets of one matrix; see [`truncated_svds`]."""
-    return truncated_svds([matrix], rank, [floor], precision)[0]
-
-
-def numerical_rank(matrix: Tensor, floor: float) -> int:
-    """How many singular values of a matrix are above a floor.
-
-    Args:
-        matrix (`Tensor`): shape (m, n).
-        floor (`float`): in the units of the matrix.
-    """
-    item = _scaled(matrix, floor)
-    norm = float(item.a.norm())
-    if item.a.dtype == torch.float64 and item.floor**2 > SMALLEST_SQUARE * norm**2:
-        gram = _symmetric(_gram(item.a))
-        gram.diagonal().sub_(item.floor**2)
-        return _positive(gram)
-    return int((torch.linalg.svdvals(item.a) > item.floor).sum())
-
-
-def _positive(matrix: Tensor) -> int:
-    """Number of positive eigenvalues of a symmetric matrix, those of D in L D Lᵀ (Sylvester)."""
-    factor, pivots, info = torch.linalg.ldl_factor_ex(matrix)
-    if info.item():
-        return int((torch.linalg.eigvalsh(matrix) > 0).sum())
-    single = pivots > 0  # the others are rows of 2 × 2 blocks, one eigenvalue of each sign
-    return int((factor.diagonal()[single] > 0).sum()) + int((~single).sum()) // 2
+    return truncated_svds([matrix], rank, [floor], precision, count=count)[0]
 
 
 def orthogonal_product(
@@ -206,7 +202,10 @@ def orthogonal_product(
             by an SVD, or `"whitening"`, U (UᵀU)^(−1/2) where that is accurate enough.
     """
     left, right = _each(lambda X: _polar(X, precision, solver), [U, Vh.mT])
-    factors = [*left.factors[:-1], left.factors[-1] * S, *(f.mT for f in reversed(right.factors))]
+    last = left.factors[-1]
+    scaled = torch.mul(last, S, out=empty(*last.shape, dtype=last.dtype, device=last.device))
+    factors = [*left.factors[:-1], scaled, *(f.mT for f in reversed(right.factors))]
+    del last, left.factors[-1]
     null_directions = max(left.null_directions, right.null_directions)
     return OrthogonalProduct(_chain(factors), null_directions, left.exact + right.exact)
 
@@ -261,25 +260,45 @@ def largest_entry(matrix: Tensor) -> float:
     return float(torch.maximum(-low, high))
 
 
-def norms(matrix: Tensor, *, overwrite: bool = False) -> tuple[float, float, float]:
+def norms(matrix: Tensor) -> tuple[float, float, float]:
     """Frobenius norm, and the largest norms of a row and of a column.
 
     Args:
         matrix (`Tensor`): shape (m, n), float32 or float64.
-        overwrite (`bool`): use its memory for the work.
     """
-    scale = (largest_entry(matrix) if matrix.numel() else 0.0) or 1.0
-    a = matrix if overwrite else empty(*matrix.shape, dtype=matrix.dtype, device=matrix.device)
-    torch.div(matrix, scale, out=a)
-    if a.device.type == "cpu":  # torch takes twenty times as long for the columns
-        n = a.numpy()
-        rows, columns = (torch.from_numpy(np.einsum(f"ij,ij->{kept}", n, n)) for kept in "ij")
-    else:
-        rows, columns = a.square().sum(dim=1), a.square_().sum(dim=0)
+    a, scale = _with_safe_squares(matrix)
+    rows = _squares(a, 0)
+    columns = _squares(a, 1)
     zero = rows.new_zeros(1)
     squares = rows.double().sum(), torch.cat([rows, zero]).max(), torch.cat([columns, zero]).max()
     whole, row, column = (scale * math.sqrt(s) for s in squares)
     return whole, row, column
+
+
+def frobenius_norm(matrix: Tensor) -> float:
+    """Root of the sum of all squares.
+
+    Args:
+        matrix (`Tensor`): shape (m, n), float32 or float64.
+    """
+    a, scale = _with_safe_squares(matrix)
+    return scale * math.sqrt(_squares(a, 0).double().sum())
+
+
+def _with_safe_squares(matrix: Tensor) -> tuple[Tensor, float]:
+    """The matrix, divided by its largest entry where squares would leave the range of float32."""
+    largest = largest_entry(matrix) if matrix.numel() else 0.0
+    if SMALL < largest < 1 / SMALL or not largest:
+        return matrix, 1.0
+    return matrix / largest, largest
+
+
+def _squares(a: Tensor, kept: int) -> Tensor:
+    """Sums of squares along the other dimension."""
+    if a.device.type != "cpu":
+        return a.square().sum(dim=1 - kept)
+    n = a.numpy()  # torch takes twenty times as long for the columns
+    return torch.as_tensor(np.einsum(f"ij,ij->{'ij'[kept]}", n, n))
 
 
 def _batches(items: Sequence[tuple[Tensor, float]]) -> list[list[tuple[Tensor, float]]]:
@@ -323,18 +342,43 @@ def _scaled(matrix: Tensor, floor: float) -> _Scaled:
     return _Scaled(a.mT if wide else a, floor, scale, wide)
 
 
-def _svds(batch: Sequence[tuple[Tensor, float]], rank: int, precision: Precision) -> list[SVD]:
+def _svds(
+    batch: Sequence[tuple[Tensor, float]], rank: int, precision: Precision, count: bool
+) -> list[SVD]:
     items = [_scaled(matrix, floor) for matrix, floor in batch]
-    eigen = _leading_eighs(items, rank) if precision == "fast" else [None] * len(items)
-    return [_svd(item, rank, found) for item, found in zip(items, eigen, strict=True)]
+    eigen = _leading_eighs(items, rank, count) if precision == "fast" else [None] * len(items)
+    return [_svd(item, rank, found, count) for item, found in zip(items, eigen, strict=True)]
 
 
-def _svd(item: _Scaled, rank: int, eigen: tuple[Tensor, Tensor] | None) -> SVD:
-    found = _gram_svd(item.a, item.floor, *eigen) if eigen else None
+@dataclass(frozen=True)
+class _Eigen:
+    """Leading eigenvalues of a Gram matrix, descending, and eigenvectors as rows.
+
+    Args:
+        values (`Tensor`): shape (r,).
+        vectors (`Tensor`): shape (r, n).
+        above (`int`, *optional*): how many there are above the floor, if it is known.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    above: int | None = None
+
+
+def _svd(item: _Scaled, rank: int, eigen: _Eigen | None, count: bool) -> SVD:
+    found = _gram_svd(item.a, item.floor, eigen) if eigen else None
     U, S, Vh = found or _full_svd(item.a, rank, item.floor)
+    above = S.numel()
+    if count and above == rank < min(item.a.shape):
+        above = eigen.above if eigen and eigen.above else _count(item)
     if item.wide:
         U, Vh = Vh.mT, U.mT
-    return SVD(U, S * item.scale, Vh, exact=found is None)
+    return SVD(U, S * item.scale, Vh, exact=found is None, numerical_rank=above if count else None)
+
+
+def _count(item: _Scaled) -> int:
+    """How many singular values are above the floor."""
+    return int((torch.linalg.svdvals(item.a) > item.floor).sum())
 
 
 def _full_svd(a: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -344,18 +388,29 @@ def _full_svd(a: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor, Tenso
     return U[:, :r].clone(), S[:r].clone(), Vh[:r].clone()
 
 
-def _gram_svd(
-    a: Tensor, floor: float, values: Tensor, Vh: Tensor
-) -> tuple[Tensor, Tensor, Tensor] | None:
+def _gram_svd(a: Tensor, floor: float, eigen: _Eigen) -> tuple[Tensor, Tensor, Tensor] | None:
     """Triplets of a (m, n), m >= n, from the eigenvectors of aᵀa; None if they fail the check."""
-    S = values.clamp_min(0).sqrt()
+    S = eigen.values.clamp_min(0).sqrt()
     r = int((floor < S).sum())
-    S, Vh = S[:r].clone(), Vh[:r].clone()
-    U = _product(a, Vh.mT) / S
-    residual = _product(U.mT, a) - S[:, None] * Vh
-    residual = residual.norm(dim=1).amax() / S[0] if r else S.sum()
+    S, Vh = S[:r].clone(), eigen.vectors[:r].clone()
+    U = _product(a, Vh.mT).div_(S)
+    residual = _residual(a, U, S, Vh) / S[0] if r else S.sum()
     loss = torch.maximum(*(_skewness(W) for W in (U.mT, Vh))) if r else S.sum()
     return (U, S, Vh) if bool(torch.maximum(residual, loss) < CERTIFICATE) else None
+
+
+def _residual(a: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
+    """Largest ‖aᵀu − σv‖ of a triplet, estimated on a few vectors."""
+    probes = _probes(a)
+    found = _product(_product(probes, a.mT), U) - _product(probes, Vh.mT) * S
+    return found.norm(dim=0).amax() * PROBES**-0.5
+
+
+def _probes(a: Tensor) -> Tensor:
+    """Rows (PROBES, n) of signs without a pattern, the same in every run, for a (m, n)."""
+    n = a.shape[1]
+    signs = torch.linspace(0, 1e4, n * PROBES, dtype=a.dtype, device=a.device).sin_().sign_()
+    return signs.reshape(n, PROBES).mT.contiguous()
 
 
 def _skewness(rows: Tensor) -> Tensor:
@@ -401,45 +456,43 @@ def _inverse_root(a: Tensor) -> Tensor | None:
     found = _leading_eigh(a, a.shape[1])
     if found is None:
         return None
-    values, vectors = found
-    if not values[-1] > SMALLEST_EIGENVALUE * values[0]:
+    if not found.values[-1] > SMALLEST_EIGENVALUE * found.values[0]:
         return None
-    root = _symmetric(_gram(vectors * values[:, None] ** -0.25))
+    root = _symmetric(_gram(found.vectors.mul_(found.values[:, None] ** -0.25)))
     return root if _loss(a, root) < POLAR_CERTIFICATE else None
 
 
-def _leading_eighs(items: Sequence[_Scaled], rank: int) -> Sequence[tuple[Tensor, Tensor] | None]:
+def _leading_eighs(items: Sequence[_Scaled], rank: int, count: bool) -> Sequence[_Eigen | None]:
     """What [`_leading_eigh`] finds of each."""
-    count = min(rank, items[0].a.shape[1])
+    rank = min(rank, items[0].a.shape[1])
     if not _by_products(items[0].a):
-        return [_leading_eigh(item.a, count, item.floor) for item in items]
+        return [_leading_eigh(item.a, rank, item.floor, count) for item in items]
     grams = torch.stack([item.a.mT @ item.a for item in items])
     floors = torch.tensor([item.floor for item in items], dtype=grams.dtype, device=grams.device)
     try:
-        values, vectors = iterative.leading_eigh(grams, count, floors)
+        values, vectors = iterative.leading_eigh(grams, rank, floors)
     except LinAlgError:
         return [None] * len(items)
     proved = iterative.nothing_missed(grams, values, vectors, floors).tolist()
     found = zip(values, vectors, strict=True)
-    return [pair if ok else None for pair, ok in zip(found, proved, strict=True)]
+    return [_Eigen(*pair) if ok else None for pair, ok in zip(found, proved, strict=True)]
 
 
 def _loss(a: Tensor, root: Tensor) -> float:
     """‖rootᵀ aᵀ a root − I‖, Frobenius, estimated on a few vectors."""
-    n = a.shape[1]
-    signs = torch.linspace(0, 1e4, n * PROBES, dtype=a.dtype, device=a.device).sin().sign()
-    probes = signs.reshape(n, PROBES)
-    white = a @ (root @ probes)
-    return float((root.mT @ (a.mT @ white) - probes).norm() / PROBES**0.5)
+    probes = _probes(a)
+    white = _product(_product(probes, root.mT), a.mT)
+    return float((_product(_product(white, a), root) - probes).norm() / PROBES**0.5)
 
 
-def _leading_eigh(a: Tensor, count: int, floor: float = 0.0) -> tuple[Tensor, Tensor] | None:
-    """Largest eigenvalues of aᵀa, descending, eigenvectors as rows; None where that is no use.
+def _leading_eigh(a: Tensor, rank: int, floor: float = 0.0, count: bool = False) -> _Eigen | None:
+    """Largest eigenvalues of aᵀa and their eigenvectors; None where that is no use.
 
     Args:
         a (`Tensor`): shape (m, n).
-        count (`int`): how many at most.
+        rank (`int`): how many at most.
         floor (`float`): singular values up to this are not wanted.
+        count (`bool`): find how many are above it too.
     """
     if a.dtype != torch.float64 or not a.numel():
         return None
@@ -447,14 +500,20 @@ def _leading_eigh(a: Tensor, count: int, floor: float = 0.0) -> tuple[Tensor, Te
     try:
         if a.device.type != "cpu":
             values, vectors = torch.linalg.eigh(gram)
-            return values.flip(0)[:count], vectors.mT.flip(0)[:count]
-        if count < a.shape[1]:
-            found = lanczos.leading_eigh(gram, count, floor**2)
-            return found or lapack.leading_eigh(gram, count)
-        values, vectors = lapack.eigh(gram)
-        return values.flip(0), vectors.flip(0)
+            above = int((values > floor**2).sum())
+            values, vectors = values.flip(0)[:rank], vectors.mT.flip(0)[:rank]
+        elif rank == a.shape[1]:
+            values, vectors = lapack.eigh(gram)
+            values, vectors, above = values.flip(0), vectors.flip(0), 0
+        else:
+            found = None if count else lanczos.leading_eigh(gram, rank, floor**2)
+            if found:
+                return _Eigen(*found)
+            values, vectors, above = lapack.leading_eigh(gram, rank, floor**2)
     except (lapack.NotConvergedError, LinAlgError):
         return None
+    safe = floor**2 > SMALLEST_SQUARE * torch.finfo(a.dtype).eps * float(values[0])
+    return _Eigen(values, vectors, above if safe else None)
 
 
 def _gram(a: Tensor) -> Tensor:
@@ -463,7 +522,14 @@ def _gram(a: Tensor) -> Tensor:
 
 
 def _symmetric(gram: Tensor) -> Tensor:
-    return gram.triu() + gram.triu(1).mT if gram.device.type == "cpu" else gram
+    """A Gram matrix from [`_gram`] with its lower triangle filled in, in the same memory."""
+    n = gram.shape[0]
+    for start in range(0, n if gram.device.type == "cpu" else 0, TILE):
+        stop = min(start + TILE, n)
+        corner = gram[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).mT)
+        gram[stop:, start:stop] = gram[start:stop, stop:].mT
+    return gram
 
 
 def _chain(factors: Sequence[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from hf_tsv.factors import (
     matrix_shape,
 )
 from hf_tsv.findings import Seconds
-from hf_tsv.memory import share_one_heap
+from hf_tsv.memory import reused, share_one_heap
 from hf_tsv.ranks import DENSE, RankRule
 from hf_tsv.recipe import Dtype, Settings, check_shard_size
 from hf_tsv.sources import Sources
@@ -299,6 +299,7 @@ def measure(
         advance(1)
 
     with (
+        reused(),
         linalg.threads(),
         ThreadPoolExecutor(1, "hf-tsv-read") as reading,
         ThreadPoolExecutor(workers, "hf-tsv-compute") as computing,
@@ -342,8 +343,8 @@ def _load(candidate: Candidate, job: Job) -> _Loaded:
     w0, w1 = job.sources.base.read(candidate.name), job.source.read(candidate.name)
     rows, columns = matrix_shape(candidate.shape)
     w0, w1 = w0.reshape(rows, columns), w1.reshape(rows, columns)
-    delta = stream.update_of(candidate.name, job.source, w1, w0)
-    floor = tsv.storage_noise(w0, w1, delta) if candidate.limit else 0.0
+    delta, _ = stream.update_of(candidate.name, job.source, w1, w0)
+    floor = tsv.storage_noise(w0, w1, delta, overwrite=True) if candidate.limit else 0.0
     sha256 = digest(w0.reshape(candidate.shape))
     return _Loaded(candidate, delta, sha256, floor, time.monotonic() - started)
 
@@ -353,24 +354,22 @@ def _decompose(
 ) -> tuple[Measured, TaskSingularVectors | None]:
     """Leading triplets of one weight, as many as may be kept; None where none may."""
     candidate, delta = loaded.candidate, loaded.delta
-    norm = linalg.norms(delta)[0]
+    norm = linalg.frobenius_norm(delta)
     item = Measured(candidate, loaded.base_sha256, norm, torch.empty(0))
     if not norm or not candidate.limit:
         return item, None
     delta = delta.to(device)
     k = min(delta.shape)
     whole = 2 * candidate.limit > k  # then one SVD has everything
+    wanted = k if whole else candidate.limit
     svd = linalg.truncated_svd(
-        delta, k if whole else candidate.limit, loaded.floor, "exact" if whole else "fast"
+        delta, wanted, loaded.floor, "exact" if whole else "fast", count=True
     )
-    numerical_rank = svd.S.numel()
-    if numerical_rank == candidate.limit and not whole:
-        numerical_rank = linalg.numerical_rank(delta, loaded.floor)
     kept = TaskSingularVectors(svd.U, svd.S, svd.Vh).truncated(candidate.limit)
     item = replace(
         item,
         singular_values=kept.S.cpu().double(),
-        numerical_rank=numerical_rank,
+        numerical_rank=svd.numerical_rank or 0,
         exact=svd.exact,
     )
     return item, kept

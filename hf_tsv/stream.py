@@ -26,7 +26,7 @@ from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.findings import Finding, Seconds
 from hf_tsv.linalg import largest_entry
-from hf_tsv.memory import share_one_heap
+from hf_tsv.memory import empty, reused, share_one_heap
 from hf_tsv.plan import MergePlan, Weight
 from hf_tsv.recipe import Settings
 from hf_tsv.sources import Task
@@ -114,6 +114,7 @@ def merge_weights(
     share_one_heap()
     reader = _Reader(base, inputs, scales, device)
     with (
+        reused(),
         linalg.threads(parallelism.threads),
         ThreadPoolExecutor(1, "hf-tsv-read") as reading,
         ThreadPoolExecutor(1, "hf-tsv-write") as writing,
@@ -266,11 +267,12 @@ class _Reader:
                 update = update.to(self.device)
             else:
                 wi = self._read(weight, source, digests.get(i))
-                update = update_of(weight.label, source, wi, w0)
-                if not largest_entry(update):
+                update, largest = update_of(weight.label, source, wi, w0)
+                if not largest:
                     continue
                 if decomposed:
-                    floor = tsv.storage_noise(w0, wi, update)
+                    floor = tsv.storage_noise(w0, wi, update, overwrite=True)
+                del wi
             if scale != 0.0:
                 yield i, update if scale == 1.0 else _scaled(update, scale), floor * abs(scale)
 
@@ -283,8 +285,10 @@ class _Reader:
         return tensor.to(self.device)
 
 
-def update_of(name: str, source: Checkpoint, fine_tuned: Tensor, base: Tensor) -> Tensor:
-    """Δ of one weight.
+def update_of(
+    name: str, source: Checkpoint, fine_tuned: Tensor, base: Tensor
+) -> tuple[Tensor, float]:
+    """Δ of one weight, and its largest absolute entry.
 
     Args:
         name (`str`): of the weight, for the error.
@@ -296,12 +300,13 @@ def update_of(name: str, source: Checkpoint, fine_tuned: Tensor, base: Tensor) -
         [`CheckpointError`]: it overflows.
     """
     update = tsv.difference(fine_tuned, base)
-    if update.numel() and not largest_entry(update) < LARGEST_UPDATE:
+    largest = largest_entry(update) if update.numel() else 0.0
+    if not largest < LARGEST_UPDATE:
         raise CheckpointError(
             f"{source}: {name} differs from the base model by more than {LARGEST_UPDATE:g}.",
             "The checkpoint is damaged; leave it out or save it again.",
         )
-    return update
+    return update, largest
 
 
 def _stored_update(
@@ -383,8 +388,9 @@ def _merge_one(loaded: LoadedWeight, plan: MergePlan, settings: Settings) -> tup
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, weight: Weight) -> Tensor:
-    stored = tensor.to(dtype)
-    if dtype.is_floating_point and not stored.isfinite().all():
+    stored = empty(*tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
+    finite = not dtype.is_floating_point or not stored.numel() or largest_entry(stored) < math.inf
+    if not finite:
         raise CheckpointError(
             f"Merged values of {weight.label} do not fit into {str(dtype).removeprefix('torch.')}.",
             "Use --dtype float32 or a smaller --alpha.",

@@ -113,7 +113,9 @@ def difference(fine_tuned: Tensor, base: Tensor) -> Tensor:
     return torch.sub(fine_tuned.to(dtype), base.to(dtype), out=result)
 
 
-def storage_noise(base: Tensor, fine_tuned: Tensor, delta: Tensor | None = None) -> float:
+def storage_noise(
+    base: Tensor, fine_tuned: Tensor, delta: Tensor | None = None, *, overwrite: bool = False
+) -> float:
     """Spectral norm below which a task matrix is rounding of the stored checkpoints.
 
     W0 + Δ is rounded to the stored dtype, so W1 − W0 differs from Δ by noise of about eps · |w| an
@@ -126,6 +128,7 @@ def storage_noise(base: Tensor, fine_tuned: Tensor, delta: Tensor | None = None)
         base (`Tensor`): W0 as stored, shape (d_out, d_in).
         fine_tuned (`Tensor`): W1 as stored, same shape.
         delta (`Tensor`, *optional*): W1 − W0, where it is at hand.
+        overwrite (`bool`): use the memory of W1 for the work.
 
     Returns:
         `float`: in the units of the weights.
@@ -137,11 +140,10 @@ def storage_noise(base: Tensor, fine_tuned: Tensor, delta: Tensor | None = None)
     if base.dtype == fine_tuned.dtype:
         # W0 lies on the grid that W1 was rounded to: a change below half a step is lost rather
         # than replaced by noise, so no entry is wrong by more than it should have changed.
-        change = linalg.norms(delta)[0]
+        change = linalg.frobenius_norm(delta)
         most = min(change / math.sqrt(base.numel()) / (ROUNDING_SPREAD * eps), most)
-    size = empty(*base.shape, dtype=delta.dtype, device=base.device)
-    torch.abs(fine_tuned.to(delta.dtype), out=size)
-    return _noise(size.clamp_(min(tiny, most), most), eps)
+    size = fine_tuned.to(delta.dtype, copy=not overwrite).abs_().clamp_(min(tiny, most), most)
+    return _noise(size, eps)
 
 
 def rounding_noise(matrix: Tensor, dtype: torch.dtype) -> float:
@@ -151,12 +153,12 @@ def rounding_noise(matrix: Tensor, dtype: torch.dtype) -> float:
         matrix (`Tensor`): shape (d_out, d_in).
         dtype (`torch.dtype`): it was rounded to.
     """
-    return _noise(matrix.to(torch.float32, copy=True), torch.finfo(dtype).eps)
+    return _noise(matrix.to(torch.float32), torch.finfo(dtype).eps)
 
 
 def _noise(size: Tensor, eps: float) -> float:
-    """Of entries of this size, whose memory is used for the work."""
-    _, row, column = linalg.norms(size, overwrite=True)
+    """Of entries of this size."""
+    _, row, column = linalg.norms(size)
     return ROUNDING_SPREAD * eps * (row + column)
 
 
@@ -184,10 +186,13 @@ def decompose(
 
 def concatenate(tasks: Sequence[TaskSingularVectors]) -> TaskSingularVectors:
     """U = [U1 | … | UT], S = [S1 … ST], Vh = [Vh1; …; VhT] (section 4.2)."""
+    (d_out, d_in), rank, U = tasks[0].shape, sum(t.rank for t in tasks), tasks[0].U
+    left = empty(d_out, rank, dtype=U.dtype, device=U.device)
+    right = empty(rank, d_in, dtype=U.dtype, device=U.device)
     return TaskSingularVectors(
-        torch.cat([t.U for t in tasks], dim=1),
+        torch.cat([t.U for t in tasks], dim=1, out=left),
         torch.cat([t.S for t in tasks]),
-        torch.cat([t.Vh for t in tasks], dim=0),
+        torch.cat([t.Vh for t in tasks], dim=0, out=right),
     )
 
 

@@ -315,10 +315,13 @@ assert set(found.values()) == {1}, found
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (20, 20)])
 @pytest.mark.parametrize("floor", [1.0, 0.3, 1e-3, 1e-6, 2e-7, 1e-9, 1e-12])
 def test_singular_values_above_a_floor_are_counted(shape: tuple[int, int], floor: float) -> None:
-    """By signs of a factorisation where that is exact, else by the values themselves."""
+    """In the tridiagonal form where that is exact, else by the values themselves."""
     values = [2.0, 0.5, 0.4, 1e-2, 1e-4, 1e-5, 5e-7, 1e-8, 1e-10]
     matrix = with_singular_values(values, shape, seed=3)
-    assert linalg.numerical_rank(matrix, floor) == sum(value > floor for value in values)
+    above = sum(value > floor for value in values)
+    svd = linalg.truncated_svd(matrix, 2, floor, count=True)
+    assert (svd.numerical_rank, svd.S.numel()) == (above, min(above, 2))
+    assert linalg.truncated_svd(matrix, 2, floor).numerical_rank is None
 
 
 def test_counting_does_not_decompose(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +330,12 @@ def test_counting_does_not_decompose(monkeypatch: pytest.MonkeyPatch) -> None:
     floor = float(torch.linalg.matrix_norm(matrix, 2)) / 2
     expected = int((floor < torch.linalg.svd(matrix).S).sum())
     assert 0 < expected < 50
-    assert linalg.numerical_rank(matrix, floor) == expected
+    assert linalg.truncated_svd(matrix, 4, floor, count=True).numerical_rank == expected
+
+
+def test_counting_takes_pivots_of_zero() -> None:
+    matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5], dtype=torch.float64))
+    assert linalg.truncated_svd(matrix, 1, 1.0, count=True).numerical_rank == 2
 
 
 # Lanczos' method
@@ -351,7 +359,7 @@ def test_few_eigenvectors_are_found_in_a_krylov_space(exponent: float, count: in
     found = lanczos.leading_eigh(gram.clone(), count, 0.0)
     assert found is not None
     torch.testing.assert_close(found[0], values[:count], rtol=1e-12, atol=1e-14)
-    _, expected = lapack.leading_eigh(gram, count)
+    _, expected, _ = lapack.leading_eigh(gram, count)
     cosines = (found[1] @ expected.T).diagonal().abs()
     assert float((1 - cosines).max()) < 1e-12
     torch.testing.assert_close(

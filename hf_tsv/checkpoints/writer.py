@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from hf_tsv.checkpoints.reader import DTYPE_NAMES, SINGLE_FILE, byte_view, index_of
@@ -75,13 +75,12 @@ def plan_shards(
         max_shard_size (`int` or `str`): bytes of a file, or `"5GB"`.
         single (`str`): file name; shards get a number before the suffix.
     """
-    meta = {
-        name: torch.empty(specs[name].shape, dtype=specs[name].dtype, device="meta")
-        for name in sorted(specs)
-    }
-    pattern = single.replace(".safetensors", "{suffix}.safetensors")
-    split = split_torch_state_dict_into_shards(
-        meta, filename_pattern=pattern, max_shard_size=max_shard_size
+    # not the library's function for torch, which takes a second to load more of torch
+    split = split_state_dict_into_shards_factory(
+        {name: specs[name] for name in sorted(specs)},
+        get_storage_size=lambda spec: spec.nbytes,
+        filename_pattern=single.replace(".safetensors", "{suffix}.safetensors"),
+        max_shard_size=max_shard_size,
     )
     headers: dict[str, bytes] = {}
     places: dict[str, tuple[str, int]] = {}
