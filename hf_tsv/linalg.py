@@ -403,7 +403,7 @@ def _residual(a: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     """Largest ‖aᵀu − σv‖ of a triplet, estimated on a few vectors."""
     probes = _probes(a)
     found = _product(_product(probes, a.mT), U) - _product(probes, Vh.mT) * S
-    return found.norm(dim=0).amax() * PROBES**-0.5
+    return torch.linalg.vector_norm(found, dim=0).amax() / math.sqrt(PROBES)
 
 
 def _probes(a: Tensor) -> Tensor:
@@ -482,7 +482,7 @@ def _loss(a: Tensor, root: Tensor) -> float:
     """‖rootᵀ aᵀ a root − I‖, Frobenius, estimated on a few vectors."""
     probes = _probes(a)
     white = _product(_product(probes, root.mT), a.mT)
-    return float((_product(_product(white, a), root) - probes).norm() / PROBES**0.5)
+    return float((_product(_product(white, a), root) - probes).norm() / math.sqrt(PROBES))
 
 
 def _leading_eigh(a: Tensor, rank: int, floor: float = 0.0, count: bool = False) -> _Eigen | None:

@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
 from os import PathLike, fspath
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 import torch
 
-from hf_tsv import cards, journal, memory, processes, stream
-from hf_tsv.checkpoints import companions, layout
-from hf_tsv.checkpoints.reference import PinnedCheckpoint
-from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, disk_errors
-from hf_tsv.costs import Parallelism, fitting, memory_size, operations, peak_memory
-from hf_tsv.delivery import Target, final_folder, push
-from hf_tsv.errors import CheckpointError, HfTsvError, LostProcessError, OutputError, RecipeError
-from hf_tsv.factors import Origin, TaskFactors
-from hf_tsv.findings import Finding, Findings
-from hf_tsv.plan import MergePlan, make_plan
-from hf_tsv.processes import Processes
-from hf_tsv.progress import bar, logger, visible_by_default
-from hf_tsv.recipe import (
-    RECIPE_FILE,
-    PinnedInput,
-    Recipe,
-    Settings,
-    check_number,
-    current_versions,
-)
-from hf_tsv.sources import Sources, Task, equals_base, open_sources, pinned_entry
-
-LIBRARIES = 64_000_000
-"""Bytes of the libraries that are loaded when the first weight is computed."""
-
-SAME_UPDATE = 0.999
-"""Cosine from which two updates are one checkpoint under two names."""
+from hf_tsv import cards, processes
+from hf_tsv.checkpoints import layout
+from hf_tsv.construction import Job, Outcome, execute, follow, pinned_text, prepare
+from hf_tsv.costs import memory_size, peak_memory
+from hf_tsv.delivery import Target
+from hf_tsv.errors import RecipeError
+from hf_tsv.factors import Origin
+from hf_tsv.findings import Findings
+from hf_tsv.progress import visible_by_default
+from hf_tsv.recipe import RECIPE_FILE, PinnedInput, Recipe, Settings, current_versions
+from hf_tsv.sources import Task, pinned_entry
 
 
 @dataclass(frozen=True)
@@ -90,95 +71,6 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A merge whose references are resolved and whose headers fit.
-
-    Args:
-        sources ([`Sources`]): base model and tasks.
-        scales (`tuple[float, ...]`): factor of each task's update.
-        settings ([`Settings`]): how to merge.
-        plan ([`MergePlan`]): which weight gets which treatment.
-        warnings (`list[str]`): so far.
-        expected (`tuple[str | None, ...]`): fingerprints of local folders in a recipe; base last.
-        recipe_device (`str`, *optional*): type of device in a recipe.
-        head ([`TaskFactors`], *optional*): whose task head the output gets.
-        verb (`str`): what is done, for the bar.
-        max_memory (`int`, *optional*): bytes each process may use.
-        parallelism ([`Parallelism`]): what fits into them.
-    """
-
-    sources: Sources
-    scales: tuple[float, ...]
-    settings: Settings
-    plan: MergePlan
-    warnings: list[str]
-    expected: tuple[str | None, ...]
-    recipe_device: str | None = None
-    head: TaskFactors | None = None
-    verb: str = "Merging"
-    max_memory: int | None = None
-    parallelism: Parallelism = field(default_factory=Parallelism)
-
-    def within(self, max_memory: int | None) -> Job:
-        """The same job with as much parallelism as memory allows."""
-        used = memory.resident() + LIBRARIES
-        found = fitting(self.plan.weights, torch.get_num_threads(), max_memory, used)
-        return replace(self, max_memory=max_memory, parallelism=found)
-
-    def to_json(self, device: torch.device) -> dict[str, Any]:
-        """Everything that decides about the bytes of the result."""
-        return {
-            "verb": self.verb,
-            "base_model": _identity(self.sources.base),
-            "inputs": [_identity(item) for item in self.sources.inputs],
-            "weights": self.scales,
-            "settings": asdict(self.settings),
-            "tensors": {n: [str(t.dtype), t.shape] for n, t in self.plan.specs.items()},
-            "versions": current_versions(),
-            "device": device.type,
-        }
-
-
-def _identity(item: Task) -> dict[str, Any]:
-    """Which commit; or which folder, and size and time of change of its files."""
-    entry: dict[str, Any] = {**pinned_entry(item)}
-    if item.pinned.is_local:
-        root = Path(item.pinned.ref).expanduser()
-        stats = {name: (root / name).stat() for name in item.needed_files}
-        entry["files"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return entry
-
-
-@dataclass(frozen=True)
-class _Assignment:
-    """What the other processes need to know.
-
-    Args:
-        references (`tuple[str, ...]`): the tasks, pinned.
-        base (`str`): the base model, pinned.
-        plan ([`MergePlan`]): of all weights.
-        scales (`tuple[float, ...]`): factor of each task's update.
-        settings ([`Settings`]): how to merge.
-        max_memory (`int`, *optional*): bytes each process may use.
-        work (`Path`): the folder under construction.
-        shares (`list[list[str]]`): labels of the weights of each process.
-    """
-
-    references: tuple[str, ...]
-    base: str
-    plan: MergePlan
-    scales: tuple[float, ...]
-    settings: Settings
-    max_memory: int | None
-    work: Path
-    shares: list[list[str]]
-
-
-Describe = Callable[[Path, Job, Target, Findings, Sequence[str], torch.device], None]
-"""Writes what goes beside the checkpoint: where it comes from, and its card."""
 
 
 def merge(
@@ -289,12 +181,10 @@ def merge(
             else:
                 job = prepare(references, base_ref, weights, settings, token, cache)
             job = job.within(memory_size(max_memory))
-            target.refuse_inputs([item.pinned for item in job.sources.all()])
-            if dry_run:
-                size = job.sources.download_bytes()
-                done = report(job, target, started, size, dry_run=True)
-            else:
-                done = execute(job, target, device, show, token, started, group)
+            outcome = execute(
+                job, target, device, token, group, _describe, show=show, dry_run=dry_run
+            )
+            done = _report(outcome, target, started)
             group.dismiss(done)
             return done
 
@@ -312,8 +202,8 @@ def _job_of_recipe(recipe: Recipe, token: str | None, cache_dir: str | None) -> 
                 "Run it where that folder is, or restore it.",
             )
     job = prepare(
-        [_pinned_text(item) for item in recipe.inputs],
-        _pinned_text(recipe.base_model),
+        [pinned_text(item) for item in recipe.inputs],
+        pinned_text(recipe.base_model),
         [item.weight for item in recipe.inputs],
         recipe.settings,
         token,
@@ -322,43 +212,6 @@ def _job_of_recipe(recipe: Recipe, token: str | None, cache_dir: str | None) -> 
     )
     expected = tuple(item.fingerprint for item in (*recipe.inputs, recipe.base_model))
     return replace(job, expected=expected, recipe_device=recipe.device)
-
-
-def prepare(
-    checkpoints: Sequence[str],
-    base_ref: str | None,
-    scales: Sequence[float] | None,
-    settings: Settings,
-    token: str | None,
-    cache_dir: str | None,
-    warnings: Sequence[str] = (),
-) -> Job:
-    """Resolve every reference once, read every header, and plan."""
-    if not checkpoints:
-        raise RecipeError("There is nothing to merge.", "Name at least one checkpoint.")
-    scales = [1.0] * len(checkpoints) if scales is None else list(scales)
-    if len(scales) != len(checkpoints):
-        raise RecipeError(
-            f"There are {len(scales)} weights for {len(checkpoints)} checkpoints.",
-            "Give one weight for each checkpoint.",
-        )
-    for scale in scales:
-        check_number("A weight", scale)
-    if not any(scales):
-        raise RecipeError("Every weight is 0.", "Give at least one task a weight.")
-    sources = open_sources(checkpoints, base_ref, token=token, cache_dir=cache_dir)
-    plan = make_plan(sources.base, sources.inputs, settings)
-    found = [
-        *warnings, *sources.warnings, *plan.warnings, *companions.warnings(sources.base),
-    ]  # fmt: skip
-    for warning in found:
-        logger.warning(warning)
-    expected = (None,) * (len(checkpoints) + 1)
-    return Job(sources, tuple(map(float, scales)), settings, plan, found, expected)
-
-
-def _pinned_text(item: PinnedInput | PinnedCheckpoint) -> str:
-    return item.ref if item.revision is None else f"{item.ref}@{item.revision}"
 
 
 def _version_warnings(recipe: Recipe) -> list[str]:
@@ -371,250 +224,6 @@ def _version_warnings(recipe: Recipe) -> list[str]:
     if not different:
         return []
     return [f"The recipe was made with {', '.join(different)}: the bytes may differ."]
-
-
-def execute(
-    job: Job,
-    target: Target,
-    device_name: str | None,
-    show: bool,
-    token: str | None,
-    started: float,
-    group: Processes,
-    describe: Describe | None = None,
-) -> MergeReport:
-    """Do what was prepared: download, compute, write, push.
-
-    Args:
-        job ([`Job`]): what to do.
-        target ([`Target`]): where the result goes.
-        device_name (`str`, *optional*): default: the one accelerate chooses.
-        show (`bool`): show bars.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        started (`float`): monotonic time at which the run began.
-        group ([`Processes`]): those that share the work; this one is the first.
-        describe (`Callable`, *optional*): default: writes recipe and card of a merge.
-    """
-    device = stream.pick_device(device_name)
-    if job.recipe_device not in (None, device.type):
-        warning = (
-            f"The recipe was made on {job.recipe_device} and this is {device.type}:"
-            " the bytes may differ."
-        )
-        logger.warning(warning)
-        job = replace(job, warnings=[*job.warnings, warning])
-    parent = target.output or Path(gettempdir())
-    check_free_space(parent, job.plan.shards.total_bytes - journal.begun_bytes(target.output))
-    download_bytes = job.sources.download_bytes()
-    job = replace(job, sources=job.sources.downloaded(visible=show))
-    try:
-        _refuse_unchanged(job)
-        with final_folder(target) as final:
-            findings, warnings = _construct(
-                final, job, target, device, show, group, describe or _describe
-            )
-            url = push(final, target, token)
-    finally:
-        job.sources.close()
-    done = report(job, target, started, download_bytes, findings=findings, warnings=warnings)
-    return replace(done, url=url, device=device.type)
-
-
-def follow(
-    group: Processes, device_name: str | None, token: str | None, cache_dir: str | None
-) -> Any:
-    """Do this process's share of what the first one has prepared.
-
-    Args:
-        group ([`Processes`]): those that share the work; this one is not the first.
-        device_name (`str`, *optional*): default: the one accelerate chooses.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str`, *optional*): default: the Hub client's cache.
-
-    Returns:
-        [`MergeReport`]: or whatever the first process reports.
-    """
-    message = group.receive()
-    if not isinstance(message, _Assignment):
-        return message
-    group.agree(_do_share(message, group.rank, device_name, token, cache_dir))
-    return group.receive()
-
-
-def _do_share(
-    assigned: _Assignment,
-    rank: int,
-    device_name: str | None,
-    token: str | None,
-    cache_dir: str | None,
-) -> HfTsvError | None:
-    """Open what the first process has pinned, and work on it; returns what went wrong."""
-    try:
-        if not (assigned.work / journal.JOB).is_file():
-            raise OutputError(
-                f"{assigned.work.parent} is not the same folder on every machine.",
-                "Choose an output on storage that they share.",
-            )
-        device = stream.pick_device(device_name)
-        sources = open_sources(
-            assigned.references, assigned.base, token=token, cache_dir=cache_dir
-        ).downloaded(visible=False)
-        job = Job(sources, assigned.scales, assigned.settings, assigned.plan, [], ())
-        job = job.within(assigned.max_memory)
-    except HfTsvError as error:
-        journal.note_failure(assigned.work)
-        return error
-    try:
-        return _merge_share(job, assigned.work, assigned.shares[rank], rank, device, lambda _: None)
-    finally:
-        sources.close()
-
-
-def _refuse_unchanged(job: Job) -> None:
-    """Find inputs that equal the base before the first decomposition: smallest weights first."""
-    base = job.sources.base
-    names = (n for w in job.plan.weights if w.treatment != "copied" for n in w.names)
-    by_size = sorted(names, key=lambda name: base.tensors[name].nbytes)
-    for item in job.sources.inputs:
-        if isinstance(item, TaskFactors):
-            if all(weight.stored == "none" for weight in item.tensors.values()):
-                raise equals_base(str(item), str(base))
-            continue
-        held = (name for name in by_size if name in item.tensors)
-        if all(torch.equal(item.read(n).float(), base.read(n).float()) for n in held):
-            raise equals_base(str(item), str(base))
-
-
-def _construct(
-    final: Path,
-    job: Job,
-    target: Target,
-    device: torch.device,
-    show: bool,
-    group: Processes,
-    describe: Describe,
-) -> tuple[Findings, list[str]]:
-    """Write a complete checkpoint: weights, config, companions, description."""
-    with journal.under_construction(
-        final,
-        job.to_json(device),
-        job.plan.shards,
-        force=target.force,
-        keep=target.output is not None,
-    ) as (work, resumed):
-        folder = work / journal.FILES
-        finished = _finished(job, work) if resumed else set()
-        left = [weight for weight in job.plan.weights if weight.label not in finished]
-        shares = [
-            [left[i].label for i in share]
-            for share in processes.shares([operations(w) for w in left], group.count)
-        ]
-        tasks = f"{len(job.sources.inputs)} task{'s' * (len(job.sources.inputs) != 1)}"
-        where = device.type if group.count == 1 else f"{device.type}, {group.count} processes"
-        logger.info("%s %d weights of %s on %s.", job.verb, len(left), tasks, where)
-        references = tuple(_pinned_text(item.pinned) for item in job.sources.inputs)
-        assignment = _Assignment(
-            references, _pinned_text(job.sources.base.pinned), job.plan, job.scales,
-            job.settings, job.max_memory, work.absolute(), shares,
-        )  # fmt: skip
-        group.send(assignment)
-        with bar(job.verb, len(shares[0]), visible=show) as advance:
-            error = _merge_share(job, work, shares[0], 0, device, advance)
-        group.agree(error)
-        if job.head is not None:
-            writer = ShardWriter(folder, job.plan.shards, create=False)
-            for name in job.head.head:
-                writer.write(name, job.head.read(name).to(job.plan.specs[name].dtype))
-            writer.close()
-        findings = Findings(len(job.sources.inputs), _all_noted(job, work, group.count))
-        _check_fingerprints(job, findings)
-        warnings = [*job.warnings, *_finding_warnings(job.sources.inputs, findings)]
-        _complete(folder, job)
-        describe(folder, job, target, findings, warnings, device)
-    return findings, warnings
-
-
-def _finished(job: Job, work: Path) -> set[str]:
-    """Labels of the weights that an earlier run has written."""
-    writer = ShardWriter(work / journal.FILES, job.plan.shards, create=False)
-    try:
-        found = journal.still_there(journal.read(work).values(), writer, job.plan.specs)
-    finally:
-        writer.abandon()
-    journal.rewrite(work, found)
-    logger.info("%d of %d weights are there already.", len(found), len(job.plan.weights))
-    return {finding.label for finding in found}
-
-
-def _all_noted(job: Job, work: Path, count: int) -> list[Finding]:
-    """What all processes found, in the order of the plan.
-
-    The bytes of several processes are read back: storage that machines share may lose some where
-    two of them write into one page.
-    """
-    noted = journal.read(work, count)
-    if count > 1:
-        writer = ShardWriter(work / journal.FILES, job.plan.shards, create=False)
-        try:
-            there = journal.still_there(noted.values(), writer, job.plan.specs)
-        finally:
-            writer.abandon()
-        journal.rewrite(work, there)
-        noted = {finding.label: finding for finding in there}
-    if missing := [weight.label for weight in job.plan.weights if weight.label not in noted]:
-        raise LostProcessError(
-            f"{len(missing)} weights of other processes have not arrived, {missing[0]} first.",
-            processes.AGAIN,
-        )
-    return [noted[weight.label] for weight in job.plan.weights]
-
-
-def _merge_share(
-    job: Job,
-    work: Path,
-    labels: Sequence[str],
-    rank: int,
-    device: torch.device,
-    advance: Callable[[int], None],
-) -> HfTsvError | None:
-    """Merge some weights into the files under construction; returns what went wrong."""
-    wanted = set(labels)
-    weights = [weight for weight in job.plan.weights if weight.label in wanted]
-
-    def done(finding: Finding) -> None:
-        notes.add(finding)
-        advance(1)
-        if (work / journal.FAILED).exists():
-            raise LostProcessError("Another process failed.", "See its message.")
-
-    try:
-        with disk_errors(work), journal.Journal(work, rank) as notes:
-            writer = ShardWriter(work / journal.FILES, job.plan.shards, create=False)
-            try:
-                stream.merge_weights(
-                    weights, job.plan, job.sources.base, job.sources.inputs, job.scales,
-                    job.settings, writer, device=device, done=done, parallelism=job.parallelism,
-                )  # fmt: skip
-                writer.close()
-            finally:
-                writer.abandon()
-    except HfTsvError as error:
-        journal.note_failure(work)
-        return error
-    except BaseException:
-        journal.note_failure(work)
-        raise
-    return None
-
-
-def _complete(folder: Path, job: Job) -> None:
-    """Write what makes the weights load: config, processor, tokenizer."""
-    base = job.sources.base
-    companions.copy(base, folder)
-    config = companions.output_config(base, {spec.dtype for spec in job.plan.specs.values()})
-    if job.head is not None and job.head.head:
-        config |= companions.head_config(job.head.config.model_config, job.head.head)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _describe(
@@ -630,42 +239,6 @@ def _describe(
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     card = _card(job, target, recipe, findings, warnings)
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _finding_warnings(inputs: Sequence[Task], findings: Findings) -> list[str]:
-    warnings = []
-    cosines = findings.cosines()
-    for i, j in combinations(range(len(inputs)), 2):
-        cosine = float(cosines[i, j])
-        if abs(cosine) < SAME_UPDATE or str(inputs[i]) == str(inputs[j]):
-            continue
-        if cosine < 0:
-            what = "are opposite updates and cancel out"
-        elif findings.null_directions:
-            what = "are the same update, which is merged once"
-        else:
-            what = "are nearly the same update, and what distinguishes them is amplified"
-        warnings.append(f"{inputs[i]} and {inputs[j]} {what} (cosine {cosine:.4f}); leave one out.")
-    if findings.null_directions and not warnings:
-        warnings.append(
-            f"Tasks have directions in common in {len(findings.null_directions)} weights; these"
-            " are merged once."
-        )
-    for warning in warnings:
-        logger.warning(warning)
-    return warnings
-
-
-def _check_fingerprints(job: Job, findings: Findings) -> None:
-    """A recipe's local folders must still hold what they held."""
-    keys = [*range(len(job.sources.inputs)), -1]
-    for key, wanted in zip(keys, job.expected, strict=True):
-        if wanted is not None and findings.fingerprint(key) not in (None, wanted):
-            item = job.sources.base if key == -1 else job.sources.inputs[key]
-            raise CheckpointError(
-                f"{item} is not what it was when the recipe was written.",
-                "Restore the folder, or merge anew without the recipe.",
-            )
 
 
 def _recipe(job: Job, findings: Findings, device: torch.device) -> Recipe:
@@ -703,17 +276,8 @@ def _card(
     )
 
 
-def report(
-    job: Job,
-    target: Target,
-    started: float,
-    download_bytes: int,
-    *,
-    findings: Findings | None = None,
-    warnings: Sequence[str] | None = None,
-    dry_run: bool = False,
-) -> MergeReport:
-    """What was done, or without `findings` would be done; see [`MergeReport`]."""
+def _report(outcome: Outcome, target: Target, started: float) -> MergeReport:
+    job, findings = outcome.job, outcome.findings
     ranks = {} if findings is None else findings.ranks
     frozen = frozenset() if findings is None else findings.frozen
     seconds = {found.label: found.seconds for found in findings.weights} if findings else {}
@@ -738,13 +302,15 @@ def report(
         weights=job.plan.counts(frozen),
         output_bytes=job.plan.shards.total_bytes,
         seconds=round(time.monotonic() - started, 3),
-        warnings=list(job.warnings if warnings is None else warnings),
+        warnings=outcome.warnings,
         method=job.settings.method,
         treatments=treatments,
         left_out={str(item): list(item.left_out) for item in job.sources.inputs if item.left_out},
-        download_bytes=download_bytes,
+        download_bytes=outcome.download_bytes,
         peak_memory_bytes=peak_memory(job.plan.weights, job.parallelism),
         exact_decompositions=0 if findings is None else findings.exact,
         timings={} if findings is None else findings.seconds.rounded(),
-        dry_run=dry_run,
+        device=outcome.device,
+        url=outcome.url,
+        dry_run=findings is None,
     )

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from hf_tsv import __version__, cards, merging, processes
+from hf_tsv import __version__, cards, processes
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.writer import TensorSpec, plan_shards
-from hf_tsv.costs import memory_size
+from hf_tsv.construction import Job, Outcome, execute, follow, prepare
+from hf_tsv.costs import memory_size, peak_memory
 from hf_tsv.delivery import Target
 from hf_tsv.errors import CheckpointError
 from hf_tsv.factors import TaskFactors
@@ -125,7 +126,7 @@ def reconstruct(
     cache = None if cache_dir is None else str(cache_dir)
     with processes.joined() as group:
         if group.rank:
-            report: ReconstructReport = merging.follow(group, device, token, cache)
+            report: ReconstructReport = follow(group, device, token, cache)
             return report
         with group.leading():
             show = visible_by_default() if progress is None else progress
@@ -136,7 +137,7 @@ def reconstruct(
             settings = Settings(exclude=(), dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
             target = target.checked(token, dry_run=dry_run)
             base_ref = None if base_model is None else fspath(base_model)
-            job = merging.prepare([fspath(factors)], base_ref, None, settings, token, cache)
+            job = prepare([fspath(factors)], base_ref, None, settings, token, cache)
             (item,) = job.sources.inputs
             if not isinstance(item, TaskFactors):
                 raise CheckpointError(
@@ -144,36 +145,36 @@ def reconstruct(
                     "Make factors with `hf-tsv compress`.",
                 )
             job = _with_head(job, item).within(memory_size(max_memory))
-            target.refuse_inputs([source.pinned for source in job.sources.all()])
-            if dry_run:
-                size = job.sources.download_bytes()
-                done = merging.report(job, target, started, size, dry_run=True)
-            else:
-                done = merging.execute(job, target, device, show, token, started, group, _describe)
-            report = _report(done, item)
+            outcome = execute(
+                job, target, device, token, group, _describe, show=show, dry_run=dry_run
+            )
+            report = _report(outcome, item, target, started)
             group.dismiss(report)
             return report
 
 
-def _report(done: merging.MergeReport, item: TaskFactors) -> ReconstructReport:
+def _report(
+    outcome: Outcome, item: TaskFactors, target: Target, started: float
+) -> ReconstructReport:
+    plan = outcome.job.plan
     return ReconstructReport(
-        output=done.output,
-        base_model=done.base_model,
+        output=None if target.output is None else str(target.output),
+        base_model=pinned_entry(outcome.job.sources.base),
         factors=pinned_entry(item),
         source={"ref": item.config.source.ref, "revision": item.config.source.revision},
         update_error=item.config.update_error,
-        output_bytes=done.output_bytes,
-        seconds=done.seconds,
-        warnings=done.warnings,
-        download_bytes=done.download_bytes,
-        peak_memory_bytes=done.peak_memory_bytes,
-        device=done.device,
-        url=done.url,
-        dry_run=done.dry_run,
+        output_bytes=plan.shards.total_bytes,
+        seconds=round(time.monotonic() - started, 3),
+        warnings=outcome.warnings,
+        download_bytes=outcome.download_bytes,
+        peak_memory_bytes=peak_memory(plan.weights, outcome.job.parallelism),
+        device=outcome.device,
+        url=outcome.url,
+        dry_run=outcome.findings is None,
     )
 
 
-def _with_head(job: merging.Job, factors: TaskFactors) -> merging.Job:
+def _with_head(job: Job, factors: TaskFactors) -> Job:
     """The same job with a place for the task head in its output files."""
     wanted = None if job.settings.dtype is None else getattr(torch, job.settings.dtype)
     specs = dict(job.plan.specs)
@@ -187,7 +188,7 @@ def _with_head(job: merging.Job, factors: TaskFactors) -> merging.Job:
 
 def _describe(
     folder: Path,
-    job: merging.Job,
+    job: Job,
     target: Target,
     findings: Findings,
     warnings: Sequence[str],

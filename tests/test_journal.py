@@ -17,7 +17,7 @@ from hub import Hub
 from safetensors.torch import load_file
 
 import hf_tsv
-from hf_tsv import journal, merging, stream
+from hf_tsv import construction, journal, stream
 from hf_tsv.checkpoints.writer import TensorSpec, plan_shards
 from hf_tsv.errors import CheckpointError, LostProcessError, OutputError, RepoError
 from hf_tsv.findings import Finding, Findings, Seconds
@@ -235,15 +235,15 @@ def test_weights_of_other_processes_that_did_not_arrive_are_noticed(
     zoo: Path, stopped: Path
 ) -> None:
     tasks = [str(zoo / "vision"), str(zoo / "full")]
-    job = merging.prepare(tasks, str(zoo / "base"), None, Settings(), None, None)
+    job = construction.prepare(tasks, str(zoo / "base"), None, Settings(), None, None)
     weights = len(job.plan.weights)
     with pytest.raises(LostProcessError, match=f"{weights - 5} weights .* have not arrived"):
-        merging._all_noted(job, stopped, 2)
+        construction._all_noted(job, stopped, 2)
     file = stopped / "files" / "model.safetensors"
     os.truncate(file, 0)
     os.truncate(file, job.plan.shards.total_bytes)
     with pytest.raises(LostProcessError, match=f"{weights} weights .* have not arrived"):
-        merging._all_noted(job, stopped, 2)
+        construction._all_noted(job, stopped, 2)
     job.sources.close()
 
 
