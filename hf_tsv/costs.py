@@ -130,13 +130,13 @@ def memory_size(size: int | str | None) -> int | None:
 
 
 def _reading(weight: Weight) -> int:
-    """A checkpoint's own values and two steps on the way to the next update."""
-    return 0 if weight.treatment == "copied" else 4 * 3 * prod(weight.shape)
+    """A checkpoint's own values, and the same in float32."""
+    return 0 if weight.treatment == "copied" else 4 * 2 * prod(weight.shape)
 
 
 def _computing(weight: Weight, threads: int) -> int:
     """Everything in float64."""
-    result = (8 + 8 + 4) * prod(weight.shape)  # update, sum, cast
+    result = (8 + 4) * prod(weight.shape)  # update, cast
     if weight.treatment != "decomposed":
         return result
     (m, n), columns = weight.shape, weight.rank * len(weight.inputs)

@@ -402,8 +402,8 @@ def _gram_svd(a: Tensor, floor: float, eigen: _Eigen) -> tuple[Tensor, Tensor, T
 def _residual(a: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     """Largest ‖aᵀu − σv‖ of a triplet, estimated on a few vectors."""
     probes = _probes(a)
-    found = _product(_product(probes, a.mT), U) - _product(probes, Vh.mT) * S
-    return torch.linalg.vector_norm(found, dim=0).amax() / math.sqrt(PROBES)
+    found: Tensor = _product(_product(probes, a.mT), U) - _product(probes, Vh.mT) * S
+    return found.square().sum(dim=0).amax().div(PROBES).sqrt()
 
 
 def _probes(a: Tensor) -> Tensor:
