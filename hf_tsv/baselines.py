@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from hf_tsv.memory import empty
 
 
 def mean_update(deltas: Iterable[Tensor]) -> Tensor:
@@ -18,11 +21,16 @@ def mean_update(deltas: Iterable[Tensor]) -> Tensor:
         `Tensor`: mean_i(Δi) in float32, same shape. W0 + mean is weight averaging.
     """
     mean: Tensor | None = None
-    for count, delta in enumerate(deltas, start=1):
+    counts = itertools.count(1)  # enumerate() would keep each update until the next one is there
+    for delta in deltas:
+        count = next(counts)
         if mean is None:
-            mean = delta.to(torch.float32, copy=True)
+            mean = _copy(delta, torch.float32)
         else:
-            mean += (delta - mean) / count
+            apart = _copy(delta, torch.result_type(delta, mean)).sub_(mean).div_(count)
+            mean += apart
+            del apart
+        del delta  # before the next one is made
     if mean is None:
         raise ValueError("mean_update needs at least one task")
     return mean
@@ -39,7 +47,12 @@ def sum_update(deltas: Iterable[Tensor]) -> Tensor:
     """
     total: Tensor | None = None
     for delta in deltas:
-        total = delta.to(torch.float32, copy=True) if total is None else total.add_(delta)
+        total = _copy(delta, torch.float32) if total is None else total.add_(delta)
+        del delta  # before the next one is made
     if total is None:
         raise ValueError("sum_update needs at least one task")
     return total
+
+
+def _copy(delta: Tensor, dtype: torch.dtype) -> Tensor:
+    return empty(*delta.shape, dtype=dtype, device=delta.device).copy_(delta)

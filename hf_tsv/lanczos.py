@@ -32,6 +32,9 @@ TOLERANCE = 1e-10
 MARGIN = 1e-6
 """By which an eigenvalue that was missed may be larger than the last one found."""
 
+QUICK = 1 << 16
+"""Entries of the basis that are read within ten microseconds."""
+
 EXHAUSTED = 1e-14
 """What is left of a step, relative to the largest eigenvalue, where the space holds everything."""
 
@@ -85,23 +88,23 @@ def _extend(
 ) -> int | None:
     """Lanczos steps `done` to `steps`; the step after which nothing was left, if there was one.
 
-    Only the product with the matrix lets go of the interpreter lock: with NumPy's calls two threads
-    took three times as long as one.
+    What is quick keeps the interpreter lock: with NumPy's calls two threads took three times as
+    long as one.
     """
     n, width = basis.shape[1], basis.strides[0]
     first, last, next_ = (ctypes.c_void_p() for _ in range(3))
     rows, factor = ctypes.c_int(), ctypes.c_double()
     found = np.zeros(len(basis))
     into = ctypes.c_void_p(found.ctypes.data)
-    multiply = prepared("dsymv", "L", n, 1.0, upper, n, last, 1, 0.0, next_, 1)
-    project, subtract, square, scale = (
-        prepared(name, *arguments, quick=True)
-        for name, *arguments in (
-            ("dgemv", "T", n, rows, 1.0, first, n, next_, 1, 0.0, into, 1),
-            ("dgemv", "N", n, rows, -1.0, first, n, into, 1, 1.0, next_, 1),
-            ("dgemv", "T", n, 1, 1.0, next_, n, next_, 1, 0.0, into, 1),
-            ("dscal", n, factor, next_, 1),
+    multiply = prepared("dsymv", "L", n, 1.0, upper, upper.stride(0), last, 1, 0.0, next_, 1)
+    square = prepared("dgemv", "T", n, 1, 1.0, next_, n, next_, 1, 0.0, into, 1, quick=True)
+    scale = prepared("dscal", n, factor, next_, 1, quick=True)
+    slow, quick = (
+        (
+            prepared("dgemv", "T", n, rows, 1.0, first, n, next_, 1, 0.0, into, 1, quick=kept),
+            prepared("dgemv", "N", n, rows, -1.0, first, n, into, 1, 1.0, next_, 1, quick=kept),
         )
+        for kept in (False, True)
     )
     for k in range(done, steps):
         last.value = basis.ctypes.data + k * width
@@ -110,10 +113,12 @@ def _extend(
         first.value, rows.value = last.value, 1
         if k:  # the two that it is made of, then what rounding left of all
             first.value, rows.value = last.value - width, 2
+        project, subtract = quick
         project()
         diagonal[k] = found[rows.value - 1]
         subtract()
         first.value, rows.value = basis.ctypes.data, k + 1
+        project, subtract = quick if (k + 1) * n < QUICK else slow
         project()
         subtract()
         square()

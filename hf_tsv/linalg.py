@@ -10,6 +10,7 @@ the number of threads. On other devices those of one shape are decomposed in one
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hf_tsv import iterative, lanczos, lapack
-from hf_tsv.memory import empty
+from hf_tsv.memory import empty, give_back
 
 Precision = Literal["fast", "exact"]
 Orthogonalizer = Literal["procrustes", "whitening"]
@@ -63,9 +64,10 @@ The merged update is wrong by 0.005 to 0.14 of it, measured on related tasks of 
 SMALLEST_EIGENVALUE = 10 * RANK_TOLERANCE**2
 """Of a Gram matrix, relative to its largest: below it null directions may begin."""
 
-SMALLEST_SQUARE = 100
+SMALLEST_SQUARE = 0.1
 """Of a singular value, relative to the largest eigenvalue of a Gram matrix, in units of its
-precision: below it there may be nothing but rounding."""
+precision and size: below it there may be nothing but rounding. Measured: 0.03 where half of the
+spectrum is flat and the rest zero."""
 
 PROBES = 8
 """Vectors that residuals are estimated with: ten times too small once in ten million."""
@@ -92,30 +94,18 @@ class SVD:
         S (`Tensor`): shape (r,), descending.
         Vh (`Tensor`): shape (r, n).
         exact (`bool`): from a full float64 SVD.
-        numerical_rank (`int`, *optional*): singular values of the matrix above the floor, where
-            they were counted.
+        numerical_rank (`int`): of the matrix, r or more: how many singular values are above the
+            floor, where all were asked for.
+        spectrum (`Tensor`, *optional*): all singular values, shape (k,), descending; those far
+            below the floor are rounding.
     """
 
     U: Tensor
     S: Tensor
     Vh: Tensor
     exact: bool
-    numerical_rank: int | None = None
-
-
-@dataclass(frozen=True)
-class OrthogonalProduct:
-    """polar(U) diag(S) polar(Vh).
-
-    Args:
-        matrix (`Tensor`): shape (m, n).
-        null_directions (`int`): left out of a polar factor because they are not independent.
-        exact (`int`): polar factors, of two, from a full float64 SVD.
-    """
-
-    matrix: Tensor
-    null_directions: int
-    exact: int
+    numerical_rank: int
+    spectrum: Tensor | None = None
 
 
 def in_working_precision(matrix: Tensor) -> Tensor:
@@ -156,7 +146,7 @@ def truncated_svds(
     floors: Sequence[float],
     precision: Precision = "fast",
     *,
-    count: bool = False,
+    spectrum: bool = False,
 ) -> list[SVD]:
     """Leading singular triplets of several matrices.
 
@@ -165,10 +155,10 @@ def truncated_svds(
         rank (`int`): how many triplets at most.
         floors (`Sequence[float]`): singular values up to this are numerically zero and dropped.
         precision (`str`): `"exact"`: by a full float64 SVD, always.
-        count (`bool`): find the numerical rank too, of which `rank` may be a part.
+        spectrum (`bool`): find all singular values, and the numerical rank, too.
     """
     items = list(zip(matrices, floors, strict=True))
-    found = _each(lambda batch: _svds(batch, rank, precision, count), _batches(items))
+    found = _each(lambda batch: _svds(batch, rank, precision, spectrum), _batches(items))
     return [svd for batch in found for svd in batch]
 
 
@@ -178,10 +168,28 @@ def truncated_svd(
     floor: float = 0.0,
     precision: Precision = "fast",
     *,
-    count: bool = False,
+    spectrum: bool = False,
 ) -> SVD:
     """Leading singular triplets of one matrix; see [`truncated_svds`]."""
-    return truncated_svds([matrix], rank, [floor], precision, count=count)[0]
+    return truncated_svds([matrix], rank, [floor], precision, spectrum=spectrum)[0]
+
+
+@dataclass(frozen=True)
+class OrthogonalProduct:
+    """polar(U) diag(S) polar(Vh).
+
+    Args:
+        matrix (`Tensor`): shape (m, n).
+        null_directions (`int`): left out of a polar factor because they are not independent.
+        exact (`int`): polar factors, of two, from a full float64 SVD.
+        factors (`tuple[Tensor, Tensor]`, *optional*): polar(U) (m, q) and polar(Vh) (q, n), where
+            they were asked for.
+    """
+
+    matrix: Tensor
+    null_directions: int
+    exact: int
+    factors: tuple[Tensor, Tensor] | None = None
 
 
 def orthogonal_product(
@@ -190,6 +198,8 @@ def orthogonal_product(
     Vh: Tensor,
     precision: Precision = "fast",
     solver: Orthogonalizer = "procrustes",
+    *,
+    form: bool = False,
 ) -> OrthogonalProduct:
     """polar(U) diag(S) polar(Vh): the factors replaced by the nearest orthonormal ones (eq. 6).
 
@@ -200,14 +210,17 @@ def orthogonal_product(
         precision (`str`): `"fast"`: as U (UᵀU)^(−1/2), never formed; `"exact"`: see `solver`.
         solver (`str`): how polar factors are computed where `fast` does not do it: `"procrustes"`,
             by an SVD, or `"whitening"`, U (UᵀU)^(−1/2) where that is accurate enough.
+        form (`bool`): form the polar factors too.
     """
     left, right = _each(lambda X: _polar(X, precision, solver), [U, Vh.mT])
-    last = left.factors[-1]
+    behind = [factor.mT for factor in reversed(right.factors)]
+    formed = (_chain(left.factors), _chain(behind)) if form else None
+    last = left.factors.pop()
     scaled = torch.mul(last, S, out=empty(*last.shape, dtype=last.dtype, device=last.device))
-    factors = [*left.factors[:-1], scaled, *(f.mT for f in reversed(right.factors))]
-    del last, left.factors[-1]
+    del last
     null_directions = max(left.null_directions, right.null_directions)
-    return OrthogonalProduct(_chain(factors), null_directions, left.exact + right.exact)
+    matrix = _chain([*left.factors, scaled, *behind])
+    return OrthogonalProduct(matrix, null_directions, left.exact + right.exact, formed)
 
 
 def polar_factor(matrix: Tensor, tolerance: float = RANK_TOLERANCE) -> tuple[Tensor, int]:
@@ -343,11 +356,11 @@ def _scaled(matrix: Tensor, floor: float) -> _Scaled:
 
 
 def _svds(
-    batch: Sequence[tuple[Tensor, float]], rank: int, precision: Precision, count: bool
+    batch: Sequence[tuple[Tensor, float]], rank: int, precision: Precision, spectrum: bool
 ) -> list[SVD]:
     items = [_scaled(matrix, floor) for matrix, floor in batch]
-    eigen = _leading_eighs(items, rank, count) if precision == "fast" else [None] * len(items)
-    return [_svd(item, rank, found, count) for item, found in zip(items, eigen, strict=True)]
+    eigen = _leading_eighs(items, rank, spectrum) if precision == "fast" else [None] * len(items)
+    return [_svd(item, rank, found, spectrum) for item, found in zip(items, eigen, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -357,35 +370,48 @@ class _Eigen:
     Args:
         values (`Tensor`): shape (r,).
         vectors (`Tensor`): shape (r, n).
-        above (`int`, *optional*): how many there are above the floor, if it is known.
+        all_values (`Tensor`, *optional*): shape (n,).
     """
 
     values: Tensor
     vectors: Tensor
-    above: int | None = None
+    all_values: Tensor | None = None
 
 
-def _svd(item: _Scaled, rank: int, eigen: _Eigen | None, count: bool) -> SVD:
+def _svd(item: _Scaled, rank: int, eigen: _Eigen | None, spectrum: bool) -> SVD:
+    every = None
     found = _gram_svd(item.a, item.floor, eigen) if eigen else None
-    U, S, Vh = found or _full_svd(item.a, rank, item.floor)
-    above = S.numel()
-    if count and above == rank < min(item.a.shape):
-        above = eigen.above if eigen and eigen.above else _count(item)
+    if found:
+        U, S, Vh = found
+        if spectrum:
+            every = _spectrum(item, eigen)
+    else:
+        U, S, Vh, every = _full_svd(item.a, rank, item.floor)
+    numerical_rank = S.numel() if every is None else int((item.floor < every).sum())
     if item.wide:
         U, Vh = Vh.mT, U.mT
-    return SVD(U, S * item.scale, Vh, exact=found is None, numerical_rank=above if count else None)
+    every = every * item.scale if spectrum and every is not None else None
+    return SVD(U, S * item.scale, Vh, not found, max(numerical_rank, S.numel()), every)
 
 
-def _count(item: _Scaled) -> int:
-    """How many singular values are above the floor."""
-    return int((torch.linalg.svdvals(item.a) > item.floor).sum())
-
-
-def _full_svd(a: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+def _full_svd(a: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Leading triplets, and all singular values."""
+    give_back()  # it takes memory of its own
     U, S, Vh = torch.linalg.svd(a, full_matrices=False)
     r = min(rank, int((floor < S).sum()))
     # Clones, so that the untruncated factors can be freed.
-    return U[:, :r].clone(), S[:r].clone(), Vh[:r].clone()
+    return U[:, :r].clone(), S[:r].clone(), Vh[:r].clone(), S
+
+
+def _spectrum(item: _Scaled, eigen: _Eigen | None) -> Tensor:
+    """All singular values: roots of eigenvalues, if those show what is above the floor."""
+    every = eigen.all_values if eigen else None
+    if every is not None:
+        smallest = SMALLEST_SQUARE * len(every) * torch.finfo(every.dtype).eps * every[:1]
+        if bool(item.floor**2 > smallest):
+            return every.clamp_min(0).sqrt()
+    values: Tensor = torch.linalg.svdvals(item.a)
+    return values
 
 
 def _gram_svd(a: Tensor, floor: float, eigen: _Eigen) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -393,7 +419,7 @@ def _gram_svd(a: Tensor, floor: float, eigen: _Eigen) -> tuple[Tensor, Tensor, T
     S = eigen.values.clamp_min(0).sqrt()
     r = int((floor < S).sum())
     S, Vh = S[:r].clone(), eigen.vectors[:r].clone()
-    U = _product(a, Vh.mT).div_(S)
+    U = product(a, Vh.mT).div_(S)
     residual = _residual(a, U, S, Vh) / S[0] if r else S.sum()
     loss = torch.maximum(*(_skewness(W) for W in (U.mT, Vh))) if r else S.sum()
     return (U, S, Vh) if bool(torch.maximum(residual, loss) < CERTIFICATE) else None
@@ -402,20 +428,24 @@ def _gram_svd(a: Tensor, floor: float, eigen: _Eigen) -> tuple[Tensor, Tensor, T
 def _residual(a: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     """Largest ‖aᵀu − σv‖ of a triplet, estimated on a few vectors."""
     probes = _probes(a)
-    found: Tensor = _product(_product(probes, a.mT), U) - _product(probes, Vh.mT) * S
+    found: Tensor = product(product(probes, a.mT), U) - product(probes, Vh.mT) * S
     return found.square().sum(dim=0).amax().div(PROBES).sqrt()
 
 
 def _probes(a: Tensor) -> Tensor:
-    """Rows (PROBES, n) of signs without a pattern, the same in every run, for a (m, n)."""
-    n = a.shape[1]
-    signs = torch.linspace(0, 1e4, n * PROBES, dtype=a.dtype, device=a.device).sin_().sign_()
-    return signs.reshape(n, PROBES).mT.contiguous()
+    """Rows (PROBES, n) of random signs, the same in every run, for a (m, n)."""
+    return _signs(a.shape[1]).to(a.device, a.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _signs(n: int) -> Tensor:
+    numbers = torch.rand(PROBES, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return numbers.sub_(0.5).sign_()
 
 
 def _skewness(rows: Tensor) -> Tensor:
     """Largest entry of W Wᵀ − I."""
-    gram = _product(rows, rows.mT)
+    gram = product(rows, rows.mT)
     gram.diagonal().sub_(1)
     return gram.abs().amax()
 
@@ -462,11 +492,11 @@ def _inverse_root(a: Tensor) -> Tensor | None:
     return root if _loss(a, root) < POLAR_CERTIFICATE else None
 
 
-def _leading_eighs(items: Sequence[_Scaled], rank: int, count: bool) -> Sequence[_Eigen | None]:
+def _leading_eighs(items: Sequence[_Scaled], rank: int, spectrum: bool) -> Sequence[_Eigen | None]:
     """What [`_leading_eigh`] finds of each."""
     rank = min(rank, items[0].a.shape[1])
     if not _by_products(items[0].a):
-        return [_leading_eigh(item.a, rank, item.floor, count) for item in items]
+        return [_leading_eigh(item.a, rank, item.floor, spectrum) for item in items]
     grams = torch.stack([item.a.mT @ item.a for item in items])
     floors = torch.tensor([item.floor for item in items], dtype=grams.dtype, device=grams.device)
     try:
@@ -475,24 +505,30 @@ def _leading_eighs(items: Sequence[_Scaled], rank: int, count: bool) -> Sequence
         return [None] * len(items)
     proved = iterative.nothing_missed(grams, values, vectors, floors).tolist()
     found = zip(values, vectors, strict=True)
-    return [_Eigen(*pair) if ok else None for pair, ok in zip(found, proved, strict=True)]
+    every = torch.linalg.eigvalsh(grams).flip(-1) if spectrum else [None] * len(items)
+    return [
+        _Eigen(*pair, all_values) if ok else None
+        for pair, ok, all_values in zip(found, proved, every, strict=True)
+    ]
 
 
 def _loss(a: Tensor, root: Tensor) -> float:
     """‖rootᵀ aᵀ a root − I‖, Frobenius, estimated on a few vectors."""
     probes = _probes(a)
-    white = _product(_product(probes, root.mT), a.mT)
-    return float((_product(_product(white, a), root) - probes).norm() / math.sqrt(PROBES))
+    white = product(product(probes, root.mT), a.mT)
+    return float((product(product(white, a), root) - probes).norm() / math.sqrt(PROBES))
 
 
-def _leading_eigh(a: Tensor, rank: int, floor: float = 0.0, count: bool = False) -> _Eigen | None:
+def _leading_eigh(
+    a: Tensor, rank: int, floor: float = 0.0, spectrum: bool = False
+) -> _Eigen | None:
     """Largest eigenvalues of aᵀa and their eigenvectors; None where that is no use.
 
     Args:
         a (`Tensor`): shape (m, n).
         rank (`int`): how many at most.
         floor (`float`): singular values up to this are not wanted.
-        count (`bool`): find how many are above it too.
+        spectrum (`bool`): find all eigenvalues too.
     """
     if a.dtype != torch.float64 or not a.numel():
         return None
@@ -500,20 +536,17 @@ def _leading_eigh(a: Tensor, rank: int, floor: float = 0.0, count: bool = False)
     try:
         if a.device.type != "cpu":
             values, vectors = torch.linalg.eigh(gram)
-            above = int((values > floor**2).sum())
-            values, vectors = values.flip(0)[:rank], vectors.mT.flip(0)[:rank]
-        elif rank == a.shape[1]:
+            values, vectors = values.flip(0), vectors.mT.flip(0)
+            return _Eigen(values[:rank], vectors[:rank], values)
+        if rank == a.shape[1]:
             values, vectors = lapack.eigh(gram)
-            values, vectors, above = values.flip(0), vectors.flip(0), 0
-        else:
-            found = None if count else lanczos.leading_eigh(gram, rank, floor**2)
-            if found:
-                return _Eigen(*found)
-            values, vectors, above = lapack.leading_eigh(gram, rank, floor**2)
+            return _Eigen(values.flip(0), vectors.flip(0), values.flip(0))
+        found = None if spectrum else lanczos.leading_eigh(gram, rank, floor**2)
+        if found:
+            return _Eigen(*found)
+        return _Eigen(*lapack.leading_eigh(gram, rank, spectrum=spectrum))
     except (lapack.NotConvergedError, LinAlgError):
         return None
-    safe = floor**2 > SMALLEST_SQUARE * torch.finfo(a.dtype).eps * float(values[0])
-    return _Eigen(values, vectors, above if safe else None)
 
 
 def _gram(a: Tensor) -> Tensor:
@@ -539,12 +572,17 @@ def _chain(factors: Sequence[Tensor]) -> Tensor:
         # greedy is optimal where it matters: few factors, one inner size
         costs = [a.shape[0] * a.shape[1] * b.shape[1] for a, b in pairwise(factors)]
         i = costs.index(min(costs))
-        factors[i : i + 2] = [_product(factors[i], factors[i + 1])]
+        factors[i : i + 2] = [product(factors[i], factors[i + 1])]
     return factors[0]
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, on the CPU by columns in several threads."""
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, on the CPU by columns in several threads.
+
+    Args:
+        a (`Tensor`): shape (m, k).
+        b (`Tensor`): shape (k, n).
+    """
     if a.device.type != "cpu" or a.dtype != torch.float64:
         return a @ b
     n = b.shape[1]

@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +76,8 @@ def reused() -> Iterator[None]:
     """Use memory of [`empty`] again instead of giving it back and asking for it.
 
     A virtual machine can take as long to hand out a page as to compute with it. What is kept for
-    that makes way when other sizes are asked for, so that the peak is no higher.
+    that makes way when other sizes are asked for: what it and all these tensors take is never more
+    than they took at some time. For large results of libraries [`give_back`] makes room.
     """
     with _freed.lock:
         _freed.users += 1
@@ -87,6 +88,12 @@ def reused() -> Iterator[None]:
             _freed.users -= 1
             if not _freed.users:
                 _freed.blocks.clear()
+
+
+def give_back() -> None:
+    """Return to the system what is kept to be used again."""
+    with _freed.lock:
+        _freed.blocks.clear()
 
 
 def empty(
@@ -113,15 +120,19 @@ def empty(
 
 
 def _rounded(nbytes: int) -> int:
-    """To whole huge pages: Linux aligns such sizes."""
+    """To whole huge pages: Linux aligns such sizes, from 6.7 on."""
     return -(-nbytes // HUGE_PAGE) * HUGE_PAGE
 
 
 def _block(nbytes: int) -> mmap.mmap:
-    block = mmap.mmap(-1, _rounded(nbytes), mmap.MAP_PRIVATE)
+    try:
+        block = mmap.mmap(-1, _rounded(nbytes), mmap.MAP_PRIVATE)
+    except OSError as error:  # which is for disks here
+        raise MemoryError(f"no memory for {nbytes} bytes") from error
     whole = nbytes // HUGE_PAGE * HUGE_PAGE
     if whole:
-        block.madvise(mmap.MADV_HUGEPAGE, 0, whole)  # the last page stays small, unless full
+        with suppress(OSError):  # then it has small pages
+            block.madvise(mmap.MADV_HUGEPAGE, 0, whole)  # the last page stays small, unless full
     return block
 
 

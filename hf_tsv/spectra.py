@@ -363,13 +363,13 @@ def _decompose(
     whole = 2 * candidate.limit > k  # then one SVD has everything
     wanted = k if whole else candidate.limit
     svd = linalg.truncated_svd(
-        delta, wanted, loaded.floor, "exact" if whole else "fast", count=True
+        delta, wanted, loaded.floor, "exact" if whole else "fast", spectrum=True
     )
     kept = TaskSingularVectors(svd.U, svd.S, svd.Vh).truncated(candidate.limit)
     item = replace(
         item,
         singular_values=kept.S.cpu().double(),
-        numerical_rank=svd.numerical_rank or 0,
+        numerical_rank=svd.numerical_rank,
         exact=svd.exact,
     )
     return item, kept

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
@@ -222,6 +222,7 @@ class _Reader:
             for i, delta, floor in self._updates(weight, w0, digests):
                 samples[i], floors[i] = _sample(delta), floor
                 yield delta
+                del delta  # before the next one is made
 
         if weight.treatment == "decomposed":
             found = list(updates())
@@ -241,12 +242,12 @@ class _Reader:
 
     def _combined(self, weight: Weight, updates: Iterator[Update]) -> Tensor | None:
         """Sum or mean of updates, one in memory at a time; None if there is none."""
-        dense = (u if isinstance(u, Tensor) else u.matrix() for u in updates)
-        first = next(dense, None)
-        if first is None:
+        dense = map(_as_matrix, updates)
+        first = list(islice(dense, 1))
+        if not first:
             return None
         rule = baselines.sum_update if weight.treatment == "summed" else baselines.mean_update
-        return rule(chain([first], dense))
+        return rule(chain(_taken(first), dense))
 
     def _updates(
         self, weight: Weight, w0: Tensor, digests: Mapping[int, dict[str, str]]
@@ -275,6 +276,7 @@ class _Reader:
                 del wi
             if scale != 0.0:
                 yield i, update if scale == 1.0 else _scaled(update, scale), floor * abs(scale)
+            del update
 
     def _read(self, weight: Weight, source: Checkpoint, digests: dict[str, str] | None) -> Tensor:
         pinned = self.device.type == "cuda"
@@ -336,7 +338,17 @@ def _scaled(update: Update, scale: float) -> Update:
     if isinstance(update, TaskSingularVectors):  # singular values stay positive
         sign = -1.0 if scale < 0 else 1.0
         return TaskSingularVectors(update.U * sign, update.S * abs(scale), update.Vh)
-    return update * scale
+    return update.mul_(scale)
+
+
+def _as_matrix(update: Update) -> Tensor:
+    return update if isinstance(update, Tensor) else update.matrix()
+
+
+def _taken(items: list[T]) -> Iterator[T]:
+    """Hand out items without keeping them."""
+    while items:
+        yield items.pop(0)
 
 
 def _products(samples: Sequence[Tensor]) -> tuple[tuple[float, ...], ...]:

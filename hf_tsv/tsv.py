@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Literal
 
 import torch
@@ -19,6 +20,9 @@ from hf_tsv.linalg import Orthogonalizer, Precision
 from hf_tsv.memory import empty
 
 Method = Literal["tsv", "low-rank", "orthogonal", "task-arithmetic", "average"]
+
+ROWS = 512
+"""Of a product of Gram matrices computed at a time."""
 
 ROUNDING_SPREAD = 0.3
 """Standard deviation of rounding to the floating-point grid, in units of eps · |w|; upper bound.
@@ -68,6 +72,26 @@ class TaskSingularVectors:
         return TaskSingularVectors(self.U.to(target), self.S.to(target), self.Vh.to(target))
 
 
+@dataclass(frozen=True)
+class Interference:
+    """Who disturbs whom in one weight, tasks in the order they were given in.
+
+    Args:
+        sti (`float`): singular task interference of the truncated factors.
+        sti_after (`float`): the same of the orthonormal factors: 0 but for rounding, and for
+            directions that tasks share exactly.
+        pairs (`tuple[tuple[float, ...], ...]`): `sti` of every two tasks alone, T × T.
+        kept (`tuple[float, ...]`): Σσ² of the triplets kept of each task.
+        effective_ranks (`tuple[float, ...]`): of each task, see [`effective_rank`].
+    """
+
+    sti: float
+    sti_after: float
+    pairs: tuple[tuple[float, ...], ...]
+    kept: tuple[float, ...]
+    effective_ranks: tuple[float, ...]
+
+
 Update = Tensor | TaskSingularVectors
 """The update of one weight by one task: Δ itself, or its leading singular triplets."""
 
@@ -82,12 +106,14 @@ class MergedUpdate:
         null_directions (`int`): directions the tasks have in common so exactly that
             orthogonalisation left them out (equal or opposite tasks).
         exact (`int`): decompositions that took a full float64 SVD.
+        interference ([`Interference`], *optional*): where it was asked for.
     """
 
     matrix: Tensor
     ranks: tuple[int, ...]
     null_directions: int = 0
     exact: int = 0
+    interference: Interference | None = None
 
 
 def default_rank(shape: Sequence[int], tasks: int) -> int:
@@ -196,6 +222,72 @@ def concatenate(tasks: Sequence[TaskSingularVectors]) -> TaskSingularVectors:
     )
 
 
+def singular_task_interference(vectors: TaskSingularVectors) -> float:
+    """‖(UᵀU − I) diag(σ) (VhVhᵀ − I)‖₁, entrywise, of concatenated factors (section 3.2).
+
+    Args:
+        vectors ([`TaskSingularVectors`]): of all tasks, see [`concatenate`].
+
+    Returns:
+        `float`: in the units of the weights; 0 where singular vectors of different tasks are
+        orthogonal.
+
+    Example:
+        >>> e = torch.eye(3)
+        >>> task = TaskSingularVectors(e[:, :1], torch.tensor([2.0]), e[:1])
+        >>> singular_task_interference(concatenate([task, task]))  # ‖[[2, 0], [0, 2]]‖₁
+        4.0
+    """
+    U, S, Vh = map(linalg.in_working_precision, (vectors.U, vectors.S, vectors.Vh))
+    rank = vectors.rank
+    right = linalg.product(Vh, Vh.mT) if rank <= max(vectors.shape) else None
+    total = 0.0
+    for start in range(0, rank, ROWS):  # of the product, which never lies in memory whole
+        rows = linalg.product(U[:, start : start + ROWS].mT, U)
+        rows.diagonal(start).sub_(1)
+        rows *= S
+        if right is not None:
+            found = linalg.product(rows, right)
+        else:
+            found = linalg.product(linalg.product(rows, Vh), Vh.mT)
+        total += float(found.sub_(rows).abs().sum())
+    return total
+
+
+def pairwise_interference(tasks: Sequence[TaskSingularVectors]) -> Tensor:
+    """Singular task interference of every two tasks alone, shape (T, T).
+
+    Args:
+        tasks (`Sequence[TaskSingularVectors]`): each with orthonormal factors.
+
+    Returns:
+        `Tensor`: symmetric, float64, zero on the diagonal; in the units of the weights.
+    """
+    parts = [[linalg.in_working_precision(t) for t in (x.U, x.S, x.Vh)] for x in tasks]
+    pairs = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+    for (i, (Ui, Si, Vi)), (j, (Uj, Sj, Vj)) in combinations(enumerate(parts), 2):
+        left, right = linalg.product(Ui.mT, Uj), linalg.product(Vi, Vj.mT)
+        found = linalg.product(left * Sj, right.mT), linalg.product(left.mT * Si, right)
+        pairs[i, j] = pairs[j, i] = sum(float(part.abs().sum()) for part in found)
+    return pairs
+
+
+def effective_rank(S: Tensor) -> float:
+    """exp(H(σ / Σσ)), H the entropy: how many directions an update is spread over.
+
+    Source: Roy and Vetterli, "The effective rank" (2007).
+
+    Args:
+        S (`Tensor`): all singular values, shape (k,).
+
+    Example:
+        >>> round(effective_rank(torch.tensor([1.0, 1.0, 0.0])), 6)
+        2.0
+    """
+    share = S.double() / S.double().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return float(torch.special.entr(share).sum().exp())
+
+
 def dense(update: Update) -> Tensor:
     """Δ of an update, in the working precision."""
     if isinstance(update, TaskSingularVectors):
@@ -211,6 +303,7 @@ def merge(
     orthogonal: bool = True,
     solver: Orthogonalizer = "procrustes",
     precision: Precision = "fast",
+    measure: bool = False,
 ) -> MergedUpdate:
     """Merged update of one weight, M = U⊥ diag(S) V⊥h (algorithm 1).
 
@@ -222,6 +315,7 @@ def merge(
         orthogonal (`bool`): whether to orthogonalise; without it the truncated updates are summed.
         solver (`str`): `"procrustes"` (SVD) or `"whitening"` (U (UᵀU)^(−1/2)), the same matrix.
         precision (`str`): `"fast"`, certified, or `"exact"`: full float64 SVDs.
+        measure (`bool`): find who disturbs whom, from the same decompositions.
 
     Returns:
         [`MergedUpdate`]: M before α. A task matrix of zeros contributes nothing.
@@ -232,32 +326,65 @@ def merge(
         True
     """
     k = min(deltas[0].shape)
-    if len(deltas) == 1 and rank >= k:  # nothing is truncated and nothing interferes
+    if (
+        len(deltas) == 1 and rank >= k and not measure
+    ):  # nothing is truncated and nothing interferes
         kept = deltas[0].rank if isinstance(deltas[0], TaskSingularVectors) else k
         return MergedUpdate(dense(deltas[0]), (kept,))
-    tasks, exact = _leading(deltas, rank, floors or [0.0] * len(deltas), precision)
+    tasks, spectra, exact = _leading(
+        deltas, rank, floors or [0.0] * len(deltas), precision, measure
+    )
     ranks = tuple(task.rank for task in tasks)
     vectors = concatenate(tasks)
+    found = _interference(tasks, vectors, spectra) if measure else None
     del deltas, tasks  # the last references, when the caller has let go of them
     if not orthogonal or not vectors.rank:
-        return MergedUpdate(vectors.matrix(), ranks, exact=exact)
-    product = linalg.orthogonal_product(vectors.U, vectors.S, vectors.Vh, precision, solver)
-    return MergedUpdate(product.matrix, ranks, product.null_directions, exact + product.exact)
+        return MergedUpdate(vectors.matrix(), ranks, exact=exact, interference=found)
+    product = linalg.orthogonal_product(
+        vectors.U, vectors.S, vectors.Vh, precision, solver, form=measure
+    )
+    if found is not None and product.factors is not None:
+        U, Vh = product.factors
+        after = singular_task_interference(TaskSingularVectors(U, vectors.S, Vh))
+        found = replace(found, sti_after=after)
+    exact += product.exact
+    return MergedUpdate(product.matrix, ranks, product.null_directions, exact, found)
 
 
 def _leading(
-    deltas: Sequence[Update], rank: int, floors: Sequence[float], precision: Precision
-) -> tuple[list[TaskSingularVectors], int]:
-    """Triplets of every task, and how many took a full SVD."""
+    deltas: Sequence[Update],
+    rank: int,
+    floors: Sequence[float],
+    precision: Precision,
+    spectrum: bool,
+) -> tuple[list[TaskSingularVectors], list[Tensor], int]:
+    """Triplets of every task, all singular values, and how many took a full SVD.
+
+    Without `spectrum`, and of what is given by its triplets, the singular values are those kept.
+    """
     whole = [(d, f) for d, f in zip(deltas, floors, strict=True) if isinstance(d, Tensor)]
-    found = linalg.truncated_svds([d for d, _ in whole], rank, [f for _, f in whole], precision)
+    found = linalg.truncated_svds(
+        [d for d, _ in whole], rank, [f for _, f in whole], precision, spectrum=spectrum
+    )
     decomposed = iter(found)
-    tasks = []
+    tasks, spectra = [], []
     for delta in deltas:
         if isinstance(delta, Tensor):
             svd = next(decomposed)
             tasks.append(TaskSingularVectors(svd.U, svd.S, svd.Vh))
+            spectra.append(svd.S if svd.spectrum is None else svd.spectrum)
         else:
             kept = delta.truncated(rank)
             tasks.append(kept.to(linalg.in_working_precision(kept.S).dtype))
-    return tasks, sum(svd.exact for svd in found)
+            spectra.append(delta.S)
+    return tasks, spectra, sum(svd.exact for svd in found)
+
+
+def _interference(
+    tasks: Sequence[TaskSingularVectors], vectors: TaskSingularVectors, spectra: Sequence[Tensor]
+) -> Interference:
+    """Of the truncated factors; as if nothing were done about it."""
+    sti = singular_task_interference(vectors)
+    pairs = tuple(tuple(row) for row in pairwise_interference(tasks).tolist())
+    kept = tuple(float(task.S.double().square().sum()) for task in tasks)
+    return Interference(sti, sti, pairs, kept, tuple(map(effective_rank, spectra)))

@@ -319,9 +319,9 @@ def test_singular_values_above_a_floor_are_counted(shape: tuple[int, int], floor
     values = [2.0, 0.5, 0.4, 1e-2, 1e-4, 1e-5, 5e-7, 1e-8, 1e-10]
     matrix = with_singular_values(values, shape, seed=3)
     above = sum(value > floor for value in values)
-    svd = linalg.truncated_svd(matrix, 2, floor, count=True)
+    svd = linalg.truncated_svd(matrix, 2, floor, spectrum=True)
     assert (svd.numerical_rank, svd.S.numel()) == (above, min(above, 2))
-    assert linalg.truncated_svd(matrix, 2, floor).numerical_rank is None
+    assert linalg.truncated_svd(matrix, 2, floor).spectrum is None
 
 
 def test_counting_does_not_decompose(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,12 +330,29 @@ def test_counting_does_not_decompose(monkeypatch: pytest.MonkeyPatch) -> None:
     floor = float(torch.linalg.matrix_norm(matrix, 2)) / 2
     expected = int((floor < torch.linalg.svd(matrix).S).sum())
     assert 0 < expected < 50
-    assert linalg.truncated_svd(matrix, 4, floor, count=True).numerical_rank == expected
+    assert linalg.truncated_svd(matrix, 4, floor, spectrum=True).numerical_rank == expected
 
 
-def test_counting_takes_pivots_of_zero() -> None:
-    matrix = torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5], dtype=torch.float64))
-    assert linalg.truncated_svd(matrix, 1, 1.0, count=True).numerical_rank == 2
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (30, 30)])
+@pytest.mark.parametrize("rank", [1, 4, 29, 30])
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_all_singular_values_come_with_the_leading_triplets(
+    shape: tuple[int, int], rank: int, precision: linalg.Precision
+) -> None:
+    matrix = 1e-3 * gaussian(*shape, generator(61))
+    expected = torch.linalg.svdvals(matrix)
+    svd = linalg.truncated_svd(matrix, rank, 1e-5, precision, spectrum=True)
+    assert svd.spectrum is not None
+    torch.testing.assert_close(svd.spectrum, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(svd.S, expected[:rank], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("size", [256, 768, 796, 1061, 1592, 4096])
+def test_probes_look_in_all_directions(size: int) -> None:
+    probes = linalg._probes(torch.zeros(3, size, dtype=torch.float64))
+    assert probes.abs().eq(1).all()
+    spread = torch.linalg.eigvalsh(probes @ probes.T / size)
+    assert float(spread[0]) > 0.6 and float(spread[-1]) < 1.5
 
 
 # Lanczos' method

@@ -34,10 +34,6 @@ def test_an_empty_tensor_is_like_any_other(shape: tuple[int, ...], dtype: torch.
     assert bool((tensor == 3).all())
 
 
-def test_large_tensors_start_on_a_huge_page() -> None:
-    assert block(9 * MB + 5).data_ptr() % memory.HUGE_PAGE == 0
-
-
 def test_freed_memory_is_used_again() -> None:
     with reused():
         first = block(9 * MB)
@@ -74,6 +70,22 @@ def test_live_tensors_never_share_memory() -> None:
         assert all(len(set(t[:: MB // 2].tolist())) == 1 for t in held)
         spans = sorted((t.data_ptr(), t.data_ptr() + t.numel()) for t in held)
         assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+def test_what_is_kept_can_be_given_back() -> None:
+    with reused():
+        held = [block(2 * MB), block(4 * MB)]
+        held.pop()
+        assert kept() == [4]
+        memory.give_back()
+        assert kept() == []
+        del held
+        assert kept() == [2]
+
+
+def test_too_little_memory_is_not_an_error_of_the_disk() -> None:
+    with pytest.raises(MemoryError):
+        empty(1 << 50, dtype=torch.uint8)
 
 
 def test_nothing_is_kept_outside() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ import torch
 from cli import hf_tsv as run
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hf_tsv
 from hf_tsv.costs import LITTLE
@@ -158,3 +160,39 @@ def test_a_merge_on_a_gpu_is_that_of_the_cpu(
     for name, expected in found["cpu"].items():
         change = (expected.double() - base[name].double()).norm()
         assert (found["cuda"][name].double() - expected.double()).norm() <= 1e-4 * change, name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("method", ["average", "task-arithmetic"])
+def test_means_and_sums_hold_one_task_at_a_time(tmp_path: Path, method: str, scale: float) -> None:
+    """No update stays in memory while the next one is read."""
+    entries, name = 5_000_000, "vision_model.post_layernorm.bias"
+    for index, folder in enumerate(("base", "a", "b", "c", "d")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text('{"model_type": "clip_vision_model"}')
+        tensor = torch.full((entries,), 1.0 + index / 8)
+        save_file({name: tensor}, tmp_path / folder / "model.safetensors")
+    code = f"""
+import torch
+from hf_tsv import construction, costs, memory, stream
+from hf_tsv.recipe import Settings
+torch.set_num_threads(1)
+memory.share_one_heap()
+tasks = [{str(tmp_path)!r} + "/" + name for name in "abcd"]
+settings = Settings(method={method!r})
+job = construction.prepare(tasks, {str(tmp_path / "base")!r}, [{scale}] * 4, settings, None, None)
+(weight,) = job.plan.weights
+reader = stream._Reader(job.sources.base, job.sources.inputs, job.scales, torch.device("cpu"))
+memory.empty(1000, 1000, dtype=torch.float64).zero_()
+def peak(key="VmHWM"):
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key)))
+open("/proc/self/clear_refs", "w").write("5")
+before = peak("VmRSS")
+with memory.reused():
+    reader.load(weight)
+print((peak() - before) / (costs.held(weight) + costs._reading(weight)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 0.5 < float(done.stdout) < 1.15, done.stdout  # one more would be 1.25

@@ -96,6 +96,10 @@ def guarded() -> Iterator[None]:
         if error.hint:
             _print_stderr(f"Hint: {error.hint}")
         _leave(EXIT_ERROR)
+    except MemoryError:
+        _print_stderr("Error: There is not enough memory.")
+        _print_stderr("Hint: Less goes on at a time with --max-memory.")
+        _leave(EXIT_ERROR)
     except KeyboardInterrupt as error:
         terminated = isinstance(error, Terminated)
         if is_leader():
