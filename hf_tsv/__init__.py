@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         RepoError,
     )
     from hf_tsv.factors import TaskFactors
+    from hf_tsv.inspecting import InspectReport, inspect
+    from hf_tsv.interfering import InterferenceReport, interference
     from hf_tsv.merging import MergeReport, merge
     from hf_tsv.models import load_model, pipeline
     from hf_tsv.recipe import Recipe
@@ -30,6 +32,10 @@ _HOMES = {
     "compress": "compression",
     "export_peft": "compression",
     "CompressReport": "compression",
+    "inspect": "inspecting",
+    "InspectReport": "inspecting",
+    "interference": "interfering",
+    "InterferenceReport": "interfering",
     "reconstruct": "reconstruction",
     "ReconstructReport": "reconstruction",
     "TaskFactors": "factors",
@@ -49,6 +55,8 @@ __all__ = [
     "CheckpointError",
     "CompressReport",
     "HfTsvError",
+    "InspectReport",
+    "InterferenceReport",
     "LostProcessError",
     "MergeReport",
     "OutputError",
@@ -61,6 +69,8 @@ __all__ = [
     "__version__",
     "compress",
     "export_peft",
+    "inspect",
+    "interference",
     "load_model",
     "merge",
     "pipeline",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -22,6 +21,7 @@ from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, disk_errors
 from hf_tsv.costs import Parallelism, fitting, operations
 from hf_tsv.delivery import Target, final_folder, push
+from hf_tsv.diagnosis import diagnoses
 from hf_tsv.errors import CheckpointError, HfTsvError, LostProcessError, OutputError, RecipeError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.findings import Finding, Findings
@@ -33,9 +33,6 @@ from hf_tsv.sources import Sources, Task, equals_base, open_sources, pinned_entr
 
 LIBRARIES = 64_000_000
 """Bytes of the libraries that are loaded when the first weight is computed."""
-
-SAME_UPDATE = 0.999
-"""Cosine from which two updates are one checkpoint under two names."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +222,7 @@ def execute(
     check_free_space(parent, job.plan.shards.total_bytes - journal.begun_bytes(target.output))
     job = replace(job, sources=job.sources.downloaded(visible=show))
     try:
-        _refuse_unchanged(job)
+        refuse_unchanged(job)
         with final_folder(target) as final:
             findings, warnings = _construct(final, job, target, device, show, group, describe)
             url = push(final, target, token)
@@ -284,7 +281,7 @@ def _do_share(
         sources.close()
 
 
-def _refuse_unchanged(job: Job) -> None:
+def refuse_unchanged(job: Job) -> None:
     """Find inputs that equal the base before the first decomposition: smallest weights first."""
     base = job.sources.base
     names = (n for w in job.plan.weights if w.treatment != "copied" for n in w.names)
@@ -342,7 +339,10 @@ def _construct(
             writer.close()
         findings = Findings(len(job.sources.inputs), _all_noted(job, work, group.count))
         _check_fingerprints(job, findings)
-        warnings = [*job.warnings, *_finding_warnings(job.sources.inputs, findings)]
+        found = diagnoses(job.sources.inputs, job.scales, job.plan, findings)
+        for diagnosis in found:
+            logger.warning(diagnosis.text)
+        warnings = [*job.warnings, *(diagnosis.text for diagnosis in found)]
         _complete(folder, job)
         describe(folder, job, target, findings, warnings, device)
     return findings, warnings
@@ -429,30 +429,6 @@ def _complete(folder: Path, job: Job) -> None:
     if job.head is not None and job.head.head:
         config |= companions.head_config(job.head.config.model_config, job.head.head)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _finding_warnings(inputs: Sequence[Task], findings: Findings) -> list[str]:
-    warnings = []
-    cosines = findings.cosines()
-    for i, j in combinations(range(len(inputs)), 2):
-        cosine = float(cosines[i, j])
-        if abs(cosine) < SAME_UPDATE or str(inputs[i]) == str(inputs[j]):
-            continue
-        if cosine < 0:
-            what = "are opposite updates and cancel out"
-        elif findings.null_directions:
-            what = "are the same update, which is merged once"
-        else:
-            what = "are nearly the same update, and what distinguishes them is amplified"
-        warnings.append(f"{inputs[i]} and {inputs[j]} {what} (cosine {cosine:.4f}); leave one out.")
-    if findings.null_directions and not warnings:
-        warnings.append(
-            f"Tasks have directions in common in {len(findings.null_directions)} weights; these"
-            " are merged once."
-        )
-    for warning in warnings:
-        logger.warning(warning)
-    return warnings
 
 
 def _check_fingerprints(job: Job, findings: Findings) -> None:

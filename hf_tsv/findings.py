@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_tsv.checkpoints.reader import fingerprint
+from hf_tsv.tsv import Interference
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Finding:
         exact (`int`): decompositions that took a full SVD.
         frozen (`bool`): planned to change, but equal to the base in every checkpoint.
         tasks (`tuple[int, ...]`): those that changed it.
+        norms (`tuple[float, ...]`): ‖Δ‖, Frobenius, of each of them.
+        noises (`tuple[float, ...]`): spectral norm of the storage rounding in each; 0 unless
+            decomposed.
+        base_norm (`float`): ‖W0‖.
+        interference ([`Interference`], *optional*): of these tasks, where it was measured.
         likeness (`tuple[tuple[float, ...], ...]`): inner products of their sampled updates.
         digests (`dict[int, dict[str, str]]`): sha256 of each tensor read, by local input;
             −1 is the base.
@@ -60,6 +67,10 @@ class Finding:
     exact: int = 0
     frozen: bool = False
     tasks: tuple[int, ...] = ()
+    norms: tuple[float, ...] = ()
+    noises: tuple[float, ...] = ()
+    base_norm: float = 0.0
+    interference: Interference | None = None
     likeness: tuple[tuple[float, ...], ...] = ()
     digests: dict[int, dict[str, str]] = field(default_factory=dict)
     written: dict[str, str] = field(default_factory=dict)
@@ -76,10 +87,21 @@ class Finding:
             **entry,
             "ranks": tuple(entry["ranks"]),
             "tasks": tuple(entry["tasks"]),
+            "norms": tuple(entry["norms"]),
+            "noises": tuple(entry["noises"]),
+            "interference": _interference(entry["interference"]),
             "likeness": tuple(tuple(row) for row in entry["likeness"]),
             "digests": {int(index): found for index, found in entry["digests"].items()},
             "seconds": Seconds(**entry["seconds"]),
         })  # fmt: skip
+
+
+def _interference(entry: dict[str, Any] | None) -> Interference | None:
+    if entry is None:
+        return None
+    pairs = tuple(tuple(row) for row in entry["pairs"])
+    kept, effective = (tuple(entry[name]) for name in ("kept", "effective_ranks"))
+    return Interference(**{**entry, "pairs": pairs, "kept": kept, "effective_ranks": effective})
 
 
 @dataclass(frozen=True)
@@ -119,6 +141,14 @@ class Findings:
     def seconds(self) -> Seconds:
         """What all weights took."""
         return sum((found.seconds for found in self.weights), Seconds())
+
+    def norms(self) -> list[float]:
+        """‖Δ‖ of every task over all weights."""
+        squares = [0.0] * self.inputs
+        for found in self.weights:
+            for task, norm in zip(found.tasks, found.norms, strict=True):
+                squares[task] += norm * norm
+        return [math.sqrt(square) for square in squares]
 
     def cosines(self) -> Tensor:
         """Cosine between the updates of every two tasks, from the samples, shape (T, T)."""

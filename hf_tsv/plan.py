@@ -104,6 +104,17 @@ def make_plan(base: Checkpoint, inputs: Sequence[Task], settings: Settings) -> M
     )
 
 
+def treatments(checkpoint: Checkpoint, settings: Settings) -> tuple[Weight, ...]:
+    """What a merge would do with every tensor of a checkpoint, as far as its headers say.
+
+    Args:
+        checkpoint ([`Checkpoint`]): a base model, or a fine-tune.
+        settings ([`Settings`]): how to merge.
+    """
+    groups = _group(checkpoint.tensors, settings.qkv)
+    return tuple(_treat(names, checkpoint, [checkpoint], settings) for names in groups)
+
+
 def _group(tensors: object, qkv: str) -> list[tuple[str, ...]]:
     """Names in order, with the q, k, v weights of an attention together when they are fused."""
     names = sorted(tensors)  # type: ignore[call-overload]

@@ -329,10 +329,12 @@ def measure(
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The update of one weight, its storage noise, the digest of W0, and what reading took."""
+    """The update of one weight, its norm and storage noise, the digest of W0, and what reading
+    took."""
 
     candidate: Candidate
     delta: Tensor
+    norm: float
     base_sha256: str
     floor: float
     seconds: float
@@ -344,17 +346,17 @@ def _load(candidate: Candidate, job: Job) -> _Loaded:
     rows, columns = matrix_shape(candidate.shape)
     w0, w1 = w0.reshape(rows, columns), w1.reshape(rows, columns)
     delta, _ = stream.update_of(candidate.name, job.source, w1, w0)
-    floor = tsv.storage_noise(w0, w1, delta, overwrite=True) if candidate.limit else 0.0
+    norm = linalg.frobenius_norm(delta)
+    floor = tsv.storage_noise(w0, w1, norm, overwrite=True) if candidate.limit else 0.0
     sha256 = digest(w0.reshape(candidate.shape))
-    return _Loaded(candidate, delta, sha256, floor, time.monotonic() - started)
+    return _Loaded(candidate, delta, norm, sha256, floor, time.monotonic() - started)
 
 
 def _decompose(
     loaded: _Loaded, device: torch.device
 ) -> tuple[Measured, TaskSingularVectors | None]:
     """Leading triplets of one weight, as many as may be kept; None where none may."""
-    candidate, delta = loaded.candidate, loaded.delta
-    norm = linalg.frobenius_norm(delta)
+    candidate, delta, norm = loaded.candidate, loaded.delta, loaded.norm
     item = Measured(candidate, loaded.base_sha256, norm, torch.empty(0))
     if not norm or not candidate.limit:
         return item, None

@@ -91,11 +91,12 @@ def merge_weights(
     inputs: Sequence[Task],
     scales: Sequence[float],
     settings: Settings,
-    writer: ShardWriter,
+    writer: ShardWriter | None,
     *,
     device: torch.device,
     done: Callable[[Finding], None],
     parallelism: Parallelism,
+    measure: bool = False,
 ) -> None:
     """Read, merge and write weights of a plan, one at a time.
 
@@ -106,10 +107,11 @@ def merge_weights(
         inputs (`Sequence[Checkpoint | TaskFactors]`): the tasks.
         scales (`Sequence[float]`): factor of each task's update.
         settings ([`Settings`]): how to merge.
-        writer ([`ShardWriter`]): takes the result.
+        writer ([`ShardWriter`], *optional*): takes the result.
         device (`torch.device`): where to compute.
         done (`Callable[[Finding], None]`): told after each weight is written, in another thread.
         parallelism ([`Parallelism`]): how much goes on at a time.
+        measure (`bool`): find who disturbs whom.
     """
     share_one_heap()
     reader = _Reader(base, inputs, scales, device)
@@ -130,7 +132,7 @@ def merge_weights(
                     break
                 waited = time.monotonic() - started
                 started = time.monotonic()
-                result, finding = _merge_one(loaded, plan, settings)
+                result, finding = _merge_one(loaded, plan, settings, measure)
                 computed = time.monotonic() - started
                 started = time.monotonic()
                 if written is not None:
@@ -216,11 +218,12 @@ class _Reader:
         deltas: dict[int, Update] = {}
         floors: dict[int, float] = {}
         samples: dict[int, Tensor] = {}
+        norms: dict[int, float] = {}
         update: Tensor | None = None
 
         def updates() -> Iterator[Update]:
-            for i, delta, floor in self._updates(weight, w0, digests):
-                samples[i], floors[i] = _sample(delta), floor
+            for i, delta, floor, norm in self._updates(weight, w0, digests):
+                samples[i], floors[i], norms[i] = _sample(delta), floor, norm
                 yield delta
                 del delta  # before the next one is made
 
@@ -234,9 +237,11 @@ class _Reader:
                 update *= len(floors) / len(self.inputs)
         seconds = Seconds(reading=time.monotonic() - started)
         frozen = not floors and weight.treatment != "copied"
+        base_norm = _norm(w0) if floors else 0.0
         finding = Finding(
             weight.label, frozen=frozen, digests=digests, seconds=seconds, tasks=tuple(samples),
             likeness=_products(list(samples.values())),
+            norms=tuple(norms.values()), noises=tuple(floors.values()), base_norm=base_norm,
         )  # fmt: skip
         return LoadedWeight(weight, w0, deltas, floors, update, finding)
 
@@ -251,8 +256,8 @@ class _Reader:
 
     def _updates(
         self, weight: Weight, w0: Tensor, digests: Mapping[int, dict[str, str]]
-    ) -> Iterator[tuple[int, Update, float]]:
-        """Updates of the tasks that changed a weight, each with its storage noise."""
+    ) -> Iterator[tuple[int, Update, float, float]]:
+        """Updates of the tasks that changed a weight, each with its storage noise and norm."""
         decomposed = weight.treatment == "decomposed"
         for i in weight.inputs:
             source, scale, floor = self.inputs[i], self.scales[i], 0.0
@@ -266,16 +271,18 @@ class _Reader:
                 if decomposed and isinstance(update, Tensor):
                     floor = _stored_noise(source, weight, w0, update)
                 update = update.to(self.device)
+                norm = math.hypot(*(source.tensors[name].norm for name in weight.names))
             else:
                 wi = self._read(weight, source, digests.get(i))
                 update, largest = update_of(weight.label, source, wi, w0)
                 if not largest:
                     continue
+                norm = _norm(update)
                 if decomposed:
-                    floor = tsv.storage_noise(w0, wi, update, overwrite=True)
+                    floor = tsv.storage_noise(w0, wi, norm, overwrite=True)
                 del wi
             if scale != 0.0:
-                yield i, update if scale == 1.0 else _scaled(update, scale), floor * abs(scale)
+                yield i, _scaled(update, scale), floor * abs(scale), norm
             del update
 
     def _read(self, weight: Weight, source: Checkpoint, digests: dict[str, str] | None) -> Tensor:
@@ -334,7 +341,15 @@ def _stored_noise(factors: TaskFactors, weight: Weight, w0: Tensor, update: Tens
     return tsv.storage_noise(w0, w1) + tsv.rounding_noise(update, factors.config.factor_dtype)
 
 
+def _norm(tensor: Tensor) -> float:
+    """Frobenius norm of a tensor of any shape and floating-point type."""
+    wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    return linalg.frobenius_norm(wide.reshape(max(1, wide.shape[0] if wide.dim() else 1), -1))
+
+
 def _scaled(update: Update, scale: float) -> Update:
+    if scale == 1.0:
+        return update
     if isinstance(update, TaskSingularVectors):  # singular values stay positive
         sign = -1.0 if scale < 0 else 1.0
         return TaskSingularVectors(update.U * sign, update.S * abs(scale), update.Vh)
@@ -372,7 +387,9 @@ def _sample(update: Update) -> Tensor:
     return (left * update.Vh.double().mT[columns]).sum(dim=1)
 
 
-def _merge_one(loaded: LoadedWeight, plan: MergePlan, settings: Settings) -> tuple[Tensor, Finding]:
+def _merge_one(
+    loaded: LoadedWeight, plan: MergePlan, settings: Settings, measure: bool
+) -> tuple[Tensor, Finding]:
     """The merged weight, in the dtype it will be stored in."""
     weight, finding = loaded.weight, loaded.finding
     dtype = plan.specs[weight.names[0]].dtype
@@ -385,6 +402,7 @@ def _merge_one(loaded: LoadedWeight, plan: MergePlan, settings: Settings) -> tup
             orthogonal=settings.method != "low-rank",
             solver=settings.orthogonalizer,
             precision=settings.precision,
+            measure=measure,
         )
         update = merged.matrix
         finding = replace(
@@ -392,6 +410,7 @@ def _merge_one(loaded: LoadedWeight, plan: MergePlan, settings: Settings) -> tup
             ranks=merged.ranks,
             null_directions=merged.null_directions,
             exact=merged.exact,
+            interference=merged.interference,
         )
     if update is None:
         return _cast(loaded.base, dtype, weight), finding
@@ -411,7 +430,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype, weight: Weight) -> Tensor:
 
 
 def _write(
-    writer: ShardWriter,
+    writer: ShardWriter | None,
     weight: Weight,
     result: Tensor,
     base: Checkpoint,
@@ -423,6 +442,8 @@ def _write(
     parts = [result] if rows is None else torch.split(result, rows)
     written = {}
     for name, part in zip(weight.names, parts, strict=True):
+        if writer is None:
+            break
         stored = part.cpu().contiguous()
         writer.write(name, stored)
         written[name] = digest(stored)

@@ -133,14 +133,18 @@ def difference(fine_tuned: Tensor, base: Tensor) -> Tensor:
         fine_tuned (`Tensor`): W1 as stored.
         base (`Tensor`): W0 as stored, same shape.
     """
-    wide = torch.float64 in (fine_tuned.dtype, base.dtype)
-    dtype = torch.float64 if wide else torch.float32
+    dtype = _dtype_of_difference(fine_tuned, base)
     result = empty(*base.shape, dtype=dtype, device=base.device)
     return torch.sub(fine_tuned.to(dtype), base.to(dtype), out=result)
 
 
+def _dtype_of_difference(fine_tuned: Tensor, base: Tensor) -> torch.dtype:
+    wide = torch.float64 in (fine_tuned.dtype, base.dtype)
+    return torch.float64 if wide else torch.float32
+
+
 def storage_noise(
-    base: Tensor, fine_tuned: Tensor, delta: Tensor | None = None, *, overwrite: bool = False
+    base: Tensor, fine_tuned: Tensor, norm: float | None = None, *, overwrite: bool = False
 ) -> float:
     """Spectral norm below which a task matrix is rounding of the stored checkpoints.
 
@@ -153,22 +157,23 @@ def storage_noise(
     Args:
         base (`Tensor`): W0 as stored, shape (d_out, d_in).
         fine_tuned (`Tensor`): W1 as stored, same shape.
-        delta (`Tensor`, *optional*): W1 − W0, where it is at hand.
+        norm (`float`, *optional*): ‖W1 − W0‖, Frobenius, where it is known.
         overwrite (`bool`): use the memory of W1 for the work.
 
     Returns:
         `float`: in the units of the weights.
     """
-    delta = difference(fine_tuned, base) if delta is None else delta
-    eps = max(torch.finfo(t.dtype).eps for t in (base, fine_tuned, delta))
-    tiny = max(torch.finfo(t.dtype).smallest_normal for t in (base, fine_tuned, delta))
-    most = torch.finfo(delta.dtype).max
+    dtype = _dtype_of_difference(fine_tuned, base)
+    dtypes = (base.dtype, fine_tuned.dtype, dtype)
+    eps = max(torch.finfo(kind).eps for kind in dtypes)
+    tiny = max(torch.finfo(kind).smallest_normal for kind in dtypes)
+    most = torch.finfo(dtype).max
     if base.dtype == fine_tuned.dtype:
         # W0 lies on the grid that W1 was rounded to: a change below half a step is lost rather
         # than replaced by noise, so no entry is wrong by more than it should have changed.
-        change = linalg.frobenius_norm(delta)
+        change = linalg.frobenius_norm(difference(fine_tuned, base)) if norm is None else norm
         most = min(change / math.sqrt(base.numel()) / (ROUNDING_SPREAD * eps), most)
-    size = fine_tuned.to(delta.dtype, copy=not overwrite).abs_().clamp_(min(tiny, most), most)
+    size = fine_tuned.to(dtype, copy=not overwrite).abs_().clamp_(min(tiny, most), most)
     return _noise(size, eps)
 
 

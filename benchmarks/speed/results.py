@@ -242,16 +242,16 @@ def _curves(results: Results) -> list[str]:
 
 
 def _curve(curve: Row) -> list[str]:
-    """The medians of a figure, and what the first value takes over each."""
-    lines = []
+    """The medians of a figure, and what they grow by, or with more processes are less by."""
+    lines, shared = [], curve["over"] == "processes"
     for name, by_value in curve["runs"].items():
         times = {int(v): median(map(seconds, runs)) for v, runs in by_value.items()}
         first = times[min(times)]
         lines += [
-            [name, value, f"{time:.2f} s", f"{first / time:.2f} ×"]
+            [name, value, f"{time:.2f} s", f"{first / time if shared else time / first:.2f} ×"]
             for value, time in sorted(times.items())
         ]
-    return _table(["", curve["over"], "time", f"over {curve['over']} = {min(times)}"], lines)
+    return _table(["", curve["over"], "time", "faster" if shared else "growth"], lines)
 
 
 def _circumstances(known: Iterable[Row]) -> list[str]:

@@ -18,6 +18,9 @@ MAX_JSON_BYTES = 100_000_000
 class Files(Protocol):
     """Random access to the files of one checkpoint."""
 
+    def names(self) -> list[str]:
+        """All files, in order; of a folder those directly in it."""
+
     def size(self, name: str) -> int | None:
         """Bytes of a file, or None where there is none."""
 
@@ -36,6 +39,9 @@ class LocalFiles:
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._descriptors)
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.root.iterdir() if path.is_file())
 
     def size(self, name: str) -> int | None:
         try:
@@ -99,6 +105,9 @@ class HubFiles:
 
     def __init__(self, repo: hub.RepoSnapshot) -> None:
         self.repo = repo
+
+    def names(self) -> list[str]:
+        return sorted(self.repo.sizes)
 
     def size(self, name: str) -> int | None:
         return self.repo.sizes.get(name)

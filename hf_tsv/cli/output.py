@@ -53,7 +53,7 @@ class Out:
     def result(self, text: str, data: Mapping[str, Any]) -> None:
         """Print the result of the command: `text` for people, or `data` with `--json`."""
         if self.speaks:
-            print(json.dumps(data) if self.as_json else text)
+            print(json.dumps(data) if self.as_json else printable(text))
 
     def status(self, text: str) -> None:
         """Tell on stderr what was done, unless quiet."""
@@ -71,8 +71,12 @@ class _StderrHandler(logging.Handler):
 
 def _print_stderr(text: str) -> None:
     """Names from repositories may hold escape codes; a terminal must not act on them."""
-    safe = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    print(safe, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with its control characters written out, line breaks aside."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 @contextmanager

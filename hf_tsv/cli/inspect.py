@@ -1,0 +1,90 @@
+"""`hf-tsv inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hf_tsv.cli import options
+from hf_tsv.cli.output import Out
+
+if TYPE_CHECKING:
+    from hf_tsv.inspecting import InspectReport
+
+EXAMPLES = """\
+**Examples**
+
+`hf-tsv inspect org/clip-a`
+
+`hf-tsv inspect me/clip-abc`  (the recipe it came from)
+
+`hf-tsv inspect me/clip-a-tsv --json | jq .factors`
+"""
+
+
+def inspect(
+    reference: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF",
+            help="org/name, org/name@revision, or a local folder.",
+            show_default=False,
+        ),
+    ],
+    as_json: options.AsJson = False,
+    token: options.Token = None,
+    cache_dir: options.CacheDir = None,
+) -> None:
+    """Say what a checkpoint, a merge or task factors hold, from headers alone.
+
+    Reads the beginning of the weight files by HTTP range, and no weights.
+    """
+    out = Out(as_json=as_json, quiet=False)
+    from hf_tsv import inspecting
+
+    report = inspecting.inspect(
+        reference, token=token, cache_dir=None if cache_dir is None else str(cache_dir)
+    )
+    out.result(_text(report), report.to_dict())
+
+
+def _text(report: InspectReport) -> str:
+    from hf_tsv.progress import human_bytes
+
+    rows = [
+        (report.kind, options.pinned({"ref": report.ref, "revision": report.revision})),
+        ("class", report.model_class or report.model_type or "unknown"),
+        ("base model", ", ".join(report.base_model) or "not said"),
+        ("license", report.license or "not said"),
+        *(("file", f"{name}  {human_bytes(size)}") for name, size in report.files.items()),
+        ("parameters", f"{report.parameters:,}"),
+        *(
+            (name, f"{counts['tensors']} tensors, {human_bytes(counts['bytes'])}")
+            for name, counts in (report.dtypes | report.parts).items()
+        ),
+    ]
+    done = Counter(entry["merge"] for entry in report.tensors.values() if "merge" in entry)
+    if done:
+        rows.append(("merge", ", ".join(f"{count} {name}" for name, count in done.items())))
+    if report.recipe is not None:
+        inputs = report.recipe["inputs"]
+        rows.append(("made by", f"{report.recipe['settings']['method']} of {len(inputs)} tasks"))
+        rows += [("task", options.pinned(entry)) for entry in inputs]
+        rows.append(("from", options.pinned(report.recipe["base_model"])))
+    if report.factors is not None:
+        found = report.factors
+        stored = Counter(entry["stored"] for entry in report.tensors.values())
+        ranks = [entry["rank"] for entry in report.tensors.values() if entry["rank"]]
+        energies = [e["energy"] for e in report.tensors.values() if e["rank"]] or [1.0]
+        rows += [
+            ("task", options.pinned(found["source"])),
+            ("stored", ", ".join(f"{count} {name}" for name, count in stored.items())),
+            ("ranks", f"{min(ranks)} … {max(ranks)}" if ranks else "none"),
+            ("energy", f"{min(energies):.1%} … {max(energies):.1%} of an update kept"),
+            ("size", f"{human_bytes(found['bytes'])}, {found['ratio']:.1%} of the checkpoint"),
+            ("error", f"{found['update_error']:.3g} of the update"),
+        ]
+    rows += [("unknown", text) for text in report.unknown]
+    return options.columns(rows)

@@ -1,0 +1,267 @@
+"""The verb `inspect`: what a reference holds, from headers and small files alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field
+from os import PathLike, fspath
+from typing import Any
+
+from hf_tsv.cards import card_license
+from hf_tsv.checkpoints import base_model, layout
+from hf_tsv.checkpoints.files import LocalFiles, read_json
+from hf_tsv.checkpoints.reader import (
+    CONFIG_FILE,
+    DTYPE_NAMES,
+    Checkpoint,
+    TensorInfo,
+    open_checkpoint,
+    read_header,
+)
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
+from hf_tsv.errors import HfTsvError
+from hf_tsv.factors import TaskFactors, is_factors, open_factors
+from hf_tsv.plan import treatments
+from hf_tsv.recipe import RECIPE_FILE, Recipe, Settings
+
+SAFETENSORS = ".safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+RECIPE_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What a checkpoint, a merge, or task factors hold.
+
+    Args:
+        ref (`str`): repository id or folder.
+        revision (`str`, *optional*): commit sha; None for a folder.
+        kind (`str`): `checkpoint`, `merge`, `factors`, or `other`.
+        model_class (`str`, *optional*): that its config.json was saved by.
+        model_type (`str`, *optional*): `model_type` of its config.json.
+        base_model (`list[str]`): what it says it was fine-tuned or made from.
+        license (`str`, *optional*): as its card says.
+        files (`dict[str, int]`): bytes of each weight file.
+        parameters (`int`): values in all tensors.
+        dtypes (`dict[str, dict[str, int]]`): `tensors` and `bytes` by type.
+        parts (`dict[str, dict[str, int]]`): `tensors`, `parameters` and `bytes` by tower or
+            projection.
+        tensors (`dict[str, dict]`): `shape`, `dtype` and `bytes`; what a `merge` would do with it
+            and for which `reason`; of factors how it is `stored`, `rank`, `numerical_rank` and
+            `energy`.
+        recipe (`dict`, *optional*): what a merge was made from, and how.
+        factors (`dict`, *optional*): origin, rule, type, bytes and error of task factors.
+        unknown (`list[str]`): what headers cannot tell.
+    """
+
+    ref: str
+    revision: str | None
+    kind: str
+    model_class: str | None = None
+    model_type: str | None = None
+    base_model: list[str] = field(default_factory=list)
+    license: str | None = None
+    files: dict[str, int] = field(default_factory=dict)
+    parameters: int = 0
+    dtypes: dict[str, dict[str, int]] = field(default_factory=dict)
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
+    factors: dict[str, Any] | None = None
+    unknown: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return asdict(self)
+
+
+def inspect(
+    reference: str | PathLike[str],
+    *,
+    token: str | None = None,
+    cache_dir: str | None = None,
+) -> InspectReport:
+    """Say what a reference holds; reads headers and small files, no weights.
+
+    Args:
+        reference (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str`, *optional*): default: the Hub client's cache.
+
+    Returns:
+        [`InspectReport`]: what became known, and what did not.
+
+    Raises:
+        [`HfTsvError`]: there is no such repository or folder.
+
+    Example:
+        >>> import hf_tsv
+        >>> hf_tsv.inspect("org/clip-a").dtypes  # doctest: +SKIP
+    """
+    pinned = pin(parse(fspath(reference)), token=token, cache_dir=cache_dir)
+    files = pinned.files
+    with closing(files) if isinstance(files, LocalFiles) else nullcontext():
+        if is_factors(pinned):
+            return _of_factors(pinned, open_factors(pinned))
+        try:
+            opened = open_checkpoint(pinned)
+        except HfTsvError as error:
+            return _of_other(pinned, error)
+        return _of_checkpoint(pinned, opened)
+
+
+def _of_checkpoint(pinned: PinnedCheckpoint, opened: Checkpoint) -> InspectReport:
+    tensors: dict[str, dict[str, Any]] = {}
+    for weight in treatments(opened, Settings()):
+        info = opened.tensors[weight.names[0]]
+        tensors[weight.label] = {**_described(info), "merge": weight.treatment}
+        if weight.reason:
+            tensors[weight.label]["reason"] = weight.reason
+    for name, info in opened.head.items():
+        tensors[name] = {**_described(info), "merge": "left out", "reason": "a task head"}
+    recipe, unknown = _recipe(pinned)
+    return InspectReport(
+        **_origin(pinned),
+        kind="checkpoint" if recipe is None else "merge",
+        model_class=layout.saved_class(opened.config),
+        model_type=_text(opened.config.get("model_type")),
+        **_sizes(pinned, {**opened.tensors, **opened.head}),
+        tensors=tensors,
+        recipe=recipe,
+        unknown=unknown,
+    )
+
+
+def _of_factors(pinned: PinnedCheckpoint, opened: TaskFactors) -> InspectReport:
+    config = opened.config
+    kept = sum(weight.bytes for weight in config.weights.values())
+    tensors = {
+        name: {
+            "shape": list(weight.shape),
+            "dtype": DTYPE_NAMES[weight.dtype],
+            "bytes": weight.bytes,
+            "stored": weight.stored,
+            "rank": weight.rank,
+            "numerical_rank": weight.numerical_rank,
+            "energy": weight.energy,
+        }
+        for name, weight in config.weights.items()
+    }
+    infos = {
+        name: TensorInfo("", w.dtype, w.shape, 0, w.bytes) for name, w in config.weights.items()
+    }
+    return InspectReport(
+        **{**_origin(pinned), "base_model": [config.base_model.ref]},
+        kind="factors",
+        model_class=layout.saved_class(config.model_config),
+        model_type=_text(config.model_config.get("model_type")),
+        **_sizes(pinned, infos),
+        tensors=tensors,
+        factors={
+            "source": {"ref": config.source.ref, "revision": config.source.revision},
+            "base_model": {"ref": config.base_model.ref, "revision": config.base_model.revision},
+            "rank_rule": dict(config.rank_rule),
+            "factor_dtype": DTYPE_NAMES[config.factor_dtype],
+            "bytes": kept,
+            "checkpoint_bytes": config.checkpoint_bytes,
+            "ratio": kept / config.checkpoint_bytes if config.checkpoint_bytes else 0.0,
+            "update_error": config.update_error,
+            "task_head": list(config.task_head),
+        },
+    )
+
+
+def _of_other(pinned: PinnedCheckpoint, error: HfTsvError) -> InspectReport:
+    """No CLIP that hf-tsv reads: what its safetensors say, and what its pickles do not."""
+    unknown = [error.message]
+    infos: dict[str, TensorInfo] = {}
+    config: dict[str, Any] = {}
+    if pinned.files.size(CONFIG_FILE) is not None:
+        try:
+            config = read_json(pinned.files, CONFIG_FILE, str(pinned))
+        except HfTsvError as broken:
+            unknown.append(broken.message)
+    for name in _weight_files(pinned):
+        if not name.endswith(SAFETENSORS):
+            unknown.append(
+                f"{name} is a pickle: only loading it would tell what it holds, and it is not"
+                " loaded here."
+            )
+            continue
+        try:
+            infos.update(read_header(pinned.files, name, str(pinned)))
+        except HfTsvError as broken:
+            unknown.append(broken.message)
+    return InspectReport(
+        **_origin(pinned),
+        kind="other",
+        model_type=_text(config.get("model_type")),
+        **_sizes(pinned, infos),
+        tensors={name: _described(info) for name, info in sorted(infos.items())},
+        unknown=list(dict.fromkeys(unknown)),
+    )
+
+
+def _origin(pinned: PinnedCheckpoint) -> dict[str, Any]:
+    return {
+        "ref": pinned.ref,
+        "revision": pinned.revision,
+        "base_model": base_model.named_by(pinned),
+        "license": card_license(pinned.card),
+    }
+
+
+def _weight_files(pinned: PinnedCheckpoint) -> Sequence[str]:
+    return [name for name in pinned.files.names() if name.endswith((SAFETENSORS, *PICKLES))]
+
+
+def _sizes(pinned: PinnedCheckpoint, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """Files, parameters, types and parts."""
+    dtypes: dict[str, dict[str, int]] = {}
+    parts: dict[str, dict[str, int]] = {}
+    for name, info in infos.items():
+        values = math.prod(info.shape)
+        by_type = dtypes.setdefault(DTYPE_NAMES[info.dtype], {"tensors": 0, "bytes": 0})
+        by_part = parts.setdefault(
+            name.partition(".")[0], {"tensors": 0, "parameters": 0, "bytes": 0}
+        )
+        for counts in (by_type, by_part):
+            counts["tensors"] += 1
+            counts["bytes"] += info.nbytes
+        by_part["parameters"] += values
+    return {
+        "files": {name: pinned.files.size(name) or 0 for name in _weight_files(pinned)},
+        "parameters": sum(part["parameters"] for part in parts.values()),
+        "dtypes": dtypes,
+        "parts": parts,
+    }
+
+
+def _described(info: TensorInfo) -> dict[str, Any]:
+    return {
+        "shape": list(info.shape),
+        "dtype": DTYPE_NAMES[info.dtype],
+        "bytes": info.nbytes,
+    }
+
+
+def _recipe(pinned: PinnedCheckpoint) -> tuple[dict[str, Any] | None, list[str]]:
+    """The recipe beside the weights, and what is wrong with it."""
+    size = pinned.files.size(RECIPE_FILE)
+    if size is None:
+        return None, []
+    if size > RECIPE_BYTES:
+        return None, [f"{RECIPE_FILE} has {size} bytes and is not read."]
+    try:
+        text = pinned.files.read(RECIPE_FILE).decode()
+        return asdict(Recipe.from_yaml(text, RECIPE_FILE)), []
+    except UnicodeDecodeError:
+        return None, [f"{RECIPE_FILE} is not UTF-8."]
+    except HfTsvError as error:
+        return None, [error.message]
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

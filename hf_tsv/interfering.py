@@ -1,0 +1,283 @@
+"""The verb `interference`: who disturbs whom, in which layer, before anything is merged."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tsv import stream
+from hf_tsv.checkpoints.writer import disk_errors
+from hf_tsv.construction import Job, prepare, refuse_unchanged
+from hf_tsv.costs import memory_size
+from hf_tsv.diagnosis import diagnoses
+from hf_tsv.errors import OutputError, RecipeError
+from hf_tsv.findings import Finding, Findings
+from hf_tsv.progress import bar, logger, visible_by_default
+from hf_tsv.recipe import Settings
+from hf_tsv.sources import pinned_entry
+
+REPORT_FILE = "interference.json"
+BLOCK = re.compile(r"^(vision|text)_model\.encoder\.layers\.(\d+)\.(.+?)(?:\.weight)?$")
+
+
+@dataclass(frozen=True)
+class InterferenceReport:
+    """Who disturbs whom.
+
+    Args:
+        tasks (`list[dict]`): of every task its name, `ref` and `revision`, `norm` of its update and
+            `relative_norm` to that of the base weights, `effective_rank` and `energy` in the
+            triplets kept, means over its decomposed weights by squared norm, and its `share` of
+            what all pairs of tasks interfere.
+        base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
+        total (`float`): singular task interference, sum over all decomposed weights.
+        total_after (`float`): the same after orthogonalisation.
+        pairs (`list[list[float]]`): of every two tasks alone, sum over all weights, T × T.
+        weights (`dict[str, dict]`): per decomposed weight `sti`, `sti_after`, `rank`, `pairs`.
+        blocks (`dict[str, dict]`): `sti` and `sti_after` per block of a tower.
+        kinds (`dict[str, dict]`): the same per kind of layer.
+        warnings (`list[str]`): what the user should know.
+        seconds (`float`): wall time.
+        device (`str`): type of device computed on.
+    """
+
+    tasks: list[dict[str, Any]]
+    base_model: dict[str, str | None]
+    total: float
+    total_after: float
+    pairs: list[list[float]]
+    weights: dict[str, dict[str, Any]]
+    blocks: dict[str, dict[str, float]]
+    kinds: dict[str, dict[str, float]]
+    warnings: list[str]
+    seconds: float
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return asdict(self)
+
+    def extremes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The pairs of tasks that interfere most and least."""
+        count = len(self.tasks)
+        ranked = sorted(
+            ((i, j) for i in range(count) for j in range(i + 1, count)),
+            key=lambda pair: self.pairs[pair[0]][pair[1]],
+        )
+        return ranked[-1], ranked[0]
+
+
+def interference(
+    checkpoints: Sequence[str | PathLike[str]],
+    *,
+    base_model: str | PathLike[str] | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
+    rank: int | None = None,
+    rank_fraction: float | None = None,
+    exclude: str | Sequence[str] = Settings.exclude,
+    qkv: str = Settings.qkv,
+    device: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    max_memory: int | str | None = None,
+    progress: bool | None = None,
+) -> InterferenceReport:
+    """Measure who disturbs whom in a merge, layer by layer (section 3.2).
+
+    Args:
+        checkpoints (`Sequence[str]`): `org/name`, `org/name@revision`, `hf://…` or folders, of
+            whole checkpoints or of task factors.
+        base_model (`str`, *optional*): W0; default: the one the checkpoints' cards agree on.
+        output (`str` or `Path`, *optional*): folder to write the report into.
+        force (`bool`): replace a report that is there.
+        rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
+        rank_fraction (`float`, *optional*): the same as a share of k.
+        exclude (`Sequence[str]`): globs of weights that a merge would average.
+        qkv (`str`): `split` or `fused` attention projections.
+        device (`str`, *optional*): default: the one accelerate chooses.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
+            on at a time then.
+        progress (`bool`, *optional*): show bars; default: on a terminal.
+
+    Returns:
+        [`InterferenceReport`]: all of it.
+
+    Raises:
+        [`HfTsvError`]: with the reason and what to do.
+
+    Example:
+        >>> import hf_tsv
+        >>> hf_tsv.interference(["org/clip-a", "org/clip-b"]).total  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    show = visible_by_default() if progress is None else progress
+    globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    settings = Settings(rank=rank, rank_fraction=rank_fraction, exclude=globs, qkv=qkv)  # type: ignore[arg-type]
+    references = [fspath(reference) for reference in checkpoints]
+    if len(references) < 2:
+        raise RecipeError(
+            "One task alone disturbs nobody.", "Name at least two fine-tunes of one base model."
+        )
+    target = None if output is None else _checked(Path(output), force=force)
+    base_ref = None if base_model is None else fspath(base_model)
+    cache = None if cache_dir is None else str(cache_dir)
+    job = prepare(references, base_ref, None, settings, token, cache)
+    job = job.within(memory_size(max_memory))
+    where = stream.pick_device(device)
+    job = replace(job, sources=job.sources.downloaded(visible=show))
+    weights = job.plan.weights
+    logger.info(
+        "Measuring %d weights of %d tasks on %s.", len(weights), len(references), where.type
+    )
+    noted: list[Finding] = []
+    try:
+        refuse_unchanged(job)
+        with bar("Measuring", len(weights), visible=show) as advance:
+
+            def done(finding: Finding) -> None:
+                noted.append(finding)
+                advance(1)
+
+            stream.merge_weights(
+                weights, job.plan, job.sources.base, job.sources.inputs, job.scales, job.settings,
+                None, device=where, done=done, parallelism=job.parallelism, measure=True,
+            )  # fmt: skip
+    finally:
+        job.sources.close()
+    report = summary(job, Findings(len(references), noted), where, started)
+    if target is not None:
+        _write(report, target)
+    return report
+
+
+def _checked(folder: Path, *, force: bool) -> Path:
+    """Refuse a folder that holds anything but an earlier report."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file.", "Choose another folder with -o.")
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if there - {REPORT_FILE}:
+        raise OutputError(f"{folder} holds other files.", "Choose another folder with -o.")
+    if there and not force:
+        raise OutputError(f"{folder} holds a report.", "Replace it with --force.")
+    return folder
+
+
+def _write(report: InterferenceReport, folder: Path) -> None:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        new = folder / f".{REPORT_FILE}.new"
+        new.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        new.replace(folder / REPORT_FILE)
+
+
+def summary(
+    job: Job, findings: Findings, device: torch.device, started: float
+) -> InterferenceReport:
+    """The report on what was measured.
+
+    Args:
+        job ([`Job`]): what was done.
+        findings ([`Findings`]): of every weight, with their interference.
+        device (`torch.device`): computed on.
+        started (`float`): monotonic time at which the run began.
+    """
+    found = diagnoses(job.sources.inputs, job.scales, job.plan, findings)
+    for diagnosis in found:
+        logger.warning(diagnosis.text)
+    measured = {w.label: w for w in findings.weights if w.interference is not None}
+    planned = {weight.label: weight.rank for weight in job.plan.weights}
+    pairs = torch.zeros(findings.inputs, findings.inputs, dtype=torch.float64)
+    weights: dict[str, dict[str, Any]] = {}
+    blocks: dict[str, dict[str, float]] = defaultdict(_nothing)
+    kinds: dict[str, dict[str, float]] = defaultdict(_nothing)
+    for label, weight in measured.items():
+        own = weight.interference
+        assert own is not None
+        index = torch.tensor(weight.tasks)
+        here = torch.zeros_like(pairs)
+        here[index[:, None], index] = torch.tensor(own.pairs, dtype=torch.float64)
+        pairs += here
+        weights[label] = {
+            "sti": own.sti,
+            "sti_after": own.sti_after,
+            "rank": planned[label],
+            "pairs": here.tolist(),
+        }
+        block, kind = block_and_kind(label)
+        for part in (blocks[block], kinds[kind]):
+            part["sti"] += own.sti
+            part["sti_after"] += own.sti_after
+    return InterferenceReport(
+        tasks=_tasks(job, findings, pairs),
+        base_model=pinned_entry(job.sources.base),
+        total=sum(entry["sti"] for entry in weights.values()),
+        total_after=sum(entry["sti_after"] for entry in weights.values()),
+        pairs=pairs.tolist(),
+        weights=weights,
+        blocks=dict(blocks),
+        kinds=dict(kinds),
+        warnings=[*job.warnings, *(diagnosis.text for diagnosis in found)],
+        seconds=round(time.monotonic() - started, 3),
+        device=device.type,
+    )
+
+
+def _nothing() -> dict[str, float]:
+    return {"sti": 0.0, "sti_after": 0.0}
+
+
+def block_and_kind(label: str) -> tuple[str, str]:
+    """Block of a tower and kind of layer that a weight belongs to.
+
+    Example:
+        >>> block_and_kind("vision_model.encoder.layers.3.mlp.fc1.weight")
+        ('vision 3', 'mlp.fc1')
+        >>> block_and_kind("visual_projection.weight")
+        ('other', 'visual_projection')
+    """
+    found = BLOCK.match(label)
+    if found is None:
+        return "other", label.removesuffix(".weight").rpartition("embeddings.")[2]
+    return f"{found[1]} {found[2]}", found[3]
+
+
+def _tasks(job: Job, findings: Findings, pairs: Tensor) -> list[dict[str, Any]]:
+    """What is said of each task."""
+    base_norm = math.sqrt(sum(w.base_norm**2 for w in findings.weights))
+    whole = float(pairs.sum()) or 1.0
+    entries = []
+    for i, (item, norm) in enumerate(zip(job.sources.inputs, findings.norms(), strict=True)):
+        energy = kept = effective = 0.0
+        for weight in findings.weights:
+            if weight.interference is not None and i in weight.tasks:
+                place = weight.tasks.index(i)
+                square = (weight.norms[place] * job.scales[i]) ** 2
+                energy += square
+                kept += weight.interference.kept[place]
+                effective += square * weight.interference.effective_ranks[place]
+        entries.append(
+            {
+                "name": Path(item.pinned.ref).name or item.pinned.ref,
+                **pinned_entry(item),
+                "norm": norm,
+                "relative_norm": norm / base_norm if base_norm else 0.0,
+                "effective_rank": effective / energy if energy else 0.0,
+                "energy": min(1.0, kept / energy) if energy else 1.0,
+                "share": float(pairs[i].sum()) / whole,
+            }
+        )
+    return entries

@@ -1,0 +1,299 @@
+"""Who disturbs whom: the verb, as API and command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import clips
+import pytest
+import torch
+from cli import hf_tsv as run
+from hub import Hub
+from reference import concatenation
+from safetensors.torch import load_file, save_file
+
+import hf_tsv
+from hf_tsv.diagnosis import COMPARABLE, FAR_ABOVE
+from hf_tsv.interfering import block_and_kind
+
+TASKS = 3
+KEYS = {
+    "tasks", "base_model", "total", "total_after", "pairs", "weights", "blocks", "kinds",
+    "warnings", "seconds", "device",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory, zoo: Path) -> Path:
+    """A base, three fine-tunes of its vision tower, and odd ones."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "base").symlink_to(zoo / "base")
+    for seed, name in enumerate("abc", start=31):
+        clips.make_fine_tune(zoo / "base", folder / name, seed, "vision")
+    return folder
+
+
+def changed(tasks: Path, source: str, target: str, change: Any, dtype: Any = None) -> Path:
+    """A copy of a fine-tune whose updates `change` maps to others."""
+    base = load_file(tasks / "base" / "model.safetensors")
+    state = load_file(tasks / source / "model.safetensors")
+    new = {}
+    for name, tensor in state.items():
+        update = tensor - base[name] if name in base else None
+        moved = tensor if update is None else base[name] + change(name, update)
+        new[name] = moved.to(dtype or tensor.dtype).contiguous()
+    (tasks / target).mkdir()
+    save_file(new, tasks / target / "model.safetensors", metadata={"format": "pt"})
+    (tasks / target / "config.json").write_text((tasks / source / "config.json").read_text())
+    return tasks / target
+
+
+def report(tasks: Path, names: str | list[str] = "abc", **options: Any) -> Any:
+    return hf_tsv.interference(
+        [tasks / name for name in names], base_model=tasks / "base", progress=False, **options
+    )
+
+
+def by_definition(U: torch.Tensor, s: torch.Tensor, Vh: torch.Tensor) -> float:
+    eye = torch.eye(len(s), dtype=torch.float64)
+    return float(((U.T @ U - eye) @ s.diag() @ (Vh @ Vh.T - eye)).abs().sum())
+
+
+def test_it_is_the_formula_on_the_stored_weights(tasks: Path) -> None:
+    found = report(tasks)
+    base = load_file(tasks / "base" / "model.safetensors")
+    states = [load_file(tasks / name / "model.safetensors") for name in "abc"]
+    assert found.weights
+    total = 0.0
+    for name, weight in found.weights.items():
+        deltas = [state[name] - base[name] for state in states]
+        rank = max(1, min(deltas[0].shape) // TASKS)
+        factors = concatenation(deltas, [rank] * TASKS)
+        assert weight["rank"] == rank
+        assert weight["sti"] == pytest.approx(by_definition(*factors), rel=1e-4)
+        assert weight["sti_after"] < 1e-6 * weight["sti"]
+        pairs = torch.tensor(weight["pairs"])
+        assert torch.equal(pairs, pairs.T) and not pairs.diagonal().any()
+        one = concatenation([deltas[0], deltas[2]], [rank] * 2)
+        assert weight["pairs"][0][2] == pytest.approx(by_definition(*one), rel=1e-4)
+        total += weight["sti"]
+    assert found.total == pytest.approx(total)
+    for parts in (found.blocks, found.kinds):
+        assert sum(part["sti"] for part in parts.values()) == pytest.approx(total)
+
+
+def test_every_decomposed_matrix_is_measured(tasks: Path) -> None:
+    planned = hf_tsv.merge(
+        [tasks / n for n in "abc"], base_model=tasks / "base", dry_run=True
+    ).treatments
+    decomposed = {n for n, entry in planned.items() if entry["treatment"] == "decomposed"}
+    vision = {name for name in decomposed if name.startswith("vision_model.")}
+    found = report(tasks)
+    assert vision <= set(found.weights) <= decomposed
+    assert set(found.blocks) >= {"vision 0", "vision 1"}
+    assert {"mlp.fc1", "self_attn.q_proj"} <= set(found.kinds)
+
+
+def test_the_order_of_tasks_does_not_matter(tasks: Path) -> None:
+    first, second = report(tasks, "abc"), report(tasks, "cab")
+    assert second.total == pytest.approx(first.total, rel=1e-6)
+    assert second.pairs[0][1] == pytest.approx(first.pairs[2][0], rel=1e-6)
+    assert [task["name"] for task in second.tasks] == ["c", "a", "b"]
+    assert second.tasks[1]["share"] == pytest.approx(first.tasks[0]["share"], rel=1e-6)
+
+
+def test_what_is_said_of_a_task(tasks: Path) -> None:
+    found = report(tasks)
+    base = load_file(tasks / "base" / "model.safetensors")
+    state = load_file(tasks / "a" / "model.safetensors")
+    updates = [state[name] - base[name] for name in state]
+    norm = float(torch.cat([u.reshape(-1) for u in updates]).double().norm())
+    task = found.tasks[0]
+    assert (task["name"], task["ref"], task["revision"]) == ("a", str(tasks / "a"), None)
+    assert task["norm"] == pytest.approx(norm, rel=1e-5)
+    assert 0 < task["relative_norm"] < COMPARABLE
+    assert 0 < task["energy"] < 1 < task["effective_rank"]
+    assert sum(entry["share"] for entry in found.tasks) == pytest.approx(1.0)
+
+
+def test_orthogonal_tasks_do_not_interfere(tasks: Path) -> None:
+    """Each changes rows and columns of its own."""
+
+    def half(first: bool) -> Any:
+        def change(name: str, update: torch.Tensor) -> torch.Tensor:
+            if update.dim() != 2:
+                return update
+            rows, columns = (size // 2 for size in update.shape)
+            kept = torch.zeros_like(update)
+            where = (
+                (slice(rows), slice(columns))
+                if first
+                else (slice(rows, None), slice(columns, None))
+            )
+            kept[where] = update[where]
+            return kept
+
+        return change
+
+    changed(tasks, "a", "upper", half(True))
+    changed(tasks, "b", "lower", half(False))
+    found = report(tasks, ["upper", "lower"], rank=2)
+    assert found.total < 1e-6 * report(tasks, "ab", rank=2).total
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_rank_can_be_chosen(tasks: Path, rank: int) -> None:
+    found = report(tasks, rank=rank)
+    assert {weight["rank"] for weight in found.weights.values()} == {rank}
+
+
+def test_factors_and_checkpoints_are_measured_alike(tasks: Path, tmp_path: Path) -> None:
+    for name in "abc":
+        hf_tsv.compress(
+            tasks / name, output=tmp_path / name, base_model=tasks / "base", rank_fraction=0.4
+        )
+    stored = hf_tsv.interference(
+        [tmp_path / name for name in "abc"], base_model=tasks / "base", progress=False
+    )
+    whole = report(tasks)
+    for name, weight in whole.weights.items():
+        if name.startswith("vision_model.encoder"):
+            assert stored.weights[name]["sti"] == pytest.approx(weight["sti"], rel=1e-4)
+
+
+# Diagnoses
+
+
+def only(found: Any, *parts: str) -> None:
+    """One warning of the inputs, that says all of this."""
+    said = [text for text in found.warnings if all(part in text for part in parts)]
+    assert len(said) == 1, found.warnings
+
+
+def test_ordinary_fine_tunes_are_nothing_to_warn_of(tasks: Path) -> None:
+    assert report(tasks).warnings == []
+
+
+def test_one_large_update_is_named_with_its_number(tasks: Path) -> None:
+    large = changed(tasks, "c", "large", lambda _, update: update * 2 * FAR_ABOVE)
+    names = ["a", "b", "large"]
+    said = ("The update of", str(large), "times as large as those of the other tasks")
+    only(report(tasks, names), *said)
+    paths = [tasks / name for name in names]
+    only(hf_tsv.merge(paths, base_model=tasks / "base", output=tasks / "m1", progress=False), *said)
+    scaled = hf_tsv.merge(
+        paths, base_model=tasks / "base", output=tasks / "m2", weights=[1, 1, 0.2], progress=False
+    )
+    assert not any("times as large" in text for text in scaled.warnings)
+
+
+def test_a_fine_tune_of_another_model_is_named(tasks: Path, tmp_path: Path) -> None:
+    other = clips.make_base(tmp_path / "other", seed=5)
+    stranger = clips.make_fine_tune(other, tasks / "stranger", 40, "vision")
+    only(report(tasks, ["a", "b", "stranger"]), str(stranger), "a fine-tune of another model")
+
+
+def test_a_low_rank_fine_tune_is_named(tasks: Path) -> None:
+    def two(_: str, update: torch.Tensor) -> torch.Tensor:
+        if update.dim() != 2:
+            return torch.zeros_like(update)
+        U, s, Vh = torch.linalg.svd(update, full_matrices=False)
+        return U[:, :2] * s[:2] @ Vh[:2]
+
+    lora = changed(tasks, "c", "lora", two)
+    only(report(tasks, ["a", "b", "lora"]), str(lora), "at most 2 triplets", "LoRA")
+
+
+def test_a_tower_that_one_task_left_is_named(tasks: Path, zoo: Path) -> None:
+    text = clips.make_fine_tune(zoo / "base", tasks / "whole", 41, "full")
+    frozen = changed(
+        tasks, "whole", "frozen",
+        lambda name, update: update * (not name.startswith("text_model.")),
+    )  # fmt: skip
+    only(report(tasks, ["whole", "frozen"]), str(frozen), "left the text tower as it was")
+    assert not any("tower" in warning for warning in report(tasks, "ab").warnings), text
+
+
+def test_coarse_storage_is_named(tasks: Path) -> None:
+    coarse = changed(tasks, "c", "coarse", lambda _, update: update / 40, torch.bfloat16)
+    only(report(tasks, ["a", "b", "coarse"]), str(coarse), "rounding to bfloat16")
+
+
+def test_one_checkpoint_under_two_names_is_named(tasks: Path) -> None:
+    changed(tasks, "a", "again", lambda _, update: update)
+    found = report(tasks, ["a", "again", "b"])
+    only(found, "are the same update", "cosine 1.0000")
+    assert found.extremes()[0] == (0, 1)
+    assert found.total_after > 1e-3 * found.total  # cannot be made orthogonal
+
+
+# The command
+
+
+def test_the_command_prints_who_disturbs_whom(tasks: Path) -> None:
+    done = run("interference", *(tasks / n for n in "abc"), "--base-model", tasks / "base")
+    assert done.code == 0, done.err
+    rows = done.out.splitlines()
+    assert rows[0].split()[:2] == ["task", "share"]
+    assert [row.split()[0] for row in rows[1:4]] == ["a", "b", "c"]
+    said = {row.split()[0]: row for row in rows[5:]}
+    assert {"interference", "most", "least"} <= set(said)
+    found = report(tasks)
+    most = {found.tasks[i]["name"] for i in found.extremes()[0]}
+    assert set(said["most"].split(":")[0].split()[1:]) - {"and"} == most
+
+
+def test_json_has_the_keys_that_are_promised(tasks: Path, tmp_path: Path) -> None:
+    base = ("--base-model", tasks / "base")
+    done = run("interference", *(tasks / n for n in "ab"), *base, "--json", "-o", tmp_path / "r")
+    assert done.code == 0, done.err
+    assert set(done.json) == KEYS
+    assert set(next(iter(done.json["weights"].values()))) == {"sti", "sti_after", "rank", "pairs"}
+    assert json.loads((tmp_path / "r" / "interference.json").read_text()) == done.json
+    again = run("interference", *(tasks / n for n in "ab"), *base, "-o", tmp_path / "r")
+    assert again.code == 1 and "--force" in again.err
+    forced = run("interference", *(tasks / n for n in "ab"), *base, "-o", tmp_path / "r", "--force")
+    assert forced.code == 0, forced.err
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["interference.json"]
+
+
+def test_repositories_of_the_hub_are_measured(world: Path, hub: Hub) -> None:
+    done = run("interference", "org/vision", "org/full", "--json", cwd=world)
+    assert done.code == 0, done.err
+    assert [task["name"] for task in done.json["tasks"]] == ["vision", "full"]
+    assert all(len(task["revision"]) == 40 for task in done.json["tasks"])
+    assert not any(request.method in ("POST", "PUT") for request in hub.requests)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "Usage"),
+        (["a"], "at least two"),
+        (["a", "b", "--rank", "0"], "rank"),
+        (["a", "nowhere"], "nowhere"),
+        (["a", "b", "-o", "a"], "other files"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tasks: Path, arguments: list[str], said: str) -> None:
+    base = ["--base-model", "base"] if arguments else []
+    before = sorted(tasks.iterdir())
+    done = run("interference", *arguments, *base, cwd=tasks)
+    assert done.code == (1 if arguments else 2)
+    assert said in done.out + done.err and "Traceback" not in done.err
+    assert sorted(tasks.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "label, expected",
+    [
+        ("text_model.encoder.layers.11.self_attn.{q,k,v}_proj.weight",
+         ("text 11", "self_attn.{q,k,v}_proj")),
+        ("vision_model.embeddings.position_embedding.weight", ("other", "position_embedding")),
+        ("visual_projection.weight", ("other", "visual_projection")),
+    ],
+)  # fmt: skip
+def test_weights_belong_to_blocks_and_kinds(label: str, expected: tuple[str, str]) -> None:
+    assert block_and_kind(label) == expected
