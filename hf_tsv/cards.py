@@ -19,6 +19,7 @@ from hf_tsv.recipe import Recipe
 
 if TYPE_CHECKING:
     from hf_tsv.factors import FactorsConfig
+    from hf_tsv.interfering import InterferenceReport
 
 LARGEST_SHOWN = 10
 """Weights that a card of factors lists; all are in its configuration file."""
@@ -71,6 +72,7 @@ def merge_card(
     counts: Mapping[str, int],
     left_out: Mapping[str, Sequence[str]],
     warnings: Sequence[str],
+    interference: InterferenceReport | None = None,
 ) -> str:
     """Card of a merged checkpoint.
 
@@ -83,6 +85,7 @@ def merge_card(
         counts (`Mapping[str, int]`): tensors per treatment.
         left_out (`Mapping[str, Sequence[str]]`): task heads not merged, by checkpoint.
         warnings (`Sequence[str]`): of the run.
+        interference ([`InterferenceReport`], *optional*): who disturbs whom.
 
     Returns:
         `str`: Markdown with YAML front matter, ending in a newline.
@@ -110,6 +113,7 @@ def merge_card(
         counts=counts,
         left_out=left_out,
         warnings=warnings,
+        interference=interference,
     )
 
 

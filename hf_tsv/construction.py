@@ -51,6 +51,7 @@ class Job:
         verb (`str`): what is done, for the bar.
         max_memory (`int`, *optional*): bytes each process may use.
         parallelism ([`Parallelism`]): what fits into them.
+        measure (`bool`): find who disturbs whom.
     """
 
     sources: Sources
@@ -64,11 +65,13 @@ class Job:
     verb: str = "Merging"
     max_memory: int | None = None
     parallelism: Parallelism = field(default_factory=Parallelism)
+    measure: bool = False
 
     def within(self, max_memory: int | None) -> Job:
         """The same job with as much parallelism as memory allows."""
         used = memory.resident() + LIBRARIES
-        found = fitting(self.plan.weights, torch.get_num_threads(), max_memory, used)
+        threads = torch.get_num_threads()
+        found = fitting(self.plan.weights, threads, max_memory, used, measure=self.measure)
         return replace(self, max_memory=max_memory, parallelism=found)
 
     def to_json(self, device: torch.device) -> dict[str, Any]:
@@ -82,6 +85,7 @@ class Job:
             "tensors": {n: [str(t.dtype), t.shape] for n, t in self.plan.specs.items()},
             "versions": current_versions(),
             "device": device.type,
+            "measure": self.measure,
         }
 
 
@@ -108,6 +112,7 @@ class _Assignment:
         max_memory (`int`, *optional*): bytes each process may use.
         work (`Path`): the folder under construction.
         shares (`list[list[str]]`): labels of the weights of each process.
+        measure (`bool`): find who disturbs whom.
     """
 
     references: tuple[str, ...]
@@ -118,6 +123,7 @@ class _Assignment:
     max_memory: int | None
     work: Path
     shares: list[list[str]]
+    measure: bool
 
 
 Describe = Callable[[Path, Job, Target, Findings, Sequence[str], torch.device], None]
@@ -153,8 +159,21 @@ def prepare(
     token: str | None,
     cache_dir: str | None,
     warnings: Sequence[str] = (),
+    *,
+    writes: bool = True,
 ) -> Job:
-    """Resolve every reference once, read every header, and plan."""
+    """Resolve every reference once, read every header, and plan.
+
+    Args:
+        checkpoints (`Sequence[str]`): the tasks.
+        base_ref (`str`, *optional*): default: the base they agree on.
+        scales (`Sequence[float]`, *optional*): factor of each task's update.
+        settings ([`Settings`]): how to merge.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str`, *optional*): default: the Hub client's cache.
+        warnings (`Sequence[str]`): so far.
+        writes (`bool`): a checkpoint is to be written, which needs a processor.
+    """
     if not checkpoints:
         raise RecipeError("There is nothing to merge.", "Name at least one checkpoint.")
     scales = [1.0] * len(checkpoints) if scales is None else list(scales)
@@ -169,9 +188,8 @@ def prepare(
         raise RecipeError("Every weight is 0.", "Give at least one task a weight.")
     sources = open_sources(checkpoints, base_ref, token=token, cache_dir=cache_dir)
     plan = make_plan(sources.base, sources.inputs, settings)
-    found = [
-        *warnings, *sources.warnings, *plan.warnings, *companions.warnings(sources.base),
-    ]  # fmt: skip
+    missing = companions.warnings(sources.base) if writes else []
+    found = [*warnings, *sources.warnings, *plan.warnings, *missing]
     for warning in found:
         logger.warning(warning)
     expected = (None,) * (len(checkpoints) + 1)
@@ -270,8 +288,10 @@ def _do_share(
         sources = open_sources(
             assigned.references, assigned.base, token=token, cache_dir=cache_dir
         ).downloaded(visible=False)
-        job = Job(sources, assigned.scales, assigned.settings, assigned.plan, [], ())
-        job = job.within(assigned.max_memory)
+        job = Job(
+            sources, assigned.scales, assigned.settings, assigned.plan, [], (),
+            measure=assigned.measure,
+        ).within(assigned.max_memory)  # fmt: skip
     except HfTsvError as error:
         journal.note_failure(assigned.work)
         return error
@@ -326,7 +346,7 @@ def _construct(
         references = tuple(pinned_text(item.pinned) for item in job.sources.inputs)
         assignment = _Assignment(
             references, pinned_text(job.sources.base.pinned), job.plan, job.scales,
-            job.settings, job.max_memory, work.absolute(), shares,
+            job.settings, job.max_memory, work.absolute(), shares, job.measure,
         )  # fmt: skip
         group.send(assignment)
         with bar(job.verb, len(shares[0]), visible=show) as advance:
@@ -339,13 +359,18 @@ def _construct(
             writer.close()
         findings = Findings(len(job.sources.inputs), _all_noted(job, work, group.count))
         _check_fingerprints(job, findings)
-        found = diagnoses(job.sources.inputs, job.scales, job.plan, findings)
-        for diagnosis in found:
-            logger.warning(diagnosis.text)
-        warnings = [*job.warnings, *(diagnosis.text for diagnosis in found)]
+        warnings = [*job.warnings, *warned(job, findings)]
         _complete(folder, job)
         describe(folder, job, target, findings, warnings, device)
     return findings, warnings
+
+
+def warned(job: Job, findings: Findings) -> list[str]:
+    """Tell what is odd about the inputs."""
+    found = diagnoses(job.sources.inputs, job.scales, job.plan, findings)
+    for diagnosis in found:
+        logger.warning(diagnosis.text)
+    return [diagnosis.text for diagnosis in found]
 
 
 def _finished(job: Job, work: Path) -> set[str]:
@@ -408,6 +433,7 @@ def _merge_share(
                 stream.merge_weights(
                     weights, job.plan, job.sources.base, job.sources.inputs, job.scales,
                     job.settings, writer, device=device, done=done, parallelism=job.parallelism,
+                    measure=job.measure,
                 )  # fmt: skip
                 writer.close()
             finally:

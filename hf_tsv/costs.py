@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hf_tsv.errors import RecipeError
 from hf_tsv.progress import human_bytes
+from hf_tsv.tsv import ROWS
 
 if TYPE_CHECKING:
     from hf_tsv.plan import Weight
@@ -55,18 +56,22 @@ def operations(weight: Weight) -> float:
     return values + tasks * truncation + sides + 4 * m * n * columns
 
 
-def peak_memory(weights: Sequence[Weight], parallelism: Parallelism) -> int:
+def peak_memory(
+    weights: Sequence[Weight], parallelism: Parallelism, *, measure: bool = False
+) -> int:
     """Most bytes in use at a time, on top of the interpreter and its libraries.
 
     Args:
         weights (`Sequence[Weight]`): in the order they are worked on.
         parallelism ([`Parallelism`]): how they are.
+        measure (`bool`): their interference too.
     """
     largest = max((held(weight) for weight in weights), default=0)
     most_read = max(map(_reading, weights), default=0)
     peak = 0
     for i, weight in enumerate(weights):
-        now = held(weight) + max(_computing(weight, parallelism.threads), _reading(weight))
+        computing = _computing(weight, parallelism.threads, measure)
+        now = held(weight) + max(computing, _reading(weight))
         if i:  # still being written
             now += 4 * prod(weights[i - 1].shape)
         if parallelism.ahead and i + 1 < len(weights):
@@ -85,7 +90,9 @@ def held(weight: Weight) -> int:
     return 4 * prod(weight.shape) * (tasks + 1)
 
 
-def fitting(weights: Sequence[Weight], threads: int, most: int | None, used: int) -> Parallelism:
+def fitting(
+    weights: Sequence[Weight], threads: int, most: int | None, used: int, *, measure: bool = False
+) -> Parallelism:
     """As much parallelism as memory allows.
 
     Args:
@@ -93,13 +100,14 @@ def fitting(weights: Sequence[Weight], threads: int, most: int | None, used: int
         threads (`int`): that there are.
         most (`int`, *optional*): bytes the whole process may use.
         used (`int`): bytes it uses already.
+        measure (`bool`): their interference too.
 
     Raises:
         [`RecipeError`]: not even one thread fits.
     """
     choices = [Parallelism(threads), *(Parallelism(n, ahead=False) for n in range(threads, 0, -1))]
     for choice in choices:
-        needed = used + peak_memory(weights, choice)
+        needed = used + peak_memory(weights, choice, measure=measure)
         if most is None or needed <= most:
             return choice
     raise RecipeError(
@@ -134,7 +142,7 @@ def _reading(weight: Weight) -> int:
     return 0 if weight.treatment == "copied" else 4 * 2 * prod(weight.shape)
 
 
-def _computing(weight: Weight, threads: int) -> int:
+def _computing(weight: Weight, threads: int, measure: bool) -> int:
     """Everything in float64."""
     result = (8 + 4) * prod(weight.shape)  # update, cast
     if weight.treatment != "decomposed":
@@ -145,4 +153,5 @@ def _computing(weight: Weight, threads: int) -> int:
     inner = min(columns, max(m, n))
     polar = min(threads, 2) * 8 * 5 * inner**2 + vectors  # beside it, the chain of products
     decomposing = min(threads, len(weight.inputs)) * one_task
-    return vectors + max(decomposing, vectors + polar + result)
+    measuring = vectors + 8 * inner * (inner + 2 * ROWS) if measure else 0
+    return vectors + max(decomposing, vectors + polar + result + measuring)

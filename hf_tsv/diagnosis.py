@@ -28,7 +28,11 @@ COMPARABLE = 0.3
 """‖Δ‖ / ‖W0‖ from which an input is no fine-tune of this base; fine-tunes have 0.005 to 0.05."""
 
 LOW_RANK = 0.5
-"""Share of an update, by squared norm, in weights of fewer triplets than are kept."""
+"""Share of an update, by squared norm, in weights of few triplets."""
+
+FEW = 0.125
+"""Triplets above the rounding of a checkpoint, as a share of k, up to which they are few. Rounding
+to 16 bits alone hides more than half of a full fine-tune."""
 
 MOSTLY_ROUNDING = 0.1
 """Rounding of the stored checkpoint over ‖Δ‖."""
@@ -75,7 +79,7 @@ def diagnoses(
         *_large_norms(inputs, scales, findings),
         *_other_bases(inputs, findings),
         *_low_ranks(inputs, plan, findings),
-        *_frozen_towers(inputs, plan, findings),
+        *_frozen_towers(inputs, scales, plan, findings),
         *_rounding(inputs, findings),
     ]
 
@@ -106,9 +110,9 @@ def _large_norms(
     inputs: Sequence[Task], scales: Sequence[float], findings: Findings
 ) -> list[Diagnosis]:
     found = []
-    norms = [norm * abs(s) for norm, s in zip(findings.norms(), scales, strict=True)]
-    for i, norm in enumerate(norms):
-        usual = median([other for j, other in enumerate(norms) if j != i] or [norm])
+    sizes = [norm * abs(s) for norm, s in zip(findings.norms(), scales, strict=True)]
+    for i, norm in enumerate(sizes):
+        usual = median([other for j, other in enumerate(sizes) if j != i and scales[j]] or [norm])
         if usual and norm >= FAR_ABOVE * usual:
             scale = scales[i] * usual / norm
             text = (
@@ -122,7 +126,7 @@ def _large_norms(
 def _other_bases(inputs: Sequence[Task], findings: Findings) -> list[Diagnosis]:
     found = []
     for i, item in enumerate(inputs):
-        norm, base_norm = _sums(findings, i)
+        norm, base_norm = norms(findings, i)
         if base_norm and norm >= COMPARABLE * base_norm:
             text = (
                 f"{item} is {norm / base_norm:.2g} of the base model's norm away from it: probably"
@@ -132,8 +136,13 @@ def _other_bases(inputs: Sequence[Task], findings: Findings) -> list[Diagnosis]:
     return found
 
 
-def _sums(findings: Findings, task: int) -> tuple[float, float]:
-    """‖Δ‖ of a task, and ‖W0‖, over the weights it changed."""
+def norms(findings: Findings, task: int) -> tuple[float, float]:
+    """‖Δ‖ of a task, and ‖W0‖, over the weights it changed.
+
+    Args:
+        findings ([`Findings`]): of every weight.
+        task (`int`): which.
+    """
     norm = base_norm = 0.0
     for found in findings.weights:
         if task in found.tasks:
@@ -144,11 +153,12 @@ def _sums(findings: Findings, task: int) -> tuple[float, float]:
 
 def _low_ranks(inputs: Sequence[Task], plan: MergePlan, findings: Findings) -> list[Diagnosis]:
     """Whole checkpoints only: of factors it is known how many triplets they keep."""
-    kept = {weight.label: min(weight.rank, *weight.shape) for weight in plan.weights if weight.rank}
+    sides = {weight.label: min(weight.shape) for weight in plan.weights if weight.rank}
+    kept = {weight.label: weight.rank for weight in plan.weights}
     found = []
     for i, item in enumerate(inputs):
-        if isinstance(item, TaskFactors):
-            continue
+        if isinstance(item, TaskFactors) or _rounded(item, i, findings)[0] >= MOSTLY_ROUNDING:
+            continue  # what rounding hides is no sign of a low rank
         low = total = 0.0
         most = 0
         for weight in findings.weights:
@@ -156,7 +166,8 @@ def _low_ranks(inputs: Sequence[Task], plan: MergePlan, findings: Findings) -> l
                 continue
             place = weight.tasks.index(i)
             total += weight.norms[place] ** 2
-            if weight.ranks[place] < kept[weight.label]:
+            few = min(kept[weight.label] - 1, FEW * sides[weight.label])
+            if weight.ranks[place] <= few:
                 low += weight.norms[place] ** 2
                 most = max(most, weight.ranks[place])
         if total and low >= LOW_RANK * total:
@@ -169,7 +180,9 @@ def _low_ranks(inputs: Sequence[Task], plan: MergePlan, findings: Findings) -> l
     return found
 
 
-def _frozen_towers(inputs: Sequence[Task], plan: MergePlan, findings: Findings) -> list[Diagnosis]:
+def _frozen_towers(
+    inputs: Sequence[Task], scales: Sequence[float], plan: MergePlan, findings: Findings
+) -> list[Diagnosis]:
     """A tower that a task left as it was, and others did not."""
     held = {weight.label: weight.inputs for weight in plan.weights}
     found = []
@@ -178,7 +191,7 @@ def _frozen_towers(inputs: Sequence[Task], plan: MergePlan, findings: Findings) 
         changed = {task for weight in weights for task in weight.tasks}
         for i, item in enumerate(inputs):
             has_it = any(i in held[weight.label] for weight in weights)
-            if changed and i not in changed and has_it:
+            if changed and i not in changed and has_it and scales[i]:
                 text = f"{item} left the {tower} tower as it was, which others changed."
                 found.append(Diagnosis("frozen-tower", text, 0.0, 0.0, (i,)))
     return found
@@ -187,17 +200,22 @@ def _frozen_towers(inputs: Sequence[Task], plan: MergePlan, findings: Findings) 
 def _rounding(inputs: Sequence[Task], findings: Findings) -> list[Diagnosis]:
     found = []
     for i, item in enumerate(inputs):
-        norm, base_norm = _sums(findings, i)
-        dtypes = [info.dtype for info in item.tensors.values() if info.dtype.is_floating_point]
-        if isinstance(item, TaskFactors) or not dtypes or not norm:
-            continue
-        dtype = max(dtypes, key=lambda kind: torch.finfo(kind).eps)
-        share = ROUNDING * torch.finfo(dtype).eps * base_norm / norm
+        share, dtype = _rounded(item, i, findings)
         if share >= MOSTLY_ROUNDING:
             text = (
-                f"About {min(share, 1):.0%} of the update of {item} is rounding to"
-                f" {str(dtype).removeprefix('torch.')}; use a checkpoint in float32 if there is"
-                " one."
+                f"About {min(share, 1):.0%} of the update of {item} is rounding to {dtype}; use a"
+                " checkpoint in float32 if there is one."
             )
             found.append(Diagnosis("rounding", text, share, MOSTLY_ROUNDING, (i,)))
     return found
+
+
+def _rounded(item: Task, task: int, findings: Findings) -> tuple[float, str]:
+    """Rounding of a checkpoint over ‖Δ‖, and the coarsest type it is stored in."""
+    norm, base_norm = norms(findings, task)
+    dtypes = [info.dtype for info in item.tensors.values() if info.dtype.is_floating_point]
+    if isinstance(item, TaskFactors) or not dtypes or not norm:
+        return 0.0, ""
+    dtype = max(dtypes, key=lambda kind: torch.finfo(kind).eps)
+    share = ROUNDING * torch.finfo(dtype).eps * base_norm / norm
+    return share, str(dtype).removeprefix("torch.")

@@ -50,8 +50,6 @@ class Finding:
         frozen (`bool`): planned to change, but equal to the base in every checkpoint.
         tasks (`tuple[int, ...]`): those that changed it.
         norms (`tuple[float, ...]`): ‖Δ‖, Frobenius, of each of them.
-        noises (`tuple[float, ...]`): spectral norm of the storage rounding in each; 0 unless
-            decomposed.
         base_norm (`float`): ‖W0‖.
         interference ([`Interference`], *optional*): of these tasks, where it was measured.
         likeness (`tuple[tuple[float, ...], ...]`): inner products of their sampled updates.
@@ -68,7 +66,6 @@ class Finding:
     frozen: bool = False
     tasks: tuple[int, ...] = ()
     norms: tuple[float, ...] = ()
-    noises: tuple[float, ...] = ()
     base_norm: float = 0.0
     interference: Interference | None = None
     likeness: tuple[tuple[float, ...], ...] = ()
@@ -88,7 +85,6 @@ class Finding:
             "ranks": tuple(entry["ranks"]),
             "tasks": tuple(entry["tasks"]),
             "norms": tuple(entry["norms"]),
-            "noises": tuple(entry["noises"]),
             "interference": _interference(entry["interference"]),
             "likeness": tuple(tuple(row) for row in entry["likeness"]),
             "digests": {int(index): found for index, found in entry["digests"].items()},

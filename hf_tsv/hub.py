@@ -54,6 +54,7 @@ OLD_WEIGHTS = (
     *MARKERS,
     "adapter_model.safetensors",
     "adapter_config.json",
+    "interference.json",
 )
 """Files of an earlier upload that a new one replaces; other files of the repository stay."""
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 from hf_tsv.cards import card_license
@@ -21,7 +22,7 @@ from hf_tsv.checkpoints.reader import (
     read_header,
 )
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
-from hf_tsv.errors import HfTsvError
+from hf_tsv.errors import CheckpointError, HfTsvError
 from hf_tsv.factors import TaskFactors, is_factors, open_factors
 from hf_tsv.plan import treatments
 from hf_tsv.recipe import RECIPE_FILE, Recipe, Settings
@@ -81,14 +82,14 @@ def inspect(
     reference: str | PathLike[str],
     *,
     token: str | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | Path | None = None,
 ) -> InspectReport:
     """Say what a reference holds; reads headers and small files, no weights.
 
     Args:
         reference (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str`, *optional*): default: the Hub client's cache.
+        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
 
     Returns:
         [`InspectReport`]: what became known, and what did not.
@@ -100,14 +101,15 @@ def inspect(
         >>> import hf_tsv
         >>> hf_tsv.inspect("org/clip-a").dtypes  # doctest: +SKIP
     """
-    pinned = pin(parse(fspath(reference)), token=token, cache_dir=cache_dir)
+    cache = None if cache_dir is None else str(cache_dir)
+    pinned = pin(parse(fspath(reference)), token=token, cache_dir=cache)
     files = pinned.files
     with closing(files) if isinstance(files, LocalFiles) else nullcontext():
         if is_factors(pinned):
             return _of_factors(pinned, open_factors(pinned))
         try:
             opened = open_checkpoint(pinned)
-        except HfTsvError as error:
+        except CheckpointError as error:
             return _of_other(pinned, error)
         return _of_checkpoint(pinned, opened)
 
@@ -173,7 +175,7 @@ def _of_factors(pinned: PinnedCheckpoint, opened: TaskFactors) -> InspectReport:
     )
 
 
-def _of_other(pinned: PinnedCheckpoint, error: HfTsvError) -> InspectReport:
+def _of_other(pinned: PinnedCheckpoint, error: CheckpointError) -> InspectReport:
     """No CLIP that hf-tsv reads: what its safetensors say, and what its pickles do not."""
     unknown = [error.message]
     infos: dict[str, TensorInfo] = {}
@@ -181,7 +183,7 @@ def _of_other(pinned: PinnedCheckpoint, error: HfTsvError) -> InspectReport:
     if pinned.files.size(CONFIG_FILE) is not None:
         try:
             config = read_json(pinned.files, CONFIG_FILE, str(pinned))
-        except HfTsvError as broken:
+        except CheckpointError as broken:
             unknown.append(broken.message)
     for name in _weight_files(pinned):
         if not name.endswith(SAFETENSORS):
@@ -191,8 +193,9 @@ def _of_other(pinned: PinnedCheckpoint, error: HfTsvError) -> InspectReport:
             )
             continue
         try:
-            infos.update(read_header(pinned.files, name, str(pinned)))
-        except HfTsvError as broken:
+            for key, info in read_header(pinned.files, name, str(pinned)).items():
+                infos[f"{key} in {name}" if key in infos else key] = info
+        except CheckpointError as broken:
             unknown.append(broken.message)
     return InspectReport(
         **_origin(pinned),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 import re
 import time
 from collections import defaultdict
@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_tsv import stream
+from hf_tsv import diagnosis, processes, stream
 from hf_tsv.checkpoints.writer import disk_errors
-from hf_tsv.construction import Job, prepare, refuse_unchanged
+from hf_tsv.construction import Job, prepare, refuse_unchanged, warned
 from hf_tsv.costs import memory_size
-from hf_tsv.diagnosis import diagnoses
 from hf_tsv.errors import OutputError, RecipeError
 from hf_tsv.findings import Finding, Findings
 from hf_tsv.progress import bar, logger, visible_by_default
@@ -28,6 +27,7 @@ from hf_tsv.recipe import Settings
 from hf_tsv.sources import pinned_entry
 
 REPORT_FILE = "interference.json"
+UNFINISHED = f".{REPORT_FILE}.new"
 BLOCK = re.compile(r"^(vision|text)_model\.encoder\.layers\.(\d+)\.(.+?)(?:\.weight)?$")
 
 
@@ -37,9 +37,9 @@ class InterferenceReport:
 
     Args:
         tasks (`list[dict]`): of every task its name, `ref` and `revision`, `norm` of its update and
-            `relative_norm` to that of the base weights, `effective_rank` and `energy` in the
-            triplets kept, means over its decomposed weights by squared norm, and its `share` of
-            what all pairs of tasks interfere.
+            `relative_norm` to that of the base weights it changed, `effective_rank` (of factors:
+            of the triplets they keep) and `energy` in the triplets used, means over its decomposed
+            weights by squared norm, and its `share` of what all pairs of tasks interfere.
         base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
         total (`float`): singular task interference, sum over all decomposed weights.
         total_after (`float`): the same after orthogonalisation.
@@ -48,7 +48,7 @@ class InterferenceReport:
         blocks (`dict[str, dict]`): `sti` and `sti_after` per block of a tower.
         kinds (`dict[str, dict]`): the same per kind of layer.
         warnings (`list[str]`): what the user should know.
-        seconds (`float`): wall time.
+        seconds (`float`): wall time; beside a merge, of its computation.
         device (`str`): type of device computed on.
     """
 
@@ -67,6 +67,10 @@ class InterferenceReport:
     def to_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         return asdict(self)
+
+    def to_json(self) -> str:
+        """The content of `interference.json`."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
 
     def extremes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """The pairs of tasks that interfere most and least."""
@@ -123,6 +127,10 @@ def interference(
         >>> import hf_tsv
         >>> hf_tsv.interference(["org/clip-a", "org/clip-b"]).total  # doctest: +SKIP
     """
+    if processes.launched() > 1:
+        raise RecipeError(
+            "The interference is measured by one process.", "Run it without torchrun."
+        )
     started = time.monotonic()
     show = visible_by_default() if progress is None else progress
     globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
@@ -132,11 +140,11 @@ def interference(
         raise RecipeError(
             "One task alone disturbs nobody.", "Name at least two fine-tunes of one base model."
         )
-    target = None if output is None else _checked(Path(output), force=force)
+    target = None if output is None else _checked(Path(output).expanduser(), force=force)
     base_ref = None if base_model is None else fspath(base_model)
     cache = None if cache_dir is None else str(cache_dir)
-    job = prepare(references, base_ref, None, settings, token, cache)
-    job = job.within(memory_size(max_memory))
+    job = prepare(references, base_ref, None, settings, token, cache, writes=False)
+    job = replace(job, measure=True).within(memory_size(max_memory))
     where = stream.pick_device(device)
     job = replace(job, sources=job.sources.downloaded(visible=show))
     weights = job.plan.weights
@@ -154,50 +162,53 @@ def interference(
 
             stream.merge_weights(
                 weights, job.plan, job.sources.base, job.sources.inputs, job.scales, job.settings,
-                None, device=where, done=done, parallelism=job.parallelism, measure=True,
+                None, device=where, done=done, parallelism=job.parallelism,
+                measure=job.measure,
             )  # fmt: skip
     finally:
         job.sources.close()
-    report = summary(job, Findings(len(references), noted), where, started)
+    findings = Findings(len(references), noted)
+    warnings = [*job.warnings, *warned(job, findings)]
+    report = summary(job, findings, warnings, where, time.monotonic() - started)
     if target is not None:
-        _write(report, target)
+        with disk_errors(target):
+            target.mkdir(parents=True, exist_ok=True)
+            new = target / UNFINISHED
+            new.write_text(report.to_json(), encoding="utf-8")
+            new.replace(target / REPORT_FILE)
     return report
 
 
 def _checked(folder: Path, *, force: bool) -> Path:
-    """Refuse a folder that holds anything but an earlier report."""
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file.", "Choose another folder with -o.")
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if there - {REPORT_FILE}:
-        raise OutputError(f"{folder} holds other files.", "Choose another folder with -o.")
-    if there and not force:
-        raise OutputError(f"{folder} holds a report.", "Replace it with --force.")
+    """Refuse a folder that holds anything but an earlier report, or cannot be written."""
+    with disk_errors(folder):
+        if folder.is_symlink() and not folder.exists():
+            raise OutputError(f"{folder} is a link to nowhere.", "Choose another folder with -o.")
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder} is a file.", "Choose another folder with -o.")
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if there - {REPORT_FILE, UNFINISHED}:
+            raise OutputError(f"{folder} holds other files.", "Choose another folder with -o.")
+        if REPORT_FILE in there and not force:
+            raise OutputError(f"{folder} holds a report.", "Replace it with --force.")
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise OutputError(f"{nearest} cannot be written.", "Choose another folder with -o.")
     return folder
 
 
-def _write(report: InterferenceReport, folder: Path) -> None:
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        new = folder / f".{REPORT_FILE}.new"
-        new.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-        new.replace(folder / REPORT_FILE)
-
-
 def summary(
-    job: Job, findings: Findings, device: torch.device, started: float
+    job: Job, findings: Findings, warnings: list[str], device: torch.device, seconds: float
 ) -> InterferenceReport:
     """The report on what was measured.
 
     Args:
         job ([`Job`]): what was done.
         findings ([`Findings`]): of every weight, with their interference.
+        warnings (`list[str]`): what the user should know.
         device (`torch.device`): computed on.
-        started (`float`): monotonic time at which the run began.
+        seconds (`float`): wall time.
     """
-    found = diagnoses(job.sources.inputs, job.scales, job.plan, findings)
-    for diagnosis in found:
-        logger.warning(diagnosis.text)
     measured = {w.label: w for w in findings.weights if w.interference is not None}
     planned = {weight.label: weight.rank for weight in job.plan.weights}
     pairs = torch.zeros(findings.inputs, findings.inputs, dtype=torch.float64)
@@ -230,8 +241,8 @@ def summary(
         weights=weights,
         blocks=dict(blocks),
         kinds=dict(kinds),
-        warnings=[*job.warnings, *(diagnosis.text for diagnosis in found)],
-        seconds=round(time.monotonic() - started, 3),
+        warnings=warnings,
+        seconds=round(seconds, 3),
         device=device.type,
     )
 
@@ -257,10 +268,10 @@ def block_and_kind(label: str) -> tuple[str, str]:
 
 def _tasks(job: Job, findings: Findings, pairs: Tensor) -> list[dict[str, Any]]:
     """What is said of each task."""
-    base_norm = math.sqrt(sum(w.base_norm**2 for w in findings.weights))
     whole = float(pairs.sum()) or 1.0
     entries = []
     for i, (item, norm) in enumerate(zip(job.sources.inputs, findings.norms(), strict=True)):
+        own, base_norm = diagnosis.norms(findings, i)
         energy = kept = effective = 0.0
         for weight in findings.weights:
             if weight.interference is not None and i in weight.tasks:
@@ -274,7 +285,7 @@ def _tasks(job: Job, findings: Findings, pairs: Tensor) -> list[dict[str, Any]]:
                 "name": Path(item.pinned.ref).name or item.pinned.ref,
                 **pinned_entry(item),
                 "norm": norm,
-                "relative_norm": norm / base_norm if base_norm else 0.0,
+                "relative_norm": own / base_norm if base_norm else 0.0,
                 "effective_rank": effective / energy if energy else 0.0,
                 "energy": min(1.0, kept / energy) if energy else 1.0,
                 "share": float(pairs[i].sum()) / whole,

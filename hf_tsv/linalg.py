@@ -192,6 +192,16 @@ class OrthogonalProduct:
     factors: tuple[Tensor, Tensor] | None = None
 
 
+def singular_values(matrix: Tensor) -> Tensor:
+    """All singular values of a matrix, descending, in the working precision.
+
+    Args:
+        matrix (`Tensor`): shape (m, n).
+    """
+    values: Tensor = torch.linalg.svdvals(in_working_precision(matrix))
+    return values
+
+
 def orthogonal_product(
     U: Tensor,
     S: Tensor,

@@ -19,6 +19,7 @@ from hf_tsv.delivery import Target
 from hf_tsv.errors import RecipeError
 from hf_tsv.factors import Origin
 from hf_tsv.findings import Findings
+from hf_tsv.interfering import REPORT_FILE, InterferenceReport, summary
 from hf_tsv.progress import visible_by_default
 from hf_tsv.recipe import RECIPE_FILE, PinnedInput, Recipe, Settings, current_versions
 from hf_tsv.sources import Task, pinned_entry
@@ -100,6 +101,7 @@ def merge(
     token: str | None = None,
     cache_dir: str | Path | None = None,
     max_memory: int | str | None = None,
+    report: bool = False,
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> MergeReport:
@@ -136,6 +138,8 @@ def merge(
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
         max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
             on at a time then.
+        report (`bool`): measure who disturbs whom too, from the same decompositions; a table in
+            the card, and all of it in `interference.json` beside the weights.
         dry_run (`bool`): plan only; touches neither disk nor Hub.
         progress (`bool`, *optional*): show bars; default: on a terminal.
 
@@ -180,7 +184,12 @@ def merge(
                 job = _job_of_recipe(recipe, token, cache)
             else:
                 job = prepare(references, base_ref, weights, settings, token, cache)
-            job = job.within(memory_size(max_memory))
+            if report and job.settings.method in ("average", "task-arithmetic"):
+                raise RecipeError(
+                    f"The method {job.settings.method} decomposes nothing to report on.",
+                    "Leave --report out, or use `hf-tsv interference`.",
+                )
+            job = replace(job, measure=report).within(memory_size(max_memory))
             outcome = execute(
                 job, target, device, token, group, _describe, show=show, dry_run=dry_run
             )
@@ -237,7 +246,11 @@ def _describe(
     """Write recipe and card of a merge."""
     recipe = _recipe(job, findings, device)
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    card = _card(job, target, recipe, findings, warnings)
+    measured = None
+    if job.measure:
+        measured = summary(job, findings, list(warnings), device, findings.seconds.computing)
+        (folder / REPORT_FILE).write_text(measured.to_json(), encoding="utf-8")
+    card = _card(job, target, recipe, findings, warnings, measured)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -259,6 +272,7 @@ def _card(
     recipe: Recipe,
     findings: Findings,
     warnings: Sequence[str],
+    measured: InterferenceReport | None,
 ) -> str:
     def card_input(item: Task, scale: float = 1.0) -> cards.CardInput:
         origin = Origin.of(item.pinned)
@@ -273,6 +287,7 @@ def _card(
         counts=job.plan.counts(findings.frozen),
         left_out={card_input(c).name: c.left_out for c in job.sources.inputs if c.left_out},
         warnings=warnings,
+        interference=measured,
     )
 
 
@@ -307,7 +322,7 @@ def _report(outcome: Outcome, target: Target, started: float) -> MergeReport:
         treatments=treatments,
         left_out={str(item): list(item.left_out) for item in job.sources.inputs if item.left_out},
         download_bytes=outcome.download_bytes,
-        peak_memory_bytes=peak_memory(job.plan.weights, job.parallelism),
+        peak_memory_bytes=peak_memory(job.plan.weights, job.parallelism, measure=job.measure),
         exact_decompositions=0 if findings is None else findings.exact,
         timings={} if findings is None else findings.seconds.rounded(),
         device=outcome.device,

@@ -132,7 +132,9 @@ def merge_weights(
                     break
                 waited = time.monotonic() - started
                 started = time.monotonic()
-                result, finding = _merge_one(loaded, plan, settings, measure)
+                result, finding = _merge_one(
+                    loaded, plan, settings, measure=measure, writes=writer is not None
+                )
                 computed = time.monotonic() - started
                 started = time.monotonic()
                 if written is not None:
@@ -241,7 +243,7 @@ class _Reader:
         finding = Finding(
             weight.label, frozen=frozen, digests=digests, seconds=seconds, tasks=tuple(samples),
             likeness=_products(list(samples.values())),
-            norms=tuple(norms.values()), noises=tuple(floors.values()), base_norm=base_norm,
+            norms=tuple(norms.values()), base_norm=base_norm,
         )  # fmt: skip
         return LoadedWeight(weight, w0, deltas, floors, update, finding)
 
@@ -368,7 +370,7 @@ def _taken(items: list[T]) -> Iterator[T]:
 
 def _products(samples: Sequence[Tensor]) -> tuple[tuple[float, ...], ...]:
     """Inner products of every two of several vectors."""
-    if len(samples) < 2:
+    if not samples:
         return ()
     stacked = torch.stack(list(samples))
     return tuple(tuple(row) for row in (stacked @ stacked.mT).tolist())
@@ -388,7 +390,7 @@ def _sample(update: Update) -> Tensor:
 
 
 def _merge_one(
-    loaded: LoadedWeight, plan: MergePlan, settings: Settings, measure: bool
+    loaded: LoadedWeight, plan: MergePlan, settings: Settings, *, measure: bool, writes: bool
 ) -> tuple[Tensor, Finding]:
     """The merged weight, in the dtype it will be stored in."""
     weight, finding = loaded.weight, loaded.finding
@@ -412,6 +414,8 @@ def _merge_one(
             exact=merged.exact,
             interference=merged.interference,
         )
+    if not writes:
+        return loaded.base, finding
     if update is None:
         return _cast(loaded.base, dtype, weight), finding
     update = linalg.in_working_precision(update)

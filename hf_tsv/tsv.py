@@ -289,8 +289,8 @@ def effective_rank(S: Tensor) -> float:
         >>> round(effective_rank(torch.tensor([1.0, 1.0, 0.0])), 6)
         2.0
     """
-    share = S.double() / S.double().sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return float(torch.special.entr(share).sum().exp())
+    total = float(S.double().sum())
+    return float(torch.special.entr(S.double() / total).sum().exp()) if total else 0.0
 
 
 def dense(update: Update) -> Tensor:
@@ -331,11 +331,10 @@ def merge(
         True
     """
     k = min(deltas[0].shape)
-    if (
-        len(deltas) == 1 and rank >= k and not measure
-    ):  # nothing is truncated and nothing interferes
+    if len(deltas) == 1 and rank >= k:  # nothing is truncated and nothing interferes
         kept = deltas[0].rank if isinstance(deltas[0], TaskSingularVectors) else k
-        return MergedUpdate(dense(deltas[0]), (kept,))
+        alone = _alone(deltas[0]) if measure else None
+        return MergedUpdate(dense(deltas[0]), (kept,), interference=alone)
     tasks, spectra, exact = _leading(
         deltas, rank, floors or [0.0] * len(deltas), precision, measure
     )
@@ -383,6 +382,13 @@ def _leading(
             tasks.append(kept.to(linalg.in_working_precision(kept.S).dtype))
             spectra.append(delta.S)
     return tasks, spectra, sum(svd.exact for svd in found)
+
+
+def _alone(delta: Update) -> Interference:
+    """Of a task that is the only one, and kept whole."""
+    S = delta.S if isinstance(delta, TaskSingularVectors) else linalg.singular_values(delta)
+    kept = float(S.double().square().sum())
+    return Interference(0.0, 0.0, ((0.0,),), (kept,), (effective_rank(S),))
 
 
 def _interference(

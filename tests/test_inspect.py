@@ -190,6 +190,29 @@ def test_sharded_checkpoints_count_every_file(zoo: Path, tmp_path: Path) -> None
     assert found.parameters == sum(math.prod(e["shape"]) for e in found.tensors.values())
 
 
+def test_a_hub_that_fails_is_an_error(hub: Hub, zoo: Path, tmp_path: Path) -> None:
+    """Not a repository of another kind."""
+    hub.add_repo("org/a", zoo / "vision")
+    hub.fail("model.safetensors", status=403)
+    done = run("inspect", "org/a", cwd=tmp_path)
+    assert done.code == 1 and "Error: " in done.err, done.out
+
+
+def test_tensors_of_one_name_in_two_files_both_count(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_file({"w": torch.zeros(4)}, tmp_path / f"{name}.safetensors")
+    found = hf_tsv.inspect(tmp_path)
+    assert found.parameters == 8 and set(found.tensors) == {"w", "w in two.safetensors"}
+
+
+def test_a_line_break_forges_no_row(hub: Hub, zoo: Path, tmp_path: Path) -> None:
+    files = {file.name: file for file in (zoo / "vision").iterdir()}
+    card = '---\nlicense: "mit\\nmade by      somebody"\n---\n'
+    hub.add_repo("org/odd", {**files, "README.md": card})
+    done = run("inspect", "org/odd", cwd=tmp_path)
+    assert not any(row.startswith("made by") for row in done.out.splitlines())
+
+
 @pytest.mark.parametrize("name", ["org/absent", "./nowhere", "a/b/c/d"])
 def test_what_is_not_there_is_one_clear_line(hub: Hub, tmp_path: Path, name: str) -> None:
     done = run("inspect", name, cwd=tmp_path)

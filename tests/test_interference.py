@@ -229,6 +229,87 @@ def test_one_checkpoint_under_two_names_is_named(tasks: Path) -> None:
     assert found.total_after > 1e-3 * found.total  # cannot be made orthogonal
 
 
+def test_a_task_of_weight_zero_is_not_blamed(tasks: Path) -> None:
+    done = hf_tsv.merge(
+        [tasks / name for name in "abc"], base_model=tasks / "base", weights=[1, 1.6, 0],
+        output=tasks / "m3", progress=False,
+    )  # fmt: skip
+    assert done.warnings == []
+
+
+def test_towers_of_their_own_are_not_the_same_update(tasks: Path, zoo: Path) -> None:
+    """All that both changed is one number."""
+    for name, tower in (("eyes", "vision_model."), ("words", "text_model.")):
+        clips.make_fine_tune(zoo / "base", tasks / f"{name}-source", 50, "full")
+        changed(
+            tasks, f"{name}-source", name,
+            lambda key, update, tower=tower: update * key.startswith((tower, "logit_scale")),
+        )  # fmt: skip
+    found = report(tasks, ["eyes", "words"])
+    assert not any("same update" in text or "opposite" in text for text in found.warnings)
+    assert len([text for text in found.warnings if "tower as it was" in text]) == 2
+    assert found.total < 1e-20  # rounding
+
+
+def test_full_updates_that_rounding_hides_are_no_lora(tasks: Path) -> None:
+    small = changed(tasks, "c", "small", lambda _, update: update / 10, torch.bfloat16)
+    found = report(tasks, ["a", "small"])
+    assert not any(str(small) in text and "LoRA" in text for text in found.warnings)
+
+
+def test_an_update_is_compared_with_what_it_changed(tasks: Path) -> None:
+    alone, beside = report(tasks, "ab"), report(tasks, ["a", "whole"])
+    assert beside.tasks[0]["relative_norm"] == pytest.approx(alone.tasks[0]["relative_norm"])
+
+
+# On the card of a merge
+
+
+def test_a_merge_reports_what_the_command_measures(tasks: Path, tmp_path: Path) -> None:
+    """From the same decompositions, and without changing a bit of the result."""
+    names = [tasks / name for name in "abc"]
+    for folder, flags in (("plain", []), ("told", ["--report"])):
+        base = ("--base-model", tasks / "base")
+        done = run("merge", *names, *base, "-o", tmp_path / folder, *flags)
+        assert done.code == 0, done.err
+    plain, told = (tmp_path / n / "model.safetensors" for n in ("plain", "told"))
+    assert plain.read_bytes() == told.read_bytes()
+    written = json.loads((tmp_path / "told" / "interference.json").read_text())
+    found = report(tasks)
+    assert set(written) == KEYS
+    assert written["total"] == pytest.approx(found.total, rel=1e-9)
+    assert written["pairs"] == [pytest.approx(row, rel=1e-9) for row in found.pairs]
+    assert not (tmp_path / "plain" / "interference.json").exists()
+    card = (tmp_path / "told" / "README.md").read_text()
+    assert "Who disturbs whom" in card and f"{found.total:.4g} before" in card
+    rows = [row for row in card.splitlines() if row.startswith("| `") and row.endswith("% |")]
+    assert len(rows) == TASKS and f"{100 * found.tasks[0]['share']:.1f} %" in rows[0]
+    assert "Who disturbs whom" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_an_odd_name_stays_in_its_cell(tasks: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "a|b `c` <i>"
+    odd.mkdir()
+    for file in (tasks / "a").iterdir():
+        (odd / file.name).symlink_to(file)
+    hf_tsv.merge(
+        [odd, tasks / "b", tasks / "c"], base_model=tasks / "base", output=tmp_path / "m",
+        report=True, progress=False,
+    )  # fmt: skip
+    card = (tmp_path / "m" / "README.md").read_text()
+    rows = [row for row in card.splitlines() if "a\\|b" in row and row.endswith("% |")]
+    assert len(rows) == 1 and "<i>" not in rows[0].replace("`", "\0").split("\0")[0]
+
+
+@pytest.mark.parametrize("method", ["average", "task-arithmetic"])
+def test_what_decomposes_nothing_has_no_report(tasks: Path, tmp_path: Path, method: str) -> None:
+    names = [tasks / name for name in "ab"]
+    options = ("--base-model", tasks / "base", "-o", tmp_path / "m", "--method", method)
+    done = run("merge", *names, *options, "--report")
+    assert done.code == 1 and "decomposes nothing" in done.err
+    assert not (tmp_path / "m").exists()
+
+
 # The command
 
 
@@ -275,6 +356,7 @@ def test_repositories_of_the_hub_are_measured(world: Path, hub: Hub) -> None:
         (["a", "b", "--rank", "0"], "rank"),
         (["a", "nowhere"], "nowhere"),
         (["a", "b", "-o", "a"], "other files"),
+        (["a", "b", "-o", "a/config.json/x"], "config.json"),
     ],
 )
 def test_bad_input_is_one_clear_line(tasks: Path, arguments: list[str], said: str) -> None:

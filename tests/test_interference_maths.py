@@ -171,14 +171,18 @@ def test_measuring_changes_no_bit_of_the_merge() -> None:
     assert torch.equal(plain.matrix, with_report.matrix) and plain.interference is None
 
 
-def test_one_task_alone_interferes_with_nobody() -> None:
-    found = measured([gaussian(10, 12, generator(12))], 10)
+@pytest.mark.parametrize("rank", [4, 10])
+def test_one_task_alone_interferes_with_nobody(rank: int) -> None:
+    delta = gaussian(10, 12, generator(12))
+    found = measured([delta], rank)
     assert found.pairs == ((0.0,),) and found.sti < 1e-12
+    plain, told = (tsv.merge([delta], rank, floors=[1.0], measure=m) for m in (False, True))
+    assert torch.equal(plain.matrix, told.matrix) and plain.ranks == told.ranks
 
 
 def test_a_task_without_an_update_takes_no_part() -> None:
     found = measured([torch.zeros(10, 12), gaussian(10, 12, generator(13))], 5)
-    assert found.pairs == ((0.0, 0.0), (0.0, 0.0)) and found.effective_ranks[0] == 1.0
+    assert found.pairs == ((0.0, 0.0), (0.0, 0.0)) and found.effective_ranks[0] == 0.0
     assert found.kept[0] == 0.0
 
 

@@ -267,6 +267,16 @@ def test_matrices_of_one_shape_are_decomposed_together(by_products: None, monkey
         torch.testing.assert_close(svd.S, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+def test_all_singular_values_come_with_the_leading_ones(
+    by_products: None, shape: tuple[int, int]
+) -> None:
+    matrix = gaussian(*shape, generator(16))
+    svd = linalg.truncated_svd(matrix, 4, 1e-3, spectrum=True)
+    assert svd.spectrum is not None and not svd.exact and svd.numerical_rank == 40
+    torch.testing.assert_close(svd.spectrum, torch.linalg.svdvals(matrix), rtol=1e-10, atol=0)
+
+
 def test_what_fails_the_certificate_takes_a_full_svd(by_products: None, monkeypatch) -> None:
     monkeypatch.setattr(iterative, "TOLERANCE", 1e-3)
     matrix = power_law((SIZE, SIZE), 0.5, generator(8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -69,6 +70,19 @@ def test_several_processes_write_the_same_bytes_as_one(deep: Path, count: int) -
     assert f"cpu, {count} processes" in err
     assert_same(deep / f"by{count}", deep / "one")
     assert not list(deep.glob(".by*"))
+
+
+def test_all_processes_measure_who_disturbs_whom(deep: Path) -> None:
+    done = hf_tsv(*command(deep, "told", "--report"), cwd=deep)
+    assert done.code == 0, done.err
+    process = launch(*command(deep, "told2", "--report"), launcher=one_machine(2), cwd=deep)
+    _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, err
+    one, two = (
+        json.loads((deep / name / "interference.json").read_text()) for name in ("told", "told2")
+    )
+    assert two["weights"] == one["weights"] and len(one["weights"]) > 8
+    assert two["total"] == one["total"]
 
 
 def test_two_machines_share_a_merge(deep: Path) -> None:

@@ -41,7 +41,10 @@ class LocalFiles:
         weakref.finalize(self, _close_all, self._descriptors)
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self.root.iterdir() if path.is_file())
+        try:
+            return sorted(path.name for path in self.root.iterdir() if path.is_file())
+        except OSError as error:
+            raise CheckpointError(f"{self.root} cannot be read: {error.strerror}.") from None
 
     def size(self, name: str) -> int | None:
         try:

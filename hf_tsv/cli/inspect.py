@@ -44,9 +44,7 @@ def inspect(
     out = Out(as_json=as_json, quiet=False)
     from hf_tsv import inspecting
 
-    report = inspecting.inspect(
-        reference, token=token, cache_dir=None if cache_dir is None else str(cache_dir)
-    )
+    report = inspecting.inspect(reference, token=token, cache_dir=cache_dir)
     out.result(_text(report), report.to_dict())
 
 

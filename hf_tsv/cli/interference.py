@@ -116,7 +116,7 @@ def interference(
 
 
 def _text(report: InterferenceReport) -> str:
-    names = [task["name"] for task in report.tasks]
+    names = [options.one_line(task["name"]) for task in report.tasks]
     width = max(map(len, ["task", *names]))
     lines = [f"{'task':<{width}}  share   update  of base  effective rank  energy kept"]
     for name, task in zip(names, report.tasks, strict=True):

@@ -162,6 +162,14 @@ def merge(
     max_shard_size: options.MaxShardSize = "5GB",
     device: options.Device = None,
     max_memory: options.MaxMemory = None,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="Measure who disturbs whom too: a table in the card, and interference.json.",
+            rich_help_panel=options.RUN,
+        ),
+    ] = False,
     timings: options.Timings = False,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
@@ -191,7 +199,7 @@ def merge(
     }
     if exclude is not None:
         choices["exclude"] = [glob for glob in exclude if glob]
-    report = merging.merge(
+    done = merging.merge(
         checkpoints or [],
         base_model=base_model,
         output=output,
@@ -207,15 +215,16 @@ def merge(
         token=token,
         cache_dir=cache_dir,
         max_memory=max_memory,
+        report=report,
         dry_run=dry_run,
         progress=False if quiet else None,
     )
     if not dry_run:
-        out.status(_summary(report))
+        out.status(_summary(done))
         if timings:
-            out.status(options.timings(report.timings, report.treatments))
-    text = _preview(report) if dry_run else (report.output or report.url or "")
-    out.result(text, report.to_dict())
+            out.status(options.timings(done.timings, done.treatments))
+    text = _preview(done) if dry_run else (done.output or done.url or "")
+    out.result(text, done.to_dict())
 
 
 def _numbers(text: str | None) -> list[float] | None:

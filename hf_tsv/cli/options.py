@@ -166,6 +166,12 @@ def pinned(entry: dict[str, str | None]) -> str:
 
 
 def columns(rows: list[tuple[str, str]]) -> str:
-    """Names and values as two aligned columns."""
+    """Names and values as two aligned columns, one line each."""
+    rows = [(one_line(name), one_line(value)) for name, value in rows]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def one_line(text: str) -> str:
+    """Text of a repository, with line breaks and other control characters written out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
