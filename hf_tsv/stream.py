@@ -346,7 +346,9 @@ def _stored_noise(factors: TaskFactors, weight: Weight, w0: Tensor, update: Tens
 def _norm(tensor: Tensor) -> float:
     """Frobenius norm of a tensor of any shape and floating-point type."""
     wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-    return linalg.frobenius_norm(wide.reshape(max(1, wide.shape[0] if wide.dim() else 1), -1))
+    if wide.dim() < 2:
+        return float(torch.linalg.vector_norm(wide))
+    return linalg.frobenius_norm(wide.reshape(len(wide), -1))
 
 
 def _scaled(update: Update, scale: float) -> Update:

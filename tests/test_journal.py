@@ -22,6 +22,7 @@ from hf_tsv.checkpoints.writer import TensorSpec, plan_shards
 from hf_tsv.errors import CheckpointError, LostProcessError, OutputError, RepoError
 from hf_tsv.findings import Finding, Findings, Seconds
 from hf_tsv.recipe import Settings
+from hf_tsv.tsv import Interference
 
 WORK = ".out.hf-tsv"
 
@@ -63,9 +64,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     labels: list[str] = []
     merge_one = stream._merge_one
 
-    def noting(loaded: stream.LoadedWeight, *rest: Any) -> Any:
+    def noting(loaded: stream.LoadedWeight, *rest: Any, **options: Any) -> Any:
         labels.append(loaded.weight.label)
-        return merge_one(loaded, *rest)
+        return merge_one(loaded, *rest, **options)
 
     monkeypatch.setattr(stream, "_merge_one", noting)
     return labels
@@ -199,7 +200,7 @@ def test_what_may_go_well_next_time_costs_no_finished_weight(
     error: Exception,
     seen: type[Exception],
 ) -> None:
-    def failing(*_: Any) -> Any:
+    def failing(*_: Any, **__: Any) -> Any:
         raise error
 
     with monkeypatch.context() as patch:
@@ -250,7 +251,7 @@ def test_weights_of_other_processes_that_did_not_arrive_are_noticed(
 def test_an_error_after_going_on_leaves_nothing(
     merge: Callable[..., hf_tsv.MergeReport], stopped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*_: Any) -> Any:
+    def failing(*_: Any, **__: Any) -> Any:
         raise CheckpointError("The disk on which it lies is gone.")
 
     monkeypatch.setattr(stream, "_merge_one", failing)
@@ -300,8 +301,11 @@ def test_nothing_finished_is_nothing_kept(tmp_path: Path) -> None:
 
 def test_findings_survive_the_journal(tmp_path: Path) -> None:
     finding = Finding(
-        "a", (3, 2), 1, 2, False, (0, 2), ((0.1, 1 / 3), (1 / 3, 2.0)), {-1: {"a": "f"}},
-        {"a": "e"}, Seconds(0.1, 0.2, 0.3, 0.4),
+        "a", ranks=(3, 2), null_directions=1, exact=2, tasks=(0, 2),
+        norms=(0.25, 1 / 3), base_norm=7.5,
+        interference=Interference(3.5, 1e-9, ((0.0, 1.5), (1.5, 0.0)), (0.1, 0.2), (4.0, 5.5)),
+        likeness=((0.1, 1 / 3), (1 / 3, 2.0)), digests={-1: {"a": "f"}}, written={"a": "e"},
+        seconds=Seconds(0.1, 0.2, 0.3, 0.4),
     )  # fmt: skip
     for rank in (0, 3):
         with journal.Journal(tmp_path, rank) as notes:
