@@ -86,7 +86,7 @@ class Finding:
             "tasks": tuple(entry["tasks"]),
             "norms": tuple(entry["norms"]),
             "interference": _interference(entry["interference"]),
-            "likeness": tuple(tuple(row) for row in entry["likeness"]),
+            "likeness": _tuples(entry["likeness"]),
             "digests": {int(index): found for index, found in entry["digests"].items()},
             "seconds": Seconds(**entry["seconds"]),
         })  # fmt: skip
@@ -95,9 +95,12 @@ class Finding:
 def _interference(entry: dict[str, Any] | None) -> Interference | None:
     if entry is None:
         return None
-    pairs = tuple(tuple(row) for row in entry["pairs"])
-    kept, effective = (tuple(entry[name]) for name in ("kept", "effective_ranks"))
-    return Interference(**{**entry, "pairs": pairs, "kept": kept, "effective_ranks": effective})
+    return Interference(**{name: _tuples(value) for name, value in entry.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """Lists become tuples again, at any depth."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

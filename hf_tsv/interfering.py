@@ -13,6 +13,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,8 @@ from hf_tsv.errors import OutputError, RecipeError
 from hf_tsv.findings import Finding, Findings
 from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.recipe import Settings
-from hf_tsv.sources import pinned_entry
+from hf_tsv.sources import distinct_names, pinned_entry
+from hf_tsv.tsv import RANK_SHARES
 
 REPORT_FILE = "interference.json"
 UNFINISHED = f".{REPORT_FILE}.new"
@@ -44,10 +46,15 @@ class InterferenceReport:
         total (`float`): singular task interference, sum over all decomposed weights.
         total_after (`float`): the same after orthogonalisation.
         pairs (`list[list[float]]`): of every two tasks alone, sum over all weights, T × T.
-        weights (`dict[str, dict]`): per decomposed weight `sti`, `sti_after`, `rank`, `pairs`.
+        weights (`dict[str, dict]`): per decomposed weight `sti`, `sti_after`, `rank`, `pairs`, and
+            `ranks`: the triplets used of each task, fewer where its update has no more.
         blocks (`dict[str, dict]`): `sti` and `sti_after` per block of a tower.
         kinds (`dict[str, dict]`): the same per kind of layer.
-        warnings (`list[str]`): what the user should know.
+        spectra (`dict[str, list]`): at every `rank_share` of k, of each task its `singular_values`
+            (root mean square over its weights, 1 at the first) and the `energy` kept up to there.
+        diagnoses (`list[dict]`): what is odd about the inputs: `kind`, `text`, `value`, the
+            `threshold` from which it is said, and `tasks`, by place.
+        warnings (`list[str]`): what the user should know, these included.
         seconds (`float`): wall time; beside a merge, of its computation.
         device (`str`): type of device computed on.
     """
@@ -60,6 +67,8 @@ class InterferenceReport:
     weights: dict[str, dict[str, Any]]
     blocks: dict[str, dict[str, float]]
     kinds: dict[str, dict[str, float]]
+    spectra: dict[str, list[Any]]
+    diagnoses: list[dict[str, Any]]
     warnings: list[str]
     seconds: float
     device: str
@@ -222,10 +231,12 @@ def summary(
         here = torch.zeros_like(pairs)
         here[index[:, None], index] = torch.tensor(own.pairs, dtype=torch.float64)
         pairs += here
+        used = dict(zip(weight.tasks, weight.ranks, strict=True))
         weights[label] = {
             "sti": own.sti,
             "sti_after": own.sti_after,
             "rank": planned[label],
+            "ranks": [used.get(task, 0) for task in range(findings.inputs)],
             "pairs": here.tolist(),
         }
         block, kind = block_and_kind(label)
@@ -241,10 +252,32 @@ def summary(
         weights=weights,
         blocks=dict(blocks),
         kinds=dict(kinds),
+        spectra=_spectra(list(measured.values()), findings.inputs),
+        diagnoses=[
+            asdict(found)
+            for found in diagnosis.diagnoses(job.sources.inputs, job.scales, job.plan, findings)
+        ],
         warnings=warnings,
         seconds=round(seconds, 3),
         device=device.type,
     )
+
+
+def _spectra(weights: Sequence[Finding], tasks: int) -> dict[str, list[Any]]:
+    """Of each task over all weights, as shares of its largest and of its whole energy."""
+    sigmas, energies = np.zeros((2, tasks, len(RANK_SHARES)))
+    for weight in weights:
+        assert weight.interference is not None
+        own = list(weight.tasks)
+        sigmas[own] += np.square(weight.interference.spectra)
+        energies[own] += weight.interference.energies
+    whole = np.maximum(energies[:, -1:], np.finfo(float).tiny)
+    first = np.maximum(sigmas[:, :1], np.finfo(float).tiny)
+    return {
+        "rank_share": list(RANK_SHARES),
+        "singular_values": np.sqrt(sigmas / first).tolist(),
+        "energy": (energies / whole).tolist(),
+    }
 
 
 def _nothing() -> dict[str, float]:
@@ -270,7 +303,9 @@ def _tasks(job: Job, findings: Findings, pairs: Tensor) -> list[dict[str, Any]]:
     """What is said of each task."""
     whole = float(pairs.sum()) or 1.0
     entries = []
-    for i, (item, norm) in enumerate(zip(job.sources.inputs, findings.norms(), strict=True)):
+    inputs = job.sources.inputs
+    named = zip(inputs, distinct_names([item.pinned for item in inputs]), strict=True)
+    for i, ((item, name), norm) in enumerate(zip(named, findings.norms(), strict=True)):
         own, base_norm = diagnosis.norms(findings, i)
         energy = kept = effective = 0.0
         for weight in findings.weights:
@@ -282,7 +317,7 @@ def _tasks(job: Job, findings: Findings, pairs: Tensor) -> list[dict[str, Any]]:
                 effective += square * weight.interference.effective_ranks[place]
         entries.append(
             {
-                "name": Path(item.pinned.ref).name or item.pinned.ref,
+                "name": name,
                 **pinned_entry(item),
                 "norm": norm,
                 "relative_norm": own / base_norm if base_norm else 0.0,

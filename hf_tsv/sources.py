@@ -172,6 +172,22 @@ def pinned_entry(item: Task) -> dict[str, str | None]:
     return {"ref": item.pinned.ref, "revision": item.pinned.revision}
 
 
+def distinct_names(pins: Sequence[PinnedCheckpoint]) -> list[str]:
+    """Short names of checkpoints: the last part of each reference, more where needed.
+
+    Args:
+        pins (`Sequence[PinnedCheckpoint]`): of the checkpoints.
+    """
+    names = [Path(item.ref).name or item.ref for item in pins]
+    for longer in (lambda item: item.ref, str):
+        pairs = zip(names, pins, strict=True)
+        names = [longer(item) if names.count(name) > 1 else name for name, item in pairs]
+    return [
+        f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name
+        for i, name in enumerate(names)
+    ]
+
+
 def equals_base(name: str, base: str) -> CheckpointError:
     """The error for an input without an update."""
     return CheckpointError(

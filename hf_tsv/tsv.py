@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,9 @@ from hf_tsv.linalg import Orthogonalizer, Precision
 from hf_tsv.memory import empty
 
 Method = Literal["tsv", "low-rank", "orthogonal", "task-arithmetic", "average"]
+
+RANK_SHARES = tuple((i / 32) ** 2 for i in range(33))
+"""Ranks, as a share of k, at which a spectrum is noted; closer together where it is steep."""
 
 ROWS = 512
 """Of a product of Gram matrices computed at a time."""
@@ -83,6 +87,9 @@ class Interference:
         pairs (`tuple[tuple[float, ...], ...]`): `sti` of every two tasks alone, T × T.
         kept (`tuple[float, ...]`): Σσ² of the triplets kept of each task.
         effective_ranks (`tuple[float, ...]`): of each task, see [`effective_rank`].
+        spectra (`tuple[tuple[float, ...], ...]`): singular values of each task at [`RANK_SHARES`],
+            0 beyond those known.
+        energies (`tuple[tuple[float, ...], ...]`): Σσ² of the triplets up to there.
     """
 
     sti: float
@@ -90,6 +97,8 @@ class Interference:
     pairs: tuple[tuple[float, ...], ...]
     kept: tuple[float, ...]
     effective_ranks: tuple[float, ...]
+    spectra: tuple[tuple[float, ...], ...]
+    energies: tuple[tuple[float, ...], ...]
 
 
 Update = Tensor | TaskSingularVectors
@@ -293,6 +302,31 @@ def effective_rank(S: Tensor) -> float:
     return float(torch.special.entr(S.double() / total).sum().exp()) if total else 0.0
 
 
+def profile(S: Tensor, k: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """A spectrum in few numbers: at each of [`RANK_SHARES`], σ and the energy up to there.
+
+    Between two ranks both are interpolated.
+
+    Args:
+        S (`Tensor`): singular values, descending; those that are missing count as 0.
+        k (`int`): how many there are in all, min(d_out, d_in).
+
+    Returns:
+        `tuple[tuple[float, ...], tuple[float, ...]]`: σ, and Σσ², in the units of the weights.
+
+    Example:
+        >>> sigma, energy = profile(torch.tensor([2.0, 1.0]), 2)
+        >>> sigma[0], sigma[-1], energy[0], energy[-1]
+        (2.0, 0.0, 0.0, 5.0)
+    """
+    values = S.double().cpu().numpy()
+    after = np.concatenate([values, np.zeros(k + 1 - len(values))])  # σ of the triplet to come
+    energy = np.concatenate([[0.0], np.cumsum(after[:k] ** 2)])
+    at = np.asarray(RANK_SHARES) * k
+    sigma, up_to = (np.interp(at, np.arange(k + 1), curve) for curve in (after, energy))
+    return tuple(sigma.tolist()), tuple(up_to.tolist())
+
+
 def dense(update: Update) -> Tensor:
     """Δ of an update, in the working precision."""
     if isinstance(update, TaskSingularVectors):
@@ -333,7 +367,7 @@ def merge(
     k = min(deltas[0].shape)
     if len(deltas) == 1 and rank >= k:  # nothing is truncated and nothing interferes
         kept = deltas[0].rank if isinstance(deltas[0], TaskSingularVectors) else k
-        alone = _alone(deltas[0]) if measure else None
+        alone = _alone(deltas[0], k) if measure else None
         return MergedUpdate(dense(deltas[0]), (kept,), interference=alone)
     tasks, spectra, exact = _leading(
         deltas, rank, floors or [0.0] * len(deltas), precision, measure
@@ -384,11 +418,13 @@ def _leading(
     return tasks, spectra, sum(svd.exact for svd in found)
 
 
-def _alone(delta: Update) -> Interference:
+def _alone(delta: Update, k: int) -> Interference:
     """Of a task that is the only one, and kept whole."""
     S = delta.S if isinstance(delta, TaskSingularVectors) else linalg.singular_values(delta)
-    kept = float(S.double().square().sum())
-    return Interference(0.0, 0.0, ((0.0,),), (kept,), (effective_rank(S),))
+    sigma, energy = profile(S, k)
+    return Interference(
+        0.0, 0.0, ((0.0,),), (energy[-1],), (effective_rank(S),), (sigma,), (energy,)
+    )
 
 
 def _interference(
@@ -396,6 +432,13 @@ def _interference(
 ) -> Interference:
     """Of the truncated factors; as if nothing were done about it."""
     sti = singular_task_interference(vectors)
-    pairs = tuple(tuple(row) for row in pairwise_interference(tasks).tolist())
-    kept = tuple(float(task.S.double().square().sum()) for task in tasks)
-    return Interference(sti, sti, pairs, kept, tuple(map(effective_rank, spectra)))
+    sigmas, energies = zip(*(profile(S, min(vectors.shape)) for S in spectra), strict=True)
+    return Interference(
+        sti=sti,
+        sti_after=sti,
+        pairs=tuple(tuple(row) for row in pairwise_interference(tasks).tolist()),
+        kept=tuple(float(task.S.double().square().sum()) for task in tasks),
+        effective_ranks=tuple(map(effective_rank, spectra)),
+        spectra=sigmas,
+        energies=energies,
+    )

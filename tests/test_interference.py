@@ -21,8 +21,9 @@ from hf_tsv.interfering import block_and_kind
 TASKS = 3
 KEYS = {
     "tasks", "base_model", "total", "total_after", "pairs", "weights", "blocks", "kinds",
-    "warnings", "seconds", "device",
+    "spectra", "diagnoses", "warnings", "seconds", "device",
 }  # fmt: skip
+WEIGHT_KEYS = {"sti", "sti_after", "rank", "ranks", "pairs"}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, zoo: Path) -> Path:
     (folder / "base").symlink_to(zoo / "base")
     for seed, name in enumerate("abc", start=31):
         clips.make_fine_tune(zoo / "base", folder / name, seed, "vision")
+    clips.make_fine_tune(zoo / "base", folder / "whole", 41, "full")
     return folder
 
 
@@ -118,6 +120,26 @@ def test_what_is_said_of_a_task(tasks: Path) -> None:
     assert sum(entry["share"] for entry in found.tasks) == pytest.approx(1.0)
 
 
+def test_checkpoints_of_one_name_are_told_apart(tasks: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a").symlink_to(tasks / "b")
+    found = hf_tsv.interference(
+        [tasks / "a", tmp_path / "other" / "a", tasks / "c"], base_model=tasks / "base",
+        progress=False,
+    )  # fmt: skip
+    assert [t["name"] for t in found.tasks] == [
+        str(tasks / "a"),
+        str(tmp_path / "other" / "a"),
+        "c",
+    ]
+    twice = report(tasks, "aac")
+    assert [task["name"] for task in twice.tasks] == [
+        f"{tasks / 'a'} (1)",
+        f"{tasks / 'a'} (2)",
+        "c",
+    ]
+
+
 def test_orthogonal_tasks_do_not_interfere(tasks: Path) -> None:
     """Each changes rows and columns of its own."""
 
@@ -180,7 +202,11 @@ def test_one_large_update_is_named_with_its_number(tasks: Path) -> None:
     large = changed(tasks, "c", "large", lambda _, update: update * 2 * FAR_ABOVE)
     names = ["a", "b", "large"]
     said = ("The update of", str(large), "times as large as those of the other tasks")
-    only(report(tasks, names), *said)
+    found = report(tasks, names)
+    only(found, *said)
+    (diagnosis,) = found.diagnoses
+    assert (diagnosis["kind"], diagnosis["tasks"]) == ("large-norm", (2,))
+    assert diagnosis["value"] > diagnosis["threshold"] == FAR_ABOVE
     paths = [tasks / name for name in names]
     only(hf_tsv.merge(paths, base_model=tasks / "base", output=tasks / "m1", progress=False), *said)
     scaled = hf_tsv.merge(
@@ -206,14 +232,13 @@ def test_a_low_rank_fine_tune_is_named(tasks: Path) -> None:
     only(report(tasks, ["a", "b", "lora"]), str(lora), "at most 2 triplets", "LoRA")
 
 
-def test_a_tower_that_one_task_left_is_named(tasks: Path, zoo: Path) -> None:
-    text = clips.make_fine_tune(zoo / "base", tasks / "whole", 41, "full")
+def test_a_tower_that_one_task_left_is_named(tasks: Path) -> None:
     frozen = changed(
         tasks, "whole", "frozen",
         lambda name, update: update * (not name.startswith("text_model.")),
     )  # fmt: skip
     only(report(tasks, ["whole", "frozen"]), str(frozen), "left the text tower as it was")
-    assert not any("tower" in warning for warning in report(tasks, "ab").warnings), text
+    assert not any("tower" in warning for warning in report(tasks, "ab").warnings)
 
 
 def test_coarse_storage_is_named(tasks: Path) -> None:
@@ -331,7 +356,7 @@ def test_json_has_the_keys_that_are_promised(tasks: Path, tmp_path: Path) -> Non
     done = run("interference", *(tasks / n for n in "ab"), *base, "--json", "-o", tmp_path / "r")
     assert done.code == 0, done.err
     assert set(done.json) == KEYS
-    assert set(next(iter(done.json["weights"].values()))) == {"sti", "sti_after", "rank", "pairs"}
+    assert set(next(iter(done.json["weights"].values()))) == WEIGHT_KEYS
     assert json.loads((tmp_path / "r" / "interference.json").read_text()) == done.json
     again = run("interference", *(tasks / n for n in "ab"), *base, "-o", tmp_path / "r")
     assert again.code == 1 and "--force" in again.err

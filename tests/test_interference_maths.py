@@ -157,6 +157,28 @@ def test_energy_and_effective_rank_are_of_each_task() -> None:
     assert found.effective_ranks[1] < 4.01 < 15 < found.effective_ranks[0]
 
 
+def test_a_spectrum_is_noted_at_shares_of_the_rank() -> None:
+    delta = gaussian(64, 70, generator(14))
+    found = measured([delta, gaussian(64, 70, generator(15))], 6)
+    s = torch.linalg.svdvals(delta.double())
+    for share, sigma, energy in zip(
+        tsv.RANK_SHARES, found.spectra[0], found.energies[0], strict=True
+    ):
+        if (rank := share * 64).is_integer() and rank < 64:
+            assert sigma == pytest.approx(float(s[int(rank)]), rel=1e-6)
+            assert energy == pytest.approx(float(s[: int(rank)].square().sum()), rel=1e-6)
+    assert found.spectra[0][-1] == 0.0
+    assert found.energies[0][-1] == pytest.approx(float(s.square().sum()), rel=1e-9)
+
+
+def test_what_factors_do_not_keep_is_no_energy() -> None:
+    delta = gaussian(32, 40, generator(16)).double()
+    found = measured([tsv.decompose(delta, 8), gaussian(32, 40, generator(17))], 4)
+    s = torch.linalg.svdvals(delta)[:8]
+    assert found.energies[0][-1] == pytest.approx(float(s.square().sum()), rel=1e-9)
+    assert found.spectra[0][16] == pytest.approx(0.0, abs=1e-12)  # rank 8 of 32
+
+
 def test_stored_triplets_are_measured_like_the_update() -> None:
     deltas = [delta.double() for delta in fine_tunes((24, 30), 2, 0.5, seed=10)]
     stored = [tsv.decompose(delta, 7) for delta in deltas]

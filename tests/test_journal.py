@@ -303,7 +303,10 @@ def test_findings_survive_the_journal(tmp_path: Path) -> None:
     finding = Finding(
         "a", ranks=(3, 2), null_directions=1, exact=2, tasks=(0, 2),
         norms=(0.25, 1 / 3), base_norm=7.5,
-        interference=Interference(3.5, 1e-9, ((0.0, 1.5), (1.5, 0.0)), (0.1, 0.2), (4.0, 5.5)),
+        interference=Interference(
+            3.5, 1e-9, ((0.0, 1.5), (1.5, 0.0)), (0.1, 0.2), (4.0, 5.5),
+            ((0.3, 0.0), (0.4, 0.0)), ((0.0, 0.1), (0.0, 0.2)),
+        ),
         likeness=((0.1, 1 / 3), (1 / 3, 2.0)), digests={-1: {"a": "f"}}, written={"a": "e"},
         seconds=Seconds(0.1, 0.2, 0.3, 0.4),
     )  # fmt: skip

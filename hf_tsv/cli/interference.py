@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from hf_tsv.cli import options
-from hf_tsv.cli.merge import METHOD, Qkv
 from hf_tsv.cli.output import Out
 
 if TYPE_CHECKING:
@@ -51,37 +50,10 @@ def interference(
         ),
     ] = None,
     force: options.Force = False,
-    rank: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            help="Singular vectors kept of each task. [default: min(shape) / number of tasks]",
-            rich_help_panel=METHOD,
-            show_default=False,
-        ),
-    ] = None,
-    rank_fraction: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            help="The same as a share of min(shape).", rich_help_panel=METHOD, show_default=False
-        ),
-    ] = None,
-    exclude: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            metavar="GLOB",
-            help="Weights that the merge would average; repeatable, replaces the default."
-            " [default: text_projection.weight]",
-            rich_help_panel=METHOD,
-            show_default=False,
-        ),
-    ] = None,
-    qkv: Annotated[
-        Qkv,
-        typer.Option(
-            help="Attention projections one by one, or stacked as OpenCLIP stores them.",
-            rich_help_panel=METHOD,
-        ),
-    ] = Qkv.split,
+    rank: options.Rank = None,
+    rank_fraction: options.RankFraction = None,
+    exclude: options.Exclude = None,
+    qkv: options.QkvForm = options.Qkv.split,
     device: options.Device = None,
     max_memory: options.MaxMemory = None,
     as_json: options.AsJson = False,

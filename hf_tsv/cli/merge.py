@@ -52,16 +52,6 @@ class Orthogonalizer(str, Enum):
     whitening = "whitening"
 
 
-class Qkv(str, Enum):
-    """Values of `--qkv`."""
-
-    split = "split"  # type: ignore[assignment]
-    fused = "fused"
-
-
-METHOD = "How to merge"
-
-
 def merge(
     checkpoints: Annotated[
         Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
@@ -92,70 +82,44 @@ def merge(
         Method,
         typer.Option(
             help="tsv, one of its halves (low-rank, orthogonal), or a baseline.",
-            rich_help_panel=METHOD,
+            rich_help_panel=options.METHOD,
         ),
     ] = Method.tsv,
     precision: Annotated[
         Precision,
         typer.Option(
-            help="Fast and checked, or full float64 SVDs throughout.", rich_help_panel=METHOD
+            help="Fast and checked, or full float64 SVDs throughout.",
+            rich_help_panel=options.METHOD,
         ),
     ] = Precision.fast,
     orthogonalizer: Annotated[
         Orthogonalizer,
         typer.Option(
             help="With --precision exact: SVD or eigendecomposition; the same up to rounding.",
-            rich_help_panel=METHOD,
+            rich_help_panel=options.METHOD,
         ),
     ] = Orthogonalizer.procrustes,
     alpha: Annotated[
-        float, typer.Option(help="Scale of the merged update.", rich_help_panel=METHOD)
+        float, typer.Option(help="Scale of the merged update.", rich_help_panel=options.METHOD)
     ] = 1.0,
     weights: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
             metavar="W1,W2,...",
             help="Factor of each task's update. [default: 1 for all]",
-            rich_help_panel=METHOD,
+            rich_help_panel=options.METHOD,
             show_default=False,
         ),
     ] = None,
-    rank: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            help="Singular vectors kept of each task. [default: min(shape) / number of tasks]",
-            rich_help_panel=METHOD,
-            show_default=False,
-        ),
-    ] = None,
-    rank_fraction: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            help="The same as a share of min(shape).", rich_help_panel=METHOD, show_default=False
-        ),
-    ] = None,
-    exclude: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            metavar="GLOB",
-            help="Weights to average instead of decomposing; repeatable, replaces the default."
-            " [default: text_projection.weight]",
-            rich_help_panel=METHOD,
-            show_default=False,
-        ),
-    ] = None,
-    qkv: Annotated[
-        Qkv,
-        typer.Option(
-            help="Decompose attention projections one by one, or stacked as OpenCLIP stores them.",
-            rich_help_panel=METHOD,
-        ),
-    ] = Qkv.split,
+    rank: options.Rank = None,
+    rank_fraction: options.RankFraction = None,
+    exclude: options.Exclude = None,
+    qkv: options.QkvForm = options.Qkv.split,
     dtype: Annotated[
         Optional[options.Dtype],  # noqa: UP045
         typer.Option(
             help="Type of the written weights. [default: as the base model]",
-            rich_help_panel=METHOD,
+            rich_help_panel=options.METHOD,
             show_default=False,
         ),
     ] = None,

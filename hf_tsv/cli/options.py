@@ -9,7 +9,10 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from hf_tsv.cli.output import printable
+
 TARGET = "Where the result goes"
+METHOD = "How to merge"
 RUN = "How to run"
 
 
@@ -19,6 +22,13 @@ class Dtype(str, Enum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
+
+
+class Qkv(str, Enum):
+    """Values of `--qkv`."""
+
+    split = "split"  # type: ignore[assignment]
+    fused = "fused"
 
 
 # `Optional` because typer reads the annotations at run time on Python 3.10.
@@ -84,6 +94,37 @@ CommitMessage = Annotated[
         help="Summary of the commit.",
         rich_help_panel=TARGET,
         show_default=False,
+    ),
+]
+Rank = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        help="Singular vectors kept of each task. [default: min(shape) / number of tasks]",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+RankFraction = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(
+        help="The same as a share of min(shape).", rich_help_panel=METHOD, show_default=False
+    ),
+]
+Exclude = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        metavar="GLOB",
+        help="Weights to average instead of decomposing; repeatable, replaces the default."
+        " [default: text_projection.weight]",
+        rich_help_panel=METHOD,
+        show_default=False,
+    ),
+]
+QkvForm = Annotated[
+    Qkv,
+    typer.Option(
+        help="Decompose attention projections one by one, or stacked as OpenCLIP stores them.",
+        rich_help_panel=METHOD,
     ),
 ]
 MaxShardSize = Annotated[
@@ -174,4 +215,4 @@ def columns(rows: list[tuple[str, str]]) -> str:
 
 def one_line(text: str) -> str:
     """Text of a repository, with line breaks and other control characters written out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return printable(text).replace("\n", r"\n")
