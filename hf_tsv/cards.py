@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Template
 
+from hf_tsv.checkpoints.layout import block_and_kind, kind_order
 from hf_tsv.progress import human_bytes
 from hf_tsv.recipe import Recipe
 
 if TYPE_CHECKING:
-    from hf_tsv.factors import FactorsConfig
+    from hf_tsv.factors import FactorsConfig, StoredWeight
     from hf_tsv.interfering import InterferenceReport
+    from hf_tsv.plots import Picture
 
 LARGEST_SHOWN = 10
 """Weights that a card of factors lists; all are in its configuration file."""
@@ -73,6 +76,7 @@ def merge_card(
     left_out: Mapping[str, Sequence[str]],
     warnings: Sequence[str],
     interference: InterferenceReport | None = None,
+    picture: Picture | None = None,
 ) -> str:
     """Card of a merged checkpoint.
 
@@ -86,6 +90,7 @@ def merge_card(
         left_out (`Mapping[str, Sequence[str]]`): task heads not merged, by checkpoint.
         warnings (`Sequence[str]`): of the run.
         interference ([`InterferenceReport`], *optional*): who disturbs whom.
+        picture ([`Picture`], *optional*): of it, in a file beside the card.
 
     Returns:
         `str`: Markdown with YAML front matter, ending in a newline.
@@ -114,15 +119,72 @@ def merge_card(
         left_out=left_out,
         warnings=warnings,
         interference=interference,
+        picture=picture,
     )
 
 
-def factors_card(config: FactorsConfig, repo_id: str | None) -> str:
+@dataclass(frozen=True)
+class Kept:
+    """What a card says of the weights of one kind.
+
+    Args:
+        kind (`str`): such as `mlp.fc1`.
+        weights (`int`): how many.
+        ranks (`tuple[int, int]`): least and most triplets of one.
+        energy (`float`): share of their squared norm.
+        bytes (`int`): of their factors.
+    """
+
+    kind: str
+    weights: int
+    ranks: tuple[int, int]
+    energy: float
+    bytes: int
+
+    @classmethod
+    def of(cls, kind: str, weights: Sequence[StoredWeight]) -> Kept:
+        """The sum of several weights."""
+        ranks = [weight.rank for weight in weights]
+        total = sum(weight.norm**2 for weight in weights) or 1.0
+        return cls(
+            kind,
+            len(weights),
+            (min(ranks), max(ranks)),
+            sum(weight.energy * weight.norm**2 for weight in weights) / total,
+            sum(weight.bytes for weight in weights),
+        )
+
+
+def kept_section(config: FactorsConfig, picture: str | None) -> str:
+    """The part of a card on what is kept of which kind of layer.
+
+    Args:
+        config ([`FactorsConfig`]): what is stored.
+        picture (`str`, *optional*): file beside the card that shows it.
+    """
+    kinds: dict[str, list[StoredWeight]] = {}
+    for name, weight in config.weights.items():
+        if weight.stored == "factors":
+            kinds.setdefault(block_and_kind(name)[1], []).append(weight)
+    whole = [weight for weight in config.weights.values() if weight.stored == "dense"]
+    template = Template((templates() / "kept.md.jinja").read_text(encoding="utf-8"))
+    section: str = template.render(
+        rows=[Kept.of(kind, kinds[kind]) for kind in sorted(kinds, key=kind_order)],
+        other=Kept.of("", whole) if whole else None,
+        picture=picture,
+        cell=cell,
+        human_bytes=human_bytes,
+    )
+    return f"{section.strip()}\n\n"
+
+
+def factors_card(config: FactorsConfig, repo_id: str | None, kept: str = "") -> str:
     """Card of task factors.
 
     Args:
         config ([`FactorsConfig`]): what they are.
         repo_id (`str`, *optional*): where they will be pushed.
+        kept (`str`): see [`kept_section`].
     """
     base = CardInput(config.base_model.ref, config.base_model.revision)
     source = CardInput(config.source.ref, config.source.revision)
@@ -147,11 +209,12 @@ def factors_card(config: FactorsConfig, repo_id: str | None) -> str:
         command=command,
         fence=_fence(command),
         dtype=str(config.factor_dtype).removeprefix("torch."),
+        kept=kept,
     )
 
 
 def adapter_card(
-    config: FactorsConfig, repo_id: str | None, model_class: str, *, dense: bool
+    config: FactorsConfig, repo_id: str | None, model_class: str, *, dense: bool, kept: str = ""
 ) -> str:
     """Card of a LoRA adapter made from a compressed task.
 
@@ -160,6 +223,7 @@ def adapter_card(
         repo_id (`str`, *optional*): where it will be pushed.
         model_class (`str`): the transformers class it fits.
         dense (`bool`): it holds more than matrices.
+        kept (`str`): see [`kept_section`].
     """
     base = CardInput(config.base_model.ref, config.base_model.revision)
     data = ModelCardData(
@@ -184,6 +248,7 @@ def adapter_card(
         command=command,
         fence=_fence(command),
         quoted=json.dumps,
+        kept=kept,
     )
 
 

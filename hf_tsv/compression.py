@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hf_tsv import cards, processes, stream
+from hf_tsv import cards, plots, processes, stream
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.checkpoints.writer import (
     check_free_space,
@@ -44,7 +45,16 @@ from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.ranks import RankRule, budget_bytes
 from hf_tsv.recipe import Settings
 from hf_tsv.sources import Sources, equals_base, open_sources, pinned_entry
-from hf_tsv.spectra import Candidate, Job, Options, Spool, candidates_of, measure
+from hf_tsv.spectra import (
+    Candidate,
+    Job,
+    Measured,
+    Options,
+    Spool,
+    candidates_of,
+    energy_curves,
+    measure,
+)
 
 TASK_COUNTS = (8, 14, 20)
 """Numbers of tasks that the paper reports."""
@@ -135,6 +145,7 @@ def compress(
     commit_message: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    report: bool = False,
     progress: bool | None = None,
 ) -> TaskFactors:
     """Compress a fine-tuned CLIP checkpoint into task factors (TSV-Compress, section 4.3).
@@ -160,6 +171,7 @@ def compress(
         commit_message (`str`, *optional*): of the upload.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        report (`bool`): put table and picture of what is kept into the card.
         progress (`bool`, *optional*): show bars; default: on a terminal.
 
     Returns:
@@ -179,6 +191,7 @@ def compress(
         factor_dtype,  # type: ignore[arg-type]
         compress_conv,
         max_shard_size=max_shard_size,
+        report=report,
     )
     owned = None
     if output is None:
@@ -186,7 +199,7 @@ def compress(
         output = owned / "factors"
     target = Target(Path(output), push_to, force, private, revision, create_pr, commit_message)
     try:
-        report = run(
+        done = run(
             fspath(checkpoint),
             None if base_model is None else fspath(base_model),
             options,
@@ -202,9 +215,9 @@ def compress(
         raise
     factors = open_factors(pin(parse(str(Path(output).expanduser().absolute()))))
     if owned is not None:
-        report = replace(report, output=None)
+        done = replace(done, output=None)
         weakref.finalize(factors.pinned.files, shutil.rmtree, owned, ignore_errors=True)
-    return replace(factors, report=report)
+    return replace(factors, report=done)
 
 
 def export_peft(
@@ -228,6 +241,7 @@ def export_peft(
     commit_message: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    report: bool = False,
     progress: bool | None = None,
 ) -> CompressReport:
     """Compress a fine-tuned CLIP checkpoint into a LoRA adapter that PEFT loads without hf-tsv.
@@ -254,6 +268,7 @@ def export_peft(
         commit_message (`str`, *optional*): of the upload.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        report (`bool`): put table and picture of what is kept into the card.
         progress (`bool`, *optional*): show bars; default: on a terminal.
 
     Returns:
@@ -272,6 +287,7 @@ def export_peft(
         format="peft",
         dense=dense,
         model_class=model_class,
+        report=report,
     )
     place = None if output is None else Path(output)
     target = Target(place, push_to, force, private, revision, create_pr, commit_message)
@@ -406,13 +422,26 @@ def _compress_into(
         left_out=written.left_out,
     )
     (folder / FACTORS_CONFIG).write_text(config.to_json(), encoding="utf-8")
+    kept = _kept(folder, config, measured) if options.report else ""
     if options.format == "factors":
-        card = cards.factors_card(config, target.push_to)
+        card = cards.factors_card(config, target.push_to, kept)
     else:
-        card = cards.adapter_card(config, target.push_to, model_class_of(job), dense=options.dense)
+        card = cards.adapter_card(
+            config, target.push_to, model_class_of(job), dense=options.dense, kept=kept
+        )
     (folder / "README.md").write_text(card, encoding="utf-8")
     exact = sum(item.exact for item in measured)
     return _Done(config, written.file_bytes, exact, seconds)
+
+
+def _kept(folder: Path, config: FactorsConfig, measured: Sequence[Measured]) -> str:
+    """Draw what is kept, and say it for the card."""
+    ranks = {name: item.rank for name, item in config.weights.items() if item.stored == "factors"}
+    drawn = bool(ranks) and plots.wanted()
+    if drawn:
+        picture = plots.of_compression(energy_curves(measured), ranks)
+        (folder / picture.file).write_bytes(picture.png)
+    return cards.kept_section(config, plots.COMPRESSION if drawn else None)
 
 
 def _disk_bytes(job: Job) -> int:

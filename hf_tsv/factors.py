@@ -36,6 +36,7 @@ from hf_tsv.checkpoints.writer import TensorSpec, whole_folder
 from hf_tsv.delivery import Target, push
 from hf_tsv.errors import CheckpointError
 from hf_tsv.hub import Wanted, download
+from hf_tsv.plots import COMPRESSION
 from hf_tsv.progress import visible_by_default
 from hf_tsv.tsv import TaskSingularVectors, Update
 
@@ -358,7 +359,11 @@ class TaskFactors:
         with whole_folder(folder) as staging:
             for name in self.needed_files:
                 shutil.copyfile(self.pinned.files.root / name, staging / name)
-            card = cards.factors_card(self.config, repo_id)
+            picture, kept = self.pinned.files.root / COMPRESSION, ""
+            if picture.is_file():
+                shutil.copyfile(picture, staging / COMPRESSION)
+                kept = cards.kept_section(self.config, COMPRESSION)
+            card = cards.factors_card(self.config, repo_id, kept)
             (staging / "README.md").write_text(card, encoding="utf-8")
 
     @property

@@ -55,6 +55,8 @@ OLD_WEIGHTS = (
     "adapter_model.safetensors",
     "adapter_config.json",
     "interference.json",
+    "interference.png",
+    "compression.png",
 )
 """Files of an earlier upload that a new one replaces; other files of the repository stay."""
 

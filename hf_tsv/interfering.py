@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,20 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_tsv import diagnosis, processes, stream
-from hf_tsv.checkpoints.writer import disk_errors
+from hf_tsv import diagnosis, plots, processes, stream
+from hf_tsv.checkpoints.layout import block_and_kind
+from hf_tsv.checkpoints.writer import check_output_folder, whole_folder
 from hf_tsv.construction import Job, prepare, refuse_unchanged, warned
 from hf_tsv.costs import memory_size
-from hf_tsv.errors import OutputError, RecipeError
+from hf_tsv.delivery import Target
+from hf_tsv.errors import RecipeError
 from hf_tsv.findings import Finding, Findings
+from hf_tsv.pages import interference_page
 from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.recipe import Settings
 from hf_tsv.sources import distinct_names, pinned_entry
 from hf_tsv.tsv import RANK_SHARES
 
 REPORT_FILE = "interference.json"
-UNFINISHED = f".{REPORT_FILE}.new"
-BLOCK = re.compile(r"^(vision|text)_model\.encoder\.layers\.(\d+)\.(.+?)(?:\.weight)?$")
+REPORT_PAGE = "interference.html"
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ def interference(
         checkpoints (`Sequence[str]`): `org/name`, `org/name@revision`, `hf://…` or folders, of
             whole checkpoints or of task factors.
         base_model (`str`, *optional*): W0; default: the one the checkpoints' cards agree on.
-        output (`str` or `Path`, *optional*): folder to write the report into.
-        force (`bool`): replace a report that is there.
+        output (`str` or `Path`, *optional*): folder to write the report to: `interference.json`,
+            pictures, and all of it in one page, `interference.html`.
+        force (`bool`): replace a folder that holds an earlier report.
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
         rank_fraction (`float`, *optional*): the same as a share of k.
         exclude (`Sequence[str]`): globs of weights that a merge would average.
@@ -149,10 +150,13 @@ def interference(
         raise RecipeError(
             "One task alone disturbs nobody.", "Name at least two fine-tunes of one base model."
         )
-    target = None if output is None else _checked(Path(output).expanduser(), force=force)
+    folder = None if output is None else Path(output).expanduser().absolute()
+    if folder is not None:
+        check_output_folder(folder, [REPORT_PAGE], force=force)
     base_ref = None if base_model is None else fspath(base_model)
     cache = None if cache_dir is None else str(cache_dir)
     job = prepare(references, base_ref, None, settings, token, cache, writes=False)
+    Target(folder).refuse_inputs([item.pinned for item in job.sources.all()])
     job = replace(job, measure=True).within(memory_size(max_memory))
     where = stream.pick_device(device)
     job = replace(job, sources=job.sources.downloaded(visible=show))
@@ -179,31 +183,24 @@ def interference(
     findings = Findings(len(references), noted)
     warnings = [*job.warnings, *warned(job, findings)]
     report = summary(job, findings, warnings, where, time.monotonic() - started)
-    if target is not None:
-        with disk_errors(target):
-            target.mkdir(parents=True, exist_ok=True)
-            new = target / UNFINISHED
-            new.write_text(report.to_json(), encoding="utf-8")
-            new.replace(target / REPORT_FILE)
+    if folder is not None:
+        with whole_folder(folder) as staging:
+            write_report(staging, report)
     return report
 
 
-def _checked(folder: Path, *, force: bool) -> Path:
-    """Refuse a folder that holds anything but an earlier report, or cannot be written."""
-    with disk_errors(folder):
-        if folder.is_symlink() and not folder.exists():
-            raise OutputError(f"{folder} is a link to nowhere.", "Choose another folder with -o.")
-        if folder.exists() and not folder.is_dir():
-            raise OutputError(f"{folder} is a file.", "Choose another folder with -o.")
-        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        if there - {REPORT_FILE, UNFINISHED}:
-            raise OutputError(f"{folder} holds other files.", "Choose another folder with -o.")
-        if REPORT_FILE in there and not force:
-            raise OutputError(f"{folder} holds a report.", "Replace it with --force.")
-        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise OutputError(f"{nearest} cannot be written.", "Choose another folder with -o.")
-    return folder
+def write_report(folder: Path, report: InterferenceReport) -> None:
+    """Write a report as JSON, pictures and a page.
+
+    Args:
+        folder (`Path`): to write into.
+        report ([`InterferenceReport`]): what was measured.
+    """
+    pictures = plots.of_interference(report) if plots.wanted() else []
+    for picture in pictures:
+        (folder / picture.file).write_bytes(picture.png)
+    (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+    (folder / REPORT_PAGE).write_text(interference_page(report, pictures), encoding="utf-8")
 
 
 def summary(
@@ -282,21 +279,6 @@ def _spectra(weights: Sequence[Finding], tasks: int) -> dict[str, list[Any]]:
 
 def _nothing() -> dict[str, float]:
     return {"sti": 0.0, "sti_after": 0.0}
-
-
-def block_and_kind(label: str) -> tuple[str, str]:
-    """Block of a tower and kind of layer that a weight belongs to.
-
-    Example:
-        >>> block_and_kind("vision_model.encoder.layers.3.mlp.fc1.weight")
-        ('vision 3', 'mlp.fc1')
-        >>> block_and_kind("visual_projection.weight")
-        ('other', 'visual_projection')
-    """
-    found = BLOCK.match(label)
-    if found is None:
-        return "other", label.removesuffix(".weight").rpartition("embeddings.")[2]
-    return f"{found[1]} {found[2]}", found[3]
 
 
 def _tasks(job: Job, findings: Findings, pairs: Tensor) -> list[dict[str, Any]]:

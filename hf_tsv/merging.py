@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_tsv import cards, processes
+from hf_tsv import cards, plots, processes
 from hf_tsv.checkpoints import layout
 from hf_tsv.construction import Job, Outcome, execute, follow, pinned_text, prepare
 from hf_tsv.costs import memory_size, peak_memory
@@ -138,8 +138,8 @@ def merge(
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
         max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
             on at a time then.
-        report (`bool`): measure who disturbs whom too, from the same decompositions; a table in
-            the card, and all of it in `interference.json` beside the weights.
+        report (`bool`): measure who disturbs whom too, from the same decompositions; table and
+            picture in the card, and all of it in `interference.json` beside the weights.
         dry_run (`bool`): plan only; touches neither disk nor Hub.
         progress (`bool`, *optional*): show bars; default: on a terminal.
 
@@ -246,11 +246,14 @@ def _describe(
     """Write recipe and card of a merge."""
     recipe = _recipe(job, findings, device)
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    measured = None
+    measured = picture = None
     if job.measure:
         measured = summary(job, findings, list(warnings), device, findings.seconds.computing)
         (folder / REPORT_FILE).write_text(measured.to_json(), encoding="utf-8")
-    card = _card(job, target, recipe, findings, warnings, measured)
+        picture = plots.of_merge(measured) if plots.wanted() else None
+        if picture is not None:
+            (folder / picture.file).write_bytes(picture.png)
+    card = _card(job, target, recipe, findings, warnings, measured, picture)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -273,6 +276,7 @@ def _card(
     findings: Findings,
     warnings: Sequence[str],
     measured: InterferenceReport | None,
+    picture: plots.Picture | None,
 ) -> str:
     def card_input(item: Task, scale: float = 1.0) -> cards.CardInput:
         origin = Origin.of(item.pinned)
@@ -288,6 +292,7 @@ def _card(
         left_out={card_input(c).name: c.left_out for c in job.sources.inputs if c.left_out},
         warnings=warnings,
         interference=measured,
+        picture=picture,
     )
 
 

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, and the logger that carries status lines and warnings."""
+"""Progress bars on stderr, the logger of status lines and warnings, and text for people."""
 
 from __future__ import annotations
 
@@ -78,3 +78,8 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def printable(text: str) -> str:
+    """The text with its control characters written out, line breaks aside."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -6,12 +6,14 @@ import math
 import os
 import tempfile
 import time
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,9 @@ from hf_tsv.tsv import TaskSingularVectors
 
 Format = Literal["factors", "peft"]
 
+CURVE_POINTS = 49
+"""Of a curve in a picture."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -46,6 +51,7 @@ class Options:
         model_class (`str`, *optional*): the class a LoRA adapter is for; default: that of the
             fine-tuned checkpoint.
         max_shard_size (`int` or `str`): bytes of a file, or `"5GB"`.
+        report (`bool`): table and picture of what is kept go into the card.
     """
 
     rule: RankRule = field(default_factory=RankRule)
@@ -55,6 +61,7 @@ class Options:
     dense: bool = True
     model_class: str | None = None
     max_shard_size: int | str = Settings.max_shard_size
+    report: bool = False
 
     def __post_init__(self) -> None:
         for name, kinds in (("factor_dtype", get_args(Dtype)), ("format", get_args(Format))):
@@ -136,6 +143,32 @@ class Measured:
         if rank == DENSE or self.norm == 0:
             return 1.0
         return min(1.0, float(self.singular_values[:rank].square().sum()) / self.norm**2)
+
+
+def energy_curves(measured: Sequence[Measured]) -> dict[str, tuple[list[float], list[float]]]:
+    """Energy in the leading triplets, by kind of layer, as far as it is known of all its weights.
+
+    Args:
+        measured (`Sequence[Measured]`): every weight.
+
+    Returns:
+        `dict[str, tuple[list[float], list[float]]]`: shares of k, and of the squared norm.
+    """
+    kinds: dict[str, list[Measured]] = defaultdict(list)
+    for item in measured:
+        if len(item.singular_values):
+            kinds[layout.block_and_kind(item.candidate.name)[1]].append(item)
+    curves = {}
+    for kind, items in kinds.items():
+        sides = [min(matrix_shape(item.candidate.shape)) for item in items]
+        pairs = list(zip(items, sides, strict=True))
+        at = np.linspace(0, min(len(item.singular_values) / k for item, k in pairs), CURVE_POINTS)
+        energy = np.zeros(CURVE_POINTS)
+        for item, k in pairs:
+            up_to = np.cumsum([0.0, *item.singular_values.square().tolist()])
+            energy += np.interp(at * k, np.arange(len(up_to)), up_to)
+        curves[kind] = (at.tolist(), (energy / sum(item.norm**2 for item in items)).tolist())
+    return curves
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,16 @@ import torch  # noqa: E402
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU where there is none; begin with what takes longest by itself."""
+    """Leave out what needs a GPU or browser where there is none; begin with what takes longest."""
     items.sort(key=lambda item: item.path.name != "test_wheel.py")
-    without = [item for item in items if item.get_closest_marker("gpu")]
-    if without and not torch.cuda.is_available():
+    missing = {
+        "gpu": not torch.cuda.is_available(),
+        "browser": shutil.which("chromium") is None and "CI" not in os.environ,
+    }
+    without = [
+        i for i in items if any(missing[m.name] for m in i.iter_markers() if m.name in missing)
+    ]
+    if without:
         config.hook.pytest_deselected(items=without)
         items[:] = [item for item in items if item not in without]
 

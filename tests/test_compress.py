@@ -24,7 +24,7 @@ from hf_tsv import CheckpointError, HfTsvError, OutputError, RecipeError
 from hf_tsv.compression import run
 from hf_tsv.delivery import Target
 from hf_tsv.ranks import RankRule
-from hf_tsv.spectra import Options
+from hf_tsv.spectra import Candidate, Measured, Options, energy_curves
 from hf_tsv.tsv import TaskSingularVectors, dense
 
 FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -996,3 +996,64 @@ def test_a_failed_upload_of_factors_keeps_them(world: Path, hub: Hub) -> None:
         api.compress("org/vision", push_to="me/abc")
     folder = Path(str(error.value).split("complete in ")[1].split(";")[0])
     assert (folder / "task_factors.safetensors").is_file()
+
+
+# The report on the card
+
+
+def kept_rows(card: str) -> dict[str, list[str]]:
+    """Rows of the table of kinds, by kind."""
+    section = card.split("## What is kept, by kind of layer")[1].split("\n## ", maxsplit=1)[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {row[0].strip("`"): row[1:] for row in cells}
+
+
+@pytest.mark.parametrize("flags", [[], ["--format", "peft"]], ids=["factors", "peft"])
+def test_the_card_says_what_is_kept_of_which_layer(
+    zoo: Path, tmp_path: Path, flags: list[str]
+) -> None:
+    tuned = ("--base-model", zoo / "base", "--budget", "60%")
+    for name, more in (("plain", []), ("told", ["--report"])):
+        done = hf_tsv("compress", zoo / "vision", *tuned, *flags, *more, "-o", tmp_path / name)
+        assert done.code == 0, done.err
+    (file,) = (tmp_path / "told").glob("*.safetensors")
+    assert file.read_bytes() == (tmp_path / "plain" / file.name).read_bytes()
+    card = (tmp_path / "told" / "README.md").read_text()
+    assert "](compression.png)" in card and "\n\n\n" not in card
+    assert (tmp_path / "told" / "compression.png").read_bytes().startswith(b"\x89PNG")
+    assert "by kind of layer" not in (tmp_path / "plain" / "README.md").read_text()
+    assert not (tmp_path / "plain" / "compression.png").exists()
+    weights = json.loads((tmp_path / "told" / "tsv_config.json").read_text())["weights"]
+    fc1 = [w for n, w in weights.items() if n.endswith("mlp.fc1.weight") and w["rank"]]
+    count, ranks, energy, _ = kept_rows(card)["mlp.fc1"]
+    low, high = min(w["rank"] for w in fc1), max(w["rank"] for w in fc1)
+    assert (int(count), ranks) == (len(fc1), str(low) if low == high else f"{low} to {high}")
+    share = sum(w["energy"] * w["norm"] ** 2 for w in fc1) / sum(w["norm"] ** 2 for w in fc1)
+    assert energy == f"{100 * share:.2f} %"
+
+
+def test_a_copy_of_factors_keeps_the_picture(zoo: Path, tmp_path: Path) -> None:
+    factors = compress(zoo, "vision", rank=4, report=True)
+    factors.save_pretrained(tmp_path / "copy")
+    assert "](compression.png)" in (tmp_path / "copy" / "README.md").read_text()
+    assert (tmp_path / "copy" / "compression.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_energy_curves_are_the_spectra(zoo: Path) -> None:
+    """Against float64 singular values, all weights of a kind together."""
+    base, tuned = state(zoo / "base"), state(zoo / "vision")
+    names = [n for n in base if n.startswith("vision_model.") and n.endswith("mlp.fc1.weight")]
+    sigmas = [torch.linalg.svdvals(tuned[n].double() - base[n].double()) for n in names]
+    k = len(sigmas[0])
+    measured = [
+        Measured(Candidate(n, tuple(base[n].shape), torch.float32, 0, 0, None), "",
+                 float(s.norm()), s[:8], 8)
+        for n, s in zip(names, sigmas, strict=True)
+    ]  # fmt: skip
+    ((kind, (at, energy)),) = energy_curves(measured).items()
+    assert kind == "mlp.fc1" and (at[0], at[-1]) == (0.0, 8 / k)
+    total = sum(float(s.square().sum()) for s in sigmas)
+    for rank in (0, 4, 8):
+        expected = sum(float(s[:rank].square().sum()) for s in sigmas) / total
+        assert energy[at.index(rank / k)] == pytest.approx(expected, rel=1e-9)

@@ -15,14 +15,18 @@ from reference import concatenation
 from safetensors.torch import load_file, save_file
 
 import hf_tsv
+from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.diagnosis import COMPARABLE, FAR_ABOVE
-from hf_tsv.interfering import block_and_kind
 
 TASKS = 3
 KEYS = {
     "tasks", "base_model", "total", "total_after", "pairs", "weights", "blocks", "kinds",
     "spectra", "diagnoses", "warnings", "seconds", "device",
 }  # fmt: skip
+REPORT_FILES = [
+    "blocks.png", "interference.html", "interference.json", "layers.png", "pairs.png", "ranks.png",
+    "spectrum.png",
+]  # fmt: skip
 WEIGHT_KEYS = {"sti", "sti_after", "rank", "ranks", "pairs"}
 
 
@@ -309,7 +313,10 @@ def test_a_merge_reports_what_the_command_measures(tasks: Path, tmp_path: Path) 
     assert "Who disturbs whom" in card and f"{found.total:.4g} before" in card
     rows = [row for row in card.splitlines() if row.startswith("| `") and row.endswith("% |")]
     assert len(rows) == TASKS and f"{100 * found.tasks[0]['share']:.1f} %" in rows[0]
+    assert "](interference.png)" in card
+    assert (tmp_path / "told" / "interference.png").read_bytes().startswith(b"\x89PNG")
     assert "Who disturbs whom" not in (tmp_path / "plain" / "README.md").read_text()
+    assert not (tmp_path / "plain" / "interference.png").exists()
 
 
 def test_an_odd_name_stays_in_its_cell(tasks: Path, tmp_path: Path) -> None:
@@ -362,7 +369,7 @@ def test_json_has_the_keys_that_are_promised(tasks: Path, tmp_path: Path) -> Non
     assert again.code == 1 and "--force" in again.err
     forced = run("interference", *(tasks / n for n in "ab"), *base, "-o", tmp_path / "r", "--force")
     assert forced.code == 0, forced.err
-    assert [path.name for path in (tmp_path / "r").iterdir()] == ["interference.json"]
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == REPORT_FILES
 
 
 def test_repositories_of_the_hub_are_measured(world: Path, hub: Hub) -> None:
@@ -380,7 +387,7 @@ def test_repositories_of_the_hub_are_measured(world: Path, hub: Hub) -> None:
         (["a"], "at least two"),
         (["a", "b", "--rank", "0"], "rank"),
         (["a", "nowhere"], "nowhere"),
-        (["a", "b", "-o", "a"], "other files"),
+        (["a", "b", "-o", "a"], "The output folder"),
         (["a", "b", "-o", "a/config.json/x"], "config.json"),
     ],
 )
@@ -404,3 +411,40 @@ def test_bad_input_is_one_clear_line(tasks: Path, arguments: list[str], said: st
 )  # fmt: skip
 def test_weights_belong_to_blocks_and_kinds(label: str, expected: tuple[str, str]) -> None:
     assert block_and_kind(label) == expected
+
+
+def test_a_report_replaces_only_reports(tasks: Path, tmp_path: Path) -> None:
+    names, base = [tasks / n for n in "ab"], ("--base-model", tasks / "base")
+    merged = run("merge", *names, *base, "-o", tmp_path / "merged", "--report")
+    assert merged.code == 0, merged.err
+    before = sorted(path.name for path in (tmp_path / "merged").iterdir())
+    done = run("interference", *names, *base, "-o", tmp_path / "merged", "--force")
+    assert done.code == 1 and "was not written by hf-tsv (it has no interference.html)" in done.err
+    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == before
+
+
+def test_a_report_does_not_replace_its_inputs(tasks: Path, tmp_path: Path) -> None:
+    """Not even where it lies around an earlier report."""
+    for name in "ab":
+        (tmp_path / "r").mkdir(exist_ok=True)
+        (tmp_path / "r" / name).mkdir()
+        for file in (tasks / name).iterdir():
+            (tmp_path / "r" / name / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "r" / "interference.html").write_text("earlier")
+    names, base = [tmp_path / "r" / n for n in "ab"], ("--base-model", tasks / "base")
+    done = run("interference", *names, *base, "-o", tmp_path / "r", "--force")
+    assert done.code == 1 and "would replace the input" in done.err
+    assert (tmp_path / "r" / "a" / "model.safetensors").exists()
+
+
+def test_the_picture_is_pushed_with_the_card(world: Path, hub: Hub) -> None:
+    done = run("merge", "org/vision", "org/flat", "--base-model", "org/base", "--push-to", "me/m",
+               "--report", cwd=world)  # fmt: skip
+    assert done.code == 0, done.err
+    files = hub.files("me/m")
+    assert "](interference.png)" in files["README.md"].decode()
+    assert files["interference.png"].startswith(b"\x89PNG")
+    plain = run("merge", "org/vision", "org/flat", "--base-model", "org/base", "--push-to", "me/m",
+                cwd=world)  # fmt: skip
+    assert plain.code == 0, plain.err
+    assert not {"interference.png", "interference.json"} & set(hub.files("me/m"))

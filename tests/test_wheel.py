@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_wheel_installs_and_works_in_an_empty_environment(tmp_path: Path) -> None:
+def test_the_wheel_installs_and_works_in_an_empty_environment(zoo: Path, tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
         check=True,
@@ -19,9 +19,9 @@ def test_the_wheel_installs_and_works_in_an_empty_environment(tmp_path: Path) ->
     )
     (wheel,) = tmp_path.glob("hf_tsv-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    cards = {path.name for path in (ROOT / "model_cards").iterdir()}
+    cards = {path.name for path in (ROOT / "model_cards").iterdir()}  # and the page's parts
     assert {f"hf_tsv/model_cards/{name}" for name in cards} <= set(names)
-    assert len(cards) == 4 and "hf_tsv/py.typed" in names
+    assert len(cards) == 7 and "hf_tsv/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
 
     venv.create(tmp_path / "env", with_pip=True)
@@ -44,3 +44,21 @@ assert "site-packages" in str(cards.templates()), cards.templates()
         help_of = [*command, "--help"]
         done = subprocess.run(help_of, check=True, capture_output=True, text=True, cwd=tmp_path)
         assert said in done.stdout
+
+    # matplotlib is an extra: without it there are reports and cards, without pictures
+    tasks = [zoo / "vision", zoo / "flat", "--base-model", zoo / "base"]
+    for command, page in (
+        (["merge", *tasks, "--report"], "README.md"),
+        (["compress", zoo / "vision", "--base-model", zoo / "base", "--report"], "README.md"),
+        (["interference", *tasks], "interference.html"),
+    ):
+        folder = tmp_path / f"out-{command[0]}"
+        done = subprocess.run(
+            [script, *command, "-o", folder],
+            check=False, capture_output=True, text=True, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "Warning: There are no pictures without matplotlib: pip install" in done.stderr
+        text = (folder / page).read_text()
+        assert "effective rank" in text or "by kind of layer" in text
+        assert ".png" not in text and "<img" not in text and not list(folder.glob("*.png"))

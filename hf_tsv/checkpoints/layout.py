@@ -74,6 +74,12 @@ BUFFER = "position_ids"
 FLAT = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm|final_layer_norm)\.")
 TASK_HEAD = re.compile(r"classifier\.")
 QKV = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.weight$")
+BLOCK = re.compile(r"^(vision|text)_model\.encoder\.layers\.(\d+)\.(.+?)(?:\.weight)?$")
+KINDS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.{q,k,v}_proj",
+    "self_attn.out_proj", "mlp.fc1", "mlp.fc2",
+)  # fmt: skip
+"""Of the matrices of a block, in the order they are computed in."""
 
 
 def layout_of(config: dict[str, Any], owner: str) -> Layout:
@@ -154,6 +160,30 @@ def qkv_group(name: str) -> tuple[str, str] | None:
     """
     match = QKV.match(name)
     return (match[1], match[2]) if match else None
+
+
+def block_and_kind(label: str) -> tuple[str, str]:
+    """Block of a tower and kind of layer that a weight belongs to.
+
+    Example:
+        >>> block_and_kind("vision_model.encoder.layers.3.mlp.fc1.weight")
+        ('vision 3', 'mlp.fc1')
+        >>> block_and_kind("visual_projection.weight")
+        ('other', 'visual_projection')
+    """
+    found = BLOCK.match(label)
+    if found is None:
+        return "other", label.removesuffix(".weight").rpartition("embeddings.")[2]
+    return f"{found[1]} {found[2]}", found[3]
+
+
+def kind_order(kind: str) -> tuple[int, str]:
+    """Key that sorts kinds of layers as a block computes them, what is in no block last.
+
+    Args:
+        kind (`str`): see [`block_and_kind`].
+    """
+    return KINDS.index(kind) if kind in KINDS else len(KINDS), kind
 
 
 def tower_configs(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

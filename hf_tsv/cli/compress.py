@@ -124,6 +124,14 @@ def compress(
     commit_message: options.CommitMessage = None,
     max_shard_size: options.MaxShardSize = "5GB",
     device: options.Device = None,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="Put what is kept of which layer into the card, as a table and a picture.",
+            rich_help_panel=options.TARGET,
+        ),
+    ] = False,
     timings: options.Timings = False,
     dry_run: options.DryRun = False,
     as_json: options.AsJson = False,
@@ -144,7 +152,7 @@ def compress(
 
     if not checkpoint:
         raise RecipeError("There is nothing to compress.", "Name a checkpoint.")
-    report = compression.run(
+    done = compression.run(
         checkpoint,
         base_model,
         Options(
@@ -155,6 +163,7 @@ def compress(
             dense,
             model_class,
             options.shard_size(max_shard_size),
+            report,
         ),
         Target(output, push_to, force, private, revision, create_pr, commit_message),
         device=device,
@@ -164,11 +173,11 @@ def compress(
         progress=False if quiet else None,
     )
     if not dry_run:
-        out.status(_summary(report))
+        out.status(_summary(done))
         if timings:
-            out.status(options.timings(report.timings, {}))
-    text = _preview(report) if dry_run else (report.output or report.url or "")
-    out.result(text, report.to_dict())
+            out.status(options.timings(done.timings, {}))
+    text = _preview(done) if dry_run else (done.output or done.url or "")
+    out.result(text, done.to_dict())
 
 
 def _summary(report: CompressReport) -> str:

@@ -44,7 +44,7 @@ def interference(
             "-o",
             "--output",
             metavar="DIR",
-            help="Folder for the report, interference.json.",
+            help="Folder for the report: interference.html, pictures and interference.json.",
             rich_help_panel=options.TARGET,
             show_default=False,
         ),
@@ -84,6 +84,8 @@ def interference(
         max_memory=max_memory,
         progress=False if quiet else None,
     )
+    if output is not None:
+        out.status(f"The report is {output / interfering.REPORT_PAGE}.")
     out.result(_text(report), report.to_dict())
 
 

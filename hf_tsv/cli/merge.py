@@ -130,7 +130,7 @@ def merge(
         bool,
         typer.Option(
             "--report",
-            help="Measure who disturbs whom too: a table in the card, and interference.json.",
+            help="Measure who disturbs whom too: table and picture in the card, interference.json.",
             rich_help_panel=options.RUN,
         ),
     ] = False,

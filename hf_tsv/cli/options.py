@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from hf_tsv.cli.output import printable
+from hf_tsv.progress import printable
 
 TARGET = "Where the result goes"
 METHOD = "How to merge"

@@ -15,6 +15,7 @@ from typing import Any
 
 from hf_tsv.errors import HfTsvError
 from hf_tsv.processes import LOST, is_leader
+from hf_tsv.progress import printable
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -72,11 +73,6 @@ class _StderrHandler(logging.Handler):
 def _print_stderr(text: str) -> None:
     """Names from repositories may hold escape codes; a terminal must not act on them."""
     print(printable(text), file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    """The text with its control characters written out, line breaks aside."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 @contextmanager

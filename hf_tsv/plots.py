@@ -1,0 +1,436 @@
+"""Pictures of reports, drawn by matplotlib (the extra `plots`); legible on white and on black."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_tsv.checkpoints.layout import block_and_kind, kind_order
+from hf_tsv.progress import logger, printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from hf_tsv.interfering import InterferenceReport
+
+MISSING = "There are no pictures without matplotlib: pip install 'hf-tsv[plots]'."
+COMPRESSION = "compression.png"
+TEXT = "#7a7a7a"
+"""Half way between white and black, as the background is transparent."""
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c46fa0", "#3d9bd6", TEXT)
+"""After Okabe and Ito: told apart with any colour vision, contrast from 3 on white and on black."""
+
+HEAT = "cividis"
+WIDTH = 8.0  # inches; of a card on a screen, about as much
+DPI = 200
+TOWERS = {"vision": COLOURS[0], "text": COLOURS[2]}
+LONGEST_NAME = 22
+NUMBERED = 10
+"""Tasks up to which a heat map has its numbers in it."""
+NAMED = len(COLOURS)
+"""Tasks up to which every line of a plot has a colour of its own."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a report.
+
+    Args:
+        file (`str`): its name.
+        title (`str`): what it shows.
+        alt (`str`): what there is to see, in words.
+        png (`bytes`): itself.
+    """
+
+    file: str
+    title: str
+    alt: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight in a plot over depth.
+
+    Args:
+        block (`str`): tower and number, such as `vision 3`; else `other`.
+        kind (`str`): such as `mlp.fc1`.
+        value (`float`): height of its bar.
+    """
+
+    block: str
+    kind: str
+    value: float
+
+    @property
+    def tower(self) -> str:
+        """`vision`, `text` or `other`."""
+        return self.block.split()[0]
+
+
+def wanted() -> bool:
+    """Whether pictures can be drawn; says so where they cannot."""
+    found = find_spec("matplotlib") is not None
+    if not found:
+        logger.warning(MISSING)
+    return found
+
+
+def of_interference(report: InterferenceReport) -> list[Picture]:
+    """Every picture of a report on interference.
+
+    Args:
+        report ([`InterferenceReport`]): what to draw.
+    """
+    drawn = [
+        ("pairs.png", "Who disturbs whom", _pairs_alt(report), _drawn(_pairs, report, 6.3)),
+        ("blocks.png", "Interference by block", _blocks_alt(report), _drawn(_blocks, report, 3.4)),
+        ("layers.png", "Interference by layer", _layers_alt(report), _layers(report)),
+        ("spectrum.png", "Spectrum and retained energy", _spectra_alt(report), _spectra(report)),
+        ("ranks.png", "Rank kept per layer", _ranks_alt(report), _ranks(report)),
+    ]
+    return [Picture(*entry) for entry in drawn]
+
+
+def of_merge(report: InterferenceReport) -> Picture:
+    """The picture for the card of a merge: pairs of tasks beside blocks.
+
+    Args:
+        report ([`InterferenceReport`]): what to draw.
+    """
+    figure = _figure(4.4)
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    _pairs(left, report)
+    _blocks(right, report)
+    alt = f"{_pairs_alt(report)} {_blocks_alt(report)}"
+    return Picture("interference.png", "Who disturbs whom", alt, _png(figure))
+
+
+def of_compression(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ranks: Mapping[str, int]
+) -> Picture:
+    """The picture for the card of a compressed task: energy over rank, and the ranks kept.
+
+    Args:
+        curves (`Mapping[str, tuple[Sequence[float], Sequence[float]]]`): by kind of layer, share of
+            k and share of the squared norm up to there.
+        ranks (`Mapping[str, int]`): of every weight stored as factors, by name; at least one.
+    """
+    layers = layers_of(ranks)
+    rows = len(_by_tower(layers))
+    figure = _figure(2.8 + 2.3 * rows)
+    parts: Any = figure.subfigures(2, 1, height_ratios=(2.5, 2.3 * rows))
+    axes = parts[0].subplots()
+    kinds = _over_depth(parts[1], layers, "rank kept")  # whose legend is for both
+    for kind in kinds:
+        axes.plot(*curves[kind], color=_colour(kind, kinds), linewidth=1.6)
+    axes.set(xlabel="triplets, share of min(shape)", ylabel="energy kept", ylim=(0, 1.03))
+    axes.set_title("Energy in the leading triplets, by kind of layer", fontsize=11, color=TEXT)
+    _percent(axes)
+    alt = "Energy in the leading triplets by kind of layer, and the rank kept per layer"
+    return Picture(COMPRESSION, "What is kept", alt, _png(figure))
+
+
+# What is in them
+
+
+def _pairs(axes: Axes, report: InterferenceReport) -> None:
+    """Heat map of every two tasks."""
+    pairs = np.asarray(report.pairs)
+    count = len(pairs)
+    shown = np.where(np.eye(count, dtype=bool), np.nan, pairs)
+    top = float(pairs.max()) or 1.0
+    image = axes.imshow(shown, cmap=HEAT, vmin=0, vmax=top, aspect="auto")
+    names = _labels(report)
+    size = 9 if count <= NUMBERED else 7
+    axes.set_xticks(range(count), names, rotation=45, ha="right", fontsize=size, parse_math=False)
+    axes.set_yticks(range(count), names, fontsize=size, parse_math=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if count <= NUMBERED:
+        for i, j in zip(*np.nonzero(~np.eye(count, dtype=bool)), strict=True):
+            axes.text(
+                j, i, _number(pairs[i, j], top), ha="center", va="center", fontsize=8.5,
+                color="black" if pairs[i, j] > 0.6 * top else "white",
+            )  # fmt: skip
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=TEXT, labelsize=8)
+    axes.set_title("STI of every two tasks", fontsize=11, color=TEXT)
+
+
+def _pairs_alt(report: InterferenceReport) -> str:
+    if len(report.tasks) < 2:
+        return "One task alone."
+    (a, b), (c, d) = report.extremes()
+    names = [_plain(task["name"]) for task in report.tasks]
+    return (
+        f"{names[a]} and {names[b]} disturb each other most ({_number(report.pairs[a][b])}),"
+        f" {names[c]} and {names[d]} least ({_number(report.pairs[c][d])})."
+    )
+
+
+def _blocks(axes: Axes, report: InterferenceReport) -> None:
+    """Interference of every block, as it is and after orthogonalisation."""
+    blocks = sorted(report.blocks, key=_depth)
+    towers = list(dict.fromkeys(block.split()[0] for block in blocks))
+    several = len({*towers} - {"other"}) > 1
+    for tower in towers:
+        places = [i for i, block in enumerate(blocks) if block.split()[0] == tower]
+        before = [report.blocks[blocks[i]]["sti"] for i in places]
+        said = "before" if tower == towers[0] else None
+        if several and tower != "other":
+            said = f"{tower} before"
+        axes.bar(places, before, color=TOWERS.get(tower, TEXT), width=0.75, label=said)
+    axes.plot(
+        range(len(blocks)), [report.blocks[block]["sti_after"] for block in blocks], "D",
+        markersize=4, color=COLOURS[1], clip_on=False,
+        label=f"after orthogonalisation, {_number(report.total_after)} in all",
+    )  # fmt: skip
+    step = max(1, -(-len(blocks) // 13))
+    ticks = [i for i, block in enumerate(blocks) if _depth(block)[1] % step == 0]
+    if step > 1 and blocks[-1] == "other" and len(blocks) - 2 in ticks:
+        ticks.remove(len(blocks) - 2)  # no room beside the last
+    axes.set_xticks(ticks, [_tick(blocks[i], several) for i in ticks])
+    axes.set(xlabel="block", ylabel="STI")
+    axes.set_title("STI by block", fontsize=11, color=TEXT)
+    highest = max((block["sti"] for block in report.blocks.values()), default=0.0)
+    axes.set_ylim(0, (1.4 if several else 1.25) * (highest or 1.0))  # room for the legend
+    axes.legend(frameon=False, labelcolor=TEXT, fontsize=8.5, loc="upper right", borderaxespad=0)
+    _frame(axes)
+
+
+def _blocks_alt(report: InterferenceReport) -> str:
+    if not report.blocks:
+        return "Nothing was decomposed."
+    worst = max(report.blocks, key=lambda block: report.blocks[block]["sti"])
+    return (
+        f"Interference is largest in block {worst} ({_number(report.blocks[worst]['sti'])});"
+        f" in all it is {_number(report.total)}, and {_number(report.total_after)} after"
+        " orthogonalisation."
+    )
+
+
+def _layers(report: InterferenceReport) -> bytes:
+    return _depth_png(layers_of({n: w["sti"] for n, w in report.weights.items()}), "STI")
+
+
+def _layers_alt(report: InterferenceReport) -> str:
+    if not report.weights:
+        return "Nothing was decomposed."
+    worst = max(report.weights, key=lambda name: report.weights[name]["sti"])
+    return f"Most in {_plain(worst)}: {_number(report.weights[worst]['sti'])}."
+
+
+def _ranks(report: InterferenceReport) -> bytes:
+    """The largest rank used of any task; less is used where updates have no more."""
+    used = {name: max(weight["ranks"]) for name, weight in report.weights.items()}
+    return _depth_png(layers_of(used), "rank kept")
+
+
+def _ranks_alt(report: InterferenceReport) -> str:
+    ranks = [rank for weight in report.weights.values() for rank in weight["ranks"] if rank]
+    if not ranks:
+        return "Nothing was decomposed."
+    return f"Of every task {min(ranks)} to {max(ranks)} triplets of a weight are used."
+
+
+def _spectra(report: InterferenceReport) -> bytes:
+    """Singular values and energy over rank, a line a task."""
+    figure = _figure(3.7)
+    left, right = figure.subplots(1, 2)
+    share = np.asarray(report.spectra["rank_share"])
+    for axes, key in ((left, "singular_values"), (right, "energy")):
+        lines = np.asarray(report.spectra[key])
+        for line, (colour, name, width) in zip(lines, _task_lines(report), strict=True):
+            known = line > 0 if key == "singular_values" else np.ones_like(line, dtype=bool)
+            axes.plot(share[known], line[known], color=colour, linewidth=width, label=name)
+        axes.set_xlabel("triplets, share of min(shape)")
+    left.set(yscale="log", ylabel="σ over the largest", ylim=(1e-4, 1.5), xlim=(0, 1))
+    right.set(ylabel="energy kept", ylim=(0, 1.03), xlim=(0, 1))
+    _frame(left)
+    _percent(right)
+    left.xaxis.set_major_formatter("{x:.0%}")
+    rank_share = 1 / max(1, len(report.tasks))
+    right.axvline(rank_share, color=TEXT, linewidth=1, linestyle=":")
+    right.text(rank_share, 0.03, " 1/T", color=TEXT, fontsize=9)
+    left.set_title("Spectrum of the updates", fontsize=11, color=TEXT)
+    right.set_title("Energy in the leading triplets", fontsize=11, color=TEXT)
+    legend = right.legend(frameon=False, labelcolor=TEXT, fontsize=8.5, loc="lower right")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return _png(figure)
+
+
+def _spectra_alt(report: InterferenceReport) -> str:
+    energies = [task["energy"] for task in report.tasks]
+    return (
+        f"The triplets used hold {min(energies):.0%} to {max(energies):.0%} of the energy of the"
+        " updates."
+    )
+
+
+def _task_lines(report: InterferenceReport) -> list[tuple[str, str | None, float]]:
+    """Colour, name and width of the line of every task: of many, only the extremes have names."""
+    names = _labels(report)
+    if len(names) <= NAMED:
+        return [(colour, name, 1.6) for colour, name in zip(COLOURS, names, strict=False)]
+    spread = [task["effective_rank"] for task in report.tasks]
+    lines: list[tuple[str, str | None, float]] = [(COLOURS[4], None, 0.9) for _ in names]
+    for place, colour in (
+        (int(np.argmax(spread)), COLOURS[0]),
+        (int(np.argmin(spread)), COLOURS[1]),
+    ):
+        lines[place] = (colour, f"{names[place]}: effective rank {spread[place]:.0f}", 2.0)
+    return lines
+
+
+# Weights over depth
+
+
+def layers_of(values: Mapping[str, float]) -> list[Layer]:
+    """Weights in the order a model computes them.
+
+    Args:
+        values (`Mapping[str, float]`): by name.
+    """
+    return sorted(
+        (Layer(*block_and_kind(name), value) for name, value in values.items()),
+        key=lambda layer: (*_depth(layer.block), kind_order(layer.kind)),
+    )
+
+
+def _depth_png(layers: Sequence[Layer], what: str) -> bytes:
+    figure = _figure(0.9 + 2.5 * max(1, len(_by_tower(layers))))
+    _over_depth(figure, layers, what)
+    return _png(figure)
+
+
+def _over_depth(figure: Any, layers: Sequence[Layer], what: str) -> list[str]:
+    """A bar a weight in order of depth, a row a tower, a colour a kind; returns the kinds."""
+    towers = _by_tower(layers)
+    kinds = sorted({layer.kind for part in towers.values() for layer in part}, key=kind_order)
+    rows = figure.subplots(max(1, len(towers)), 1, squeeze=False)[:, 0]
+    for axes, (tower, part) in zip(rows, towers.items(), strict=False):
+        for kind in kinds:
+            places = [i for i, layer in enumerate(part) if layer.kind == kind]
+            heights = [part[i].value for i in places]
+            axes.bar(places, heights, width=0.8, color=_colour(kind, kinds), label=_plain(kind))
+        starts = [i for i, layer in enumerate(part) if not i or part[i - 1].block != layer.block]
+        names = [part[i].block.split()[-1] for i in starts]
+        step = max(1, -(-len(starts) // 24))
+        axes.set_xticks(starts[::step], names[::step], fontsize=8)
+        axes.set_xlabel(f"block of the {tower} tower" if tower != "other" else "weight")
+        axes.set_ylabel(what)
+        axes.margins(x=0.01)
+        _frame(axes)
+    if kinds:
+        handles, labels = rows[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(kinds)),
+                      frameon=False, labelcolor=TEXT, fontsize=9, handlelength=1.0)  # fmt: skip
+    return kinds
+
+
+def _by_tower(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+    """Weights of each tower; the few that are in no block only where there is nothing else."""
+    towers: dict[str, list[Layer]] = {}
+    for layer in layers:
+        towers.setdefault(layer.tower, []).append(layer)
+    if len(towers) > 1:
+        towers.pop("other", None)
+    return towers
+
+
+def _depth(block: str) -> tuple[int, int]:
+    """Vision tower first, then text, then what is in no block."""
+    tower, _, number = block.partition(" ")
+    return {"vision": 0, "text": 1}.get(tower, 2), int(number or 0)
+
+
+def _colour(kind: str, kinds: Sequence[str]) -> str:
+    return COLOURS[list(kinds).index(kind) % len(COLOURS)]
+
+
+def _tick(block: str, several: bool) -> str:
+    tower, _, number = block.partition(" ")
+    return f"{tower[0]}{number}" if several and number else number or tower
+
+
+# How they look
+
+
+def _figure(height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def _drawn(draw: Callable[[Axes, Any], None], report: Any, height: float) -> bytes:
+    figure = _figure(height)
+    draw(figure.subplots(), report)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    """The figure on nothing, so that it lies on whatever the page has."""
+    for axes in figure.axes:
+        axes.xaxis.label.set_color(TEXT)
+        axes.yaxis.label.set_color(TEXT)
+        axes.tick_params(colors=TEXT)
+        axes.spines[:].set_color(TEXT)
+        axes.patch.set_alpha(0)
+    out = io.BytesIO()
+    with warnings.catch_warnings():  # a name in a script that the font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(out, dpi=DPI, transparent=True, metadata={"Software": None})
+    return out.getvalue()
+
+
+def _frame(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=TEXT, alpha=0.25, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8.5)
+
+
+def _percent(axes: Axes) -> None:
+    _frame(axes)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.xaxis.set_major_formatter("{x:.0%}")
+
+
+def _plain(name: str) -> str:
+    """A name from elsewhere on one line."""
+    return printable(name).replace("\n", " ")
+
+
+def _labels(report: InterferenceReport) -> list[str]:
+    """Names of the tasks without what all of them begin with, and no longer than there is room."""
+    names = [_plain(task["name"]) for task in report.tasks]
+    common = re.match(r".*[-_/. ]|", os.path.commonprefix(names))  # noqa: RUF071
+    shared = len(common[0]) if common and len(names) > 1 else 0
+    names = [name[shared:] or name for name in names]
+    return [n if len(n) <= LONGEST_NAME else f"…{n[1 - LONGEST_NAME :]}" for n in names]
+
+
+def _number(value: float, largest: float | None = None) -> str:
+    """About three digits; beside others, as many decimals as the largest of them."""
+    size = abs(value if largest is None else largest)
+    if value == 0:
+        return "0"
+    if not 1e-3 <= size < 1e5:
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+    if size >= 1e4:
+        return f"{value / 1e3:.1f}k"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
