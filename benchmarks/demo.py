@@ -1,8 +1,8 @@
 """What hf-tsv does, in a few minutes: tiny CLIPs trained here, merged, compressed, measured.
 
 `python -m benchmarks.demo` trains a base and one fine-tune a task (cached in `.demo/`), runs
-`hf-tsv merge` with three methods, compresses every task to several sizes, and prints accuracies on
-test images that were not trained on.
+`hf-tsv merge` with three methods, compresses every task to several sizes, measures who disturbs
+whom, and prints accuracies on test images that were not trained on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import compression
+from benchmarks import compression, interference
 from benchmarks.prepared import bars, quiet_libraries, trained
 
 ALPHAS = (0.2, 0.3, 0.5)
@@ -44,7 +44,7 @@ def merge(folder: Path, names: Sequence[str], output: Path, *options: str) -> Pa
 
 def merge_all(folder: Path, names: Sequence[str], progress: Progress) -> dict[str, Path]:
     """Every merge of the demo, two processes at a time."""
-    wanted = {TSV: ["--method", "tsv"], AVERAGE: ["--method", "average"]}
+    wanted = {TSV: ["--method", "tsv", "--report"], AVERAGE: ["--method", "average"]}
     for alpha in ALPHAS:
         wanted[f"{ARITHMETIC} {alpha}"] = ["--method", "task-arithmetic", "--alpha", str(alpha)]
     bar = progress.add_task("Merging with hf-tsv", total=len(wanted))
@@ -136,17 +136,26 @@ def main() -> None:
         merged = merge_all(folder, names, progress)
         rows = measure(folder, merged, arguments.seed, progress)
         points = compression.measure(folder, rows[FINE_TUNED], arguments.seed, progress)
+        found = interference.report(folder, names)
+        groups = [*interference.extremes(found["pairs"]), range(len(names))]
+        pairs = interference.measure(
+            folder, found, groups, rows[FINE_TUNED], arguments.seed, progress
+        )
     Console().print(table(rows, names))
     plot = folder / "compression.svg"
     compression.plot(points, plot)
     Console().print(compression.table(points))
+    print("The pair of tasks that interferes most, the pair that interferes least, and all eight:")
+    Console().print(interference.table(pairs))
     seconds = time.monotonic() - started
     if arguments.json:
         compressed = [asdict(point) for point in points]
         content = {"tasks": names, "accuracy": rows, "compressed": compressed}
+        content["interference"] = [asdict(row) for row in pairs]
         content["seconds"] = round(seconds, 1)
         arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"The plot of it is in {plot}")
+    print(f"The plot of compression is in {plot}")
+    print(f"Who disturbs whom is in {folder / 'interference' / 'interference.html'}")
     print(f"\nDone in {seconds:.0f} s. The merged model is in\n{merged[TSV]}\nLoad it with\n")
     print("  from transformers import CLIPModel, CLIPProcessor")
     print(f"  model = CLIPModel.from_pretrained({str(merged[TSV])!r})")

@@ -30,6 +30,7 @@ from hf_tsv.recipe import RECIPE_FILE, Recipe, Settings
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 RECIPE_BYTES = 1_000_000
+OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT = "open_clip_config.json", "visual.conv1.weight"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class InspectReport:
         kind (`str`): `checkpoint`, `merge`, `factors`, or `other`.
         model_class (`str`, *optional*): that its config.json was saved by.
         model_type (`str`, *optional*): `model_type` of its config.json.
+        layout (`str`, *optional*): whose names its tensors have: `transformers`, `open_clip`, or
+            `task factors`.
         base_model (`list[str]`): what it says it was fine-tuned or made from.
         license (`str`, *optional*): as its card says.
         files (`dict[str, int]`): bytes of each weight file.
@@ -62,6 +65,7 @@ class InspectReport:
     kind: str
     model_class: str | None = None
     model_type: str | None = None
+    layout: str | None = None
     base_model: list[str] = field(default_factory=list)
     license: str | None = None
     files: dict[str, int] = field(default_factory=dict)
@@ -129,6 +133,7 @@ def _of_checkpoint(pinned: PinnedCheckpoint, opened: Checkpoint) -> InspectRepor
         kind="checkpoint" if recipe is None else "merge",
         model_class=layout.saved_class(opened.config),
         model_type=_text(opened.config.get("model_type")),
+        layout="transformers",
         **_sizes(pinned, {**opened.tensors, **opened.head}),
         tensors=tensors,
         recipe=recipe,
@@ -159,6 +164,7 @@ def _of_factors(pinned: PinnedCheckpoint, opened: TaskFactors) -> InspectReport:
         kind="factors",
         model_class=layout.saved_class(config.model_config),
         model_type=_text(config.model_config.get("model_type")),
+        layout="task factors",
         **_sizes(pinned, infos),
         tensors=tensors,
         factors={
@@ -197,10 +203,12 @@ def _of_other(pinned: PinnedCheckpoint, error: CheckpointError) -> InspectReport
                 infos[f"{key} in {name}" if key in infos else key] = info
         except CheckpointError as broken:
             unknown.append(broken.message)
+    open_clip = pinned.files.size(OPEN_CLIP_CONFIG) is not None or OPEN_CLIP_WEIGHT in infos
     return InspectReport(
         **_origin(pinned),
         kind="other",
         model_type=_text(config.get("model_type")),
+        layout="open_clip" if open_clip else None,
         **_sizes(pinned, infos),
         tensors={name: _described(info) for name, info in sorted(infos.items())},
         unknown=list(dict.fromkeys(unknown)),

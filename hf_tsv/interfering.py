@@ -56,6 +56,8 @@ class InterferenceReport:
             `threshold` from which it is said, and `tasks`, by place.
         warnings (`list[str]`): what the user should know, these included.
         seconds (`float`): wall time; beside a merge, of its computation.
+        timings (`dict[str, float]`): seconds `reading`, `waiting` for reads and writes,
+            `computing` and `writing`, over all weights.
         device (`str`): type of device computed on.
     """
 
@@ -71,6 +73,7 @@ class InterferenceReport:
     diagnoses: list[dict[str, Any]]
     warnings: list[str]
     seconds: float
+    timings: dict[str, float]
     device: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -256,6 +259,7 @@ def summary(
         ],
         warnings=warnings,
         seconds=round(seconds, 3),
+        timings=findings.seconds.rounded(),
         device=device.type,
     )
 

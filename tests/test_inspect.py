@@ -147,7 +147,7 @@ def test_other_safetensors_are_listed_by_their_names(tmp_path: Path) -> None:
     )
     (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {}}')
     found = hf_tsv.inspect(tmp_path)
-    assert (found.kind, found.parameters) == ("other", 12)
+    assert (found.kind, found.layout, found.parameters) == ("other", "open_clip", 12)
     (entry,) = found.tensors.values()
     assert entry == {"shape": [6, 2], "dtype": "F32", "bytes": 48}
     assert found.unknown
@@ -157,7 +157,7 @@ def test_another_architecture_is_said(tmp_path: Path) -> None:
     save_file({"encoder.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     found = hf_tsv.inspect(tmp_path)
-    assert (found.kind, found.model_type) == ("other", "bert")
+    assert (found.kind, found.layout, found.model_type) == ("other", None, "bert")
     assert any("is not a CLIP checkpoint" in text for text in found.unknown)
 
 

@@ -21,7 +21,7 @@ from hf_tsv.diagnosis import COMPARABLE, FAR_ABOVE
 TASKS = 3
 KEYS = {
     "tasks", "base_model", "total", "total_after", "pairs", "weights", "blocks", "kinds",
-    "spectra", "diagnoses", "warnings", "seconds", "device",
+    "spectra", "diagnoses", "warnings", "seconds", "timings", "device",
 }  # fmt: skip
 REPORT_FILES = [
     "blocks.png", "interference.html", "interference.json", "layers.png", "pairs.png", "ranks.png",

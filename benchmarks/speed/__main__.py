@@ -16,7 +16,16 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.speed import accuracy, compressions, curves, machine, merges, results, synthetic
+from benchmarks.speed import (
+    accuracy,
+    compressions,
+    curves,
+    machine,
+    merges,
+    reports,
+    results,
+    synthetic,
+)
 from benchmarks.speed.merges import Conditions
 from benchmarks.speed.synthetic import MODELS, SPECTRA, Zoo
 
@@ -61,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     what = made.add_argument_group("what is measured [default: --merge]")
     what.add_argument("--merge", action="store_true", help="merges against the plain algorithm")
     what.add_argument("--compress", action="store_true", help="compression, merging from factors")
+    what.add_argument("--reports", action="store_true", help="merge --report, and interference")
     what.add_argument("--spectra", action="store_true", help="errors of one weight, all spectra")
     what.add_argument("--curves", action="store_true", help="time over tasks, layers, processes")
     what.add_argument(
@@ -120,6 +130,16 @@ def measure_full_depth(session: Session) -> None:
         session.add("alone", _key(zoo, conditions), row)
 
 
+def measure_reports(session: Session) -> None:
+    """What reports on interference cost."""
+    conditions = session.conditions
+    interpreter = merges.interpreter_bytes(conditions.device)
+    for zoo in _zoos(session):
+        rates = machine.rates(zoo, conditions.device)
+        row = reports.compare(zoo, conditions, rates, interpreter)
+        session.add("reports", _key(zoo, conditions), row)
+
+
 def measure_compressions(session: Session) -> None:
     """Compression, and merging from factors."""
     for zoo in _zoos(session):
@@ -159,11 +179,16 @@ def main() -> None:
     facts = machine.facts(sys.argv[1:], chosen.device)
     console = Console(stderr=True)
     session = Session(chosen, conditions, results.opened(chosen.name), facts, console)
-    others = [chosen.compress, chosen.spectra, chosen.curves, chosen.full_depth]
-    if chosen.merge or not any(others):
+    others = {
+        measure_compressions: chosen.compress,
+        measure_reports: chosen.reports,
+        measure_spectra: chosen.spectra,
+        measure_curves: chosen.curves,
+        measure_full_depth: chosen.full_depth,
+    }
+    if chosen.merge or not any(others.values()):
         measure_merges(session)
-    parts = (measure_compressions, measure_spectra, measure_curves, measure_full_depth)
-    for wanted, measure in zip(others, parts, strict=True):
+    for measure, wanted in others.items():
         if wanted:
             measure(session)
     print((session.found.folder / f"{chosen.name}.md").read_text())

@@ -128,24 +128,25 @@ def compare(zoo: Zoo, conditions: Conditions, rates: Rates, interpreter: int) ->
     runs = in_turn(commands(zoo, conditions), conditions, zoo.files())
     outputs = (output_of(name) / plain.FILE for name in (PLAIN, OURS))
     errors = file_errors(zoo, *outputs, conditions.device)
-    return _row(zoo, conditions, rates, interpreter, runs, errors)
+    return row(zoo, conditions, rates, interpreter, runs, errors)
 
 
 def ours_alone(zoo: Zoo, conditions: Conditions, rates: Rates, interpreter: int) -> MergeRow:
     """Measure hf-tsv only: what the plain algorithm has no memory for."""
     command = {OURS: lambda out: our_command(zoo.base, zoo.tasks, out, conditions.device)}
     runs = in_turn(command, conditions, zoo.files())
-    return _row(zoo, conditions, rates, interpreter, runs, None)
+    return row(zoo, conditions, rates, interpreter, runs)
 
 
-def _row(
+def row(
     zoo: Zoo,
     conditions: Conditions,
     rates: Rates,
     interpreter: int,
     runs: Mapping[str, Sequence[Run]],
-    errors: FileErrors | None,
+    errors: FileErrors | None = None,
 ) -> MergeRow:
+    """What was measured on a zoo."""
     return MergeRow(
         zoo.model,
         len(zoo.tasks),

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.speed.compressions import CHECKPOINTS, FACTORS
 from benchmarks.speed.curves import draw, seconds
 from benchmarks.speed.merges import OURS, PLAIN
+from benchmarks.speed.reports import INTERFERENCE, REPORT
 
 BOUND = 4
 """Times the largest weight of all checkpoints that a merge may take."""
@@ -76,6 +77,7 @@ def markdown(results: Results) -> str:
         "merge": _merges,
         "alone": _alone,
         "compress": _compressions,
+        "reports": _reports,
         "spectra": _spectra,
     }
     lines = ["# Speed and accuracy", ""]
@@ -203,6 +205,34 @@ def _compressions(rows: Iterable[Row]) -> list[str]:
         "## Compressing one task, and merging from factors of all",
         "",
         "At r = k/T; the bytes of the factors are a share of the checkpoint's.",
+        "",
+        *_table(head, lines),
+    ]
+
+
+def _reports(rows: Iterable[Row]) -> list[str]:
+    head = [
+        "model", "tasks", "layers", "conditions", "merge", "with its report", "wall ratio",
+        "compute ratio", "report alone", "wall ratio", "compute ratio", "peak, with its report",
+        "peak, report alone", "bound",
+    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        merge, *others = (row["runs"][name] for name in (OURS, REPORT, INTERFERENCE))
+        cells = [row["model"], row["tasks"], row["layers"], _conditions(row)]
+        cells.append(_span(_walls(merge), " s"))
+        for runs in others:
+            cells += [
+                _span(_walls(runs), " s"),
+                _ratio(_walls(runs), _walls(merge)),
+                _ratio(_computing(runs), _computing(merge)),
+            ]
+        cells += [_megabytes(max(run["peak_bytes"] for run in runs)) for runs in others]
+        lines.append([*cells, _memory(row)[1]])
+    return [
+        "## A report on interference: beside the merge, and alone",
+        "",
+        "Ratios are to the time of the merge without a report: below 1 is less.",
         "",
         *_table(head, lines),
     ]

@@ -54,6 +54,7 @@ def _text(report: InspectReport) -> str:
     rows = [
         (report.kind, options.pinned({"ref": report.ref, "revision": report.revision})),
         ("class", report.model_class or report.model_type or "unknown"),
+        ("layout", report.layout or "unknown"),
         ("base model", ", ".join(report.base_model) or "not said"),
         ("license", report.license or "not said"),
         *(("file", f"{name}  {human_bytes(size)}") for name, size in report.files.items()),
