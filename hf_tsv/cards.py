@@ -20,6 +20,7 @@ from hf_tsv.progress import human_bytes
 from hf_tsv.recipe import Recipe
 
 if TYPE_CHECKING:
+    from hf_tsv.checkpoints.reader import Format
     from hf_tsv.factors import FactorsConfig, StoredWeight
     from hf_tsv.interfering import InterferenceReport
     from hf_tsv.plots import Picture
@@ -71,6 +72,7 @@ def merge_card(
     inputs: Sequence[CardInput],
     *,
     full_model: bool,
+    out_format: Format,
     repo_id: str | None,
     counts: Mapping[str, int],
     left_out: Mapping[str, Sequence[str]],
@@ -85,6 +87,7 @@ def merge_card(
         base ([`CardInput`]): W0.
         inputs (`Sequence[CardInput]`): the tasks.
         full_model (`bool`): a whole `CLIPModel`, not one tower.
+        out_format (`str`): whose files its weights are.
         repo_id (`str`, *optional*): where it will be pushed.
         counts (`Mapping[str, int]`): tensors per treatment.
         left_out (`Mapping[str, Sequence[str]]`): task heads not merged, by checkpoint.
@@ -99,7 +102,7 @@ def merge_card(
     data = ModelCardData(
         base_model=list(dict.fromkeys(on_hub)) or None,
         base_model_relation="merge" if on_hub else None,
-        library_name="transformers",
+        library_name=out_format,
         pipeline_tag="zero-shot-image-classification" if full_model else "image-feature-extraction",
         tags=["merge", "task-singular-vectors", "hf-tsv", "clip"],
         license=common_license(inputs),
@@ -115,6 +118,7 @@ def merge_card(
         fence=_fence(recipe.to_yaml()),
         repo_id=repo_id,
         full_model=full_model,
+        out_format=out_format,
         counts=counts,
         left_out=left_out,
         warnings=warnings,
@@ -267,7 +271,12 @@ def _compress_command(config: FactorsConfig, *options: str) -> str:
 
 
 def reconstructed_card(
-    config: FactorsConfig, factors: CardInput, repo_id: str | None, *, full_model: bool
+    config: FactorsConfig,
+    factors: CardInput,
+    repo_id: str | None,
+    *,
+    full_model: bool,
+    out_format: Format,
 ) -> str:
     """Card of a checkpoint made from task factors.
 
@@ -276,13 +285,14 @@ def reconstructed_card(
         factors ([`CardInput`]): the factors it was made from.
         repo_id (`str`, *optional*): where it will be pushed.
         full_model (`bool`): a whole `CLIPModel`, not one tower.
+        out_format (`str`): whose files its weights are.
     """
     zero_shot = "zero-shot-image-classification" if full_model else "image-feature-extraction"
     base = CardInput(config.base_model.ref, config.base_model.revision)
     data = ModelCardData(
         base_model=base.ref if base.revision else None,
         base_model_relation="finetune" if base.revision else None,
-        library_name="transformers",
+        library_name=out_format,
         pipeline_tag="image-classification" if config.task_head else zero_shot,
         tags=["task-singular-vectors", "hf-tsv", "clip"],
         license=config.source.license,
@@ -295,6 +305,7 @@ def reconstructed_card(
         source=CardInput(config.source.ref, config.source.revision),
         factors=factors,
         repo_id=repo_id,
+        out_format=out_format,
     )
 
 

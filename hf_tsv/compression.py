@@ -28,6 +28,7 @@ from hf_tsv.compressed_files import (
     write_factors,
 )
 from hf_tsv.delivery import Target, final_folder, push
+from hf_tsv.errors import CheckpointError
 from hf_tsv.factors import (
     ADAPTER_FORMAT,
     FACTORS_CONFIG,
@@ -370,6 +371,11 @@ def _prepare(sources: Sources, options: Options) -> Job:
     base, source = sources.base, job.source
     check_fit(base, [source])
     warnings = [*sources.warnings, *config_warnings(base, [source])]
+    if options.format == "peft" and base.format == "open_clip":
+        raise CheckpointError(
+            f"The base model {base} is in OpenCLIP's format, which PEFT does not load.",
+            "Leave --format out: task factors serve every format.",
+        )
     if options.format == "peft" and source.head:
         warnings.append(f"An adapter has no place for the task head {', '.join(source.head)}.")
     for warning in warnings:

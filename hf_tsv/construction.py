@@ -6,7 +6,6 @@ in a journal what is finished.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from hf_tsv.diagnosis import diagnoses
 from hf_tsv.errors import CheckpointError, HfTsvError, LostProcessError, OutputError, RecipeError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.findings import Finding, Findings
-from hf_tsv.plan import MergePlan, make_plan
+from hf_tsv.plan import MergePlan, make_plan, resolved
 from hf_tsv.processes import Processes
 from hf_tsv.progress import bar, logger
 from hf_tsv.recipe import PinnedInput, Settings, check_number, current_versions
@@ -187,6 +186,7 @@ def prepare(
     if not any(scales):
         raise RecipeError("Every weight is 0.", "Give at least one task a weight.")
     sources = open_sources(checkpoints, base_ref, token=token, cache_dir=cache_dir)
+    settings = resolved(sources.base, settings)
     plan = make_plan(sources.base, sources.inputs, settings)
     missing = companions.warnings(sources.base) if writes else []
     found = [*warnings, *sources.warnings, *plan.warnings, *missing]
@@ -450,11 +450,12 @@ def _merge_share(
 def _complete(folder: Path, job: Job) -> None:
     """Write what makes the weights load: config, processor, tokenizer."""
     base = job.sources.base
-    companions.copy(base, folder)
-    config = companions.output_config(base, {spec.dtype for spec in job.plan.specs.values()})
+    kind = job.settings.out_format or base.format
+    dtypes = {spec.dtype for spec in job.plan.specs.values()}
+    config = companions.output_config(base, dtypes, kind)
     if job.head is not None and job.head.head:
         config |= companions.head_config(job.head.config.model_config, job.head.head)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    companions.write(base, folder, config, kind)
 
 
 def _check_fingerprints(job: Job, findings: Findings) -> None:

@@ -42,8 +42,8 @@ T = TypeVar("T")
 RETRY_WAITS = (1, 2, 4, 8)  # seconds, as the client does where it retries
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 DOWNLOAD_THREADS = 8
-CONFIGS = ("config.json", "tsv_config.json")
-STEMS = ("model", "task_factors")
+CONFIGS = ("config.json", "tsv_config.json", "open_clip_config.json")
+STEMS = ("model", "task_factors", "open_clip_model")
 WEIGHT_FILES = tuple(f"{stem}.safetensors{end}" for stem in STEMS for end in ("", ".index.json"))
 MARKERS = ("hf_tsv_recipe.yaml", "tsv_config.json", "hf_tsv_reconstruction.json")
 """One of them is in everything that hf-tsv writes."""

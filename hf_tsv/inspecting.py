@@ -133,7 +133,7 @@ def _of_checkpoint(pinned: PinnedCheckpoint, opened: Checkpoint) -> InspectRepor
         kind="checkpoint" if recipe is None else "merge",
         model_class=layout.saved_class(opened.config),
         model_type=_text(opened.config.get("model_type")),
-        layout="transformers",
+        layout=opened.format,
         **_sizes(pinned, {**opened.tensors, **opened.head}),
         tensors=tensors,
         recipe=recipe,

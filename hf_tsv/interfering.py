@@ -103,7 +103,7 @@ def interference(
     rank: int | None = None,
     rank_fraction: float | None = None,
     exclude: str | Sequence[str] = Settings.exclude,
-    qkv: str = Settings.qkv,
+    qkv: str | None = Settings.qkv,
     device: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -122,7 +122,8 @@ def interference(
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
         rank_fraction (`float`, *optional*): the same as a share of k.
         exclude (`Sequence[str]`): globs of weights that a merge would average.
-        qkv (`str`): `split` or `fused` attention projections.
+        qkv (`str`, *optional*): `split` or `fused` attention projections; default: as the base
+            stores them.
         device (`str`, *optional*): default: the one accelerate chooses.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.

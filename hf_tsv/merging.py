@@ -89,9 +89,10 @@ def merge(
     rank: int | None = None,
     rank_fraction: float | None = None,
     exclude: str | Sequence[str] = Settings.exclude,
-    qkv: str = Settings.qkv,
+    qkv: str | None = Settings.qkv,
     dtype: str | None = None,
     max_shard_size: int | str = Settings.max_shard_size,
+    out_format: str | None = None,
     device: str | None = None,
     force: bool = False,
     private: bool | None = None,
@@ -125,9 +126,11 @@ def merge(
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
         rank_fraction (`float`, *optional*): the same as a share of k.
         exclude (`Sequence[str]`): globs of weights that are averaged instead.
-        qkv (`str`): `split` or `fused` attention projections.
+        qkv (`str`, *optional*): `split` or `fused` attention projections; default: as the base
+            stores them.
         dtype (`str`, *optional*): of the output; default as the base.
         max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
+        out_format (`str`, *optional*): `transformers` or `open_clip`; default: as the base.
         device (`str`, *optional*): default: the one accelerate chooses.
         force (`bool`): replace an output folder that hf-tsv wrote.
         private (`bool`, *optional*): make a new repository private.
@@ -170,6 +173,7 @@ def merge(
             settings = Settings(
                 method, orthogonalizer, alpha, rank, rank_fraction,  # type: ignore[arg-type]
                 tuple(_listed(exclude)), qkv, dtype, max_shard_size, precision,  # type: ignore[arg-type]
+                out_format,  # type: ignore[arg-type]
             )  # fmt: skip
             named = references or base_ref is not None or weights is not None
             if recipe is not None and (named or settings != Settings()):
@@ -287,6 +291,7 @@ def _card(
         card_input(job.sources.base),
         [card_input(*pair) for pair in zip(job.sources.inputs, job.scales, strict=True)],
         full_model=layout.is_full_model(job.sources.base.tensors),
+        out_format=job.settings.out_format or job.sources.base.format,
         repo_id=target.push_to,
         counts=job.plan.counts(findings.frozen),
         left_out={card_input(c).name: c.left_out for c in job.sources.inputs if c.left_out},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Literal
@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 
 from hf_tsv import tsv
-from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints import layout, open_clip
 from hf_tsv.checkpoints.reader import Checkpoint, TensorInfo
 from hf_tsv.checkpoints.writer import ShardPlan, TensorSpec, plan_shards
 from hf_tsv.errors import CheckpointError
 from hf_tsv.factors import TaskFactors
-from hf_tsv.recipe import AVERAGED_BY_DEFAULT, Settings
+from hf_tsv.recipe import AVERAGED_BY_DEFAULT, Qkv, Settings
 from hf_tsv.sources import Task
 
 NEGLIGIBLE_ENERGY = 1e-9
@@ -84,23 +84,63 @@ class MergePlan:
 def make_plan(base: Checkpoint, inputs: Sequence[Task], settings: Settings) -> MergePlan:
     """Compare all headers and choose a treatment for every tensor of the base.
 
+    Args:
+        base ([`Checkpoint`]): W0.
+        inputs (`Sequence[Checkpoint | TaskFactors]`): the tasks.
+        settings ([`Settings`]): how to merge, [`resolved`].
+
     Raises:
         [`CheckpointError`]: weights missing, extra or of another shape; all are listed.
     """
     check_fit(base, inputs)
+    written = list(base.tensors)
+    if settings.out_format == "open_clip":
+        written = [name for name in written if not name.endswith(layout.BUFFER)]
     weights = tuple(
-        _treat(names, base, inputs, settings) for names in _group(base.tensors, settings.qkv)
+        _treat(names, base, inputs, settings) for names in _group(written, settings.qkv)
     )
-    specs = {name: _spec(info, settings) for name, info in base.tensors.items()}
+    specs = {name: _spec(base.tensors[name], settings) for name in written}
     warnings = [*config_warnings(base, inputs), *_rank_warnings(weights, len(inputs), settings)]
     warnings += _exclude_warnings(base, settings)
     if len(inputs) > 1:  # one task alone is reconstructed, not merged
         warnings += _energy_warnings(weights, inputs)
     return MergePlan(
         weights,
-        plan_shards(specs, settings.max_shard_size),
+        lay_out(specs, base, settings),
         specs,
         tuple(warnings),
+    )
+
+
+def lay_out(specs: dict[str, TensorSpec], base: Checkpoint, settings: Settings) -> ShardPlan:
+    """The output files.
+
+    Args:
+        specs (`dict[str, TensorSpec]`): by canonical name.
+        base ([`Checkpoint`]): W0.
+        settings ([`Settings`]): how to merge.
+    """
+    if settings.out_format != "open_clip":
+        return plan_shards(specs, settings.max_shard_size)
+    if not layout.is_full_model(base.tensors):
+        raise CheckpointError(
+            f"The base model {base} is one tower, and OpenCLIP stores whole models.",
+            "Leave --out-format out.",
+        )
+    placed = open_clip.placed(specs)
+    return plan_shards(specs, settings.max_shard_size, open_clip.SINGLE_FILE, placed)
+
+
+def resolved(base: Checkpoint, settings: Settings) -> Settings:
+    """The settings with what depends on the base model: its format, and how it stores attention.
+
+    Args:
+        base ([`Checkpoint`]): W0.
+        settings ([`Settings`]): how to merge.
+    """
+    stored: Qkv = "fused" if base.format == "open_clip" else "split"
+    return replace(
+        settings, qkv=settings.qkv or stored, out_format=settings.out_format or base.format
     )
 
 
@@ -111,14 +151,15 @@ def treatments(checkpoint: Checkpoint, settings: Settings) -> tuple[Weight, ...]
         checkpoint ([`Checkpoint`]): a base model, or a fine-tune.
         settings ([`Settings`]): how to merge.
     """
+    settings = resolved(checkpoint, settings)
     groups = _group(checkpoint.tensors, settings.qkv)
     return tuple(_treat(names, checkpoint, [checkpoint], settings) for names in groups)
 
 
-def _group(tensors: object, qkv: str) -> list[tuple[str, ...]]:
+def _group(tensors: object, qkv: str | None) -> list[tuple[str, ...]]:
     """Names in order, with the q, k, v weights of an attention together when they are fused."""
     names = sorted(tensors)  # type: ignore[call-overload]
-    if qkv == "split":
+    if qkv != "fused":
         return [(name,) for name in names]
     present = set(names)
     groups: list[tuple[str, ...]] = []

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_args
 import yaml
 
 from hf_tsv import __version__
+from hf_tsv.checkpoints.reader import Format
 from hf_tsv.errors import RecipeError
 from hf_tsv.linalg import Orthogonalizer, Precision
 from hf_tsv.tsv import Method
@@ -46,10 +47,13 @@ class Settings:
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
         rank_fraction (`float`, *optional*): the same as a share of k.
         exclude (`tuple[str, ...]`): globs of canonical names that are averaged instead.
-        qkv (`str`): `split` decomposes the attention projections one by one, `fused` stacked.
+        qkv (`str`, *optional*): `split` decomposes the attention projections one by one, `fused`
+            stacked; default as the base stores them.
         dtype (`str`, *optional*): of the output; default as the base.
         max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
         precision (`str`): `fast`: by Gram matrices, each result checked; `exact`: full SVDs.
+        out_format (`str`, *optional*): of the output, `transformers` or `open_clip`; default as the
+            base.
     """
 
     method: Method = "tsv"
@@ -58,16 +62,18 @@ class Settings:
     rank: int | None = None
     rank_fraction: float | None = None
     exclude: tuple[str, ...] = AVERAGED_BY_DEFAULT
-    qkv: Qkv = "split"
+    qkv: Qkv | None = None
     dtype: Dtype | None = None
     max_shard_size: int | str = "5GB"
     precision: Precision = "fast"
+    out_format: Format | None = None
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, get_args(Method))
         _one_of("orthogonalizer", self.orthogonalizer, get_args(Orthogonalizer))
         _one_of("precision", self.precision, get_args(Precision))
-        _one_of("qkv", self.qkv, get_args(Qkv))
+        _one_of("qkv", self.qkv, (None, *get_args(Qkv)))
+        _one_of("out_format", self.out_format, (None, *get_args(Format)))
         _one_of("dtype", self.dtype, (None, *get_args(Dtype)))
         check_number("alpha", self.alpha)
         object.__setattr__(self, "alpha", float(self.alpha))  # of NumPy or a whole number

@@ -14,13 +14,14 @@ import torch
 
 from hf_tsv import __version__, cards, processes
 from hf_tsv.checkpoints import layout
-from hf_tsv.checkpoints.writer import TensorSpec, plan_shards
+from hf_tsv.checkpoints.writer import TensorSpec
 from hf_tsv.construction import Job, Outcome, execute, follow, prepare
 from hf_tsv.costs import memory_size, peak_memory
 from hf_tsv.delivery import Target
 from hf_tsv.errors import CheckpointError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.findings import Findings
+from hf_tsv.plan import lay_out
 from hf_tsv.progress import visible_by_default
 from hf_tsv.recipe import Settings
 from hf_tsv.sources import pinned_entry
@@ -181,7 +182,7 @@ def _with_head(job: Job, factors: TaskFactors) -> Job:
     for name, info in factors.head.items():
         dtype = wanted if wanted is not None and info.dtype.is_floating_point else info.dtype
         specs[name] = TensorSpec(dtype, info.shape)
-    shards = plan_shards(specs, job.settings.max_shard_size)
+    shards = lay_out(specs, job.sources.base, job.settings)
     plan = replace(job.plan, specs=specs, shards=shards)
     return replace(job, plan=plan, head=factors, verb="Reconstructing")
 
@@ -209,5 +210,8 @@ def _describe(
     (folder / RECONSTRUCTION_FILE).write_text(text, encoding="utf-8")
     made_from = cards.CardInput(item.pinned.ref, item.pinned.revision)
     full_model = layout.is_full_model(base.tensors)
-    card = cards.reconstructed_card(item.config, made_from, target.push_to, full_model=full_model)
+    card = cards.reconstructed_card(
+        item.config, made_from, target.push_to,
+        full_model=full_model, out_format=job.settings.out_format or base.format,
+    )  # fmt: skip
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -73,6 +73,7 @@ def card_of(
         base,
         inputs,
         full_model=full_model,
+        out_format="transformers",
         repo_id=repo_id,
         counts={"decomposed": 12, "averaged": 3, "copied": 5},
         left_out=left_out or {},
@@ -256,7 +257,9 @@ def compressed_cards(config: FactorsConfig, repo_id: str | None = None) -> dict[
     return {
         "factors": factors_card(config, repo_id),
         "adapter": adapter_card(config, repo_id, "CLIPModel", dense=True),
-        "reconstructed": reconstructed_card(config, made_from(config), repo_id, full_model=True),
+        "reconstructed": reconstructed_card(
+            config, made_from(config), repo_id, full_model=True, out_format="transformers"
+        ),
     }
 
 
@@ -302,8 +305,9 @@ def test_a_reconstruction_names_the_pipeline_that_it_fits(
     head: list[str], full_model: bool, pipeline: str
 ) -> None:
     card = reconstructed_card(
-        described(head=head), CardInput("me/a-tsv", SHA), None, full_model=full_model
-    )
+        described(head=head), CardInput("me/a-tsv", SHA), None,
+        full_model=full_model, out_format="transformers",
+    )  # fmt: skip
     assert front_matter(card)["pipeline_tag"] == pipeline
     assert ("CLIPForImageClassification" in card) == bool(head)
 

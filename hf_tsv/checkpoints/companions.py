@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from hf_tsv.checkpoints import layout
-from hf_tsv.checkpoints.files import MAX_JSON_BYTES
-from hf_tsv.checkpoints.reader import Checkpoint, TensorInfo
+from hf_tsv.checkpoints import layout, open_clip
+from hf_tsv.checkpoints.files import MAX_JSON_BYTES, read_json
+from hf_tsv.checkpoints.reader import Checkpoint, Format, TensorInfo
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.errors import CheckpointError
 
@@ -35,7 +35,8 @@ def warnings(base: Checkpoint) -> list[str]:
     """What the output will lack to work in a pipeline."""
     have = set(present(base.pinned))
     missing = []
-    if "vision_model" in layout.towers(base.tensors) and not have & set(PROCESSOR_FILES):
+    has_processor = have & set(PROCESSOR_FILES) or base.format == "open_clip"
+    if "vision_model" in layout.towers(base.tensors) and not has_processor:
         missing.append("image processor")
     if "text_model" in layout.towers(base.tensors) and not have & set(TOKENIZER_FILES):
         missing.append("tokenizer")
@@ -45,15 +46,44 @@ def warnings(base: Checkpoint) -> list[str]:
     ]
 
 
-def copy(base: Checkpoint, folder: Path) -> None:
-    """Copy the companion files of the base model into the output folder."""
+def write(base: Checkpoint, folder: Path, config: dict[str, Any], out_format: Format) -> None:
+    """Put beside the weights what makes them load: config, processor, tokenizer.
+
+    Args:
+        base ([`Checkpoint`]): whose companion files are copied.
+        folder (`Path`): of the output.
+        config (`dict[str, Any]`): of the output, as transformers writes it.
+        out_format (`str`): whose files the weights are.
+    """
     for name in present(base.pinned):
         if (base.pinned.files.size(name) or 0) > MAX_JSON_BYTES:
             raise CheckpointError(f"{base}: {name} is too large to be what it says.")
         (folder / name).write_bytes(base.pinned.files.read(name))
+    if out_format == "transformers":
+        _write_json(folder / "config.json", config)
+    if base.format == out_format == "open_clip":
+        _write_json(folder / open_clip.CONFIG_FILE, _own_config(base))
+    elif out_format == "open_clip":
+        processor = next((n for n in PROCESSOR_FILES if (folder / n).exists()), None)
+        images = json.loads((folder / processor).read_text()) if processor else {}
+        images = images.get("image_processor", images)
+        _write_json(folder / open_clip.CONFIG_FILE, open_clip.open_clip_config(config, images))
+    elif base.format == "open_clip" and not set(present(base.pinned)) & set(PROCESSOR_FILES):
+        processor_config = open_clip.processor_config(_own_config(base))
+        _write_json(folder / "preprocessor_config.json", processor_config)
 
 
-def output_config(base: Checkpoint, dtypes: set[torch.dtype]) -> dict[str, Any]:
+def _own_config(base: Checkpoint) -> dict[str, Any]:
+    return read_json(base.pinned.files, open_clip.CONFIG_FILE, str(base))
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def output_config(
+    base: Checkpoint, dtypes: set[torch.dtype], out_format: Format = "transformers"
+) -> dict[str, Any]:
     """config.json of the output: the base's, with the dtype that was written.
 
     transformers loads in the config's dtype whatever the tensors have, so the two must agree.
@@ -61,9 +91,14 @@ def output_config(base: Checkpoint, dtypes: set[torch.dtype]) -> dict[str, Any]:
     Args:
         base ([`Checkpoint`]): whose config it is.
         dtypes (`set[torch.dtype]`): of all written tensors.
+        out_format (`str`): for OpenCLIP, complete with what transformers leaves out.
     """
     config: dict[str, Any] = json.loads(json.dumps(base.config))
     config.pop("auto_map", None)  # it would point at code, and no code is copied
+    if out_format == "open_clip":
+        from transformers import CLIPConfig
+
+        return {**CLIPConfig(**config).to_dict()}
     floating = {dtype for dtype in dtypes if dtype.is_floating_point}
     if len(floating) == 1:
         name = str(next(iter(floating))).removeprefix("torch.")

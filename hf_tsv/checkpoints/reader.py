@@ -7,12 +7,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints import layout, open_clip
 from hf_tsv.checkpoints.files import Files, inside_folder, read_json
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.errors import CheckpointError
@@ -25,6 +25,9 @@ CONFIG_FILE = "config.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 64  # the limit of torch
 FIRST_READ_BYTES = 100_000  # holds the whole header of most checkpoints: one request instead of two
+
+Format = Literal["transformers", "open_clip"]
+"""Whose names, shapes and config the files of a checkpoint have."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -51,6 +54,7 @@ class TensorInfo:
         shape (`tuple[int, ...]`): sizes of its dimensions.
         start (`int`): first byte in the file.
         nbytes (`int`): its length in bytes.
+        transposed (`bool`): the file holds its transpose.
     """
 
     file: str
@@ -58,6 +62,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,11 @@ class Checkpoint:
 
     Args:
         pinned ([`PinnedCheckpoint`]): which commit or folder.
-        config (`dict[str, Any]`): its config.json.
+        config (`dict[str, Any]`): its config.json; of OpenCLIP, what that would be.
         tensors (`Mapping[str, TensorInfo]`): by canonical name.
         weight_files (`tuple[str, ...]`): the files these lie in, index included.
         head (`Mapping[str, TensorInfo]`): its task head, by stored name; no base has one.
+        format (`str`): whose files they are.
     """
 
     pinned: PinnedCheckpoint
@@ -77,6 +83,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     weight_files: tuple[str, ...]
     head: Mapping[str, TensorInfo] = field(default_factory=dict)
+    format: Format = "transformers"
 
     def __str__(self) -> str:
         return str(self.pinned)
@@ -84,7 +91,8 @@ class Checkpoint:
     @property
     def needed_files(self) -> tuple[str, ...]:
         """What a run reads of it."""
-        return (CONFIG_FILE, *self.weight_files)
+        config = open_clip.CONFIG_FILE if self.format == "open_clip" else CONFIG_FILE
+        return (config, *self.weight_files)
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -127,7 +135,9 @@ def read_tensor(
     raw = empty(info.nbytes, dtype=torch.uint8, pinned=pinned)
     if info.nbytes:
         files.read_into(info.file, info.start, byte_view(raw))
-    tensor = raw.view(info.dtype).reshape(info.shape)
+    tensor = raw.view(info.dtype).reshape(info.shape[::-1] if info.transposed else info.shape)
+    if info.transposed:
+        tensor = tensor.mT.contiguous()
     if tensor.is_floating_point() and tensor.numel() and not math.isfinite(largest_entry(tensor)):
         count = int(tensor.numel() - tensor.isfinite().sum())
         raise CheckpointError(
@@ -168,6 +178,8 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
         [`CheckpointError`]: not a CLIP, no safetensors, or a damaged file or index.
     """
     owner = str(pinned)
+    if _is_open_clip(pinned.files):
+        return _open_open_clip(pinned, owner)
     config = read_json(pinned.files, CONFIG_FILE, owner)
     kind = layout.layout_of(config, owner)
     stored, files = read_headers(pinned.files, SINGLE_FILE, owner)
@@ -182,6 +194,31 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
         else:
             tensors[canonical] = info
     return Checkpoint(pinned, config, tensors, files, head)
+
+
+def _is_open_clip(files: Files) -> bool:
+    """Whether there are files of OpenCLIP, and not those of transformers beside them."""
+    if files.size(open_clip.CONFIG_FILE) is None:
+        return False
+    return not any(files.size(name) for name in (SINGLE_FILE, index_of(SINGLE_FILE)))
+
+
+def _open_open_clip(pinned: PinnedCheckpoint, owner: str) -> Checkpoint:
+    config = open_clip.transformers_config(
+        read_json(pinned.files, open_clip.CONFIG_FILE, owner), owner
+    )
+    stored, files = read_headers(pinned.files, open_clip.SINGLE_FILE, owner)
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in sorted(stored.items()):
+        for part in open_clip.parts_of(name, info.shape, owner):
+            shape = info.shape[::-1] if part.transposed else info.shape
+            if part.of > 1:
+                shape = (shape[0] // part.of, *shape[1:])
+            size = info.nbytes // part.of
+            tensors[part.name] = TensorInfo(
+                info.file, info.dtype, shape, info.start + part.index * size, size, part.transposed
+            )
+    return Checkpoint(pinned, config, tensors, files, format="open_clip")
 
 
 def index_of(single: str) -> str:

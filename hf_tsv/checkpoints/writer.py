@@ -10,13 +10,14 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
+from hf_tsv.checkpoints.open_clip import Part
 from hf_tsv.checkpoints.reader import DTYPE_NAMES, SINGLE_FILE, byte_view, index_of
 from hf_tsv.errors import OutputError
 from hf_tsv.memory import empty
@@ -49,6 +50,7 @@ class ShardPlan:
         sizes (`Mapping[str, int]`): bytes of each file.
         index (`str`, *optional*): content of the index, when there are several shards.
         index_file (`str`): its name.
+        transposed (`frozenset[str]`): tensors that are stored the other way round.
     """
 
     headers: Mapping[str, bytes]
@@ -56,6 +58,7 @@ class ShardPlan:
     sizes: Mapping[str, int]
     index: str | None
     index_file: str
+    transposed: frozenset[str] = frozenset()
 
     @property
     def total_bytes(self) -> int:
@@ -67,6 +70,7 @@ def plan_shards(
     specs: Mapping[str, TensorSpec],
     max_shard_size: int | str = "5GB",
     single: str = SINGLE_FILE,
+    placed: Mapping[str, Part] | None = None,
 ) -> ShardPlan:
     """Lay out tensors in files, as `save_pretrained` would and byte for byte as `save_file`.
 
@@ -74,7 +78,11 @@ def plan_shards(
         specs (`Mapping[str, TensorSpec]`): by name.
         max_shard_size (`int` or `str`): bytes of a file, or `"5GB"`.
         single (`str`): file name; shards get a number before the suffix.
+        placed (`Mapping[str, Part]`, *optional*): the stored tensor that each is a part of;
+            default: each is stored under its own name.
     """
+    if placed is not None:
+        return _plan_parts(specs, max_shard_size, single, placed)
     # not the library's function for torch, which takes a second to load more of torch
     split = split_state_dict_into_shards_factory(
         {name: specs[name] for name in sorted(specs)},
@@ -94,6 +102,27 @@ def plan_shards(
         content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         index = json.dumps(content, indent=2, sort_keys=True) + "\n"
     return ShardPlan(headers, places, sizes, index, index_of(single))
+
+
+def _plan_parts(
+    specs: Mapping[str, TensorSpec],
+    max_shard_size: int | str,
+    single: str,
+    placed: Mapping[str, Part],
+) -> ShardPlan:
+    """Lay out the stored tensors, and find each part in them."""
+    stored: dict[str, TensorSpec] = {}
+    for name, part in placed.items():
+        shape = specs[name].shape[::-1] if part.transposed else specs[name].shape
+        whole = (part.of * shape[0], *shape[1:]) if part.of > 1 else shape
+        stored[part.stored] = TensorSpec(specs[name].dtype, whole)
+    plan = plan_shards(stored, max_shard_size, single)
+    places = {}
+    for name, part in placed.items():
+        file, offset = plan.places[part.stored]
+        places[name] = (file, offset + part.index * specs[name].nbytes)
+    transposed = frozenset(name for name, part in placed.items() if part.transposed)
+    return replace(plan, places=places, transposed=transposed)
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int], int]:
@@ -153,7 +182,10 @@ class ShardWriter:
             tensor (`Tensor`): of the planned dtype and shape, on any device.
         """
         file, offset = self._plan.places[name]
-        data = byte_view(tensor.detach().cpu().contiguous())
+        stored = tensor.detach().cpu()
+        if name in self._plan.transposed:
+            stored = stored.mT
+        data = byte_view(stored.contiguous())
         _write_all(self._descriptors[file], data, offset)
 
     def read_back(self, name: str, spec: TensorSpec) -> Tensor:
@@ -170,6 +202,8 @@ class ShardWriter:
             got := os.preadv(self._descriptors[file], [view[done:]], offset + done)
         ):
             done += got
+        if name in self._plan.transposed:
+            return raw.view(spec.dtype).reshape(spec.shape[::-1]).mT.contiguous()
         return raw.view(spec.dtype).reshape(spec.shape)
 
     def close(self) -> None:

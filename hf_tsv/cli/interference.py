@@ -53,7 +53,7 @@ def interference(
     rank: options.Rank = None,
     rank_fraction: options.RankFraction = None,
     exclude: options.Exclude = None,
-    qkv: options.QkvForm = options.Qkv.split,
+    qkv: options.QkvForm = None,
     device: options.Device = None,
     max_memory: options.MaxMemory = None,
     as_json: options.AsJson = False,
@@ -69,7 +69,11 @@ def interference(
     out = Out(as_json=as_json, quiet=quiet)
     from hf_tsv import interfering
 
-    choices: dict[str, Any] = {"rank": rank, "rank_fraction": rank_fraction, "qkv": qkv.value}
+    choices: dict[str, Any] = {
+        "rank": rank,
+        "rank_fraction": rank_fraction,
+        "qkv": None if qkv is None else qkv.value,
+    }
     if exclude is not None:
         choices["exclude"] = [glob for glob in exclude if glob]
     report = interfering.interference(

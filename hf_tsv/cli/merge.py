@@ -114,12 +114,20 @@ def merge(
     rank: options.Rank = None,
     rank_fraction: options.RankFraction = None,
     exclude: options.Exclude = None,
-    qkv: options.QkvForm = options.Qkv.split,
+    qkv: options.QkvForm = None,
     dtype: Annotated[
         Optional[options.Dtype],  # noqa: UP045
         typer.Option(
             help="Type of the written weights. [default: as the base model]",
             rich_help_panel=options.METHOD,
+            show_default=False,
+        ),
+    ] = None,
+    out_format: Annotated[
+        Optional[options.OutFormat],  # noqa: UP045
+        typer.Option(
+            help="Files of the output. [default: as the base model]",
+            rich_help_panel=options.TARGET,
             show_default=False,
         ),
     ] = None,
@@ -157,9 +165,10 @@ def merge(
         "weights": _numbers(weights),
         "rank": rank,
         "rank_fraction": rank_fraction,
-        "qkv": qkv.value,
+        "qkv": qkv.value if qkv else None,
         "dtype": dtype.value if dtype else None,
         "max_shard_size": options.shard_size(max_shard_size),
+        "out_format": out_format.value if out_format else None,
     }
     if exclude is not None:
         choices["exclude"] = [glob for glob in exclude if glob]

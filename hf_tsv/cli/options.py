@@ -31,6 +31,13 @@ class Qkv(str, Enum):
     fused = "fused"
 
 
+class OutFormat(str, Enum):
+    """Values of `--out-format`."""
+
+    transformers = "transformers"
+    open_clip = "open_clip"
+
+
 # `Optional` because typer reads the annotations at run time on Python 3.10.
 BaseModel = Annotated[
     Optional[str],  # noqa: UP045
@@ -121,10 +128,12 @@ Exclude = Annotated[
     ),
 ]
 QkvForm = Annotated[
-    Qkv,
+    Optional[Qkv],  # noqa: UP045
     typer.Option(
-        help="Decompose attention projections one by one, or stacked as OpenCLIP stores them.",
+        help="Decompose attention projections one by one, or stacked as OpenCLIP stores them."
+        " [default: as the base model stores them]",
         rich_help_panel=METHOD,
+        show_default=False,
     ),
 ]
 MaxShardSize = Annotated[
