@@ -22,16 +22,9 @@ from torch import Tensor
 from hf_tsv import __version__, cards
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.files import HubFiles, LocalFiles, read_json
-from hf_tsv.checkpoints.reader import (
-    DTYPE_NAMES,
-    DTYPES,
-    TensorInfo,
-    digest,
-    fingerprint,
-    read_headers,
-    read_tensor,
-)
+from hf_tsv.checkpoints.reader import digest, fingerprint, read_headers, read_tensor
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
+from hf_tsv.checkpoints.tensors import DTYPE_NAMES, DTYPES, TensorInfo
 from hf_tsv.checkpoints.writer import TensorSpec, whole_folder
 from hf_tsv.delivery import Target, push
 from hf_tsv.errors import CheckpointError

@@ -45,6 +45,7 @@ DOWNLOAD_THREADS = 8
 CONFIGS = ("config.json", "tsv_config.json", "open_clip_config.json")
 STEMS = ("model", "task_factors", "open_clip_model")
 WEIGHT_FILES = tuple(f"{stem}.safetensors{end}" for stem in STEMS for end in ("", ".index.json"))
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 MARKERS = ("hf_tsv_recipe.yaml", "tsv_config.json", "hf_tsv_reconstruction.json")
 """One of them is in everything that hf-tsv writes."""
 
@@ -153,7 +154,7 @@ def _cached_snapshot(
             "Run once with a connection and without HF_HUB_OFFLINE.",
         ) from None
     folder = Path(config).parent
-    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+    if not any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):
         raise RepoError(
             f"The weights of {repo_id} are not in the local cache and the Hub cannot be reached"
             f" ({type(error).__name__}).",

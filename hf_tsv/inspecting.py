@@ -13,22 +13,16 @@ from typing import Any
 from hf_tsv.cards import card_license
 from hf_tsv.checkpoints import base_model, layout
 from hf_tsv.checkpoints.files import LocalFiles, read_json
-from hf_tsv.checkpoints.reader import (
-    CONFIG_FILE,
-    DTYPE_NAMES,
-    Checkpoint,
-    TensorInfo,
-    open_checkpoint,
-    read_header,
-)
+from hf_tsv.checkpoints.reader import CONFIG_FILE, Checkpoint, open_checkpoint, read_header
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
+from hf_tsv.checkpoints.tensors import DTYPE_NAMES, TensorInfo
 from hf_tsv.errors import CheckpointError, HfTsvError
 from hf_tsv.factors import TaskFactors, is_factors, open_factors
+from hf_tsv.hub import WEIGHT_SUFFIXES
 from hf_tsv.plan import treatments
 from hf_tsv.recipe import RECIPE_FILE, Recipe, Settings
 
 SAFETENSORS = ".safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 RECIPE_BYTES = 1_000_000
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT = "open_clip_config.json", "visual.conv1.weight"
 
@@ -225,7 +219,7 @@ def _origin(pinned: PinnedCheckpoint) -> dict[str, Any]:
 
 
 def _weight_files(pinned: PinnedCheckpoint) -> Sequence[str]:
-    return [name for name in pinned.files.names() if name.endswith((SAFETENSORS, *PICKLES))]
+    return [name for name in pinned.files.names() if name.endswith(WEIGHT_SUFFIXES)]
 
 
 def _sizes(pinned: PinnedCheckpoint, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 
 from hf_tsv import tsv
 from hf_tsv.checkpoints import layout, open_clip
-from hf_tsv.checkpoints.reader import Checkpoint, TensorInfo
+from hf_tsv.checkpoints.reader import Checkpoint
+from hf_tsv.checkpoints.tensors import TensorInfo
 from hf_tsv.checkpoints.writer import ShardPlan, TensorSpec, plan_shards
 from hf_tsv.errors import CheckpointError
 from hf_tsv.factors import TaskFactors

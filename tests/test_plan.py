@@ -13,8 +13,9 @@ import torch
 from clips import clip_config
 
 from hf_tsv.checkpoints.files import LocalFiles
-from hf_tsv.checkpoints.reader import Checkpoint, TensorInfo
+from hf_tsv.checkpoints.reader import Checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.tensors import TensorInfo
 from hf_tsv.costs import Parallelism, fitting, operations, peak_memory
 from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.plan import MergePlan, Weight, make_plan

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 
 from hf_tsv.checkpoints.files import LocalFiles, inside_folder
 from hf_tsv.checkpoints.reader import (
-    DTYPES,
     FIRST_READ_BYTES,
     SINGLE_FILE,
     Checkpoint,
@@ -29,6 +28,7 @@ from hf_tsv.checkpoints.reader import (
     open_checkpoint,
 )
 from hf_tsv.checkpoints.reference import parse, pin
+from hf_tsv.checkpoints.tensors import DTYPES
 from hf_tsv.errors import CheckpointError
 
 INDEX_FILE = index_of(SINGLE_FILE)
@@ -402,9 +402,9 @@ def test_one_tensor_in_both_spellings_is_refused(tmp_path: Path) -> None:
 # What is no CLIP checkpoint at all
 
 
-def test_a_folder_without_safetensors_is_told_how_to_convert(tmp_path: Path) -> None:
-    folder_of(tmp_path, {"pytorch_model.bin": b""})
-    with pytest.raises(CheckpointError, match=r"no model\.safetensors.*convert"):
+def test_a_folder_without_weights_is_told_what_to_name(tmp_path: Path) -> None:
+    folder_of(tmp_path, {"optimizer.bin": b"", "scheduler.pt": b""})
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors.*weights of a model"):
         opened(tmp_path)
 
 

@@ -11,8 +11,9 @@ import torch
 
 from hf_tsv.checkpoints import layout, open_clip
 from hf_tsv.checkpoints.files import MAX_JSON_BYTES, read_json
-from hf_tsv.checkpoints.reader import Checkpoint, Format, TensorInfo
+from hf_tsv.checkpoints.reader import Checkpoint, Format
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.tensors import TensorInfo
 from hf_tsv.errors import CheckpointError
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")

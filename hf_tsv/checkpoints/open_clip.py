@@ -16,6 +16,7 @@ from hf_tsv.errors import CheckpointError
 
 CONFIG_FILE = "open_clip_config.json"
 SINGLE_FILE = "open_clip_model.safetensors"
+PICKLED_FILE = "open_clip_pytorch_model.bin"
 
 TOP = {
     "logit_scale": "logit_scale",

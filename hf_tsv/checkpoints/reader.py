@@ -1,11 +1,11 @@
-"""Lazy reading of safetensors checkpoints: headers first, one tensor at a time after."""
+"""Lazy reading of checkpoints: headers first, one tensor at a time after."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,13 +14,16 @@ from torch import Tensor
 
 from hf_tsv.checkpoints import layout, open_clip
 from hf_tsv.checkpoints.files import Files, inside_folder, read_json
+from hf_tsv.checkpoints.pickles import SUFFIXES, read_pickle
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.tensors import DTYPE_NAMES, DTYPES, TensorInfo
 from hf_tsv.errors import CheckpointError
 from hf_tsv.linalg import largest_entry
 from hf_tsv.memory import empty
 from hf_tsv.parallel import in_parallel
 
 SINGLE_FILE = "model.safetensors"
+PICKLED_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 64  # the limit of torch
@@ -29,40 +32,13 @@ FIRST_READ_BYTES = 100_000  # holds the whole header of most checkpoints: one re
 Format = Literal["transformers", "open_clip"]
 """Whose names, shapes and config the files of a checkpoint have."""
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies and what it is.
-
-    Args:
-        file (`str`): file in the checkpoint's folder.
-        dtype (`torch.dtype`): as stored.
-        shape (`tuple[int, ...]`): sizes of its dimensions.
-        start (`int`): first byte in the file.
-        nbytes (`int`): its length in bytes.
-        transposed (`bool`): the file holds its transpose.
-    """
-
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-    transposed: bool = False
+WEIGHTS: tuple[tuple[str, Format], ...] = (
+    (SINGLE_FILE, "transformers"),
+    (open_clip.SINGLE_FILE, "open_clip"),
+    (PICKLED_FILE, "transformers"),
+    (open_clip.PICKLED_FILE, "open_clip"),
+)
+"""Weight files, the ones to be preferred first."""
 
 
 @dataclass(frozen=True)
@@ -177,12 +153,17 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
     Raises:
         [`CheckpointError`]: not a CLIP, no safetensors, or a damaged file or index.
     """
-    owner = str(pinned)
-    if _is_open_clip(pinned.files):
-        return _open_open_clip(pinned, owner)
-    config = read_json(pinned.files, CONFIG_FILE, owner)
+    owner, there = str(pinned), pinned.files
+    named = _weights_in(there, [file for file, _ in WEIGHTS])
+    single = named or _only_pickle(there) or SINGLE_FILE
+    kind_of = dict(WEIGHTS).get(single)
+    if kind_of is None and there.size(CONFIG_FILE) is None:
+        kind_of = "open_clip"
+    if kind_of == "open_clip" and there.size(open_clip.CONFIG_FILE) is not None:
+        return _open_open_clip(pinned, single, owner)
+    config = read_json(there, CONFIG_FILE, owner)
     kind = layout.layout_of(config, owner)
-    stored, files = read_headers(pinned.files, SINGLE_FILE, owner)
+    stored, files = read_headers(there, single, owner)
     tensors: dict[str, TensorInfo] = {}
     head: dict[str, TensorInfo] = {}
     for name, info in sorted(stored.items()):
@@ -196,18 +177,24 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
     return Checkpoint(pinned, config, tensors, files, head)
 
 
-def _is_open_clip(files: Files) -> bool:
-    """Whether there are files of OpenCLIP, and not those of transformers beside them."""
-    if files.size(open_clip.CONFIG_FILE) is None:
-        return False
-    return not any(files.size(name) for name in (SINGLE_FILE, index_of(SINGLE_FILE)))
+def _weights_in(files: Files, singles: Sequence[str]) -> str | None:
+    """The first of these files that is there, whole or as shards."""
+    return next(
+        (s for s in singles if any(files.size(name) is not None for name in (s, index_of(s)))), None
+    )
 
 
-def _open_open_clip(pinned: PinnedCheckpoint, owner: str) -> Checkpoint:
+def _only_pickle(files: Files) -> str | None:
+    """A state dict of any name, if it is the only one."""
+    found = [name for name in files.names() if name.endswith(SUFFIXES)]
+    return found[0] if len(found) == 1 else None
+
+
+def _open_open_clip(pinned: PinnedCheckpoint, single: str, owner: str) -> Checkpoint:
     config = open_clip.transformers_config(
         read_json(pinned.files, open_clip.CONFIG_FILE, owner), owner
     )
-    stored, files = read_headers(pinned.files, open_clip.SINGLE_FILE, owner)
+    stored, files = read_headers(pinned.files, single, owner)
     tensors: dict[str, TensorInfo] = {}
     for name, info in sorted(stored.items()):
         for part in open_clip.parts_of(name, info.shape, owner):
@@ -215,9 +202,15 @@ def _open_open_clip(pinned: PinnedCheckpoint, owner: str) -> Checkpoint:
             if part.of > 1:
                 shape = (shape[0] // part.of, *shape[1:])
             size = info.nbytes // part.of
-            tensors[part.name] = TensorInfo(
-                info.file, info.dtype, shape, info.start + part.index * size, size, part.transposed
-            )
+            start = info.start + part.index * size
+            turned = part.transposed != info.transposed
+            if info.transposed and part.of > 1:
+                raise CheckpointError(
+                    f"{owner}: the rows of {name} do not lie together.", "Save it as safetensors."
+                )
+            if part.name == "logit_scale":  # some keep it as one value in a list
+                shape = ()
+            tensors[part.name] = TensorInfo(info.file, info.dtype, shape, start, size, turned)
     return Checkpoint(pinned, config, tensors, files, format="open_clip")
 
 
@@ -244,7 +237,7 @@ def read_headers(
         [`CheckpointError`]: a file is missing, damaged, or disagrees with the index.
     """
     shards, weight_map = _weight_files(files, single, owner)
-    headers = in_parallel(lambda name: read_header(files, name, owner), shards)
+    headers = in_parallel(lambda name: read_file(files, name, owner), shards)
     stored: dict[str, TensorInfo] = {}
     for header in headers:
         if twice := sorted(stored.keys() & header.keys()):
@@ -253,6 +246,12 @@ def read_headers(
     index = index_of(single)
     _check_index(shards, weight_map, stored, index, owner)
     return stored, (*shards, *([index] if weight_map else []))
+
+
+def read_file(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
+    """What one weight file holds, by stored name: [`read_header`], or [`read_pickle`]."""
+    reader = read_pickle if name.endswith(SUFFIXES) else read_header
+    return reader(files, name, owner)
 
 
 def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
@@ -360,7 +359,7 @@ def _weight_files(files: Files, single: str, owner: str) -> tuple[list[str], dic
     if files.size(index) is None:
         raise CheckpointError(
             f"{owner} has no {single} and no {index}.",
-            "Only safetensors are read; convert a .bin with save_pretrained.",
+            "Name a repository or folder with the weights of a model.",
         )
     weight_map = read_json(files, index, owner).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -1,0 +1,42 @@
+"""What is known of a stored tensor before it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies and what it is.
+
+    Args:
+        file (`str`): file in the checkpoint's folder.
+        dtype (`torch.dtype`): as stored.
+        shape (`tuple[int, ...]`): sizes of its dimensions.
+        start (`int`): first byte in the file.
+        nbytes (`int`): its length in bytes.
+        transposed (`bool`): the file holds its transpose.
+    """
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+    transposed: bool = False
