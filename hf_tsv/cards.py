@@ -15,7 +15,7 @@ from urllib.parse import quote
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 
-from hf_tsv.checkpoints.layout import block_and_kind, kind_order
+from hf_tsv.checkpoints.layout import block_and_kind, is_clip, kind_order
 from hf_tsv.progress import human_bytes
 from hf_tsv.recipe import Recipe
 
@@ -71,6 +71,7 @@ def merge_card(
     base: CardInput,
     inputs: Sequence[CardInput],
     *,
+    model_type: str,
     full_model: bool,
     out_format: Format,
     repo_id: str | None,
@@ -86,7 +87,8 @@ def merge_card(
         recipe ([`Recipe`]): how it was made.
         base ([`CardInput`]): W0.
         inputs (`Sequence[CardInput]`): the tasks.
-        full_model (`bool`): a whole `CLIPModel`, not one tower.
+        model_type (`str`): of the base model's config.json.
+        full_model (`bool`): both towers of it, not one.
         out_format (`str`): whose files its weights are.
         repo_id (`str`, *optional*): where it will be pushed.
         counts (`Mapping[str, int]`): tensors per treatment.
@@ -104,7 +106,7 @@ def merge_card(
         base_model_relation="merge" if on_hub else None,
         library_name=out_format,
         pipeline_tag="zero-shot-image-classification" if full_model else "image-feature-extraction",
-        tags=["merge", "task-singular-vectors", "hf-tsv", "clip"],
+        tags=["merge", "task-singular-vectors", "hf-tsv", _family(model_type)],
         license=common_license(inputs),
     )
     return _rendered(
@@ -117,6 +119,7 @@ def merge_card(
         recipe=recipe.to_yaml(),
         fence=_fence(recipe.to_yaml()),
         repo_id=repo_id,
+        clip=_family(model_type) == "clip",
         full_model=full_model,
         out_format=out_format,
         counts=counts,
@@ -129,31 +132,37 @@ def merge_card(
 
 @dataclass(frozen=True)
 class Kept:
-    """What a card says of the weights of one kind.
+    """What a card says of the changed weights of one kind.
 
     Args:
         kind (`str`): such as `mlp.fc1`.
         weights (`int`): how many.
-        ranks (`tuple[int, int]`): least and most triplets of one.
+        rank (`str`): triplets of one, least to most, and how many are stored otherwise.
         energy (`float`): share of their squared norm.
-        bytes (`int`): of their factors.
+        bytes (`int`): of what is stored of them.
     """
 
     kind: str
     weights: int
-    ranks: tuple[int, int]
+    rank: str
     energy: float
     bytes: int
 
     @classmethod
     def of(cls, kind: str, weights: Sequence[StoredWeight]) -> Kept:
         """The sum of several weights."""
-        ranks = [weight.rank for weight in weights]
+        stored = Counter(weight.stored for weight in weights)
+        ranks = [weight.rank for weight in weights if weight.stored == "factors"]
+        said = [str(min(ranks))] if ranks else []
+        if ranks and max(ranks) > min(ranks):
+            said = [f"{min(ranks)} to {max(ranks)}"]
+        said += [f"{stored['dense']} whole"] if stored["dense"] else []
+        said += [f"{stored['none']} not kept"] if stored["none"] else []
         total = sum(weight.norm**2 for weight in weights) or 1.0
         return cls(
             kind,
             len(weights),
-            (min(ranks), max(ranks)),
+            ", ".join(said),
             sum(weight.energy * weight.norm**2 for weight in weights) / total,
             sum(weight.bytes for weight in weights),
         )
@@ -167,14 +176,15 @@ def kept_section(config: FactorsConfig, picture: str | None) -> str:
         picture (`str`, *optional*): file beside the card that shows it.
     """
     kinds: dict[str, list[StoredWeight]] = {}
+    others: list[StoredWeight] = []
     for name, weight in config.weights.items():
-        if weight.stored == "factors":
-            kinds.setdefault(block_and_kind(name)[1], []).append(weight)
-    whole = [weight for weight in config.weights.values() if weight.stored == "dense"]
+        if weight.norm:
+            matrix = len(weight.shape) == 2 or weight.stored == "factors"
+            (kinds.setdefault(block_and_kind(name)[1], []) if matrix else others).append(weight)
     template = Template((templates() / "kept.md.jinja").read_text(encoding="utf-8"))
     section: str = template.render(
         rows=[Kept.of(kind, kinds[kind]) for kind in sorted(kinds, key=kind_order)],
-        other=Kept.of("", whole) if whole else None,
+        others=Kept.of("", others) if others else None,
         picture=picture,
         cell=cell,
         human_bytes=human_bytes,
@@ -196,7 +206,7 @@ def factors_card(config: FactorsConfig, repo_id: str | None, kept: str = "") -> 
         base_model=base.ref if base.revision else None,
         base_model_relation="adapter" if base.revision else None,
         library_name="hf-tsv",
-        tags=["task-singular-vectors", "task-factors", "hf-tsv", "clip"],
+        tags=["task-singular-vectors", "task-factors", "hf-tsv", _family_of(config)],
         license=config.source.license,
     )
     command = _compress_command(config)
@@ -294,7 +304,7 @@ def reconstructed_card(
         base_model_relation="finetune" if base.revision else None,
         library_name=out_format,
         pipeline_tag="image-classification" if config.task_head else zero_shot,
-        tags=["task-singular-vectors", "hf-tsv", "clip"],
+        tags=["task-singular-vectors", "hf-tsv", _family_of(config)],
         license=config.source.license,
     )
     return _rendered(
@@ -307,6 +317,15 @@ def reconstructed_card(
         repo_id=repo_id,
         out_format=out_format,
     )
+
+
+def _family(model_type: str) -> str:
+    """Tag of an architecture: the towers of a CLIP are CLIP too."""
+    return "clip" if is_clip({"model_type": model_type}) else model_type
+
+
+def _family_of(config: FactorsConfig) -> str:
+    return _family(str(config.model_config.get("model_type", "clip")))
 
 
 def task_name(ref: str) -> str:

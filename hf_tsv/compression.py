@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from hf_tsv import cards, plots, processes, stream
+from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.checkpoints.writer import (
     check_free_space,
@@ -376,6 +377,11 @@ def _prepare(sources: Sources, options: Options) -> Job:
             f"The base model {base} is in OpenCLIP's format, which PEFT does not load.",
             "Leave --format out: task factors serve every format.",
         )
+    if options.format == "peft" and not layout.is_clip(base.config):
+        raise CheckpointError(
+            f"The base model {base} is not CLIP, and adapters are made for CLIP only.",
+            "Leave --format out: task factors serve every model.",
+        )
     if options.format == "peft" and source.head:
         warnings.append(f"An adapter has no place for the task head {', '.join(source.head)}.")
     for warning in warnings:
@@ -443,11 +449,12 @@ def _compress_into(
 def _kept(folder: Path, config: FactorsConfig, measured: Sequence[Measured]) -> str:
     """Draw what is kept, and say it for the card."""
     ranks = {name: item.rank for name, item in config.weights.items() if item.stored == "factors"}
-    drawn = bool(ranks) and plots.wanted()
-    if drawn:
-        picture = plots.of_compression(energy_curves(measured), ranks)
+    picture = None
+    if ranks:
+        picture = plots.attempted(lambda: plots.of_compression(energy_curves(measured), ranks))
+    if picture is not None:
         (folder / picture.file).write_bytes(picture.png)
-    return cards.kept_section(config, plots.COMPRESSION if drawn else None)
+    return cards.kept_section(config, None if picture is None else picture.file)
 
 
 def _disk_bytes(job: Job) -> int:

@@ -122,10 +122,13 @@ def _of_checkpoint(pinned: PinnedCheckpoint, opened: Checkpoint) -> InspectRepor
     for name, info in opened.head.items():
         tensors[name] = {**_described(info), "merge": "left out", "reason": "a task head"}
     recipe, unknown = _recipe(pinned)
+    clip = layout.is_clip(opened.config)
+    if not clip:
+        unknown.append(f"Not CLIP but {opened.config['model_type']!r}: generic layout.")
     return InspectReport(
         **_origin(pinned),
         kind="checkpoint" if recipe is None else "merge",
-        model_class=layout.saved_class(opened.config),
+        model_class=layout.saved_class(opened.config) if clip else _architecture(opened.config),
         model_type=_text(opened.config.get("model_type")),
         layout=opened.format,
         **_sizes(pinned, {**opened.tensors, **opened.head}),
@@ -266,6 +269,11 @@ def _recipe(pinned: PinnedCheckpoint) -> tuple[dict[str, Any] | None, list[str]]
         return None, [f"{RECIPE_FILE} is not UTF-8."]
     except HfTsvError as error:
         return None, [error.message]
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    named = config.get("architectures")
+    return _text(named[0]) if isinstance(named, list) and named else None
 
 
 def _text(value: object) -> str | None:

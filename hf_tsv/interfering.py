@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,9 @@ class InterferenceReport:
         total (`float`): singular task interference, sum over all decomposed weights.
         total_after (`float`): the same after orthogonalisation.
         pairs (`list[list[float]]`): of every two tasks alone, sum over all weights, T × T.
-        weights (`dict[str, dict]`): per decomposed weight `sti`, `sti_after`, `rank`, `pairs`, and
-            `ranks`: the triplets used of each task, fewer where its update has no more.
+        weights (`dict[str, dict]`): per decomposed weight `sti`, `sti_after`, `rank`, `pairs`,
+            `shape`, and `ranks`: the triplets used of each task, fewer where its update has no
+            more.
         blocks (`dict[str, dict]`): `sti` and `sti_after` per block of a tower.
         kinds (`dict[str, dict]`): the same per kind of layer.
         spectra (`dict[str, list]`): at every `rank_share` of k, of each task its `singular_values`
@@ -85,10 +87,10 @@ class InterferenceReport:
         return json.dumps(self.to_dict(), indent=1) + "\n"
 
     def extremes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The pairs of tasks that interfere most and least."""
-        count = len(self.tasks)
+        """The pairs of tasks that interfere most and least, of those that take part."""
+        taking_part = [i for i, task in enumerate(self.tasks) if task["effective_rank"]]
         ranked = sorted(
-            ((i, j) for i in range(count) for j in range(i + 1, count)),
+            combinations(taking_part if len(taking_part) > 1 else range(len(self.tasks)), 2),
             key=lambda pair: self.pairs[pair[0]][pair[1]],
         )
         return ranked[-1], ranked[0]
@@ -160,6 +162,7 @@ def interference(
     base_ref = None if base_model is None else fspath(base_model)
     cache = None if cache_dir is None else str(cache_dir)
     job = prepare(references, base_ref, None, settings, token, cache, writes=False)
+    refuse_nothing_decomposed(job)
     Target(folder).refuse_inputs([item.pinned for item in job.sources.all()])
     job = replace(job, measure=True).within(memory_size(max_memory))
     where = stream.pick_device(device)
@@ -193,6 +196,23 @@ def interference(
     return report
 
 
+def refuse_nothing_decomposed(job: Job) -> None:
+    """Refuse to report on a merge in which no weight is decomposed, or of one task alone.
+
+    Args:
+        job ([`Job`]): what is to be measured.
+    """
+    if len(job.sources.inputs) < 2:
+        raise RecipeError("One task alone disturbs nobody.", "Leave --report out.")
+    if all(weight.treatment != "decomposed" for weight in job.plan.weights):
+        why = Counter(weight.reason for weight in job.plan.weights if weight.reason)
+        raise RecipeError(
+            f"No weight would be decomposed ({why.most_common(1)[0][0]}), so there is no"
+            " interference to report on.",
+            "Exclude less, or name fewer tasks.",
+        )
+
+
 def write_report(folder: Path, report: InterferenceReport) -> None:
     """Write a report as JSON, pictures and a page.
 
@@ -200,7 +220,7 @@ def write_report(folder: Path, report: InterferenceReport) -> None:
         folder (`Path`): to write into.
         report ([`InterferenceReport`]): what was measured.
     """
-    pictures = plots.of_interference(report) if plots.wanted() else []
+    pictures = plots.attempted(lambda: plots.of_interference(report)) or []
     for picture in pictures:
         (folder / picture.file).write_bytes(picture.png)
     (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
@@ -220,7 +240,7 @@ def summary(
         seconds (`float`): wall time.
     """
     measured = {w.label: w for w in findings.weights if w.interference is not None}
-    planned = {weight.label: weight.rank for weight in job.plan.weights}
+    planned = {weight.label: weight for weight in job.plan.weights}
     pairs = torch.zeros(findings.inputs, findings.inputs, dtype=torch.float64)
     weights: dict[str, dict[str, Any]] = {}
     blocks: dict[str, dict[str, float]] = defaultdict(_nothing)
@@ -236,7 +256,8 @@ def summary(
         weights[label] = {
             "sti": own.sti,
             "sti_after": own.sti_after,
-            "rank": planned[label],
+            "shape": list(planned[label].shape),
+            "rank": planned[label].rank,
             "ranks": [used.get(task, 0) for task in range(findings.inputs)],
             "pairs": here.tolist(),
         }
@@ -253,7 +274,7 @@ def summary(
         weights=weights,
         blocks=dict(blocks),
         kinds=dict(kinds),
-        spectra=_spectra(list(measured.values()), findings.inputs),
+        spectra=_spectra(list(measured.values()), job.scales),
         diagnoses=[
             asdict(found)
             for found in diagnosis.diagnoses(job.sources.inputs, job.scales, job.plan, findings)
@@ -265,20 +286,24 @@ def summary(
     )
 
 
-def _spectra(weights: Sequence[Finding], tasks: int) -> dict[str, list[Any]]:
-    """Of each task over all weights, as shares of its largest and of its whole energy."""
-    sigmas, energies = np.zeros((2, tasks, len(RANK_SHARES)))
+def _spectra(weights: Sequence[Finding], scales: Sequence[float]) -> dict[str, list[Any]]:
+    """Of each task over all weights, as shares of its largest and of its whole energy.
+
+    Of factors the triplets that they do not keep count as energy, and are not known.
+    """
+    sigmas, energies = np.zeros((2, len(scales), len(RANK_SHARES)))
+    whole = np.zeros((len(scales), 1))
     for weight in weights:
         assert weight.interference is not None
         own = list(weight.tasks)
         sigmas[own] += np.square(weight.interference.spectra)
         energies[own] += weight.interference.energies
-    whole = np.maximum(energies[:, -1:], np.finfo(float).tiny)
-    first = np.maximum(sigmas[:, :1], np.finfo(float).tiny)
+        whole[own, 0] += np.square(np.multiply(weight.norms, [scales[i] for i in own]))
+    tiny = np.finfo(float).tiny
     return {
         "rank_share": list(RANK_SHARES),
-        "singular_values": np.sqrt(sigmas / first).tolist(),
-        "energy": (energies / whole).tolist(),
+        "singular_values": np.sqrt(sigmas / np.maximum(sigmas[:, :1], tiny)).tolist(),
+        "energy": np.minimum(energies / np.maximum(whole, tiny), 1.0).tolist(),
     }
 
 
@@ -309,7 +334,7 @@ def _tasks(job: Job, findings: Findings, pairs: Tensor) -> list[dict[str, Any]]:
                 "norm": norm,
                 "relative_norm": own / base_norm if base_norm else 0.0,
                 "effective_rank": effective / energy if energy else 0.0,
-                "energy": min(1.0, kept / energy) if energy else 1.0,
+                "energy": min(1.0, kept / energy) if energy else 0.0,
                 "share": float(pairs[i].sum()) / whole,
             }
         )

@@ -19,7 +19,12 @@ from hf_tsv.delivery import Target
 from hf_tsv.errors import RecipeError
 from hf_tsv.factors import Origin
 from hf_tsv.findings import Findings
-from hf_tsv.interfering import REPORT_FILE, InterferenceReport, summary
+from hf_tsv.interfering import (
+    REPORT_FILE,
+    InterferenceReport,
+    refuse_nothing_decomposed,
+    summary,
+)
 from hf_tsv.progress import visible_by_default
 from hf_tsv.recipe import RECIPE_FILE, PinnedInput, Recipe, Settings, current_versions
 from hf_tsv.sources import Task, pinned_entry
@@ -193,6 +198,8 @@ def merge(
                     f"The method {job.settings.method} decomposes nothing to report on.",
                     "Leave --report out, or use `hf-tsv interference`.",
                 )
+            if report:
+                refuse_nothing_decomposed(job)
             job = replace(job, measure=report).within(memory_size(max_memory))
             outcome = execute(
                 job, target, device, token, group, _describe, show=show, dry_run=dry_run
@@ -252,9 +259,11 @@ def _describe(
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     measured = picture = None
     if job.measure:
-        measured = summary(job, findings, list(warnings), device, findings.seconds.computing)
+        measured = found = summary(
+            job, findings, list(warnings), device, findings.seconds.computing
+        )
         (folder / REPORT_FILE).write_text(measured.to_json(), encoding="utf-8")
-        picture = plots.of_merge(measured) if plots.wanted() else None
+        picture = plots.attempted(lambda: plots.of_merge(found))
         if picture is not None:
             (folder / picture.file).write_bytes(picture.png)
     card = _card(job, target, recipe, findings, warnings, measured, picture)
@@ -290,6 +299,7 @@ def _card(
         recipe,
         card_input(job.sources.base),
         [card_input(*pair) for pair in zip(job.sources.inputs, job.scales, strict=True)],
+        model_type=str(job.sources.base.config["model_type"]),
         full_model=layout.is_full_model(job.sources.base.tensors),
         out_format=job.settings.out_format or job.sources.base.format,
         repo_id=target.push_to,

@@ -156,6 +156,7 @@ def _find(
     cache = None if cache_dir is None else str(cache_dir)
     text = fspath(reference)
     item = open_task(pin(parse(text), token=token, cache_dir=cache))
+    check_clip(item)
     model_class = default_class(item) if task is None else PIPELINES[task]
     base = None
     own_processor = _has_processor(item, model_class)
@@ -200,6 +201,17 @@ def _has_processor(item: Task, model_class: str) -> bool:
     return bool(have & set(companions.PROCESSOR_FILES)) and (
         not text or bool(have & set(companions.TOKENIZER_FILES))
     )
+
+
+def check_clip(item: Task) -> None:
+    """Refuse what is no CLIP: its classes are not known here."""
+    config = item.config.model_config if isinstance(item, TaskFactors) else item.config
+    if not layout.is_clip(config):
+        whole = "`hf-tsv reconstruct` it, then load" if isinstance(item, TaskFactors) else "Load"
+        raise CheckpointError(
+            f"{item} is not CLIP but {config.get('model_type')!r}.",
+            f"{whole} it with transformers' AutoModel.",
+        )
 
 
 def check_head(item: Task, model_class: str) -> None:

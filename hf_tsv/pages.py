@@ -42,7 +42,8 @@ def interference_page(report: InterferenceReport, pictures: Sequence[Picture]) -
     images = [(p, base64.b64encode(p.png).decode()) for p in pictures]
     return page.render(
         report=report,
-        names=[printable(task["name"]).replace("\n", " ") for task in report.tasks],
+        plain=_plain,
+        names=[_plain(task["name"]) for task in report.tasks],
         weights=_weights(report),
         images=images,
         missing=MISSING,
@@ -50,6 +51,11 @@ def interference_page(report: InterferenceReport, pictures: Sequence[Picture]) -
         script_digest=digest,
         version=__version__,
     )
+
+
+def _plain(text: str) -> str:
+    """Text from elsewhere on one line, its control characters written out."""
+    return printable(text).replace("\n", " ")
 
 
 def _weights(report: InterferenceReport) -> list[dict[str, Any]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -244,6 +244,14 @@ def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
             f"The base model {base} has a task head ({base.left_out[0]}), so it is a fine-tune.",
             "Name the CLIPModel it was fine-tuned from with --base-model.",
         )
+    for item in inputs:
+        theirs, ours = str(_config(item).get("model_type")), str(base.config.get("model_type"))
+        if layout.is_clip(base.config) != layout.is_clip(_config(item)):
+            raise CheckpointError(
+                f"{item} is of another architecture than the base model {base}: {theirs!r} and"
+                f" {ours!r}.",
+                "Name the model it was fine-tuned from with --base-model.",
+            )
     problems = [problem for item in inputs for problem in _misfits(base, item)]
     if problems:
         raise CheckpointError(
@@ -257,10 +265,13 @@ def _misfits(base: Checkpoint, item: Task) -> list[str]:
     """One line for each weight of `item` that the base has not, or has in another shape."""
     problems = []
     parts = layout.towers(item.tensors)
-    encoders = parts & {"vision_model", "text_model"} & layout.towers(base.tensors)
+    encoders = parts & layout.towers(base.tensors)
+    whole_model = False
+    if layout.is_clip(base.config):
+        encoders &= {"vision_model", "text_model"}
+        whole_model = {"vision_model", "text_model"} <= parts
     if not encoders:
         return [f"{item}: it has no encoder in common with the base"]
-    whole_model = {"vision_model", "text_model"} <= parts
     for name, info in base.tensors.items():
         found = item.tensors.get(name)
         required = whole_model or name.split(".")[0] in encoders
@@ -288,13 +299,22 @@ def _misfits(base: Checkpoint, item: Task) -> list[str]:
     return problems
 
 
+def _config(item: Task) -> Mapping[str, Any]:
+    """The config.json of a task."""
+    return item.config.model_config if isinstance(item, TaskFactors) else item.config
+
+
 def config_warnings(base: Checkpoint, inputs: Sequence[Task]) -> list[str]:
     """Settings that change what the same weights compute, and that shapes do not show."""
     warnings = []
+    if not layout.is_clip(base.config):
+        warnings.append(
+            f"The base model {base} is not CLIP but {base.config['model_type']!r}: generic layout,"
+            " weights are matched by name and shape alone."
+        )
     reference = layout.tower_configs(base.config)
     for item in inputs:
-        settings = item.config.model_config if isinstance(item, TaskFactors) else item.config
-        for tower, config in layout.tower_configs(settings).items():
+        for tower, config in layout.tower_configs(_config(item)).items():
             for key in ("hidden_act", "num_attention_heads", "layer_norm_eps", "patch_size"):
                 ours, theirs = reference.get(tower, {}).get(key), config.get(key)
                 if None not in (ours, theirs) and ours != theirs:

@@ -7,10 +7,12 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from hf_tsv.interfering import InterferenceReport
 
 MISSING = "There are no pictures without matplotlib: pip install 'hf-tsv[plots]'."
+T = TypeVar("T")
 COMPRESSION = "compression.png"
+BROKEN = "There are no pictures: matplotlib is installed, but {} failed."
 TEXT = "#7a7a7a"
 """Half way between white and black, as the background is transparent."""
 
@@ -35,7 +39,8 @@ HEAT = "cividis"
 WIDTH = 8.0  # inches; of a card on a screen, about as much
 DPI = 200
 TOWERS = {"vision": COLOURS[0], "text": COLOURS[2]}
-LONGEST_NAME = 22
+HALF = 10
+LONGEST_NAME = 2 * HALF + 1
 NUMBERED = 10
 """Tasks up to which a heat map has its numbers in it."""
 NAMED = len(COLOURS)
@@ -79,12 +84,38 @@ class Layer:
         return self.block.split()[0]
 
 
-def wanted() -> bool:
-    """Whether pictures can be drawn; says so where they cannot."""
-    found = find_spec("matplotlib") is not None
-    if not found:
-        logger.warning(MISSING)
-    return found
+def attempted(draw: Callable[[], T]) -> T | None:
+    """Draw, or say why there is no picture: what was computed is worth more than its pictures.
+
+    Args:
+        draw (`Callable`): one of the functions below.
+
+    Returns:
+        What it returns, or None.
+    """
+    try:
+        with _plain_style():
+            return draw()
+    except ImportError:
+        logger.warning(MISSING if find_spec("matplotlib") is None else BROKEN.format("it"))
+    except Exception as error:  # of fonts, settings and versions that are not ours
+        logger.warning(BROKEN.format(f"it ({str(error).splitlines()[0][:200]})"))
+    return None
+
+
+@contextmanager
+def _plain_style() -> Iterator[None]:
+    """Matplotlib as it comes, whatever the user has set for plots of their own."""
+    backend = os.environ.pop("MPLBACKEND", None)  # of a notebook; may not even be installed
+    try:
+        import matplotlib
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            yield
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
 
 def of_interference(report: InterferenceReport) -> list[Picture]:
@@ -171,10 +202,10 @@ def _pairs(axes: Axes, report: InterferenceReport) -> None:
 
 
 def _pairs_alt(report: InterferenceReport) -> str:
-    if len(report.tasks) < 2:
-        return "One task alone."
     (a, b), (c, d) = report.extremes()
     names = [_plain(task["name"]) for task in report.tasks]
+    if (a, b) == (c, d):
+        return f"{names[a]} and {names[b]}: {_number(report.pairs[a][b])}."
     return (
         f"{names[a]} and {names[b]} disturb each other most ({_number(report.pairs[a][b])}),"
         f" {names[c]} and {names[d]} least ({_number(report.pairs[c][d])})."
@@ -193,11 +224,12 @@ def _blocks(axes: Axes, report: InterferenceReport) -> None:
         if several and tower != "other":
             said = f"{tower} before"
         axes.bar(places, before, color=TOWERS.get(tower, TEXT), width=0.75, label=said)
-    axes.plot(
-        range(len(blocks)), [report.blocks[block]["sti_after"] for block in blocks], "D",
-        markersize=4, color=COLOURS[1], clip_on=False,
-        label=f"after orthogonalisation, {_number(report.total_after)} in all",
-    )  # fmt: skip
+    if _orthogonal(report):
+        axes.plot(
+            range(len(blocks)), [report.blocks[block]["sti_after"] for block in blocks], "D",
+            markersize=4, color=COLOURS[1], clip_on=False,
+            label=f"after orthogonalisation, {_number(report.total_after)} in all",
+        )  # fmt: skip
     step = max(1, -(-len(blocks) // 13))
     ticks = [i for i, block in enumerate(blocks) if _depth(block)[1] % step == 0]
     if step > 1 and blocks[-1] == "other" and len(blocks) - 2 in ticks:
@@ -211,26 +243,33 @@ def _blocks(axes: Axes, report: InterferenceReport) -> None:
     _frame(axes)
 
 
+def _orthogonal(report: InterferenceReport) -> bool:
+    """Whether anything was done about the interference."""
+    return report.total_after < report.total
+
+
 def _blocks_alt(report: InterferenceReport) -> str:
-    if not report.blocks:
-        return "Nothing was decomposed."
     worst = max(report.blocks, key=lambda block: report.blocks[block]["sti"])
+    after = f", and {_number(report.total_after)} after orthogonalisation"
     return (
         f"Interference is largest in block {worst} ({_number(report.blocks[worst]['sti'])});"
-        f" in all it is {_number(report.total)}, and {_number(report.total_after)} after"
-        " orthogonalisation."
+        f" in all it is {_number(report.total)}{after if _orthogonal(report) else ''}."
     )
 
 
 def _layers(report: InterferenceReport) -> bytes:
-    return _depth_png(layers_of({n: w["sti"] for n, w in report.weights.items()}), "STI")
+    return _depth_png(_sti_layers(report), "STI")
+
+
+def _sti_layers(report: InterferenceReport) -> list[Layer]:
+    return layers_of({name: weight["sti"] for name, weight in report.weights.items()})
 
 
 def _layers_alt(report: InterferenceReport) -> str:
-    if not report.weights:
-        return "Nothing was decomposed."
-    worst = max(report.weights, key=lambda name: report.weights[name]["sti"])
-    return f"Most in {_plain(worst)}: {_number(report.weights[worst]['sti'])}."
+    """Of what is drawn."""
+    drawn = [layer for part in _by_tower(_sti_layers(report)).values() for layer in part]
+    worst = max(drawn, key=lambda layer: layer.value)
+    return f"Most in {_plain(worst.kind)} of block {worst.block}: {_number(worst.value)}."
 
 
 def _ranks(report: InterferenceReport) -> bytes:
@@ -241,8 +280,6 @@ def _ranks(report: InterferenceReport) -> bytes:
 
 def _ranks_alt(report: InterferenceReport) -> str:
     ranks = [rank for weight in report.weights.values() for rank in weight["ranks"] if rank]
-    if not ranks:
-        return "Nothing was decomposed."
     return f"Of every task {min(ranks)} to {max(ranks)} triplets of a weight are used."
 
 
@@ -262,9 +299,10 @@ def _spectra(report: InterferenceReport) -> bytes:
     _frame(left)
     _percent(right)
     left.xaxis.set_major_formatter("{x:.0%}")
-    rank_share = 1 / max(1, len(report.tasks))
-    right.axvline(rank_share, color=TEXT, linewidth=1, linestyle=":")
-    right.text(rank_share, 0.03, " 1/T", color=TEXT, fontsize=9)
+    kept = median(w["rank"] / min(w["shape"]) for w in report.weights.values())
+    right.axvline(kept, color=TEXT, linewidth=1, linestyle=":")
+    right.text(kept, 0.03, " kept" if kept < 0.8 else "kept ", color=TEXT, fontsize=9,
+               ha="left" if kept < 0.8 else "right")  # fmt: skip
     left.set_title("Spectrum of the updates", fontsize=11, color=TEXT)
     right.set_title("Energy in the leading triplets", fontsize=11, color=TEXT)
     legend = right.legend(frameon=False, labelcolor=TEXT, fontsize=8.5, loc="lower right")
@@ -416,12 +454,18 @@ def _plain(name: str) -> str:
 
 
 def _labels(report: InterferenceReport) -> list[str]:
-    """Names of the tasks without what all of them begin with, and no longer than there is room."""
+    """Names of the tasks without what all begin or end with, short, and no two alike."""
     names = [_plain(task["name"]) for task in report.tasks]
-    common = re.match(r".*[-_/. ]|", os.path.commonprefix(names))  # noqa: RUF071
-    shared = len(common[0]) if common and len(names) > 1 else 0
-    names = [name[shared:] or name for name in names]
-    return [n if len(n) <= LONGEST_NAME else f"…{n[1 - LONGEST_NAME :]}" for n in names]
+    for turn in (slice(None), slice(None, None, -1)):
+        turned = [name[turn] for name in names]
+        common = re.match(r".*[-_/. ]|", os.path.commonprefix(turned))  # noqa: RUF071
+        shared = len(common[0]) if common and len(names) > 1 else 0
+        names = [(name[shared:] or name)[turn] for name in turned]
+    half = LONGEST_NAME // 2
+    names = [
+        n if len(n) <= LONGEST_NAME else f"{n[:half]}…{n[half + 1 - LONGEST_NAME :]}" for n in names
+    ]
+    return [f"{i + 1}: {n}" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
 def _number(value: float, largest: float | None = None) -> str:

@@ -17,7 +17,16 @@ from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.reader import Checkpoint, digest
 from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.factors import TaskFactors
-from hf_tsv.models import Found, build, check_head, check_parts, close, default_class, one_of
+from hf_tsv.models import (
+    Found,
+    build,
+    check_clip,
+    check_head,
+    check_parts,
+    close,
+    default_class,
+    one_of,
+)
 from hf_tsv.plan import check_fit
 from hf_tsv.progress import visible_by_default
 from hf_tsv.sources import Task, open_sources
@@ -116,6 +125,7 @@ class TaskSwitcher:
             token=token,
             cache_dir=None if cache_dir is None else str(cache_dir),
         )
+        check_clip(sources.base)
         check_fit(sources.base, sources.inputs)
         show = visible_by_default() if progress is None else progress
         sources = sources.downloaded(visible=show)

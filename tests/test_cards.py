@@ -72,6 +72,7 @@ def card_of(
         recipe,
         base,
         inputs,
+        model_type="clip",
         full_model=full_model,
         out_format="transformers",
         repo_id=repo_id,

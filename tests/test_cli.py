@@ -203,7 +203,7 @@ def test_another_architecture(world: Path, hub: Hub, zoo: Path) -> None:
     other = copied(zoo / "vision", world / "siglip")
     (other / "config.json").write_text(json.dumps({"model_type": "siglip"}))
     done = hf_tsv("merge", other, "--base-model", "org/base", "-o", "merged", cwd=world)
-    refused(done, world, hub, "siglip is not a CLIP checkpoint", "model_type 'siglip'")
+    refused(done, world, hub, "siglip is of another architecture", "'siglip' and 'clip'")
 
 
 def test_shapes_and_names_that_do_not_fit_are_all_listed(world: Path, hub: Hub, zoo: Path) -> None:

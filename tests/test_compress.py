@@ -23,6 +23,7 @@ import hf_tsv as api
 from hf_tsv import CheckpointError, HfTsvError, OutputError, RecipeError
 from hf_tsv.compression import run
 from hf_tsv.delivery import Target
+from hf_tsv.progress import human_bytes
 from hf_tsv.ranks import RankRule
 from hf_tsv.spectra import Candidate, Measured, Options, energy_curves
 from hf_tsv.tsv import TaskSingularVectors, dense
@@ -1025,12 +1026,28 @@ def test_the_card_says_what_is_kept_of_which_layer(
     assert "by kind of layer" not in (tmp_path / "plain" / "README.md").read_text()
     assert not (tmp_path / "plain" / "compression.png").exists()
     weights = json.loads((tmp_path / "told" / "tsv_config.json").read_text())["weights"]
-    fc1 = [w for n, w in weights.items() if n.endswith("mlp.fc1.weight") and w["rank"]]
-    count, ranks, energy, _ = kept_rows(card)["mlp.fc1"]
-    low, high = min(w["rank"] for w in fc1), max(w["rank"] for w in fc1)
-    assert (int(count), ranks) == (len(fc1), str(low) if low == high else f"{low} to {high}")
+    changed = {n: w for n, w in weights.items() if w["norm"]}
+    rows = kept_rows(card)
+    assert sum(int(row[0]) for row in rows.values()) == len(changed)
+    attention = [f"self_attn.{letter}_proj" for letter in ("q", "k", "v", "out")]
+    assert list(rows)[:6] == [*attention, "mlp.fc1", "mlp.fc2"]
+    fc1 = [w for n, w in changed.items() if n.endswith("mlp.fc1.weight")]
+    count, ranks, energy, size = rows["mlp.fc1"]
+    kept = [w["rank"] for w in fc1 if w["rank"]]
+    said = str(kept[0]) if len(set(kept)) == 1 else f"{min(kept)} to {max(kept)}"
+    assert int(count) == len(fc1) and ranks.startswith(said)
     share = sum(w["energy"] * w["norm"] ** 2 for w in fc1) / sum(w["norm"] ** 2 for w in fc1)
     assert energy == f"{100 * share:.2f} %"
+    assert size == human_bytes(sum(w["bytes"] for w in fc1))
+
+
+def test_what_is_not_kept_is_in_the_table(zoo: Path, tmp_path: Path) -> None:
+    done = hf_tsv("compress", zoo / "full", "--base-model", zoo / "base", "--rank", "2",
+                  "--format", "peft", "--no-dense", "--report", "-o", tmp_path / "out")  # fmt: skip
+    assert done.code == 0, done.err
+    rows = kept_rows((tmp_path / "out" / "README.md").read_text())
+    assert rows["token_embedding"][1:3] == ["1 not kept", "0.00 %"]
+    assert "not kept" in rows["no matrices"][1]
 
 
 def test_a_copy_of_factors_keeps_the_picture(zoo: Path, tmp_path: Path) -> None:
@@ -1048,8 +1065,8 @@ def test_energy_curves_are_the_spectra(zoo: Path) -> None:
     k = len(sigmas[0])
     measured = [
         Measured(Candidate(n, tuple(base[n].shape), torch.float32, 0, 0, None), "",
-                 float(s.norm()), s[:8], 8)
-        for n, s in zip(names, sigmas, strict=True)
+                 float(s.norm()), s[:known], 8)
+        for n, s, known in zip(names, sigmas, (8, 11), strict=True)
     ]  # fmt: skip
     ((kind, (at, energy)),) = energy_curves(measured).items()
     assert kind == "mlp.fc1" and (at[0], at[-1]) == (0.0, 8 / k)

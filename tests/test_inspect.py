@@ -157,8 +157,9 @@ def test_another_architecture_is_said(tmp_path: Path) -> None:
     save_file({"encoder.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     found = hf_tsv.inspect(tmp_path)
-    assert (found.kind, found.layout, found.model_type) == ("other", None, "bert")
-    assert any("is not a CLIP checkpoint" in text for text in found.unknown)
+    assert (found.kind, found.layout) == ("checkpoint", "transformers")
+    assert found.model_type == "bert"
+    assert any("Not CLIP but 'bert'" in text for text in found.unknown)
 
 
 def test_a_damaged_recipe_is_said_and_the_rest_shown(zoo: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ REPORT_FILES = [
     "blocks.png", "interference.html", "interference.json", "layers.png", "pairs.png", "ranks.png",
     "spectrum.png",
 ]  # fmt: skip
-WEIGHT_KEYS = {"sti", "sti_after", "rank", "ranks", "pairs"}
+WEIGHT_KEYS = {"sti", "sti_after", "shape", "rank", "ranks", "pairs"}
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,103 @@ def test_checkpoints_of_one_name_are_told_apart(tasks: Path, tmp_path: Path) -> 
     ]
 
 
+def test_spectra_are_those_of_the_updates(tasks: Path) -> None:
+    """All weights of a task together, against float64; a task that lacks a tower has its own."""
+    found = report(tasks, ["a", "whole"])
+    base = load_file(tasks / "base" / "model.safetensors")
+    share = found.spectra["rank_share"]
+    for place, name in enumerate(("a", "whole")):
+        state = load_file(tasks / name / "model.safetensors")
+        own = [n for n in found.weights if n in state and not torch.equal(state[n], base[n])]
+        sigmas = [torch.linalg.svdvals((state[n] - base[n]).double()) for n in own]
+        first = sum(float(s[0]) ** 2 for s in sigmas)
+        whole = sum(float(s.square().sum()) for s in sigmas)
+        half = share.index((23 / 32) ** 2)  # between two ranks of most
+        low, high = (
+            sum(float(s[: round(side(share[half] * len(s)))].square().sum()) for s in sigmas)
+            for side in (math.floor, math.ceil)
+        )
+        assert low / whole <= found.spectra["energy"][place][half] <= high / whole
+        assert found.spectra["energy"][place][-1] == pytest.approx(1.0, rel=1e-6)
+        quarter = share.index(0.25)
+        exact = sum(float(s[len(s) // 4]) ** 2 for s in sigmas if len(s) % 4 == 0)
+        if all(len(s) % 4 == 0 for s in sigmas):
+            assert found.spectra["singular_values"][place][quarter] == pytest.approx(
+                math.sqrt(exact / first), rel=1e-4
+            )
+        assert found.spectra["singular_values"][place][0] == 1.0
+    text = next(n for n in found.weights if n.startswith("text_model.encoder"))
+    assert found.weights[text]["ranks"][0] == 0 < found.weights[text]["ranks"][1]
+
+
+def test_what_factors_leave_out_counts_as_energy(tasks: Path, tmp_path: Path) -> None:
+    hf_tsv.compress(
+        tasks / "a", output=tmp_path / "a", base_model=tasks / "base", rank_fraction=0.1,
+        progress=False,
+    )  # fmt: skip
+    found = hf_tsv.interference(
+        [tmp_path / "a", tasks / "b"], base_model=tasks / "base", progress=False
+    )
+    assert found.spectra["energy"][0][-1] < 0.7 < found.spectra["energy"][1][-1]
+    assert found.spectra["energy"][0][-1] == pytest.approx(found.tasks[0]["energy"], rel=1e-6)
+
+
+def test_parts_add_up_after_as_before(tasks: Path) -> None:
+    found = report(tasks)
+    assert found.total_after < 1e-6 * found.total
+    for parts in (found.weights, found.blocks, found.kinds):
+        assert sum(p["sti_after"] for p in parts.values()) == pytest.approx(found.total_after)
+
+
+def test_a_scaled_task_has_the_same_energy_and_rank(tasks: Path, tmp_path: Path) -> None:
+    plain = report(tasks)
+    hf_tsv.merge(
+        [tasks / name for name in "abc"], base_model=tasks / "base", weights=[1, 2, 0],
+        output=tmp_path / "m", report=True, progress=False,
+    )  # fmt: skip
+    found = json.loads((tmp_path / "m" / "interference.json").read_text())
+    for place in (0, 1):
+        for key in ("energy", "effective_rank"):
+            assert found["tasks"][place][key] == pytest.approx(plain.tasks[place][key], rel=1e-6)
+    assert (found["tasks"][2]["energy"], found["tasks"][2]["share"]) == (0.0, 0.0)
+    assert "`c` least" not in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_the_effective_rank_of_a_task_is_weighted_by_energy(tasks: Path) -> None:
+    found = report(tasks, "ab")
+    base = load_file(tasks / "base" / "model.safetensors")
+    state = load_file(tasks / "a" / "model.safetensors")
+    total = weighted = 0.0
+    for name in found.weights:
+        if name in state and not torch.equal(state[name], base[name]):
+            s = torch.linalg.svdvals((state[name] - base[name]).double())
+            p = s / s.sum()
+            square = float(s.square().sum())
+            total += square
+            weighted += square * float((-(p * p.log()).sum()).exp())
+    assert found.tasks[0]["effective_rank"] == pytest.approx(weighted / total, rel=1e-4)
+
+
+@pytest.mark.parametrize("names", ["abc", "a"])
+def test_where_nothing_is_decomposed_there_is_nothing_to_report(
+    tasks: Path, tmp_path: Path, names: str
+) -> None:
+    given = [*(tasks / name for name in names), "--base-model", tasks / "base"]
+    flags = ["--exclude", "*"] if len(names) > 1 else []
+    for command, more in (("interference", []), ("merge", ["--report"])):
+        done = run(command, *given, *flags, *more, "-o", tmp_path / command)
+        assert done.code == 1 and not (tmp_path / command).exists()
+        assert "No weight would be decomposed" in done.err or "One task alone" in done.err
+
+
+def test_a_merge_that_leaves_the_interference_says_no_after(tasks: Path, tmp_path: Path) -> None:
+    hf_tsv.merge(
+        [tasks / name for name in "abc"], base_model=tasks / "base", output=tmp_path / "m",
+        method="low-rank", report=True, progress=False,
+    )  # fmt: skip
+    assert "orthogonalisation" not in (tmp_path / "m" / "README.md").read_text()
+
+
 def test_orthogonal_tasks_do_not_interfere(tasks: Path) -> None:
     """Each changes rows and columns of its own."""
 
@@ -217,6 +315,48 @@ def test_one_large_update_is_named_with_its_number(tasks: Path) -> None:
         paths, base_model=tasks / "base", output=tasks / "m2", weights=[1, 1, 0.2], progress=False
     )
     assert not any("times as large" in text for text in scaled.warnings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "below", "above", "dtype"),
+    [
+        ("large-norm", 2.9, 3.1, torch.float32),
+        ("other-base", 0.28, 0.32, torch.float32),
+        ("rounding", 0.08, 0.13, torch.bfloat16),
+    ],
+)
+def test_where_a_warning_begins(
+    tasks: Path, kind: str, below: float, above: float, dtype: torch.dtype
+) -> None:
+    """With numbers written here, not taken from the code."""
+    plain = report(tasks, "abc").tasks
+    usual = (plain[0]["norm"] + plain[1]["norm"]) / 2
+    base_norm = plain[2]["norm"] / plain[2]["relative_norm"]
+    for wanted in (below, above):
+        norm = {
+            "large-norm": wanted * usual,
+            "other-base": wanted * base_norm,
+            "rounding": 0.29 * 2**-7 * base_norm / wanted,
+        }[kind]
+        factor = norm / plain[2]["norm"]
+        name = f"c-{kind}-{wanted}"
+        changed(tasks, "c", name, lambda _, update, by=factor: update * by, dtype)
+        found = report(tasks, ["a", "b", name])
+        said = {d["kind"]: d for d in found.diagnoses if d["tasks"] == (2,)}
+        assert (kind in said) == (wanted == above), (wanted, found.diagnoses)
+        if kind in said:
+            assert said[kind]["value"] == pytest.approx(wanted, rel=0.1)
+
+
+def test_the_weight_it_advises_helps(tasks: Path) -> None:
+    changed(tasks, "c", "advised", lambda _, update: update * 12)
+    (text,) = report(tasks, ["a", "b", "advised"]).warnings
+    weight = float(text.split("weight, ")[1].split(" ")[0])
+    merged = hf_tsv.merge(
+        [tasks / n for n in ("a", "b", "advised")], base_model=tasks / "base",
+        weights=[1, 1, weight], output=tasks / "m4", progress=False,
+    )  # fmt: skip
+    assert merged.warnings == []
 
 
 def test_a_fine_tune_of_another_model_is_named(tasks: Path, tmp_path: Path) -> None:

@@ -165,10 +165,18 @@ def test_the_settings_of_a_tower_are_found_in_every_config(
     assert {part.get("hidden_act") for part in config.values()} == {"quick_gelu"}
 
 
-@pytest.mark.parametrize("model_type", ["siglip", "clipseg", "", None, 1, [], {}])
-def test_what_is_not_a_clip_is_refused(model_type: Any) -> None:
-    with pytest.raises(CheckpointError, match="org/model is not a CLIP checkpoint"):
+@pytest.mark.parametrize("model_type", ["", None, 1, [], {}, "a\nb"])
+def test_what_is_no_model_is_refused(model_type: Any) -> None:
+    with pytest.raises(CheckpointError, match="org/model is no model of transformers"):
         layout_of({"model_type": model_type}, "org/model")
+
+
+@pytest.mark.parametrize("model_type", ["siglip", "clipseg", "dinov2"])
+def test_of_other_models_names_stay_as_they_are(model_type: str) -> None:
+    found = layout_of({"model_type": model_type}, "org/model")
+    assert canonical_name("encoder.layers.0.mlp.fc1.weight", found) == (
+        "encoder.layers.0.mlp.fc1.weight"
+    )
 
 
 def test_a_config_without_model_type_is_refused() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +19,7 @@ from PIL import Image
 
 import hf_tsv
 from hf_tsv import plots
+from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.interfering import InterferenceReport
 
 PAGES = ("#ffffff", "#0b0f19")  # of the Hub, in light and dark
@@ -127,8 +132,135 @@ def test_every_picture_is_there_and_says_what_it_shows(measured: InterferenceRep
     names = [task["name"] for task in measured.tasks]
     said = drawn["pairs.png"].alt
     assert said.startswith(f"{names[i]} and {names[j]} disturb") and f"{names[m]} least" in said
-    worst = max(measured.weights, key=lambda name: measured.weights[name]["sti"])
-    assert worst in drawn["layers.png"].alt
+    blocks = {name: block["sti"] for name, block in measured.blocks.items()}
+    worst = max(blocks, key=lambda name: blocks[name])
+    assert f"block {worst} ({plots._number(blocks[worst])})" in drawn["blocks.png"].alt
+    inside = {n: w["sti"] for n, w in measured.weights.items() if ".layers." in n}
+    name = max(inside, key=lambda name: inside[name])
+    block, kind = block_and_kind(name)
+    said = f"Most in {kind} of block {block}: {plots._number(inside[name])}."
+    assert drawn["layers.png"].alt == said
+    ranks = [rank for weight in measured.weights.values() for rank in weight["ranks"] if rank]
+    assert f"{min(ranks)} to {max(ranks)} triplets" in drawn["ranks.png"].alt
+    energies = [task["energy"] for task in measured.tasks]
+    assert f"{min(energies):.0%} to {max(energies):.0%}" in drawn["spectrum.png"].alt
+
+
+def axes_of(draw: Any, report: InterferenceReport) -> Any:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    draw(axes, report)
+    return axes
+
+
+def test_the_heat_map_has_every_pair(measured: InterferenceReport) -> None:
+    axes = axes_of(plots._pairs, measured)
+    texts = {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts}
+    top = max(map(max, measured.pairs))
+    for i, j in combinations(range(3), 2):
+        value = measured.pairs[i][j]
+        for place in ((i, j), (j, i)):
+            assert texts[place][0] == plots._number(value, top)
+            assert texts[place][1] == ("black" if value > 0.6 * top else "white")
+    assert len(texts) == 6 and axes.images[0].get_array()[0, 1] == measured.pairs[0][1]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+
+
+def test_blocks_are_drawn_before_and_after(measured: InterferenceReport) -> None:
+    axes = axes_of(plots._blocks, measured)
+    blocks = sorted(measured.blocks, key=plots._depth)
+    heights = [bar.get_height() for bar in sorted(axes.patches, key=lambda bar: bar.get_x())]
+    assert heights == [measured.blocks[block]["sti"] for block in blocks]
+    (after,) = axes.lines
+    assert list(after.get_ydata()) == [measured.blocks[block]["sti_after"] for block in blocks]
+    as_it_is = {n: {**b, "sti_after": b["sti"]} for n, b in measured.blocks.items()}
+    untouched = replace(measured, total_after=measured.total, blocks=as_it_is)
+    assert not axes_of(plots._blocks, untouched).lines
+    assert "orthogonalisation" not in plots._blocks_alt(untouched)
+
+
+def figures_of(monkeypatch: pytest.MonkeyPatch, draw: Any) -> Any:
+    """The figure that a picture is made of."""
+    made: list[Any] = []
+    monkeypatch.setattr(plots, "_png", lambda figure: made.append(figure) or b"")
+    draw()
+    return made[-1]
+
+
+def test_spectra_are_those_of_the_report(
+    measured: InterferenceReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, right = figures_of(monkeypatch, lambda: plots._spectra(measured)).axes
+    share = measured.spectra["rank_share"]
+    for task in range(3):
+        sigma, energy = (measured.spectra[k][task] for k in ("singular_values", "energy"))
+        known = [value for value in sigma if value > 0]
+        assert list(left.lines[task].get_ydata()) == known
+        assert list(right.lines[task].get_ydata()) == energy
+        assert list(right.lines[task].get_xdata()) == share
+    kept = sorted(w["rank"] / min(w["shape"]) for w in measured.weights.values())
+    assert right.lines[3].get_xdata()[0] == pytest.approx(np.median(kept))
+
+
+def test_of_many_tasks_the_extremes_have_names(measured: InterferenceReport) -> None:
+    report = with_tasks(measured, [f"t{i}" for i in range(8)])
+    tasks = [{**task, "effective_rank": 10.0 + i} for i, task in enumerate(report.tasks)]
+    lines = plots._task_lines(replace(report, tasks=tasks))
+    named = [(i, name) for i, (_, name, _) in enumerate(lines) if name]
+    assert named == [(0, "t0: effective rank 10"), (7, "t7: effective rank 17")]
+
+
+@pytest.mark.parametrize(("draw", "key"), [("_layers", "sti"), ("_ranks", "ranks")])
+def test_bars_over_depth_are_those_of_the_report(
+    measured: InterferenceReport, monkeypatch: pytest.MonkeyPatch, draw: str, key: str
+) -> None:
+    figure = figures_of(monkeypatch, lambda: getattr(plots, draw)(measured))
+    assert len(figure.axes) == 2  # a row a tower, and none for the few beside
+    for axes, tower in zip(figure.axes, ("vision", "text"), strict=True):
+        weights = [n for n in measured.weights if n.startswith(f"{tower}_model.encoder")]
+        values = [measured.weights[name][key] for name in weights]
+        wanted = sorted(max(v) if isinstance(v, list) else v for v in values)
+        assert sorted(bar.get_height() for bar in axes.patches) == pytest.approx(wanted)
+
+
+def test_a_merge_has_pairs_beside_blocks(
+    measured: InterferenceReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, right, *_ = figures_of(monkeypatch, lambda: plots.of_merge(measured)).axes
+    assert (left.get_title(), right.get_title()) == ("STI of every two tasks", "STI by block")
+
+
+def test_settings_of_the_user_change_nothing(measured: InterferenceReport, tmp_path: Path) -> None:
+    """Neither a backend that is not there nor the fonts of a matplotlibrc."""
+    code = f"""
+import pickle, hashlib, sys
+from hf_tsv import plots
+from hf_tsv.checkpoints.layout import block_and_kind
+report = pickle.load(open({str(tmp_path / "report")!r}, "rb"))
+picture = plots.attempted(lambda: plots.of_merge(report))
+print(hashlib.sha256(picture.png).hexdigest())
+"""
+    (tmp_path / "report").write_bytes(pickle.dumps(measured))
+    (tmp_path / "matplotlibrc").write_text(
+        "axes.labelsize: 30\nsavefig.bbox: tight\ntext.usetex: True\n"
+    )
+    odd = {"MPLBACKEND": "module://nowhere.at_all", "MATPLOTLIBRC": str(tmp_path)}
+    found = [
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, **extra}, check=True,
+                       capture_output=True, text=True).stdout
+        for extra in ({}, odd)
+    ]  # fmt: skip
+    assert found[0] == found[1] and len(found[0]) == 65
+
+
+def test_a_picture_that_fails_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> None:
+        raise RuntimeError("no font\nof this kind")
+
+    with caplog.at_level("WARNING", logger="hf_tsv"):
+        assert plots.attempted(fails) is None
+    assert "There are no pictures: matplotlib is installed, but it (no font) failed" in caplog.text
 
 
 def test_pictures_are_the_same_every_time(measured: InterferenceReport) -> None:
@@ -171,7 +303,11 @@ def test_names_lose_what_all_begin_with(measured: InterferenceReport) -> None:
     assert plots._labels(with_tasks(measured, names)) == ["sun397", "svhn", "s"]
     assert plots._labels(with_tasks(measured, ["sun", "sum"])) == ["sun", "sum"]
     short = plots._labels(with_tasks(measured, ["a", "x" * 50]))[1]
-    assert len(short) == plots.LONGEST_NAME and short.startswith("…")
+    assert len(short) == plots.LONGEST_NAME and "…" in short
+    names = [f"{task}-clip-vit-base-patch32-finetuned" for task in ("sun397", "svhn")]
+    assert plots._labels(with_tasks(measured, names)) == ["sun397", "svhn"]
+    alike = [f"{'x' * 20}{middle}{'y' * 20}" for middle in "abc"]
+    assert len(set(plots._labels(with_tasks(measured, alike)))) == 3
 
 
 @pytest.mark.parametrize(

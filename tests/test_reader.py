@@ -417,10 +417,10 @@ def test_a_damaged_config_is_refused(tmp_path: Path, content: bytes) -> None:
     assert "config.json" in refused(folder_of(tmp_path, {"config.json": content}))
 
 
-@pytest.mark.parametrize("model_type", ["bert", None, 3, [], {}, ["clip"]])
-def test_another_model_type_is_refused(tmp_path: Path, model_type: Any) -> None:
+@pytest.mark.parametrize("model_type", ["", None, 3, [], {}, ["clip"]])
+def test_a_config_of_no_model_is_refused(tmp_path: Path, model_type: Any) -> None:
     message = refused(folder_of(tmp_path, {"config.json": {"model_type": model_type}}))
-    assert f"not a CLIP checkpoint: its config.json says model_type {model_type!r}" in message
+    assert f"no model of transformers: its config.json says model_type {model_type!r}" in message
 
 
 # Whatever the bytes: read, or refused with a CheckpointError

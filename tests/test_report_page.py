@@ -119,6 +119,39 @@ def test_every_weight_is_in_the_table_and_sorts(page: Any, report: Path) -> None
     assert head.get_attribute("aria-sort") is None
 
 
+def test_cells_say_what_the_report_says(page: Any, report: Path) -> None:
+    content = json.loads((report / "interference.json").read_text())
+    names = [task["name"] for task in content["tasks"]]
+    for place, key, shown in (
+        (2, "share", "{:.1%}"), (3, "norm", "{:.4g}"), (4, "relative_norm", "{:.2%}"),
+        (5, "effective_rank", "{:.1f}"), (6, "energy", "{:.1%}"),
+    ):  # fmt: skip
+        cells = page.locator(f"#tasks tbody td:nth-child({place})").all_inner_texts()
+        wanted = [shown.format(task[key]).replace("%", " %") for task in content["tasks"]]
+        assert cells == wanted, key
+    weights = list(content["weights"].values())
+    assert column(page, 5) == [f"{w['sti']:.4g}" for w in weights]
+    assert column(page, 6) == [
+        f"{w['sti'] / content['total']:.1%}".replace("%", " %") for w in weights
+    ]
+    assert column(page, 7) == [f"{w['sti_after']:.2g}" for w in weights]
+    for weight, said in zip(weights, column(page, 8), strict=True):
+        pairs = {(i, j): row[j] for i, row in enumerate(weight["pairs"]) for j in range(i)}
+        i, j = max(pairs, key=lambda pair: pairs[pair])
+        assert said == f"{names[j]}, {names[i]}"
+    shown = page.locator(".totals li").all_inner_texts()
+    assert f"{content['total']:.4g}" in shown[0] and f"{content['total_after']:.2g}" in shown[1]
+    flat = {(i, j): v for i, row in enumerate(content["pairs"]) for j, v in enumerate(row[:i])}
+    for text, choose in ((shown[2], max), (shown[3], min)):
+        pair = choose(flat, key=lambda pair: flat[pair])
+        assert all(names[task] in text for task in pair)
+    page.locator("summary").click()
+    table = page.locator("#pairs tbody tr").all_inner_texts()
+    for i, row in enumerate(table):
+        numbers = [f"{v:.4g}" for j, v in enumerate(content["pairs"][i]) if j != i]
+        assert [cell for cell in row.split("\t")[1:] if cell.strip()] == numbers
+
+
 def test_blocks_sort_as_numbers(page: Any) -> None:
     page.evaluate("""() => { for (const [i, row] of [...document.querySelectorAll(
         "#weights tbody tr")].entries()) row.cells[1].textContent = "vision " + (12 - i % 12); }""")

@@ -75,6 +75,7 @@ FLAT = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm|final_layer_
 TASK_HEAD = re.compile(r"classifier\.")
 QKV = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.weight$")
 BLOCK = re.compile(r"^(vision|text)_model\.encoder\.layers\.(\d+)\.(.+?)(?:\.weight)?$")
+ANY_BLOCK = re.compile(r"^.*?\.(\d+)\.(.+?)(?:\.weight)?$")
 KINDS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.{q,k,v}_proj",
     "self_attn.out_proj", "mlp.fc1", "mlp.fc2",
@@ -83,22 +84,32 @@ KINDS = (
 
 
 def layout_of(config: dict[str, Any], owner: str) -> Layout:
-    """The layout that a config.json announces.
+    """The layout that a config.json announces; of what is no CLIP, names as they are.
 
     Args:
         config (`dict[str, Any]`): content of config.json.
         owner (`str`): the checkpoint, for the error.
 
     Raises:
-        [`CheckpointError`]: the model is not a CLIP.
+        [`CheckpointError`]: it announces none.
     """
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in LAYOUTS:
+    if not isinstance(model_type, str) or not model_type.isprintable() or not model_type:
         raise CheckpointError(
-            f"{owner} is not a CLIP checkpoint: its config.json says model_type {model_type!r}.",
-            f"Supported are {', '.join(LAYOUTS)} as saved by transformers.",
+            f"{owner} is no model of transformers: its config.json says model_type {model_type!r}.",
+            "A checkpoint saved by save_pretrained has one.",
         )
-    return LAYOUTS[model_type]
+    return LAYOUTS.get(model_type) or Layout(model_type)
+
+
+def is_clip(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is a CLIP's; else only names and shapes are known.
+
+    Example:
+        >>> is_clip({"model_type": "clip_vision_model"}), is_clip({"model_type": "siglip"})
+        (True, False)
+    """
+    return config.get("model_type") in LAYOUTS
 
 
 def canonical_name(stored: str, layout: Layout) -> str | None:
@@ -171,10 +182,11 @@ def block_and_kind(label: str) -> tuple[str, str]:
         >>> block_and_kind("visual_projection.weight")
         ('other', 'visual_projection')
     """
-    found = BLOCK.match(label)
-    if found is None:
-        return "other", label.removesuffix(".weight").rpartition("embeddings.")[2]
-    return f"{found[1]} {found[2]}", found[3]
+    if found := BLOCK.match(label):
+        return f"{found[1]} {found[2]}", found[3]
+    if found := ANY_BLOCK.match(label):
+        return f"block {found[1]}", found[2]
+    return "other", label.removesuffix(".weight").rpartition("embeddings.")[2]
 
 
 def kind_order(kind: str) -> tuple[int, str]:

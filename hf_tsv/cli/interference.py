@@ -107,8 +107,8 @@ def _text(report: InterferenceReport) -> str:
     worst = sorted(report.weights.items(), key=lambda entry: -entry[1]["sti"])[:SHOWN]
     rows = [
         ("interference", f"{report.total:.4g}, {report.total_after:.2g} after orthogonalisation"),
-        ("most", _pair(report, most)),
-        ("least", _pair(report, least)),
+        ("most" if most != least else "pair", _pair(report, most)),
+        *([("least", _pair(report, least))] if most != least else []),
         *((f"{entry['sti']:.4g}", label) for label, entry in worst),
     ]
     return "\n".join([*lines, "", options.columns(rows)])

@@ -1,0 +1,122 @@
+"""Encoders that are not CLIP: nothing in the method is CLIP's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import clips
+import pytest
+import reference
+import torch
+from cli import hf_tsv as run
+from safetensors.torch import load_file
+
+import hf_tsv
+from hf_tsv.errors import CheckpointError
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 99, "max_position_embeddings": 12, "projection_size": 32,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def model_of(kind: str) -> Any:
+    """A tiny model of a real class."""
+    import transformers as t
+
+    t.logging.set_verbosity_error()
+    if kind in ("Siglip", "Siglip2"):
+        vision = {**SIZES, **({"num_patches": 4} if kind == "Siglip2" else {})}
+        config = getattr(t, f"{kind}Config")(vision_config=vision, text_config=TEXT)
+        return getattr(t, f"{kind}Model")(config)
+    if kind == "Dinov2":
+        sizes = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
+        return t.Dinov2Model(t.Dinov2Config(**sizes, mlp_ratio=2))
+    return t.ViTModel(t.ViTConfig(**SIZES))
+
+
+KINDS = ("Siglip", "Siglip2", "ViT", "Dinov2")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and two fine-tunes of every parameter."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    model = model_of(request.param)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for i, name in enumerate(("base", "a", "b")):
+        generator = torch.Generator().manual_seed(i)
+        model.load_state_dict({
+            key: value + (i > 0) * 2e-3 * torch.randn(value.shape, generator=generator)
+            if value.is_floating_point() else value
+            for key, value in base.items()
+        })  # fmt: skip
+        clips.save(model, folder / name)
+    return folder
+
+
+def test_they_merge_by_name_and_shape(family: Path, tmp_path: Path) -> None:
+    done = run("merge", family / "a", family / "b", "--base-model", family / "base", "-o",
+               tmp_path / "m", "--report")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "is not CLIP but" in done.err and "generic layout" in done.err
+    base, a, b, merged = (
+        load_file(folder / "model.safetensors")
+        for folder in (family / "base", family / "a", family / "b", tmp_path / "m")
+    )
+    assert merged.keys() == base.keys()
+    decomposed = 0
+    for name, w0 in base.items():
+        if w0.dim() == 2 and min(w0.shape) > 1:
+            deltas = [(w[name] - w0).double() for w in (a, b)]
+            expected = w0.double() + reference.tsv(deltas, [min(w0.shape) // 2] * 2)
+            decomposed += 1
+        else:
+            expected = w0.double() + ((a[name] - w0).double() + (b[name] - w0).double()) / 2
+        if name != "text_projection.weight":
+            assert torch.allclose(merged[name].double(), expected, atol=1e-6), name
+    assert decomposed > 10
+    from transformers import AutoModel
+
+    clips.load(AutoModel, tmp_path / "m")
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "AutoModel" in card and "CLIP checkpoint" not in card and "- clip\n" not in card
+
+
+def test_they_are_compressed_and_made_again(family: Path, tmp_path: Path) -> None:
+    hf_tsv.compress(
+        family / "a", base_model=family / "base", output=tmp_path / "f", rank_fraction=1.0,
+        progress=False,
+    )  # fmt: skip
+    hf_tsv.reconstruct(tmp_path / "f", output=tmp_path / "again", progress=False)
+    found, wanted = (load_file(p / "model.safetensors") for p in (tmp_path / "again", family / "a"))
+    for name, tensor in wanted.items():
+        assert torch.allclose(found[name], tensor, atol=1e-6), name
+    with pytest.raises(CheckpointError, match="is not CLIP but"):
+        hf_tsv.load_model(tmp_path / "f", progress=False)
+
+
+def test_they_are_inspected_and_measured(family: Path) -> None:
+    found = hf_tsv.inspect(family / "a")
+    assert found.kind == "checkpoint" and found.model_class and "Model" in found.model_class
+    assert any("generic layout" in text for text in found.unknown)
+    report = hf_tsv.interference(
+        [family / "a", family / "b"], base_model=family / "base", progress=False
+    )
+    assert report.total > 0 and any(block[-1].isdigit() for block in report.blocks)
+
+
+def test_what_does_not_agree_is_listed(family: Path, zoo: Path, tmp_path: Path) -> None:
+    done = run("merge", family / "a", zoo / "vision", "--base-model", family / "base", "-o",
+               tmp_path / "m")  # fmt: skip
+    assert done.code == 1 and "another architecture" in done.err and not (tmp_path / "m").exists()
+    adapter = run("compress", family / "a", "--base-model", family / "base", "--format", "peft",
+                  "-o", tmp_path / "l")  # fmt: skip
+    assert adapter.code == 1 and "not CLIP" in adapter.err and not (tmp_path / "l").exists()
