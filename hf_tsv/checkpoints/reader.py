@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from hf_tsv.parallel import in_parallel
 SINGLE_FILE = "model.safetensors"
 PICKLED_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
+VARIANT = re.compile(r"model\.[A-Za-z0-9_]+\.safetensors")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 64  # the limit of torch
 FIRST_READ_BYTES = 100_000  # holds the whole header of most checkpoints: one request instead of two
@@ -155,7 +157,7 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
     """
     owner, there = str(pinned), pinned.files
     named = _weights_in(there, [file for file, _ in WEIGHTS])
-    single = named or _only_pickle(there) or SINGLE_FILE
+    single = named or _only_variant(there) or _only_pickle(there) or SINGLE_FILE
     kind_of = dict(WEIGHTS).get(single)
     if kind_of is None and there.size(CONFIG_FILE) is None:
         kind_of = "open_clip"
@@ -182,6 +184,12 @@ def _weights_in(files: Files, singles: Sequence[str]) -> str | None:
     return next(
         (s for s in singles if any(files.size(name) is not None for name in (s, index_of(s)))), None
     )
+
+
+def _only_variant(files: Files) -> str | None:
+    """Weights in another precision, as `save_pretrained(variant=…)` names them, if there is one."""
+    found = [name for name in files.names() if VARIANT.fullmatch(name)]
+    return found[0] if len(found) == 1 else None
 
 
 def _only_pickle(files: Files) -> str | None:
