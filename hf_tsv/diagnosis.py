@@ -10,6 +10,7 @@ from statistics import median
 
 import torch
 
+from hf_tsv.checkpoints.adapters import Adapter
 from hf_tsv.factors import TaskFactors
 from hf_tsv.findings import Findings
 from hf_tsv.plan import MergePlan
@@ -157,7 +158,9 @@ def _low_ranks(inputs: Sequence[Task], plan: MergePlan, findings: Findings) -> l
     kept = {weight.label: weight.rank for weight in plan.weights}
     found = []
     for i, item in enumerate(inputs):
-        if isinstance(item, TaskFactors) or _rounded(item, i, findings)[0] >= MOSTLY_ROUNDING:
+        if isinstance(item, TaskFactors | Adapter):
+            continue  # as everybody knows
+        if _rounded(item, i, findings)[0] >= MOSTLY_ROUNDING:
             continue  # what rounding hides is no sign of a low rank
         low = total = 0.0
         most = 0

@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_tsv.cards import card_license
 from hf_tsv.checkpoints import base_model, layout
+from hf_tsv.checkpoints.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.files import LocalFiles, read_json
 from hf_tsv.checkpoints.reader import CONFIG_FILE, Checkpoint, open_checkpoint, read_header
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
@@ -34,11 +35,11 @@ class InspectReport:
     Args:
         ref (`str`): repository id or folder.
         revision (`str`, *optional*): commit sha; None for a folder.
-        kind (`str`): `checkpoint`, `merge`, `factors`, or `other`.
+        kind (`str`): `checkpoint`, `merge`, `factors`, `adapter`, or `other`.
         model_class (`str`, *optional*): that its config.json was saved by.
         model_type (`str`, *optional*): `model_type` of its config.json.
-        layout (`str`, *optional*): whose names its tensors have: `transformers`, `open_clip`, or
-            `task factors`.
+        layout (`str`, *optional*): whose names its tensors have: `transformers`, `open_clip`,
+            `peft`, or `task factors`.
         base_model (`list[str]`): what it says it was fine-tuned or made from.
         license (`str`, *optional*): as its card says.
         files (`dict[str, int]`): bytes of each weight file.
@@ -103,7 +104,7 @@ def inspect(
     pinned = pin(parse(fspath(reference)), token=token, cache_dir=cache)
     files = pinned.files
     with closing(files) if isinstance(files, LocalFiles) else nullcontext():
-        if is_factors(pinned):
+        if is_factors(pinned) and files.size(ADAPTER_CONFIG) is None:
             return _of_factors(pinned, open_factors(pinned))
         try:
             opened = open_checkpoint(pinned)
@@ -180,7 +181,8 @@ def _of_factors(pinned: PinnedCheckpoint, opened: TaskFactors) -> InspectReport:
 
 def _of_other(pinned: PinnedCheckpoint, error: CheckpointError) -> InspectReport:
     """No CLIP that hf-tsv reads: what its safetensors say, and what its pickles do not."""
-    unknown = [error.message]
+    adapter = pinned.files.size(ADAPTER_CONFIG) is not None
+    unknown = ["What it changes depends on its base model."] if adapter else [error.message]
     infos: dict[str, TensorInfo] = {}
     config: dict[str, Any] = {}
     if pinned.files.size(CONFIG_FILE) is not None:
@@ -203,9 +205,9 @@ def _of_other(pinned: PinnedCheckpoint, error: CheckpointError) -> InspectReport
     open_clip = pinned.files.size(OPEN_CLIP_CONFIG) is not None or OPEN_CLIP_WEIGHT in infos
     return InspectReport(
         **_origin(pinned),
-        kind="other",
+        kind="adapter" if adapter else "other",
         model_type=_text(config.get("model_type")),
-        layout="open_clip" if open_clip else None,
+        layout="peft" if adapter else "open_clip" if open_clip else None,
         **_sizes(pinned, infos),
         tensors={name: _described(info) for name, info in sorted(infos.items())},
         unknown=list(dict.fromkeys(unknown)),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_tsv import linalg, tsv
 from hf_tsv.checkpoints import companions, layout
+from hf_tsv.checkpoints.adapters import Adapter
 from hf_tsv.checkpoints.files import LocalFiles
 from hf_tsv.checkpoints.reader import Checkpoint, digest
 from hf_tsv.checkpoints.reference import parse, pin
@@ -205,6 +206,10 @@ def _has_processor(item: Task, model_class: str) -> bool:
 
 def check_clip(item: Task) -> None:
     """Refuse what is no CLIP: its classes are not known here."""
+    if isinstance(item, Adapter):
+        raise CheckpointError(
+            f"{item} is an adapter.", "Load it with PEFT: PeftModel.from_pretrained(base, …)."
+        )
     config = item.config.model_config if isinstance(item, TaskFactors) else item.config
     if not layout.is_clip(config):
         whole = "`hf-tsv reconstruct` it, then load" if isinstance(item, TaskFactors) else "Load"

@@ -13,6 +13,7 @@ import torch
 
 from hf_tsv import tsv
 from hf_tsv.checkpoints import layout, open_clip
+from hf_tsv.checkpoints.adapters import Adapter
 from hf_tsv.checkpoints.reader import Checkpoint
 from hf_tsv.checkpoints.tensors import TensorInfo
 from hf_tsv.checkpoints.writer import ShardPlan, TensorSpec, plan_shards
@@ -275,6 +276,7 @@ def _misfits(base: Checkpoint, item: Task) -> list[str]:
     for name, info in base.tensors.items():
         found = item.tensors.get(name)
         required = whole_model or name.split(".")[0] in encoders
+        required = required and not isinstance(item, Adapter)
         if found is None:
             if required and info.dtype.is_floating_point:
                 problems.append(f"{item}: {name} is missing")

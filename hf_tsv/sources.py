@@ -10,6 +10,7 @@ from huggingface_hub import constants
 
 from hf_tsv import hub
 from hf_tsv.checkpoints import base_model, companions
+from hf_tsv.checkpoints.adapters import Adapter, is_adapter, open_adapter
 from hf_tsv.checkpoints.files import HubFiles, LocalFiles
 from hf_tsv.checkpoints.reader import Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
@@ -53,6 +54,7 @@ class Sources:
         """
         *inputs, base = fetched(self.all(), with_companions=[self.base], visible=visible)
         assert isinstance(base, Checkpoint)  # it was one before
+        inputs = [item.on(base) if isinstance(item, Adapter) else item for item in inputs]
         return replace(self, inputs=tuple(inputs), base=base)
 
     def close(self) -> None:
@@ -136,12 +138,21 @@ def open_sources(
             f"The base model {opened_base} holds task factors.",
             "Name the checkpoint that the tasks were fine-tuned from.",
         )
+    if isinstance(opened_base, Adapter):
+        raise CheckpointError(
+            f"The base model {opened_base} is an adapter.",
+            "Name the model that the tasks were fine-tuned from.",
+        )
+    found = opened_base
+    inputs = [item.on(found) if isinstance(item, Adapter) else item for item in inputs]
     warnings = _check_distinct(tasks, base)
     return Sources(opened_base, tuple(inputs), tuple(warnings))
 
 
 def open_task(pinned: PinnedCheckpoint) -> Task:
-    """Read the headers of a checkpoint, or of task factors."""
+    """Read the headers of a checkpoint, of an adapter, or of task factors."""
+    if is_adapter(pinned):
+        return open_adapter(pinned)
     return open_factors(pinned) if is_factors(pinned) else open_checkpoint(pinned)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_tsv import baselines, costs, linalg, processes, tsv
+from hf_tsv.checkpoints.adapters import Adapter
 from hf_tsv.checkpoints.reader import Checkpoint, digest
 from hf_tsv.checkpoints.writer import ShardWriter
 from hf_tsv.costs import Parallelism
@@ -274,6 +275,10 @@ class _Reader:
                     floor = _stored_noise(source, weight, w0, update)
                 update = update.to(self.device)
                 norm = math.hypot(*(source.tensors[name].norm for name in weight.names))
+            elif decomposed and (own := _own_triplets(source, weight, digests.get(i))) is not None:
+                if not own.rank:
+                    continue
+                update, norm = own.to(self.device), float(own.S.norm())
             else:
                 wi = self._read(weight, source, digests.get(i))
                 update, largest = update_of(weight.label, source, wi, w0)
@@ -318,6 +323,15 @@ def update_of(
             "The checkpoint is damaged; leave it out or save it again.",
         )
     return update, largest
+
+
+def _own_triplets(
+    source: Checkpoint, weight: Weight, digests: dict[str, str] | None
+) -> TaskSingularVectors | None:
+    """Of an adapter, which needs no decomposition; None of other inputs and of stacked weights."""
+    if not isinstance(source, Adapter) or len(weight.names) > 1:
+        return None
+    return source.triplets(weight.names[0], digests)
 
 
 def _stored_update(

@@ -8,6 +8,8 @@ from hf_tsv.checkpoints.files import read_json
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.errors import CheckpointError, HfTsvError
 
+CONFIG = ("config.json", "_name_or_path")
+
 
 def named_by(item: PinnedCheckpoint) -> list[str]:
     """Base models that a checkpoint names: in its card, else in its config.
@@ -22,13 +24,15 @@ def named_by(item: PinnedCheckpoint) -> list[str]:
     names = [value] if isinstance(value, str) else value
     if isinstance(names, list) and any(names):
         return [name for name in names if isinstance(name, str) and name]
-    try:
-        config = read_json(item.files, "config.json", str(item))
-    except HfTsvError:  # reported when the checkpoint is opened
-        return []
-    name = config.get("_name_or_path")
-    if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return [name] if name != item.ref else []
+    for file, key in (("adapter_config.json", "base_model_name_or_path"), CONFIG):
+        if item.files.size(file) is None:
+            continue
+        try:
+            name = read_json(item.files, file, str(item)).get(key)
+        except HfTsvError:  # reported when the checkpoint is opened
+            return []
+        if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+            return [name] if name != item.ref else []
     return []
 
 

@@ -1,0 +1,255 @@
+"""LoRA adapters of PEFT as fine-tunes: what they change, as PEFT would merge it into the base."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.files import read_json
+from hf_tsv.checkpoints.reader import Checkpoint, digest, read_headers, read_tensor
+from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.tensors import TensorInfo
+from hf_tsv.errors import CheckpointError
+from hf_tsv.tsv import TaskSingularVectors
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+PART = re.compile(r"(.+)\.lora_(A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)")
+WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)\.")
+PREFIXES = {"CLIPTextModel": ("text_model.", ""), "CLIPVisionModel": ("vision_model.", "")}
+"""What canonical names have and those of a class have not, the likelier first."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The pair of one module: Δ = scale · B A.
+
+    Args:
+        scale (`float`): α / r, or α / √r.
+        A (`TensorInfo`): shape (r, d_in), or a convolution of it.
+        B (`TensorInfo`): shape (d_out, r).
+        bias (`TensorInfo`, *optional*): of B; scaled too.
+        magnitude (`TensorInfo`, *optional*): of every row of W0 + Δ, which are scaled to it (DoRA).
+    """
+
+    scale: float
+    A: TensorInfo
+    B: TensorInfo
+    bias: TensorInfo | None = None
+    magnitude: TensorInfo | None = None
+
+
+@dataclass(frozen=True)
+class Adapter(Checkpoint):
+    """A LoRA adapter on a base model: the checkpoint that PEFT would make of them.
+
+    Args:
+        adapter_config (`Mapping[str, Any]`): of adapter_config.json.
+        base ([`Checkpoint`], *optional*): W0; without it no name is known.
+        loras (`Mapping[str, Lora]`): by canonical name of the weight.
+        values (`Mapping[str, TensorInfo]`): what is stored whole, by canonical name.
+        biases (`Mapping[str, Lora]`): whose bias is added, by canonical name of the bias.
+    """
+
+    adapter_config: Mapping[str, Any] = field(default_factory=dict)
+    base: Checkpoint | None = None
+    loras: Mapping[str, Lora] = field(default_factory=dict)
+    values: Mapping[str, TensorInfo] = field(default_factory=dict)
+    biases: Mapping[str, Lora] = field(default_factory=dict)
+    stored: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+    @property
+    def needed_files(self) -> tuple[str, ...]:
+        """What a run reads of it."""
+        return (CONFIG_FILE, *self.weight_files)
+
+    def on(self, base: Checkpoint) -> Adapter:
+        """The same adapter with the base model it is applied to.
+
+        Args:
+            base ([`Checkpoint`]): W0.
+
+        Raises:
+            [`CheckpointError`]: a module is not in the base, or of another shape.
+        """
+        pairs, values = _sorted(self.stored, str(self))
+        prefix = _prefix(pairs, values, base, self.adapter_config, str(self))
+        loras = {
+            f"{prefix}{module}.weight": self._lora(module, parts) for module, parts in pairs.items()
+        }
+        own = {prefix + name: info for name, info in values.items()}
+        biases = {
+            f"{name.removesuffix('.weight')}.bias": lora
+            for name, lora in loras.items()
+            if lora.bias is not None
+        }
+        head = {name: info for name, info in values.items() if layout.TASK_HEAD.match(name)}
+        own = {name: info for name, info in own.items() if name in base.tensors}
+        changed = [*loras, *own, *biases]
+        if missing := [name for name in changed if name not in base.tensors]:
+            raise _no_place(self, missing[0], base)
+        return replace(
+            self, base=base, config=base.config, loras=loras, values=own, biases=biases, head=head,
+            tensors={name: base.tensors[name] for name in changed},
+        )  # fmt: skip
+
+    def read(self, name: str, *, pinned: bool = False) -> Tensor:
+        """W0 + Δ of one weight, as PEFT merges it.
+
+        Args:
+            name (`str`): canonical name, or that of a tensor of the task head.
+            pinned (`bool`): into memory from where a GPU copies at full speed.
+        """
+        whole = self.values.get(name) or self.head.get(name)
+        if whole is not None:
+            return read_tensor(self.pinned.files, whole, name, str(self), pinned=pinned)
+        assert self.base is not None  # names are known with it only
+        w0 = self.base.read(name, pinned=pinned)
+        if name in self.biases:
+            lora = self.biases[name]
+            assert lora.bias is not None
+            return (w0.float() + lora.scale * self._part(lora.bias, name)).to(w0.dtype)
+        lora = self.loras[name]
+        A, B = self._part(lora.A, name), self._part(lora.B, name)
+        delta = (B.flatten(1) @ A.flatten(1)).reshape(w0.shape) * lora.scale
+        merged = w0.float() + delta
+        if lora.magnitude is not None:
+            magnitude = self._part(lora.magnitude, name).reshape(-1)
+            rows = merged.flatten(1)
+            merged = (rows * (magnitude / rows.norm(dim=1))[:, None]).reshape(w0.shape)
+        return merged.to(w0.dtype)
+
+    def triplets(
+        self, name: str, digests: dict[str, str] | None = None
+    ) -> TaskSingularVectors | None:
+        """The singular triplets of Δ, from the pair alone; None where it is not its product.
+
+        Args:
+            name (`str`): canonical name of a weight.
+            digests (`dict[str, str]`, *optional*): gets the digest of both halves.
+        """
+        lora = self.loras.get(name)
+        if lora is None or lora.magnitude is not None or len(lora.A.shape) != 2:
+            return None
+        halves = {"A": self._part(lora.A, name), "B": self._part(lora.B, name)}
+        if digests is not None:
+            digests.update({f"{name}.lora_{half}": digest(t) for half, t in halves.items()})
+        left, inner = torch.linalg.qr(halves["B"].double())
+        right, outer = torch.linalg.qr(halves["A"].double().mT)
+        U, S, Vh = torch.linalg.svd(lora.scale * inner @ outer.mT)
+        r = int((torch.finfo(torch.float32).eps * S[:1] < S).sum())
+        return TaskSingularVectors((left @ U)[:, :r], S[:r], (Vh @ right.mT)[:r])
+
+    def _part(self, info: TensorInfo, name: str) -> Tensor:
+        return read_tensor(self.pinned.files, info, name, str(self)).float()
+
+    def _lora(self, module: str, parts: Mapping[str, TensorInfo]) -> Lora:
+        config = self.adapter_config
+        r = parts["A.weight"].shape[0]
+        alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha) or r == 0:
+            raise CheckpointError(f"{self}: the scale of {module} is no number.")
+        scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        return Lora(
+            scale, parts["A.weight"], parts["B.weight"], parts.get("B.bias"),
+            parts.get("magnitude"),
+        )  # fmt: skip
+
+
+def is_adapter(pinned: PinnedCheckpoint) -> bool:
+    """Whether a repository or folder holds an adapter of PEFT."""
+    return pinned.files.size(CONFIG_FILE) is not None
+
+
+def open_adapter(pinned: PinnedCheckpoint) -> Adapter:
+    """Read configuration and headers of an adapter; [`Adapter.on`] a base its names are known.
+
+    Raises:
+        [`CheckpointError`]: no LoRA, or damaged.
+    """
+    owner = str(pinned)
+    config = read_json(pinned.files, CONFIG_FILE, owner)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(
+            f"{owner} is an adapter of type {kind!r}, and only LORA is read.",
+            "Merge it into its base with PEFT (merge_and_unload) and save the model.",
+        )
+    single = next((name for name in WEIGHTS if pinned.files.size(name) is not None), WEIGHTS[0])
+    stored, files = read_headers(pinned.files, single, owner)
+    stored = {name.removeprefix(PREFIX): info for name, info in stored.items()}
+    return Adapter(pinned, {}, {}, files, adapter_config=config, stored=stored)
+
+
+def _sorted(
+    stored: Mapping[str, TensorInfo], owner: str
+) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
+    """Parts of each module's pair, and what is stored whole by the name of its parameter."""
+    pairs: dict[str, dict[str, TensorInfo]] = {}
+    values: dict[str, TensorInfo] = {}
+    for name, info in stored.items():
+        if found := PART.fullmatch(name):
+            part = "magnitude" if found[2].startswith("magnitude") else found[2]
+            pairs.setdefault(found[1], {})[part] = info
+        elif ".lora_" in name:
+            raise CheckpointError(
+                f"{owner}: {name} is a kind of LoRA that is not read.",
+                "Merge it into its base with PEFT (merge_and_unload) and save the model.",
+            )
+        else:
+            values[WRAPPER.sub(".", name)] = info
+    for module, parts in pairs.items():
+        if not {"A.weight", "B.weight"} <= parts.keys():
+            raise CheckpointError(f"{owner}: of {module} one half is missing.", "Save it again.")
+    return pairs, values
+
+
+def _prefix(
+    pairs: Mapping[str, Mapping[str, TensorInfo]],
+    values: Mapping[str, TensorInfo],
+    base: Checkpoint,
+    config: Mapping[str, Any],
+    owner: str,
+) -> str:
+    """What the names of the adapter lack to be canonical."""
+    mapping = config.get("auto_mapping")
+    model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    wanted = {f"{module}.weight": _shape(parts) for module, parts in pairs.items()}
+    wanted |= {n: info.shape for n, info in values.items() if not layout.TASK_HEAD.match(n)}
+    for prefix in PREFIXES.get(str(model_class), ("", "vision_model.", "text_model.")):
+        found = [base.tensors.get(prefix + name) for name in wanted]
+        shapes = zip(found, wanted.values(), strict=True)
+        if all(info is not None and math.prod(info.shape) == math.prod(s) for info, s in shapes):
+            return prefix
+    name = next((n for n in wanted if n not in base.tensors), next(iter(wanted), "nothing"))
+    raise _no_place(owner, name, base)
+
+
+def _shape(parts: Mapping[str, TensorInfo]) -> tuple[int, ...]:
+    return (parts["B.weight"].shape[0], *parts["A.weight"].shape[1:])
+
+
+def _no_place(owner: object, name: str, base: Checkpoint) -> CheckpointError:
+    return CheckpointError(
+        f"{owner}: {name} is not in the base model {base}, or of another shape.",
+        "Name the base model that the adapter was trained on with --base-model.",
+    )
+
+
+def _of_pattern(patterns: object, module: str, default: Any) -> Any:
+    """The value of the first pattern that ends a module's name, as PEFT looks it up."""
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error:
+            continue
+    return default
