@@ -13,7 +13,6 @@ import torch
 
 from hf_tsv import tsv
 from hf_tsv.checkpoints import layout, open_clip
-from hf_tsv.checkpoints.adapters import Adapter
 from hf_tsv.checkpoints.reader import Checkpoint
 from hf_tsv.checkpoints.tensors import TensorInfo
 from hf_tsv.checkpoints.writer import ShardPlan, TensorSpec, plan_shards
@@ -185,7 +184,9 @@ def _treat(
     shape = infos[0].shape
     if len(infos) > 1:
         shape = (sum(info.shape[0] for info in infos), *shape[1:])
-    holders = tuple(i for i, item in enumerate(inputs) if names[0] in item.tensors)
+    holders = tuple(
+        i for i, item in enumerate(inputs) if any(name in item.tensors for name in names)
+    )
 
     def weight(treatment: Treatment, reason: str = "", rank: int = 0) -> Weight:
         return Weight(names, shape, treatment, reason, rank, holders)
@@ -276,7 +277,6 @@ def _misfits(base: Checkpoint, item: Task) -> list[str]:
     for name, info in base.tensors.items():
         found = item.tensors.get(name)
         required = whole_model or name.split(".")[0] in encoders
-        required = required and not isinstance(item, Adapter)
         if found is None:
             if required and info.dtype.is_floating_point:
                 problems.append(f"{item}: {name} is missing")

@@ -264,6 +264,8 @@ class _Reader:
         decomposed = weight.treatment == "decomposed"
         for i in weight.inputs:
             source, scale, floor = self.inputs[i], self.scales[i], 0.0
+            if isinstance(source, Adapter) and not source.changes(weight.names):
+                continue
             update: Update | None
             if isinstance(source, TaskFactors):
                 for name in weight.names:

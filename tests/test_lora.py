@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def test_an_adapter_is_what_peft_makes_of_it(zoo: Path, tmp_path: Path, kind: st
     before = load_file(zoo / "base" / "model.safetensors")
     changed = {n for n, w in expected.items() if n in before and not torch.equal(w, before[n])}
     assert changed and changed <= set(found.tensors)
+    assert {name for name in found.tensors if found.changes([name])} >= changed
     for name in found.tensors:
         assert torch.allclose(found.read(name), expected[name], atol=1e-7), name
 
@@ -192,3 +194,80 @@ def test_adapters_that_cannot_be_read_say_why(zoo: Path, tmp_path: Path) -> None
     save_file(half, tmp_path / "a" / "adapter_model.safetensors")
     done = run("merge", tmp_path / "a", "--base-model", zoo / "base", "-o", tmp_path / "m")
     assert done.code == 1 and "one half is missing" in done.err and not (tmp_path / "m").exists()
+
+
+def test_attention_of_which_some_is_adapted_may_be_stacked(zoo: Path, tmp_path: Path) -> None:
+    """q and v, as PEFT does by default, or v alone; the rest is the base's."""
+    KINDS["v alone"] = ("CLIPVisionModel", {"target_modules": ["v_proj"]})
+    for seed, kind in enumerate(("vision", "v alone")):
+        expected = trained(zoo, tmp_path / "lora", kind, seed)
+        out = tmp_path / f"out-{seed}"
+        hf_tsv.merge(
+            [tmp_path / "lora"], base_model=zoo / "base", output=out, qkv="fused", progress=False
+        )
+        found = load_file(out / "model.safetensors")
+        for name, tensor in expected.items():
+            if name in found:
+                assert torch.allclose(found[name], tensor, atol=1e-6), (kind, name)
+        for folder in (tmp_path / "lora", out):
+            for file in folder.iterdir():
+                file.unlink()
+
+
+@pytest.mark.parametrize("kind", ["vision", "dora", "saved modules", "convolution", "plain"])
+def test_factors_of_an_adapter_are_factors_like_others(
+    zoo: Path, tmp_path: Path, kind: str
+) -> None:
+    expected = trained(zoo, tmp_path / "lora", kind)
+    hf_tsv.compress(
+        tmp_path / "lora", base_model=zoo / "base", output=tmp_path / "f", rank_fraction=1.0,
+        compress_conv=True, progress=False,
+    )  # fmt: skip
+    hf_tsv.reconstruct(
+        tmp_path / "f", base_model=zoo / "base", output=tmp_path / "r", progress=False
+    )
+    found = load_file(tmp_path / "r" / "model.safetensors")
+    for name, tensor in expected.items():
+        if name in found:
+            assert torch.allclose(found[name], tensor, atol=1e-6), name
+    hf_tsv.merge(
+        [tmp_path / "f", zoo / "full"], base_model=zoo / "base", output=tmp_path / "m",
+        progress=False,
+    )  # fmt: skip
+
+
+def test_damaged_adapters_are_refused_in_one_line(zoo: Path, tmp_path: Path) -> None:
+    trained(zoo, tmp_path / "good", "dora")
+    weights = load_file(tmp_path / "good" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "good" / "adapter_config.json").read_text())
+    stem = "base_model.model.encoder.layers.0.self_attn.q_proj.lora_"
+    A, B, magnitude = f"{stem}A.weight", f"{stem}B.weight", f"{stem}magnitude_vector"
+    changes: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = [
+        ({}, {B: torch.randn(32, 3)}), ({}, {B: torch.randn(32)}), ({}, {B: torch.tensor(1.0)}),
+        ({}, {A: torch.randn(4, 64), B: torch.randn(16, 4)}), ({}, {magnitude: torch.ones(7)}),
+        ({}, {f"{stem}B.bias": torch.ones(7)}), ({}, {A: torch.ones(4, 32, dtype=torch.int64)}),
+        ({}, {"base_model.model.foo.weight": torch.ones(3)}),
+        ({"alpha_pattern": {"(([a-z0-9_.]+)+)+!": 3}}, {}),
+        ({"alpha_pattern": {".*.*.*.*.*.*.*.*!": 3}}, {}),
+        ({"lora_alpha": 10**400}, {}), ({"lora_alpha": True}, {}), ({"lora_alpha": "x"}, {}),
+        ({"lora_alpha": float("nan")}, {}), ({"fan_in_fan_out": True}, {}),
+    ]  # fmt: skip
+    base = open_checkpoint(pin(parse(str(zoo / "base"))))
+    for i, (settings, tensors) in enumerate(changes):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        save_file({**weights, **tensors}, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+        opened = open_task(pin(parse(str(folder))))
+        assert isinstance(opened, Adapter)
+        with pytest.raises(CheckpointError) as error:
+            opened.on(base)
+        assert error.value.hint, i
+        if "base_model.model.foo.weight" in tensors:
+            assert "foo.weight is not in the base model" in str(error.value)
+
+
+def test_a_base_of_another_machine_is_not_guessed(zoo: Path, tmp_path: Path) -> None:
+    trained(zoo, tmp_path / "lora", "vision")
+    done = run("merge", tmp_path / "lora", "-o", tmp_path / "m")
+    assert done.code == 1 and "--base-model" in done.err and "hf://" not in done.err

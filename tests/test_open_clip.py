@@ -13,6 +13,7 @@ import clips
 import pytest
 import reference
 import torch
+from cli import copied
 from cli import hf_tsv as run
 from hub import Hub
 from safetensors.torch import load_file, save_file
@@ -207,6 +208,12 @@ def test_the_processor_does_what_open_clip_does(models: Path) -> None:
         ({"text_cfg": {"hf_model_name": "roberta"}}, "hf_model_name"),
         ({"vision_cfg": {"layers": [2, 2]}}, "layers"),
         ({"vision_cfg": None}, "does not describe a model"),
+        ({"vision_cfg": {"head_width": 6}}, "heads in a width"),
+        ({"vision_cfg": {"head_width": 1000}}, "0 heads"),
+        ({"text_cfg": {"heads": 3}}, "3 heads in a width of 16"),
+        ({"vision_cfg": {"image_size": [32, 48]}}, "image_size"),
+        ({"vision_cfg": {"image_size": []}}, "does not describe a model"),
+        ({"vision_cfg": {"mlp_ratio": float("inf")}}, "does not describe a model"),
     ],
 )
 def test_another_architecture_is_refused_by_its_setting(
@@ -291,3 +298,45 @@ def test_an_adapter_for_open_clip_is_refused(models: Path, tmp_path: Path) -> No
     done = run("compress", models / "t1", "--base-model", models / "base", "--format", "peft",
                "-o", tmp_path / "lora")  # fmt: skip
     assert done.code == 1 and "OpenCLIP" in done.err and not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(
+    "images", [{"mean": 5}, {"std": None}, {"size": {"a": 1}}, {"size": [32]}], ids=str
+)
+def test_odd_processors_are_refused_before_the_work(
+    models: Path, tmp_path: Path, images: dict[str, Any]
+) -> None:
+    odd = copied(models / "base", tmp_path / "odd")
+    content = json.loads((odd / "open_clip_config.json").read_text())
+    content["preprocess_cfg"] |= images
+    (odd / "open_clip_config.json").write_text(json.dumps(content))
+    done = run("merge", models / "t1", "--base-model", odd, "-o", tmp_path / "out" / "m",
+               "--out-format", "transformers")  # fmt: skip
+    assert done.code == 1 and "does not describe a model" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_and_config_must_agree(models: Path, tmp_path: Path) -> None:
+    for change, said in (({"layers": 9}, "says 9 layers"), ({"width": 64}, "of width 64")):
+        odd = copied(models / "t1", tmp_path / said.replace(" ", "-"))
+        content = json.loads((odd / "open_clip_config.json").read_text())
+        content["model_cfg"]["vision_cfg"] |= change
+        (odd / "open_clip_config.json").write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=said):
+            hf_tsv.merge([odd], base_model=models / "base", output=tmp_path / "m", progress=False)
+
+
+def test_a_tensor_under_two_names_is_refused(models: Path, tmp_path: Path) -> None:
+    odd = copied(models / "t1", tmp_path / "odd")
+    state = load_file(odd / "open_clip_model.safetensors")
+    state["text.token_embedding.weight"] = state["token_embedding.weight"] + 1
+    save_file(state, odd / "open_clip_model.safetensors")
+    with pytest.raises(CheckpointError, match="stored twice"):
+        hf_tsv.merge([odd], base_model=models / "base", output=tmp_path / "m", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("inner", "width"), [(1920, 1408), (6144, 1408), (3840, 1664), (8064, 1664)]
+)
+def test_the_inner_size_survives_its_ratio(inner: int, width: int) -> None:
+    assert int(width * open_clip._ratio(inner, width)) == inner

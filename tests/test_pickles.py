@@ -176,6 +176,8 @@ def damaged(file: Path, how: str) -> None:
         file.write_bytes(pickle.dumps({"a": 1}))
     elif how == "strided":
         torch.save({"a": torch.randn(4, 4, 4)[:, ::2, ::2]}, file)
+    elif how == "negated":
+        torch.save({"a": torch._neg_view(torch.ones(3))}, file)
     elif how == "quantised":
         torch.save({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, file)
 
@@ -186,6 +188,7 @@ def damaged(file: Path, how: str) -> None:
         ("cut", "torch.save"), ("text", "torch.save"), ("module", "more than tensors"),
         ("list", "no state dict"), ("legacy", "torch.save"), ("compressed", "torch.save"),
         ("plain pickle", "torch.save"), ("strided", "do not lie together"),
+        ("negated", "do not lie together"),
         ("quantised", "cannot be merged"),
     ],
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,10 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 PART = re.compile(r"(.+)\.lora_(A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)")
+LONGEST_PATTERN = 300
+REPEATED_GROUP = re.compile(r"\)[*+?{]|(?:[*+}?].*){6}")
+"""What makes matching exponential, or of too high a power."""
+
 WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)\.")
 PREFIXES = {"CLIPTextModel": ("text_model.", ""), "CLIPVisionModel": ("vision_model.", "")}
 """What canonical names have and those of a class have not, the likelier first."""
@@ -81,25 +85,39 @@ class Adapter(Checkpoint):
             [`CheckpointError`]: a module is not in the base, or of another shape.
         """
         pairs, values = _sorted(self.stored, str(self))
-        prefix = _prefix(pairs, values, base, self.adapter_config, str(self))
-        loras = {
-            f"{prefix}{module}.weight": self._lora(module, parts) for module, parts in pairs.items()
-        }
-        own = {prefix + name: info for name, info in values.items()}
-        biases = {
-            f"{name.removesuffix('.weight')}.bias": lora
-            for name, lora in loras.items()
-            if lora.bias is not None
-        }
         head = {name: info for name, info in values.items() if layout.TASK_HEAD.match(name)}
-        own = {name: info for name, info in own.items() if name in base.tensors}
-        changed = [*loras, *own, *biases]
-        if missing := [name for name in changed if name not in base.tensors]:
-            raise _no_place(self, missing[0], base)
+        values = {name: info for name, info in values.items() if name not in head}
+        prefix = _prefix([*(f"{m}.weight" for m in pairs), *values], base, self.adapter_config)
+        loras, biases = {}, {}
+        for module, parts in pairs.items():
+            name = f"{prefix}{module}.weight"
+            loras[name] = self._lora(module, parts, base.tensors.get(name), base)
+            if loras[name].bias is not None:
+                biases[f"{prefix}{module}.bias"] = loras[name]
+        own = {prefix + name: info for name, info in values.items()}
+        for name, shape in [*((n, i.shape) for n, i in own.items()), *((n, None) for n in biases)]:
+            there = base.tensors.get(name)
+            if there is None or (shape is not None and there.shape != shape):
+                raise _no_place(self, name, base)
+        encoders = {name.split(".")[0] for name in (*loras, *own, *biases)}
+        whole = {"vision_model", "text_model"} <= encoders or not layout.is_clip(base.config)
         return replace(
             self, base=base, config=base.config, loras=loras, values=own, biases=biases, head=head,
-            tensors={name: base.tensors[name] for name in changed},
+            tensors={
+                name: info for name, info in base.tensors.items()
+                if whole or name.split(".")[0] in encoders
+            },
         )  # fmt: skip
+
+    def changes(self, names: Iterable[str]) -> bool:
+        """Whether it has anything for one of these weights; the others it leaves as they are.
+
+        Args:
+            names (`Iterable[str]`): canonical names.
+        """
+        return any(
+            name in held for name in names for held in (self.loras, self.values, self.biases)
+        )
 
     def read(self, name: str, *, pinned: bool = False) -> Tensor:
         """W0 + Δ of one weight, as PEFT merges it.
@@ -113,6 +131,8 @@ class Adapter(Checkpoint):
             return read_tensor(self.pinned.files, whole, name, str(self), pinned=pinned)
         assert self.base is not None  # names are known with it only
         w0 = self.base.read(name, pinned=pinned)
+        if not self.changes([name]):
+            return w0
         if name in self.biases:
             lora = self.biases[name]
             assert lora.bias is not None
@@ -151,17 +171,48 @@ class Adapter(Checkpoint):
     def _part(self, info: TensorInfo, name: str) -> Tensor:
         return read_tensor(self.pinned.files, info, name, str(self)).float()
 
-    def _lora(self, module: str, parts: Mapping[str, TensorInfo]) -> Lora:
+    def _lora(
+        self,
+        module: str,
+        parts: Mapping[str, TensorInfo],
+        weight: TensorInfo | None,
+        base: Checkpoint,
+    ) -> Lora:
+        """The pair of a module, if its halves fit together and to the weight."""
+        if weight is None:
+            raise _no_place(self, f"{module}.weight", base)
+        A, B = parts["A.weight"], parts["B.weight"]
+        if len(A.shape) != len(weight.shape) or _shape(parts) != weight.shape:
+            raise _no_place(self, f"{module}.weight", base)
+        rows = math.prod(B.shape[:1])
+        odd = [
+            name for name, info in parts.items()
+            if not info.dtype.is_floating_point
+            or (name in ("B.bias", "magnitude") and math.prod(info.shape) != rows)
+        ]  # fmt: skip
+        if odd or self.adapter_config.get("fan_in_fan_out"):
+            raise CheckpointError(
+                f"{self}: {odd[0] if odd else 'fan_in_fan_out'} of {module} is not as PEFT writes"
+                " it for such a layer.",
+                "Merge it into its base with PEFT (merge_and_unload) and save the model.",
+            )
+        scale = self._scale(module, A.shape[0])
+        return Lora(scale, A, B, parts.get("B.bias"), parts.get("magnitude"))
+
+    def _scale(self, module: str, r: int) -> float:
         config = self.adapter_config
-        r = parts["A.weight"].shape[0]
-        alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha) or r == 0:
-            raise CheckpointError(f"{self}: the scale of {module} is no number.")
-        scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-        return Lora(
-            scale, parts["A.weight"], parts["B.weight"], parts.get("B.bias"),
-            parts.get("magnitude"),
-        )  # fmt: skip
+        alpha = _of_pattern(
+            config.get("alpha_pattern"), module, config.get("lora_alpha", 8), str(self)
+        )
+        try:
+            if isinstance(alpha, bool) or not math.isfinite(float(alpha)) or r == 0:
+                raise ValueError
+            return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
+        except (TypeError, ValueError, OverflowError):
+            raise CheckpointError(
+                f"{self}: the scale of {module} is no number.",
+                f"Correct lora_alpha and alpha_pattern in its {CONFIG_FILE}.",
+            ) from None
 
 
 def is_adapter(pinned: PinnedCheckpoint) -> bool:
@@ -212,29 +263,20 @@ def _sorted(
     return pairs, values
 
 
-def _prefix(
-    pairs: Mapping[str, Mapping[str, TensorInfo]],
-    values: Mapping[str, TensorInfo],
-    base: Checkpoint,
-    config: Mapping[str, Any],
-    owner: str,
-) -> str:
-    """What the names of the adapter lack to be canonical."""
+def _prefix(wanted: Sequence[str], base: Checkpoint, config: Mapping[str, Any]) -> str:
+    """What the names of the adapter lack to be canonical: with it most are in the base."""
     mapping = config.get("auto_mapping")
     model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    wanted = {f"{module}.weight": _shape(parts) for module, parts in pairs.items()}
-    wanted |= {n: info.shape for n, info in values.items() if not layout.TASK_HEAD.match(n)}
-    for prefix in PREFIXES.get(str(model_class), ("", "vision_model.", "text_model.")):
-        found = [base.tensors.get(prefix + name) for name in wanted]
-        shapes = zip(found, wanted.values(), strict=True)
-        if all(info is not None and math.prod(info.shape) == math.prod(s) for info, s in shapes):
-            return prefix
-    name = next((n for n in wanted if n not in base.tensors), next(iter(wanted), "nothing"))
-    raise _no_place(owner, name, base)
+    prefixes = PREFIXES.get(str(model_class), ("", "vision_model.", "text_model."))
+    return max(prefixes, key=lambda prefix: sum(prefix + name in base.tensors for name in wanted))
 
 
 def _shape(parts: Mapping[str, TensorInfo]) -> tuple[int, ...]:
-    return (parts["B.weight"].shape[0], *parts["A.weight"].shape[1:])
+    """Of the product, () if the halves do not multiply."""
+    A, B = parts["A.weight"].shape, parts["B.weight"].shape
+    if len(A) < 2 or len(A) != len(B) or B[1] != A[0] or math.prod(B[2:]) != 1:
+        return ()
+    return (B[0], *A[1:])
 
 
 def _no_place(owner: object, name: str, base: Checkpoint) -> CheckpointError:
@@ -244,9 +286,14 @@ def _no_place(owner: object, name: str, base: Checkpoint) -> CheckpointError:
     )
 
 
-def _of_pattern(patterns: object, module: str, default: Any) -> Any:
+def _of_pattern(patterns: object, module: str, default: Any, owner: str) -> Any:
     """The value of the first pattern that ends a module's name, as PEFT looks it up."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        if len(pattern) > LONGEST_PATTERN or REPEATED_GROUP.search(pattern):
+            raise CheckpointError(
+                f"{owner}: the pattern {pattern[:60]!r} is not read: it may take for ever.",
+                f"Write names of modules into its {CONFIG_FILE}.",
+            )
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value

@@ -23,7 +23,7 @@ def named_by(item: PinnedCheckpoint) -> list[str]:
     value = item.card.get("base_model")
     names = [value] if isinstance(value, str) else value
     if isinstance(names, list) and any(names):
-        return [name for name in names if isinstance(name, str) and name]
+        return [n for n in names if isinstance(n, str) and n and not n.startswith((".", "/", "~"))]
     for file, key in (("adapter_config.json", "base_model_name_or_path"), CONFIG):
         if item.files.size(file) is None:
             continue

@@ -7,6 +7,7 @@ written in its place.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ IN_BLOCK = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
-BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
+BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d{1,4})\.(.+)")
 CANONICAL_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 STACKED = "self_attn.{}_proj"
 OTHER_TEXT = "text."
@@ -98,7 +99,7 @@ def parts_of(stored: str, shape: tuple[int, ...], owner: str) -> list[Part]:
     if found is not None:
         tower = "vision" if found[1] else "text"
         prefix = f"{tower}_model.encoder.layers.{int(found[2])}"
-        if found[3] in ("attn.in_proj_weight", "attn.in_proj_bias") and shape[0] % 3 == 0:
+        if found[3] in ("attn.in_proj_weight", "attn.in_proj_bias") and shape and shape[0] % 3 == 0:
             kind = found[3].rpartition("_")[2]
             named = (f"{prefix}.{STACKED.format(letter)}.{kind}" for letter in "qkv")
             return [Part(name, stored, i, 3) for i, name in enumerate(named)]
@@ -159,8 +160,15 @@ def transformers_config(content: Mapping[str, Any], owner: str) -> dict[str, Any
         _check_supported(model, vision, text, owner)  # type: ignore[arg-type]
         act = "quick_gelu" if model.get("quick_gelu") else "gelu"  # type: ignore[union-attr]
         embed = int(model["embed_dim"])  # type: ignore[index]
+        processor_config(content)  # what cannot be converted is refused before any work
         size = vision["image_size"]
+        if isinstance(size, list) and (len(size) != 2 or size[0] != size[1]):
+            raise ValueError(f"image_size is {size}")
         width, text_width = int(vision["width"]), int(text["width"])
+        heads = width // int(vision.get("head_width", HEAD_WIDTH)), int(text["heads"])
+        for side, count in ((width, heads[0]), (text_width, heads[1])):
+            if count < 1 or side % count:
+                raise ValueError(f"{count} heads in a width of {side}")
         return {
             "architectures": ["CLIPModel"],
             "model_type": "clip",
@@ -172,7 +180,7 @@ def transformers_config(content: Mapping[str, Any], owner: str) -> dict[str, Any
                 "hidden_size": width,
                 "intermediate_size": int(width * vision.get("mlp_ratio", MLP_RATIO)),
                 "num_hidden_layers": int(vision["layers"]),
-                "num_attention_heads": width // int(vision.get("head_width", HEAD_WIDTH)),
+                "num_attention_heads": heads[0],
                 "image_size": int(size[0] if isinstance(size, list) else size),
                 "patch_size": int(vision["patch_size"]),
                 "projection_dim": embed,
@@ -183,7 +191,7 @@ def transformers_config(content: Mapping[str, Any], owner: str) -> dict[str, Any
                 "hidden_size": text_width,
                 "intermediate_size": int(text_width * text.get("mlp_ratio", MLP_RATIO)),
                 "num_hidden_layers": int(text["layers"]),
-                "num_attention_heads": int(text["heads"]),
+                "num_attention_heads": heads[1],
                 "max_position_embeddings": int(text.get("context_length", 77)),
                 "vocab_size": int(text.get("vocab_size", 49408)),
                 "projection_dim": embed,
@@ -192,7 +200,7 @@ def transformers_config(content: Mapping[str, Any], owner: str) -> dict[str, Any
                 "pad_token_id": 0,
             },
         }
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
             f"{owner}: {CONFIG_FILE} does not describe a model ({type(error).__name__}: {error}).",
             "OpenCLIP writes it when it pushes a model.",
@@ -243,7 +251,7 @@ def open_clip_config(config: Mapping[str, Any], processor: Mapping[str, Any]) ->
             "layers": vision["num_hidden_layers"],
             "width": vision["hidden_size"],
             "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-            "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
+            "mlp_ratio": _ratio(vision["intermediate_size"], vision["hidden_size"]),
             "patch_size": vision["patch_size"],
         },
         "text_cfg": {
@@ -252,7 +260,7 @@ def open_clip_config(config: Mapping[str, Any], processor: Mapping[str, Any]) ->
             "width": text["hidden_size"],
             "heads": text["num_attention_heads"],
             "layers": text["num_hidden_layers"],
-            "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
+            "mlp_ratio": _ratio(text["intermediate_size"], text["hidden_size"]),
         },
     }
     if vision["hidden_act"] == "quick_gelu":
@@ -260,6 +268,12 @@ def open_clip_config(config: Mapping[str, Any], processor: Mapping[str, Any]) ->
     preprocess = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
     given = {key: value for key, value in preprocess.items() if value is not None}
     return {"model_cfg": model, "preprocess_cfg": given}
+
+
+def _ratio(inner: int, width: int) -> float:
+    """So that int(width · ratio), as OpenCLIP has it, is the inner size again."""
+    ratio = inner / width
+    return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -278,18 +292,19 @@ def processor_config(content: Mapping[str, Any]) -> dict[str, Any]:
     given = content.get("preprocess_cfg")
     images: Mapping[str, Any] = given if isinstance(given, dict) else {}
     size = images.get("size") or content["model_cfg"]["vision_cfg"]["image_size"]
-    side = int(size[0] if isinstance(size, list) else size)
+    height, width = (int(s) for s in (size if isinstance(size, list) else (size, size)))
+    squash = images.get("resize_mode") == "squash"
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": RESAMPLING.get(images.get("interpolation", "bicubic"), 3),
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
+        "size": {"height": height, "width": width} if squash else {"shortest_edge": height},
+        "resample": RESAMPLING.get(str(images.get("interpolation", "bicubic")), 3),
+        "do_center_crop": not squash,
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(images.get("mean", MEAN)),
-        "image_std": list(images.get("std", STD)),
+        "image_mean": [float(value) for value in images.get("mean", MEAN)],
+        "image_std": [float(value) for value in images.get("std", STD)],
     }

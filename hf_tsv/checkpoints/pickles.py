@@ -113,7 +113,8 @@ def _info(key: str, tensor: torch.Tensor, file: str, size: int, owner: str) -> T
             "Dequantise the checkpoint first (float32, float16 or bfloat16).",
         )
     transposed = not tensor.is_contiguous() and tensor.dim() == 2 and tensor.mT.is_contiguous()
-    if not (tensor.is_contiguous() or transposed) or type(offset) is not int:
+    as_stored = not (tensor.is_neg() or tensor.is_conj())
+    if not (as_stored and (tensor.is_contiguous() or transposed) and type(offset) is int):
         raise CheckpointError(
             f"{owner}: the values of {key} do not lie together in {file}.",
             "Save it as safetensors.",

@@ -216,10 +216,31 @@ def _open_open_clip(pinned: PinnedCheckpoint, single: str, owner: str) -> Checkp
                 raise CheckpointError(
                     f"{owner}: the rows of {name} do not lie together.", "Save it as safetensors."
                 )
-            if part.name == "logit_scale":  # some keep it as one value in a list
-                shape = ()
+            if part.name == "logit_scale" and info.nbytes == info.dtype.itemsize:
+                shape = ()  # some keep it as a list of one
+            if part.name in tensors:
+                raise CheckpointError(f"{owner}: {part.name} is stored twice, once as {name}.")
             tensors[part.name] = TensorInfo(info.file, info.dtype, shape, start, size, turned)
+    _check_sizes(config, tensors, owner)
     return Checkpoint(pinned, config, tensors, files, format="open_clip")
+
+
+def _check_sizes(config: dict[str, Any], tensors: Mapping[str, TensorInfo], owner: str) -> None:
+    """Refuse a config that does not describe the weights: nobody could load the output."""
+    for tower, embedding in (("vision", "class_embedding"), ("text", "token_embedding.weight")):
+        said = config[f"{tower}_config"]
+        blocks = {
+            n.split(".")[3] for n in tensors if n.startswith(f"{tower}_model.encoder.layers.")
+        }
+        there = tensors.get(f"{tower}_model.embeddings.{embedding}")
+        width = there.shape[-1] if there is not None and there.shape else 0
+        if (len(blocks), width) != (said["num_hidden_layers"], said["hidden_size"]):
+            raise CheckpointError(
+                f"{owner}: its config says {said['num_hidden_layers']} layers of width"
+                f" {said['hidden_size']} in the {tower} tower, its weights {len(blocks)} of"
+                f" {width}.",
+                f"Correct its {open_clip.CONFIG_FILE}.",
+            )
 
 
 def index_of(single: str) -> str:
