@@ -160,6 +160,7 @@ def prepare(
     warnings: Sequence[str] = (),
     *,
     writes: bool = True,
+    only_factors: bool = False,
 ) -> Job:
     """Resolve every reference once, read every header, and plan.
 
@@ -172,6 +173,7 @@ def prepare(
         cache_dir (`str`, *optional*): default: the Hub client's cache.
         warnings (`Sequence[str]`): so far.
         writes (`bool`): a checkpoint is to be written, which needs a processor.
+        only_factors (`bool`): the tasks must be task factors.
     """
     if not checkpoints:
         raise RecipeError("There is nothing to merge.", "Name at least one checkpoint.")
@@ -185,7 +187,9 @@ def prepare(
         check_number("A weight", scale)
     if not any(scales):
         raise RecipeError("Every weight is 0.", "Give at least one task a weight.")
-    sources = open_sources(checkpoints, base_ref, token=token, cache_dir=cache_dir)
+    sources = open_sources(
+        checkpoints, base_ref, token=token, cache_dir=cache_dir, only_factors=only_factors
+    )
     settings = resolved(sources.base, settings)
     plan = make_plan(sources.base, sources.inputs, settings)
     missing = companions.warnings(sources.base) if writes else []

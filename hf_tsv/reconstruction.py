@@ -18,7 +18,6 @@ from hf_tsv.checkpoints.writer import TensorSpec
 from hf_tsv.construction import Job, Outcome, execute, follow, prepare
 from hf_tsv.costs import memory_size, peak_memory
 from hf_tsv.delivery import Target
-from hf_tsv.errors import CheckpointError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.findings import Findings
 from hf_tsv.plan import lay_out
@@ -138,13 +137,11 @@ def reconstruct(
             settings = Settings(exclude=(), dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
             target = target.checked(token, dry_run=dry_run)
             base_ref = None if base_model is None else fspath(base_model)
-            job = prepare([fspath(factors)], base_ref, None, settings, token, cache)
+            job = prepare(
+                [fspath(factors)], base_ref, None, settings, token, cache, only_factors=True
+            )
             (item,) = job.sources.inputs
-            if not isinstance(item, TaskFactors):
-                raise CheckpointError(
-                    f"{item} is a checkpoint, not task factors.",
-                    "Make factors with `hf-tsv compress`.",
-                )
+            assert isinstance(item, TaskFactors)  # checked by prepare
             job = _with_head(job, item).within(memory_size(max_memory))
             outcome = execute(
                 job, target, device, token, group, _describe, show=show, dry_run=dry_run

@@ -108,6 +108,7 @@ def open_sources(
     *,
     token: str | None = None,
     cache_dir: str | None = None,
+    only_factors: bool = False,
 ) -> Sources:
     """Resolve every reference once and read every header, in parallel; writes nothing.
 
@@ -116,6 +117,7 @@ def open_sources(
         base_reference (`str`, *optional*): default: the base they agree on.
         token (`str`, *optional*): default: the one the client is logged in with.
         cache_dir (`str`, *optional*): the client's cache.
+        only_factors (`bool`): the tasks must be task factors.
 
     Raises:
         [`HfTsvError`]: one cannot be read, is no CLIP, or is the base itself.
@@ -127,6 +129,12 @@ def open_sources(
     named = [*references, *([] if base_reference is None else [base_reference])]
     tasks = in_parallel(pinned, named)
     inputs = in_parallel(open_task, tasks)
+    for item in inputs[: len(references)] if only_factors else ():
+        if not isinstance(item, TaskFactors):
+            what = "PEFT adapter" if isinstance(item, Adapter) else "checkpoint"
+            raise CheckpointError(
+                f"{item} is a {what}, not task factors.", "Make factors with `hf-tsv compress`."
+            )
     opened_base: Task
     if base_reference is None:
         base = pinned(_inferred_base(inputs))

@@ -61,6 +61,7 @@ class Adapter(Checkpoint):
         loras (`Mapping[str, Lora]`): by canonical name of the weight.
         values (`Mapping[str, TensorInfo]`): what is stored whole, by canonical name.
         biases (`Mapping[str, Lora]`): whose bias is added, by canonical name of the bias.
+        stored (`Mapping[str, TensorInfo]`): everything in the file, by the names of its class.
     """
 
     adapter_config: Mapping[str, Any] = field(default_factory=dict)
