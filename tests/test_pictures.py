@@ -215,6 +215,8 @@ def test_of_many_tasks_the_extremes_have_names(measured: InterferenceReport) -> 
 def test_bars_over_depth_are_those_of_the_report(
     measured: InterferenceReport, monkeypatch: pytest.MonkeyPatch, draw: str, key: str
 ) -> None:
+    unequal = {n: {**w, "ranks": [2, 5, 3]} for n, w in measured.weights.items()}
+    measured = replace(measured, weights=unequal)
     figure = figures_of(monkeypatch, lambda: getattr(plots, draw)(measured))
     assert len(figure.axes) == 2  # a row a tower, and none for the few beside
     for axes, tower in zip(figure.axes, ("vision", "text"), strict=True):
