@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from hf_tsv.checkpoints.layout import block_and_kind, kind_order
-from hf_tsv.progress import logger, printable
+from hf_tsv.progress import first_line, logger, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +99,7 @@ def attempted(draw: Callable[[], T]) -> T | None:
     except ImportError:
         logger.warning(MISSING if find_spec("matplotlib") is None else BROKEN.format("it"))
     except Exception as error:  # of fonts, settings and versions that are not ours
-        logger.warning(BROKEN.format(f"it ({str(error).splitlines()[0][:200]})"))
+        logger.warning(BROKEN.format(f"it ({first_line(error)})"))
     return None
 
 

@@ -83,3 +83,8 @@ def human_bytes(size: float) -> str:
 def printable(text: str) -> str:
     """The text with its control characters written out, line breaks aside."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, cut short; its type if it says nothing."""
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__

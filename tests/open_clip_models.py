@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import library as operators
 
 for operator in ("nms", "qnms"):
     schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    torch.library.define(f"torchvision::{operator}", schema)
+    operators.define(f"torchvision::{operator}", schema)
 
 import open_clip  # noqa: E402
 from open_clip.push_to_hf_hub import save_config_for_hf  # noqa: E402

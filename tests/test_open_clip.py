@@ -253,8 +253,8 @@ def test_the_card_says_how_to_load_it(site: Path, models: Path, tmp_path: Path) 
     card = (tmp_path / "m" / "README.md").read_text()
     assert "library_name: open_clip" in card
     code = card.split("```python\n")[1].split("```")[0]
-    define = "import torch\n" + "\n".join(
-        f'torch.library.define("torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")'
+    define = "from torch import library as operators\n" + "\n".join(
+        f'operators.define("torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")'
         for name in ("nms", "qnms")
     )
     without_tokenizer = "\n".join(line for line in code.splitlines() if "tokenizer" not in line)

@@ -256,13 +256,16 @@ print(hashlib.sha256(picture.png).hexdigest())
     assert found[0] == found[1] and len(found[0]) == 65
 
 
-def test_a_picture_that_fails_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("text", "said"), [("no font\nof this", "no font"), ("", "RuntimeError")])
+def test_a_picture_that_fails_is_a_warning(
+    caplog: pytest.LogCaptureFixture, text: str, said: str
+) -> None:
     def fails() -> None:
-        raise RuntimeError("no font\nof this kind")
+        raise RuntimeError(text)
 
     with caplog.at_level("WARNING", logger="hf_tsv"):
         assert plots.attempted(fails) is None
-    assert "There are no pictures: matplotlib is installed, but it (no font) failed" in caplog.text
+    assert f"There are no pictures: matplotlib is installed, but it ({said}) failed" in caplog.text
 
 
 def test_pictures_are_the_same_every_time(measured: InterferenceReport) -> None:

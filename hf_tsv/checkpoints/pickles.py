@@ -20,6 +20,7 @@ from hf_tsv.checkpoints.files import Files
 from hf_tsv.checkpoints.tensors import DTYPE_NAMES, TensorInfo
 from hf_tsv.errors import CheckpointError
 from hf_tsv.hub import WEIGHT_SUFFIXES
+from hf_tsv.progress import first_line
 
 SUFFIXES = tuple(suffix for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors")
 MAX_PICKLE_BYTES = 50_000_000
@@ -88,7 +89,7 @@ def _loaded(archive: io.RawIOBase, name: str, owner: str, convert: str) -> Any:
         raise
     except Exception as error:  # a dozen types on damaged files
         raise CheckpointError(
-            f"{owner}: {name} cannot be read: {str(error).splitlines()[0][:200]}", convert
+            f"{owner}: {name} cannot be read: {first_line(error)}", convert
         ) from None
 
 

@@ -153,7 +153,7 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
     """Read the config and all headers of a checkpoint, and nothing else.
 
     Raises:
-        [`CheckpointError`]: not a CLIP, no safetensors, or a damaged file or index.
+        [`CheckpointError`]: no model, no weights, or a damaged file or index.
     """
     owner, there = str(pinned), pinned.files
     named = _weights_in(there, [file for file, _ in WEIGHTS])
