@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 
 from hf_tsv.checkpoints.layout import block_and_kind, is_clip, kind_order
+from hf_tsv.checkpoints.reference import at_revision, repo_id_of
 from hf_tsv.progress import human_bytes
 from hf_tsv.recipe import Recipe
 
@@ -34,7 +35,7 @@ class CardInput:
     """What a card says of one checkpoint.
 
     Args:
-        ref (`str`): repository id, or folder.
+        ref (`str`): repository id, with its subfolder if there is one, or folder.
         revision (`str`, *optional*): commit sha; None for a folder.
         license (`str`, *optional*): as its own card says.
         weight (`float`): factor of its update.
@@ -51,11 +52,23 @@ class CardInput:
         return Path(self.ref).name or self.ref
 
     @property
+    def repo_id(self) -> str:
+        """The repository it lies in."""
+        return repo_id_of(self.ref)
+
+    @property
+    def subfolder(self) -> str:
+        """Where it lies in the repository; empty for all of it."""
+        return self.ref[len(self.repo_id) + 1 :]
+
+    @property
     def link(self) -> str:
         """Markdown for a table: a link to the commit, or the folder's name as code."""
         if self.revision is None:
             return cell(self.name) + " (a local folder)"
-        url = f"https://huggingface.co/{quote(self.ref)}/tree/{quote(self.revision, safe='')}"
+        subfolder = f"/{quote(self.subfolder)}" if self.subfolder else ""
+        revision = quote(self.revision, safe="")
+        url = f"https://huggingface.co/{quote(self.repo_id)}/tree/{revision}{subfolder}"
         return f"[{cell(self.ref)}]({url}) at {cell(self.revision[:12])}"
 
 
@@ -100,7 +113,7 @@ def merge_card(
     Returns:
         `str`: Markdown with YAML front matter, ending in a newline.
     """
-    on_hub = [item.ref for item in (base, *inputs) if item.revision is not None]
+    on_hub = [item.repo_id for item in (base, *inputs) if item.revision is not None]
     data = ModelCardData(
         base_model=list(dict.fromkeys(on_hub)) or None,
         base_model_relation="merge" if on_hub else None,
@@ -203,7 +216,7 @@ def factors_card(config: FactorsConfig, repo_id: str | None, kept: str = "") -> 
     base = CardInput(config.base_model.ref, config.base_model.revision)
     source = CardInput(config.source.ref, config.source.revision)
     data = ModelCardData(
-        base_model=base.ref if base.revision else None,
+        base_model=base.repo_id if base.revision else None,
         base_model_relation="adapter" if base.revision else None,
         library_name="hf-tsv",
         tags=["task-singular-vectors", "task-factors", "hf-tsv", _family_of(config)],
@@ -241,7 +254,7 @@ def adapter_card(
     """
     base = CardInput(config.base_model.ref, config.base_model.revision)
     data = ModelCardData(
-        base_model=base.ref if base.revision else None,
+        base_model=base.repo_id if base.revision else None,
         base_model_relation="adapter" if base.revision else None,
         library_name="peft",
         tags=["lora", "task-singular-vectors", "hf-tsv", "clip"],
@@ -269,8 +282,7 @@ def adapter_card(
 def _compress_command(config: FactorsConfig, *options: str) -> str:
     """The command that makes the same files again."""
     made_from = [
-        item.ref + (f"@{item.revision}" if item.revision else "")
-        for item in (config.source, config.base_model)
+        at_revision(item.ref, item.revision) for item in (config.source, config.base_model)
     ]
     words = ["hf-tsv", "compress", made_from[0], "--base-model", made_from[1]]
     for key, value in config.rank_rule.items():
@@ -300,7 +312,7 @@ def reconstructed_card(
     zero_shot = "zero-shot-image-classification" if full_model else "image-feature-extraction"
     base = CardInput(config.base_model.ref, config.base_model.revision)
     data = ModelCardData(
-        base_model=base.ref if base.revision else None,
+        base_model=base.repo_id if base.revision else None,
         base_model_relation="finetune" if base.revision else None,
         library_name=out_format,
         pipeline_tag="image-classification" if config.task_head else zero_shot,

@@ -46,7 +46,7 @@ from hf_tsv.plan import check_fit, config_warnings
 from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.ranks import RankRule, budget_bytes
 from hf_tsv.recipe import Settings
-from hf_tsv.sources import Sources, equals_base, open_sources, pinned_entry
+from hf_tsv.sources import DEFAULT_ACCESS, Access, Sources, equals_base, open_sources, pinned_entry
 from hf_tsv.spectra import (
     Candidate,
     Job,
@@ -147,6 +147,8 @@ def compress(
     commit_message: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    stream: bool = False,
     report: bool = False,
     progress: bool | None = None,
 ) -> TaskFactors:
@@ -173,6 +175,9 @@ def compress(
         commit_message (`str`, *optional*): of the upload.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): where the checkpoint lies in its repository or folder, unless
+            it says so itself: `org/name/subfolder`.
+        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
         report (`bool`): put table and picture of what is kept into the card.
         progress (`bool`, *optional*): show bars; default: on a terminal.
 
@@ -207,8 +212,7 @@ def compress(
             options,
             target,
             device=device,
-            token=token,
-            cache_dir=None if cache_dir is None else str(cache_dir),
+            access=Access.of(token, cache_dir, subfolder, stream=stream),
             progress=progress,
         )
     except BaseException:
@@ -243,6 +247,8 @@ def export_peft(
     commit_message: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    stream: bool = False,
     report: bool = False,
     progress: bool | None = None,
 ) -> CompressReport:
@@ -270,6 +276,9 @@ def export_peft(
         commit_message (`str`, *optional*): of the upload.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): where the checkpoint lies in its repository or folder, unless
+            it says so itself: `org/name/subfolder`.
+        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
         report (`bool`): put table and picture of what is kept into the card.
         progress (`bool`, *optional*): show bars; default: on a terminal.
 
@@ -299,8 +308,7 @@ def export_peft(
         options,
         target,
         device=device,
-        token=token,
-        cache_dir=None if cache_dir is None else str(cache_dir),
+        access=Access.of(token, cache_dir, subfolder, stream=stream),
         progress=progress,
     )
 
@@ -312,8 +320,7 @@ def run(
     target: Target,
     *,
     device: str | None = None,
-    token: str | None = None,
-    cache_dir: str | None = None,
+    access: Access = DEFAULT_ACCESS,
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> CompressReport:
@@ -325,16 +332,15 @@ def run(
         options ([`Options`]): how to compress.
         target ([`Target`]): where the result goes.
         device (`str`, *optional*): default: the one accelerate chooses.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str`, *optional*): default: the Hub client's cache.
+        access ([`Access`]): how checkpoints are reached.
         dry_run (`bool`): plan only; touches neither disk nor Hub.
         progress (`bool`, *optional*): show bars; default: on a terminal.
     """
     started = time.monotonic()
     processes.alone("compress")
     show = visible_by_default() if progress is None else progress
-    target = target.checked(token, dry_run=dry_run)
-    sources = open_sources([checkpoint], base_model, token=token, cache_dir=cache_dir)
+    target = target.checked(access.token, dry_run=dry_run)
+    sources = open_sources([checkpoint], base_model, access)
     job = _prepare(sources, options)
     target.refuse_inputs([item.pinned for item in sources.all()])
     download_bytes = sources.download_bytes()
@@ -343,12 +349,12 @@ def run(
         return replace(report, seconds=round(time.monotonic() - started, 3), dry_run=True)
     place = stream.pick_device(device)
     check_free_space(target.output or Path(tempfile.gettempdir()), _disk_bytes(job))
-    job = replace(job, sources=sources.downloaded(visible=show))
+    job = replace(job, sources=sources.within_reach(visible=show))
     try:
         with final_folder(target) as final:
             with whole_folder(final) as staging:
                 done = _compress_into(staging, job, target, place, show)
-            url = push(final, target, token)
+            url = push(final, target, access.token)
     finally:
         job.sources.close()
     config = done.config
@@ -514,7 +520,8 @@ def _report(job: Job, target: Target, download_bytes: int) -> CompressReport:
         seconds=0.0,
         warnings=list(job.warnings),
         download_bytes=download_bytes,
-        peak_memory_bytes=largest * (4 * 4 + torch.get_num_threads() * (4 + 4 * 8)),
+        peak_memory_bytes=job.sources.waiting_bytes()
+        + largest * (4 * 4 + torch.get_num_threads() * (4 + 4 * 8)),
     )
 
 

@@ -16,7 +16,7 @@ import torch
 
 from hf_tsv import journal, memory, processes, stream
 from hf_tsv.checkpoints import companions
-from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, disk_errors
 from hf_tsv.costs import Parallelism, fitting, operations
 from hf_tsv.delivery import Target, final_folder, push
@@ -28,7 +28,15 @@ from hf_tsv.plan import MergePlan, make_plan, resolved
 from hf_tsv.processes import Processes
 from hf_tsv.progress import bar, logger
 from hf_tsv.recipe import PinnedInput, Settings, check_number, current_versions
-from hf_tsv.sources import Sources, Task, equals_base, open_sources, pinned_entry
+from hf_tsv.sources import (
+    DEFAULT_ACCESS,
+    Access,
+    Sources,
+    Task,
+    equals_base,
+    open_sources,
+    pinned_entry,
+)
 
 LIBRARIES = 64_000_000
 """Bytes of the libraries that are loaded when the first weight is computed."""
@@ -68,7 +76,7 @@ class Job:
 
     def within(self, max_memory: int | None) -> Job:
         """The same job with as much parallelism as memory allows."""
-        used = memory.resident() + LIBRARIES
+        used = memory.resident() + LIBRARIES + self.sources.waiting_bytes()
         threads = torch.get_num_threads()
         found = fitting(self.plan.weights, threads, max_memory, used, measure=self.measure)
         return replace(self, max_memory=max_memory, parallelism=found)
@@ -155,8 +163,7 @@ def prepare(
     base_ref: str | None,
     scales: Sequence[float] | None,
     settings: Settings,
-    token: str | None,
-    cache_dir: str | None,
+    access: Access = DEFAULT_ACCESS,
     warnings: Sequence[str] = (),
     *,
     writes: bool = True,
@@ -169,8 +176,7 @@ def prepare(
         base_ref (`str`, *optional*): default: the base they agree on.
         scales (`Sequence[float]`, *optional*): factor of each task's update.
         settings ([`Settings`]): how to merge.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str`, *optional*): default: the Hub client's cache.
+        access ([`Access`]): how checkpoints are reached.
         warnings (`Sequence[str]`): so far.
         writes (`bool`): a checkpoint is to be written, which needs a processor.
         only_factors (`bool`): the tasks must be task factors.
@@ -187,9 +193,7 @@ def prepare(
         check_number("A weight", scale)
     if not any(scales):
         raise RecipeError("Every weight is 0.", "Give at least one task a weight.")
-    sources = open_sources(
-        checkpoints, base_ref, token=token, cache_dir=cache_dir, only_factors=only_factors
-    )
+    sources = open_sources(checkpoints, base_ref, access, only_factors=only_factors)
     settings = resolved(sources.base, settings)
     plan = make_plan(sources.base, sources.inputs, settings)
     missing = companions.warnings(sources.base) if writes else []
@@ -202,14 +206,13 @@ def prepare(
 
 def pinned_text(item: PinnedInput | PinnedCheckpoint) -> str:
     """The reference of a commit, or a folder."""
-    return item.ref if item.revision is None else f"{item.ref}@{item.revision}"
+    return at_revision(item.ref, item.revision)
 
 
 def execute(
     job: Job,
     target: Target,
     device_name: str | None,
-    token: str | None,
     group: Processes,
     describe: Describe,
     *,
@@ -222,7 +225,6 @@ def execute(
         job ([`Job`]): what to do.
         target ([`Target`]): where the result goes.
         device_name (`str`, *optional*): default: the one accelerate chooses.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
         group ([`Processes`]): those that share the work; this one is the first.
         describe (`Callable`): writes what goes beside the checkpoint.
         show (`bool`): show bars.
@@ -242,27 +244,24 @@ def execute(
         job = replace(job, warnings=[*job.warnings, warning])
     parent = target.output or Path(gettempdir())
     check_free_space(parent, job.plan.shards.total_bytes - journal.begun_bytes(target.output))
-    job = replace(job, sources=job.sources.downloaded(visible=show))
+    job = replace(job, sources=job.sources.within_reach(visible=show))
     try:
         refuse_unchanged(job)
         with final_folder(target) as final:
             findings, warnings = _construct(final, job, target, device, show, group, describe)
-            url = push(final, target, token)
+            url = push(final, target, job.sources.access.token)
     finally:
         job.sources.close()
     return Outcome(job, download_bytes, warnings, findings, url, device.type)
 
 
-def follow(
-    group: Processes, device_name: str | None, token: str | None, cache_dir: str | None
-) -> Any:
+def follow(group: Processes, device_name: str | None, access: Access) -> Any:
     """Do this process's share of what the first one has prepared.
 
     Args:
         group ([`Processes`]): those that share the work; this one is not the first.
         device_name (`str`, *optional*): default: the one accelerate chooses.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str`, *optional*): default: the Hub client's cache.
+        access ([`Access`]): how checkpoints are reached.
 
     Returns:
         [`MergeReport`]: or whatever the first process reports.
@@ -270,7 +269,8 @@ def follow(
     message = group.receive()
     if not isinstance(message, _Assignment):
         return message
-    group.agree(_do_share(message, group.rank, device_name, token, cache_dir))
+    access = replace(access, subfolder=None)  # what is pinned names it
+    group.agree(_do_share(message, group.rank, device_name, access))
     return group.receive()
 
 
@@ -278,8 +278,7 @@ def _do_share(
     assigned: _Assignment,
     rank: int,
     device_name: str | None,
-    token: str | None,
-    cache_dir: str | None,
+    access: Access,
 ) -> HfTsvError | None:
     """Open what the first process has pinned, and work on it; returns what went wrong."""
     try:
@@ -289,9 +288,9 @@ def _do_share(
                 "Choose an output on storage that they share.",
             )
         device = stream.pick_device(device_name)
-        sources = open_sources(
-            assigned.references, assigned.base, token=token, cache_dir=cache_dir
-        ).downloaded(visible=False)
+        sources = open_sources(assigned.references, assigned.base, access).within_reach(
+            visible=False
+        )
         job = Job(
             sources, assigned.scales, assigned.settings, assigned.plan, [], (),
             measure=assigned.measure,

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from hf_tsv import __version__, cards
 from hf_tsv.checkpoints import layout
-from hf_tsv.checkpoints.files import HubFiles, LocalFiles, read_json
+from hf_tsv.checkpoints.files import Files, HubFiles, LocalFiles, read_json
 from hf_tsv.checkpoints.reader import digest, fingerprint, read_headers, read_tensor
-from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision, parse, pin
 from hf_tsv.checkpoints.tensors import DTYPE_NAMES, DTYPES, TensorInfo
 from hf_tsv.checkpoints.writer import TensorSpec, whole_folder
 from hf_tsv.delivery import Target, push
@@ -295,10 +295,11 @@ class TaskFactors:
         factors = open_factors(pinned)
         if not isinstance(pinned.files, HubFiles):
             return factors
-        wanted = Wanted(pinned.files.repo, pinned.asked_revision, factors.needed_files)
+        names = tuple(map(pinned.files.path, factors.needed_files))
+        wanted = Wanted(pinned.files.repo, pinned.asked_revision, names)
         show = visible_by_default() if progress is None else progress
         (folder,) = download([wanted], visible=show)
-        return factors.reading_from(LocalFiles(folder))
+        return factors.reading_from(LocalFiles(folder / pinned.files.subfolder))
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the files and their card into a folder that appears whole.
@@ -379,7 +380,13 @@ class TaskFactors:
         """What a run reads of it."""
         return (FACTORS_CONFIG, *self.weight_files)
 
-    def reading_from(self, files: LocalFiles) -> TaskFactors:
+    def parts(self, name: str) -> list[TensorInfo]:
+        """What reading the update of one weight reads of its files."""
+        stored = self.config.weights[name].stored
+        ends = {"factors": PARTS, "dense": ("delta",)}.get(stored, ())
+        return [self.stored[f"{name}.{end}"] for end in ends]
+
+    def reading_from(self, files: Files) -> TaskFactors:
         """The same factors, read from a copy of their files."""
         return replace(self, pinned=replace(self.pinned, files=files))
 
@@ -436,7 +443,7 @@ class TaskFactors:
         if self.config.weights[name].base_sha256 == base_digest:
             return
         origin = self.config.base_model
-        made_from = origin.ref + (f"@{origin.revision[:12]}" if origin.revision else "")
+        made_from = at_revision(origin.ref, origin.revision and origin.revision[:12])
         raise CheckpointError(
             f"{self} belongs to the base model {made_from}, and {name} of {base} differs from it.",
             "Use that base model, or compress the fine-tune again with this one.",

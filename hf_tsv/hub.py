@@ -9,15 +9,29 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
-from httpx2 import ConnectError, RequestError, TransportError, UnsupportedProtocol
-from huggingface_hub import HfApi, ModelInfo, get_token, hf_hub_url, try_to_load_from_cache
+from httpx2 import (
+    ConnectError,
+    RequestError,
+    Response,
+    TransportError,
+    UnsupportedProtocol,
+)
+from huggingface_hub import (
+    HfApi,
+    ModelInfo,
+    constants,
+    get_session,
+    get_token,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -29,7 +43,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from tqdm.auto import tqdm
 
 from hf_tsv import __version__
@@ -45,6 +59,8 @@ DOWNLOAD_THREADS = 8
 CONFIGS = ("config.json", "tsv_config.json", "open_clip_config.json", "adapter_config.json")
 STEMS = ("model", "task_factors", "open_clip_model")
 WEIGHT_FILES = tuple(f"{stem}.safetensors{end}" for stem in STEMS for end in ("", ".index.json"))
+CONVERTER = "SFconvertbot"
+CONVERSION = "Adding `safetensors` variant of this model"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 MARKERS = ("hf_tsv_recipe.yaml", "tsv_config.json", "hf_tsv_reconstruction.json")
 """One of them is in everything that hf-tsv writes."""
@@ -74,6 +90,7 @@ class RepoSnapshot:
         token (`str`, *optional*): for private and gated repositories; never printed.
         cache_dir (`str`, *optional*): the client's cache folder.
         folder (`Path`, *optional*): the cached copy, when the Hub cannot be reached.
+        locations (`dict[str, str]`): where the storage has each file that was read by range.
     """
 
     repo_id: str
@@ -83,6 +100,7 @@ class RepoSnapshot:
     token: str | None = field(default=None, repr=False)
     cache_dir: str | None = None
     folder: Path | None = None
+    locations: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 def api(token: str | None = None) -> HfApi:
@@ -96,11 +114,17 @@ def api(token: str | None = None) -> HfApi:
 
 
 def snapshot(
-    repo_id: str, revision: str | None, *, token: str | None = None, cache_dir: str | None = None
+    repo_id: str,
+    revision: str | None,
+    subfolder: str = "",
+    *,
+    token: str | None = None,
+    cache_dir: str | None = None,
 ) -> RepoSnapshot:
     """Pin a repository to a commit and list its files; writes nothing to disk.
 
-    Falls back to the client's cache when the Hub cannot be reached or `HF_HUB_OFFLINE=1`.
+    Falls back to the client's cache when the Hub cannot be reached or `HF_HUB_OFFLINE=1`; then
+    `subfolder` has to be there.
 
     Raises:
         [`RepoError`]: unknown, private or gated repository, unknown revision, or not cached.
@@ -111,7 +135,7 @@ def snapshot(
                 lambda: api(token).model_info(repo_id, revision=revision, files_metadata=True)
             )
         except (OfflineModeIsEnabled, TransportError) as error:
-            return _cached_snapshot(repo_id, revision, cache_dir, error)
+            return _cached_snapshot(repo_id, revision, subfolder, cache_dir, error)
         except TypeError as error:  # a card with keys the client trips over
             raise RepoError(
                 f"The model card of {repo_id} cannot be read: {_first_line(error)}",
@@ -131,7 +155,7 @@ def card_dict(data: Any) -> dict[str, Any]:
 
 
 def _cached_snapshot(
-    repo_id: str, revision: str | None, cache_dir: str | None, error: Exception
+    repo_id: str, revision: str | None, subfolder: str, cache_dir: str | None, error: Exception
 ) -> RepoSnapshot:
     try:
         sha = (
@@ -143,8 +167,10 @@ def _cached_snapshot(
         )
     except RevisionResolutionError:
         sha = revision or "main"
+    inside = f"{subfolder}/" if subfolder else ""
     configs = (
-        try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=sha) for name in CONFIGS
+        try_to_load_from_cache(repo_id, inside + name, cache_dir=cache_dir, revision=sha)
+        for name in CONFIGS
     )
     config = next((path for path in configs if isinstance(path, str)), None)
     if config is None:
@@ -153,8 +179,8 @@ def _cached_snapshot(
             f" ({type(error).__name__}).",
             "Run once with a connection and without HF_HUB_OFFLINE.",
         ) from None
-    folder = Path(config).parent
-    if not any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):
+    folder = Path(config).parents[inside.count("/")]
+    if not any(file.suffix in WEIGHT_SUFFIXES for file in Path(config).parent.iterdir()):
         raise RepoError(
             f"The weights of {repo_id} are not in the local cache and the Hub cannot be reached"
             f" ({type(error).__name__}).",
@@ -170,32 +196,102 @@ def _cached_snapshot(
     return RepoSnapshot(repo_id, folder.name, sizes, {}, None, cache_dir, folder)
 
 
-def read_range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> bytes:
+def conversion(repo: RepoSnapshot) -> str | None:
+    """The pull request in which the Hub's own bot offers this very commit as safetensors.
+
+    Those of other authors are not taken, nor those of earlier commits: as in transformers.
+    """
+    client = api(repo.token)
+    with translated(repo.repo_id, repo.revision):
+        offers = retried(
+            lambda: list(
+                client.get_repo_discussions(
+                    repo.repo_id,
+                    author=CONVERTER,
+                    discussion_type="pull_request",
+                    discussion_status="open",
+                )
+            )
+        )
+        for offer in offers:
+            reference = offer.git_reference
+            if (offer.author, offer.title) != (CONVERTER, CONVERSION) or reference is None:
+                continue
+            commits = retried(
+                lambda: client.list_repo_commits(repo.repo_id, revision=reference)  # noqa: B023
+            )
+            if len(commits) > 1 and commits[1].commit_id == repo.revision:
+                return str(reference)
+    return None
+
+
+def read_range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> bytearray:
     """Bytes `start` … `stop` − 1 of one file, by HTTP range; nothing is kept on disk.
 
-    The client follows the redirect to the storage host without the token.
+    The Hub redirects to a storage host, which gets no token, and is asked directly from then on
+    until it refuses: its addresses are signed for a while.
 
     Raises:
-        [`RepoError`]: the file is missing, or the answer has another length.
+        [`RepoError`]: the file is missing, or the answer is another range.
     """
     if start == stop:
-        return b""
+        return bytearray()
+    with translated(repo.repo_id, repo.revision):
+        try:
+            return retried(lambda: _range(repo, filename, start, stop), refusals=True)
+        except _OtherRangeError as error:
+            raise RepoError(
+                f"{repo.repo_id}: the Hub sent {error} of {filename}.",
+                "Try again; if it stays, the file in the repository is truncated.",
+            ) from None
+
+
+class _OtherRangeError(TransportError):
+    """An answer that is not what was asked for, as of a proxy that lost the connection."""
+
+
+def _range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> bytearray:
+    wanted = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    direct = repo.locations.pop(filename, None)
+    if direct is not None:
+        with _answer(direct, wanted) as response:
+            if response.status_code < 400:
+                body = _body(response, start, stop)
+                repo.locations[filename] = direct
+                return body
     url = hf_hub_url(repo.repo_id, filename, revision=repo.revision)
     headers = build_hf_headers(token=repo.token, library_name="hf-tsv", library_version=__version__)
-    headers["Range"] = f"bytes={start}-{stop - 1}"
-    with translated(repo.repo_id, repo.revision):
-        response = http_backoff("GET", url, headers=headers)
+    with _answer(url, {**headers, **wanted}) as response:
         hf_raise_for_status(response)
-    body = response.content
-    if response.status_code != 206:  # a server that ignores ranges sends the whole file
-        body = body[start:stop]
+        if response.history and response.url.netloc != response.history[0].url.netloc:
+            repo.locations[filename] = str(response.url)
+        return _body(response, start, stop)
+
+
+def _answer(url: str, headers: dict[str, str]) -> AbstractContextManager[Response]:
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    return get_session().stream("GET", url, headers=headers, timeout=timeout)
+
+
+def _body(response: Response, start: int, stop: int) -> bytearray:
+    """The range out of an answer: all of it, or a part where the server ignores ranges."""
+    skipped = start
+    if response.status_code == 206:
+        said = response.headers.get("Content-Range", "")
+        if not re.fullmatch(rf"bytes {start}-{stop - 1}/(\d+|\*)", said):
+            raise _OtherRangeError(f"{said or 'other bytes'} instead of bytes {start}-{stop - 1}")
+        skipped = 0
+    body = bytearray()
+    for chunk in response.iter_raw():
+        body += chunk[skipped:]
+        skipped = max(0, skipped - len(chunk))
+        if len(body) > stop - start:
+            break
+    if response.status_code != 206:
+        del body[stop - start :]
     if len(body) != stop - start:
-        raise RepoError(
-            f"{repo.repo_id}: the Hub sent {len(body)} bytes of {filename} instead of"
-            f" {stop - start}.",
-            "Try again; if it stays, the file in the repository is truncated.",
-        )
-    return bytes(body)
+        raise _OtherRangeError(f"{len(body)} bytes instead of {stop - start}")
+    return body
 
 
 def uncached(repo: RepoSnapshot, filenames: Sequence[str]) -> list[str]:
@@ -442,11 +538,15 @@ def _once(call: Callable[[], T]) -> T:
     return call()
 
 
-def retried(call: Callable[[], T]) -> T:
+def retried(call: Callable[[], T], *, refusals: bool = False) -> T:
     """Call until it succeeds, at most five times, on answers and faults that pass by themselves.
 
-    `Retry-After` is honoured up to a minute. A refused connection is not retried: a machine
-    without network should fall back to its cache at once.
+    `Retry-After` is honoured up to a minute.
+
+    Args:
+        call (`Callable`): safe to repeat.
+        refusals (`bool`): refused connections too; without it a machine that has no network falls
+            back to its cache at once.
     """
     for wait in RETRY_WAITS:
         try:
@@ -455,9 +555,9 @@ def retried(call: Callable[[], T]) -> T:
             if error.response.status_code not in RETRY_STATUS:
                 raise
             seconds = _retry_after(error, wait)
-        except (ConnectError, UnsupportedProtocol):
-            raise
-        except TransportError:
+        except TransportError as error:
+            if isinstance(error, UnsupportedProtocol | ConnectError) and not refusals:
+                raise
             seconds = wait
         logger.info("The Hub did not answer; trying again in %g s.", seconds)
         time.sleep(seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from hf_tsv.cards import card_license
 from hf_tsv.checkpoints import base_model, layout
 from hf_tsv.checkpoints.adapters import CONFIG_FILE as ADAPTER_CONFIG
-from hf_tsv.checkpoints.files import LocalFiles, read_json
+from hf_tsv.checkpoints.files import read_json
 from hf_tsv.checkpoints.reader import CONFIG_FILE, Checkpoint, open_checkpoint, read_header
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.checkpoints.tensors import DTYPE_NAMES, TensorInfo
@@ -82,6 +82,7 @@ def inspect(
     *,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
 ) -> InspectReport:
     """Say what a reference holds; reads headers and small files, no weights.
 
@@ -89,6 +90,7 @@ def inspect(
         reference (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): where it lies in there; the same as `org/name/subfolder`.
 
     Returns:
         [`InspectReport`]: what became known, and what did not.
@@ -101,9 +103,9 @@ def inspect(
         >>> hf_tsv.inspect("org/clip-a").dtypes  # doctest: +SKIP
     """
     cache = None if cache_dir is None else str(cache_dir)
-    pinned = pin(parse(fspath(reference)), token=token, cache_dir=cache)
+    pinned = pin(parse(fspath(reference), subfolder), token=token, cache_dir=cache)
     files = pinned.files
-    with closing(files) if isinstance(files, LocalFiles) else nullcontext():
+    with closing(files):
         if is_factors(pinned) and files.size(ADAPTER_CONFIG) is None:
             return _of_factors(pinned, open_factors(pinned))
         try:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_tsv import diagnosis, plots, processes, stream
+from hf_tsv import diagnosis, plots, processes
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.checkpoints.writer import check_output_folder, whole_folder
 from hf_tsv.construction import Job, prepare, refuse_unchanged, warned
@@ -27,7 +27,8 @@ from hf_tsv.findings import Finding, Findings
 from hf_tsv.pages import interference_page
 from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.recipe import Settings
-from hf_tsv.sources import distinct_names, pinned_entry
+from hf_tsv.sources import Access, distinct_names, pinned_entry
+from hf_tsv.stream import merge_weights, pick_device
 from hf_tsv.tsv import RANK_SHARES
 
 REPORT_FILE = "interference.json"
@@ -109,6 +110,8 @@ def interference(
     device: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    stream: bool = False,
     max_memory: int | str | None = None,
     progress: bool | None = None,
 ) -> InterferenceReport:
@@ -129,6 +132,9 @@ def interference(
         device (`str`, *optional*): default: the one accelerate chooses.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): where the checkpoints lie in their repositories or folders,
+            unless they say it themselves: `org/name/subfolder`.
+        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
         max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
             on at a time then.
         progress (`bool`, *optional*): show bars; default: on a terminal.
@@ -160,13 +166,13 @@ def interference(
     if folder is not None:
         check_output_folder(folder, [REPORT_PAGE], force=force)
     base_ref = None if base_model is None else fspath(base_model)
-    cache = None if cache_dir is None else str(cache_dir)
-    job = prepare(references, base_ref, None, settings, token, cache, writes=False)
+    access = Access.of(token, cache_dir, subfolder, stream=stream)
+    job = prepare(references, base_ref, None, settings, access, writes=False)
     refuse_nothing_decomposed(job)
     Target(folder).refuse_inputs([item.pinned for item in job.sources.all()])
     job = replace(job, measure=True).within(memory_size(max_memory))
-    where = stream.pick_device(device)
-    job = replace(job, sources=job.sources.downloaded(visible=show))
+    where = pick_device(device)
+    job = replace(job, sources=job.sources.within_reach(visible=show))
     weights = job.plan.weights
     logger.info(
         "Measuring %d weights of %d tasks on %s.", len(weights), len(references), where.type
@@ -180,7 +186,7 @@ def interference(
                 noted.append(finding)
                 advance(1)
 
-            stream.merge_weights(
+            merge_weights(
                 weights, job.plan, job.sources.base, job.sources.inputs, job.scales, job.settings,
                 None, device=where, done=done, parallelism=job.parallelism,
                 measure=job.measure,

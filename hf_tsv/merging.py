@@ -27,7 +27,7 @@ from hf_tsv.interfering import (
 )
 from hf_tsv.progress import visible_by_default
 from hf_tsv.recipe import RECIPE_FILE, PinnedInput, Recipe, Settings, current_versions
-from hf_tsv.sources import Task, pinned_entry
+from hf_tsv.sources import Access, Task, pinned_entry
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ def merge(
     commit_message: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    stream: bool = False,
     max_memory: int | str | None = None,
     report: bool = False,
     dry_run: bool = False,
@@ -144,6 +146,9 @@ def merge(
         commit_message (`str`, *optional*): of the upload.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): where the checkpoints lie in their repositories or folders,
+            unless they say it themselves: `org/name/subfolder`.
+        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
         max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
             on at a time then.
         report (`bool`): measure who disturbs whom too, from the same decompositions; table and
@@ -162,10 +167,10 @@ def merge(
         >>> hf_tsv.merge(["org/clip-a", "org/clip-b"], output="merged")  # doctest: +SKIP
     """
     started = time.monotonic()
-    cache = None if cache_dir is None else str(cache_dir)
+    access = Access.of(token, cache_dir, subfolder, stream=stream)
     with processes.joined() as group:
         if group.rank:
-            done: MergeReport = follow(group, device, token, cache)
+            done: MergeReport = follow(group, device, access)
             return done
         with group.leading():
             show = visible_by_default() if progress is None else progress
@@ -180,7 +185,7 @@ def merge(
                 tuple(_listed(exclude)), qkv, dtype, max_shard_size, precision,  # type: ignore[arg-type]
                 out_format,  # type: ignore[arg-type]
             )  # fmt: skip
-            named = references or base_ref is not None or weights is not None
+            named = references or base_ref is not None or weights is not None or subfolder
             if recipe is not None and (named or settings != Settings()):
                 raise RecipeError(
                     "A recipe already names the checkpoints and every setting.",
@@ -190,9 +195,9 @@ def merge(
                 recipe = Recipe.load(recipe)
             target = target.checked(token, dry_run=dry_run)
             if recipe is not None:
-                job = _job_of_recipe(recipe, token, cache)
+                job = _job_of_recipe(recipe, access)
             else:
-                job = prepare(references, base_ref, weights, settings, token, cache)
+                job = prepare(references, base_ref, weights, settings, access)
             if report and job.settings.method in ("average", "task-arithmetic"):
                 raise RecipeError(
                     f"The method {job.settings.method} decomposes nothing to report on.",
@@ -201,9 +206,7 @@ def merge(
             if report:
                 refuse_nothing_decomposed(job)
             job = replace(job, measure=report).within(memory_size(max_memory))
-            outcome = execute(
-                job, target, device, token, group, _describe, show=show, dry_run=dry_run
-            )
+            outcome = execute(job, target, device, group, _describe, show=show, dry_run=dry_run)
             done = _report(outcome, target, started)
             group.dismiss(done)
             return done
@@ -214,7 +217,7 @@ def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[
     return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names)]
 
 
-def _job_of_recipe(recipe: Recipe, token: str | None, cache_dir: str | None) -> Job:
+def _job_of_recipe(recipe: Recipe, access: Access) -> Job:
     for item in (*recipe.inputs, recipe.base_model):
         if item.revision is None and not Path(item.ref).expanduser().is_dir():
             raise RecipeError(
@@ -226,8 +229,7 @@ def _job_of_recipe(recipe: Recipe, token: str | None, cache_dir: str | None) -> 
         pinned_text(recipe.base_model),
         [item.weight for item in recipe.inputs],
         recipe.settings,
-        token,
-        cache_dir,
+        access,
         warnings=_version_warnings(recipe),
     )
     expected = tuple(item.fingerprint for item in (*recipe.inputs, recipe.base_model))
@@ -342,7 +344,8 @@ def _report(outcome: Outcome, target: Target, started: float) -> MergeReport:
         treatments=treatments,
         left_out={str(item): list(item.left_out) for item in job.sources.inputs if item.left_out},
         download_bytes=outcome.download_bytes,
-        peak_memory_bytes=peak_memory(job.plan.weights, job.parallelism, measure=job.measure),
+        peak_memory_bytes=job.sources.waiting_bytes()
+        + peak_memory(job.plan.weights, job.parallelism, measure=job.measure),
         exact_decompositions=0 if findings is None else findings.exact,
         timings={} if findings is None else findings.seconds.rounded(),
         device=outcome.device,

@@ -22,7 +22,7 @@ from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.plan import check_fit
 from hf_tsv.progress import visible_by_default
-from hf_tsv.sources import Task, fetched, open_sources, open_task
+from hf_tsv.sources import Access, Task, fetched, open_sources, open_task
 from hf_tsv.stream import pick_device
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def load_model(
     device: str | torch.device | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
     progress: bool | None = None,
 ) -> PreTrainedModel:
     """Load task factors, or any CLIP checkpoint, as a transformers model.
@@ -61,6 +62,7 @@ def load_model(
         device (`str`, *optional*): default: cpu.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): where it lies in there; the same as `org/name/subfolder`.
         progress (`bool`, *optional*): show a bar; default: on a terminal.
 
     Returns:
@@ -75,7 +77,14 @@ def load_model(
     """
     if task is not None:
         _check_pipeline(task)
-    found = _find(reference, task, base_model, token, cache_dir, progress, processor=False)
+    found = _find(
+        reference,
+        task,
+        base_model,
+        Access.of(token, cache_dir, subfolder),
+        progress,
+        processor=False,
+    )
     return build(found, dtype, device)
 
 
@@ -88,6 +97,7 @@ def pipeline(
     device: str | torch.device | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Pipeline:
@@ -103,6 +113,7 @@ def pipeline(
         device (`str`, *optional*): default: cpu.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): where it lies in there; the same as `org/name/subfolder`.
         progress (`bool`, *optional*): show a bar; default: on a terminal.
         kwargs: further arguments of `transformers.pipeline`.
 
@@ -120,7 +131,14 @@ def pipeline(
 
     _check_pipeline(task)
     given = {"image_processor", "tokenizer"} <= kwargs.keys()
-    found = _find(model, task, base_model, token, cache_dir, progress, processor=not given)
+    found = _find(
+        model,
+        task,
+        base_model,
+        Access.of(token, cache_dir, subfolder),
+        progress,
+        processor=not given,
+    )
     if "image_processor" not in kwargs:
         load: Any = transformers.AutoImageProcessor.from_pretrained  # without annotations
         kwargs["image_processor"] = load(found.processor, trust_remote_code=False)
@@ -148,15 +166,14 @@ def _find(
     reference: str | PathLike[str],
     task: str | None,
     base_model: str | PathLike[str] | None,
-    token: str | None,
-    cache_dir: str | Path | None,
+    access: Access,
     progress: bool | None,
     *,
     processor: bool,
 ) -> Found:
-    cache = None if cache_dir is None else str(cache_dir)
     text = fspath(reference)
-    item = open_task(pin(parse(text), token=token, cache_dir=cache))
+    named = parse(text, access.subfolder)
+    item = open_task(pin(named, token=access.token, cache_dir=access.cache_dir))
     check_clip(item)
     model_class = default_class(item) if task is None else PIPELINES[task]
     base = None
@@ -164,7 +181,7 @@ def _find(
     complete = isinstance(item, Checkpoint) and not _missing_parts(item, model_class)
     if not complete or (processor and not own_processor):
         base_text = None if base_model is None else fspath(base_model)
-        sources = open_sources([text], base_text, token=token, cache_dir=cache)
+        sources = open_sources([text], base_text, access)
         (item,), base = sources.inputs, sources.base
         check_fit(base, [item])
         if model_class == "base":
@@ -246,8 +263,7 @@ def check_parts(items: Sequence[Task], model_class: str) -> None:
 
 def close(item: Task) -> None:
     """Close the files of a checkpoint that has been read."""
-    if isinstance(item.pinned.files, LocalFiles):
-        item.pinned.files.close()
+    item.pinned.files.close()
 
 
 def _folder(item: Task) -> Path:

@@ -23,7 +23,7 @@ from hf_tsv.findings import Findings
 from hf_tsv.plan import lay_out
 from hf_tsv.progress import visible_by_default
 from hf_tsv.recipe import Settings
-from hf_tsv.sources import pinned_entry
+from hf_tsv.sources import Access, pinned_entry
 
 RECONSTRUCTION_FILE = "hf_tsv_reconstruction.json"
 """Says what a checkpoint was made of."""
@@ -84,6 +84,8 @@ def reconstruct(
     commit_message: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    stream: bool = False,
     max_memory: int | str | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
@@ -107,6 +109,9 @@ def reconstruct(
         commit_message (`str`, *optional*): of the upload.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): where the factors lie in their repository or folder, unless
+            they say it themselves: `org/name/subfolder`.
+        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
         max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
             on at a time then.
         dry_run (`bool`): plan only; touches neither disk nor Hub.
@@ -123,10 +128,10 @@ def reconstruct(
         >>> hf_tsv.reconstruct("me/clip-sun397-tsv", output="full")  # doctest: +SKIP
     """
     started = time.monotonic()
-    cache = None if cache_dir is None else str(cache_dir)
+    access = Access.of(token, cache_dir, subfolder, stream=stream)
     with processes.joined() as group:
         if group.rank:
-            report: ReconstructReport = follow(group, device, token, cache)
+            report: ReconstructReport = follow(group, device, access)
             return report
         with group.leading():
             show = visible_by_default() if progress is None else progress
@@ -137,15 +142,11 @@ def reconstruct(
             settings = Settings(exclude=(), dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
             target = target.checked(token, dry_run=dry_run)
             base_ref = None if base_model is None else fspath(base_model)
-            job = prepare(
-                [fspath(factors)], base_ref, None, settings, token, cache, only_factors=True
-            )
+            job = prepare([fspath(factors)], base_ref, None, settings, access, only_factors=True)
             (item,) = job.sources.inputs
             assert isinstance(item, TaskFactors)  # checked by prepare
             job = _with_head(job, item).within(memory_size(max_memory))
-            outcome = execute(
-                job, target, device, token, group, _describe, show=show, dry_run=dry_run
-            )
+            outcome = execute(job, target, device, group, _describe, show=show, dry_run=dry_run)
             report = _report(outcome, item, target, started)
             group.dismiss(report)
             return report
@@ -165,7 +166,8 @@ def _report(
         seconds=round(time.monotonic() - started, 3),
         warnings=outcome.warnings,
         download_bytes=outcome.download_bytes,
-        peak_memory_bytes=peak_memory(plan.weights, outcome.job.parallelism),
+        peak_memory_bytes=outcome.job.sources.waiting_bytes()
+        + peak_memory(plan.weights, outcome.job.parallelism),
         device=outcome.device,
         url=outcome.url,
         dry_run=outcome.findings is None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -11,11 +12,12 @@ from huggingface_hub import constants
 from hf_tsv import hub
 from hf_tsv.checkpoints import base_model, companions
 from hf_tsv.checkpoints.adapters import Adapter, is_adapter, open_adapter
+from hf_tsv.checkpoints.ahead import AHEAD_BYTES, CONNECTIONS, AheadFiles
 from hf_tsv.checkpoints.files import HubFiles, LocalFiles
 from hf_tsv.checkpoints.reader import Checkpoint, open_checkpoint
-from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, Reference, at_revision, parse, pin
 from hf_tsv.checkpoints.writer import check_free_space
-from hf_tsv.errors import CheckpointError
+from hf_tsv.errors import CheckpointError, HfTsvError, RepoError
 from hf_tsv.factors import TaskFactors, is_factors, open_factors
 from hf_tsv.parallel import in_parallel
 from hf_tsv.progress import human_bytes, logger
@@ -25,17 +27,50 @@ Task = Checkpoint | TaskFactors
 
 
 @dataclass(frozen=True)
+class Access:
+    """How checkpoints are reached.
+
+    Args:
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): of the tasks, where their reference has none.
+        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
+    """
+
+    token: str | None = field(default=None, repr=False)
+    cache_dir: str | None = None
+    subfolder: str | None = None
+    stream: bool = False
+
+    @staticmethod
+    def of(
+        token: str | None,
+        cache_dir: str | Path | None,
+        subfolder: str | None = None,
+        *,
+        stream: bool = False,
+    ) -> Access:
+        """The same, of the arguments that users give."""
+        return Access(token, None if cache_dir is None else str(cache_dir), subfolder, stream)
+
+
+DEFAULT_ACCESS = Access()
+
+
+@dataclass(frozen=True)
 class Sources:
     """A base model and fine-tunes of it, whole or compressed, all pinned.
 
     Args:
         base ([`Checkpoint`]): W0.
         inputs (`tuple[Checkpoint | TaskFactors, ...]`): the tasks.
+        access ([`Access`]): how they were reached.
         warnings (`tuple[str, ...]`): what the user should know of them.
     """
 
     base: Checkpoint
     inputs: tuple[Task, ...]
+    access: Access = DEFAULT_ACCESS
     warnings: tuple[str, ...] = ()
 
     def all(self) -> tuple[Task, ...]:
@@ -43,39 +78,73 @@ class Sources:
         return (*self.inputs, self.base)
 
     def download_bytes(self) -> int:
-        """What [`downloaded`] would fetch; files in the client's cache do not count."""
+        """What a run fetches from the Hub; files in the client's cache do not count."""
+        if self.access.stream:
+            far = (item for item in self.all() if _far(item))
+            return sum(
+                info.nbytes for item in far for name in item.tensors for info in item.parts(name)
+            )
         return sum(repo.sizes[name] for repo, name in hub.missing(_wanted(self.all(), [self.base])))
 
-    def downloaded(self, *, visible: bool) -> Sources:
-        """The same checkpoints, read from the client's cache; fetches in parallel what is missing.
+    def waiting_bytes(self) -> int:
+        """Memory of what is fetched before it is read."""
+        return AHEAD_BYTES if self.access.stream and any(map(_far, self.all())) else 0
+
+    def within_reach(self, *, visible: bool) -> Sources:
+        """The same checkpoints, read from the client's cache, or from the Hub if asked to stream.
+
+        Fetches in parallel what the cache lacks; to stream, opens connections.
 
         Args:
-            visible (`bool`): show one progress bar over everything.
+            visible (`bool`): show one progress bar over everything that is downloaded.
         """
-        *inputs, base = fetched(self.all(), with_companions=[self.base], visible=visible)
+        items = _streamed(self.all()) if self.access.stream else self.all()
+        *inputs, base = fetched(items, with_companions=[items[-1]], visible=visible)
         assert isinstance(base, Checkpoint)  # it was one before
         inputs = [item.on(base) if isinstance(item, Adapter) else item for item in inputs]
         return replace(self, inputs=tuple(inputs), base=base)
 
     def close(self) -> None:
-        """Close the files that were read."""
+        """Close the files that were read, and connections."""
         for item in self.all():
-            if isinstance(item.pinned.files, LocalFiles):
-                item.pinned.files.close()
+            item.pinned.files.close()
+
+
+def _far(item: Task) -> bool:
+    """Whether anything that a run reads of it has to be fetched."""
+    return isinstance(item.pinned.files, AheadFiles) or bool(hub.missing(_wanted([item], [])))
+
+
+def _streamed(items: Sequence[Task]) -> Sequence[Task]:
+    """The same items; those that the cache does not hold are read from the Hub."""
+    far = [_far(item) for item in items]
+    if not any(far):
+        return items
+    pool = ThreadPoolExecutor(CONNECTIONS, "hf-tsv-fetch")
+    result: list[Task] = []
+    for item, is_far in zip(items, far, strict=True):
+        files = item.pinned.files
+        if is_far and isinstance(files, HubFiles):
+            share = AHEAD_BYTES // sum(far)
+            ahead = AheadFiles(files.repo, files.subfolder, pool, share)
+            result.append(item.reading_from(ahead))
+        else:
+            result.append(item)
+    return result
 
 
 def _wanted(items: Sequence[Task], with_companions: Sequence[Task]) -> list[hub.Wanted]:
     """What has to be on disk of repositories: weights and config, and companion files of some."""
     wanted = []
     for item in items:
-        if not isinstance(item.pinned.files, HubFiles):
+        if type(item.pinned.files) is not HubFiles:  # those that are streamed stay where they are
             continue
         repo = item.pinned.files.repo
-        names = list(item.needed_files)
+        names = [item.pinned.files.path(name) for name in item.needed_files]
         if "README.md" in repo.sizes:  # an offline run infers the base from it
             names.append("README.md")
         if any(item is other for other in with_companions):
-            names += companions.present(item.pinned)
+            names += map(item.pinned.files.path, companions.present(item.pinned))
         wanted.append(hub.Wanted(repo, item.pinned.asked_revision, tuple(names)))
     return wanted
 
@@ -95,8 +164,8 @@ def fetched(items: Sequence[Task], *, with_companions: Sequence[Task], visible: 
         logger.info("Downloading %s.", human_bytes(size))
     folders = iter(hub.download(wanted, visible=visible))
     return [
-        item.reading_from(LocalFiles(next(folders)))
-        if isinstance(item.pinned.files, HubFiles)
+        item.reading_from(LocalFiles(next(folders) / item.pinned.files.subfolder))
+        if type(item.pinned.files) is HubFiles
         else item
         for item in items
     ]
@@ -105,9 +174,8 @@ def fetched(items: Sequence[Task], *, with_companions: Sequence[Task], visible: 
 def open_sources(
     references: Sequence[str],
     base_reference: str | None,
+    access: Access = DEFAULT_ACCESS,
     *,
-    token: str | None = None,
-    cache_dir: str | None = None,
     only_factors: bool = False,
 ) -> Sources:
     """Resolve every reference once and read every header, in parallel; writes nothing.
@@ -115,18 +183,18 @@ def open_sources(
     Args:
         references (`Sequence[str]`): the fine-tunes, or task factors of them.
         base_reference (`str`, *optional*): default: the base they agree on.
-        token (`str`, *optional*): default: the one the client is logged in with.
-        cache_dir (`str`, *optional*): the client's cache.
+        access ([`Access`]): how they are reached.
         only_factors (`bool`): the tasks must be task factors.
 
     Raises:
         [`HfTsvError`]: one cannot be read, is no CLIP, or is the base itself.
     """
 
-    def pinned(text: str) -> PinnedCheckpoint:
-        return pin(parse(text), token=token, cache_dir=cache_dir)
+    def pinned(reference: Reference) -> PinnedCheckpoint:
+        return pin(reference, token=access.token, cache_dir=access.cache_dir)
 
-    named = [*references, *([] if base_reference is None else [base_reference])]
+    named = [parse(text, access.subfolder) for text in references]
+    named += [] if base_reference is None else [parse(base_reference)]
     tasks = in_parallel(pinned, named)
     inputs = in_parallel(open_task, tasks)
     for item in inputs[: len(references)] if only_factors else ():
@@ -137,7 +205,7 @@ def open_sources(
             )
     opened_base: Task
     if base_reference is None:
-        base = pinned(_inferred_base(inputs))
+        base = pinned(parse(_inferred_base(inputs, pinned)))
         opened_base = open_task(base)
     else:
         base, opened_base = tasks.pop(), inputs.pop()
@@ -154,18 +222,58 @@ def open_sources(
     found = opened_base
     inputs = [item.on(found) if isinstance(item, Adapter) else item for item in inputs]
     warnings = _check_distinct(tasks, base)
-    return Sources(opened_base, tuple(inputs), tuple(warnings))
+    return Sources(opened_base, tuple(inputs), access, tuple(warnings))
 
 
 def open_task(pinned: PinnedCheckpoint) -> Task:
-    """Read the headers of a checkpoint, of an adapter, or of task factors."""
+    """Read the headers of a checkpoint, of an adapter, or of task factors.
+
+    Where pickles cannot be read, the conversion to safetensors that the Hub offers as a pull
+    request is.
+    """
+    try:
+        return _opened(pinned)
+    except CheckpointError as error:
+        converted = _conversion(pinned)
+        if converted is None:
+            raise
+        logger.warning("%s Its conversion %s is read.", error.message, converted)
+        return _opened(converted)
+
+
+def _conversion(pinned: PinnedCheckpoint) -> PinnedCheckpoint | None:
+    names = pinned.files.names()
+    pickled = any(name.endswith(".bin") for name in names)
+    if not pickled or any(name.endswith(".safetensors") for name in names):
+        return None
+    if not isinstance(pinned.files, HubFiles):
+        return None
+    repo = pinned.files.repo
+    try:
+        revision = hub.conversion(repo)
+        if revision is None:
+            return None
+        reference = Reference(pinned.ref, repo.repo_id, revision, pinned.files.subfolder)
+        return pin(reference, token=repo.token, cache_dir=repo.cache_dir)
+    except RepoError:  # what is wrong with the pickle says more
+        return None
+
+
+def _opened(pinned: PinnedCheckpoint) -> Task:
     if is_adapter(pinned):
         return open_adapter(pinned)
     return open_factors(pinned) if is_factors(pinned) else open_checkpoint(pinned)
 
 
-def _inferred_base(inputs: Sequence[Task]) -> str:
+def _inferred_base(inputs: Sequence[Task], pinned: Callable[[Reference], PinnedCheckpoint]) -> str:
     """Reference of the base model that cards, configs and factors agree on."""
+
+    def parents(name: str) -> list[str]:
+        try:
+            return base_model.named_by(pinned(parse(name)))
+        except HfTsvError:  # gone, private, or no reference at all: it says nothing
+            return []
+
     origins = {str(i): i.config.base_model for i in inputs if isinstance(i, TaskFactors)}
     said = {
         str(item): [origins[str(item)].ref]
@@ -173,9 +281,9 @@ def _inferred_base(inputs: Sequence[Task]) -> str:
         else base_model.named_by(item.pinned)
         for item in inputs
     }
-    found, speakers = base_model.infer(said)
+    found, speakers = base_model.infer(said, parents)
     logger.info("Base model: %s, named by %s.", found, ", ".join(speakers))
-    revisions = {origin.revision for origin in origins.values()}
+    revisions = {origin.revision for origin in origins.values() if origin.ref == found}
     if None in revisions:  # factors of a folder: the same one must be here
         if not Path(found).expanduser().is_dir():
             raise CheckpointError(
@@ -183,7 +291,8 @@ def _inferred_base(inputs: Sequence[Task]) -> str:
                 "Name the same base model with --base-model.",
             )
         return found
-    return f"hf://{found}@{revisions.pop()}" if len(revisions) == 1 else f"hf://{found}"
+    revision = revisions.pop() if len(revisions) == 1 else None
+    return f"hf://{at_revision(found, revision)}"
 
 
 def pinned_entry(item: Task) -> dict[str, str | None]:

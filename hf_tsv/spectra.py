@@ -318,6 +318,8 @@ def measure(
     """
     started, waited = time.monotonic(), 0.0
     share_one_heap()
+    for item in (job.sources.base, job.source):
+        stream.expect(item, (candidate.name for candidate in job.candidates))
     workers = torch.get_num_threads()
     sizes = [4 * math.prod(candidate.shape) for candidate in job.candidates]
     measured: list[Measured] = []

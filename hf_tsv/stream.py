@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hf_tsv import baselines, costs, linalg, processes, tsv
 from hf_tsv.checkpoints.adapters import Adapter
+from hf_tsv.checkpoints.ahead import AheadFiles
 from hf_tsv.checkpoints.reader import Checkpoint, digest
 from hf_tsv.checkpoints.writer import ShardWriter
 from hf_tsv.costs import Parallelism
@@ -115,6 +116,10 @@ def merge_weights(
         measure (`bool`): find who disturbs whom.
     """
     share_one_heap()
+    expect(base, (name for weight in weights for name in weight.names))
+    for i, item in enumerate(inputs):
+        used = (w for w in weights if i in w.inputs and w.treatment != "copied")
+        expect(item, (name for weight in used for name in weight.names))
     reader = _Reader(base, inputs, scales, device)
     with (
         reused(),
@@ -151,6 +156,18 @@ def merge_weights(
                 written.result()
         finally:
             reading.shutdown(cancel_futures=True)
+
+
+def expect(item: Task, names: Iterable[str]) -> None:
+    """Begin to fetch what is not on this machine.
+
+    Args:
+        item (`Checkpoint | TaskFactors`): what will be read.
+        names (`Iterable[str]`): canonical names of weights, in the order they will be read.
+    """
+    if isinstance(item.pinned.files, AheadFiles):
+        parts = (info for name in names for info in item.parts(name))
+        item.pinned.files.expect((info.file, info.start, info.nbytes) for info in parts)
 
 
 def read_ahead(

@@ -29,7 +29,7 @@ from hf_tsv.models import (
 )
 from hf_tsv.plan import check_fit
 from hf_tsv.progress import visible_by_default
-from hf_tsv.sources import Task, open_sources
+from hf_tsv.sources import Access, Task, open_sources
 from hf_tsv.tsv import TaskSingularVectors, Update
 
 if TYPE_CHECKING:
@@ -122,13 +122,12 @@ class TaskSwitcher:
         sources = open_sources(
             [fspath(ref) for ref in named.values()],
             None if base_model is None else fspath(base_model),
-            token=token,
-            cache_dir=None if cache_dir is None else str(cache_dir),
+            Access.of(token, cache_dir),
         )
         check_clip(sources.base)
         check_fit(sources.base, sources.inputs)
         show = visible_by_default() if progress is None else progress
-        sources = sources.downloaded(visible=show)
+        sources = sources.within_reach(visible=show)
         items, base = sources.inputs, sources.base
         model_class = model_class or default_class(base)
         if model_class not in layout.MODEL_CLASSES:

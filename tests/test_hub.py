@@ -338,11 +338,43 @@ def test_a_server_that_ignores_ranges_gives_the_same_bytes(hub: Hub) -> None:
     assert client.read_range(snapshot(), "model.safetensors", 10, 300) == WEIGHTS[10:300]
 
 
-def test_an_answer_that_is_too_short_is_an_error(hub: Hub) -> None:
+def test_an_answer_that_is_too_short_is_asked_for_again(hub: Hub, sleeps: list[float]) -> None:
     hub.add_repo("org/model", FILES)
-    hub.fail("model.safetensors", truncate=100)
-    with pytest.raises(RepoError, match=r"sent 100 bytes of model\.safetensors instead of 290"):
+    hub.fail("model.safetensors", truncate=100, times=2)
+    assert client.read_range(snapshot(), "model.safetensors", 10, 300) == WEIGHTS[10:300]
+    assert sleeps == [1, 2]
+
+
+def test_answers_that_stay_too_short_are_an_error(hub: Hub, sleeps: list[float]) -> None:
+    hub.add_repo("org/model", FILES)
+    hub.fail("model.safetensors", truncate=100, times=9)
+    with pytest.raises(RepoError, match=r"sent 100 bytes instead of 290 of model\.safetensors"):
         client.read_range(snapshot(), "model.safetensors", 10, 300)
+    assert len(sleeps) == 4
+
+
+def test_another_range_than_asked_for_is_an_error(hub: Hub, sleeps: list[float]) -> None:
+    hub.add_repo("org/model", FILES)
+    other = {"Content-Range": f"bytes 0-289/{len(WEIGHTS)}"}
+    hub.fail("model.safetensors", truncate=10**6, headers=other, times=9)
+    said = rf"bytes 0-289/{len(WEIGHTS)} instead of bytes 10-299 of model\.safetensors"
+    with pytest.raises(RepoError, match=said):
+        client.read_range(snapshot(), "model.safetensors", 10, 300)
+    assert len(sleeps) == 4
+
+
+def test_the_storage_is_asked_directly_until_it_refuses(hub: Hub) -> None:
+    hub.add_repo("org/model", FILES)
+    repo = snapshot()
+    hub.requests.clear()
+    for start in (0, 100, 200):
+        assert client.read_range(repo, "model.safetensors", start, start + 9)
+    assert [r.origin for r in hub.requests] == ["api", "cdn", "cdn", "cdn"]
+    hub.requests.clear()
+    hub.fail("/[0-9a-f]{64}/", status=403)  # as of an address that was signed an hour ago
+    for start in (0, 100):
+        assert client.read_range(repo, "model.safetensors", start, start + 9)
+    assert [r.origin for r in hub.requests] == ["cdn", "api", "cdn", "cdn"]
 
 
 # Tokens

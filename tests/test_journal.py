@@ -236,7 +236,7 @@ def test_weights_of_other_processes_that_did_not_arrive_are_noticed(
     zoo: Path, stopped: Path
 ) -> None:
     tasks = [str(zoo / "vision"), str(zoo / "full")]
-    job = construction.prepare(tasks, str(zoo / "base"), None, Settings(), None, None)
+    job = construction.prepare(tasks, str(zoo / "base"), None, Settings())
     weights = len(job.plan.weights)
     with pytest.raises(LostProcessError, match=f"{weights - 5} weights .* have not arrived"):
         construction._all_noted(job, stopped, 2)

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from hf_tsv import hub as client
 from hf_tsv.checkpoints.base_model import infer, named_by
 from hf_tsv.checkpoints.files import HubFiles, LocalFiles
-from hf_tsv.checkpoints.reference import PinnedCheckpoint, Reference, parse, pin
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, Reference, at_revision, parse, pin
 from hf_tsv.errors import CheckpointError, HfTsvError, RepoError
 
 FILES = {"config.json": "{}", "README.md": "---\nlicense: mit\n---\n", "model.safetensors": b"w"}
@@ -51,6 +51,38 @@ def test_a_repository_can_be_written_in_several_ways(
 ) -> None:
     assert parse(text) == Reference(repo_id, repo_id, revision)
     assert not parse(text).is_local
+    assert parse(at_revision(repo_id, revision)) == parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "revision", "subfolder"),
+    [
+        ("org/name/vision", None, "vision"),
+        ("org/name/models/vision/", None, "models/vision"),
+        ("org/name@v1/vision", "v1", "vision"),
+        ("org/name@refs/pr/3/vision", "refs/pr/3", "vision"),
+        ("org/name@feature%2Fa/vision", "feature/a", "vision"),
+        ("hf://org/name@v1/vision", "v1", "vision"),
+        ("https://huggingface.co/org/name/tree/v1/vision", "v1", "vision"),
+    ],
+)
+def test_a_subfolder_of_a_repository(text: str, revision: str | None, subfolder: str) -> None:
+    ref = f"org/name/{subfolder}"
+    assert parse(text) == Reference(ref, "org/name", revision, subfolder)
+    assert parse(at_revision(ref, revision)) == parse(text)
+    assert parse(text.split("/" + subfolder, maxsplit=1)[0], subfolder) == parse(text)
+    assert parse(text, "other") == parse(text)
+
+
+@pytest.mark.parametrize(
+    "subfolder", ["..", "a/../b", "/a", "", "a@b", "a\n", "a\\b", "n/" * 3000, "model.safetensors"]
+)
+def test_what_is_no_subfolder_is_refused(subfolder: str) -> None:
+    with pytest.raises(RepoError, match="is no subfolder"):
+        parse("org/name", subfolder)
+    if subfolder:
+        with pytest.raises(HfTsvError):
+            parse(f"org/name@v1/{subfolder}")
 
 
 @pytest.mark.parametrize("text", [".", "./org/name", "org/name", "{}/org", "~/org/name"])
@@ -79,7 +111,6 @@ def test_a_folder_wins_over_a_repository_unless_the_hub_is_named(
     "text",
     [
         "name",
-        "a/b/c",
         "org//name",
         "org/na me",
         "org/name\n",
@@ -359,30 +390,42 @@ def said(inputs: list[PinnedCheckpoint]) -> dict[str, list[str]]:
     return {str(item): named_by(item) for item in inputs}
 
 
+def nothing(name: str) -> list[str]:
+    """Parents of models that say nothing."""
+    return []
+
+
 def test_inputs_that_agree_settle_it_and_silent_ones_follow() -> None:
     first = speaker("me/first", {"base_model": "org/base"})
     silent = speaker("me/silent")
     last = speaker("me/last", config={"_name_or_path": "org/base"})
-    assert infer(said([first, silent, last])) == ("org/base", ["me/first", "me/last"])
+    asked: list[str] = []
+
+    def parents(name: str) -> list[str]:
+        asked.append(name)
+        return ["org/older"]
+
+    assert infer(said([first, silent, last]), parents) == ("org/base", ["me/first", "me/last"])
+    assert asked == []  # where they agree nobody is asked
 
 
 def test_a_disagreement_lists_who_says_what() -> None:
     first = speaker("me/first", {"base_model": "org/a"})
     second = speaker("me/second", {"base_model": ["org/b"]})
     with pytest.raises(CheckpointError) as error:
-        infer(said([first, second, speaker("me/silent")]))
+        infer(said([first, second, speaker("me/silent")]), nothing)
     assert "me/first: org/a; me/second: org/b; me/silent: nothing" in error.value.message
     assert "--base-model" in (error.value.hint or "")
 
 
 def test_a_merge_of_two_bases_does_not_name_one() -> None:
     with pytest.raises(CheckpointError, match="me/merge: org/a, org/b"):
-        infer(said([speaker("me/merge", {"base_model": ["org/a", "org/b"]})]))
+        infer(said([speaker("me/merge", {"base_model": ["org/a", "org/b"]})]), nothing)
 
 
 def test_silence_asks_for_the_base_model() -> None:
     with pytest.raises(CheckpointError, match=r"No checkpoint says.*--base-model"):
-        infer(said([speaker("me/first"), speaker("me/second")]))
+        infer(said([speaker("me/first"), speaker("me/second")]), nothing)
 
 
 def test_the_card_of_a_repository_is_heard(hub: Hub) -> None:
@@ -390,7 +433,73 @@ def test_the_card_of_a_repository_is_heard(hub: Hub) -> None:
     hub.add_repo("me/tuned", {"README.md": card, "config.json": "{}"})
     hub.add_repo("me/other", {"config.json": '{"_name_or_path": "org/base"}'})
     inputs = [pinned("me/tuned"), pinned("me/other")]
-    assert infer(said(inputs)) == ("org/base", ["me/tuned", "me/other"])
+    assert infer(said(inputs), nothing) == ("org/base", ["me/tuned", "me/other"])
+
+
+@pytest.mark.parametrize(
+    ("names", "parents", "found"),
+    [
+        # a fine-tune of a fine-tune, and one of the base
+        ([["org/x"], ["org/base"]], {"org/x": ["org/base"]}, "org/base"),
+        ([["org/x"], [], ["org/base"]], {"org/x": ["org/base"]}, "org/base"),
+        ([["org/x"], ["org/y"]], {"org/x": ["org/base"], "org/y": ["org/base"]}, "org/base"),
+        # the nearest: what that one was made from is nearer to nobody
+        (
+            [["org/x"], ["org/y"]],
+            {"org/x": ["org/base"], "org/y": ["org/base"], "org/base": ["org/older"]},
+            "org/base",
+        ),
+        ([["org/x"], ["org/base"]], {"org/x": ["org/base"], "org/base": ["org/o"]}, "org/base"),
+        # a merge names its base and its tasks
+        ([["org/base", "org/x"]], {"org/x": ["org/base"]}, "org/base"),
+        ([["org/x", "org/y"]], {"org/x": ["org/base"], "org/y": ["org/base"]}, "org/base"),
+        # longer ways
+        (
+            [["org/x"], ["org/base"]],
+            {"org/x": ["org/y"], "org/y": ["org/z"], "org/z": ["org/base"]},
+            "org/base",
+        ),
+        # that lead nowhere, or in circles
+        ([["org/x"], ["org/y"]], {}, None),
+        ([["org/x"], ["org/y"]], {"org/x": ["org/a"], "org/y": ["org/b"]}, None),
+        ([["org/x"], ["org/y"]], {"org/x": ["org/x"], "org/y": ["org/y"]}, None),
+        ([["org/x"], ["org/y"]], {"org/x": ["org/y"], "org/y": ["org/x"]}, None),
+        # two that are equally near
+        (
+            [["org/x"], ["org/y"]],
+            {"org/x": ["org/a", "org/b"], "org/y": ["org/b", "org/a"]},
+            None,
+        ),
+    ],
+)
+def test_names_are_followed_to_what_they_have_in_common(
+    names: list[list[str]], parents: dict[str, list[str]], found: str | None
+) -> None:
+    heard = {f"me/{i}": named for i, named in enumerate(names)}
+    if found is not None:
+        speakers = [item for item, named in heard.items() if named]
+        assert infer(heard, lambda name: parents.get(name, [])) == (found, speakers)
+        return
+    with pytest.raises(CheckpointError, match="different base models"):
+        infer(heard, lambda name: parents.get(name, []))
+
+
+def test_a_disagreement_says_where_the_names_lead() -> None:
+    parents = {"org/x": ["org/y"], "org/y": ["org/a"]}
+    with pytest.raises(CheckpointError, match=r"me/1: org/x from org/y from org/a; me/2: org/b\."):
+        infer({"me/1": ["org/x"], "me/2": ["org/b"]}, lambda name: parents.get(name, []))
+
+
+def test_an_endless_chain_is_left(hub: Hub) -> None:
+    asked: list[str] = []
+
+    def parents(name: str) -> list[str]:
+        asked.append(name)
+        return [name + "x"]
+
+    with pytest.raises(CheckpointError, match="different base models"):
+        infer({"me/1": ["org/a"], "me/2": ["org/b"]}, parents)
+    assert len(asked) == 16
 
 
 # Without the Hub

@@ -181,7 +181,7 @@ torch.set_num_threads(1)
 memory.share_one_heap()
 tasks = [{str(tmp_path)!r} + "/" + name for name in "abcd"]
 settings = Settings(method={method!r})
-job = construction.prepare(tasks, {str(tmp_path / "base")!r}, [{scale}] * 4, settings, None, None)
+job = construction.prepare(tasks, {str(tmp_path / "base")!r}, [{scale}] * 4, settings)
 (weight,) = job.plan.weights
 reader = stream._Reader(job.sources.base, job.sources.inputs, job.scales, torch.device("cpu"))
 memory.empty(1000, 1000, dtype=torch.float64).zero_()

@@ -120,6 +120,12 @@ class Adapter(Checkpoint):
             name in held for name in names for held in (self.loras, self.values, self.biases)
         )
 
+    def parts(self, name: str) -> list[TensorInfo]:
+        """What reading one weight reads of its files."""
+        lora, biased = self.loras.get(name), self.biases.get(name)
+        held = [lora.A, lora.B, lora.magnitude] if lora else [biased.bias] if biased else []
+        return [info for info in (*held, self.values.get(name)) if info is not None]
+
     def read(self, name: str, *, pinned: bool = False) -> Tensor:
         """W0 + Δ of one weight, as PEFT merges it.
 

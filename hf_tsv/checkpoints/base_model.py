@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hf_tsv.checkpoints.files import read_json
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.errors import CheckpointError, HfTsvError
 
 CONFIG = ("config.json", "_name_or_path")
+LONGEST_CHAIN = 8
+"""Steps that are followed from a fine-tune of a fine-tune of …"""
 
 
 def named_by(item: PinnedCheckpoint) -> list[str]:
@@ -36,25 +38,67 @@ def named_by(item: PinnedCheckpoint) -> list[str]:
     return []
 
 
-def infer(said: Mapping[str, Sequence[str]]) -> tuple[str, list[str]]:
-    """The base model that the inputs agree on.
+def infer(
+    said: Mapping[str, Sequence[str]], parents: Callable[[str], Sequence[str]]
+) -> tuple[str, list[str]]:
+    """The base model that the inputs agree on: the nearest one that all of them go back to.
+
+    Inputs that name the same base agree. Otherwise what they name is followed: a fine-tune of a
+    fine-tune goes back to the first one's base too.
 
     Args:
         said (`Mapping[str, Sequence[str]]`): what each fine-tune names; some may say nothing.
+        parents (`Callable`): what a named base model names itself.
 
     Returns:
-        `tuple[str, list[str]]`: the base model, and the inputs that name it.
+        `tuple[str, list[str]]`: the base model, and the inputs that name it or go back to it.
 
     Raises:
         [`CheckpointError`]: nobody names one, or they disagree; the error says who says what.
     """
-    names = {name for found in said.values() for name in found}
-    if len(names) == 1:
-        return names.pop(), [item for item, found in said.items() if found]
+    names = dict.fromkeys(name for found in said.values() for name in found)
+    speakers = [item for item, found in said.items() if found]
     hint = "Name it with --base-model."
     if not names:
         raise CheckpointError("No checkpoint says which base model it was fine-tuned from.", hint)
-    lines = [f"{item}: {', '.join(found) or 'nothing'}" for item, found in said.items()]
+    if len(names) == 1:
+        return names.popitem()[0], speakers
+    known: dict[str, tuple[str, ...]] = {}
+    back = {name: _ancestors(name, parents, known) for name in names}
+    common = set[str].intersection(*map(set, back.values()))
+    nearest = [
+        one for one in common if not any(one in _beyond(other, known) for other in common - {one})
+    ]
+    if len(nearest) == 1:
+        return nearest[0], speakers
+    lines = [
+        f"{item}: {', '.join(' from '.join(back[name]) for name in found) or 'nothing'}"
+        for item, found in said.items()
+    ]
     raise CheckpointError(
         "The checkpoints name different base models: " + "; ".join(lines) + ".", hint
     )
+
+
+def _ancestors(
+    name: str, parents: Callable[[str], Sequence[str]], known: dict[str, tuple[str, ...]]
+) -> list[str]:
+    """A model, and all that it goes back to, nearest first; `known` gets what each names."""
+    found, new = [name], [name]
+    for _ in range(LONGEST_CHAIN):
+        for one in new:
+            if one not in known:
+                known[one] = tuple(parents(one))
+        new = [up for up in dict.fromkeys(p for one in new for p in known[one]) if up not in found]
+        found += new
+    return found
+
+
+def _beyond(name: str, known: Mapping[str, tuple[str, ...]]) -> set[str]:
+    """What a model goes back to, as far as it is known."""
+    found: set[str] = set()
+    new = set(known.get(name, ()))
+    while new - found:
+        found |= new
+        new = {up for one in new for up in known.get(one, ())}
+    return found

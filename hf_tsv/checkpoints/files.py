@@ -30,6 +30,9 @@ class Files(Protocol):
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` from `start` on, completely or with an error."""
 
+    def close(self) -> None:
+        """Give back what reading has taken; closed files may be read again."""
+
 
 class LocalFiles:
     """A folder. Reads go into the caller's buffer: mapped pages would count as resident memory."""
@@ -104,26 +107,39 @@ def _close_all(descriptors: dict[str, int]) -> None:
 
 
 class HubFiles:
-    """A Hub repository at one commit, read by HTTP range without a copy on disk."""
+    """A Hub repository at one commit, read by HTTP range without a copy on disk.
 
-    def __init__(self, repo: hub.RepoSnapshot) -> None:
-        self.repo = repo
+    Args:
+        repo ([`RepoSnapshot`]): which commit.
+        subfolder (`str`): whose files these are; empty for all.
+    """
+
+    def __init__(self, repo: hub.RepoSnapshot, subfolder: str = "") -> None:
+        self.repo, self.subfolder = repo, subfolder
+
+    def path(self, name: str) -> str:
+        """Name of a file in the repository."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def names(self) -> list[str]:
-        return sorted(self.repo.sizes)
+        start = self.path("")
+        return sorted(n.removeprefix(start) for n in self.repo.sizes if n.startswith(start))
 
     def size(self, name: str) -> int | None:
-        return self.repo.sizes.get(name)
+        return self.repo.sizes.get(self.path(name))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is None:
             stop = self.size(name)
             if stop is None:
                 raise CheckpointError(f"{self.repo.repo_id} has no {name}.")
-        return hub.read_range(self.repo, name, start, stop)
+        return bytes(hub.read_range(self.repo, self.path(name), start, stop))
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        buffer[:] = self.read(name, start, start + len(buffer))
+        buffer[:] = hub.read_range(self.repo, self.path(name), start, start + len(buffer))
+
+    def close(self) -> None:
+        pass
 
 
 def read_json(files: Files, name: str, owner: str) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from hf_tsv.parallel import in_parallel
 SINGLE_FILE = "model.safetensors"
 PICKLED_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
-VARIANT = re.compile(r"model\.[A-Za-z0-9_]+\.safetensors")
+VARIANT = re.compile(r"model\.([A-Za-z0-9_]+)\.safetensors")
+VARIANT_INDEX = re.compile(r"model\.safetensors\.index\.([A-Za-z0-9_]+)\.json")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 64  # the limit of torch
 FIRST_READ_BYTES = 100_000  # holds the whole header of most checkpoints: one request instead of two
@@ -76,6 +77,10 @@ class Checkpoint:
     def left_out(self) -> tuple[str, ...]:
         """Stored names that a merge leaves out."""
         return tuple(self.head)
+
+    def parts(self, name: str) -> list[TensorInfo]:
+        """What reading one weight reads of its files."""
+        return [self.tensors[name]]
 
     def reading_from(self, files: Files) -> Checkpoint:
         """The same checkpoint, read from a copy of its files."""
@@ -157,7 +162,7 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
     """
     owner, there = str(pinned), pinned.files
     named = _weights_in(there, [file for file, _ in WEIGHTS])
-    single = named or _only_variant(there) or _only_pickle(there) or SINGLE_FILE
+    single = named or _only_variant(there, owner) or _only_pickle(there) or SINGLE_FILE
     kind_of = dict(WEIGHTS).get(single)
     if kind_of is None and there.size(CONFIG_FILE) is None:
         kind_of = "open_clip"
@@ -186,10 +191,24 @@ def _weights_in(files: Files, singles: Sequence[str]) -> str | None:
     )
 
 
-def _only_variant(files: Files) -> str | None:
-    """Weights in another precision, as `save_pretrained(variant=…)` names them, if there is one."""
-    found = [name for name in files.names() if VARIANT.fullmatch(name)]
-    return found[0] if len(found) == 1 else None
+def _only_variant(files: Files, owner: str) -> str | None:
+    """Weights in another precision, as `save_pretrained(variant=…)` names them, if there are any.
+
+    Raises:
+        [`CheckpointError`]: there are several.
+    """
+    found = {
+        match[1]
+        for name in files.names()
+        for match in (VARIANT.fullmatch(name), VARIANT_INDEX.fullmatch(name))
+        if match
+    }
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{owner} has only variants of its weights, and several: {', '.join(sorted(found))}.",
+            "Load the one you mean with transformers (variant=…) and save it.",
+        )
+    return f"model.{found.pop()}.safetensors" if found else None
 
 
 def _only_pickle(files: Files) -> str | None:
@@ -244,8 +263,14 @@ def _check_sizes(config: dict[str, Any], tensors: Mapping[str, TensorInfo], owne
 
 
 def index_of(single: str) -> str:
-    """Name of the index that stands for `single` where it is split into shards."""
-    return f"{single}.index.json"
+    """Name of the index that stands for `single` where it is split into shards.
+
+    Example:
+        >>> index_of("model.safetensors"), index_of("model.fp16.safetensors")
+        ('model.safetensors.index.json', 'model.safetensors.index.fp16.json')
+    """
+    variant = VARIANT.fullmatch(single)
+    return f"model.safetensors.index.{variant[1]}.json" if variant else f"{single}.index.json"
 
 
 def read_headers(

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import parse_hf_uri
 from huggingface_hub.errors import HfUriError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from hf_tsv import hub
-from hf_tsv.checkpoints.files import Files, HubFiles, LocalFiles
+from hf_tsv.checkpoints.files import Files, HubFiles, LocalFiles, inside_folder
 from hf_tsv.errors import CheckpointError, RepoError
+from hf_tsv.hub import WEIGHT_SUFFIXES
+
+LONGEST_SUBFOLDER = 1000
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,13 @@ class Reference:
         text (`str`): what the user wrote, without the revision.
         repo_id (`str`, *optional*): `org/name`, for a repository.
         revision (`str`, *optional*): branch, tag, pull request or sha the user asked for.
+        subfolder (`str`): of the repository; empty for all of it.
     """
 
     text: str
     repo_id: str | None = None
     revision: str | None = None
+    subfolder: str = ""
 
     @property
     def is_local(self) -> bool:
@@ -40,7 +46,7 @@ class PinnedCheckpoint:
     """A reference resolved once: everything is read at this commit.
 
     Args:
-        ref (`str`): repository id or folder.
+        ref (`str`): repository id, with the subfolder if it is one, or folder.
         revision (`str`, *optional*): commit sha; None for a folder.
         files (`Files`): where its files are read.
         card (`dict[str, Any]`): front matter of its model card.
@@ -59,21 +65,57 @@ class PinnedCheckpoint:
         return self.revision is None
 
     def __str__(self) -> str:
-        return self.ref if self.asked_revision is None else f"{self.ref}@{self.asked_revision}"
+        return at_revision(self.ref, self.asked_revision)
 
 
-def parse(text: str) -> Reference:
-    """Read `org/name`, `org/name@revision`, `hf://org/name@revision`, or a folder.
+def at_revision(ref: str, revision: str | None) -> str:
+    """A reference that [`parse`] reads back.
+
+    Args:
+        ref (`str`): repository id, with its subfolder if there is one, or folder.
+        revision (`str`, *optional*): of a repository.
+
+    Example:
+        >>> at_revision("org/clip/vision", "v1")
+        'org/clip@v1/vision'
+    """
+    if revision is None:
+        return ref
+    if not revision.startswith("refs/"):
+        revision = quote(revision, safe="")  # a branch may have a slash in its name
+    repo_id = repo_id_of(ref)
+    return f"{repo_id}@{revision}{ref[len(repo_id) :]}"
+
+
+def repo_id_of(ref: str) -> str:
+    """The repository that a reference on the Hub lies in.
+
+    Example:
+        >>> repo_id_of("org/clip/vision")
+        'org/clip'
+    """
+    return "/".join(ref.split("/")[:2])
+
+
+def parse(text: str, subfolder: str | None = None) -> Reference:
+    """Read `org/name`, `org/name@revision/subfolder`, `hf://org/name@revision`, or a folder.
 
     An existing folder wins over a repository of the same name, as in transformers.
+
+    Args:
+        text (`str`): what the user wrote.
+        subfolder (`str`, *optional*): where it lies in there, unless the text says it.
 
     Raises:
         [`RepoError`]: it is none of these.
 
     Example:
         >>> parse("org/clip-a@v1")
-        Reference(text='org/clip-a', repo_id='org/clip-a', revision='v1')
+        Reference(text='org/clip-a', repo_id='org/clip-a', revision='v1', subfolder='')
     """
+    subfolder = None if subfolder is None else subfolder.rstrip("/")
+    if subfolder is not None and not _is_subfolder(subfolder):
+        raise RepoError(f"{subfolder!r} is no subfolder.", "Name a folder inside the repository.")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -83,6 +125,9 @@ def parse(text: str) -> Reference:
         ) from None
     kind = _local_kind(text)
     if kind == "folder":
+        text = text if subfolder is None else str(Path(text) / subfolder)
+        if _local_kind(text) != "folder":
+            raise CheckpointError(f"There is no folder {text!r}.", "Check --subfolder.")
         return Reference(text)
     if kind == "file":
         raise CheckpointError(f"{text} is a file.", "Give the folder that holds config.json.")
@@ -96,12 +141,21 @@ def parse(text: str) -> Reference:
             f"{text!r} is neither a folder nor a repository: {getattr(error, 'msg', error)}",
             "Write org/name, org/name@revision, hf://org/name, or the path of an existing folder.",
         ) from None
-    if uri.type != "model" or uri.path_in_repo:
+    inside = uri.path_in_repo.strip("/")
+    if uri.type != "model" or (inside and not _is_subfolder(inside)):
         raise RepoError(
             f"{text!r} does not name a model repository.",
-            "Write org/name or org/name@revision; for a local folder check the path.",
+            "Write org/name, org/name@revision, or org/name@revision/subfolder;"
+            " for a local folder check the path.",
         )
-    return Reference(uri.id, uri.id, uri.revision)
+    inside = inside or subfolder or ""
+    return Reference("/".join(filter(None, [uri.id, inside])), uri.id, uri.revision, inside)
+
+
+def _is_subfolder(text: str) -> bool:
+    """Whether it is a path inside a repository that is no file of weights."""
+    short = len(text) < LONGEST_SUBFOLDER
+    return short and inside_folder(text) and "@" not in text and not text.endswith(WEIGHT_SUFFIXES)
 
 
 def _local_kind(text: str) -> str | None:
@@ -124,15 +178,20 @@ def pin(
     if reference.repo_id is None:
         local = LocalFiles(Path(reference.text).expanduser())
         return PinnedCheckpoint(reference.text, None, local, _local_card(local))
-    repo = hub.snapshot(reference.repo_id, reference.revision, token=token, cache_dir=cache_dir)
-    if repo.folder is not None:
-        cached = LocalFiles(repo.folder)
-        return PinnedCheckpoint(
-            reference.text, repo.revision, cached, _local_card(cached), reference.revision
-        )
-    return PinnedCheckpoint(
-        reference.text, repo.revision, HubFiles(repo), repo.card, reference.revision
+    inside = reference.subfolder
+    repo = hub.snapshot(
+        reference.repo_id, reference.revision, inside, token=token, cache_dir=cache_dir
     )
+    files: Files = HubFiles(repo, inside)
+    if repo.folder is not None:
+        files = LocalFiles(repo.folder / inside)
+    if inside and not files.names():
+        raise RepoError(
+            f"{reference.repo_id} has no files in {inside}/.",
+            "Check the name of the subfolder; for a local folder check the path.",
+        )
+    card = repo.card if repo.folder is None else _local_card(LocalFiles(repo.folder))
+    return PinnedCheckpoint(reference.text, repo.revision, files, card, reference.revision)
 
 
 def _local_card(files: LocalFiles) -> dict[str, Any]:

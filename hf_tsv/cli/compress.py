@@ -46,6 +46,7 @@ def compress(
         ),
     ],
     base_model: options.BaseModel = None,
+    subfolder: options.Subfolder = None,
     rank_fraction: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
@@ -138,6 +139,7 @@ def compress(
     quiet: options.Quiet = False,
     token: options.Token = None,
     cache_dir: options.CacheDir = None,
+    stream: options.Stream = False,
 ) -> None:
     """Compress a fine-tuned CLIP checkpoint into small task factors.
 
@@ -148,6 +150,7 @@ def compress(
     from hf_tsv import compression
     from hf_tsv.delivery import Target
     from hf_tsv.ranks import RankRule
+    from hf_tsv.sources import Access
     from hf_tsv.spectra import Options
 
     if not checkpoint:
@@ -167,8 +170,7 @@ def compress(
         ),
         Target(output, push_to, force, private, revision, create_pr, commit_message),
         device=device,
-        token=token,
-        cache_dir=None if cache_dir is None else str(cache_dir),
+        access=Access.of(token, cache_dir, subfolder, stream=stream),
         dry_run=dry_run,
         progress=False if quiet else None,
     )

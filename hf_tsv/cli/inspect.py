@@ -33,6 +33,7 @@ def inspect(
             show_default=False,
         ),
     ],
+    subfolder: options.Subfolder = None,
     as_json: options.AsJson = False,
     token: options.Token = None,
     cache_dir: options.CacheDir = None,
@@ -44,7 +45,7 @@ def inspect(
     out = Out(as_json=as_json, quiet=False)
     from hf_tsv import inspecting
 
-    report = inspecting.inspect(reference, token=token, cache_dir=cache_dir)
+    report = inspecting.inspect(reference, token=token, cache_dir=cache_dir, subfolder=subfolder)
     out.result(_text(report), report.to_dict())
 
 

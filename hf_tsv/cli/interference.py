@@ -38,6 +38,7 @@ def interference(
         ),
     ] = None,
     base_model: options.BaseModel = None,
+    subfolder: options.Subfolder = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -60,6 +61,7 @@ def interference(
     quiet: options.Quiet = False,
     token: options.Token = None,
     cache_dir: options.CacheDir = None,
+    stream: options.Stream = False,
 ) -> None:
     """Measure who disturbs whom, layer by layer, before merging.
 
@@ -85,6 +87,8 @@ def interference(
         device=device,
         token=token,
         cache_dir=cache_dir,
+        subfolder=subfolder,
+        stream=stream,
         max_memory=max_memory,
         progress=False if quiet else None,
     )

@@ -63,6 +63,7 @@ def merge(
         ),
     ] = None,
     base_model: options.BaseModel = None,
+    subfolder: options.Subfolder = None,
     recipe: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -148,6 +149,7 @@ def merge(
     quiet: options.Quiet = False,
     token: options.Token = None,
     cache_dir: options.CacheDir = None,
+    stream: options.Stream = False,
 ) -> None:
     """Merge fine-tuned CLIP checkpoints into one multi-task checkpoint.
 
@@ -187,6 +189,8 @@ def merge(
         commit_message=commit_message,
         token=token,
         cache_dir=cache_dir,
+        subfolder=subfolder,
+        stream=stream,
         max_memory=max_memory,
         report=report,
         dry_run=dry_run,

@@ -136,6 +136,15 @@ QkvForm = Annotated[
         show_default=False,
     ),
 ]
+Subfolder = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="DIR",
+        help="Where the checkpoints lie in their repositories or folders; the same as"
+        " org/name/DIR. Not of the base model.",
+        show_default=False,
+    ),
+]
 MaxShardSize = Annotated[
     str, typer.Option(metavar="SIZE", help="Largest output file.", rich_help_panel=TARGET)
 ]
@@ -194,6 +203,16 @@ CacheDir = Annotated[
 ]
 
 
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Read tensors from the Hub when they are needed, without a copy on disk.",
+        rich_help_panel=RUN,
+    ),
+]
+
+
 def shard_size(text: str) -> int | str:
     """Bytes, if it is a plain number; else a size such as 5GB, checked where it is used."""
     return int(text) if re.fullmatch("[0-9]+", text) else text
@@ -212,7 +231,9 @@ def timings(seconds: dict[str, float], treatments: dict[str, dict[str, Any]]) ->
 
 def pinned(entry: dict[str, str | None]) -> str:
     """A checkpoint of a report, as one reference."""
-    return f"{entry['ref']}@{entry['revision']}" if entry["revision"] else str(entry["ref"])
+    from hf_tsv.checkpoints.reference import at_revision
+
+    return at_revision(str(entry["ref"]), entry["revision"])
 
 
 def columns(rows: list[tuple[str, str]]) -> str:

@@ -31,6 +31,7 @@ def reconstruct(
         ),
     ],
     base_model: options.BaseModel = None,
+    subfolder: options.Subfolder = None,
     output: options.Output = None,
     force: options.Force = False,
     push_to: options.PushTo = None,
@@ -54,6 +55,7 @@ def reconstruct(
     quiet: options.Quiet = False,
     token: options.Token = None,
     cache_dir: options.CacheDir = None,
+    stream: options.Stream = False,
 ) -> None:
     """Make a whole checkpoint of task factors and their base model again.
 
@@ -77,6 +79,8 @@ def reconstruct(
         commit_message=commit_message,
         token=token,
         cache_dir=cache_dir,
+        subfolder=subfolder,
+        stream=stream,
         max_memory=max_memory,
         dry_run=dry_run,
         progress=False if quiet else None,
