@@ -1,0 +1,406 @@
+"""Merging straight from the Hub: by range, ahead and side by side, without a copy on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import clips
+import pytest
+import torch
+from cli import Result
+from cli import hf_tsv as run
+from conftest import HF_HOME
+from hub import Hub
+from safetensors.torch import load_file
+from test_lora import trained
+from test_merge import deep_checkpoints
+from test_processes import launch, one_machine
+
+import hf_tsv
+from hf_tsv import hub as client
+from hf_tsv.checkpoints import ahead
+from hf_tsv.checkpoints.ahead import AHEAD_BYTES, AheadFiles
+from hf_tsv.errors import RepoError
+
+SIZE = 3_000_000
+CONTENT = random.Random(0).randbytes(SIZE)
+
+
+@pytest.fixture
+def files(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[AheadFiles]:
+    """Two files of a repository; of 100 kB that wait, in pieces of 50 kB."""
+    monkeypatch.setattr(ahead, "SMALLEST_PIECE", 10_000)
+    hub.add_repo("org/model", {"a.safetensors": CONTENT, "b.safetensors": CONTENT[::-1]})
+    repo = client.snapshot("org/model", None)
+    hub.requests.clear()
+    found = AheadFiles(repo, "", ThreadPoolExecutor(8), 100_000)
+    yield found
+    found.close()
+
+
+def read(files: AheadFiles, name: str, start: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    files.read_into(name, start, memoryview(buffer))
+    return bytes(buffer)
+
+
+# Fetching ahead
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_is_expected_and_read_the_bytes_are_right(files: AheadFiles, seed: int) -> None:
+    rng = random.Random(seed)
+    cuts = sorted(rng.sample(range(SIZE), 40))
+    spans = [
+        (rng.choice(["a.safetensors", "b.safetensors"]), start, stop - start)
+        for start, stop in zip(cuts[::2], cuts[1::2], strict=True)
+    ]
+    spans += rng.sample(spans, 3)
+    files.expect(spans)
+    asked = [span for span in spans if rng.random() < 0.8]
+    asked += [("a.safetensors", rng.randrange(SIZE - 9), 9) for _ in range(3)]
+    if seed % 2:
+        rng.shuffle(asked)
+    for name, start, length in asked:
+        whole = CONTENT if name[0] == "a" else CONTENT[::-1]
+        assert read(files, name, start, length) == whole[start : start + length]
+
+
+def test_each_byte_is_fetched_once_and_no_other(hub: Hub, files: AheadFiles) -> None:
+    spans = [("a.safetensors", at, 1000) for at in range(0, 200_000, 1000)]  # small: together
+    spans += [("a.safetensors", 500_000, 300_000), ("b.safetensors", 7, 70_000)]  # large: apart
+    files.expect(spans)
+    for name, start, length in spans:
+        whole = CONTENT if name[0] == "a" else CONTENT[::-1]
+        assert read(files, name, start, length) == whole[start : start + length]
+    assert hub.sent() == 570_000
+    assert len([r for r in hub.requests if r.origin == "cdn"]) == 4 + 6 + 2
+
+
+def test_what_waits_to_be_read_is_bounded(hub: Hub, files: AheadFiles) -> None:
+    files.expect([("a.safetensors", 0, SIZE)])
+    time.sleep(0.5)
+    assert 50_000 <= hub.sent() <= 100_000
+    assert read(files, "a.safetensors", 0, 120_000) == CONTENT[:120_000]
+    time.sleep(0.5)
+    assert hub.sent() <= 250_000
+
+
+def test_several_requests_are_under_way_at_a_time(hub: Hub, files: AheadFiles) -> None:
+    hub.fail("a.safetensors", delay=0.5, truncate=SIZE, times=2)
+    files.expect([("a.safetensors", 0, 100_000)])
+    time.sleep(0.3)
+    assert len([r for r in hub.requests if r.origin == "cdn"]) == 2 and hub.sent() == 0
+
+
+def test_bytes_that_were_skipped_do_not_pile_up(hub: Hub, files: AheadFiles) -> None:
+    spans = [("a.safetensors", at, 50_000) for at in range(0, 2_000_000, 100_000)]
+    files.expect(spans)
+    for name, start, length in spans[::5]:
+        assert read(files, name, start, length) == CONTENT[start : start + length]
+    assert hub.sent() < 50_000 * 15
+
+
+def test_a_failure_is_told_to_who_reads(hub: Hub, files: AheadFiles) -> None:
+    hub.fail("a.safetensors", status=404, times=9)
+    files.expect([("a.safetensors", 0, 200_000)])
+    with pytest.raises(RepoError, match="org/model"):
+        read(files, "a.safetensors", 0, 10)
+
+
+# Merging
+
+
+def test_every_kind_of_input_gives_the_same_bytes(hub: Hub, zoo: Path, tmp_path: Path) -> None:
+    """Whole, flat and full checkpoints, a pickle, an adapter, factors, a folder, all at once."""
+    hub.add_repo("org/base", zoo / "base")
+    for kind in ("vision", "full"):
+        hub.add_repo(f"org/{kind}", zoo / kind)
+    torch.save(load_file(zoo / "flat" / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    config = zoo / "flat" / "config.json"
+    hub.add_repo("org/old", {"x/pytorch_model.bin": tmp_path / "pytorch_model.bin",
+                             "x/config.json": config})  # fmt: skip
+    trained(zoo, tmp_path / "lora", "dora")
+    hub.add_repo("org/lora", tmp_path / "lora")
+    hf_tsv.compress(zoo / "projection", base_model=zoo / "base", output=tmp_path / "factors")
+    hub.add_repo("org/factors", tmp_path / "factors")
+    tasks = ["org/vision", "org/full", "org/old/x", "org/lora", "org/factors", zoo / "flat"]
+    words = ["merge", *tasks, "--base-model", "org/base"]
+    streamed = run(*words, "--stream", "-o", tmp_path / "a")
+    assert streamed.code == 0, streamed.err
+    assert weights_on_disk(Path(HF_HOME)) == []
+    plain = run(*words, "-o", tmp_path / "b")
+    assert plain.code == 0, plain.err
+    for name in ("model.safetensors", "config.json", "hf_tsv_recipe.yaml", "README.md"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def weights_on_disk(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 20_000]
+
+
+@pytest.mark.parametrize("verb", ["compress", "interference", "reconstruct"])
+def test_other_verbs_stream_too(world: Path, hub: Hub, zoo: Path, verb: str) -> None:
+    hf_tsv.compress(zoo / "vision", base_model="org/base", output=world / "factors")
+    hub.add_repo("org/factors", world / "factors")
+    words = {
+        "compress": ["org/vision", "-o", "a"],
+        "interference": ["org/vision", "org/full", "-o", "a"],
+        "reconstruct": ["org/factors", "-o", "a"],
+    }[verb]
+    clear_cache()
+    done = run(verb, *words, "--stream", cwd=world)
+    assert done.code == 0, done.err
+    assert weights_on_disk(Path(HF_HOME)) == []
+    plain = run(verb, *words[:-1], "b", cwd=world)
+    assert plain.code == 0, plain.err
+    for file in (world / "a").glob("*.safetensors"):
+        assert file.read_bytes() == (world / "b" / file.name).read_bytes()
+    if verb == "interference":
+        a, b = (json.loads((world / n / "interference.json").read_text()) for n in "ab")
+        assert a["weights"] == b["weights"]
+
+
+def clear_cache() -> None:
+    import shutil
+
+    shutil.rmtree(Path(HF_HOME, "hub"), ignore_errors=True)
+
+
+def test_what_the_cache_has_is_not_fetched(world: Path, hub: Hub) -> None:
+    assert run("merge", "org/vision", "org/full", "-o", "a", cwd=world).code == 0
+    hub.requests.clear()
+    done = run("merge", "org/vision", "org/full", "org/flat", "--stream", "-o", "b", cwd=world)
+    assert done.code == 0, done.err
+    size = hub.repos["org/flat"].resolve("main").files["model.safetensors"].size
+    assert hub.sent("/org/flat/.*safetensors") > 1.5 * size  # the header comes with more
+    for name in ("vision", "full", "base"):
+        assert hub.sent(f"/org/{name}/.*safetensors") <= 100_000
+
+
+def test_the_plan_says_how_much_will_be_fetched(world: Path, hub: Hub, zoo: Path) -> None:
+    words = ["merge", "org/vision", "org/full", "--dry-run", "--json"]
+    whole = run(*words, cwd=world).json
+    part = run(*words, "--stream", cwd=world).json
+    sizes = [
+        tensor.nbytes
+        for name in ("base", "vision", "full")
+        for tensor in load_file(zoo / name / "model.safetensors").values()
+    ]
+    assert part["download_bytes"] == sum(sizes) < whole["download_bytes"]
+    assert part["peak_memory_bytes"] == whole["peak_memory_bytes"] + AHEAD_BYTES
+
+
+def test_a_private_repository_and_its_storage(hub: Hub, zoo: Path, tmp_path: Path) -> None:
+    """The storage answers 400 to any request with a token."""
+    hub.add_repo("org/base", zoo / "base", private=True)
+    hub.add_repo("org/vision", zoo / "vision", private=True)
+    words = ["merge", "org/vision", "--base-model", "org/base", "--stream", "-o", tmp_path / "m"]
+    done = run(*words, "--token", "hf_write", HF_TOKEN=None)
+    assert done.code == 0, done.err
+    cdn = [r for r in hub.requests if r.origin == "cdn"]
+    assert len(cdn) > 4 and not any("authorization" in r.headers for r in cdn)
+    api = [r for r in hub.requests if r.origin == "api" and "/resolve/" in r.path]
+    assert api and all(r.headers["authorization"] == "Bearer hf_write" for r in api)
+
+
+AT_ONCE = {"Retry-After": "0"}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 503, "headers": AT_ONCE},
+        {"status": 429, "headers": AT_ONCE},
+        {"drop_after": 500},
+        {"truncate": 300},
+        {"ignore_range": True},
+        {"truncate": SIZE, "headers": {"Content-Range": "bytes 3-4/5"}},
+    ],
+)
+def test_faults_that_pass_change_nothing(
+    deep: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(client, "RETRY_WAITS", (0.0,) * 4)
+    for name in "ab":
+        for _ in range(6 if name == "b" else 0):
+            deep.fail("safetensors", times=1, **fault)
+        hf_tsv.merge(["org/t1", "org/t2"], base_model="org/base", output=tmp_path / name,
+                     stream=True)  # fmt: skip
+    assert not deep._faults[-1].times
+    a, b = (tmp_path / name / "model.safetensors" for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.fixture
+def deep(hub: Hub, tmp_path: Path) -> Hub:
+    """A base and two fine-tunes of 13 MB each."""
+    deep_checkpoints(tmp_path / "deep", 4)
+    for name in ("base", "t1", "t2"):
+        hub.add_repo(f"org/{name}", tmp_path / "deep" / name)
+    return hub
+
+
+def test_a_storage_that_is_gone_ends_the_merge_and_it_goes_on_later(
+    deep: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "RETRY_WAITS", (0.0,) * 4)
+
+    def merge(name: str) -> None:
+        deep.requests.clear()
+        hf_tsv.merge(["org/t1", "org/t2"], base_model="org/base", output=tmp_path / name,
+                     stream=True)  # fmt: skip
+
+    merge("a")
+    fetched = deep.sent("safetensors")
+    assert fetched > 37e6
+    deep.requests.clear()
+    failing = threading.Thread(target=fail_after, args=(deep, 30_000_000))
+    failing.start()
+    with pytest.raises(RepoError, match="answered 503"):
+        merge("b")
+    failing.join()
+    assert not (tmp_path / "b").exists()
+    assert (tmp_path / ".b.hf-tsv" / "done.0.jsonl").read_text()
+    deep._faults.clear()
+    merge("b")
+    a, b = (tmp_path / name / "model.safetensors" for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
+    assert deep.sent("safetensors") < 0.9 * fetched
+
+
+def fail_after(hub: Hub, amount: int) -> None:
+    """Let the storage fail for good once so many bytes were sent."""
+    limit = time.monotonic() + 30
+    while hub.sent() < amount and time.monotonic() < limit:
+        time.sleep(0.001)
+    hub.fail("safetensors", status=503, times=10**6)
+
+
+def test_several_processes_stream_their_shares(world: Path, hub: Hub) -> None:
+    words = ["merge", "org/vision", "org/full", "--stream", "-o"]
+    done = run(*words, "one", cwd=world)
+    assert done.code == 0, done.err
+    process = launch(*words, "two", launcher=one_machine(2), cwd=world)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    one, two = (world / name / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+# How much it takes
+
+
+VISION = {**clips.VISION, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
+          "num_attention_heads": 8}  # fmt: skip
+TASKS = 3
+
+
+@pytest.fixture
+def large(hub: Hub, tmp_path: Path) -> Path:
+    """A base and three fine-tunes of 80 MB in shards, on the Hub; an empty folder to work in."""
+    from transformers import CLIPConfig, CLIPModel
+
+    config = CLIPConfig(vision_config=VISION, text_config=clips.TEXT, projection_dim=24)
+    folder = tmp_path / "large"
+    for seed in range(TASKS + 1):
+        torch.manual_seed(0)
+        model = CLIPModel(config)
+        generator = torch.Generator().manual_seed(seed)
+        if seed:
+            for parameter in model.vision_model.parameters():
+                parameter.data += 1e-3 * torch.randn(parameter.shape, generator=generator)
+        clips.save(model, folder / str(seed), max_shard_size="30MB")
+        hub.add_repo(f"org/{seed}" if seed else "org/base", folder / str(seed))
+    work = tmp_path / "work"
+    work.mkdir()
+    return work
+
+
+@contextmanager
+def watched(*folders: Path) -> Iterator[list[int]]:
+    """The most bytes that files in these folders took, looked at all the time."""
+    most, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            total = 0
+            for folder in folders:
+                for file in folder.rglob("*"):
+                    try:
+                        total += file.stat().st_blocks * 512 if file.is_file() else 0
+                    except OSError:  # gone meanwhile
+                        continue
+            most[0] = max(most[0], total)
+            done.wait(0.02)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()
+
+
+def measured(work: Path, *words: str) -> tuple[Result, int]:
+    """A command in a process of its own, and the most memory it took, by the kernel's count."""
+    code = """
+import sys
+from hf_tsv.cli import main
+try:
+    main()
+finally:
+    peak = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    print(peak[0], file=open("peak", "w"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=work,
+        env={**os.environ, "TMPDIR": str(work)},
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    peak = 1024 * int((work / "peak").read_text())
+    return Result(done.returncode, done.stdout, done.stderr), peak
+
+
+def test_bytes_fetched_disk_and_memory_of_a_streamed_merge(large: Path, hub: Hub) -> None:
+    folder = large.parent / "large"
+    needed = sum(
+        tensor.nbytes
+        for file in folder.rglob("*.safetensors")
+        for tensor in load_file(file).values()
+    )
+    assert needed > (TASKS + 1) * 75e6
+    words = ["merge", *(f"org/{i}" for i in range(1, TASKS + 1)), "--base-model", "org/base", "-o"]
+    clear_cache()
+    hub.requests.clear()
+    with watched(large, Path(HF_HOME)) as most:
+        done, peak = measured(large, *words, "streamed", "--stream")
+    assert done.code == 0, done.err
+    fetched = sum(r.body_sent for r in hub.requests if r.origin == "cdn")
+    assert abs(fetched / needed - 1) < 0.02, (fetched, needed)
+    output = sum(file.stat().st_size for file in (large / "streamed").iterdir())
+    assert most[0] < 1.02 * output + 1e6, (most, output)
+    plain, plain_peak = measured(large, *words, "plain")
+    assert plain.code == 0, plain.err
+    for file in (large / "plain").glob("model*"):
+        assert file.read_bytes() == (large / "streamed" / file.name).read_bytes()
+    assert peak < plain_peak + AHEAD_BYTES + 30e6, (peak, plain_peak)
+    print(
+        f"fetched {fetched / needed:.4f} of what is needed, disk {most[0] / output:.3f} of output"
+    )
+    print(f"memory {peak / 1e6:.0f} MB, from the cache {plain_peak / 1e6:.0f} MB")
