@@ -101,7 +101,7 @@ def _point(
         factors = hf_tsv.compress(folder / name, base_model=folder / "base", **options)
         reports.append(factors.report)
         return quietly(
-            lambda: hf_tsv.load_model(factors.pinned.ref, task="image-feature-extraction")
+            lambda: hf_tsv.load_model(factors.pinned.ref, kind="image-feature-extraction")
         )
 
     try:

@@ -90,6 +90,7 @@ def merge_card(
     repo_id: str | None,
     counts: Mapping[str, int],
     left_out: Mapping[str, Sequence[str]],
+    heads: Sequence[str] = (),
     warnings: Sequence[str],
     interference: InterferenceReport | None = None,
     picture: Picture | None = None,
@@ -105,7 +106,8 @@ def merge_card(
         out_format (`str`): whose files its weights are.
         repo_id (`str`, *optional*): where it will be pushed.
         counts (`Mapping[str, int]`): tensors per treatment.
-        left_out (`Mapping[str, Sequence[str]]`): task heads not merged, by checkpoint.
+        left_out (`Mapping[str, Sequence[str]]`): task heads not kept, by checkpoint.
+        heads (`Sequence[str]`): tasks whose heads are kept.
         warnings (`Sequence[str]`): of the run.
         interference ([`InterferenceReport`], *optional*): who disturbs whom.
         picture ([`Picture`], *optional*): of it, in a file beside the card.
@@ -137,6 +139,8 @@ def merge_card(
         out_format=out_format,
         counts=counts,
         left_out=left_out,
+        heads=heads,
+        quoted=json.dumps,
         warnings=warnings,
         interference=interference,
         picture=picture,

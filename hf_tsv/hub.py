@@ -69,6 +69,7 @@ OLD_WEIGHTS = (
     *WEIGHT_FILES,
     *(f"{stem}-?????-of-?????.safetensors" for stem in STEMS),
     *MARKERS,
+    "heads/*.safetensors",
     "adapter_model.safetensors",
     "adapter_config.json",
     "interference.json",

@@ -14,6 +14,7 @@ from hf_tsv.cards import card_license
 from hf_tsv.checkpoints import base_model, layout
 from hf_tsv.checkpoints.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.files import read_json
+from hf_tsv.checkpoints.heads import tasks_of
 from hf_tsv.checkpoints.reader import CONFIG_FILE, Checkpoint, open_checkpoint, read_header
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.checkpoints.tensors import DTYPE_NAMES, TensorInfo
@@ -52,6 +53,7 @@ class InspectReport:
             `energy`.
         recipe (`dict`, *optional*): what a merge was made from, and how.
         factors (`dict`, *optional*): origin, rule, type, bytes and error of task factors.
+        heads (`list[str]`): tasks whose heads lie beside a merge.
         unknown (`list[str]`): what headers cannot tell.
     """
 
@@ -70,6 +72,7 @@ class InspectReport:
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
     factors: dict[str, Any] | None = None
+    heads: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,6 +140,7 @@ def _of_checkpoint(pinned: PinnedCheckpoint, opened: Checkpoint) -> InspectRepor
         **_sizes(pinned, {**opened.tensors, **opened.head}),
         tensors=tensors,
         recipe=recipe,
+        heads=tasks_of(opened),
         unknown=unknown,
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_tsv import cards, plots, processes
-from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints import companions, heads, layout
 from hf_tsv.construction import Job, Outcome, execute, follow, pinned_text, prepare
 from hf_tsv.costs import memory_size, peak_memory
 from hf_tsv.delivery import Target
@@ -27,7 +27,7 @@ from hf_tsv.interfering import (
 )
 from hf_tsv.progress import visible_by_default
 from hf_tsv.recipe import RECIPE_FILE, PinnedInput, Recipe, Settings, current_versions
-from hf_tsv.sources import Access, Task, pinned_entry
+from hf_tsv.sources import Access, Task, config_of, distinct_names, pinned_entry
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class MergeReport:
         warnings (`list[str]`): what the user should know.
         method (`str`): see [`Settings`].
         treatments (`dict[str, dict]`): per weight its treatment, rank and reason.
-        left_out (`dict[str, list[str]]`): task heads not merged, by checkpoint.
+        left_out (`dict[str, list[str]]`): task heads not kept, by checkpoint.
+        heads (`dict[str, str]`): files of the task heads that are kept, and of which checkpoint.
         download_bytes (`int`): fetched from the Hub; what the cache held does not count.
         exact_decompositions (`int`): that took a full SVD: all with `precision="exact"`, else those
             that failed the check.
@@ -66,6 +67,7 @@ class MergeReport:
     method: str
     treatments: dict[str, dict[str, Any]]
     left_out: dict[str, list[str]]
+    heads: dict[str, str]
     download_bytes: int
     peak_memory_bytes: int
     exact_decompositions: int = 0
@@ -98,6 +100,7 @@ def merge(
     dtype: str | None = None,
     max_shard_size: int | str = Settings.max_shard_size,
     out_format: str | None = None,
+    keep_heads: bool = False,
     device: str | None = None,
     force: bool = False,
     private: bool | None = None,
@@ -138,6 +141,8 @@ def merge(
         dtype (`str`, *optional*): of the output; default as the base.
         max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
         out_format (`str`, *optional*): `transformers` or `open_clip`; default: as the base.
+        keep_heads (`bool`): write the task heads beside the merged encoder, one file each, for
+            `hf_tsv.pipeline("image-classification", output, task=…)`.
         device (`str`, *optional*): default: the one accelerate chooses.
         force (`bool`): replace an output folder that hf-tsv wrote.
         private (`bool`, *optional*): make a new repository private.
@@ -183,7 +188,7 @@ def merge(
             settings = Settings(
                 method, orthogonalizer, alpha, rank, rank_fraction,  # type: ignore[arg-type]
                 tuple(_listed(exclude)), qkv, dtype, max_shard_size, precision,  # type: ignore[arg-type]
-                out_format,  # type: ignore[arg-type]
+                out_format, keep_heads,  # type: ignore[arg-type]
             )  # fmt: skip
             named = references or base_ref is not None or weights is not None or subfolder
             if recipe is not None and (named or settings != Settings()):
@@ -198,6 +203,7 @@ def merge(
                 job = _job_of_recipe(recipe, access)
             else:
                 job = prepare(references, base_ref, weights, settings, access)
+            refuse_no_heads(job)
             if report and job.settings.method in ("average", "task-arithmetic"):
                 raise RecipeError(
                     f"The method {job.settings.method} decomposes nothing to report on.",
@@ -259,6 +265,9 @@ def _describe(
     """Write recipe and card of a merge."""
     recipe = _recipe(job, findings, device)
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    for file, item in kept_heads(job).items():
+        tensors = {name: item.read(name) for name in item.head}
+        heads.write(folder, file, tensors, companions.head_config(config_of(item), item.head))
     measured = picture = None
     if job.measure:
         measured = found = summary(
@@ -306,11 +315,34 @@ def _card(
         out_format=job.settings.out_format or job.sources.base.format,
         repo_id=target.push_to,
         counts=job.plan.counts(findings.frozen),
-        left_out={card_input(c).name: c.left_out for c in job.sources.inputs if c.left_out},
+        left_out={
+            card_input(item).name: item.left_out
+            for item in job.sources.inputs
+            if item.left_out and not job.settings.keep_heads
+        },
+        heads=[Path(file).stem for file in kept_heads(job)],
         warnings=warnings,
         interference=measured,
         picture=picture,
     )
+
+
+def kept_heads(job: Job) -> dict[str, Task]:
+    """The tasks whose heads are written, by file."""
+    if not job.settings.keep_heads:
+        return {}
+    inputs = job.sources.inputs
+    files = heads.file_names(distinct_names([item.pinned for item in inputs]))
+    return {file: item for file, item in zip(files, inputs, strict=True) if item.head}
+
+
+def refuse_no_heads(job: Job) -> None:
+    """Refuse to keep heads where there are none."""
+    if job.settings.keep_heads and not kept_heads(job):
+        raise RecipeError(
+            "No checkpoint has a task head to keep.",
+            "Leave --keep-heads out; zero-shot classification needs none.",
+        )
 
 
 def _report(outcome: Outcome, target: Target, started: float) -> MergeReport:
@@ -342,7 +374,12 @@ def _report(outcome: Outcome, target: Target, started: float) -> MergeReport:
         warnings=outcome.warnings,
         method=job.settings.method,
         treatments=treatments,
-        left_out={str(item): list(item.left_out) for item in job.sources.inputs if item.left_out},
+        left_out={
+            str(item): list(item.left_out)
+            for item in job.sources.inputs
+            if item.left_out and not job.settings.keep_heads
+        },
+        heads={file: str(item) for file, item in kept_heads(job).items()},
         download_bytes=outcome.download_bytes,
         peak_memory_bytes=job.sources.waiting_bytes()
         + peak_memory(job.plan.weights, job.parallelism, measure=job.measure),

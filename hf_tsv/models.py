@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_tsv import linalg, tsv
-from hf_tsv.checkpoints import companions, layout
+from hf_tsv.checkpoints import companions, heads, layout
 from hf_tsv.checkpoints.adapters import Adapter
 from hf_tsv.checkpoints.files import LocalFiles
 from hf_tsv.checkpoints.reader import Checkpoint, digest
@@ -22,7 +22,7 @@ from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.plan import check_fit
 from hf_tsv.progress import visible_by_default
-from hf_tsv.sources import Access, Task, fetched, open_sources, open_task
+from hf_tsv.sources import Access, Task, config_of, fetched, open_sources, open_task
 from hf_tsv.stream import pick_device
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ PIPELINES = {
 def load_model(
     reference: str | PathLike[str],
     *,
+    kind: str | None = None,
     task: str | None = None,
     base_model: str | PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
@@ -55,8 +56,9 @@ def load_model(
 
     Args:
         reference (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
-        task (`str`, *optional*): of a pipeline, which decides about the class; default: the class
+        kind (`str`, *optional*): of pipeline, which decides about the class; default: the class
             of the checkpoint; of factors that of the base model, or of their task head.
+        task (`str`, *optional*): whose head a classifier gets, of those that lie beside a merge.
         base_model (`str`, *optional*): default: what the factors or the card name.
         dtype (`torch.dtype`, *optional*): default: as stored; of several the one that holds all.
         device (`str`, *optional*): default: cpu.
@@ -75,23 +77,17 @@ def load_model(
         >>> from transformers import pipeline
         >>> model = load_model("me/clip-sun397-tsv")  # doctest: +SKIP
     """
-    if task is not None:
-        _check_pipeline(task)
-    found = _find(
-        reference,
-        task,
-        base_model,
-        Access.of(token, cache_dir, subfolder),
-        progress,
-        processor=False,
-    )
+    access = Access.of(token, cache_dir, subfolder)
+    found = _find(reference, kind, task, base_model, access, progress, processor=False)
     return build(found, dtype, device)
 
 
 def pipeline(
-    task: str,
+    kind: str,
+    /,
     model: str | PathLike[str],
     *,
+    task: str | None = None,
     base_model: str | PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -104,9 +100,10 @@ def pipeline(
     """A transformers pipeline of task factors, or of any CLIP checkpoint.
 
     Args:
-        task (`str`): `zero-shot-image-classification`, `image-feature-extraction`, or
+        kind (`str`): `zero-shot-image-classification`, `image-feature-extraction`, or
             `image-classification`.
         model (`str`): see [`load_model`].
+        task (`str`, *optional*): whose head a classifier gets, of those that lie beside a merge.
         base_model (`str`, *optional*): see [`load_model`]; its processor and tokenizer serve where
             the repository has none.
         dtype (`torch.dtype`, *optional*): default: as stored.
@@ -121,7 +118,7 @@ def pipeline(
         `transformers.Pipeline`: ready to be called.
 
     Raises:
-        [`HfTsvError`]: the task is none of these, or the repository cannot do it.
+        [`HfTsvError`]: the kind is none of these, or the repository cannot do it.
 
     Example:
         >>> classify = pipeline("zero-shot-image-classification", "me/clip-sun397-tsv")
@@ -129,16 +126,9 @@ def pipeline(
     """
     import transformers
 
-    _check_pipeline(task)
     given = {"image_processor", "tokenizer"} <= kwargs.keys()
-    found = _find(
-        model,
-        task,
-        base_model,
-        Access.of(token, cache_dir, subfolder),
-        progress,
-        processor=not given,
-    )
+    access = Access.of(token, cache_dir, subfolder)
+    found = _find(model, kind, task, base_model, access, progress, processor=not given)
     if "image_processor" not in kwargs:
         load: Any = transformers.AutoImageProcessor.from_pretrained  # without annotations
         kwargs["image_processor"] = load(found.processor, trust_remote_code=False)
@@ -148,7 +138,7 @@ def pipeline(
         )
     loaded = build(found, dtype, device)
     make: Any = transformers.pipeline  # its overloads want a literal task
-    made: Pipeline = make(task, model=loaded, device=loaded.device, **kwargs)
+    made: Pipeline = make(kind, model=loaded, device=loaded.device, **kwargs)
     return made
 
 
@@ -164,6 +154,7 @@ class Found:
 
 def _find(
     reference: str | PathLike[str],
+    kind: str | None,
     task: str | None,
     base_model: str | PathLike[str] | None,
     access: Access,
@@ -171,11 +162,16 @@ def _find(
     *,
     processor: bool,
 ) -> Found:
+    if kind is not None:
+        _check_pipeline(kind)
+    if task is not None:
+        kind = _kind_of_head(task, kind)
     text = fspath(reference)
     named = parse(text, access.subfolder)
     item = open_task(pin(named, token=access.token, cache_dir=access.cache_dir))
     check_clip(item)
-    model_class = default_class(item) if task is None else PIPELINES[task]
+    item = _headed(item, task)
+    model_class = default_class(item) if kind is None else PIPELINES[kind]
     base = None
     own_processor = _has_processor(item, model_class)
     complete = isinstance(item, Checkpoint) and not _missing_parts(item, model_class)
@@ -184,6 +180,7 @@ def _find(
         sources = open_sources([text], base_text, access)
         (item,), base = sources.inputs, sources.base
         check_fit(base, [item])
+        item = _headed(item, task)
         if model_class == "base":
             model_class = default_class(base)
     check_head(item, model_class)
@@ -191,7 +188,7 @@ def _find(
     if processor and not (own_processor or (base and _has_processor(base, model_class))):
         tokenizer = " and tokenizer" if model_class == "CLIPModel" else ""
         raise CheckpointError(
-            f"Neither {item} nor its base model has the processor{tokenizer} that {task} needs.",
+            f"Neither {item} nor its base model has the processor{tokenizer} that {kind} needs.",
             "Save them beside the weights, or pass image_processor=… and tokenizer=….",
         )
     show = visible_by_default() if progress is None else progress
@@ -200,6 +197,26 @@ def _find(
     base = rest[0] if rest and isinstance(rest[0], Checkpoint) else None
     folder = _folder(item) if own_processor or base is None else _folder(base)
     return Found(item, base, model_class, folder)
+
+
+def _kind_of_head(task: str, kind: str | None) -> str:
+    if task in PIPELINES:
+        raise RecipeError(f"{task} is a kind of pipeline, not a task.", f"Write kind={task!r}.")
+    if kind not in (None, "image-classification"):
+        raise RecipeError(
+            f"The head of the task {task!r} does image-classification, not {kind}.",
+            "Leave task=… out.",
+        )
+    return "image-classification"
+
+
+def _headed(item: Task, task: str | None) -> Task:
+    """The same with the head of a task, if one is asked for."""
+    if task is None:
+        return item
+    if isinstance(item, TaskFactors):
+        raise CheckpointError(f"{item} holds one task.", "Leave task=… out.")
+    return heads.with_head(item, task)
 
 
 def default_class(item: Task) -> str:
@@ -227,7 +244,7 @@ def check_clip(item: Task) -> None:
         raise CheckpointError(
             f"{item} is an adapter.", "Load it with PEFT: PeftModel.from_pretrained(base, …)."
         )
-    config = item.config.model_config if isinstance(item, TaskFactors) else item.config
+    config = config_of(item)
     if not layout.is_clip(config):
         whole = "`hf-tsv reconstruct` it, then load" if isinstance(item, TaskFactors) else "Load"
         raise CheckpointError(
@@ -239,9 +256,12 @@ def check_clip(item: Task) -> None:
 def check_head(item: Task, model_class: str) -> None:
     """Refuse a classifier whose head would be random."""
     if model_class == "CLIPForImageClassification" and not item.head:
+        kept = heads.tasks_of(item) if isinstance(item, Checkpoint) else []
         raise CheckpointError(
             f"{item} has no classification head, which image-classification needs.",
-            "Use zero-shot-image-classification with candidate_labels.",
+            f"Choose one of its tasks with task=…: {', '.join(kept)}."
+            if kept
+            else "Use zero-shot-image-classification with candidate_labels.",
         )
 
 
@@ -340,7 +360,7 @@ def _value(name: str, found: Found) -> Tensor:
 def _class_config(found: Found) -> dict[str, Any]:
     """The config.json that fits the class: of one tower, or of both."""
     item, base = found.item, found.base
-    config = item.config if isinstance(item, Checkpoint) else dict(item.config.model_config)
+    config = dict(config_of(item))
     parts = layout.MODEL_CLASSES[found.model_class].config_part
     if parts is not None:
         towers = layout.tower_configs(config)
@@ -352,8 +372,7 @@ def _class_config(found: Found) -> dict[str, Any]:
     if found.model_class == PIPELINES["image-classification"]:
         labels = ("id2label", "label2id", "num_labels")
         config = {key: value for key, value in config.items() if key not in labels}
-        own = item.config.model_config if isinstance(item, TaskFactors) else item.config
-        config |= companions.head_config(own, item.head)
+        config |= companions.head_config(config_of(item), item.head)
     return {**config, "architectures": [found.model_class]}
 
 

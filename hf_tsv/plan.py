@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from hf_tsv.checkpoints.writer import ShardPlan, TensorSpec, plan_shards
 from hf_tsv.errors import CheckpointError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.recipe import AVERAGED_BY_DEFAULT, Qkv, Settings
-from hf_tsv.sources import Task
+from hf_tsv.sources import Task, config_of
 
 NEGLIGIBLE_ENERGY = 1e-9
 """Share of an update too small to warn of."""
@@ -247,8 +247,8 @@ def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
             "Name the CLIPModel it was fine-tuned from with --base-model.",
         )
     for item in inputs:
-        theirs, ours = str(_config(item).get("model_type")), str(base.config.get("model_type"))
-        if layout.is_clip(base.config) != layout.is_clip(_config(item)):
+        theirs, ours = str(config_of(item).get("model_type")), str(base.config.get("model_type"))
+        if layout.is_clip(base.config) != layout.is_clip(config_of(item)):
             raise CheckpointError(
                 f"{item} is of another architecture than the base model {base}: {theirs!r} and"
                 f" {ours!r}.",
@@ -301,11 +301,6 @@ def _misfits(base: Checkpoint, item: Task) -> list[str]:
     return problems
 
 
-def _config(item: Task) -> Mapping[str, Any]:
-    """The config.json of a task."""
-    return item.config.model_config if isinstance(item, TaskFactors) else item.config
-
-
 def config_warnings(base: Checkpoint, inputs: Sequence[Task]) -> list[str]:
     """Settings that change what the same weights compute, and that shapes do not show."""
     warnings = []
@@ -316,7 +311,7 @@ def config_warnings(base: Checkpoint, inputs: Sequence[Task]) -> list[str]:
         )
     reference = layout.tower_configs(base.config)
     for item in inputs:
-        for tower, config in layout.tower_configs(_config(item)).items():
+        for tower, config in layout.tower_configs(config_of(item)).items():
             for key in ("hidden_act", "num_attention_heads", "layer_norm_eps", "patch_size"):
                 ours, theirs = reference.get(tower, {}).get(key), config.get(key)
                 if None not in (ours, theirs) and ours != theirs:

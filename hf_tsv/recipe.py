@@ -54,6 +54,7 @@ class Settings:
         precision (`str`): `fast`: by Gram matrices, each result checked; `exact`: full SVDs.
         out_format (`str`, *optional*): of the output, `transformers` or `open_clip`; default as the
             base.
+        keep_heads (`bool`): write the task heads beside the merged encoder.
     """
 
     method: Method = "tsv"
@@ -67,6 +68,7 @@ class Settings:
     max_shard_size: int | str = "5GB"
     precision: Precision = "fast"
     out_format: Format | None = None
+    keep_heads: bool = False
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, get_args(Method))
@@ -94,6 +96,8 @@ class Settings:
             raise RecipeError("exclude is not a list of globs.", "Write a list of names or globs.")
         object.__setattr__(self, "exclude", tuple(self.exclude))
         check_shard_size(self.max_shard_size)
+        if type(self.keep_heads) is not bool:
+            raise RecipeError(f"keep_heads is {_short(self.keep_heads)}.", "Write true or false.")
 
 
 @dataclass(frozen=True)

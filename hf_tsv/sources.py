@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 
@@ -293,6 +294,11 @@ def _inferred_base(inputs: Sequence[Task], pinned: Callable[[Reference], PinnedC
         return found
     revision = revisions.pop() if len(revisions) == 1 else None
     return f"hf://{at_revision(found, revision)}"
+
+
+def config_of(item: Task) -> Mapping[str, Any]:
+    """The config.json of a task."""
+    return item.config.model_config if isinstance(item, TaskFactors) else item.config
 
 
 def pinned_entry(item: Task) -> dict[str, str | None]:

@@ -616,7 +616,7 @@ def test_an_adapter_can_be_made_for_another_class(zoo: Path, tmp_path: Path) -> 
         model_class="CLIPModel",
     )  # fmt: skip
     found = outputs(with_adapter(zoo / "base", tmp_path / "lora", "CLIPModel"))
-    expected = outputs(api.load_model(zoo / "flat", task="zero-shot-image-classification",
+    expected = outputs(api.load_model(zoo / "flat", kind="zero-shot-image-classification",
                                       base_model=zoo / "base"))  # fmt: skip
     torch.testing.assert_close(found["image"], expected["image"], rtol=0, atol=2e-5)
     torch.testing.assert_close(found["text"], expected["text"], rtol=0, atol=1e-6)

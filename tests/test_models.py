@@ -161,14 +161,14 @@ def test_factors_load_as_the_checkpoint_that_reconstruct_writes(made: Made, kind
 @pytest.mark.parametrize("kind", clips.KINDS)
 def test_every_stored_weight_of_the_reconstruction_is_in_the_model(made: Made, kind: str) -> None:
     """Read with safetensors, so that no renaming in transformers can hide a weight."""
-    model = hf_tsv.load_model(made.factors[kind], task=ZERO_SHOT)
+    model = hf_tsv.load_model(made.factors[kind], kind=ZERO_SHOT)
     expected = {n: t for n, t in stored(made.whole[kind]).items() if n not in HEADS}
     assert differing(snapshot(model), expected) == []
 
 
 @pytest.mark.parametrize("kind", clips.KINDS)
 def test_a_task_decides_about_the_class_of_factors(made: Made, kind: str) -> None:
-    found = hf_tsv.load_model(made.factors[kind], task=FEATURES)
+    found = hf_tsv.load_model(made.factors[kind], kind=FEATURES)
     assert_same_model(found, loaded("CLIPVisionModel", made.whole[kind]))
 
 
@@ -212,7 +212,7 @@ def test_a_tower_that_nobody_has_is_an_error(made: Made, tmp_path: Path) -> None
     base = made.plain["vision"]
     hf_tsv.compress(made.plain["flat"], base_model=base, output=tmp_path / "tsv")
     with pytest.raises(CheckpointError, match="text_model"):
-        hf_tsv.load_model(tmp_path / "tsv", task=ZERO_SHOT)
+        hf_tsv.load_model(tmp_path / "tsv", kind=ZERO_SHOT)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -313,12 +313,12 @@ def test_factors_are_not_put_on_another_base(made: Made) -> None:
 
 def test_factors_without_a_head_cannot_classify_images(made: Made) -> None:
     with pytest.raises(CheckpointError, match="has no classification head"):
-        hf_tsv.load_model(made.factors["vision"], task=CLASSES)
+        hf_tsv.load_model(made.factors["vision"], kind=CLASSES)
 
 
 def test_a_task_that_no_clip_does_is_refused(made: Made) -> None:
     with pytest.raises(RecipeError, match=f"'text-generation'.*{ZERO_SHOT}"):
-        hf_tsv.load_model(made.factors["vision"], task="text-generation")
+        hf_tsv.load_model(made.factors["vision"], kind="text-generation")
 
 
 # load_model: whole checkpoints
@@ -333,7 +333,7 @@ def test_a_plain_checkpoint_loads_as_transformers_loads_it(made: Made, kind: str
 @pytest.mark.parametrize("kind", clips.KINDS)
 def test_what_a_plain_checkpoint_lacks_is_of_the_base(made: Made, kind: str) -> None:
     """A flat one too, whose unprefixed names CLIPModel does not know: never a random tower."""
-    found = hf_tsv.load_model(made.plain[kind], task=ZERO_SHOT, base_model=made.base)
+    found = hf_tsv.load_model(made.plain[kind], kind=ZERO_SHOT, base_model=made.base)
     assert type(found).__name__ == "CLIPModel" and not found.training
     assert differing(snapshot(found), combined(made, kind)) == []
     expected = loaded("CLIPModel", made.base)
@@ -350,13 +350,13 @@ def test_a_merge_loads_as_transformers_loads_it(made: Made) -> None:
 
 
 def test_one_tower_of_a_whole_checkpoint_needs_no_base(made: Made) -> None:
-    found = hf_tsv.load_model(made.merged, task=FEATURES)
+    found = hf_tsv.load_model(made.merged, kind=FEATURES)
     assert_same_model(found, loaded("CLIPVisionModel", made.merged))
 
 
 def test_a_tower_without_any_base_is_an_error(made: Made) -> None:
     with pytest.raises(CheckpointError, match="which base model"):
-        hf_tsv.load_model(made.plain["flat"], task=ZERO_SHOT)
+        hf_tsv.load_model(made.plain["flat"], kind=ZERO_SHOT)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -407,7 +407,7 @@ def test_the_card_of_a_plain_checkpoint_names_its_base(
     hub.add_repo("org/base", made.base)
     hub.add_repo("me/flat", made.plain["flat"])
     hub.commit("me/flat", {"README.md": "---\nbase_model: org/base\n---\n"})
-    found = hf_tsv.load_model("me/flat", task=ZERO_SHOT, cache_dir=tmp_path)
+    found = hf_tsv.load_model("me/flat", kind=ZERO_SHOT, cache_dir=tmp_path)
     assert differing(snapshot(found), combined(made, "flat")) == []
 
 
@@ -577,7 +577,7 @@ def test_a_loaded_model_works_in_a_stock_pipeline(made: Made, image: Image.Image
     make: Any = transformers.pipeline
     found = make(
         ZERO_SHOT,
-        model=hf_tsv.load_model(made.factors["vision"], task=ZERO_SHOT),
+        model=hf_tsv.load_model(made.factors["vision"], kind=ZERO_SHOT),
         image_processor=transformers.AutoImageProcessor.from_pretrained(made.base),  # type: ignore[no-untyped-call]
         tokenizer=transformers.AutoTokenizer.from_pretrained(made.base),
     )

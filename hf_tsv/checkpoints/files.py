@@ -21,6 +21,9 @@ class Files(Protocol):
     def names(self) -> list[str]:
         """All files, in order; of a folder those directly in it."""
 
+    def within(self, subfolder: str) -> Files:
+        """The files of a subfolder, which may not be there."""
+
     def size(self, name: str) -> int | None:
         """Bytes of a file, or None where there is none."""
 
@@ -43,9 +46,14 @@ class LocalFiles:
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._descriptors)
 
+    def within(self, subfolder: str) -> LocalFiles:
+        return LocalFiles(self.root / subfolder)
+
     def names(self) -> list[str]:
         try:
             return sorted(path.name for path in self.root.iterdir() if path.is_file())
+        except FileNotFoundError:
+            return []
         except OSError as error:
             raise CheckpointError(f"{self.root} cannot be read: {error.strerror}.") from None
 
@@ -116,6 +124,9 @@ class HubFiles:
 
     def __init__(self, repo: hub.RepoSnapshot, subfolder: str = "") -> None:
         self.repo, self.subfolder = repo, subfolder
+
+    def within(self, subfolder: str) -> HubFiles:
+        return HubFiles(self.repo, self.path(subfolder))
 
     def path(self, name: str) -> str:
         """Name of a file in the repository."""

@@ -325,6 +325,40 @@ def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
     Raises:
         [`CheckpointError`]: the file is missing, truncated or not safetensors.
     """
+    entries, start, size = _entries(files, name, owner)
+    entries.pop("__metadata__", None)
+    if strange := [key for key in entries if not key.isprintable()]:
+        raise _damaged(owner, name, f"{strange[0]!r} is no name of a tensor")
+    infos = {key: _tensor_info(key, entry, name, start, owner) for key, entry in entries.items()}
+    position = start
+    for key, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if info.start != position:
+            raise _damaged(owner, name, f"{key} does not start where the tensor before it ends")
+        position += info.nbytes
+    if position > size:
+        raise CheckpointError(
+            f"{owner}: {name} is truncated: {position} bytes expected, {size} found.",
+            "Download or save it again.",
+        )
+    if position < size:
+        raise _damaged(owner, name, f"{size - position} bytes follow its last tensor")
+    return infos
+
+
+def read_metadata(files: Files, name: str, owner: str) -> dict[str, str]:
+    """What a safetensors file says of itself.
+
+    Args:
+        files (`Files`): where to read.
+        name (`str`): file name.
+        owner (`str`): the checkpoint, for errors.
+    """
+    found: dict[str, str] = _entries(files, name, owner)[0].get("__metadata__", {})
+    return found
+
+
+def _entries(files: Files, name: str, owner: str) -> tuple[dict[str, Any], int, int]:
+    """The header of a safetensors file, where its data starts, and its size."""
     size = files.size(name)
     if size is None:
         raise CheckpointError(
@@ -344,27 +378,10 @@ def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
         raise _damaged(owner, name, "its header is not valid JSON") from None
     if not isinstance(entries, dict):
         raise _damaged(owner, name, "its header is not a JSON object")
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(owner, name, "its __metadata__ is malformed")
-    if strange := [key for key in entries if not key.isprintable()]:
-        raise _damaged(owner, name, f"{strange[0]!r} is no name of a tensor")
-    infos = {
-        key: _tensor_info(key, entry, name, 8 + length, owner) for key, entry in entries.items()
-    }
-    position = 8 + length
-    for key, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].nbytes)):
-        if info.start != position:
-            raise _damaged(owner, name, f"{key} does not start where the tensor before it ends")
-        position += info.nbytes
-    if position > size:
-        raise CheckpointError(
-            f"{owner}: {name} is truncated: {position} bytes expected, {size} found.",
-            "Download or save it again.",
-        )
-    if position < size:
-        raise _damaged(owner, name, f"{size - position} bytes follow its last tensor")
-    return infos
+    return entries, 8 + length, size
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -182,9 +182,8 @@ def pin(
     repo = hub.snapshot(
         reference.repo_id, reference.revision, inside, token=token, cache_dir=cache_dir
     )
-    files: Files = HubFiles(repo, inside)
-    if repo.folder is not None:
-        files = LocalFiles(repo.folder / inside)
+    root = HubFiles(repo) if repo.folder is None else LocalFiles(repo.folder)
+    files = root.within(inside)
     if inside and not files.names():
         raise RepoError(
             f"{reference.repo_id} has no files in {inside}/.",

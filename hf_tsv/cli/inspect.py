@@ -73,6 +73,8 @@ def _text(report: InspectReport) -> str:
         rows.append(("made by", f"{report.recipe['settings']['method']} of {len(inputs)} tasks"))
         rows += [("task", options.pinned(entry)) for entry in inputs]
         rows.append(("from", options.pinned(report.recipe["base_model"])))
+    if report.heads:
+        rows.append(("heads", ", ".join(report.heads)))
     if report.factors is not None:
         found = report.factors
         stored = Counter(entry["stored"] for entry in report.tensors.values())

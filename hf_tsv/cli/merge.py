@@ -132,6 +132,14 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    keep_heads: Annotated[
+        bool,
+        typer.Option(
+            "--keep-heads",
+            help="Write task heads beside the merged encoder, one file each.",
+            rich_help_panel=options.TARGET,
+        ),
+    ] = False,
     max_shard_size: options.MaxShardSize = "5GB",
     device: options.Device = None,
     max_memory: options.MaxMemory = None,
@@ -171,6 +179,7 @@ def merge(
         "dtype": dtype.value if dtype else None,
         "max_shard_size": options.shard_size(max_shard_size),
         "out_format": out_format.value if out_format else None,
+        "keep_heads": keep_heads,
     }
     if exclude is not None:
         choices["exclude"] = [glob for glob in exclude if glob]
@@ -221,6 +230,8 @@ def _summary(report: MergeReport) -> str:
         f"Merged {len(report.inputs)} checkpoints in {report.seconds:.1f} s:"
         f" {counts}; {human_bytes(report.output_bytes)}."
     ]
+    if report.heads:
+        lines.append(f"Kept beside it: {', '.join(report.heads)}.")
     for name, heads in report.left_out.items():
         lines.append(f"Left out of {name}: {', '.join(heads)}.")
     if report.url:
@@ -234,6 +245,7 @@ def _preview(report: MergeReport) -> str:
     rows = [("base model", options.pinned(report.base_model))]
     rows += [(f"task {i}", options.pinned(entry)) for i, entry in enumerate(report.inputs, start=1)]
     rows += [(name, f"{count} tensors") for name, count in report.weights.items()]
+    rows += [("head", f"{file}, of {name}") for file, name in report.heads.items()]
     rows += [("left out", f"{name}: {', '.join(h)}") for name, h in report.left_out.items()]
     rows += [
         ("method", report.method),

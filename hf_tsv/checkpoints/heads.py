@@ -1,0 +1,92 @@
+"""Task heads kept beside a merged encoder: one file a task, with its labels."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hf_tsv.checkpoints.reader import Checkpoint, read_header, read_metadata
+from hf_tsv.errors import CheckpointError
+
+FOLDER = "heads"
+SUFFIX = ".safetensors"
+CONFIG_KEY = "config"
+LONGEST_NAME = 100
+
+
+def file_names(tasks: Sequence[str]) -> list[str]:
+    """A file for each task, that any system can have.
+
+    Args:
+        tasks (`Sequence[str]`): their names.
+
+    Example:
+        >>> file_names(["clip-a", "org/b", "org/b"])
+        ['heads/clip-a.safetensors', 'heads/org-b.safetensors', 'heads/org-b-2.safetensors']
+    """
+    stems: list[str] = []
+    for task in tasks:
+        stem = re.sub(r"[^\w.-]+", "-", task).strip(".-")[:LONGEST_NAME] or "task"
+        while stem.lower() in [other.lower() for other in stems]:
+            stem = f"{stem}-{len(stems) + 1}"
+        stems.append(stem)
+    return [f"{FOLDER}/{stem}{SUFFIX}" for stem in stems]
+
+
+def write(
+    folder: Path, file: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> None:
+    """Write one head.
+
+    Args:
+        folder (`Path`): of the merge.
+        file (`str`): name from [`file_names`].
+        tensors (`Mapping[str, Tensor]`): by stored name.
+        config (`Mapping[str, Any]`): what it needs in config.json.
+    """
+    from safetensors.torch import save_file
+
+    (folder / FOLDER).mkdir(exist_ok=True)
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(dict(config))}
+    save_file(dict(tensors), folder / file, metadata=metadata)
+
+
+def tasks_of(item: Checkpoint) -> list[str]:
+    """The tasks whose heads lie beside a merge."""
+    names = item.pinned.files.within(FOLDER).names()
+    return [name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)]
+
+
+def with_head(item: Checkpoint, task: str) -> Checkpoint:
+    """The same checkpoint with the head of one task.
+
+    Args:
+        item ([`Checkpoint`]): a merge.
+        task (`str`): one of [`tasks_of`].
+
+    Raises:
+        [`CheckpointError`]: there is no such head, or its file is damaged.
+    """
+    known = tasks_of(item)
+    if task not in known:
+        there = f"It has those of {', '.join(known)}." if known else "Merge with --keep-heads."
+        raise CheckpointError(f"{item} has no head of the task {task!r}.", there)
+    file = f"{FOLDER}/{task}{SUFFIX}"
+    infos = read_header(item.pinned.files, file, str(item))
+    try:
+        config = json.loads(read_metadata(item.pinned.files, file, str(item))[CONFIG_KEY])
+    except (KeyError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{item}: {file} does not say what its labels are.", "Merge again.")
+    labels = ("id2label", "label2id", "num_labels", "problem_type")
+    own = {key: value for key, value in config.items() if key in labels}
+    kept = {key: value for key, value in item.config.items() if key not in labels}
+    files = (*item.weight_files, file)
+    return replace(item, head=infos, config={**kept, **own}, weight_files=files)
