@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import library as operators
@@ -29,9 +30,20 @@ CONFIG = {
 }
 
 
-def make(folder: Path, tasks: int, quick_gelu: bool, pickled: bool) -> None:
+def architecture(name: str) -> dict[str, Any]:
+    """One that OpenCLIP knows, with one layer of each kind and few words."""
+    config = open_clip.get_model_config(name)
+    config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = 1
+    config["text_cfg"]["vocab_size"] = CONFIG["text_cfg"]["vocab_size"]
+    return config
+
+
+def make(
+    folder: Path, tasks: int, quick_gelu: bool, pickled: bool, name: str | None = None
+) -> None:
     """A base and fine-tunes of both towers, with every parameter moved."""
-    config = {**CONFIG, "quick_gelu": True} if quick_gelu else CONFIG
+    config = CONFIG if name is None else architecture(name)
+    config = {**config, "quick_gelu": True} if quick_gelu else config
     torch.manual_seed(0)
     model = open_clip.CLIP(**config)
     with torch.no_grad():
@@ -51,7 +63,11 @@ def make(folder: Path, tasks: int, quick_gelu: bool, pickled: bool) -> None:
             torch.save(model.state_dict(), target / "open_clip_pytorch_model.bin")
         else:
             save_file(model.state_dict(), target / "open_clip_model.safetensors")
-        images = {"size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+        images = {
+            "size": config["vision_cfg"]["image_size"],
+            "mean": (0.5, 0.4, 0.3),
+            "std": (0.2, 0.3, 0.4),
+        }
         open_clip.model.set_model_preprocess_cfg(model, images)
         save_config_for_hf(model, target / "open_clip_config.json", model_config=config)
 

@@ -114,6 +114,30 @@ def test_a_converted_model_goes_back_to_the_byte(site: Path, models: Path, tmp_p
          features(site, models, models / "t1", tmp_path))  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-g-14"])
+def test_the_published_architectures(site: Path, tmp_path: Path, name: str) -> None:
+    """Widths, heads, inner sizes, patches, activations as published; one layer a tower."""
+    options = {"tasks": 1, "quick_gelu": False, "pickled": name == "ViT-B-16", "name": name}
+    open_clip_does(site, "make", tmp_path, json.dumps(options))
+    generator = torch.Generator().manual_seed(9)
+    tokens = torch.zeros(2, 77, dtype=torch.int64)
+    tokens[:, :9] = torch.randint(1, 250, (2, 9), generator=generator)
+    tokens[:, 9] = 299
+    pixels = torch.randn(2, 3, 224, 224, generator=generator)
+    save_file({"pixels": pixels, "tokens": tokens}, tmp_path / "inputs.safetensors")
+    expected = features(site, tmp_path, tmp_path / "t1", tmp_path)
+    plain = {"method": "average", "exclude": [], "progress": False}  # of one: that one
+    hf_tsv.merge([tmp_path / "t1"], base_model=tmp_path / "base", output=tmp_path / "hf",
+                 out_format="transformers", **plain)  # fmt: skip
+    same(features_of_transformers(tmp_path, tmp_path / "hf"), expected)
+    hf_tsv.merge([tmp_path / "hf"], base_model=tmp_path / "base", output=tmp_path / "back",
+                 **plain)  # fmt: skip
+    back, own = (hf_tsv.inspect(tmp_path / n).tensors for n in ("back", "t1"))
+    assert {n: t["shape"] for n, t in back.items()} == {n: t["shape"] for n, t in own.items()}
+    if name == "ViT-g-14":  # whose inner size is no multiple
+        same(features(site, tmp_path, tmp_path / "back", tmp_path), expected)
+
+
 @pytest.mark.parametrize("flags", [[], ["--max-shard-size", "50KB"]], ids=["one file", "shards"])
 def test_a_merge_is_in_the_format_of_its_base(
     site: Path, models: Path, tmp_path: Path, flags: list[str]
