@@ -22,7 +22,8 @@ from torch import Tensor
 from hf_tsv import __version__, cards
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.files import Files, HubFiles, LocalFiles, read_json
-from hf_tsv.checkpoints.reader import digest, fingerprint, read_headers, read_tensor
+from hf_tsv.checkpoints.headers import read_headers
+from hf_tsv.checkpoints.reader import digest, fingerprint, read_tensor
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision, parse, pin
 from hf_tsv.checkpoints.tensors import DTYPE_NAMES, DTYPES, TensorInfo
 from hf_tsv.checkpoints.writer import TensorSpec, whole_folder

@@ -14,8 +14,9 @@ from hf_tsv.cards import card_license
 from hf_tsv.checkpoints import base_model, layout
 from hf_tsv.checkpoints.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.files import read_json
+from hf_tsv.checkpoints.headers import read_header
 from hf_tsv.checkpoints.heads import tasks_of
-from hf_tsv.checkpoints.reader import CONFIG_FILE, Checkpoint, open_checkpoint, read_header
+from hf_tsv.checkpoints.reader import CONFIG_FILE, Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.checkpoints.tensors import DTYPE_NAMES, TensorInfo
 from hf_tsv.errors import CheckpointError, HfTsvError

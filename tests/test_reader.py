@@ -20,13 +20,8 @@ from safetensors.torch import load as library_load
 from safetensors.torch import load_file, save_file
 
 from hf_tsv.checkpoints.files import LocalFiles, inside_folder
-from hf_tsv.checkpoints.reader import (
-    FIRST_READ_BYTES,
-    SINGLE_FILE,
-    Checkpoint,
-    index_of,
-    open_checkpoint,
-)
+from hf_tsv.checkpoints.headers import FIRST_READ_BYTES, index_of
+from hf_tsv.checkpoints.reader import SINGLE_FILE, Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.checkpoints.tensors import DTYPES
 from hf_tsv.errors import CheckpointError

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_tsv.checkpoints.reader import SINGLE_FILE, index_of
+from hf_tsv.checkpoints.headers import index_of
+from hf_tsv.checkpoints.reader import SINGLE_FILE
 from hf_tsv.checkpoints.tensors import DTYPES
 from hf_tsv.checkpoints.writer import (
     ShardWriter,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.files import read_json
-from hf_tsv.checkpoints.reader import Checkpoint, digest, read_headers, read_tensor
+from hf_tsv.checkpoints.headers import read_headers
+from hf_tsv.checkpoints.reader import Checkpoint, digest, read_tensor
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.tensors import TensorInfo
 from hf_tsv.errors import CheckpointError

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_tsv.checkpoints.reader import Checkpoint, read_header, read_metadata
+from hf_tsv.checkpoints.headers import read_header, read_metadata
+from hf_tsv.checkpoints.reader import Checkpoint
 from hf_tsv.errors import CheckpointError
 
 FOLDER = "heads"

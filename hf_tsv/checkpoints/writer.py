@@ -17,8 +17,9 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
+from hf_tsv.checkpoints.headers import index_of
 from hf_tsv.checkpoints.open_clip import Part
-from hf_tsv.checkpoints.reader import SINGLE_FILE, byte_view, index_of
+from hf_tsv.checkpoints.reader import SINGLE_FILE, byte_view
 from hf_tsv.checkpoints.tensors import DTYPE_NAMES
 from hf_tsv.errors import OutputError
 from hf_tsv.memory import empty

@@ -1,0 +1,220 @@
+"""Headers of weight files: what lies where, checked before anything is believed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from hf_tsv.checkpoints.files import Files, inside_folder, read_json
+from hf_tsv.checkpoints.pickles import SUFFIXES, read_pickle
+from hf_tsv.checkpoints.tensors import DTYPES, TensorInfo
+from hf_tsv.errors import CheckpointError
+from hf_tsv.parallel import in_parallel
+
+VARIANT = re.compile(r"model\.([A-Za-z0-9_]+)\.safetensors")
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_DIMENSIONS = 64  # the limit of torch
+FIRST_READ_BYTES = 100_000  # holds the whole header of most checkpoints: one request instead of two
+
+
+def index_of(single: str) -> str:
+    """Name of the index that stands for `single` where it is split into shards.
+
+    Example:
+        >>> index_of("model.safetensors"), index_of("model.fp16.safetensors")
+        ('model.safetensors.index.json', 'model.safetensors.index.fp16.json')
+    """
+    variant = VARIANT.fullmatch(single)
+    return f"model.safetensors.index.{variant[1]}.json" if variant else f"{single}.index.json"
+
+
+def read_headers(
+    files: Files, single: str, owner: str
+) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+    """Parse and check all headers of a single file, or of the shards that its index names.
+
+    Args:
+        files (`Files`): where to read.
+        single (`str`): file name, if it is one file.
+        owner (`str`): the checkpoint, for errors.
+
+    Returns:
+        `tuple[dict[str, TensorInfo], tuple[str, ...]]`: tensors by stored name, and the files
+        they lie in, index included.
+
+    Raises:
+        [`CheckpointError`]: a file is missing, damaged, or disagrees with the index.
+    """
+    shards, weight_map = _weight_files(files, single, owner)
+    headers = in_parallel(lambda name: read_file(files, name, owner), shards)
+    stored: dict[str, TensorInfo] = {}
+    for header in headers:
+        if twice := sorted(stored.keys() & header.keys()):
+            raise CheckpointError(f"{owner}: {twice[0]} is stored in two files.")
+        stored.update(header)
+    index = index_of(single)
+    _check_index(shards, weight_map, stored, index, owner)
+    return stored, (*shards, *([index] if weight_map else []))
+
+
+def read_file(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
+    """What one weight file holds, by stored name: [`read_header`], or [`read_pickle`]."""
+    reader = read_pickle if name.endswith(SUFFIXES) else read_header
+    return reader(files, name, owner)
+
+
+def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
+    """Parse and check the header of one safetensors file.
+
+    Every tensor must have a known dtype, as many bytes as its shape says, and together they must
+    fill the file without gap or overlap, as the format demands.
+
+    Args:
+        files (`Files`): where to read.
+        name (`str`): file name.
+        owner (`str`): the checkpoint, for errors.
+
+    Returns:
+        `dict[str, TensorInfo]`: by stored name.
+
+    Raises:
+        [`CheckpointError`]: the file is missing, truncated or not safetensors.
+    """
+    entries, start, size = _entries(files, name, owner)
+    entries.pop("__metadata__", None)
+    if strange := [key for key in entries if not key.isprintable()]:
+        raise _damaged(owner, name, f"{strange[0]!r} is no name of a tensor")
+    infos = {key: _tensor_info(key, entry, name, start, owner) for key, entry in entries.items()}
+    position = start
+    for key, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if info.start != position:
+            raise _damaged(owner, name, f"{key} does not start where the tensor before it ends")
+        position += info.nbytes
+    if position > size:
+        raise CheckpointError(
+            f"{owner}: {name} is truncated: {position} bytes expected, {size} found.",
+            "Download or save it again.",
+        )
+    if position < size:
+        raise _damaged(owner, name, f"{size - position} bytes follow its last tensor")
+    return infos
+
+
+def read_metadata(files: Files, name: str, owner: str) -> dict[str, str]:
+    """What a safetensors file says of itself.
+
+    Args:
+        files (`Files`): where to read.
+        name (`str`): file name.
+        owner (`str`): the checkpoint, for errors.
+    """
+    found: dict[str, str] = _entries(files, name, owner)[0].get("__metadata__", {})
+    return found
+
+
+def _entries(files: Files, name: str, owner: str) -> tuple[dict[str, Any], int, int]:
+    """The header of a safetensors file, where its data starts, and its size."""
+    size = files.size(name)
+    if size is None:
+        raise CheckpointError(
+            f"{owner} has no {name}, which its index names.", "Download or save it again."
+        )
+    first = files.read(name, 0, min(size, FIRST_READ_BYTES))
+    length = int.from_bytes(first[:8], "little")
+    if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+        raise _damaged(owner, name, "its header is longer than the file")
+    raw = first[8 : 8 + length]
+    if len(raw) < length:
+        raw += files.read(name, 8 + len(raw), 8 + length)
+    try:
+        entries = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
+        json.dumps(entries, ensure_ascii=False).encode()  # a lone surrogate is no text
+    except (ValueError, RecursionError):
+        raise _damaged(owner, name, "its header is not valid JSON") from None
+    if not isinstance(entries, dict):
+        raise _damaged(owner, name, "its header is not a JSON object")
+    metadata = entries.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(owner, name, "its __metadata__ is malformed")
+    return entries, 8 + length, size
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate key")
+    return result
+
+
+def _tensor_info(key: str, entry: Any, file: str, data_start: int, owner: str) -> TensorInfo:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        well_typed = isinstance(dtype, str) and isinstance(shape, list)
+        if not well_typed or len(shape) > MAX_DIMENSIONS:
+            raise ValueError
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop)):
+            raise ValueError
+        if math.prod(n for n in shape if n) >= 2**63:  # even with a zero among them
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(owner, file, f"the entry of {key} is malformed") from None
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"{owner}: {key} has dtype {dtype}, which cannot be merged.",
+            "Dequantise the checkpoint first (float32, float16 or bfloat16).",
+        )
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if nbytes != stop - start:
+        raise _damaged(
+            owner, file, f"{key} has {stop - start} bytes where its shape needs {nbytes}"
+        )
+    return TensorInfo(file, DTYPES[dtype], tuple(shape), data_start + start, nbytes)
+
+
+def _damaged(owner: str, name: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{owner}: {name} is not a valid safetensors file: {why}.", "Download or save it again."
+    )
+
+
+def _weight_files(files: Files, single: str, owner: str) -> tuple[list[str], dict[str, str]]:
+    """Shards of a checkpoint, and the file of each tensor if an index says it."""
+    if files.size(single) is not None:
+        return [single], {}
+    index = index_of(single)
+    if files.size(index) is None:
+        raise CheckpointError(
+            f"{owner} has no {single} and no {index}.",
+            "Name a repository or folder with the weights of a model.",
+        )
+    weight_map = read_json(files, index, owner).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{owner}: {index} has no weight_map.")
+    outside = [name for name in weight_map.values() if not inside_folder(name)]
+    if outside:
+        raise CheckpointError(
+            f"{owner}: {index} points outside its folder: {outside[0]!r}.",
+            "Do not use this checkpoint; its index is not one that transformers writes.",
+        )
+    return sorted(set(weight_map.values())), weight_map
+
+
+def _check_index(
+    shards: list[str],
+    weight_map: dict[str, str],
+    stored: dict[str, TensorInfo],
+    index: str,
+    owner: str,
+) -> None:
+    empty = set(shards) - {info.file for info in stored.values()}
+    if empty or not stored:
+        raise CheckpointError(f"{owner}: {min(empty, default=shards[0])} holds no tensors.")
+    said = set(weight_map.items())
+    held = {(key, info.file) for key, info in stored.items()}
+    if weight_map and said != held:
+        raise CheckpointError(
+            f"{owner}: {index} and the shards disagree about {min(said ^ held)[0]}.",
+            "Download or save it again.",
+        )
