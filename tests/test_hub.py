@@ -14,6 +14,8 @@ from huggingface_hub import HfApi
 
 from hf_tsv import hub as client
 from hf_tsv.errors import RepoError
+from hf_tsv.hub import client as calls
+from hf_tsv.hub import downloads, uploads
 
 WEIGHTS = bytes(range(256)) * 40
 FILES = {"config.json": "{}", "model.safetensors": WEIGHTS}
@@ -37,7 +39,7 @@ def asked(hub: Hub, pattern: str, method: str = "GET") -> list[Request]:
 def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds waited between tries, which are not waited here."""
     waited: list[float] = []
-    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(calls, "time", SimpleNamespace(sleep=waited.append))
     return waited
 
 
@@ -68,7 +70,7 @@ def test_the_namespaces_of_the_token_can_be_written(hub: Hub, repo_id: str) -> N
 
 
 def test_without_a_token_nothing_is_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "get_token", lambda: None)
+    monkeypatch.setattr(uploads, "get_token", lambda: None)
     with pytest.raises(RepoError, match=r"Pushing to me/new needs a token.*hf auth login"):
         client.writable_repo_id("me/new")
     assert hub.requests == []
@@ -216,7 +218,7 @@ def test_a_failed_push_changes_nothing(hub: Hub, result: Path, sleeps: list[floa
     with pytest.raises(RepoError, match="the Hub answered 503"):
         client.push(result, "me/there")
     assert hub.repos["me/there"].branches == {"main": head}
-    assert len(sleeps) == len(client.RETRY_WAITS)
+    assert len(sleeps) == len(calls.RETRY_WAITS)
 
 
 # Download
@@ -290,7 +292,7 @@ def test_the_bytes_of_a_download_are_counted_once(
         totals.append(total)
         yield counted.append
 
-    monkeypatch.setattr(client, "bar", counting)
+    monkeypatch.setattr(downloads, "bar", counting)
     hub.add_repo("org/model", FILES)
     fetch(snapshot(cache_dir=str(tmp_path)), *FILES)
     assert totals == [sum(counted)] == [len(WEIGHTS) + 2]
@@ -486,7 +488,7 @@ def test_a_connection_that_breaks_is_tried_again(
     act: Callable[[Path], None],
     pattern: str,
 ) -> None:
-    monkeypatch.setattr(client, "RETRY_WAITS", (0.01,) * 4)
+    monkeypatch.setattr(calls, "RETRY_WAITS", (0.01,) * 4)
     hub.add_repo("org/model", FILES)
     hub.add_repo("me/there", {"file.txt": "text"})
     hub.fail(pattern, drop_after=1 if act is not push_it else 0)
@@ -497,7 +499,7 @@ def test_a_connection_that_breaks_is_tried_again(
 def test_a_lost_answer_opens_no_second_pull_request(
     hub: Hub, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "RETRY_WAITS", (0.01,) * 4)
+    monkeypatch.setattr(calls, "RETRY_WAITS", (0.01,) * 4)
     hub.add_repo("other/there", {"file.txt": "text"})
     hub.fail("/commit/", drop_after=0)
     try:
@@ -532,7 +534,7 @@ def test_a_senseless_wait_is_no_crash(hub: Hub, monkeypatch: pytest.MonkeyPatch,
     def sleep(seconds: float) -> None:
         assert 0 <= seconds <= 60
 
-    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(calls, "time", SimpleNamespace(sleep=sleep))
     hub.add_repo("org/model", FILES)
     hub.fail("/api/models/", status=429, headers={"Retry-After": said})
     assert snapshot().repo_id == "org/model"

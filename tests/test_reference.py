@@ -19,6 +19,7 @@ from hf_tsv.checkpoints.base_model import infer, named_by
 from hf_tsv.checkpoints.files import HubFiles, LocalFiles
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, Reference, at_revision, parse, pin
 from hf_tsv.errors import CheckpointError, HfTsvError, RepoError
+from hf_tsv.hub import client as calls
 
 FILES = {"config.json": "{}", "README.md": "---\nlicense: mit\n---\n", "model.safetensors": b"w"}
 
@@ -321,7 +322,7 @@ def test_a_gated_repository_is_read_by_those_let_in(hub: Hub) -> None:
 def test_a_bad_token_is_refused_as_such_and_not_repeated(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str
 ) -> None:
-    monkeypatch.setattr(client, "RETRY_WAITS", ())
+    monkeypatch.setattr(calls, "RETRY_WAITS", ())
     hub.add_repo("org/model", FILES)
     with pytest.raises(RepoError, match="token") as error:
         pinned("org/model", token=token)

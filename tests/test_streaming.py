@@ -32,6 +32,7 @@ from hf_tsv import hub as client
 from hf_tsv.checkpoints import ahead
 from hf_tsv.checkpoints.ahead import AHEAD_BYTES, AheadFiles
 from hf_tsv.errors import RepoError
+from hf_tsv.hub import client as calls
 
 SIZE = 3_000_000
 CONTENT = random.Random(0).randbytes(SIZE)
@@ -232,7 +233,7 @@ AT_ONCE = {"Retry-After": "0"}
 def test_faults_that_pass_change_nothing(
     deep: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(client, "RETRY_WAITS", (0.0,) * 4)
+    monkeypatch.setattr(calls, "RETRY_WAITS", (0.0,) * 4)
     for name in "ab":
         for _ in range(6 if name == "b" else 0):
             deep.fail("safetensors", times=1, **fault)
@@ -255,7 +256,7 @@ def deep(hub: Hub, tmp_path: Path) -> Hub:
 def test_a_storage_that_is_gone_ends_the_merge_and_it_goes_on_later(
     deep: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "RETRY_WAITS", (0.0,) * 4)
+    monkeypatch.setattr(calls, "RETRY_WAITS", (0.0,) * 4)
 
     def merge(name: str) -> None:
         deep.requests.clear()

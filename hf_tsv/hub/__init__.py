@@ -1,0 +1,26 @@
+"""The Hugging Face Hub: pinned reads, parallel downloads, checked pushes.
+
+The client retries some calls and not others; here every call is retried, and every failure comes
+out as a [`RepoError`] that says what to do.
+"""
+
+from hf_tsv.hub.downloads import Wanted, download, missing, uncached
+from hf_tsv.hub.ranges import read_range
+from hf_tsv.hub.snapshots import WEIGHT_SUFFIXES, RepoSnapshot, card_dict, conversion, snapshot
+from hf_tsv.hub.uploads import MARKERS, push, writable_repo_id
+
+__all__ = [
+    "MARKERS",
+    "WEIGHT_SUFFIXES",
+    "RepoSnapshot",
+    "Wanted",
+    "card_dict",
+    "conversion",
+    "download",
+    "missing",
+    "push",
+    "read_range",
+    "snapshot",
+    "uncached",
+    "writable_repo_id",
+]

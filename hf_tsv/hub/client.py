@@ -1,0 +1,152 @@
+"""The client: what every call has in common."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from json import JSONDecodeError
+from typing import TypeVar
+
+from httpx2 import ConnectError, RequestError, TransportError, UnsupportedProtocol
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_tsv import __version__
+from hf_tsv.errors import RepoError
+from hf_tsv.progress import logger
+
+T = TypeVar("T")
+
+RETRY_WAITS = (1, 2, 4, 8)  # seconds, as the client does where it retries
+RETRY_STATUS = {408, 429, 500, 502, 503, 504}
+
+
+def api(token: str | None = None) -> HfApi:
+    """The client, introducing itself as hf-tsv."""
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise RepoError(
+            "The token is empty or has characters that no token has.",
+            "Copy it again from https://huggingface.co/settings/tokens.",
+        )
+    return HfApi(token=token, library_name="hf-tsv", library_version=__version__)
+
+
+def retried(call: Callable[[], T], *, refusals: bool = False) -> T:
+    """Call until it succeeds, at most five times, on answers and faults that pass by themselves.
+
+    `Retry-After` is honoured up to a minute.
+
+    Args:
+        call (`Callable`): safe to repeat.
+        refusals (`bool`): refused connections too; without it a machine that has no network falls
+            back to its cache at once.
+    """
+    for wait in RETRY_WAITS:
+        try:
+            return call()
+        except HfHubHTTPError as error:
+            if error.response.status_code not in RETRY_STATUS:
+                raise
+            seconds = _retry_after(error, wait)
+        except TransportError as error:
+            if isinstance(error, UnsupportedProtocol | ConnectError) and not refusals:
+                raise
+            seconds = wait
+        logger.info("The Hub did not answer; trying again in %g s.", seconds)
+        time.sleep(seconds)
+    return call()
+
+
+def _retry_after(error: HfHubHTTPError, default: float) -> float:
+    try:
+        seconds = float(error.response.headers.get("Retry-After", default))
+    except ValueError:  # a date; the default wait will do
+        return default
+    return min(seconds, 60.0) if seconds >= 0 else default
+
+
+@contextmanager
+def translated(repo_id: str, revision: str | None, *, writing: bool = False) -> Iterator[None]:
+    """Turn the client's errors into one [`RepoError`] with the way out."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise RepoError(
+            f"{repo_id!r} is not a repository id: {error}",
+            "Give org/name." if writing else "Give org/name, org/name@revision, or a folder.",
+        ) from None
+    except GatedRepoError:  # a subclass of RepositoryNotFoundError: first
+        raise RepoError(
+            f"{repo_id} is gated and this token has no access.",
+            f"Accept its conditions at https://huggingface.co/{repo_id} and log in with"
+            " `hf auth login`.",
+        ) from None
+    except RepositoryNotFoundError:
+        raise RepoError(
+            f"{repo_id} does not exist on the Hub, or is private and this token cannot read it.",
+            "Check the name; for a private repository run `hf auth login`;"
+            " for a local folder check the path.",
+        ) from None
+    except RevisionNotFoundError:
+        raise RepoError(
+            f"{repo_id} has no revision {revision!r}.",
+            f"Branches and tags are listed at https://huggingface.co/{repo_id}/tree/main.",
+        ) from None
+    except RemoteEntryNotFoundError as error:
+        raise RepoError(
+            f"{repo_id}: {first_line(error)}", "Check the files of the repository."
+        ) from None
+    except LocalEntryNotFoundError:
+        raise RepoError(
+            f"{repo_id}: files are missing from the local cache and the Hub cannot be reached.",
+            "Run once with a connection and without HF_HUB_OFFLINE.",
+        ) from None
+    except HfHubHTTPError as error:
+        raise _http_error(error, repo_id, writing) from None
+    except (RequestError, OfflineModeIsEnabled) as error:
+        raise RepoError(
+            f"{repo_id}: the Hub cannot be reached ({type(error).__name__}).",
+            "Check the connection and HF_ENDPOINT; with a warm cache use HF_HUB_OFFLINE=1.",
+        ) from None
+    except JSONDecodeError:
+        raise RepoError(
+            f"{repo_id}: the answer is not that of a Hub.", "Check HF_ENDPOINT and any proxy."
+        ) from None
+    except OSError as error:  # after the client's own, some of which are OSErrors
+        raise RepoError(
+            f"{repo_id}: the cache cannot be written: {error.strerror or first_line(error)}.",
+            "Free some space, or choose another folder with --cache-dir.",
+        ) from None
+
+
+def _http_error(error: HfHubHTTPError, repo_id: str, writing: bool) -> RepoError:
+    status = error.response.status_code
+    if status == 401:
+        return RepoError(
+            f"{repo_id}: the Hub does not accept this token.", "Run `hf auth login` again."
+        )
+    if status == 403:
+        action = "write to" if writing else "read"
+        return RepoError(
+            f"This token may not {action} {repo_id}.",
+            f"Use a token that can {action} it: `hf auth login`.",
+        )
+    return RepoError(
+        f"{repo_id}: the Hub answered {status}: {first_line(error)}", "Try again later."
+    )
+
+
+def first_line(error: Exception) -> str:
+    message = getattr(error, "server_message", None) or str(error)
+    return next((line.strip() for line in message.splitlines() if line.strip()), "no message")

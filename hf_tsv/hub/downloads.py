@@ -1,0 +1,126 @@
+"""Files in the client's cache: fetched in parallel, resumable, shared with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from tqdm.auto import tqdm
+
+from hf_tsv.errors import RepoError
+from hf_tsv.hub.client import api, retried, translated
+from hf_tsv.hub.snapshots import RepoSnapshot
+from hf_tsv.parallel import in_parallel
+from hf_tsv.progress import bar
+
+DOWNLOAD_THREADS = 8
+
+
+def uncached(repo: RepoSnapshot, filenames: Sequence[str]) -> list[str]:
+    """The files of `filenames` that a download would fetch."""
+    if repo.folder is not None:
+        return []
+    return [
+        name
+        for name in filenames
+        if not isinstance(
+            try_to_load_from_cache(
+                repo.repo_id, name, cache_dir=repo.cache_dir, revision=repo.revision
+            ),
+            str,
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Files that a run needs of one repository.
+
+    Args:
+        repo ([`RepoSnapshot`]): which commit.
+        asked_revision (`str`, *optional*): the revision the user named, so that a later offline
+            run finds the commit under that name.
+        names (`tuple[str, ...]`): the files.
+    """
+
+    repo: RepoSnapshot
+    asked_revision: str | None
+    names: tuple[str, ...]
+
+
+def missing(wanted: Sequence[Wanted]) -> list[tuple[RepoSnapshot, str]]:
+    """What a download would fetch, each file once."""
+    files = {
+        (item.repo.repo_id, item.repo.revision, name): (item.repo, name)
+        for item in wanted
+        for name in uncached(item.repo, item.names)
+    }
+    return list(files.values())
+
+
+def download(wanted: Sequence[Wanted], *, visible: bool = True) -> list[Path]:
+    """Fetch files of several repositories into the client's cache, in parallel, resumable.
+
+    Args:
+        wanted (`Sequence[Wanted]`): what is needed.
+        visible (`bool`): show one progress bar over everything.
+
+    Returns:
+        `list[Path]`: the cached folder of each repository.
+    """
+    files = missing(wanted)
+    total = sum(repo.sizes[name] for repo, name in files)
+    with bar("Downloading", total, in_bytes=True, visible=visible) as advance:
+        counting = _counting_tqdm(advance)
+        in_parallel(lambda file: _download_file(*file, counting), files, DOWNLOAD_THREADS)
+    return [_cached_folder(item) for item in wanted]
+
+
+def _download_file(repo: RepoSnapshot, filename: str, progress: type[tqdm[Any]]) -> None:
+    with translated(repo.repo_id, repo.revision):
+        retried(
+            lambda: api(repo.token).hf_hub_download(
+                repo.repo_id,
+                filename,
+                revision=repo.revision,
+                cache_dir=repo.cache_dir,
+                tqdm_class=progress,
+            )
+        )
+
+
+def _cached_folder(item: Wanted) -> Path:
+    repo, first = item.repo, item.names[0]
+    if repo.folder is not None:
+        return repo.folder
+    with translated(repo.repo_id, item.asked_revision):
+        retried(
+            lambda: api(repo.token).resolve_revision(
+                repo.repo_id, revision=item.asked_revision, cache_dir=repo.cache_dir
+            )
+        )
+    path = try_to_load_from_cache(
+        repo.repo_id, first, cache_dir=repo.cache_dir, revision=repo.revision
+    )
+    if not isinstance(path, str):
+        raise RepoError(f"{repo.repo_id}: {first} vanished from the cache.", "Run again.")
+    return Path(path).parents[first.count("/")]
+
+
+def _counting_tqdm(advance: Callable[[int], None]) -> type[tqdm[Any]]:
+    """A tqdm that shows nothing and reports to our one bar."""
+
+    class CountingTqdm(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            super().__init__(*args, **{**kwargs, "disable": True})
+            advance(int(kwargs.get("initial") or 0))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            advance(int(n or 0))
+            return None
+
+    return CountingTqdm

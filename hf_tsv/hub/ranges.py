@@ -1,0 +1,84 @@
+"""Parts of files, by HTTP range, without a copy on disk."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager
+
+from httpx2 import Response, TransportError
+from huggingface_hub import constants, get_session, hf_hub_url
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+from hf_tsv import __version__
+from hf_tsv.errors import RepoError
+from hf_tsv.hub.client import retried, translated
+from hf_tsv.hub.snapshots import RepoSnapshot
+
+
+def read_range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> bytearray:
+    """Bytes `start` … `stop` − 1 of one file, by HTTP range; nothing is kept on disk.
+
+    The Hub redirects to a storage host, which gets no token, and is asked directly from then on
+    until it refuses: its addresses are signed for a while.
+
+    Raises:
+        [`RepoError`]: the file is missing, or the answer is another range.
+    """
+    if start == stop:
+        return bytearray()
+    with translated(repo.repo_id, repo.revision):
+        try:
+            return retried(lambda: _range(repo, filename, start, stop), refusals=True)
+        except _OtherRangeError as error:
+            raise RepoError(
+                f"{repo.repo_id}: the Hub sent {error} of {filename}.",
+                "Try again; if it stays, the file in the repository is truncated.",
+            ) from None
+
+
+class _OtherRangeError(TransportError):
+    """An answer that is not what was asked for, as of a proxy that lost the connection."""
+
+
+def _range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> bytearray:
+    wanted = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    direct = repo.locations.pop(filename, None)
+    if direct is not None:
+        with _answer(direct, wanted) as response:
+            if response.status_code < 400:
+                body = _body(response, start, stop)
+                repo.locations[filename] = direct
+                return body
+    url = hf_hub_url(repo.repo_id, filename, revision=repo.revision)
+    headers = build_hf_headers(token=repo.token, library_name="hf-tsv", library_version=__version__)
+    with _answer(url, {**headers, **wanted}) as response:
+        hf_raise_for_status(response)
+        if response.history and response.url.netloc != response.history[0].url.netloc:
+            repo.locations[filename] = str(response.url)
+        return _body(response, start, stop)
+
+
+def _answer(url: str, headers: dict[str, str]) -> AbstractContextManager[Response]:
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    return get_session().stream("GET", url, headers=headers, timeout=timeout)
+
+
+def _body(response: Response, start: int, stop: int) -> bytearray:
+    """The range out of an answer: all of it, or a part where the server ignores ranges."""
+    skipped = start
+    if response.status_code == 206:
+        said = response.headers.get("Content-Range", "")
+        if not re.fullmatch(rf"bytes {start}-{stop - 1}/(\d+|\*)", said):
+            raise _OtherRangeError(f"{said or 'other bytes'} instead of bytes {start}-{stop - 1}")
+        skipped = 0
+    body = bytearray()
+    for chunk in response.iter_raw():
+        body += chunk[skipped:]
+        skipped = max(0, skipped - len(chunk))
+        if len(body) > stop - start:
+            break
+    if response.status_code != 206:
+        del body[stop - start :]
+    if len(body) != stop - start:
+        raise _OtherRangeError(f"{len(body)} bytes instead of {stop - start}")
+    return body

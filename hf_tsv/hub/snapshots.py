@@ -1,0 +1,157 @@
+"""Repositories at one commit: resolved once, from the Hub or from the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from httpx2 import TransportError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import OfflineModeIsEnabled, RevisionResolutionError
+
+from hf_tsv.errors import RepoError
+from hf_tsv.hub.client import api, first_line, retried, translated
+from hf_tsv.progress import logger
+
+CONFIGS = ("config.json", "tsv_config.json", "open_clip_config.json", "adapter_config.json")
+CONVERTER = "SFconvertbot"
+CONVERSION = "Adding `safetensors` variant of this model"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class RepoSnapshot:
+    """One repository at one commit.
+
+    Args:
+        repo_id (`str`): `org/name`.
+        revision (`str`): the commit sha everything is read at.
+        sizes (`dict[str, int]`): bytes of each file.
+        card (`dict[str, Any]`): front matter of the model card.
+        token (`str`, *optional*): for private and gated repositories; never printed.
+        cache_dir (`str`, *optional*): the client's cache folder.
+        folder (`Path`, *optional*): the cached copy, when the Hub cannot be reached.
+        locations (`dict[str, str]`): where the storage has each file that was read by range.
+    """
+
+    repo_id: str
+    revision: str
+    sizes: dict[str, int]
+    card: dict[str, Any]
+    token: str | None = field(default=None, repr=False)
+    cache_dir: str | None = None
+    folder: Path | None = None
+    locations: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+
+def snapshot(
+    repo_id: str,
+    revision: str | None,
+    subfolder: str = "",
+    *,
+    token: str | None = None,
+    cache_dir: str | None = None,
+) -> RepoSnapshot:
+    """Pin a repository to a commit and list its files; writes nothing to disk.
+
+    Falls back to the client's cache when the Hub cannot be reached or `HF_HUB_OFFLINE=1`; then
+    `subfolder` has to be there.
+
+    Raises:
+        [`RepoError`]: unknown, private or gated repository, unknown revision, or not cached.
+    """
+    with translated(repo_id, revision):
+        try:
+            info = retried(
+                lambda: api(token).model_info(repo_id, revision=revision, files_metadata=True)
+            )
+        except (OfflineModeIsEnabled, TransportError) as error:
+            return _cached_snapshot(repo_id, revision, subfolder, cache_dir, error)
+        except TypeError as error:  # a card with keys the client trips over
+            raise RepoError(
+                f"The model card of {repo_id} cannot be read: {first_line(error)}",
+                "Download the repository and merge the folder.",
+            ) from None
+    card = {} if info.card_data is None else card_dict(info.card_data)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    return RepoSnapshot(repo_id, str(info.sha), sizes, card, token, cache_dir)
+
+
+def card_dict(data: Any) -> dict[str, Any]:
+    """Front matter of a card; {} where the client cannot write it, as with broken eval_results."""
+    try:
+        return dict(data.to_dict())
+    except (AttributeError, TypeError, ValueError):
+        return {}
+
+
+def _cached_snapshot(
+    repo_id: str, revision: str | None, subfolder: str, cache_dir: str | None, error: Exception
+) -> RepoSnapshot:
+    try:
+        sha = (
+            api()
+            .resolve_revision(
+                repo_id, revision=revision, cache_dir=cache_dir, local_files_only=True
+            )
+            .resolved
+        )
+    except RevisionResolutionError:
+        sha = revision or "main"
+    inside = f"{subfolder}/" if subfolder else ""
+    configs = (
+        try_to_load_from_cache(repo_id, inside + name, cache_dir=cache_dir, revision=sha)
+        for name in CONFIGS
+    )
+    config = next((path for path in configs if isinstance(path, str)), None)
+    if config is None:
+        raise RepoError(
+            f"{repo_id} is not in the local cache and the Hub cannot be reached"
+            f" ({type(error).__name__}).",
+            "Run once with a connection and without HF_HUB_OFFLINE.",
+        ) from None
+    folder = Path(config).parents[inside.count("/")]
+    if not any(file.suffix in WEIGHT_SUFFIXES for file in Path(config).parent.iterdir()):
+        raise RepoError(
+            f"The weights of {repo_id} are not in the local cache and the Hub cannot be reached"
+            f" ({type(error).__name__}).",
+            "Run once with a connection and without HF_HUB_OFFLINE.",
+        ) from None
+    if not isinstance(error, OfflineModeIsEnabled):
+        logger.warning("The Hub cannot be reached: %s is taken from the local cache.", repo_id)
+    sizes = {
+        file.relative_to(folder).as_posix(): file.stat().st_size
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+    return RepoSnapshot(repo_id, folder.name, sizes, {}, None, cache_dir, folder)
+
+
+def conversion(repo: RepoSnapshot) -> str | None:
+    """The pull request in which the Hub's own bot offers this very commit as safetensors.
+
+    Those of other authors are not taken, nor those of earlier commits: as in transformers.
+    """
+    client = api(repo.token)
+    with translated(repo.repo_id, repo.revision):
+        offers = retried(
+            lambda: list(
+                client.get_repo_discussions(
+                    repo.repo_id,
+                    author=CONVERTER,
+                    discussion_type="pull_request",
+                    discussion_status="open",
+                )
+            )
+        )
+        for offer in offers:
+            reference = offer.git_reference
+            if (offer.author, offer.title) != (CONVERTER, CONVERSION) or reference is None:
+                continue
+            commits = retried(
+                lambda: client.list_repo_commits(repo.repo_id, revision=reference)  # noqa: B023
+            )
+            if len(commits) > 1 and commits[1].commit_id == repo.revision:
+                return str(reference)
+    return None

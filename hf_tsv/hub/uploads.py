@@ -1,0 +1,174 @@
+"""Pushes: rights checked before the work, one commit after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatch
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, ModelInfo, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from hf_tsv.errors import RepoError
+from hf_tsv.hub.client import api, first_line, retried, translated
+from hf_tsv.progress import logger
+
+STEMS = ("model", "task_factors", "open_clip_model")
+WEIGHT_FILES = tuple(f"{stem}.safetensors{end}" for stem in STEMS for end in ("", ".index.json"))
+MARKERS = ("hf_tsv_recipe.yaml", "tsv_config.json", "hf_tsv_reconstruction.json")
+"""One of them is in everything that hf-tsv writes."""
+
+OLD_WEIGHTS = (
+    *WEIGHT_FILES,
+    *(f"{stem}-?????-of-?????.safetensors" for stem in STEMS),
+    *MARKERS,
+    "heads/*.safetensors",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "interference.json",
+    "interference.png",
+    "compression.png",
+)
+"""Files of an earlier upload that a new one replaces; other files of the repository stay."""
+
+
+def writable_repo_id(
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Check before any heavy work that the token may write `repo_id`.
+
+    Args:
+        repo_id (`str`): `org/name`, or `name` for the token's own user.
+        token (`str`, *optional*): default: the one the client is logged in with.
+        private (`bool`, *optional*): wanted visibility; an existing repository must have it.
+        create_pr (`bool`): a pull request needs an existing repository, not the right to write it.
+
+    Returns:
+        `str`: the full repository id.
+
+    Raises:
+        [`RepoError`]: no token, an invalid or read-only one, or a namespace it cannot write.
+    """
+    if token is None and get_token() is None:
+        raise RepoError(
+            f"Pushing to {repo_id} needs a token and none is set.",
+            "Run `hf auth login` with a token that can write, or set HF_TOKEN.",
+        )
+    with translated(repo_id, None, writing=True):
+        user = retried(lambda: api(token).whoami())
+        if "/" not in repo_id:
+            repo_id = f"{user['name']}/{repo_id}"
+        exists = retried(lambda: api(token).repo_exists(repo_id))
+        if exists and private is not None:
+            _check_visibility(retried(lambda: api(token).model_info(repo_id)), private)
+    if (user.get("auth") or {}).get("accessToken", {}).get("role") == "read":
+        raise RepoError(
+            f"Pushing to {repo_id} needs a token that can write; this one can only read.",
+            "Create one with the role 'write' and run `hf auth login`.",
+        )
+    if create_pr:
+        if not exists:
+            raise RepoError(
+                f"--create-pr needs an existing repository and {repo_id} does not exist.",
+                "Leave --create-pr out to create it.",
+            )
+        return repo_id
+    if exists:
+        with translated(repo_id, None, writing=True):
+            retried(lambda: api(token).auth_check(repo_id, write=True))
+        return repo_id
+    namespaces = _writable_namespaces(user)
+    if repo_id.split("/")[0] not in namespaces:
+        raise RepoError(
+            f"This token cannot create {repo_id}: it writes to {', '.join(namespaces) or 'none'}.",
+            "Choose one of these namespaces, or use --create-pr on an existing repository.",
+        )
+    return repo_id
+
+
+def _writable_namespaces(user: dict[str, Any]) -> list[str]:
+    """Users and organisations that a token may create repositories for, from `whoami`."""
+    scopes = (user.get("auth") or {}).get("accessToken", {}).get("fineGrained")
+    if scopes is None:
+        return [user["name"], *(org["name"] for org in user.get("orgs", []))]
+    return [
+        scope["entity"]["name"]
+        for scope in scopes.get("scoped", [])
+        if "repo.write" in scope.get("permissions", []) and scope["entity"].get("type") != "model"
+    ]
+
+
+def _check_visibility(info: ModelInfo, private: bool) -> None:
+    if info.private is not None and bool(info.private) != private:
+        there, flag = ("private", "--no-private") if info.private else ("public", "--private")
+        raise RepoError(
+            f"{info.id} exists and is {there}, and {flag} does not change that.",
+            f"Leave {flag} out, or change the visibility in the settings of the repository.",
+        )
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload merged model",
+) -> str:
+    """Upload a finished folder as one commit; weights of an earlier upload are replaced.
+
+    Returns:
+        `str`: address of the commit or pull request.
+    """
+    client = api(token)
+    with translated(repo_id, revision, writing=True):
+        if not create_pr:
+            retried(lambda: client.create_repo(repo_id, private=private, exist_ok=True))
+            if revision is not None and revision != "main" and not revision.startswith("refs/"):
+                retried(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True))
+        if not create_pr:
+            _warn_of_replaced_files(client, repo_id, revision)
+        attempt = _once if create_pr else retried  # a lost answer would open a second one
+        try:
+            commit = attempt(
+                lambda: client.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    revision=revision,
+                    create_pr=create_pr,
+                    commit_message=commit_message,
+                    delete_patterns=list(OLD_WEIGHTS),
+                )
+            )
+        except (TypeError, ValueError) as error:  # a card that the client or the Hub does not take
+            if isinstance(error, HfHubHTTPError | JSONDecodeError | HFValidationError):
+                raise
+            raise RepoError(
+                f"{repo_id}: {first_line(error)}", "Check the metadata of its model card."
+            ) from None
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _warn_of_replaced_files(client: HfApi, repo_id: str, revision: str | None) -> None:
+    """Say which weights of somebody else's making the upload takes the place of."""
+    there = retried(lambda: client.list_repo_files(repo_id, revision=revision))
+    old = [name for name in there if any(fnmatch(name, pattern) for pattern in OLD_WEIGHTS)]
+    if old and not set(MARKERS) & set(there):
+        logger.warning(
+            "The upload replaces %s of %s; earlier commits keep them.", ", ".join(old), repo_id
+        )
+
+
+T = TypeVar("T")
+
+
+def _once(call: Callable[[], T]) -> T:
+    return call()
