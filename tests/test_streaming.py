@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import clips
 import pytest
 import torch
-from cli import Result
 from cli import hf_tsv as run
 from conftest import HF_HOME
 from hub import Hub
@@ -28,6 +23,8 @@ from test_merge import deep_checkpoints
 from test_processes import launch, one_machine
 
 import hf_tsv
+from benchmarks.speed import processes
+from benchmarks.streaming import tensor_bytes, watched
 from hf_tsv import hub as client
 from hf_tsv.checkpoints import ahead
 from hf_tsv.checkpoints.ahead import AHEAD_BYTES, AheadFiles
@@ -329,79 +326,22 @@ def large(hub: Hub, tmp_path: Path) -> Path:
     return work
 
 
-@contextmanager
-def watched(*folders: Path) -> Iterator[list[int]]:
-    """The most bytes that files in these folders took, looked at all the time."""
-    most, done = [0], threading.Event()
-
-    def look() -> None:
-        while not done.is_set():
-            total = 0
-            for folder in folders:
-                for file in folder.rglob("*"):
-                    try:
-                        total += file.stat().st_blocks * 512 if file.is_file() else 0
-                    except OSError:  # gone meanwhile
-                        continue
-            most[0] = max(most[0], total)
-            done.wait(0.02)
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield most
-    finally:
-        done.set()
-        thread.join()
-
-
-def measured(work: Path, *words: str) -> tuple[Result, int]:
-    """A command in a process of its own, and the most memory it took, by the kernel's count."""
-    code = """
-import sys
-from hf_tsv.cli import main
-try:
-    main()
-finally:
-    peak = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
-    print(peak[0], file=open("peak", "w"))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        cwd=work,
-        env={**os.environ, "TMPDIR": str(work)},
-        capture_output=True,
-        check=False,
-        text=True,
-    )
-    peak = 1024 * int((work / "peak").read_text())
-    return Result(done.returncode, done.stdout, done.stderr), peak
-
-
 def test_bytes_fetched_disk_and_memory_of_a_streamed_merge(large: Path, hub: Hub) -> None:
     folder = large.parent / "large"
-    needed = sum(
-        tensor.nbytes
-        for file in folder.rglob("*.safetensors")
-        for tensor in load_file(file).values()
-    )
+    needed = sum(map(tensor_bytes, folder.iterdir()))
     assert needed > (TASKS + 1) * 75e6
-    words = ["merge", *(f"org/{i}" for i in range(1, TASKS + 1)), "--base-model", "org/base", "-o"]
+    tasks = [f"org/{i}" for i in range(1, TASKS + 1)]
+    words = ["hf_tsv", "merge", *tasks, "--base-model", "org/base", "-o"]
     clear_cache()
     hub.requests.clear()
+    online = {"HF_HUB_OFFLINE": "0", "TMPDIR": str(large)}
     with watched(large, Path(HF_HOME)) as most:
-        done, peak = measured(large, *words, "streamed", "--stream")
-    assert done.code == 0, done.err
+        streamed = processes.run([*words, large / "streamed", "--stream"], online)
     fetched = sum(r.body_sent for r in hub.requests if r.origin == "cdn")
     assert abs(fetched / needed - 1) < 0.02, (fetched, needed)
     output = sum(file.stat().st_size for file in (large / "streamed").iterdir())
     assert most[0] < 1.02 * output + 1e6, (most, output)
-    plain, plain_peak = measured(large, *words, "plain")
-    assert plain.code == 0, plain.err
+    plain = processes.run([*words, large / "plain"], online)
     for file in (large / "plain").glob("model*"):
         assert file.read_bytes() == (large / "streamed" / file.name).read_bytes()
-    assert peak < plain_peak + AHEAD_BYTES + 30e6, (peak, plain_peak)
-    print(
-        f"fetched {fetched / needed:.4f} of what is needed, disk {most[0] / output:.3f} of output"
-    )
-    print(f"memory {peak / 1e6:.0f} MB, from the cache {plain_peak / 1e6:.0f} MB")
+    assert streamed.peak_bytes < plain.peak_bytes + AHEAD_BYTES + 30e6, (streamed, plain)
