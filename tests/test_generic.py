@@ -9,6 +9,7 @@ import clips
 import pytest
 import reference
 import torch
+from cli import copied
 from cli import hf_tsv as run
 from safetensors.torch import load_file
 
@@ -88,6 +89,19 @@ def test_they_merge_by_name_and_shape(family: Path, tmp_path: Path) -> None:
     clips.load(AutoModel, tmp_path / "m")
     card = (tmp_path / "m" / "README.md").read_text()
     assert "AutoModel" in card and "CLIP checkpoint" not in card and "- clip\n" not in card
+
+
+def test_what_they_need_to_load_comes_along(family: Path, tmp_path: Path) -> None:
+    """The image processor, and the vocabulary of a SentencePiece tokenizer."""
+    from transformers import AutoImageProcessor, SiglipImageProcessor
+
+    base = copied(family / "base", tmp_path / "base")
+    SiglipImageProcessor(size={"height": 16, "width": 16}).save_pretrained(base)
+    (base / "spiece.model").write_bytes(b"words")
+    hf_tsv.merge([family / "a"], base_model=base, output=tmp_path / "m", progress=False)
+    found, own = (AutoImageProcessor.from_pretrained(p).to_dict() for p in (tmp_path / "m", base))
+    assert found == own and found["size"]["height"] == 16
+    assert (tmp_path / "m" / "spiece.model").read_bytes() == b"words"
 
 
 def test_they_are_compressed_and_made_again(family: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hf_tsv.checkpoints.tensors import TensorInfo
 from hf_tsv.errors import CheckpointError
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
 OTHER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
