@@ -59,6 +59,7 @@ class Job:
         max_memory (`int`, *optional*): bytes each process may use.
         parallelism ([`Parallelism`]): what fits into them.
         measure (`bool`): find who disturbs whom.
+        thresholds (`tuple[float, ...]`): from which size on TIES keeps entries of each task.
     """
 
     sources: Sources
@@ -73,6 +74,7 @@ class Job:
     max_memory: int | None = None
     parallelism: Parallelism = field(default_factory=Parallelism)
     measure: bool = False
+    thresholds: tuple[float, ...] = ()
 
     def within(self, max_memory: int | None) -> Job:
         """The same job with as much parallelism as memory allows."""
@@ -120,6 +122,7 @@ class _Assignment:
         work (`Path`): the folder under construction.
         shares (`list[list[str]]`): labels of the weights of each process.
         measure (`bool`): find who disturbs whom.
+        thresholds (`tuple[float, ...]`): from which size on TIES keeps entries of each task.
     """
 
     references: tuple[str, ...]
@@ -131,6 +134,7 @@ class _Assignment:
     work: Path
     shares: list[list[str]]
     measure: bool
+    thresholds: tuple[float, ...]
 
 
 Describe = Callable[[Path, Job, Target, Findings, Sequence[str], torch.device], None]
@@ -247,6 +251,11 @@ def execute(
     job = replace(job, sources=job.sources.within_reach(visible=show))
     try:
         refuse_unchanged(job)
+        if job.settings.method == "ties":
+            logger.info("Finding the largest entries of each task.")
+            base, inputs = job.sources.base, job.sources.inputs
+            found = stream.thresholds_of(job.plan, base, inputs, job.scales)
+            job = replace(job, thresholds=tuple(found))
         with final_folder(target) as final:
             findings, warnings = _construct(final, job, target, device, show, group, describe)
             url = push(final, target, job.sources.access.token)
@@ -293,7 +302,7 @@ def _do_share(
         )
         job = Job(
             sources, assigned.scales, assigned.settings, assigned.plan, [], (),
-            measure=assigned.measure,
+            measure=assigned.measure, thresholds=assigned.thresholds,
         ).within(assigned.max_memory)  # fmt: skip
     except HfTsvError as error:
         journal.note_failure(assigned.work)
@@ -349,7 +358,7 @@ def _construct(
         references = tuple(pinned_text(item.pinned) for item in job.sources.inputs)
         assignment = _Assignment(
             references, pinned_text(job.sources.base.pinned), job.plan, job.scales,
-            job.settings, job.max_memory, work.absolute(), shares, job.measure,
+            job.settings, job.max_memory, work.absolute(), shares, job.measure, job.thresholds,
         )  # fmt: skip
         group.send(assignment)
         with bar(job.verb, len(shares[0]), visible=show) as advance:
@@ -436,7 +445,7 @@ def _merge_share(
                 stream.merge_weights(
                     weights, job.plan, job.sources.base, job.sources.inputs, job.scales,
                     job.settings, writer, device=device, done=done, parallelism=job.parallelism,
-                    measure=job.measure,
+                    thresholds=job.thresholds, measure=job.measure,
                 )  # fmt: skip
                 writer.close()
             finally:

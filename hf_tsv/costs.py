@@ -86,7 +86,8 @@ def held(weight: Weight) -> int:
     Args:
         weight ([`Weight`]): its plan.
     """
-    tasks = len(weight.inputs) if weight.treatment == "decomposed" else 1
+    together = weight.treatment in ("decomposed", "combined")
+    tasks = len(weight.inputs) if together else 1
     return 4 * prod(weight.shape) * (tasks + 1)
 
 
@@ -145,6 +146,8 @@ def _reading(weight: Weight) -> int:
 def _computing(weight: Weight, threads: int, measure: bool) -> int:
     """Everything in float64."""
     result = (8 + 4) * prod(weight.shape)  # update, cast
+    if weight.treatment == "combined":  # trimmed or voted on beside one another
+        return result + 4 * prod(weight.shape) * (len(weight.inputs) + 3)
     if weight.treatment != "decomposed":
         return result
     (m, n), columns = weight.shape, weight.rank * len(weight.inputs)

@@ -126,7 +126,8 @@ def merge(
         push_to (`str`, *optional*): repository to upload to.
         recipe (`str`, `Path` or [`Recipe`], *optional*): repeat a merge; instead of
             `checkpoints`, `base_model` and the settings.
-        method (`str`): `tsv`, `low-rank`, `orthogonal`, `task-arithmetic` or `average`.
+        method (`str`): `tsv`, `low-rank`, `orthogonal`, `task-arithmetic`, `average`, `ties`,
+            `consensus`, `iso-c` or `iso-cts`.
         orthogonalizer (`str`): `procrustes` or `whitening`; the same result up to rounding, and
             with `precision="fast"` the same computation.
         precision (`str`): `fast`: by Gram matrices in float64, each result checked, with a full SVD
@@ -204,9 +205,10 @@ def merge(
             else:
                 job = prepare(references, base_ref, weights, settings, access)
             refuse_no_heads(job)
-            if report and job.settings.method in ("average", "task-arithmetic"):
+            if report and job.settings.method not in ("tsv", "low-rank", "orthogonal"):
                 raise RecipeError(
-                    f"The method {job.settings.method} decomposes nothing to report on.",
+                    f"The method {job.settings.method} has no singular vectors of tasks to report"
+                    " on.",
                     "Leave --report out, or use `hf-tsv interference`.",
                 )
             if report:

@@ -24,7 +24,10 @@ from hf_tsv.sources import Task, config_of
 NEGLIGIBLE_ENERGY = 1e-9
 """Share of an update too small to warn of."""
 
-Treatment = Literal["decomposed", "averaged", "summed", "copied"]
+Treatment = Literal["decomposed", "averaged", "summed", "combined", "copied"]
+"""`combined`: entry by entry, of all tasks at once."""
+
+ENTRYWISE = ("ties", "consensus")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class MergePlan:
         """Tensors per treatment; those in `frozen` turned out unchanged and were copied."""
         count = Counter({"decomposed": 0, "averaged": 0, "copied": 0})
         for weight in self.weights:
-            treatment = "averaged" if weight.treatment == "summed" else weight.treatment
+            added = weight.treatment in ("summed", "combined")
+            treatment = "averaged" if added else weight.treatment
             if weight.label in frozen:
                 treatment = "copied"
             count[treatment] += len(weight.names)
@@ -199,17 +203,18 @@ def _treat(
         return weight("copied", "empty")
     if settings.method == "average":
         return weight("averaged")
-    summing = settings.method == "task-arithmetic"
-    # The default exclusion says what is not decomposed; a sum decomposes nothing.
-    exclude = () if summing and settings.exclude == AVERAGED_BY_DEFAULT else settings.exclude
+    summing, entrywise = settings.method == "task-arithmetic", settings.method in ENTRYWISE
+    # The default exclusion says what is not decomposed; these decompose nothing.
+    default = (summing or entrywise) and settings.exclude == AVERAGED_BY_DEFAULT
+    exclude = () if default else settings.exclude
     if any(fnmatchcase(name, glob) for name in names for glob in exclude):
         return weight("averaged", "excluded")
-    if summing:
-        return weight("summed")
+    if summing or entrywise:
+        return weight("summed" if summing else "combined")
     if len(shape) != 2:
         return weight("averaged", "not a matrix")
     tasks = len(inputs)
-    if settings.method != "orthogonal" and tasks > min(shape):
+    if settings.method in ("tsv", "low-rank") and tasks > min(shape):
         return weight("averaged", f"{tasks} tasks do not fit into {min(shape)} directions")
     return weight("decomposed", rank=_rank(shape, tasks, settings))
 

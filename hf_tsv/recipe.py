@@ -41,7 +41,7 @@ class Settings:
     """How to merge.
 
     Args:
-        method (`str`): `tsv`, or one of the ablations and baselines.
+        method (`str`): `tsv`, or one of its ablations and of the methods to compare with.
         orthogonalizer (`str`): `procrustes` (SVD) or `whitening` (eigendecomposition).
         alpha (`float`): α, scale of the merged update.
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
@@ -79,6 +79,12 @@ class Settings:
         _one_of("dtype", self.dtype, (None, *get_args(Dtype)))
         check_number("alpha", self.alpha)
         object.__setattr__(self, "alpha", float(self.alpha))  # of NumPy or a whole number
+        ranked = self.rank is not None or self.rank_fraction is not None
+        if ranked and self.method in ("ties", "consensus", "iso-c", "iso-cts"):
+            raise RecipeError(
+                f"The method {self.method} keeps no ranks to choose.",
+                "Leave rank and rank_fraction out.",
+            )
         if self.rank is not None and self.rank_fraction is not None:
             raise RecipeError("rank and rank_fraction exclude each other.", "Give one of them.")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):

@@ -32,7 +32,8 @@ from hf_tsv.memory import empty, reused, share_one_heap
 from hf_tsv.plan import MergePlan, Weight
 from hf_tsv.recipe import Settings
 from hf_tsv.sources import Task
-from hf_tsv.tsv import TaskSingularVectors, Update
+from hf_tsv.trimming import Sizes
+from hf_tsv.tsv import MergedUpdate, TaskSingularVectors, Update
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -98,6 +99,7 @@ def merge_weights(
     device: torch.device,
     done: Callable[[Finding], None],
     parallelism: Parallelism,
+    thresholds: Sequence[float] = (),
     measure: bool = False,
 ) -> None:
     """Read, merge and write weights of a plan, one at a time.
@@ -113,13 +115,11 @@ def merge_weights(
         device (`torch.device`): where to compute.
         done (`Callable[[Finding], None]`): told after each weight is written, in another thread.
         parallelism ([`Parallelism`]): how much goes on at a time.
+        thresholds (`Sequence[float]`): of each task, see [`thresholds_of`]; for TIES.
         measure (`bool`): find who disturbs whom.
     """
     share_one_heap()
-    expect(base, (name for weight in weights for name in weight.names))
-    for i, item in enumerate(inputs):
-        used = (w for w in weights if i in w.inputs and w.treatment != "copied")
-        expect(item, (name for weight in used for name in weight.names))
+    _expect_all(weights, base, inputs)
     reader = _Reader(base, inputs, scales, device)
     with (
         reused(),
@@ -139,8 +139,9 @@ def merge_weights(
                 waited = time.monotonic() - started
                 started = time.monotonic()
                 result, finding = _merge_one(
-                    loaded, plan, settings, measure=measure, writes=writer is not None
-                )
+                    loaded, plan, settings, len(inputs), thresholds,
+                    measure=measure, writes=writer is not None,
+                )  # fmt: skip
                 computed = time.monotonic() - started
                 started = time.monotonic()
                 if written is not None:
@@ -156,6 +157,38 @@ def merge_weights(
                 written.result()
         finally:
             reading.shutdown(cancel_futures=True)
+
+
+def thresholds_of(
+    plan: MergePlan, base: Checkpoint, inputs: Sequence[Task], scales: Sequence[float]
+) -> list[float]:
+    """How large entries of each task must be to be among the largest fifth: reads everything once.
+
+    Args:
+        plan ([`MergePlan`]): the weights that share it out.
+        base ([`Checkpoint`]): W0.
+        inputs (`Sequence[Checkpoint | TaskFactors]`): the tasks.
+        scales (`Sequence[float]`): factor of each task's update.
+    """
+    weights = [weight for weight in plan.weights if weight.treatment == "combined"]
+    share_one_heap()
+    _expect_all(weights, base, inputs)
+    reader = _Reader(base, inputs, scales, torch.device("cpu"))
+    found = [Sizes() for _ in inputs]
+    with reused(), ThreadPoolExecutor(1, "hf-tsv-read") as reading:
+        for loaded in read_ahead(reading, reader.load, weights, list(map(costs.held, weights))):
+            for i, sizes in enumerate(found):
+                update = loaded.deltas.get(i)
+                delta = None if update is None else _as_matrix(update)
+                sizes.add(delta, math.prod(loaded.weight.shape))
+    return [sizes.threshold() for sizes in found]
+
+
+def _expect_all(weights: Sequence[Weight], base: Checkpoint, inputs: Sequence[Task]) -> None:
+    expect(base, (name for weight in weights for name in weight.names))
+    for i, item in enumerate(inputs):
+        used = (w for w in weights if i in w.inputs and w.treatment != "copied")
+        expect(item, (name for weight in used for name in weight.names))
 
 
 def expect(item: Task, names: Iterable[str]) -> None:
@@ -247,7 +280,7 @@ class _Reader:
                 yield delta
                 del delta  # before the next one is made
 
-        if weight.treatment == "decomposed":
+        if weight.treatment in ("decomposed", "combined"):
             found = list(updates())
             deltas = dict(zip(floors, found, strict=True))
         elif weight.treatment != "copied":
@@ -424,23 +457,53 @@ def _sample(update: Update) -> Tensor:
     return (left * update.Vh.double().mT[columns]).sum(dim=1)
 
 
+def _combine(
+    loaded: LoadedWeight,
+    settings: Settings,
+    tasks: int,
+    thresholds: Sequence[float],
+    *,
+    measure: bool,
+) -> MergedUpdate:
+    """One weight by the rule of the method; lets go of the updates."""
+    deltas = [loaded.deltas.pop(i) for i in loaded.floors]
+    floors = list(loaded.floors.values())
+    if settings.method in ("tsv", "low-rank", "orthogonal"):
+        return tsv.merge(
+            deltas,
+            loaded.weight.rank,
+            floors=floors,
+            orthogonal=settings.method != "low-rank",
+            solver=settings.orthogonalizer,
+            precision=settings.precision,
+            measure=measure,
+        )
+    whole = [_as_matrix(delta) for delta in deltas]
+    if settings.method == "ties":
+        return MergedUpdate(baselines.ties_update(whole, [thresholds[i] for i in loaded.floors]))
+    if settings.method == "consensus":
+        return MergedUpdate(baselines.consensus_update(whole, tasks))
+    if settings.method == "iso-c":
+        return baselines.isotropic_update(whole, floors, settings.precision)
+    return baselines.isotropic_common_update(whole, floors, tasks, settings.precision)
+
+
 def _merge_one(
-    loaded: LoadedWeight, plan: MergePlan, settings: Settings, *, measure: bool, writes: bool
+    loaded: LoadedWeight,
+    plan: MergePlan,
+    settings: Settings,
+    tasks: int,
+    thresholds: Sequence[float],
+    *,
+    measure: bool,
+    writes: bool,
 ) -> tuple[Tensor, Finding]:
     """The merged weight, in the dtype it will be stored in."""
     weight, finding = loaded.weight, loaded.finding
     dtype = plan.specs[weight.names[0]].dtype
     update = loaded.update
     if loaded.deltas:
-        merged = tsv.merge(
-            [loaded.deltas.pop(i) for i in loaded.floors],
-            weight.rank,
-            floors=list(loaded.floors.values()),
-            orthogonal=settings.method != "low-rank",
-            solver=settings.orthogonalizer,
-            precision=settings.precision,
-            measure=measure,
-        )
+        merged = _combine(loaded, settings, tasks, thresholds, measure=measure)
         update = merged.matrix
         finding = replace(
             finding,

@@ -20,7 +20,17 @@ from hf_tsv import linalg
 from hf_tsv.linalg import Orthogonalizer, Precision
 from hf_tsv.memory import empty
 
-Method = Literal["tsv", "low-rank", "orthogonal", "task-arithmetic", "average"]
+Method = Literal[
+    "tsv",
+    "low-rank",
+    "orthogonal",
+    "task-arithmetic",
+    "average",
+    "ties",
+    "consensus",
+    "iso-c",
+    "iso-cts",
+]
 
 RANK_SHARES = tuple((i / 32) ** 2 for i in range(33))
 """Ranks, as a share of k, at which a spectrum is noted; closer together where it is steep."""
@@ -119,7 +129,7 @@ class MergedUpdate:
     """
 
     matrix: Tensor
-    ranks: tuple[int, ...]
+    ranks: tuple[int, ...] = ()
     null_directions: int = 0
     exact: int = 0
     interference: Interference | None = None

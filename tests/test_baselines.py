@@ -1,15 +1,29 @@
-"""The rules without singular vectors: running mean and sum."""
+"""The other rules: mean and sum, and those that came after."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from cli import hf_tsv as run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import average, generator, task_arithmetic
+from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_tsv.baselines import mean_update, sum_update
+from hf_tsv.baselines import (
+    consensus_update,
+    isotropic_common_update,
+    isotropic_update,
+    mean_update,
+    sum_update,
+    ties_update,
+)
+from hf_tsv.linalg import Precision
+from hf_tsv.trimming import Sizes
 
 RULES = [mean_update, sum_update]
 examples = settings(max_examples=30, derandomize=True, deadline=None)
@@ -109,3 +123,246 @@ def test_non_contiguous_updates_are_added_up(rule) -> None:
 def test_no_task_is_an_error(rule) -> None:
     with pytest.raises(ValueError, match="at least one task"):
         rule([])
+
+
+# The rules that came after, against NumPy in float64, written from their papers
+
+
+def as_numpy(deltas: list[Tensor]) -> list[np.ndarray]:
+    return [delta.double().numpy() for delta in deltas]
+
+
+def ties(deltas: list[np.ndarray], thresholds: list[float]) -> np.ndarray:
+    """Entry by entry."""
+    found = np.zeros(deltas[0].shape)
+    for place in np.ndindex(found.shape):
+        kept = [
+            d[place] for d, t in zip(deltas, thresholds, strict=True) if abs(d[place]) >= t
+        ]  # trim
+        sign = np.sign(sum(kept))  # elect
+        agreeing = [value for value in kept if np.sign(value) == sign != 0]  # disjoint mean
+        found[place] = np.mean(agreeing) if agreeing else 0
+    return found
+
+
+def consensus(deltas: list[np.ndarray], scale: float = 0.4, needed: int = 2) -> np.ndarray:
+    found = np.zeros(deltas[0].shape)
+    for place in np.ndindex(found.shape):
+        values = [delta[place] for delta in deltas]
+        total = sum(values)
+        active = sum(abs(value) > scale * abs(total - value) for value in values)
+        found[place] = total if active >= min(needed, len(values)) else 0
+    return found
+
+
+def iso_c(deltas: list[np.ndarray]) -> np.ndarray:
+    U, S, Vh = np.linalg.svd(sum(deltas), full_matrices=False)
+    return S.mean() * U @ Vh
+
+
+def iso_cts(deltas: list[np.ndarray], share: float = 0.8) -> np.ndarray:
+    U, S, Vh = np.linalg.svd(sum(deltas), full_matrices=False)
+    k = len(S)
+    own = round((k - int(share * k)) / len(deltas))
+    common = k - own * len(deltas)
+    left, sigma, right = [U[:, :common]], [S[:common]], [Vh[:common]]
+    for delta in deltas:
+        outside = delta - U[:, :common] @ U[:, :common].T @ delta
+        u, s, vh = np.linalg.svd(outside, full_matrices=False)
+        left.append(u[:, :own])
+        sigma.append(s[:own])
+        right.append(vh[:own])
+    P, _, Q = np.linalg.svd(np.hstack(left), full_matrices=False)
+    R, _, T = np.linalg.svd(np.vstack(right), full_matrices=False)
+    return np.concatenate(sigma).mean() * (P @ Q) @ (R @ T)
+
+
+@given(st.integers(1, 6), shapes, st.integers(0, 2**32), st.floats(0, 6e-4))
+@examples
+def test_ties_trims_elects_and_averages(
+    tasks: int, shape: tuple[int, ...], seed: int, threshold: float
+) -> None:
+    deltas = updates(tasks, shape, seed)
+    thresholds = [threshold * (i + 1) / tasks for i in range(tasks)]
+    expected = torch.from_numpy(np.asarray(ties(as_numpy(deltas), thresholds)))
+    assert_rounds_to(ties_update(deltas, thresholds), expected, torch.stack(deltas).abs().sum(0))
+
+
+def test_ties_by_hand() -> None:
+    deltas = [torch.tensor([3.0, 1.0, -2.0, 0.0]), torch.tensor([1.0, -4.0, -1.0, 0.0]),
+              torch.tensor([-2.0, 2.0, 0.4, 0.0])]  # fmt: skip
+    assert ties_update(deltas, [0.5] * 3).tolist() == [2.0, -4.0, -1.5, 0.0]
+    assert ties_update(deltas, [2.0, 2.0, 2.0]).tolist() == [3.0, -4.0, -2.0, 0.0]
+
+
+@given(st.integers(1, 6), shapes, st.integers(0, 2**32))
+@examples
+def test_consensus_keeps_what_several_tasks_need(
+    tasks: int, shape: tuple[int, ...], seed: int
+) -> None:
+    deltas = updates(tasks, shape, seed)
+    expected = torch.from_numpy(np.asarray(consensus(as_numpy(deltas))))
+    assert_rounds_to(consensus_update(deltas), expected, torch.stack(deltas).abs().sum(0))
+
+
+def test_consensus_by_hand() -> None:
+    deltas = [torch.tensor([1.0, 1.0, 5.0]), torch.tensor([1.0, 0.0, 1.0]),
+              torch.tensor([0.0, 0.0, 1.0])]  # fmt: skip
+    # needed by two, by one, by one: 1 is less than 0.4 of 5 + 1
+    assert consensus_update(deltas).tolist() == [2.0, 0.0, 0.0]
+    assert consensus_update([deltas[1]]).tolist() == [1.0, 0.0, 1.0]
+
+
+matrices = st.tuples(st.integers(2, 24), st.integers(2, 24))
+
+
+@given(st.integers(1, 5), matrices, st.integers(0, 2**32))
+@examples
+def test_isotropic_merging_makes_singular_values_equal(
+    tasks: int, shape: tuple[int, int], seed: int
+) -> None:
+    deltas = updates(tasks, shape, seed)
+    found = isotropic_update(deltas, [0.0] * tasks)
+    expected = torch.from_numpy(iso_c(as_numpy(deltas)))
+    assert torch.allclose(found.matrix, expected, atol=1e-7)
+    S = torch.linalg.svdvals(found.matrix)
+    assert torch.allclose(S, S[0].expand(len(S)))
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+@pytest.mark.parametrize(
+    ("tasks", "shape"), [(1, (20, 30)), (2, (40, 24)), (3, (60, 60)), (8, (64, 100)), (9, (20, 9))]
+)
+def test_tasks_get_directions_of_their_own(
+    tasks: int, shape: tuple[int, int], precision: Precision
+) -> None:
+    deltas = updates(tasks, shape, seed=tasks)
+    found = isotropic_common_update(deltas, [0.0] * tasks, precision=precision)
+    expected = torch.from_numpy(iso_cts(as_numpy(deltas)))
+    assert torch.allclose(found.matrix, expected, atol=1e-7)
+    own = round((min(shape) - int(0.8 * min(shape))) / tasks)
+    rank = int((torch.linalg.svdvals(found.matrix) > 1e-9).sum())
+    assert rank == min(shape) and (own > 0) == (tasks < 9)
+
+
+def test_storage_noise_is_no_direction() -> None:
+    """Of LoRA updates: what rounding left beside them does not become as large as they are."""
+    g = generator(3)
+    low = [torch.randn(40, 2, generator=g) @ torch.randn(2, 30, generator=g) for _ in range(3)]
+    noisy = [delta + 1e-6 * torch.randn(40, 30, generator=g) for delta in low]
+    floors = [1e-4] * 3
+    for rule in (isotropic_update, isotropic_common_update):
+        found, clean = rule(noisy, floors).matrix, rule(low, floors).matrix
+        assert float((found - clean).norm() / clean.norm()) < 1e-4
+        assert int((torch.linalg.svdvals(found) > 1e-6).sum()) == 6
+
+
+def test_tasks_that_changed_nothing_count() -> None:
+    """They have no entry that matters, and their directions are left to the sum."""
+    deltas = updates(2, (30, 40))
+    zero = torch.zeros(30, 40)
+    with_zeros = [*deltas, zero, zero]
+    assert torch.equal(consensus_update(deltas, 4), consensus_update(with_zeros))
+    assert torch.equal(consensus_update(deltas[:1], 4), zero)
+    of_four, of_two = (isotropic_common_update(deltas, [0.0] * 2, n).matrix for n in (4, 2))
+    assert not torch.allclose(of_four, of_two)
+    assert int((torch.linalg.svdvals(of_four) > 1e-9).sum()) == 30
+
+
+@given(
+    st.integers(0, 2**32),
+    st.floats(0.01, 0.9),
+    st.lists(st.sampled_from([1, 7, 300, 4000]), min_size=1, max_size=4),
+)
+@examples
+def test_the_largest_entries_of_a_task_are_kept(seed: int, share: float, counts: list[int]) -> None:
+    g = generator(seed)
+    deltas = [torch.randn(count, generator=g) * 10 ** float(torch.randn(1, generator=g))
+              for count in counts]  # fmt: skip
+    sizes = Sizes()
+    for delta in deltas:
+        sizes.add(delta, delta.numel())
+    whole = torch.cat(deltas).abs()
+    threshold = sizes.threshold(share)
+    kept = int((whole >= threshold).sum())
+    wanted = int(share * len(whole))
+    near = int(((whole / threshold - 1).abs() < 3e-4).sum())  # as fine as sizes are told apart
+    assert wanted - near - 1 <= kept <= wanted
+
+
+def test_entries_of_weights_that_did_not_change_count() -> None:
+    sizes = Sizes()
+    sizes.add(torch.arange(1.0, 11.0), 10)
+    sizes.add(None, 40)
+    assert (torch.arange(1.0, 11.0) >= sizes.threshold(0.1)).sum() == 5
+    assert sizes.threshold(0.5) == 0.0
+
+
+# Whole merges
+
+
+@pytest.mark.parametrize("method", ["ties", "consensus", "iso-c", "iso-cts"])
+def test_a_merge_by_another_method(zoo: Path, tmp_path: Path, method: str) -> None:
+    kinds, alpha = ["vision", "full", "flat"], 0.7
+    base = load_file(zoo / "base" / "model.safetensors")
+    states = [fine_tuned(zoo, kind, base) for kind in kinds]
+    done = run("merge", *(zoo / kind for kind in kinds), "--base-model", zoo / "base", "--method",
+               method, "--alpha", alpha, "-o", tmp_path / "m", "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    merged = load_file(tmp_path / "m" / "model.safetensors")
+    names = [name for name, tensor in base.items() if tensor.is_floating_point()]
+    sizes = [np.concatenate([np.abs(s[n] - base[n].double().numpy()).ravel() for n in names])
+             for s in states]  # fmt: skip
+    thresholds = [np.sort(size)[-int(0.2 * len(size))] for size in sizes]
+    wrong = total = 0
+    for name in names:
+        w0 = base[name].double().numpy()
+        deltas = [state[name] - w0 for state in states]
+        changed = [delta for delta in deltas if np.any(delta)]
+        if not changed:
+            expected = w0 * 0
+        elif method == "ties":
+            expected = ties(deltas, thresholds)
+        elif method == "consensus":
+            expected = consensus(deltas)
+        elif w0.ndim != 2 or name == "text_projection.weight":
+            expected = sum(deltas) / len(deltas)
+        elif method == "iso-c":
+            expected = iso_c(deltas)
+        else:
+            expected = iso_cts(deltas) if len(changed) == 3 else None
+        if expected is not None:
+            found = merged[name].double().numpy()
+            wrong += int((np.abs(found - w0 - alpha * expected) > 2e-7).sum())
+            total += w0.size
+    # TIES: sizes are told apart to 2^-12, so the last kept may differ
+    assert wrong <= (0.001 if method == "ties" else 0) * total and total > 20_000
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert f"with the method `{method}`" in card
+    again = run("merge", "--recipe", tmp_path / "m", "-o", tmp_path / "n")
+    assert again.code == 0, again.err
+    a, b = (tmp_path / n / "model.safetensors" for n in "mn")
+    assert a.read_bytes() == b.read_bytes()
+
+
+def fine_tuned(zoo: Path, kind: str, base: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """All weights of a fine-tune under the base's names; the base's where it has none."""
+    own = load_file(zoo / kind / "model.safetensors")
+    own = {("" if n in base else "vision_model.") + n: tensor for n, tensor in own.items()}
+    return {name: own.get(name, tensor).double().numpy() for name, tensor in base.items()}
+
+
+@pytest.mark.parametrize("method", ["ties", "consensus", "iso-c", "iso-cts"])
+def test_what_says_nothing_to_a_method_is_refused(zoo: Path, tmp_path: Path, method: str) -> None:
+    words = ["merge", zoo / "vision", zoo / "full", "--base-model", zoo / "base", "--method",
+             method, "-o", tmp_path / "m"]  # fmt: skip
+    for more in (["--rank", "3"], ["--rank-fraction", "0.1"], ["--report"]):
+        done = run(*words, *more)
+        assert done.code == 1 and method in done.err and "Hint: " in done.err
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("rule", [isotropic_update, isotropic_common_update])
+def test_isotropic_merging_of_nothing(rule) -> None:
+    found = rule([torch.zeros(6, 4)] * 2, [0.0] * 2)
+    assert torch.equal(found.matrix, torch.zeros(6, 4, dtype=torch.float64))

@@ -36,6 +36,10 @@ class Method(str, Enum):
     orthogonal = "orthogonal"
     task_arithmetic = "task-arithmetic"
     average = "average"
+    ties = "ties"
+    consensus = "consensus"
+    iso_c = "iso-c"
+    iso_cts = "iso-cts"
 
 
 class Precision(str, Enum):
@@ -82,7 +86,7 @@ def merge(
     method: Annotated[
         Method,
         typer.Option(
-            help="tsv, one of its halves (low-rank, orthogonal), or a baseline.",
+            help="tsv, one of its halves (low-rank, orthogonal), or another method.",
             rich_help_panel=options.METHOD,
         ),
     ] = Method.tsv,

@@ -1,0 +1,55 @@
+"""How large an entry of each task must be for TIES to keep it: one pass over all weights before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_tsv.baselines import KEPT_SHARE
+
+DROPPED_BITS = 11
+"""Of the 23 of a float32's fraction: sizes are told apart to 2⁻¹², and a task takes 4 MB."""
+
+BINS = 1 << (31 - DROPPED_BITS)
+
+
+class Sizes:
+    """The absolute values of all entries of one task, counted by size.
+
+    Example:
+        >>> sizes = Sizes()
+        >>> sizes.add(torch.arange(10.0), 10)
+        >>> 7.0 < sizes.threshold(0.2) <= 8.0
+        True
+    """
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(BINS, dtype=torch.int64)
+        self._total = 0
+
+    def add(self, delta: Tensor | None, count: int) -> None:
+        """Count the entries of one weight.
+
+        Args:
+            delta (`Tensor`, *optional*): Δ, any shape; None where the task did not change it.
+            count (`int`): of its entries.
+        """
+        self._total += count
+        if delta is not None:
+            # Sizes of positive floats are in the order of their bits.
+            bits = delta.detach().cpu().to(torch.float32).abs().reshape(-1).view(torch.int32)
+            self._counts += torch.bincount(bits >> DROPPED_BITS, minlength=BINS)
+
+    def threshold(self, share: float = KEPT_SHARE) -> float:
+        """The size from which on entries are kept: no more of them than this share of all.
+
+        Args:
+            share (`float`): 0 to 1.
+        """
+        wanted = int(share * self._total)
+        from_top = self._counts.flip(0).cumsum(0)
+        bins = int((from_top <= wanted).sum())  # whole bins that fit, the largest first
+        bits = torch.tensor((BINS - bins) << DROPPED_BITS, dtype=torch.int64)
+        if bins == BINS:
+            return 0.0
+        return float(bits.to(torch.int32).view(torch.float32))
