@@ -251,6 +251,9 @@ def execute(
     job = replace(job, sources=job.sources.within_reach(visible=show))
     try:
         refuse_unchanged(job)
+        for item in job.sources.inputs if job.settings.keep_heads else ():
+            for name in item.head:  # damage shows before the work
+                item.read(name)
         if job.settings.method == "ties":
             logger.info("Finding the largest entries of each task.")
             base, inputs = job.sources.base, job.sources.inputs

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_tsv import hub
-from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
 from hf_tsv.checkpoints.writer import check_output_folder
 from hf_tsv.errors import OutputError, RepoError
 from hf_tsv.progress import logger
@@ -98,9 +98,11 @@ class Target:
                         f"The output folder {self.output} would replace the input {item.ref}.",
                         "Choose another one with -o.",
                     )
-            elif item.ref == self.push_to and not self.create_pr and self._replaces(item):
+                continue
+            same = not item.is_local and repo_id_of(item.ref) == self.push_to
+            if same and not self.create_pr and self._replaces(item):
                 raise OutputError(
-                    f"Pushing to {item.ref} would replace the input {item}.",
+                    f"Pushing to {self.push_to} would replace the input {item}.",
                     "Choose another repository, a branch with --revision, or --create-pr.",
                 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from huggingface_hub import constants
 from hf_tsv import hub
 from hf_tsv.checkpoints import base_model, companions
 from hf_tsv.checkpoints.adapters import Adapter, is_adapter, open_adapter
-from hf_tsv.checkpoints.ahead import AHEAD_BYTES, CONNECTIONS, AheadFiles
+from hf_tsv.checkpoints.ahead import AHEAD_BYTES, AheadFiles, Connections
 from hf_tsv.checkpoints.files import HubFiles, LocalFiles
 from hf_tsv.checkpoints.reader import Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, Reference, at_revision, parse, pin
@@ -113,7 +112,10 @@ class Sources:
 
 def _far(item: Task) -> bool:
     """Whether anything that a run reads of it has to be fetched."""
-    return isinstance(item.pinned.files, AheadFiles) or bool(hub.missing(_wanted([item], [])))
+    files = item.pinned.files
+    if type(files) is HubFiles:
+        return bool(hub.uncached(files.repo, [files.path(name) for name in item.needed_files]))
+    return isinstance(files, AheadFiles)
 
 
 def _streamed(items: Sequence[Task]) -> Sequence[Task]:
@@ -121,13 +123,13 @@ def _streamed(items: Sequence[Task]) -> Sequence[Task]:
     far = [_far(item) for item in items]
     if not any(far):
         return items
-    pool = ThreadPoolExecutor(CONNECTIONS, "hf-tsv-fetch")
+    connections = Connections()
     result: list[Task] = []
     for item, is_far in zip(items, far, strict=True):
         files = item.pinned.files
         if is_far and isinstance(files, HubFiles):
             share = AHEAD_BYTES // sum(far)
-            ahead = AheadFiles(files.repo, files.subfolder, pool, share)
+            ahead = AheadFiles(files.repo, files.subfolder, connections, share)
             result.append(item.reading_from(ahead))
         else:
             result.append(item)
@@ -271,8 +273,8 @@ def _inferred_base(inputs: Sequence[Task], pinned: Callable[[Reference], PinnedC
 
     def parents(name: str) -> list[str]:
         try:
-            return base_model.named_by(pinned(parse(name)))
-        except HfTsvError:  # gone, private, or no reference at all: it says nothing
+            return base_model.named_by(pinned(parse(f"hf://{name}")))
+        except HfTsvError:  # gone, private, or a folder elsewhere: it says nothing
             return []
 
     origins = {str(i): i.config.base_model for i in inputs if isinstance(i, TaskFactors)}

@@ -355,6 +355,9 @@ def measure(
                     finish()
             while pending:
                 finish()
+        except BaseException:
+            stream.stop_fetching([job.sources.base, job.source])
+            raise
         finally:
             reading.shutdown(cancel_futures=True)
             computing.shutdown(cancel_futures=True)

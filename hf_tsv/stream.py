@@ -155,6 +155,9 @@ def merge_weights(
                 del loaded, result
             if written is not None:
                 written.result()
+        except BaseException:
+            stop_fetching([base, *inputs])  # else the reading thread would wait for the Hub
+            raise
         finally:
             reading.shutdown(cancel_futures=True)
 
@@ -176,11 +179,15 @@ def thresholds_of(
     reader = _Reader(base, inputs, scales, torch.device("cpu"))
     found = [Sizes() for _ in inputs]
     with reused(), ThreadPoolExecutor(1, "hf-tsv-read") as reading:
-        for loaded in read_ahead(reading, reader.load, weights, list(map(costs.held, weights))):
-            for i, sizes in enumerate(found):
-                update = loaded.deltas.get(i)
-                delta = None if update is None else _as_matrix(update)
-                sizes.add(delta, math.prod(loaded.weight.shape))
+        try:
+            for loaded in read_ahead(reading, reader.load, weights, list(map(costs.held, weights))):
+                for i, sizes in enumerate(found):
+                    update = loaded.deltas.get(i)
+                    delta = None if update is None else _as_matrix(update)
+                    sizes.add(delta, math.prod(loaded.weight.shape))
+        except BaseException:
+            stop_fetching([base, *inputs])
+            raise
     return [sizes.threshold() for sizes in found]
 
 
@@ -189,6 +196,13 @@ def _expect_all(weights: Sequence[Weight], base: Checkpoint, inputs: Sequence[Ta
     for i, item in enumerate(inputs):
         used = (w for w in weights if i in w.inputs and w.treatment != "copied")
         expect(item, (name for weight in used for name in weight.names))
+
+
+def stop_fetching(items: Iterable[Task]) -> None:
+    """End every wait for the Hub: the run is over."""
+    for item in items:
+        if isinstance(item.pinned.files, AheadFiles):
+            item.pinned.files.close()
 
 
 def expect(item: Task, names: Iterable[str]) -> None:

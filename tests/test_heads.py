@@ -9,6 +9,7 @@ from typing import Any
 import clips
 import pytest
 import torch
+from cli import copied
 from cli import hf_tsv as run
 from hub import Hub
 from PIL import Image
@@ -223,10 +224,53 @@ def test_a_damaged_head_is_refused(merged: Path) -> None:
         hf_tsv.load_model(merged, task="digits")
 
 
+def test_a_damaged_head_is_found_before_the_work(
+    zoo: Path, tasks: list[Path], tmp_path: Path
+) -> None:
+    folder = copied(tasks[0], tmp_path / "digits")
+    state = load_file(folder / "model.safetensors")
+    state["classifier.bias"][1] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    done = run("merge", folder, "--base-model", zoo / "base", "--keep-heads", "-o", tmp_path / "m")
+    assert done.code == 1 and "classifier.bias are NaN" in done.err
+    assert "Merging" not in done.err and not list(tmp_path.glob("*m*"))
+
+
+def test_other_files_beside_the_heads_are_no_tasks(merged: Path) -> None:
+    (merged / "heads" / "notes.txt").write_text("mine")
+    assert hf_tsv.inspect(merged).heads == ["animals", "digits"]
+
+
+def test_the_repository_of_an_input_is_not_pushed_to(
+    hub: Hub, zoo: Path, tasks: list[Path], tmp_path: Path
+) -> None:
+    files = {f"heads/{file.name}": file for file in tasks[0].iterdir()}
+    hub.add_repo("me/all", files)
+    hub.add_repo("org/base", zoo / "base")
+    done = run("merge", "me/all/heads", "--base-model", "org/base", "--push-to", "me/all")
+    assert done.code == 1 and "would replace the input me/all/heads" in done.err
+    assert len(hub.repos["me/all"].commits) == 1
+
+
 def test_names_of_files_are_distinct_and_harmless() -> None:
-    names = ["a", "A", "org/a", "../x", "a\nb", "ü", "", "...", "n" * 300, "a", "a-2", "org/a"]
+    names = [
+        "a",
+        "A",
+        "org/a",
+        "../x",
+        "a\nb",
+        "ü",
+        "",
+        "...",
+        "n" * 300,
+        "a",
+        "a-2",
+        "org/a",
+        "日" * 99,
+    ]
     files = file_names(names)
     stems = [name.removeprefix("heads/").removesuffix(".safetensors") for name in files]
     assert len({stem.lower() for stem in stems}) == len(names)
-    assert all(stem and "/" not in stem and "\n" not in stem and len(stem) < 120 for stem in stems)
+    assert all(stem and "/" not in stem and "\n" not in stem for stem in stems)
+    assert all(len(stem.encode()) < 120 for stem in stems)  # a file's name has 255 bytes
     assert stems[0] == "a" and stems[2] == "org-a" and not any(s.startswith(".") for s in stems)

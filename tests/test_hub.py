@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from hf_tsv import hub as client
 from hf_tsv.errors import RepoError
 from hf_tsv.hub import client as calls
-from hf_tsv.hub import downloads, uploads
+from hf_tsv.hub import downloads, ranges, uploads
 
 WEIGHTS = bytes(range(256)) * 40
 FILES = {"config.json": "{}", "model.safetensors": WEIGHTS}
@@ -363,6 +363,50 @@ def test_another_range_than_asked_for_is_an_error(hub: Hub, sleeps: list[float])
     with pytest.raises(RepoError, match=said):
         client.read_range(snapshot(), "model.safetensors", 10, 300)
     assert len(sleeps) == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"truncate": 10**6, "headers": {"Content-Range": "bytes 10-299/999999"}}, "999999"),
+        ({"truncate": 10**6, "headers": {"Content-Encoding": "gzip"}}, "gzip instead of bytes"),
+        ({"ignore_range": True, "headers": {"Content-Encoding": "br"}}, "br instead of bytes"),
+        ({"ignore_range": True, "truncate": 2000}, "2000 bytes instead of 290"),
+        ({"status": 403, "method": "GET"}, "403 from its storage"),
+    ],
+)
+def test_answers_that_are_of_another_file_are_errors(
+    hub: Hub, sleeps: list[float], fault: dict[str, Any], said: str
+) -> None:
+    hub.add_repo("org/model", FILES)
+    hub.fail("/[0-9a-f]{64}/", times=99, **fault)
+    with pytest.raises(RepoError, match=f"{said}.*of model.safetensors") as error:
+        client.read_range(snapshot(), "model.safetensors", 10, 300)
+    assert "hf auth" not in str(error.value)
+    assert len(sleeps) == 4
+
+
+def test_all_of_a_large_file_is_not_taken_for_a_part(
+    hub: Hub, sleeps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "SMALL_FILE", 5000)
+    hub.add_repo("org/model", FILES)
+    hub.fail("model.safetensors", ignore_range=True, times=99)
+    with pytest.raises(RepoError, match="the server serves no ranges"):
+        client.read_range(snapshot(), "model.safetensors", 10, 300)
+
+
+def test_a_refused_connection_to_the_storage_is_tried_again(hub: Hub, sleeps: list[float]) -> None:
+    hub.add_repo("org/model", FILES)
+    repo = snapshot()
+    repo.locations["model.safetensors"] = "http://127.0.0.1:9/gone"
+    assert client.read_range(repo, "model.safetensors", 10, 300) == WEIGHTS[10:300]
+    assert sleeps == [1]
+
+
+def test_no_signature_of_an_address_is_told() -> None:
+    error = RuntimeError("404 for url 'https://s3.aws/a/b?X-Signature=SECRET&Expires=1' (x)")
+    assert calls.first_line(error) == "404 for url 'https://s3.aws/a/b' (x)"
 
 
 def test_the_storage_is_asked_directly_until_it_refuses(hub: Hub) -> None:

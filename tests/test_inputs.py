@@ -177,6 +177,9 @@ def test_a_checkpoint_in_a_pull_request(hub: Hub, zoo: Path, tmp_path: Path) -> 
     assert "refs/pr/3" not in (tmp_path / "3" / "hf_tsv_recipe.yaml").read_text()  # a commit
 
 
+CONVERSION = "Adding `safetensors` variant of this model"
+
+
 def legacy(zoo: Path, folder: Path) -> bytes:
     """A checkpoint as torch saved it before 1.6; returns what it is as safetensors."""
     copied(zoo / "vision", folder)
@@ -187,13 +190,15 @@ def legacy(zoo: Path, folder: Path) -> bytes:
     return weights
 
 
-def offered(hub: Hub, weights: bytes, author: str = "SFconvertbot") -> None:
+def offered(
+    hub: Hub, weights: bytes, author: str = "SFconvertbot", title: str = CONVERSION
+) -> None:
     """A pull request that adds a conversion to org/old."""
     hub.users["hf_bot"] = User(author)
     HfApi(token="hf_bot").create_commit(
         "org/old",
         [CommitOperationAdd("model.safetensors", weights)],
-        commit_message="Adding `safetensors` variant of this model",
+        commit_message=title,
         create_pr=True,
     )
 
@@ -208,12 +213,13 @@ def test_a_conversion_that_exists_only_as_a_pull_request_is_found(
     done = run(*words)
     assert done.code == 1 and "since version 1.6" in done.err
     offered(hub, b"anything", author="somebody")
+    offered(hub, b"anything", title="Something else")
     assert run(*words).code == 1
     offered(hub, weights)
     done = run(*words)
     assert done.code == 0, done.err
-    assert "Its conversion org/old@refs/pr/2 is read." in done.err
-    sha = hub.repos["org/old"].refs["refs/pr/2"]
+    assert "Its conversion org/old@refs/pr/3 is read." in done.err
+    sha = hub.repos["org/old"].refs["refs/pr/3"]
     assert sha in (tmp_path / "m" / "hf_tsv_recipe.yaml").read_text()
     plain = run("merge", zoo / "vision", "--base-model", zoo / "base", "-o", tmp_path / "p")
     assert plain.code == 0

@@ -76,14 +76,19 @@ def test_a_subfolder_of_a_repository(text: str, revision: str | None, subfolder:
 
 
 @pytest.mark.parametrize(
-    "subfolder", ["..", "a/../b", "/a", "", "a@b", "a\n", "a\\b", "n/" * 3000, "model.safetensors"]
+    "subfolder", ["..", "a/../b", "/a", "a@b", "a\n", "a\\b", "n/" * 3000, "model.safetensors"]
 )
 def test_what_is_no_subfolder_is_refused(subfolder: str) -> None:
     with pytest.raises(RepoError, match="is no subfolder"):
         parse("org/name", subfolder)
-    if subfolder:
-        with pytest.raises(HfTsvError):
-            parse(f"org/name@v1/{subfolder}")
+    with pytest.raises(HfTsvError):
+        parse(f"org/name@v1/{subfolder}")
+
+
+def test_ways_to_write_no_and_the_same_subfolder() -> None:
+    assert parse("org/name", "") == parse("org/name")
+    assert parse("org/name", "./a//b/") == parse("org/name/a/b")
+    assert parse(at_revision("org/n/s", "refs/heads/a")).revision == "refs/heads/a"
 
 
 @pytest.mark.parametrize("text", [".", "./org/name", "org/name", "{}/org", "~/org/name"])
@@ -487,8 +492,39 @@ def test_names_are_followed_to_what_they_have_in_common(
 
 def test_a_disagreement_says_where_the_names_lead() -> None:
     parents = {"org/x": ["org/y"], "org/y": ["org/a"]}
-    with pytest.raises(CheckpointError, match=r"me/1: org/x from org/y from org/a; me/2: org/b\."):
+    with pytest.raises(CheckpointError, match=r"me/1: org/x \(from org/y\); me/2: org/b\."):
         infer({"me/1": ["org/x"], "me/2": ["org/b"]}, lambda name: parents.get(name, []))
+
+
+def test_only_so_many_models_are_looked_up() -> None:
+    asked: list[str] = []
+
+    def parents(name: str) -> list[str]:
+        asked.append(name)
+        return [f"{name}{letter}" for letter in "abcdefghij"]
+
+    named = {"me/1": [f"org/a{i}" for i in range(30)], "me/2": ["org/b"]}
+    with pytest.raises(CheckpointError, match="different base models") as error:
+        infer(named, parents)
+    assert len(asked) == 40 and len(error.value.message) < 1000
+
+
+def test_what_a_card_names_is_no_folder_here(
+    hub: Hub, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hf_tsv
+
+    card = "---\nbase_model: {}\n---\n"
+    hub.add_repo("org/base", zoo / "base")
+    for name, base in (("vision", "org/middle"), ("full", "org/base")):
+        files = {file.name: file for file in (zoo / name).iterdir()}
+        hub.add_repo(f"org/{name}", {**files, "README.md": card.format(base)})
+    hub.add_repo("org/middle", {"README.md": card.format("org/base"), "config.json": "{}"})
+    (tmp_path / "org" / "middle").mkdir(parents=True)
+    (tmp_path / "org" / "middle" / "README.md").write_text(card.format("org/other"))
+    monkeypatch.chdir(tmp_path)
+    done = hf_tsv.merge(["hf://org/vision", "hf://org/full"], output="m")
+    assert done.base_model["ref"] == "org/base"
 
 
 def test_an_endless_chain_is_left(hub: Hub) -> None:
@@ -585,6 +621,6 @@ def test_hf_hub_offline_is_honoured(hub: Hub, tmp_path: Path) -> None:
     assert first == f"{online.revision} mit b'w'"
     assert second == (
         "org/other is not in the local cache and the Hub cannot be reached"
-        " (OfflineModeIsEnabled). Run once with a connection and without HF_HUB_OFFLINE."
+        " (OfflineModeIsEnabled). Run once with a connection, without HF_HUB_OFFLINE and --stream."
     )
     assert hub.requests == []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,9 @@ import hf_tsv
 from benchmarks.speed import processes
 from benchmarks.streaming import tensor_bytes, watched
 from hf_tsv import hub as client
+from hf_tsv import sources
 from hf_tsv.checkpoints import ahead
-from hf_tsv.checkpoints.ahead import AHEAD_BYTES, AheadFiles
+from hf_tsv.checkpoints.ahead import AHEAD_BYTES, AheadFiles, Connections
 from hf_tsv.errors import RepoError
 from hf_tsv.hub import client as calls
 
@@ -42,7 +45,7 @@ def files(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[AheadFiles]:
     hub.add_repo("org/model", {"a.safetensors": CONTENT, "b.safetensors": CONTENT[::-1]})
     repo = client.snapshot("org/model", None)
     hub.requests.clear()
-    found = AheadFiles(repo, "", ThreadPoolExecutor(8), 100_000)
+    found = AheadFiles(repo, "", Connections(), 100_000)
     yield found
     found.close()
 
@@ -108,6 +111,43 @@ def test_bytes_that_were_skipped_do_not_pile_up(hub: Hub, files: AheadFiles) -> 
     for name, start, length in spans[::5]:
         assert read(files, name, start, length) == CONTENT[start : start + length]
     assert hub.sent() < 50_000 * 15
+
+
+def test_small_gaps_are_fetched_along(hub: Hub, files: AheadFiles) -> None:
+    """As between the tensors of a pickle, which begin at multiples of 64."""
+    spans = [("a.safetensors", at, 900) for at in range(0, 40_000, 1000)]
+    files.expect([spans[0], ("a.safetensors", 900, 0), *spans[1:]])  # one has no bytes
+    for name, start, length in spans:
+        assert read(files, name, start, length) == CONTENT[start : start + length]
+    assert len([r for r in hub.requests if r.origin == "cdn"]) == 1
+    assert hub.sent() == 39_900
+
+
+def test_whoever_waits_is_told_when_it_is_over(hub: Hub, files: AheadFiles) -> None:
+    hub.fail("a.safetensors", delay=5, truncate=SIZE, times=9)
+    files.expect([("a.safetensors", 0, 200_000)])
+    for start in (0, 2_000_000):  # what was expected, and what was not
+        threading.Timer(0.3, files.close).start()
+        began = time.monotonic()
+        with pytest.raises(RepoError, match="not read any more"):
+            read(files, "a.safetensors", start, 10)
+        assert time.monotonic() - began < 4  # and not the five seconds of the answer
+        files._closed = False
+
+
+def test_threads_end_with_the_files(hub: Hub, files: AheadFiles) -> None:
+    files.expect([("a.safetensors", 0, 200_000)])
+    read(files, "a.safetensors", 0, 10)
+    assert fetching() >= 8
+    files.close()
+    limit = time.monotonic() + 20
+    while fetching() and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert fetching() == 0
+
+
+def fetching() -> int:
+    return sum(thread.name == "hf-tsv-fetch" for thread in threading.enumerate())
 
 
 def test_a_failure_is_told_to_who_reads(hub: Hub, files: AheadFiles) -> None:
@@ -264,7 +304,8 @@ def test_a_storage_that_is_gone_ends_the_merge_and_it_goes_on_later(
     fetched = deep.sent("safetensors")
     assert fetched > 37e6
     deep.requests.clear()
-    failing = threading.Thread(target=fail_after, args=(deep, 30_000_000))
+    monkeypatch.setattr(sources, "AHEAD_BYTES", 1_500_000)  # so that it takes its time
+    failing = threading.Thread(target=fail_after, args=(deep, 15_000_000))
     failing.start()
     with pytest.raises(RepoError, match="answered 503"):
         merge("b")
@@ -284,6 +325,37 @@ def fail_after(hub: Hub, amount: int) -> None:
     while hub.sent() < amount and time.monotonic() < limit:
         time.sleep(0.001)
     hub.fail("safetensors", status=503, times=10**6)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_merge_that_waits_for_the_hub(
+    deep: Hub, tmp_path: Path, kind: signal.Signals
+) -> None:
+    deep.fail("/org/t1/.*safetensors", delay=60, truncate=10**9, times=99)
+    words = ["merge", "org/t1", "org/t2", "--base-model", "org/base", "--stream", "-o", "m"]
+    command = [sys.executable, "-m", "hf_tsv", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 60
+    while not deep.sent("/org/t2/") > 200_000 and time.monotonic() < limit:
+        time.sleep(0.05)
+    process.send_signal(kind)
+    _, err = process.communicate(timeout=8)  # an answer would take a minute
+    assert process.returncode == 128 + kind, err
+    assert "Traceback" not in err
+    assert not (tmp_path / "m").exists()
+
+
+def test_what_transformers_has_downloaded_is_not_fetched(world: Path, hub: Hub) -> None:
+    """It leaves the card where it is."""
+    from transformers import CLIPModel, CLIPVisionModel
+
+    clips.load(CLIPVisionModel, "org/vision")
+    clips.load(CLIPModel, "org/base")
+    hub.requests.clear()
+    done = run("merge", "org/vision", "--stream", "-o", "m", cwd=world)
+    assert done.code == 0, done.err
+    for name in ("vision", "base"):  # its header
+        assert hub.sent(f"/org/{name}/.*safetensors") <= 100_000
 
 
 def test_several_processes_stream_their_shares(world: Path, hub: Hub) -> None:

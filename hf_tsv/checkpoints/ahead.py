@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hf_tsv import hub
 from hf_tsv.checkpoints.files import HubFiles
+from hf_tsv.errors import RepoError
 
 CONNECTIONS = 8
 AHEAD_BYTES = 64_000_000
@@ -41,6 +44,55 @@ class _Piece:
         return self.stop - self.start
 
 
+_Job = tuple[Future[bytearray], hub.RepoSnapshot, str, int, int]
+
+
+class Connections:
+    """Threads that fetch, for several repositories, and that nobody has to wait for.
+
+    Those of an executor are waited for when the program ends: after Ctrl-C a minute, where the Hub
+    does not answer.
+
+    Args:
+        count (`int`): how many.
+    """
+
+    def __init__(self, count: int = CONNECTIONS) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._count, self._closed = count, threading.Event()
+        for _ in range(count):
+            threading.Thread(target=self._work, name="hf-tsv-fetch", daemon=True).start()
+
+    def fetch(self, repo: hub.RepoSnapshot, path: str, start: int, stop: int) -> Future[bytearray]:
+        """Bytes `start` … `stop` − 1 of a file, soon; cancelling ends any wait for them."""
+        result: Future[bytearray] = Future()
+        if self._closed.is_set():
+            result.cancel()
+        self._jobs.put((result, repo, path, start, stop))
+        return result
+
+    def close(self) -> None:
+        """Let the threads end, once they are done with what they are at."""
+        if not self._closed.is_set():
+            self._closed.set()
+            for _ in range(self._count):
+                self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            result, repo, path, start, stop = job
+            if result.cancelled():
+                continue
+            try:
+                body = hub.read_range(repo, path, start, stop)
+            except BaseException as error:
+                with suppress(InvalidStateError):  # cancelled meanwhile
+                    result.set_exception(error)
+            else:
+                with suppress(InvalidStateError):
+                    result.set_result(body)
+
+
 class AheadFiles(HubFiles):
     """A Hub repository of which the next bytes are fetched while others are read.
 
@@ -49,18 +101,20 @@ class AheadFiles(HubFiles):
     Args:
         repo ([`RepoSnapshot`]): which commit.
         subfolder (`str`): whose files these are; empty for all.
-        pool (`ThreadPoolExecutor`): fetches, for several repositories.
+        connections ([`Connections`]): that fetch.
         share (`int`): bytes that may wait to be read.
     """
 
     def __init__(
-        self, repo: hub.RepoSnapshot, subfolder: str, pool: ThreadPoolExecutor, share: int
+        self, repo: hub.RepoSnapshot, subfolder: str, connections: Connections, share: int
     ) -> None:
         super().__init__(repo, subfolder)
-        self._pool, self._share = pool, share
+        self._connections, self._share = connections, share
         self._pieces: list[_Piece] = []
         self._places: dict[str, list[tuple[int, int]]] = {}
-        self._read = self._begun = 0  # pieces before these were read, or asked for
+        self._read = self._begun = self._waiting = 0  # first piece not read, not asked for; bytes
+        self._direct: Future[bytearray] | None = None
+        self._closed = False
         self._lock = threading.Lock()
 
     def expect(self, spans: Iterable[tuple[str, int, int]]) -> None:
@@ -82,7 +136,7 @@ class AheadFiles(HubFiles):
                 self._places.setdefault(piece.file, []).append((piece.start, i))
             for places in self._places.values():
                 places.sort()
-            self._read = self._begun = 0
+            self._read = self._begun = self._waiting = 0
             self._begin(0)
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
@@ -90,11 +144,11 @@ class AheadFiles(HubFiles):
         while done < len(buffer):
             index, data = self._at(name, start + done)
             if data is None:
-                super().read_into(name, start + done, buffer[done:])
+                buffer[done:] = self._now(name, start + done, start + len(buffer))
                 return
             piece = self._pieces[index]
             within = start + done - piece.start
-            part = memoryview(data.result())[within : within + len(buffer) - done]
+            part = memoryview(self._result(data))[within : within + len(buffer) - done]
             buffer[done : done + len(part)] = part
             done += len(part)
             if within + len(part) == piece.size:
@@ -103,9 +157,28 @@ class AheadFiles(HubFiles):
                     self._begin(index + 1)
 
     def close(self) -> None:
+        """Fetch no more; whoever waits for bytes gets an error."""
         with self._lock:
+            self._closed = True
             self._forget_before(len(self._pieces))
-        self._pool.shutdown(wait=False, cancel_futures=True)
+            if self._direct is not None:
+                self._direct.cancel()
+        self._connections.close()
+
+    def _now(self, name: str, start: int, stop: int) -> bytearray:
+        """What was not expected, or was read before."""
+        with self._lock:
+            data = self._connections.fetch(self.repo, self.path(name), start, stop)
+            self._direct = data
+            if self._closed:
+                data.cancel()
+        return self._result(data)
+
+    def _result(self, data: Future[bytearray]) -> bytearray:
+        try:
+            return data.result()
+        except CancelledError:
+            raise RepoError(f"{self.repo.repo_id} is not read any more.", "Run again.") from None
 
     def _at(self, name: str, position: int) -> tuple[int, Future[bytearray] | None]:
         """The piece that holds a byte, and its data unless it was not expected or read before."""
@@ -123,20 +196,21 @@ class AheadFiles(HubFiles):
 
     def _begin(self, needed: int) -> None:
         """Ask for a piece, and for as many after it as may wait to be read."""
-        waiting = sum(piece.size for piece in self._pieces[self._read : self._begun])
-        for piece in self._pieces[self._begun :]:
-            if self._begun > needed and waiting + piece.size > self._share:
+        while self._begun < len(self._pieces) and not self._closed:
+            piece = self._pieces[self._begun]
+            if self._begun > needed and self._waiting + piece.size > self._share:
                 break
             path = self.path(piece.file)
-            piece.data = self._pool.submit(hub.read_range, self.repo, path, piece.start, piece.stop)
-            waiting += piece.size
+            piece.data = self._connections.fetch(self.repo, path, piece.start, piece.stop)
+            self._waiting += piece.size
             self._begun += 1
 
     def _forget_before(self, index: int) -> None:
         for piece in self._pieces[self._read : index]:
             if piece.data is not None:
                 piece.data.cancel()
-            piece.data = None
+                piece.data = None
+                self._waiting -= piece.size
         self._read, self._begun = max(self._read, index), max(self._begun, index)
 
 

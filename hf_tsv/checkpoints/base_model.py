@@ -7,10 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from hf_tsv.checkpoints.files import read_json
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.errors import CheckpointError, HfTsvError
+from hf_tsv.parallel import in_parallel
 
 CONFIG = ("config.json", "_name_or_path")
 LONGEST_CHAIN = 8
 """Steps that are followed from a fine-tune of a fine-tune of …"""
+
+MOST_ASKED = 40
+"""Models that are looked up for it."""
+
+MOST_SHOWN = 5
+"""Base models of one input in an error."""
 
 
 def named_by(item: PinnedCheckpoint) -> list[str]:
@@ -63,16 +70,15 @@ def infer(
         raise CheckpointError("No checkpoint says which base model it was fine-tuned from.", hint)
     if len(names) == 1:
         return names.popitem()[0], speakers
-    known: dict[str, tuple[str, ...]] = {}
-    back = {name: _ancestors(name, parents, known) for name in names}
-    common = set[str].intersection(*map(set, back.values()))
+    known = _followed(list(names), parents)
+    common = set[str].intersection(*({name, *_beyond(name, known)} for name in names))
     nearest = [
         one for one in common if not any(one in _beyond(other, known) for other in common - {one})
     ]
     if len(nearest) == 1:
         return nearest[0], speakers
     lines = [
-        f"{item}: {', '.join(' from '.join(back[name]) for name in found) or 'nothing'}"
+        f"{item}: {', '.join(_shown(name, known) for name in found[:MOST_SHOWN]) or 'nothing'}"
         for item, found in said.items()
     ]
     raise CheckpointError(
@@ -80,21 +86,26 @@ def infer(
     )
 
 
-def _ancestors(
-    name: str, parents: Callable[[str], Sequence[str]], known: dict[str, tuple[str, ...]]
-) -> list[str]:
-    """A model, and all that it goes back to, nearest first; `known` gets what each names."""
-    found, new = [name], [name]
+def _followed(
+    names: list[str], parents: Callable[[str], Sequence[str]]
+) -> dict[str, tuple[str, ...]]:
+    """What each model names, and each of those, and so on; asked side by side."""
+    known: dict[str, tuple[str, ...]] = {}
+    new = names
     for _ in range(LONGEST_CHAIN):
-        for one in new:
-            if one not in known:
-                known[one] = tuple(parents(one))
-        new = [up for up in dict.fromkeys(p for one in new for p in known[one]) if up not in found]
-        found += new
-    return found
+        new = new[: MOST_ASKED - len(known)]
+        known |= dict(zip(new, map(tuple, in_parallel(parents, new)), strict=True))
+        new = [up for up in dict.fromkeys(p for one in new for p in known[one]) if up not in known]
+    return known
 
 
-def _beyond(name: str, known: Mapping[str, tuple[str, ...]]) -> set[str]:
+def _shown(name: str, known: Mapping[str, Sequence[str]]) -> str:
+    """A model and what it names."""
+    own = ", ".join(known.get(name, ())[:MOST_SHOWN])
+    return f"{name} (from {own})" if own else name
+
+
+def _beyond(name: str, known: Mapping[str, Sequence[str]]) -> set[str]:
     """What a model goes back to, as far as it is known."""
     found: set[str] = set()
     new = set(known.get(name, ()))

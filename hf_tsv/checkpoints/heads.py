@@ -33,7 +33,8 @@ def file_names(tasks: Sequence[str]) -> list[str]:
     """
     stems: list[str] = []
     for task in tasks:
-        stem = re.sub(r"[^\w.-]+", "-", task).strip(".-")[:LONGEST_NAME] or "task"
+        stem = re.sub(r"[^\w.-]+", "-", task).strip(".-") or "task"
+        stem = stem.encode()[:LONGEST_NAME].decode(errors="ignore")
         while stem.lower() in [other.lower() for other in stems]:
             stem = f"{stem}-{len(stems) + 1}"
         stems.append(stem)
@@ -54,8 +55,8 @@ def write(
     from safetensors.torch import save_file
 
     (folder / FOLDER).mkdir(exist_ok=True)
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(dict(config))}
-    save_file(dict(tensors), folder / file, metadata=metadata)
+    # One entry: the library writes several in any order, and the bytes would not repeat.
+    save_file(dict(tensors), folder / file, metadata={CONFIG_KEY: json.dumps(dict(config))})
 
 
 def tasks_of(item: Checkpoint) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
@@ -17,6 +18,8 @@ from hf_tsv.errors import CheckpointError, RepoError
 from hf_tsv.hub import WEIGHT_SUFFIXES
 
 LONGEST_SUBFOLDER = 1000
+PULL_REQUEST = re.compile(r"refs/(pr|convert)/\w+")
+"""Revisions that are written as they are; in others a slash would begin a subfolder."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def at_revision(ref: str, revision: str | None) -> str:
     """
     if revision is None:
         return ref
-    if not revision.startswith("refs/"):
+    if not PULL_REQUEST.fullmatch(revision):
         revision = quote(revision, safe="")  # a branch may have a slash in its name
     repo_id = repo_id_of(ref)
     return f"{repo_id}@{revision}{ref[len(repo_id) :]}"
@@ -113,9 +116,11 @@ def parse(text: str, subfolder: str | None = None) -> Reference:
         >>> parse("org/clip-a@v1")
         Reference(text='org/clip-a', repo_id='org/clip-a', revision='v1', subfolder='')
     """
-    subfolder = None if subfolder is None else subfolder.rstrip("/")
+    if not subfolder:  # as the default is in transformers
+        subfolder = None
     if subfolder is not None and not _is_subfolder(subfolder):
         raise RepoError(f"{subfolder!r} is no subfolder.", "Name a folder inside the repository.")
+    subfolder = None if subfolder is None else str(PurePosixPath(subfolder))
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -142,6 +147,7 @@ def parse(text: str, subfolder: str | None = None) -> Reference:
             "Write org/name, org/name@revision, hf://org/name, or the path of an existing folder.",
         ) from None
     inside = uri.path_in_repo.strip("/")
+    inside = str(PurePosixPath(inside)) if inside else ""
     if uri.type != "model" or (inside and not _is_subfolder(inside)):
         raise RepoError(
             f"{text!r} does not name a model repository.",

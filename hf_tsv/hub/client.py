@@ -101,7 +101,8 @@ def translated(repo_id: str, revision: str | None, *, writing: bool = False) -> 
     except RevisionNotFoundError:
         raise RepoError(
             f"{repo_id} has no revision {revision!r}.",
-            f"Branches and tags are listed at https://huggingface.co/{repo_id}/tree/main.",
+            f"Branches and tags are listed at https://huggingface.co/{repo_id}/tree/main;"
+            " a slash in the name of one is written %2F.",
         ) from None
     except RemoteEntryNotFoundError as error:
         raise RepoError(
@@ -148,5 +149,7 @@ def _http_error(error: HfHubHTTPError, repo_id: str, writing: bool) -> RepoError
 
 
 def first_line(error: Exception) -> str:
+    """The first line of what an error says, without the signatures of addresses."""
     message = getattr(error, "server_message", None) or str(error)
+    message = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", message)
     return next((line.strip() for line in message.splitlines() if line.strip()), "no message")

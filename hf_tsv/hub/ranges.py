@@ -11,8 +11,11 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from hf_tsv import __version__
 from hf_tsv.errors import RepoError
-from hf_tsv.hub.client import retried, translated
+from hf_tsv.hub.client import RETRY_STATUS, retried, translated
 from hf_tsv.hub.snapshots import RepoSnapshot
+
+SMALL_FILE = 8_000_000
+"""Bytes of a file of which a server may send all where a part was asked for."""
 
 
 def read_range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> bytearray:
@@ -29,33 +32,47 @@ def read_range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> byte
     with translated(repo.repo_id, repo.revision):
         try:
             return retried(lambda: _range(repo, filename, start, stop), refusals=True)
-        except _OtherRangeError as error:
+        except _OtherAnswerError as error:
             raise RepoError(
                 f"{repo.repo_id}: the Hub sent {error} of {filename}.",
-                "Try again; if it stays, the file in the repository is truncated.",
+                "Try again; if it stays, the file is damaged, or the server serves no ranges.",
             ) from None
 
 
-class _OtherRangeError(TransportError):
+class _OtherAnswerError(TransportError):
     """An answer that is not what was asked for, as of a proxy that lost the connection."""
 
 
 def _range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> bytearray:
     wanted = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    direct = repo.locations.pop(filename, None)
+    size = repo.sizes.get(filename)
+    direct = repo.locations.get(filename)
     if direct is not None:
-        with _answer(direct, wanted) as response:
-            if response.status_code < 400:
-                body = _body(response, start, stop)
-                repo.locations[filename] = direct
-                return body
+        try:
+            with _answer(direct, wanted) as response:
+                if response.status_code < 400:
+                    return _body(response, start, stop, size)
+        except TransportError:
+            _forget(repo, filename, direct)
+            raise
+        _forget(repo, filename, direct)
     url = hf_hub_url(repo.repo_id, filename, revision=repo.revision)
     headers = build_hf_headers(token=repo.token, library_name="hf-tsv", library_version=__version__)
     with _answer(url, {**headers, **wanted}) as response:
+        elsewhere = response.history and response.url.netloc != response.history[0].url.netloc
+        if elsewhere and response.status_code >= 400 and response.status_code not in RETRY_STATUS:
+            # The storage's own words hold a signed address, and it has seen no token to refuse.
+            raise _OtherAnswerError(f"{response.status_code} from its storage instead")
         hf_raise_for_status(response)
-        if response.history and response.url.netloc != response.history[0].url.netloc:
+        if elsewhere:
             repo.locations[filename] = str(response.url)
-        return _body(response, start, stop)
+        return _body(response, start, stop, size)
+
+
+def _forget(repo: RepoSnapshot, filename: str, location: str) -> None:
+    """An address that no longer serves; another thread may have found a new one."""
+    if repo.locations.get(filename) == location:
+        repo.locations.pop(filename, None)
 
 
 def _answer(url: str, headers: dict[str, str]) -> AbstractContextManager[Response]:
@@ -63,14 +80,22 @@ def _answer(url: str, headers: dict[str, str]) -> AbstractContextManager[Respons
     return get_session().stream("GET", url, headers=headers, timeout=timeout)
 
 
-def _body(response: Response, start: int, stop: int) -> bytearray:
+def _body(response: Response, start: int, stop: int, size: int | None) -> bytearray:
     """The range out of an answer: all of it, or a part where the server ignores ranges."""
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
+        raise _OtherAnswerError(f"{encoding} instead of bytes")
     skipped = start
     if response.status_code == 206:
         said = response.headers.get("Content-Range", "")
-        if not re.fullmatch(rf"bytes {start}-{stop - 1}/(\d+|\*)", said):
-            raise _OtherRangeError(f"{said or 'other bytes'} instead of bytes {start}-{stop - 1}")
+        total = r"\d+" if size is None else str(size)
+        if not re.fullmatch(rf"bytes {start}-{stop - 1}/({total}|\*)", said):
+            raise _OtherAnswerError(f"{said or 'other bytes'} instead of bytes {start}-{stop - 1}")
         skipped = 0
+    else:
+        length = response.headers.get("Content-Length")
+        if size is None or size > SMALL_FILE or length not in (None, str(size)):
+            raise _OtherAnswerError(f"{length or 'other'} bytes instead of {stop - start}")
     body = bytearray()
     for chunk in response.iter_raw():
         body += chunk[skipped:]
@@ -80,5 +105,5 @@ def _body(response: Response, start: int, stop: int) -> bytearray:
     if response.status_code != 206:
         del body[stop - start :]
     if len(body) != stop - start:
-        raise _OtherRangeError(f"{len(body)} bytes instead of {stop - start}")
+        raise _OtherAnswerError(f"{len(body)} bytes instead of {stop - start}")
     return body

@@ -109,14 +109,14 @@ def _cached_snapshot(
         raise RepoError(
             f"{repo_id} is not in the local cache and the Hub cannot be reached"
             f" ({type(error).__name__}).",
-            "Run once with a connection and without HF_HUB_OFFLINE.",
+            "Run once with a connection, without HF_HUB_OFFLINE and --stream.",
         ) from None
     folder = Path(config).parents[inside.count("/")]
     if not any(file.suffix in WEIGHT_SUFFIXES for file in Path(config).parent.iterdir()):
         raise RepoError(
             f"The weights of {repo_id} are not in the local cache and the Hub cannot be reached"
             f" ({type(error).__name__}).",
-            "Run once with a connection and without HF_HUB_OFFLINE.",
+            "Run once with a connection, without HF_HUB_OFFLINE and --stream.",
         ) from None
     if not isinstance(error, OfflineModeIsEnabled):
         logger.warning("The Hub cannot be reached: %s is taken from the local cache.", repo_id)
