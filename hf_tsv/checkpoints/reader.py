@@ -213,7 +213,7 @@ def _only_variant(files: Files, owner: str) -> str | None:
 
 def _only_pickle(files: Files) -> str | None:
     """A state dict of any name, if it is the only one."""
-    found = [name for name in files.names() if name.endswith(SUFFIXES)]
+    found = [n for n in files.names() if n.endswith(SUFFIXES) and "/" not in n]
     return found[0] if len(found) == 1 else None
 
 
