@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from hf_tsv.compression import CompressReport, compress, export_peft
     from hf_tsv.errors import (
         CheckpointError,
+        DataError,
         HfTsvError,
         LostProcessError,
         OutputError,
         RecipeError,
         RepoError,
     )
+    from hf_tsv.evaluation import EvaluateReport, EvaluationTask, evaluate
     from hf_tsv.factors import TaskFactors
     from hf_tsv.inspecting import InspectReport, inspect
     from hf_tsv.interfering import InterferenceReport, interference
@@ -32,6 +34,9 @@ _HOMES = {
     "compress": "compression",
     "export_peft": "compression",
     "CompressReport": "compression",
+    "evaluate": "evaluation",
+    "EvaluateReport": "evaluation",
+    "EvaluationTask": "evaluation",
     "inspect": "inspecting",
     "InspectReport": "inspecting",
     "interference": "interfering",
@@ -46,6 +51,7 @@ _HOMES = {
     "HfTsvError": "errors",
     "RepoError": "errors",
     "CheckpointError": "errors",
+    "DataError": "errors",
     "RecipeError": "errors",
     "OutputError": "errors",
     "LostProcessError": "errors",
@@ -54,6 +60,9 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "CompressReport",
+    "DataError",
+    "EvaluateReport",
+    "EvaluationTask",
     "HfTsvError",
     "InspectReport",
     "InterferenceReport",
@@ -68,6 +77,7 @@ __all__ = [
     "TaskSwitcher",
     "__version__",
     "compress",
+    "evaluate",
     "export_peft",
     "inspect",
     "interference",

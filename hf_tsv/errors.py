@@ -5,6 +5,7 @@ HfTsvError
 ├── CheckpointError   a checkpoint is damaged or does not fit the base model
 ├── RecipeError       a recipe or an option cannot be used
 ├── OutputError       the output folder cannot be written
+├── DataError         a dataset cannot be evaluated on
 └── LostProcessError  one of several processes is gone, or failed
 """
 
@@ -42,6 +43,10 @@ class RecipeError(HfTsvError):
 
 class OutputError(HfTsvError):
     """The output folder cannot be written."""
+
+
+class DataError(HfTsvError):
+    """A dataset cannot be read, or does not have what is needed of it."""
 
 
 class LostProcessError(HfTsvError):

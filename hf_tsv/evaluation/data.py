@@ -1,0 +1,233 @@
+"""Labelled images of one task: from the Hub, a folder of images, or a parquet file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_tsv.errors import DataError, RecipeError
+from hf_tsv.progress import first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+LABELS = ("label", "labels", "fine_label", "class")
+"""Columns that are taken for the labels where none is a class label, the likeliest first."""
+
+SPLITS = ("test", "validation", "train")
+SEED = 0
+"""Of the images that `limit` leaves."""
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """What to classify.
+
+    Args:
+        name (`str`): of the task.
+        dataset (`str`): repository on the Hub (`org/name`), folder, or parquet file.
+        revision (`str`, *optional*): of a repository.
+        config (`str`, *optional*): of a repository that holds several.
+        split (`str`, *optional*): default: `test`, else `validation`, else `train`.
+        image (`str`, *optional*): column of the images; default: the only one there is.
+        label (`str`, *optional*): column of the labels; default: the only class label.
+        classes (`tuple[str, ...]`): names in the order of the labels; default: the dataset's.
+        templates (`tuple[str, ...]`): of prompts, with `{}` for the name of a class.
+    """
+
+    name: str
+    dataset: str
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+    image: str | None = None
+    label: str | None = None
+    classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+
+    def __post_init__(self) -> None:
+        if not self.name.isprintable() or not self.name.strip() or not self.dataset.strip():
+            raise RecipeError(f"The task {self.name!r} is incomplete.", "Write NAME=DATASET.")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise RecipeError(
+                    f"The template {template!r} of {self.name} has no single {{}}.",
+                    "Write {} where the name of the class goes.",
+                )
+
+    @staticmethod
+    def parse(text: str, **choices: Any) -> EvaluationTask:
+        """Read `NAME=DATASET`, `NAME=DATASET@REVISION` or `NAME=DATASET:CONFIG`.
+
+        Args:
+            text (`str`): as on the command line.
+            choices: the other fields.
+
+        Example:
+            >>> EvaluationTask.parse("dtd=tanganke/dtd@main").revision
+            'main'
+        """
+        name, equals, dataset = text.partition("=")
+        if not equals:
+            raise RecipeError(f"The task {text!r} names no dataset.", "Write NAME=DATASET.")
+        if Path(dataset).expanduser().exists():
+            return EvaluationTask(name, dataset, **choices)
+        found = re.fullmatch(r"([^@:]+)(?::([^@]+))?(?:@(.+))?", dataset)
+        if found is None:
+            raise RecipeError(
+                f"{dataset!r} is neither a path nor a dataset.", "Write org/name or a path."
+            )
+        return EvaluationTask(name, found[1], found[3], found[2], **choices)
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images with the numbers and names of their classes.
+
+    Args:
+        rows (`Dataset`): of Hugging Face datasets.
+        image (`str`): column of the images.
+        label (`str`): column of the labels.
+        classes (`tuple[str, ...]`): names, in the order of the labels.
+        split (`str`): they were taken from.
+    """
+
+    rows: Dataset
+    image: str
+    label: str
+    classes: tuple[str, ...]
+    split: str
+
+    def batch(self, start: int, stop: int, task: str) -> tuple[list[Any], list[int]]:
+        """Images as RGB, and their labels.
+
+        Args:
+            start (`int`): first row.
+            stop (`int`): after the last row.
+            task (`str`): its name, for errors.
+
+        Raises:
+            [`DataError`]: an image cannot be read, or a label is no class.
+        """
+        images, labels = [], []
+        for i in range(start, stop):
+            try:
+                row = self.rows[i]
+                images.append(row[self.image].convert("RGB"))
+            except Exception as error:  # whatever Pillow meets in a damaged file
+                raise DataError(
+                    f"{task}: image {i} of the split {self.split} cannot be read:"
+                    f" {first_line(error)}",
+                    "Repair or remove it.",
+                ) from None
+            label = row[self.label]
+            if type(label) is not int or not 0 <= label < len(self.classes):
+                raise DataError(
+                    f"{task}: image {i} has the label {label!r}, and there are"
+                    f" {len(self.classes)} classes.",
+                    "Give the names of all classes, in the order of the labels.",
+                )
+            labels.append(label)
+        return images, labels
+
+
+def load(
+    task: EvaluationTask, *, limit: int | None, token: str | None, cache_dir: str | None
+) -> LabelledImages:
+    """Find the images of a task.
+
+    Args:
+        task ([`EvaluationTask`]): which.
+        limit (`int`, *optional*): take so many, drawn at random, always the same.
+        token (`str`, *optional*): for private datasets.
+        cache_dir (`str`, *optional*): of datasets.
+
+    Raises:
+        [`DataError`]: no such dataset, split or column, or nothing in it.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()  # ours counts images
+    splits = _splits(task, datasets, token, cache_dir)
+    wanted = [task.split] if task.split else [s for s in SPLITS if s in splits] or list(splits)
+    if wanted[0] not in splits:
+        raise DataError(
+            f"{task.name}: {task.dataset} has no split {wanted[0]!r}.",
+            f"It has {', '.join(splits)}.",
+        )
+    rows = splits[wanted[0]]
+    if not len(rows):
+        raise DataError(f"{task.name}: the split {wanted[0]} of {task.dataset} is empty.")
+    image = _column(task, rows.features, task.image, "image", datasets.Image)
+    label = _column(task, rows.features, task.label, "label", datasets.ClassLabel, LABELS)
+    classes = _classes(task, rows.features[label], label)
+    if limit is not None and limit < len(rows):
+        rows = rows.shuffle(seed=SEED).select(range(limit))
+    return LabelledImages(rows, image, label, classes, wanted[0])
+
+
+def _splits(
+    task: EvaluationTask, datasets: Any, token: str | None, cache_dir: str | None
+) -> Mapping[str, Dataset]:
+    path = Path(task.dataset).expanduser()
+    options: dict[str, Any] = {"name": task.config, "revision": task.revision}
+    source = task.dataset
+    if path.suffix == ".parquet":
+        source, options = "parquet", {"data_files": {"test": str(path)}}
+    elif path.exists():
+        source, options = str(path), {}
+    try:
+        found: Mapping[str, Dataset] = datasets.load_dataset(
+            source, token=token, cache_dir=cache_dir, **options
+        )
+        return found
+    except Exception as error:  # a dozen types, of several libraries
+        raise DataError(
+            f"{task.name}: the dataset {task.dataset} cannot be read: {first_line(error)}",
+            "Check its name, or the path.",
+        ) from None
+
+
+def _column(
+    task: EvaluationTask,
+    features: Mapping[str, Any],
+    asked: str | None,
+    what: str,
+    kind: type,
+    likely: Sequence[str] = (),
+) -> str:
+    """The column of images, or of labels."""
+    if asked is not None:
+        if asked in features:
+            return asked
+        raise DataError(
+            f"{task.name}: {task.dataset} has no column {asked!r}.",
+            f"It has {', '.join(features)}.",
+        )
+    found = [name for name, feature in features.items() if isinstance(feature, kind)]
+    found = found or [name for name in likely if name in features][:1]
+    if len(found) == 1:
+        return found[0]
+    raise DataError(
+        f"{task.name}: {task.dataset} has {len(found)} columns that may be the {what}s.",
+        f"Say which; it has {', '.join(features)}.",
+    )
+
+
+def _classes(task: EvaluationTask, feature: Any, label: str) -> tuple[str, ...]:
+    """Names in the order of the labels."""
+    own = tuple(getattr(feature, "names", None) or ())
+    if task.classes and own and len(own) != len(task.classes):
+        raise DataError(
+            f"{task.name}: {len(task.classes)} names for the {len(own)} classes of {task.dataset}.",
+            "Give one name for each class, in the order of the labels.",
+        )
+    if classes := task.classes or own:
+        return classes
+    raise DataError(
+        f"{task.name}: the column {label} of {task.dataset} does not name its classes.",
+        "Give their names, in the order of the labels.",
+    )

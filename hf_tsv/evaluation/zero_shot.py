@@ -1,0 +1,86 @@
+"""Classifying by the text tower: a head of class prompts, and the nearest of them to each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hf_tsv.evaluation.data import LabelledImages
+
+TEXTS_AT_ONCE = 256
+
+
+@torch.inference_mode()
+def head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """One direction a class: of the mean of its prompts' embeddings, which have length 1 each.
+
+    Args:
+        model: a `CLIPModel`.
+        tokenizer: its own.
+        classes (`Sequence[str]`): names.
+        templates (`Sequence[str]`): with `{}` for the name.
+
+    Returns:
+        `Tensor`: shape (classes, projection).
+    """
+    prompts = [template.replace("{}", name) for name in classes for template in templates]
+    parts = []
+    for start in range(0, len(prompts), TEXTS_AT_ONCE):
+        texts = tokenizer(
+            prompts[start : start + TEXTS_AT_ONCE],
+            padding=True,
+            truncation=True,
+            return_tensors="pt",
+        ).to(model.device)
+        parts.append(_normalised(_features(model.get_text_features(**texts))))
+    embeddings = torch.cat(parts).reshape(len(classes), len(templates), -1)
+    return _normalised(embeddings.mean(dim=1))
+
+
+@torch.inference_mode()
+def predictions(
+    model: Any,
+    image_processor: Any,
+    directions: Tensor,
+    images: LabelledImages,
+    task: str,
+    *,
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> tuple[list[int], list[int]]:
+    """The class whose direction is nearest to each image, and the one it has.
+
+    Args:
+        model: a `CLIPModel`.
+        image_processor: its own.
+        directions (`Tensor`): see [`head`].
+        images ([`LabelledImages`]): to classify.
+        task (`str`): its name, for errors.
+        batch_size (`int`): images at a time.
+        advance (`Callable[[int], None]`): told how many are done.
+    """
+    predicted: list[int] = []
+    labels: list[int] = []
+    for start in range(0, len(images.rows), batch_size):
+        pictures, own = images.batch(start, min(start + batch_size, len(images.rows)), task)
+        pixels = image_processor(pictures, return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(model.device, model.dtype)
+        seen = _features(model.get_image_features(pixel_values=pixels))
+        predicted += (_normalised(seen) @ directions.mT).argmax(dim=1).tolist()
+        labels += own
+        advance(len(own))
+    return predicted, labels
+
+
+def _features(found: Any) -> Tensor:
+    """Embeddings, which some versions of transformers wrap."""
+    features: Tensor = getattr(found, "pooler_output", found)
+    return features
+
+
+def _normalised(features: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(features.float(), dim=-1)

@@ -1,0 +1,290 @@
+"""Accuracy on labelled images, against transformers' own pipeline and scikit-learn."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import clips
+import numpy as np
+import pytest
+import torch
+from cli import copied
+from cli import hf_tsv as run
+from PIL import Image
+from sklearn.metrics import accuracy_score, confusion_matrix
+
+import hf_tsv
+from hf_tsv import evaluation
+from hf_tsv.errors import DataError, HfTsvError, RecipeError
+
+CLASSES = ("cat", "dog", "emu")
+COLOURS = {"cat": (200, 40, 40), "dog": (40, 200, 40), "emu": (40, 40, 200)}
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
+
+
+def picture(name: str, seed: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(-40, 40, (40, 36, 3))
+    return Image.fromarray(np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images, one folder a class, in two splits."""
+    folder = tmp_path_factory.mktemp("data") / "pets"
+    for split, count in (("train", 3), ("test", 8)):
+        for number, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture(name, 100 * number + i).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def columns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A parquet file with two columns of numbers and no names of classes."""
+    import datasets
+
+    numbers = [i % 3 for i in range(12)]
+    rows = datasets.Dataset.from_dict(
+        {
+            "picture": [picture(CLASSES[n], i) for i, n in enumerate(numbers)],
+            "kind": numbers,
+            "wrong": [7] * 12,
+        },
+        features=datasets.Features(
+            {
+                "picture": datasets.Image(),
+                "kind": datasets.Value("int64"),
+                "wrong": datasets.Value("int64"),
+            }
+        ),
+    )
+    file = tmp_path_factory.mktemp("parquet") / "pets.parquet"
+    rows.to_parquet(file)
+    return file
+
+
+def by_transformers(folder: Path, pets: Path, prompt: str) -> tuple[list[str], list[str]]:
+    """What the zero-shot pipeline of transformers says of every test image, and the truth."""
+    from transformers import pipeline
+
+    classify = pipeline("zero-shot-image-classification", model=str(folder))
+    truth, found = [], []
+    for name in CLASSES:
+        for file in sorted((pets / "test" / name).iterdir()):
+            scores: Any = classify(
+                Image.open(file).convert("RGB"),
+                candidate_labels=list(CLASSES),
+                hypothesis_template=prompt,
+            )
+            truth.append(name)
+            found.append(max(scores, key=lambda score: score["score"])["label"])
+    return truth, found
+
+
+@pytest.mark.parametrize("prompt", ["a photo of a {}.", "{}"])
+def test_accuracy_is_that_of_transformers_and_scikit_learn(
+    zoo: Path, pets: Path, prompt: str
+) -> None:
+    report = hf_tsv.evaluate(zoo / "base", {"pets": str(pets)}, templates=[prompt], batch_size=5)
+    found = report.tasks["pets"]
+    truth, predicted = by_transformers(zoo / "base", pets, prompt)
+    assert report.accuracy == found["accuracy"] == accuracy_score(truth, predicted)
+    expected = confusion_matrix(truth, predicted, labels=list(CLASSES))
+    assert found["confusion"] == expected.tolist()
+    assert (found["images"], found["split"], found["classes"]) == (24, "test", list(CLASSES))
+    assert report.normalised is None and report.errors == {} and report.limit is None
+
+
+@torch.inference_mode()
+def test_prompts_of_several_templates_are_averaged(zoo: Path) -> None:
+    """Each embedding has length 1, and their mean again."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    from hf_tsv.evaluation.zero_shot import head
+
+    model = clips.load(CLIPModel, zoo / "base").eval()
+    tokenizer = AutoTokenizer.from_pretrained(zoo / "base")
+    templates = ["a {}", "{} here", "the {} is a pet"]
+    found = head(model, tokenizer, CLASSES, templates)
+    for row, name in zip(found, CLASSES, strict=True):
+        parts = []
+        for template in templates:
+            texts = tokenizer([template.format(name)], return_tensors="pt")
+            features = model.get_text_features(**texts)
+            features = getattr(features, "pooler_output", features)[0].double()
+            parts.append(features / features.norm())
+        mean = torch.stack(parts).mean(0)
+        assert torch.allclose(row.double(), mean / mean.norm(), atol=1e-6)
+
+
+def test_every_kind_of_model(zoo: Path, pets: Path, tmp_path: Path) -> None:
+    """A vision tower with the base's texts, a merge, task factors: the same as the whole model."""
+    hf_tsv.merge([zoo / "vision"], base_model=zoo / "base", output=tmp_path / "merged")
+    hf_tsv.compress(zoo / "vision", base_model=zoo / "base", rank_fraction=1.0,
+                    output=tmp_path / "factors")  # fmt: skip
+    models = {tmp_path / "merged": None, zoo / "vision": zoo / "base", tmp_path / "factors": None}
+    found = [
+        hf_tsv.evaluate(ref, {"pets": str(pets)}, base_model=base).tasks["pets"]["confusion"]
+        for ref, base in models.items()
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_what_is_kept_of_the_fine_tunes(zoo: Path, pets: Path, columns: Path) -> None:
+    tasks = [
+        hf_tsv.EvaluationTask("pets", str(pets)),
+        hf_tsv.EvaluationTask("columns", str(columns), label="kind", classes=CLASSES),
+        hf_tsv.EvaluationTask("alone", str(pets), split="train"),
+    ]
+    references = {"pets": zoo / "base", "columns": zoo / "full"}
+    report = hf_tsv.evaluate(zoo / "full", tasks, references=references, base_model=zoo / "base")
+    own = hf_tsv.evaluate(zoo / "base", {"pets": str(pets)}).accuracy
+    found = report.tasks
+    assert found["pets"]["reference"] == {"ref": str(zoo / "base"), "accuracy": own}
+    assert found["pets"]["normalised"] == found["pets"]["accuracy"] / own
+    assert found["columns"]["normalised"] == 1.0
+    assert "reference" not in found["alone"] and found["alone"]["images"] == 9
+    kept = (found["pets"]["normalised"], found["columns"]["normalised"])
+    assert report.normalised == sum(kept) / 2  # eq. 9
+    assert report.accuracy == sum(entry["accuracy"] for entry in found.values()) / 3
+
+
+def test_a_quick_look_is_always_the_same_and_says_so(zoo: Path, pets: Path) -> None:
+    words = ["evaluate", zoo / "base", "--task", f"pets={pets}", "--limit", "7"]
+    first, second = (run(*words, "--json").json for _ in range(2))
+    assert first["tasks"] == second["tasks"] and first["tasks"]["pets"]["images"] == 7
+    assert first["limit"] == 7
+    assert sum(map(sum, first["tasks"]["pets"]["confusion"])) == 7
+    assert "7 images at most: a quick look" in run(*words).out
+
+
+def test_results_are_written_whole(zoo: Path, pets: Path, tmp_path: Path) -> None:
+    words = ["evaluate", zoo / "base", "--task", f"pets={pets}", "-o", tmp_path / "results"]
+    done = run(*words, "--json")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "results" / "evaluation.json").read_text()) == done.json
+    assert run(*words).code == 1  # it is there
+    assert run(*words, "--force").code == 0
+
+
+def damaged(pets: Path, folder: Path, how: str) -> dict[str, Any]:
+    """A dataset that cannot be used; what is chosen of it."""
+    copied(pets, folder)
+    if how == "corrupt":
+        (folder / "test" / "dog" / "3.png").write_bytes(b"\x89PNG no more")
+    elif how == "empty":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    return {
+        "split": {"split": "nowhere"},
+        "label": {"label": "nothing"},
+        "image": {"image": "nothing"},
+        "names": {"classes": ("a", "b")},
+    }.get(how, {})
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("corrupt", r"image \d+ of the split test cannot be read"),
+        ("empty", "cannot be read"),
+        ("absent", "cannot be read"),
+        ("split", r"has no split 'nowhere'.*It has train, test"),
+        ("label", r"has no column 'nothing'.*It has image, label"),
+        ("image", r"has no column 'nothing'.*It has image, label"),
+        ("names", "2 names for the 3 classes"),
+    ],
+)
+def test_one_damaged_task_does_not_cost_the_others(
+    zoo: Path, pets: Path, tmp_path: Path, how: str, said: str
+) -> None:
+    choices = damaged(pets, tmp_path / "bad", how)
+    if how == "absent":
+        shutil.rmtree(tmp_path / "bad")
+    bad = hf_tsv.EvaluationTask("bad", str(tmp_path / "bad"), **choices)
+    good = hf_tsv.EvaluationTask("good", str(pets))
+    report = hf_tsv.evaluate(zoo / "base", [bad, good])
+    assert list(report.tasks) == ["good"] and list(report.errors) == ["bad"]
+    with pytest.raises(DataError, match=said) as error:
+        hf_tsv.evaluate(zoo / "base", [bad])
+    assert "bad" in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({}, "0 columns that may be the labels.*picture, kind, wrong"),
+        ({"label": "kind"}, "does not name its classes"),
+        ({"label": "wrong", "classes": CLASSES}, "image 0 has the label 7, and there are 3"),
+        ({"label": "picture", "classes": CLASSES}, "image 0 has the label"),
+    ],
+)
+def test_columns_that_do_not_say_enough(
+    zoo: Path, columns: Path, choices: dict[str, Any], said: str
+) -> None:
+    task = hf_tsv.EvaluationTask("pets", str(columns), **choices)
+    with pytest.raises(DataError, match=said):
+        hf_tsv.evaluate(zoo / "base", [task])
+
+
+def test_failures_show_and_end_with_1(zoo: Path, pets: Path, tmp_path: Path) -> None:
+    done = run("evaluate", zoo / "base", "--task", f"pets={pets}", "--task", "no=./absent",
+               "--reference", f"pets={tmp_path / 'gone'}", "-o", tmp_path / "r")  # fmt: skip
+    assert done.code == 1 and "Traceback" not in done.err
+    assert "failed" in done.out and "./absent" in done.out and "gone" in done.out
+    kept = json.loads((tmp_path / "r" / "evaluation.json").read_text())
+    assert kept["tasks"]["pets"]["images"] == 24 and set(kept["errors"]) == {"no", "pets"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "pets"], "names no dataset"),
+        (["--task", "=x"], "incomplete"),
+        ([], "nothing to evaluate on"),
+        (["--task", "a={pets}", "--task", "a={pets}"], "given twice"),
+        (["--task", "a={pets}", "--reference", "b=x"], "reference for b"),
+        (["--task", "a={pets}", "--reference", "b"], "NAME=REF"),
+        (["--task", "a={pets}", "--limit", "0"], "limit is 0"),
+        (["--task", "a={pets}", "--template", "a pet"], "no single {}"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(
+    zoo: Path, pets: Path, arguments: list[str], said: str
+) -> None:
+    done = run("evaluate", zoo / "base", *[word.replace("{pets}", str(pets)) for word in arguments])
+    assert done.code == 1 and said in done.err and "Hint: " in done.err and done.out == ""
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(evaluation.NEEDED, "no_such_module", "no-such-package")
+    with pytest.raises(RecipeError, match=r"needs no-such-package.*hf-tsv\[eval\]"):
+        hf_tsv.evaluate("org/a", {"pets": "org/pets"})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a=org/x", ("org/x", None, None)),
+        ("a=org/x@v1", ("org/x", None, "v1")),
+        ("a=org/x:small", ("org/x", "small", None)),
+        ("a=org/x:small@refs/pr/1", ("org/x", "small", "refs/pr/1")),
+    ],
+)
+def test_a_task_in_words(text: str, expected: tuple[str, str | None, str | None]) -> None:
+    task = hf_tsv.EvaluationTask.parse(text)
+    assert (task.dataset, task.config, task.revision) == expected and task.name == "a"
+
+
+def test_a_path_with_strange_signs_is_a_path(tmp_path: Path) -> None:
+    folder = tmp_path / "a:b@c"
+    folder.mkdir()
+    assert hf_tsv.EvaluationTask.parse(f"x={folder}").dataset == str(folder)
+    with pytest.raises(HfTsvError):
+        hf_tsv.EvaluationTask.parse("x=a:b:c@")
