@@ -481,7 +481,7 @@ def test_what_decomposes_nothing_has_no_report(tasks: Path, tmp_path: Path, meth
     names = [tasks / name for name in "ab"]
     options = ("--base-model", tasks / "base", "-o", tmp_path / "m", "--method", method)
     done = run("merge", *names, *options, "--report")
-    assert done.code == 1 and "decomposes nothing" in done.err
+    assert done.code == 1 and "has no singular vectors of tasks" in done.err
     assert not (tmp_path / "m").exists()
 
 
