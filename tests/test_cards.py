@@ -434,7 +434,7 @@ def test_hostile_text_stays_in_its_place_in_cards_of_compressed_tasks(
     assert skeleton(body) == skeleton(other.removeprefix("---\n").partition("\n---\n")[2])
     expected = {**front_matter(other), "license": text}
     if not local:
-        expected["base_model"] = "org/" + text.split("/")[0]  # what follows is a subfolder
+        expected["base_model"] = f"org/{text.partition('/')[0]}"  # the rest is a subfolder
     assert yaml.safe_load(head) == expected
     links = re.findall(r"\]\(([^)]*)\)", prose(body))
     assert links and all(re.fullmatch(LINK, link) for link in links), links
