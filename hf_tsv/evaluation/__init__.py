@@ -101,7 +101,7 @@ def evaluate(
         templates (`Sequence[str]`): of prompts; default: those of the tasks.
         base_model (`str`, *optional*): whose text tower and processor serve where the model has
             none; default: what its card names.
-        device (`str`, *optional*): default: cpu.
+        device (`str`, *optional*): default: the one accelerate chooses.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
         subfolder (`str`, *optional*): of the model, where its reference has none.
@@ -197,6 +197,7 @@ class _Run:
         from transformers.utils import logging
 
         from hf_tsv.models import pipeline
+        from hf_tsv.stream import pick_device
 
         if not self.show:
             logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -204,7 +205,7 @@ class _Run:
             ZERO_SHOT,
             reference,
             base_model=self.base_model,
-            device=self.device,
+            device=str(pick_device(self.device)),
             token=self.token,
             cache_dir=self.cache_dir,
             subfolder=subfolder,
