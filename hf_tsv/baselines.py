@@ -90,7 +90,7 @@ def ties_update(deltas: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor
     total = torch.zeros_like(elected)
     count = torch.zeros_like(elected)
     for delta in trimmed:
-        agrees = (delta.sign() == elected) & (delta != 0)
+        agrees = delta.sign() == elected
         total += torch.where(agrees, delta, 0)
         count += agrees
     return total.div_(count.clamp_(min=1))
