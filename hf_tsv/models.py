@@ -56,7 +56,7 @@ def load_model(
 
     Args:
         reference (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
-        kind (`str`, *optional*): of pipeline, which decides about the class; default: the class
+        kind (`str`, *optional*): of a pipeline, which decides about the class; default: the class
             of the checkpoint; of factors that of the base model, or of their task head.
         task (`str`, *optional*): whose head a classifier gets, of those that lie beside a merge.
         base_model (`str`, *optional*): default: what the factors or the card name.
