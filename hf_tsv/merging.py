@@ -91,7 +91,7 @@ def merge(
     method: str = Settings.method,
     orthogonalizer: str = Settings.orthogonalizer,
     precision: str = Settings.precision,
-    alpha: float = Settings.alpha,
+    alpha: float | None = None,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     rank_fraction: float | None = None,
@@ -132,7 +132,8 @@ def merge(
             with `precision="fast"` the same computation.
         precision (`str`): `fast`: by Gram matrices in float64, each result checked, with a full SVD
             of what fails the check; `exact`: full float64 SVDs only.
-        alpha (`float`): α, scale of the merged update.
+        alpha (`float`, *optional*): α, scale of the merged update; default: 1, and 0.3 for the
+            sums `task-arithmetic`, `low-rank` and `consensus`.
         weights (`Sequence[float]`, *optional*): factor of each task's update.
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
         rank_fraction (`float`, *optional*): the same as a share of k.

@@ -17,7 +17,7 @@ from hf_tsv import __version__
 from hf_tsv.checkpoints.reader import Format
 from hf_tsv.errors import RecipeError
 from hf_tsv.linalg import Orthogonalizer, Precision
-from hf_tsv.tsv import Method
+from hf_tsv.tsv import DEFAULT_ALPHA, Method
 
 RECIPE_FILE = "hf_tsv_recipe.yaml"
 FORMAT_VERSION = 1
@@ -43,7 +43,8 @@ class Settings:
     Args:
         method (`str`): `tsv`, or one of its ablations and of the methods to compare with.
         orthogonalizer (`str`): `procrustes` (SVD) or `whitening` (eigendecomposition).
-        alpha (`float`): α, scale of the merged update.
+        alpha (`float`): α, scale of the merged update; default: 1, of plain sums
+            [`DEFAULT_ALPHA`].
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
         rank_fraction (`float`, *optional*): the same as a share of k.
         exclude (`tuple[str, ...]`): globs of canonical names that are averaged instead.
@@ -59,7 +60,7 @@ class Settings:
 
     method: Method = "tsv"
     orthogonalizer: Orthogonalizer = "procrustes"
-    alpha: float = 1.0
+    alpha: float = None  # type: ignore[assignment]  # a number once it is made
     rank: int | None = None
     rank_fraction: float | None = None
     exclude: tuple[str, ...] = AVERAGED_BY_DEFAULT
@@ -77,6 +78,8 @@ class Settings:
         _one_of("qkv", self.qkv, (None, *get_args(Qkv)))
         _one_of("out_format", self.out_format, (None, *get_args(Format)))
         _one_of("dtype", self.dtype, (None, *get_args(Dtype)))
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", DEFAULT_ALPHA.get(self.method, 1.0))
         check_number("alpha", self.alpha)
         object.__setattr__(self, "alpha", float(self.alpha))  # of NumPy or a whole number
         ranked = self.rank is not None or self.rank_fraction is not None

@@ -32,6 +32,10 @@ Method = Literal[
     "iso-cts",
 ]
 
+DEFAULT_ALPHA: dict[Method, float] = {"task-arithmetic": 0.3, "low-rank": 0.3, "consensus": 0.3}
+"""Of sums in which tasks add up where they agree: what task arithmetic takes without validation
+images (Ilharco et al., ICLR 2023); 1 for all others."""
+
 RANK_SHARES = tuple((i / 32) ** 2 for i in range(33))
 """Ranks, as a share of k, at which a spectrum is noted; closer together where it is steep."""
 

@@ -115,7 +115,8 @@ def test_the_order_of_checkpoints_does_not_matter(zoo: Path, tmp_path: Path) -> 
 
 
 def test_weights_scale_the_update_of_their_task(zoo: Path, tmp_path: Path) -> None:
-    merge_zoo(zoo, tmp_path / "out", "vision", "flat", weights=[0.5, 0], method="task-arithmetic")
+    merge_zoo(zoo, tmp_path / "out", "vision", "flat", weights=[0.5, 0], method="task-arithmetic",
+              alpha=1)  # fmt: skip
     base, task, merged = state(zoo / "base"), state(zoo / "vision"), state(tmp_path / "out")
     for name, tensor in task.items():
         expected = base[name] + 0.5 * (tensor - base[name])

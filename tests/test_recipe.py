@@ -196,7 +196,7 @@ WRONG = {
     "method": ["TSV", "", None, 3, [], {}],
     "orthogonalizer": ["svd", None, True],
     "precision": ["float64", None, True],
-    "alpha": ["1", None, True, [], float("nan"), float("inf"), -float("inf"), 10**400],
+    "alpha": ["1", True, [], float("nan"), float("inf"), -float("inf"), 10**400],
     "rank": [0, -1, 1.0, 1.5, "8", True, [8]],
     "rank_fraction": [0, 0.0, -0.5, 1.01, "0.5", True, float("nan"), 10**400],
     "exclude": ["*.bias", 3, None, [3], [None], [["*"]], {"*.bias": 1}],
@@ -358,3 +358,14 @@ def test_any_content_is_read_or_refused(changes: dict[str, Any]) -> None:
     recipe = read(yaml.safe_dump({**MINIMAL, **changes}))
     if recipe is not None:
         assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("method", "alpha"),
+    [("tsv", 1), ("orthogonal", 1), ("ties", 1), ("task-arithmetic", 0.3), ("consensus", 0.3)],
+)
+def test_sums_of_what_agrees_are_scaled_down_unless_the_user_says_otherwise(
+    method: Any, alpha: float
+) -> None:
+    assert Settings(method).alpha == alpha
+    assert Settings(method, alpha=0.7).alpha == 0.7

@@ -105,8 +105,14 @@ def merge(
         ),
     ] = Orthogonalizer.procrustes,
     alpha: Annotated[
-        float, typer.Option(help="Scale of the merged update.", rich_help_panel=options.METHOD)
-    ] = 1.0,
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="Scale of the merged update. [default: 1; 0.3 for task-arithmetic, low-rank and"
+            " consensus]",
+            rich_help_panel=options.METHOD,
+            show_default=False,
+        ),
+    ] = None,
     weights: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
