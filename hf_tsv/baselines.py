@@ -17,8 +17,8 @@ KEPT_SHARE = 0.2
 """Of the entries of a task that TIES keeps, the largest: the default of its paper."""
 
 MASK_SCALE, AGREEING_TASKS = 0.4, 2
-"""λ and k of consensus task arithmetic: its paper chooses λ from 0.2 to 0.6 on validation images,
-and 2 removes what matters to one task alone."""
+"""λ of TALL-masks and k of consensus task arithmetic: their paper chooses λ from 0.2 to 0.6 on
+validation images, and 2 removes what matters to one task alone."""
 
 COMMON_SHARE = 0.8
 """Of the directions of Iso-CTS that are those of the sum: the default of its paper."""
@@ -96,12 +96,29 @@ def ties_update(deltas: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor
     return total.div_(count.clamp_(min=1))
 
 
+def tall_mask(delta: Tensor, total: Tensor) -> Tensor:
+    """Where a task needs the sum of updates: its TALL-mask (Wang et al., ICML 2024).
+
+    Args:
+        delta (`Tensor`): Δ of the task, any shape.
+        total (`Tensor`): Σ_i Δi, same shape.
+
+    Returns:
+        `Tensor`: of bool, same shape: whether |Δ| is larger than λ ([`MASK_SCALE`]) times what the
+        other tasks add (arXiv 2405.07813, eq. 4).
+
+    Example:
+        >>> tall_mask(torch.tensor([1.0, 1.0]), torch.tensor([3.0, 4.0])).tolist()
+        [True, False]
+    """
+    return delta.abs() > MASK_SCALE * (total - delta).abs()
+
+
 def consensus_update(deltas: Sequence[Tensor], tasks: int | None = None) -> Tensor:
     """Consensus task arithmetic: the sum, where several tasks need it (Wang et al., ICML 2024).
 
-    An entry matters to a task whose own update is larger than [`MASK_SCALE`] times what the other
-    tasks add there (arXiv 2405.07813, eq. 4); entries that matter to fewer than
-    [`AGREEING_TASKS`] are left at the base model's.
+    Entries that are in the [`tall_mask`] of fewer than [`AGREEING_TASKS`] are left at the base
+    model's (arXiv 2405.07813).
 
     Args:
         deltas (`Sequence[Tensor]`): Δ of each task that has one, any shape.
@@ -117,7 +134,7 @@ def consensus_update(deltas: Sequence[Tensor], tasks: int | None = None) -> Tens
     total = sum_update(deltas)
     votes = torch.zeros_like(total)
     for delta in deltas:
-        votes += delta.abs() > MASK_SCALE * (total - delta).abs()
+        votes += tall_mask(delta, total)
     return total.mul_(votes >= min(AGREEING_TASKS, tasks or len(deltas)))
 
 

@@ -91,6 +91,7 @@ def merge_card(
     counts: Mapping[str, int],
     left_out: Mapping[str, Sequence[str]],
     heads: Sequence[str] = (),
+    masks: Sequence[str] = (),
     warnings: Sequence[str],
     interference: InterferenceReport | None = None,
     picture: Picture | None = None,
@@ -108,6 +109,7 @@ def merge_card(
         counts (`Mapping[str, int]`): tensors per treatment.
         left_out (`Mapping[str, Sequence[str]]`): task heads not kept, by checkpoint.
         heads (`Sequence[str]`): tasks whose heads are kept.
+        masks (`Sequence[str]`): folders of TALL-masks.
         warnings (`Sequence[str]`): of the run.
         interference ([`InterferenceReport`], *optional*): who disturbs whom.
         picture ([`Picture`], *optional*): of it, in a file beside the card.
@@ -140,6 +142,7 @@ def merge_card(
         counts=counts,
         left_out=left_out,
         heads=heads,
+        masks=masks,
         quoted=json.dumps,
         warnings=warnings,
         interference=interference,

@@ -16,6 +16,7 @@ import torch
 
 from hf_tsv import journal, memory, processes, stream
 from hf_tsv.checkpoints import companions
+from hf_tsv.checkpoints.files import LocalFiles
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, disk_errors
 from hf_tsv.costs import Parallelism, fitting, operations
@@ -101,8 +102,8 @@ class Job:
 def _identity(item: Task) -> dict[str, Any]:
     """Which commit; or which folder, and size and time of change of its files."""
     entry: dict[str, Any] = {**pinned_entry(item)}
-    if item.pinned.is_local:
-        root = Path(item.pinned.ref).expanduser()
+    if isinstance(item.pinned.files, LocalFiles) and item.pinned.is_local:
+        root = item.pinned.files.root
         stats = {name: (root / name).stat() for name in item.needed_files}
         entry["files"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     return entry

@@ -16,6 +16,7 @@ from hf_tsv.checkpoints.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.files import read_json
 from hf_tsv.checkpoints.headers import read_header
 from hf_tsv.checkpoints.heads import tasks_of
+from hf_tsv.checkpoints.masks import Masked, is_masked, open_masked
 from hf_tsv.checkpoints.reader import CONFIG_FILE, Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.checkpoints.tensors import DTYPE_NAMES, TensorInfo
@@ -37,7 +38,7 @@ class InspectReport:
     Args:
         ref (`str`): repository id or folder.
         revision (`str`, *optional*): commit sha; None for a folder.
-        kind (`str`): `checkpoint`, `merge`, `factors`, `adapter`, or `other`.
+        kind (`str`): `checkpoint`, `merge`, `mask`, `factors`, `adapter`, or `other`.
         model_class (`str`, *optional*): that its config.json was saved by.
         model_type (`str`, *optional*): `model_type` of its config.json.
         layout (`str`, *optional*): whose names its tensors have: `transformers`, `open_clip`,
@@ -113,7 +114,7 @@ def inspect(
         if is_factors(pinned) and files.size(ADAPTER_CONFIG) is None:
             return _of_factors(pinned, open_factors(pinned))
         try:
-            opened = open_checkpoint(pinned)
+            opened = open_masked(pinned) if is_masked(pinned) else open_checkpoint(pinned)
         except CheckpointError as error:
             return _of_other(pinned, error)
         return _of_checkpoint(pinned, opened)
@@ -129,12 +130,15 @@ def _of_checkpoint(pinned: PinnedCheckpoint, opened: Checkpoint) -> InspectRepor
     for name, info in opened.head.items():
         tensors[name] = {**_described(info), "merge": "left out", "reason": "a task head"}
     recipe, unknown = _recipe(pinned)
+    origin = _origin(pinned)
+    if isinstance(opened, Masked):
+        origin["base_model"] = [opened.base_ref]
     clip = layout.is_clip(opened.config)
     if not clip:
         unknown.append(f"Not CLIP but {opened.config['model_type']!r}: generic layout.")
     return InspectReport(
-        **_origin(pinned),
-        kind="checkpoint" if recipe is None else "merge",
+        **origin,
+        kind="mask" if isinstance(opened, Masked) else "merge" if recipe else "checkpoint",
         model_class=layout.saved_class(opened.config) if clip else _architecture(opened.config),
         model_type=_text(opened.config.get("model_type")),
         layout=opened.format,

@@ -25,7 +25,8 @@ from hf_tsv.interfering import (
     refuse_nothing_decomposed,
     summary,
 )
-from hf_tsv.progress import visible_by_default
+from hf_tsv.masking import mask_bytes, mask_folders, write_masks
+from hf_tsv.progress import logger, visible_by_default
 from hf_tsv.recipe import RECIPE_FILE, PinnedInput, Recipe, Settings, current_versions
 from hf_tsv.sources import Access, Task, config_of, distinct_names, pinned_entry
 
@@ -46,6 +47,8 @@ class MergeReport:
         treatments (`dict[str, dict]`): per weight its treatment, rank and reason.
         left_out (`dict[str, list[str]]`): task heads not kept, by checkpoint.
         heads (`dict[str, str]`): files of the task heads that are kept, and of which checkpoint.
+        masks (`dict[str, str]`): folders of the TALL-masks, and of which checkpoint.
+        mask_bytes (`int`): of all of them; before the weights are read, at most.
         download_bytes (`int`): fetched from the Hub; what the cache held does not count.
         exact_decompositions (`int`): that took a full SVD: all with `precision="exact"`, else those
             that failed the check.
@@ -68,6 +71,8 @@ class MergeReport:
     treatments: dict[str, dict[str, Any]]
     left_out: dict[str, list[str]]
     heads: dict[str, str]
+    masks: dict[str, str]
+    mask_bytes: int
     download_bytes: int
     peak_memory_bytes: int
     exact_decompositions: int = 0
@@ -127,7 +132,7 @@ def merge(
         recipe (`str`, `Path` or [`Recipe`], *optional*): repeat a merge; instead of
             `checkpoints`, `base_model` and the settings.
         method (`str`): `tsv`, `low-rank`, `orthogonal`, `task-arithmetic`, `average`, `ties`,
-            `consensus`, `iso-c` or `iso-cts`.
+            `consensus`, `iso-c`, `iso-cts`, or `tall-mask`, whose tasks are loaded one by one.
         orthogonalizer (`str`): `procrustes` or `whitening`; the same result up to rounding, and
             with `precision="fast"` the same computation.
         precision (`str`): `fast`: by Gram matrices in float64, each result checked, with a full SVD
@@ -271,6 +276,9 @@ def _describe(
     for file, item in kept_heads(job).items():
         tensors = {name: item.read(name) for name in item.head}
         heads.write(folder, file, tensors, companions.head_config(config_of(item), item.head))
+    if job.settings.method == "tall-mask":
+        logger.info("Finding what each task needs.")
+        write_masks(folder, job, findings.frozen)
     measured = picture = None
     if job.measure:
         measured = found = summary(
@@ -324,6 +332,7 @@ def _card(
             if item.left_out and not job.settings.keep_heads
         },
         heads=[Path(file).stem for file in kept_heads(job)],
+        masks=mask_folders(job),
         warnings=warnings,
         interference=measured,
         picture=picture,
@@ -383,6 +392,8 @@ def _report(outcome: Outcome, target: Target, started: float) -> MergeReport:
             if item.left_out and not job.settings.keep_heads
         },
         heads={file: str(item) for file, item in kept_heads(job).items()},
+        masks=dict(zip(mask_folders(job), map(str, job.sources.inputs), strict=False)),
+        mask_bytes=mask_bytes(job, frozen),
         download_bytes=outcome.download_bytes,
         peak_memory_bytes=job.sources.waiting_bytes()
         + peak_memory(job.plan.weights, job.parallelism, measure=job.measure),

@@ -16,6 +16,7 @@ from hf_tsv import linalg, tsv
 from hf_tsv.checkpoints import companions, heads, layout
 from hf_tsv.checkpoints.adapters import Adapter
 from hf_tsv.checkpoints.files import LocalFiles
+from hf_tsv.checkpoints.masks import Masked
 from hf_tsv.checkpoints.reader import Checkpoint, digest
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.errors import CheckpointError, RecipeError
@@ -174,7 +175,11 @@ def _find(
     model_class = default_class(item) if kind is None else PIPELINES[kind]
     base = None
     own_processor = _has_processor(item, model_class)
-    complete = isinstance(item, Checkpoint) and not _missing_parts(item, model_class)
+    complete = (
+        isinstance(item, Checkpoint)
+        and not isinstance(item, Masked)
+        and not _missing_parts(item, model_class)
+    )
     if not complete or (processor and not own_processor):
         base_text = None if base_model is None else fspath(base_model)
         sources = open_sources([text], base_text, access)
@@ -195,6 +200,8 @@ def _find(
     items = [item] if base is None else [item, base]
     item, *rest = fetched(items, with_companions=items, visible=show)
     base = rest[0] if rest and isinstance(rest[0], Checkpoint) else None
+    if isinstance(item, Masked) and base is not None:
+        item = item.on(base)
     folder = _folder(item) if own_processor or base is None else _folder(base)
     return Found(item, base, model_class, folder)
 

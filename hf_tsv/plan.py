@@ -28,6 +28,7 @@ Treatment = Literal["decomposed", "averaged", "summed", "combined", "copied"]
 """`combined`: entry by entry, of all tasks at once."""
 
 ENTRYWISE = ("ties", "consensus")
+SUMS = ("task-arithmetic", "tall-mask")
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def _treat(
         return weight("copied", "empty")
     if settings.method == "average":
         return weight("averaged")
-    summing, entrywise = settings.method == "task-arithmetic", settings.method in ENTRYWISE
+    summing, entrywise = settings.method in SUMS, settings.method in ENTRYWISE
     # The default exclusion says what is not decomposed; these decompose nothing.
     default = (summing or entrywise) and settings.exclude == AVERAGED_BY_DEFAULT
     exclude = () if default else settings.exclude

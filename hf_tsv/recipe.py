@@ -83,7 +83,7 @@ class Settings:
         check_number("alpha", self.alpha)
         object.__setattr__(self, "alpha", float(self.alpha))  # of NumPy or a whole number
         ranked = self.rank is not None or self.rank_fraction is not None
-        if ranked and self.method in ("ties", "consensus", "iso-c", "iso-cts"):
+        if ranked and self.method in ("ties", "consensus", "iso-c", "iso-cts", "tall-mask"):
             raise RecipeError(
                 f"The method {self.method} keeps no ranks to choose.",
                 "Leave rank and rank_fraction out.",

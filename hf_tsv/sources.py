@@ -14,6 +14,7 @@ from hf_tsv.checkpoints import base_model, companions
 from hf_tsv.checkpoints.adapters import Adapter, is_adapter, open_adapter
 from hf_tsv.checkpoints.ahead import AHEAD_BYTES, AheadFiles, Connections
 from hf_tsv.checkpoints.files import HubFiles, LocalFiles
+from hf_tsv.checkpoints.masks import Masked, is_masked, open_masked
 from hf_tsv.checkpoints.reader import Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, Reference, at_revision, parse, pin
 from hf_tsv.checkpoints.writer import check_free_space
@@ -101,7 +102,7 @@ class Sources:
         items = _streamed(self.all()) if self.access.stream else self.all()
         *inputs, base = fetched(items, with_companions=[items[-1]], visible=visible)
         assert isinstance(base, Checkpoint)  # it was one before
-        inputs = [item.on(base) if isinstance(item, Adapter) else item for item in inputs]
+        inputs = [item.on(base) if isinstance(item, Adapter | Masked) else item for item in inputs]
         return replace(self, inputs=tuple(inputs), base=base)
 
     def close(self) -> None:
@@ -202,10 +203,11 @@ def open_sources(
     inputs = in_parallel(open_task, tasks)
     for item in inputs[: len(references)] if only_factors else ():
         if not isinstance(item, TaskFactors):
-            what = "PEFT adapter" if isinstance(item, Adapter) else "checkpoint"
-            raise CheckpointError(
-                f"{item} is a {what}, not task factors.", "Make factors with `hf-tsv compress`."
-            )
+            what = {Adapter: "PEFT adapter", Masked: "mask"}.get(type(item), "checkpoint")
+            hint = "Make factors with `hf-tsv compress`."
+            if isinstance(item, Masked):
+                hint = f"`hf-tsv merge {item} -o DIR` makes a whole checkpoint of it."
+            raise CheckpointError(f"{item} is a {what}, not task factors.", hint)
     opened_base: Task
     if base_reference is None:
         base = pinned(parse(_inferred_base(inputs, pinned)))
@@ -217,13 +219,14 @@ def open_sources(
             f"The base model {opened_base} holds task factors.",
             "Name the checkpoint that the tasks were fine-tuned from.",
         )
-    if isinstance(opened_base, Adapter):
+    if isinstance(opened_base, Adapter | Masked):
+        what = "an adapter" if isinstance(opened_base, Adapter) else "a mask"
         raise CheckpointError(
-            f"The base model {opened_base} is an adapter.",
+            f"The base model {opened_base} is {what}.",
             "Name the model that the tasks were fine-tuned from.",
         )
     found = opened_base
-    inputs = [item.on(found) if isinstance(item, Adapter) else item for item in inputs]
+    inputs = [item.on(found) if isinstance(item, Adapter | Masked) else item for item in inputs]
     warnings = _check_distinct(tasks, base)
     return Sources(opened_base, tuple(inputs), access, tuple(warnings))
 
@@ -263,6 +266,8 @@ def _conversion(pinned: PinnedCheckpoint) -> PinnedCheckpoint | None:
 
 
 def _opened(pinned: PinnedCheckpoint) -> Task:
+    if is_masked(pinned):
+        return open_masked(pinned)
     if is_adapter(pinned):
         return open_adapter(pinned)
     return open_factors(pinned) if is_factors(pinned) else open_checkpoint(pinned)
@@ -277,20 +282,25 @@ def _inferred_base(inputs: Sequence[Task], pinned: Callable[[Reference], PinnedC
         except HfTsvError:  # gone, private, or a folder elsewhere: it says nothing
             return []
 
-    origins = {str(i): i.config.base_model for i in inputs if isinstance(i, TaskFactors)}
+    origins: dict[str, tuple[str, str | None]] = {}
+    for item in inputs:
+        if isinstance(item, TaskFactors):
+            origins[str(item)] = (item.config.base_model.ref, item.config.base_model.revision)
+        elif isinstance(item, Masked):
+            origins[str(item)] = (item.base_ref, item.base_revision)
     said = {
-        str(item): [origins[str(item)].ref]
+        str(item): [origins[str(item)][0]]
         if str(item) in origins
         else base_model.named_by(item.pinned)
         for item in inputs
     }
     found, speakers = base_model.infer(said, parents)
     logger.info("Base model: %s, named by %s.", found, ", ".join(speakers))
-    revisions = {origin.revision for origin in origins.values() if origin.ref == found}
+    revisions = {revision for ref, revision in origins.values() if ref == found}
     if None in revisions:  # factors of a folder: the same one must be here
         if not Path(found).expanduser().is_dir():
             raise CheckpointError(
-                f"{speakers[0]} was compressed against the folder {found}, which is not here.",
+                f"{speakers[0]} was made with the folder {found}, which is not here.",
                 "Name the same base model with --base-model.",
             )
         return found

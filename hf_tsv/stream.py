@@ -174,21 +174,36 @@ def thresholds_of(
         scales (`Sequence[float]`): factor of each task's update.
     """
     weights = [weight for weight in plan.weights if weight.treatment == "combined"]
+    found = [Sizes() for _ in inputs]
+    for loaded in updates(weights, base, inputs, scales):
+        for i, sizes in enumerate(found):
+            update = loaded.deltas.get(i)
+            delta = None if update is None else dense(update)
+            sizes.add(delta, math.prod(loaded.weight.shape))
+    return [sizes.threshold() for sizes in found]
+
+
+def updates(
+    weights: Sequence[Weight], base: Checkpoint, inputs: Sequence[Task], scales: Sequence[float]
+) -> Iterator[LoadedWeight]:
+    """The base model and the updates of every task, a weight at a time, on the CPU.
+
+    Args:
+        weights (`Sequence[Weight]`): which, in order.
+        base ([`Checkpoint`]): W0.
+        inputs (`Sequence[Checkpoint | TaskFactors]`): the tasks.
+        scales (`Sequence[float]`): factor of each task's update.
+    """
+    weights = [replace(weight, treatment="combined") for weight in weights]
     share_one_heap()
     _expect_all(weights, base, inputs)
     reader = _Reader(base, inputs, scales, torch.device("cpu"))
-    found = [Sizes() for _ in inputs]
     with reused(), ThreadPoolExecutor(1, "hf-tsv-read") as reading:
         try:
-            for loaded in read_ahead(reading, reader.load, weights, list(map(costs.held, weights))):
-                for i, sizes in enumerate(found):
-                    update = loaded.deltas.get(i)
-                    delta = None if update is None else _as_matrix(update)
-                    sizes.add(delta, math.prod(loaded.weight.shape))
+            yield from read_ahead(reading, reader.load, weights, list(map(costs.held, weights)))
         except BaseException:
             stop_fetching([base, *inputs])
             raise
-    return [sizes.threshold() for sizes in found]
 
 
 def _expect_all(weights: Sequence[Weight], base: Checkpoint, inputs: Sequence[Task]) -> None:
@@ -314,12 +329,12 @@ class _Reader:
 
     def _combined(self, weight: Weight, updates: Iterator[Update]) -> Tensor | None:
         """Sum or mean of updates, one in memory at a time; None if there is none."""
-        dense = map(_as_matrix, updates)
-        first = list(islice(dense, 1))
+        whole = map(dense, updates)
+        first = list(islice(whole, 1))
         if not first:
             return None
         rule = baselines.sum_update if weight.treatment == "summed" else baselines.mean_update
-        return rule(chain(_taken(first), dense))
+        return rule(chain(_taken(first), whole))
 
     def _updates(
         self, weight: Weight, w0: Tensor, digests: Mapping[int, dict[str, str]]
@@ -440,7 +455,8 @@ def _scaled(update: Update, scale: float) -> Update:
     return update.mul_(scale)
 
 
-def _as_matrix(update: Update) -> Tensor:
+def dense(update: Update) -> Tensor:
+    """Δ of an update that may be given by its triplets."""
     return update if isinstance(update, Tensor) else update.matrix()
 
 
@@ -492,7 +508,7 @@ def _combine(
             precision=settings.precision,
             measure=measure,
         )
-    whole = [_as_matrix(delta) for delta in deltas]
+    whole = [dense(delta) for delta in deltas]
     if settings.method == "ties":
         return MergedUpdate(baselines.ties_update(whole, [thresholds[i] for i in loaded.floors]))
     if settings.method == "consensus":
@@ -545,6 +561,20 @@ def _cast(tensor: Tensor, dtype: torch.dtype, weight: Weight) -> Tensor:
     return stored
 
 
+def by_name(weight: Weight, stacked: Tensor, base: Checkpoint) -> list[tuple[str, Tensor]]:
+    """The tensors of a weight, which are stacked if there are several.
+
+    Args:
+        weight ([`Weight`]): its plan.
+        stacked (`Tensor`): of its shape.
+        base ([`Checkpoint`]): knows the shape of each.
+    """
+    if len(weight.names) == 1:
+        return [(weight.names[0], stacked)]
+    rows = [base.tensors[name].shape[0] for name in weight.names]
+    return list(zip(weight.names, torch.split(stacked, rows), strict=True))
+
+
 def _write(
     writer: ShardWriter | None,
     weight: Weight,
@@ -554,10 +584,8 @@ def _write(
     done: Callable[[Finding], None],
 ) -> None:
     started = time.monotonic()
-    rows = [base.tensors[name].shape[0] for name in weight.names] if len(weight.names) > 1 else None
-    parts = [result] if rows is None else torch.split(result, rows)
     written = {}
-    for name, part in zip(weight.names, parts, strict=True):
+    for name, part in by_name(weight, result, base):
         if writer is None:
             break
         stored = part.cpu().contiguous()

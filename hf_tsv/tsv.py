@@ -30,6 +30,7 @@ Method = Literal[
     "consensus",
     "iso-c",
     "iso-cts",
+    "tall-mask",
 ]
 
 DEFAULT_ALPHA: dict[Method, float] = {"task-arithmetic": 0.3, "low-rank": 0.3, "consensus": 0.3}

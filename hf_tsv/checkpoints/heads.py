@@ -22,14 +22,27 @@ LONGEST_NAME = 100
 
 
 def file_names(tasks: Sequence[str]) -> list[str]:
-    """A file for each task, that any system can have.
+    """A file for each task.
 
     Args:
         tasks (`Sequence[str]`): their names.
 
     Example:
-        >>> file_names(["clip-a", "org/b", "org/b"])
-        ['heads/clip-a.safetensors', 'heads/org-b.safetensors', 'heads/org-b-2.safetensors']
+        >>> file_names(["clip-a", "org/b"])
+        ['heads/clip-a.safetensors', 'heads/org-b.safetensors']
+    """
+    return [f"{FOLDER}/{stem}{SUFFIX}" for stem in safe_names(tasks)]
+
+
+def safe_names(tasks: Sequence[str]) -> list[str]:
+    """A name for each task, that a file can have on any system.
+
+    Args:
+        tasks (`Sequence[str]`): their names.
+
+    Example:
+        >>> safe_names(["clip-a", "org/b", "org/b"])
+        ['clip-a', 'org-b', 'org-b-2']
     """
     stems: list[str] = []
     for task in tasks:
@@ -38,7 +51,7 @@ def file_names(tasks: Sequence[str]) -> list[str]:
         while stem.lower() in [other.lower() for other in stems]:
             stem = f"{stem}-{len(stems) + 1}"
         stems.append(stem)
-    return [f"{FOLDER}/{stem}{SUFFIX}" for stem in stems]
+    return stems
 
 
 def write(

@@ -40,6 +40,7 @@ class Method(str, Enum):
     consensus = "consensus"
     iso_c = "iso-c"
     iso_cts = "iso-cts"
+    tall_mask = "tall-mask"
 
 
 class Precision(str, Enum):
@@ -242,6 +243,8 @@ def _summary(report: MergeReport) -> str:
     ]
     if report.heads:
         lines.append(f"Kept beside it: {', '.join(report.heads)}.")
+    if report.masks:
+        lines.append(f"Masks, {human_bytes(report.mask_bytes)}: {', '.join(report.masks)}.")
     for name, heads in report.left_out.items():
         lines.append(f"Left out of {name}: {', '.join(heads)}.")
     if report.url:
@@ -256,6 +259,8 @@ def _preview(report: MergeReport) -> str:
     rows += [(f"task {i}", options.pinned(entry)) for i, entry in enumerate(report.inputs, start=1)]
     rows += [(name, f"{count} tensors") for name, count in report.weights.items()]
     rows += [("head", f"{file}, of {name}") for file, name in report.heads.items()]
+    if report.masks:
+        rows.append(("masks", f"{human_bytes(report.mask_bytes)} at most"))
     rows += [("left out", f"{name}: {', '.join(h)}") for name, h in report.left_out.items()]
     rows += [
         ("method", report.method),

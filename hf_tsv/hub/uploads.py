@@ -25,6 +25,8 @@ OLD_WEIGHTS = (
     *(f"{stem}-?????-of-?????.safetensors" for stem in STEMS),
     *MARKERS,
     "heads/*.safetensors",
+    "masks/*/mask.safetensors",
+    "masks/*/hf_tsv_mask.json",
     "adapter_model.safetensors",
     "adapter_config.json",
     "interference.json",
