@@ -14,7 +14,9 @@ import torch
 from cli import copied
 from cli import hf_tsv as run
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, confusion_matrix
+from transformers import CLIPModel
 
 import hf_tsv
 from hf_tsv import evaluation
@@ -104,7 +106,7 @@ def test_accuracy_is_that_of_transformers_and_scikit_learn(
 @torch.inference_mode()
 def test_prompts_of_several_templates_are_averaged(zoo: Path) -> None:
     """Each embedding has length 1, and their mean again."""
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import AutoTokenizer
 
     from hf_tsv.evaluation.zero_shot import head
 
@@ -121,6 +123,26 @@ def test_prompts_of_several_templates_are_averaged(zoo: Path) -> None:
             parts.append(features / features.norm())
         mean = torch.stack(parts).mean(0)
         assert torch.allclose(row.double(), mean / mean.norm(), atol=1e-6)
+
+
+def test_a_model_is_scored_again_after_a_change_in_place(zoo: Path, pets: Path) -> None:
+    """From images and heads that are there already."""
+    tasks = [hf_tsv.EvaluationTask(split, str(pets), split=split) for split in ("train", "test")]
+    pipe: Any = hf_tsv.pipeline("zero-shot-image-classification", zoo / "base")
+    held = [evaluation.prepare(task, evaluation.load(task), pipe.image_processor) for task in tasks]
+    heads = evaluation.heads(pipe.model, pipe.tokenizer, held)
+    for source in ("base", "full"):
+        vision = {
+            name: tensor
+            for name, tensor in load_file(zoo / source / "model.safetensors").items()
+            if name.startswith(("vision_model", "visual_projection"))
+        }
+        pipe.model.load_state_dict(vision, strict=False)
+        if source == "full":  # whose text tower differs, too
+            heads = evaluation.heads(clips.load(CLIPModel, zoo / source), pipe.tokenizer, held)
+        expected = hf_tsv.evaluate(zoo / source, tasks, base_model=zoo / "base").tasks
+        found = evaluation.accuracies(pipe.model, held, heads, batch_size=5)
+        assert found == {name: entry["accuracy"] for name, entry in expected.items()}
 
 
 def test_every_kind_of_model(zoo: Path, pets: Path, tmp_path: Path) -> None:

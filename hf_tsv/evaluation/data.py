@@ -135,7 +135,11 @@ class LabelledImages:
 
 
 def load(
-    task: EvaluationTask, *, limit: int | None, token: str | None, cache_dir: str | None
+    task: EvaluationTask,
+    *,
+    limit: int | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
 ) -> LabelledImages:
     """Find the images of a task.
 
@@ -143,7 +147,7 @@ def load(
         task ([`EvaluationTask`]): which.
         limit (`int`, *optional*): take so many, drawn at random, always the same.
         token (`str`, *optional*): for private datasets.
-        cache_dir (`str`, *optional*): of datasets.
+        cache_dir (`str`, *optional*): default: that of datasets.
 
     Raises:
         [`DataError`]: no such dataset, split or column, or nothing in it.

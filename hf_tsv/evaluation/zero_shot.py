@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from hf_tsv.evaluation.data import LabelledImages
 
 TEXTS_AT_ONCE = 256
 
@@ -42,38 +39,20 @@ def head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence
 
 
 @torch.inference_mode()
-def predictions(
-    model: Any,
-    image_processor: Any,
-    directions: Tensor,
-    images: LabelledImages,
-    task: str,
-    *,
-    batch_size: int,
-    advance: Callable[[int], None],
-) -> tuple[list[int], list[int]]:
-    """The class whose direction is nearest to each image, and the one it has.
+def classify(model: Any, directions: Tensor, pixels: Tensor) -> Tensor:
+    """The class whose direction is nearest to each image.
 
     Args:
         model: a `CLIPModel`.
-        image_processor: its own.
         directions (`Tensor`): see [`head`].
-        images ([`LabelledImages`]): to classify.
-        task (`str`): its name, for errors.
-        batch_size (`int`): images at a time.
-        advance (`Callable[[int], None]`): told how many are done.
+        pixels (`Tensor`): of its image processor, shape (images, 3, height, width).
+
+    Returns:
+        `Tensor`: shape (images,), on the CPU.
     """
-    predicted: list[int] = []
-    labels: list[int] = []
-    for start in range(0, len(images.rows), batch_size):
-        pictures, own = images.batch(start, min(start + batch_size, len(images.rows)), task)
-        pixels = image_processor(pictures, return_tensors="pt")["pixel_values"]
-        pixels = pixels.to(model.device, model.dtype)
-        seen = _features(model.get_image_features(pixel_values=pixels))
-        predicted += (_normalised(seen) @ directions.mT).argmax(dim=1).tolist()
-        labels += own
-        advance(len(own))
-    return predicted, labels
+    pixels = pixels.to(model.device, model.dtype)
+    seen = _features(model.get_image_features(pixel_values=pixels))
+    return (_normalised(seen) @ directions.mT).argmax(dim=1).cpu()
 
 
 def _features(found: Any) -> Tensor:

@@ -1,0 +1,315 @@
+"""The verb `evaluate`: what a model scores on labelled images, beside each task's own fine-tune."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_tsv.checkpoints.reference import parse, pin
+from hf_tsv.checkpoints.writer import check_output_folder, whole_folder
+from hf_tsv.errors import DataError, HfTsvError, RecipeError
+from hf_tsv.evaluation import zero_shot
+from hf_tsv.evaluation.data import EvaluationTask, LabelledImages, load
+from hf_tsv.progress import bar, logger, visible_by_default
+from hf_tsv.recipe import current_versions
+
+if TYPE_CHECKING:
+    from transformers import Pipeline
+
+RESULTS_FILE = "evaluation.json"
+ZERO_SHOT = "zero-shot-image-classification"
+NEEDED = {"datasets": "datasets", "PIL": "pillow", "sklearn": "scikit-learn"}
+
+
+@dataclass(frozen=True)
+class EvaluateReport:
+    """What a model scores.
+
+    Args:
+        ref (`str`): the model.
+        revision (`str`, *optional*): commit sha; None for a folder.
+        accuracy (`float`): top-1, 0 to 1, mean over the tasks that could be evaluated.
+        normalised (`float`, *optional*): mean share of the fine-tunes' own accuracy (eq. 9), over
+            the tasks that have one.
+        tasks (`dict[str, dict]`): by name: `dataset`, `revision`, `split`, `images`, `classes`,
+            `templates`, `accuracy`, `confusion` (rows: the true class), and where the fine-tune is
+            known `reference` with its `accuracy`, and `normalised`.
+        errors (`dict[str, str]`): tasks that could not be evaluated, and why.
+        limit (`int`, *optional*): images of each task, if not all.
+        device (`str`): type of device computed on.
+        seconds (`float`): wall time.
+        versions (`dict[str, str]`): of hf-tsv and torch.
+    """
+
+    ref: str
+    revision: str | None
+    accuracy: float
+    normalised: float | None
+    tasks: dict[str, dict[str, Any]]
+    errors: dict[str, str]
+    limit: int | None
+    device: str
+    seconds: float
+    versions: dict[str, str] = field(default_factory=current_versions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return asdict(self)
+
+
+def evaluate(
+    reference: str | PathLike[str],
+    tasks: Mapping[str, str] | Sequence[str | EvaluationTask],
+    *,
+    references: Mapping[str, str | PathLike[str]] | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
+    limit: int | None = None,
+    batch_size: int = 64,
+    templates: Sequence[str] = (),
+    base_model: str | PathLike[str] | None = None,
+    device: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    progress: bool | None = None,
+) -> EvaluateReport:
+    """Classify labelled images zero-shot and count how often that is right (section 5, eq. 9).
+
+    Every class is named to the text tower in prompts; an image belongs to the class whose prompts
+    lie nearest. A task that cannot be read does not cost the results of the others.
+
+    Args:
+        reference (`str`): the model: `org/name`, `org/name@revision`, `hf://…` or a folder.
+        tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
+            `NAME=DATASET` texts, or [`EvaluationTask`]s. A dataset is a repository on the Hub, a
+            folder of images, or a parquet file.
+        references (`Mapping[str, str]`, *optional*): the fine-tune of each task, which its accuracy
+            is divided by.
+        output (`str` or `Path`, *optional*): folder to write `evaluation.json` to.
+        force (`bool`): replace a folder that holds earlier results.
+        limit (`int`, *optional*): so many images of each task, for a quick look.
+        batch_size (`int`): images at a time.
+        templates (`Sequence[str]`): of prompts; default: those of the tasks.
+        base_model (`str`, *optional*): whose text tower and processor serve where the model has
+            none; default: what its card names.
+        device (`str`, *optional*): default: the one accelerate chooses.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): of the model, where its reference has none.
+        progress (`bool`, *optional*): show bars; default: on a terminal.
+
+    Returns:
+        [`EvaluateReport`]: every task that could be evaluated, and why others could not.
+
+    Raises:
+        [`HfTsvError`]: the model cannot be loaded, or no task can be evaluated.
+
+    Example:
+        >>> import hf_tsv
+        >>> hf_tsv.evaluate("me/merged", {"dtd": "tanganke/dtd"}).accuracy  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    _check_installed()
+    _check_numbers(limit=limit, batch_size=batch_size)
+    listed = _listed(tasks, templates)
+    fine_tunes = _fine_tunes(references or {}, listed)
+    folder = None if output is None else _checked_folder(Path(output), force=force)
+    cache = None if cache_dir is None else str(cache_dir)
+    show = visible_by_default() if progress is None else progress
+    run = _Run(base_model, device, token, cache, limit, batch_size, show)
+    pinned = pin(parse(fspath(reference), subfolder), token=token, cache_dir=cache)
+    model = run.model(fspath(reference), subfolder)
+    where = model.device.type
+    data, results, errors = run.all_scored(model, listed)
+    del model
+    run.compare(fine_tunes, data, results, errors)
+    if not results:
+        raise DataError(f"No task could be evaluated; the first: {next(iter(errors.values()))}")
+    shares = [found["normalised"] for found in results.values() if "normalised" in found]
+    report = EvaluateReport(
+        ref=pinned.ref,
+        revision=pinned.revision,
+        accuracy=_mean([found["accuracy"] for found in results.values()]),
+        normalised=_mean(shares) if shares else None,
+        tasks=results,
+        errors=errors,
+        limit=limit,
+        device=where,
+        seconds=round(time.monotonic() - started, 3),
+    )
+    if folder is not None:
+        _write(report, folder)
+    return report
+
+
+Data = dict[str, tuple[EvaluationTask, LabelledImages]]
+Results = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every model and task of an evaluation shares."""
+
+    base_model: str | PathLike[str] | None
+    device: str | None
+    token: str | None
+    cache_dir: str | None
+    limit: int | None
+    batch_size: int
+    show: bool
+
+    def model(self, reference: str, subfolder: str | None = None) -> Pipeline:
+        """A model with its tokenizer and image processor."""
+        from transformers.utils import logging
+
+        from hf_tsv.models import pipeline
+        from hf_tsv.stream import pick_device
+
+        if not self.show:
+            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        return pipeline(
+            ZERO_SHOT,
+            reference,
+            base_model=self.base_model,
+            device=str(pick_device(self.device)),
+            token=self.token,
+            cache_dir=self.cache_dir,
+            subfolder=subfolder,
+            progress=self.show,
+        )
+
+    def all_scored(
+        self, model: Pipeline, tasks: Sequence[EvaluationTask]
+    ) -> tuple[Data, Results, dict[str, str]]:
+        """Images and results of the tasks that can be evaluated, and why others cannot."""
+        data: Data = {}
+        results: Results = {}
+        errors: dict[str, str] = {}
+        for task in tasks:
+            try:
+                images = load(task, limit=self.limit, token=self.token)
+                results[task.name] = self.scored(model, task, images)
+                data[task.name] = task, images
+            except HfTsvError as error:
+                errors[task.name] = str(error)
+                logger.warning("%s", error)
+        return data, results, errors
+
+    def compare(
+        self, fine_tunes: Mapping[str, str], data: Data, results: Results, errors: dict[str, str]
+    ) -> None:
+        """Add to the results what the tasks' own fine-tunes score."""
+        for name, (task, images) in data.items():
+            if name in fine_tunes:
+                try:
+                    own = self.scored(self.model(fine_tunes[name]), task, images)["accuracy"]
+                except HfTsvError as error:
+                    errors[name] = f"its reference: {error}"
+                    logger.warning("%s", error)
+                else:
+                    results[name] |= _beside(results[name], fine_tunes[name], own)
+
+    def scored(self, pipe: Any, task: EvaluationTask, images: LabelledImages) -> dict[str, Any]:
+        """Accuracy and confusion of one model on one task."""
+        from sklearn.metrics import accuracy_score, confusion_matrix
+
+        labels, predicted = self._classified(pipe, task, images)
+        every = list(range(len(images.classes)))
+        return {
+            "dataset": task.dataset,
+            "revision": task.revision,
+            "split": images.split,
+            "images": len(labels),
+            "classes": list(images.classes),
+            "templates": list(task.templates),
+            "accuracy": float(accuracy_score(labels, predicted)),
+            "confusion": confusion_matrix(labels, predicted, labels=every).tolist(),
+        }
+
+    def _classified(
+        self, pipe: Any, task: EvaluationTask, images: LabelledImages
+    ) -> tuple[list[int], list[int]]:
+        """The class of every image, and the one it is taken for."""
+        directions = zero_shot.head(pipe.model, pipe.tokenizer, images.classes, task.templates)
+        labels: list[int] = []
+        predicted: list[int] = []
+        count = len(images.rows)
+        with bar(f"Evaluating {task.name}", count, visible=self.show) as advance:
+            for start in range(0, count, self.batch_size):
+                stop = min(start + self.batch_size, count)
+                pictures, own = images.batch(start, stop, task.name)
+                pixels = pipe.image_processor(pictures, return_tensors="pt")["pixel_values"]
+                predicted += zero_shot.classify(pipe.model, directions, pixels).tolist()
+                labels += own
+                advance(len(own))
+        return labels, predicted
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _write(report: EvaluateReport, folder: Path) -> None:
+    """The results as a folder that appears whole."""
+    with whole_folder(folder) as staging:
+        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        (staging / RESULTS_FILE).write_text(text, encoding="utf-8")
+
+
+def _beside(found: dict[str, Any], reference: str, accuracy: float) -> dict[str, Any]:
+    """What a task's own fine-tune scores, and the share of it that is kept."""
+    beside: dict[str, Any] = {"reference": {"ref": reference, "accuracy": accuracy}}
+    return beside | ({"normalised": found["accuracy"] / accuracy} if accuracy else {})
+
+
+def _listed(
+    tasks: Mapping[str, str] | Sequence[str | EvaluationTask], templates: Sequence[str]
+) -> list[EvaluationTask]:
+    named = [f"{n}={d}" for n, d in tasks.items()] if isinstance(tasks, Mapping) else list(tasks)
+    choices = {"templates": tuple(templates)} if templates else {}
+    listed = [t if isinstance(t, EvaluationTask) else EvaluationTask.parse(t, **choices)
+              for t in named]  # fmt: skip
+    names = [task.name for task in listed]
+    if not names:
+        raise RecipeError("There is nothing to evaluate on.", "Name a task: --task NAME=DATASET.")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RecipeError(f"The task {twice} is given twice.", "Give each its own name.")
+    return listed
+
+
+def _fine_tunes(
+    references: Mapping[str, str | PathLike[str]], tasks: Sequence[EvaluationTask]
+) -> dict[str, str]:
+    if unknown := sorted(references.keys() - {task.name for task in tasks}):
+        raise RecipeError(
+            f"There is a reference for {unknown[0]}, and no such task.",
+            f"The tasks are {', '.join(task.name for task in tasks)}.",
+        )
+    return {name: fspath(ref) for name, ref in references.items()}
+
+
+def _checked_folder(output: Path, *, force: bool) -> Path:
+    folder = output.expanduser().absolute()
+    check_output_folder(folder, [RESULTS_FILE], force=force)
+    return folder
+
+
+def _check_numbers(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and (type(number) is not int or number < 1):
+            raise RecipeError(f"{name} is {number!r}.", "Give a whole number from 1 on.")
+
+
+def _check_installed() -> None:
+    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    if missing:
+        raise RecipeError(
+            f"Evaluation needs {', '.join(missing)}.", "Run `pip install 'hf-tsv[eval]'`."
+        )
