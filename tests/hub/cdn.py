@@ -30,7 +30,7 @@ def upload_part(call: Call) -> Response:
     return Response(headers={"ETag": f'"{Blob.of(call.body, lfs=True).oid}"'})
 
 
-@routes("GET", "/{repo}/{oid}/{path}")
+@routes("GET", "(/{kind})?/{repo}/{oid}/{path}")
 def download(call: Call) -> Response:
     blob = call.stored().lfs.get(call.args["oid"])
     if blob is None:

@@ -98,21 +98,23 @@ class Hub:
         private: bool = False,
         gated: bool | str = False,
         branch: str = "main",
+        kind: str = "models",
     ) -> str:
         """Create a repository from files or a folder, and return the sha of its commit.
 
         Where it exists already, add a commit on that branch, as `commit` does; it stays as private
-        and as gated as it was. `gated` is True, "auto" or "manual"; `hub.repos[id].allowed` names
+        and as gated as it was. A repository of `kind` "datasets" is under `datasets/org/name` here
+        and elsewhere. `gated` is True, "auto" or "manual"; `hub.repos[id].allowed` names
         the users let in.
         """
         if isinstance(files, Path):
             paths = sorted(path for path in files.rglob("*") if path.is_file())
             files = {path.relative_to(files).as_posix(): path for path in paths}
         with self.lock:
-            if repo_id not in self.repos:
-                gate = "auto" if gated is True else gated
-                self.repos[repo_id] = Repo(repo_id, private=private, gated=gate)
-            return self.commit(repo_id, files, branch=branch)
+            gate = "auto" if gated is True else gated
+            repo = Repo(repo_id, kind, private=private, gated=gate)
+            self.repos.setdefault(repo.key, repo)
+            return self.commit(repo.key, files, branch=branch)
 
     def commit(
         self,

@@ -42,7 +42,7 @@ def auth_check_write(call: Call) -> Response:
     return Response.of_json({})
 
 
-@routes("GET", "/api/models/{repo}/refs")
+@routes("GET", "/api/{kind}/{repo}/refs")
 def refs(call: Call) -> Response:
     repo = call.repo()
 
@@ -79,7 +79,7 @@ def commits(call: Call) -> Response:
     return call.page(history)
 
 
-@routes("GET", "/api/models/{repo}/tree/{rev}(/{path})?")
+@routes("GET", "/api/{kind}/{repo}/tree/{rev}(/{path})?")
 def tree(call: Call) -> Response:
     repo = call.repo()
     commit = repo.resolve(call.args["rev"])
@@ -95,7 +95,7 @@ def tree(call: Call) -> Response:
     return call.page([_path_info(repo, commit, path, expand) for path in inside])
 
 
-@routes("POST", "/api/models/{repo}/paths-info/{rev}")
+@routes("POST", "/api/{kind}/{repo}/paths-info/{rev}")
 def paths_info(call: Call) -> Response:
     repo = call.repo()
     commit = repo.resolve(call.args["rev"])
@@ -157,7 +157,7 @@ def pull_request_info(repo: Repo, request: PullRequest) -> dict[str, Any]:
     }
 
 
-@routes("GET", "/{repo}/resolve/{rev}/{path}")
+@routes("GET", "(/{kind})?/{repo}/resolve/{rev}/{path}")
 def resolve(call: Call) -> Response:
     repo = call.readable()
     commit, blob = repo.blob(call.args["rev"], call.args["path"])
@@ -170,24 +170,24 @@ def resolve(call: Call) -> Response:
     if not blob.lfs:
         return Response(200, blob, headers)
     headers |= {
-        "Location": f"{call.hub.cdn}/{repo.id}/{blob.oid}/{quote(call.args['path'])}",
+        "Location": f"{call.hub.cdn}/{repo.key}/{blob.oid}/{quote(call.args['path'])}",
         "X-Linked-Size": str(blob.size),
         "X-Linked-Etag": f'"{blob.oid}"',
     }
     return Response(302, b"", headers)
 
 
-@routes("GET", "/api/models/{repo}(/revision/{rev})?")
-def model_info(call: Call) -> Response:
+@routes("GET", "/api/{kind}/{repo}(/revision/{rev})?")
+def repo_info(call: Call) -> Response:
     repo = call.repo()
     commit = repo.resolve(call.args.get("rev", "main"))
-    info = _model_info(repo, commit, blobs="blobs" in call.query)
+    info = _info(repo, commit, blobs="blobs" in call.query)
     if wanted := call.query.get("expand"):
         info = {key: value for key, value in info.items() if key in ("_id", "id", *wanted)}
     return Response.of_json(info)
 
 
-def _model_info(repo: Repo, commit: Commit, *, blobs: bool) -> dict[str, Any]:
+def _info(repo: Repo, commit: Commit, *, blobs: bool) -> dict[str, Any]:
     card = cards.card_data(commit.files)
     info = {
         "_id": f"model-{repo.id}",

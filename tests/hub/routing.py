@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from .hub import Hub
 
 # A segment may hold a quoted slash: the revision refs/pr/1 arrives as refs%2Fpr%2F1.
-SEGMENTS = {"repo": "[^/]+(?:/[^/]+)?", "path": ".+", "oid": "[0-9a-f]{64}"}
+SEGMENTS = {
+    "kind": "models|datasets",
+    "repo": "[^/]+(?:/[^/]+)?",
+    "path": ".+",
+    "oid": "[0-9a-f]{64}",
+}
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,14 @@ class Call:
     def json(self) -> Any:
         return json.loads(self.body or b"{}")
 
+    @property
+    def key(self) -> str:
+        """Under which the Hub has the repository named in the path."""
+        return Repo(self.args["repo"], self.args.get("kind", "models")).key
+
     def repo(self) -> Repo:
         """The repository named in the path, if the user may know of it."""
-        return check_visible(self.user, self.args["repo"], self.hub.repos.get(self.args["repo"]))
+        return check_visible(self.user, self.args["repo"], self.hub.repos.get(self.key))
 
     def readable(self) -> Repo:
         """The same, if the user may also have its contents."""
@@ -60,9 +70,9 @@ class Call:
 
     def stored(self) -> Repo:
         """The same, for URLs that were handed out with the right to use them."""
-        if self.args["repo"] not in self.hub.repos:
+        if self.key not in self.hub.repos:
             raise HubError(404, "No such object")
-        return self.hub.repos[self.args["repo"]]
+        return self.hub.repos[self.key]
 
     def page(self, items: Sequence[Any]) -> Response:
         """One page of a listing, with a Link header to the next."""

@@ -156,9 +156,10 @@ class PullRequest:
 
 @dataclass
 class Repo:
-    """A model repository: commits, the refs that point to them, the LFS files uploaded to it."""
+    """A repository: commits, the refs that point to them, the LFS files uploaded to it."""
 
     id: str
+    kind: str = "models"  # or "datasets", which can be read only
     private: bool = False
     gated: str | bool = False  # False, "auto" or "manual"
     allowed: set[str] = field(default_factory=set)  # users let through the gate
@@ -167,6 +168,11 @@ class Repo:
     pull_requests: dict[int, PullRequest] = field(default_factory=dict)
     lfs: dict[str, Blob] = field(default_factory=dict)  # sha256 -> content
     parts: dict[str, dict[int, bytes]] = field(default_factory=dict)  # multipart uploads under way
+
+    @property
+    def key(self) -> str:
+        """Of `Hub.repos`: the id, with its kind in front unless it is a model."""
+        return self.id if self.kind == "models" else f"{self.kind}/{self.id}"
 
     @property
     def namespace(self) -> str:
