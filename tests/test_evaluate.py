@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import clips
-import numpy as np
 import pytest
 import torch
 from cli import copied
 from cli import hf_tsv as run
+from labelled import CLASSES, make_folder, picture
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, confusion_matrix
@@ -22,28 +22,13 @@ import hf_tsv
 from hf_tsv import evaluation
 from hf_tsv.errors import DataError, HfTsvError, RecipeError
 
-CLASSES = ("cat", "dog", "emu")
-COLOURS = {"cat": (200, 40, 40), "dog": (40, 200, 40), "emu": (40, 40, 200)}
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
-
-
-def picture(name: str, seed: int) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    noise = rng.integers(-40, 40, (40, 36, 3))
-    return Image.fromarray(np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8))
 
 
 @pytest.fixture(scope="session")
 def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of images, one folder a class, in two splits."""
-    folder = tmp_path_factory.mktemp("data") / "pets"
-    for split, count in (("train", 3), ("test", 8)):
-        for number, name in enumerate(CLASSES):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                picture(name, 100 * number + i).save(folder / split / name / f"{i}.png")
-    return folder
+    return make_folder(tmp_path_factory.mktemp("data") / "pets")
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ def test_the_wheel_installs_and_works_in_an_empty_environment(zoo: Path, tmp_pat
     cards = {path.name for path in (ROOT / "model_cards").iterdir()}  # and the page's parts
     assert {f"hf_tsv/model_cards/{name}" for name in cards} <= set(names)
     assert len(cards) == 7 and "hf_tsv/py.typed" in names
+    suites = {f"hf_tsv/evaluation/suites/{name}.yaml" for name in ("suites", "tasks")}
+    assert suites <= set(names)
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
 
     venv.create(tmp_path / "env", with_pip=True)

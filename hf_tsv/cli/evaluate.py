@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from hf_tsv.cli import options
-from hf_tsv.cli.output import Out
+from hf_tsv.cli.output import Out, table
 from hf_tsv.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ EXAMPLES = """\
 `hf-tsv evaluate me/merged --task sun397=tanganke/sun397 --task dtd=tanganke/dtd`
 
 `hf-tsv evaluate me/merged --task dtd=tanganke/dtd --reference dtd=org/clip-dtd -o results`
+
+`hf-tsv evaluate me/merged --suite vit-b-32-8 --limit 500`
 
 `hf-tsv evaluate ./merged --task mine=./images --limit 200 --json | jq .accuracy`
 """
@@ -46,20 +49,69 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    suite: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="NAME",
+            help="Tasks, base model and fine-tunes of a paper, beside the rows it reports:"
+            " vit-b-32-8; b-16 or l-14, 14 or 20 tasks.",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
     fine_tunes: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
             "--reference",
             metavar="NAME=REF",
-            help="The fine-tune of a task, which accuracy is divided by; repeatable.",
+            help="The fine-tune of a task, which accuracy is divided by; repeatable."
+            " [default: those of the suite]",
             rich_help_panel=DATA,
             show_default=False,
         ),
     ] = None,
+    no_references: Annotated[
+        bool,
+        typer.Option(
+            "--no-references",
+            help="Leave the fine-tunes of the suite out.",
+            rich_help_panel=DATA,
+        ),
+    ] = False,
     split: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Of every dataset. [default: test, else validation, else train]",
+            help="Of the datasets of --task. [default: test, else validation, else train]",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    image: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--image-column",
+            metavar="COLUMN",
+            help="Images of --task. [default: the only column of images]",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    label: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--label-column",
+            metavar="COLUMN",
+            help="Labels of --task. [default: the only column of class labels]",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    classes: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FILE",
+            help="Names of the classes of a single --task, one a line, in the order of the labels."
+            " [default: those of the dataset]",
             rich_help_panel=DATA,
             show_default=False,
         ),
@@ -67,7 +119,7 @@ def evaluate(
     template: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="Of prompts, with {} for the name of a class; repeatable."
+            help="Of the prompts of --task, with {} for the name of a class; repeatable."
             " [default: a photo of a {}.]",
             rich_help_panel=DATA,
             show_default=False,
@@ -112,12 +164,18 @@ def evaluate(
     out = Out(as_json=as_json, quiet=quiet)
     from hf_tsv import evaluation
 
-    choices = {"split": split, **({"templates": tuple(template)} if template else {})}
+    choices: dict[str, Any] = {"split": split, "image": image, "label": label}
+    if template:
+        choices["templates"] = tuple(template)
+    if classes is not None:
+        choices["classes"] = _names(classes, task or [])
     tasks = [evaluation.EvaluationTask.parse(text, **choices) for text in task or []]
+    references = dict(map(_named, fine_tunes or [])) if fine_tunes or no_references else None
     report = evaluation.evaluate(
         reference,
         tasks,
-        references=dict(map(_named, fine_tunes or [])),
+        suite=suite,
+        references=references,
         output=output,
         force=force,
         limit=limit,
@@ -129,7 +187,7 @@ def evaluate(
         subfolder=subfolder,
         progress=False if quiet else None,
     )
-    out.result(_text(report), report.to_dict())
+    out.result(text_of(report), report.to_dict())
     if report.errors:
         raise typer.Exit(1)
 
@@ -141,25 +199,68 @@ def _named(text: str) -> tuple[str, str]:
     return name, ref
 
 
+def _names(file: Path, tasks: Sequence[str]) -> tuple[str, ...]:
+    """Lines of a file."""
+    if len(tasks) != 1:
+        raise RecipeError("--classes is for a single --task.", "Evaluate one task at a time.")
+    try:
+        names = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"{file} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.",
+            "Give a text file with the name of one class on every line.",
+        ) from None
+    if not names or not all(name.strip() for name in names):
+        raise RecipeError(f"{file} has an empty line or none.", "Write a class on every line.")
+    return tuple(name.strip() for name in names)
+
+
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
-def _text(report: EvaluateReport) -> str:
-    names = [options.one_line(name) for name in report.tasks]
-    width = max(map(len, ["normalised", *names]))
-    lines = [f"{'task':<{width}}  images  accuracy  fine-tune   kept"]
-    for name, found in zip(names, report.tasks.values(), strict=True):
-        own = found.get("reference", {}).get("accuracy")
-        kept = found.get("normalised")
-        lines.append(
-            f"{name:<{width}}  {found['images']:>6}  {found['accuracy']:>8.1%}"
-            f"  {_share(own):>9}  {_share(kept):>5}"
-        )
-    rows = [("accuracy", f"{report.accuracy:.1%}")]
-    if report.normalised is not None:
-        rows.append(("normalised", f"{report.normalised:.1%}"))
+def text_of(report: EvaluateReport) -> str:
+    """The results as tables."""
+    compared = any("reference" in found for found in report.tasks.values())
+    rows = [_row(name, found, compared) for name, found in report.tasks.items()]
+    head = ["task", "images", "accuracy", *(["fine-tune", "kept"] if compared else [])]
+    own = [*report.tasks.values()]
+    mean = ["mean", "", _share(report.accuracy)]
+    if compared:
+        known = [found["reference"]["accuracy"] for found in own if "reference" in found]
+        mean += [_share(sum(known) / len(known)), _share(report.normalised)]
+    parts = [table(head, rows, mean)]
+    if report.suite is not None:
+        parts.append(_beside_the_paper(report))
+    notes = []
     if report.limit is not None:
-        rows.append(("of each task", f"{report.limit} images at most: a quick look"))
-    rows += [("failed", f"{name}: {why}") for name, why in report.errors.items()]
-    return "\n".join([*lines, "", options.columns(rows)])
+        notes.append(("of each task", f"{report.limit} images at most: a quick look"))
+    notes += [("failed", f"{name}: {why}") for name, why in report.errors.items()]
+    return "\n\n".join([*parts, *([options.columns(notes)] if notes else [])])
+
+
+def _beside_the_paper(report: EvaluateReport) -> str:
+    """Rows of the suite's paper, and ours; what makes them differ stands beside its name."""
+    from hf_tsv.evaluation.suites import PUBLISHED
+
+    assert report.suite is not None
+    suite, done = report.suite, set(report.suite["tasks"]) & report.tasks.keys()
+    rows = [
+        (method, _share(row["accuracy"]), _share(row.get("normalised")))
+        for method, row in suite["published"].items()
+    ]
+    ours = ["this model"]
+    if len(done) < len(suite["tasks"]):
+        ours.append(f"{len(done)} of {len(suite['tasks'])} tasks")
+    if report.limit is not None:
+        ours.append(f"{report.limit} images of each")
+    means = _share(suite["accuracy"]), _share(suite["normalised"])
+    return table((PUBLISHED, "accuracy", "kept"), rows, (", ".join(ours), *means))
+
+
+def _row(name: str, found: dict[str, Any], compared: bool) -> list[str]:
+    cells = [options.one_line(name), str(found["images"]), _share(found["accuracy"])]
+    if compared:
+        own = found.get("reference", {}).get("accuracy")
+        cells += [_share(own), _share(found.get("normalised"))]
+    return cells

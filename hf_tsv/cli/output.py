@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from textwrap import dedent
 from typing import Any
 
 from hf_tsv.errors import HfTsvError
@@ -60,6 +61,34 @@ class Out:
         """Tell on stderr what was done, unless quiet."""
         if not self.quiet:
             _print_stderr(text)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], footer: Sequence[str] = ()) -> str:
+    """Columns as text, the first to the left and the others to the right.
+
+    Args:
+        head (`Sequence[str]`): names of the columns.
+        rows (`Sequence[Sequence[str]]`): cells, as they are: no markup.
+        footer (`Sequence[str]`): a last row below a line.
+    """
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=SIMPLE, pad_edge=False, padding=(0, 1), show_footer=bool(footer))
+    for i, name in enumerate(head):
+        drawn.add_column(
+            name,
+            footer=Text(footer[i]) if footer else "",
+            justify="right" if i else "left",
+            no_wrap=True,
+        )
+    for row in rows:
+        drawn.add_row(*map(Text, row))
+    out = io.StringIO()
+    Console(file=out, width=10_000, color_system=None).print(drawn)
+    return dedent("\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip()))
 
 
 class _StderrHandler(logging.Handler):

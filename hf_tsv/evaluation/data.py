@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_tsv.errors import DataError, RecipeError
+from hf_tsv import hub
+from hf_tsv.errors import DataError, RecipeError, RepoError
 from hf_tsv.progress import first_line
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class LabelledImages:
         label (`str`): column of the labels.
         classes (`tuple[str, ...]`): names, in the order of the labels.
         split (`str`): they were taken from.
+        total (`int`): images in it, of which `rows` may be a few.
+        revision (`str`, *optional*): commit sha of the dataset; None if it is no repository.
     """
 
     rows: Dataset
@@ -100,6 +103,8 @@ class LabelledImages:
     label: str
     classes: tuple[str, ...]
     split: str
+    total: int
+    revision: str | None = None
 
     def batch(self, start: int, stop: int, task: str) -> tuple[list[Any], list[int]]:
         """Images as RGB, and their labels.
@@ -124,6 +129,7 @@ class LabelledImages:
                     "Repair or remove it.",
                 ) from None
             label = row[self.label]
+            label = int(label) if isinstance(label, bool) else label
             if type(label) is not int or not 0 <= label < len(self.classes):
                 raise DataError(
                     f"{task}: image {i} has the label {label!r}, and there are"
@@ -155,7 +161,8 @@ def load(
     import datasets
 
     datasets.disable_progress_bars()  # ours counts images
-    splits = _splits(task, datasets, token, cache_dir)
+    revision = _commit(task, token)
+    splits = _splits(task, revision or task.revision, datasets, token, cache_dir)
     wanted = [task.split] if task.split else [s for s in SPLITS if s in splits] or list(splits)
     if wanted[0] not in splits:
         raise DataError(
@@ -168,16 +175,33 @@ def load(
     image = _column(task, rows.features, task.image, "image", datasets.Image)
     label = _column(task, rows.features, task.label, "label", datasets.ClassLabel, LABELS)
     classes = _classes(task, rows.features[label], label)
-    if limit is not None and limit < len(rows):
+    total = len(rows)
+    if limit is not None and limit < total:
         rows = rows.shuffle(seed=SEED).select(range(limit))
-    return LabelledImages(rows, image, label, classes, wanted[0])
+    return LabelledImages(rows, image, label, classes, wanted[0], total, revision)
+
+
+def _commit(task: EvaluationTask, token: str | None) -> str | None:
+    """What the revision of a repository stands for now."""
+    path = Path(task.dataset).expanduser()
+    local = path.exists() or path.suffix == ".parquet" or task.dataset.startswith((".", "/", "~"))
+    if local or task.dataset.count("/") != 1:
+        return None
+    try:
+        return hub.dataset_commit(task.dataset, task.revision, token=token)
+    except RepoError as error:
+        raise DataError(f"{task.name}: the dataset {error.message}", error.hint) from None
 
 
 def _splits(
-    task: EvaluationTask, datasets: Any, token: str | None, cache_dir: str | None
+    task: EvaluationTask,
+    revision: str | None,
+    datasets: Any,
+    token: str | None,
+    cache_dir: str | None,
 ) -> Mapping[str, Dataset]:
     path = Path(task.dataset).expanduser()
-    options: dict[str, Any] = {"name": task.config, "revision": task.revision}
+    options: dict[str, Any] = {"name": task.config, "revision": revision}
     source = task.dataset
     if path.suffix == ".parquet":
         source, options = "parquet", {"data_files": {"test": str(path)}}

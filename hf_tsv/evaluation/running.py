@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.checkpoints.writer import check_output_folder, whole_folder
 from hf_tsv.errors import DataError, HfTsvError, RecipeError
-from hf_tsv.evaluation import zero_shot
+from hf_tsv.evaluation import suites, zero_shot
 from hf_tsv.evaluation.data import EvaluationTask, LabelledImages, load
 from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.recipe import current_versions
@@ -37,11 +37,14 @@ class EvaluateReport:
         accuracy (`float`): top-1, 0 to 1, mean over the tasks that could be evaluated.
         normalised (`float`, *optional*): mean share of the fine-tunes' own accuracy (eq. 9), over
             the tasks that have one.
-        tasks (`dict[str, dict]`): by name: `dataset`, `revision`, `split`, `images`, `classes`,
-            `templates`, `accuracy`, `confusion` (rows: the true class), and where the fine-tune is
-            known `reference` with its `accuracy`, and `normalised`.
+        tasks (`dict[str, dict]`): by name: `dataset`, `revision` (the commit), `config`, `split`,
+            `images` of its `total`, `classes`, `templates`, `accuracy`, `confusion` (rows: the true
+            class), and where the fine-tune is known `reference` with its `accuracy`, and
+            `normalised`.
         errors (`dict[str, str]`): tasks that could not be evaluated, and why.
         limit (`int`, *optional*): images of each task, if not all.
+        suite (`dict`, *optional*): its `name`, `tasks`, and over those that could be evaluated
+            `accuracy` and `normalised`; what its paper reports, not measured here, is `published`.
         device (`str`): type of device computed on.
         seconds (`float`): wall time.
         versions (`dict[str, str]`): of hf-tsv and torch.
@@ -56,6 +59,7 @@ class EvaluateReport:
     limit: int | None
     device: str
     seconds: float
+    suite: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=current_versions)
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,8 +69,9 @@ class EvaluateReport:
 
 def evaluate(
     reference: str | PathLike[str],
-    tasks: Mapping[str, str] | Sequence[str | EvaluationTask],
+    tasks: Mapping[str, str] | Sequence[str | EvaluationTask] = (),
     *,
+    suite: str | None = None,
     references: Mapping[str, str | PathLike[str]] | None = None,
     output: str | Path | None = None,
     force: bool = False,
@@ -90,15 +95,17 @@ def evaluate(
         tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
             `NAME=DATASET` texts, or [`EvaluationTask`]s. A dataset is a repository on the Hub, a
             folder of images, or a parquet file.
+        suite (`str`, *optional*): tasks of a paper, with their base model and fine-tunes:
+            `vit-b-32-8`, with b-16 or l-14, and 14 or 20 tasks; `tasks` are evaluated too.
         references (`Mapping[str, str]`, *optional*): the fine-tune of each task, which its accuracy
-            is divided by.
+            is divided by; default: those of the suite; {} for none.
         output (`str` or `Path`, *optional*): folder to write `evaluation.json` to.
         force (`bool`): replace a folder that holds earlier results.
         limit (`int`, *optional*): so many images of each task, for a quick look.
         batch_size (`int`): images at a time.
-        templates (`Sequence[str]`): of prompts; default: those of the tasks.
+        templates (`Sequence[str]`): of prompts, of tasks that are given as text.
         base_model (`str`, *optional*): whose text tower and processor serve where the model has
-            none; default: what its card names.
+            none; default: that of the suite, else what the model's card names.
         device (`str`, *optional*): default: the one accelerate chooses.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
@@ -118,7 +125,11 @@ def evaluate(
     started = time.monotonic()
     _check_installed()
     _check_numbers(limit=limit, batch_size=batch_size)
-    listed = _listed(tasks, templates)
+    chosen = None if suite is None else suites.named(suite)
+    listed = _listed(tasks, templates, chosen)
+    if chosen is not None:
+        references = chosen.references if references is None else references
+        base_model = base_model or chosen.base_model
     fine_tunes = _fine_tunes(references or {}, listed)
     folder = None if output is None else _checked_folder(Path(output), force=force)
     cache = None if cache_dir is None else str(cache_dir)
@@ -132,17 +143,17 @@ def evaluate(
     run.compare(fine_tunes, data, results, errors)
     if not results:
         raise DataError(f"No task could be evaluated; the first: {next(iter(errors.values()))}")
-    shares = [found["normalised"] for found in results.values() if "normalised" in found]
     report = EvaluateReport(
         ref=pinned.ref,
         revision=pinned.revision,
-        accuracy=_mean([found["accuracy"] for found in results.values()]),
-        normalised=_mean(shares) if shares else None,
+        accuracy=_mean(results, "accuracy") or 0.0,
+        normalised=_mean(results, "normalised"),
         tasks=results,
         errors=errors,
         limit=limit,
         device=where,
         seconds=round(time.monotonic() - started, 3),
+        suite=None if chosen is None else _of_suite(chosen, results),
     )
     if folder is not None:
         _write(report, folder)
@@ -224,9 +235,11 @@ class _Run:
         every = list(range(len(images.classes)))
         return {
             "dataset": task.dataset,
-            "revision": task.revision,
+            "revision": images.revision or task.revision,
+            "config": task.config,
             "split": images.split,
             "images": len(labels),
+            "total": images.total,
             "classes": list(images.classes),
             "templates": list(task.templates),
             "accuracy": float(accuracy_score(labels, predicted)),
@@ -252,8 +265,21 @@ class _Run:
         return labels, predicted
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(results: Results, what: str) -> float | None:
+    values = [found[what] for found in results.values() if what in found]
+    return sum(values) / len(values) if values else None
+
+
+def _of_suite(suite: suites.Suite, results: Results) -> dict[str, Any]:
+    names = [task.name for task in suite.tasks]
+    own = {name: found for name, found in results.items() if name in names}
+    return {
+        "name": suite.name,
+        "tasks": names,
+        "accuracy": _mean(own, "accuracy"),
+        "normalised": _mean(own, "normalised"),
+        "published": suite.published,
+    }
 
 
 def _write(report: EvaluateReport, folder: Path) -> None:
@@ -270,15 +296,21 @@ def _beside(found: dict[str, Any], reference: str, accuracy: float) -> dict[str,
 
 
 def _listed(
-    tasks: Mapping[str, str] | Sequence[str | EvaluationTask], templates: Sequence[str]
+    tasks: Mapping[str, str] | Sequence[str | EvaluationTask],
+    templates: Sequence[str],
+    suite: suites.Suite | None,
 ) -> list[EvaluationTask]:
     named = [f"{n}={d}" for n, d in tasks.items()] if isinstance(tasks, Mapping) else list(tasks)
     choices = {"templates": tuple(templates)} if templates else {}
-    listed = [t if isinstance(t, EvaluationTask) else EvaluationTask.parse(t, **choices)
-              for t in named]  # fmt: skip
+    listed = [] if suite is None else list(suite.tasks)
+    for task in named:
+        parsed = task if isinstance(task, EvaluationTask) else None
+        listed.append(parsed or EvaluationTask.parse(str(task), **choices))
     names = [task.name for task in listed]
     if not names:
-        raise RecipeError("There is nothing to evaluate on.", "Name a task: --task NAME=DATASET.")
+        raise RecipeError(
+            "There is nothing to evaluate on.", "Name a task or suite: --task NAME=DATASET."
+        )
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise RecipeError(f"The task {twice} is given twice.", "Give each its own name.")
     return listed

@@ -6,7 +6,14 @@ out as a [`RepoError`] that says what to do.
 
 from hf_tsv.hub.downloads import Wanted, download, missing, uncached
 from hf_tsv.hub.ranges import read_range
-from hf_tsv.hub.snapshots import WEIGHT_SUFFIXES, RepoSnapshot, card_dict, conversion, snapshot
+from hf_tsv.hub.snapshots import (
+    WEIGHT_SUFFIXES,
+    RepoSnapshot,
+    card_dict,
+    conversion,
+    dataset_commit,
+    snapshot,
+)
 from hf_tsv.hub.uploads import MARKERS, push, writable_repo_id
 
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "Wanted",
     "card_dict",
     "conversion",
+    "dataset_commit",
     "download",
     "missing",
     "push",

@@ -78,6 +78,20 @@ def snapshot(
     return RepoSnapshot(repo_id, str(info.sha), sizes, card, token, cache_dir)
 
 
+def dataset_commit(repo_id: str, revision: str | None, *, token: str | None = None) -> str | None:
+    """The commit sha that a revision of a dataset stands for; None when the Hub cannot be reached.
+
+    Raises:
+        [`RepoError`]: unknown, private or gated dataset, or unknown revision.
+    """
+    with translated(repo_id, revision):
+        try:
+            info = retried(lambda: api(token).dataset_info(repo_id, revision=revision))
+        except (OfflineModeIsEnabled, TransportError):
+            return None
+    return info.sha
+
+
 def card_dict(data: Any) -> dict[str, Any]:
     """Front matter of a card; {} where the client cannot write it, as with broken eval_results."""
     try:

@@ -1,0 +1,60 @@
+"""A suite of the paper from the Hub: merge its fine-tunes, evaluate, print the row beside theirs.
+
+`python -m benchmarks.paper vit-b-32-8` downloads eight fine-tunes, the base model and the datasets;
+`--limit 500` classifies that many images of each task only. The published rows are the paper's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import hf_tsv
+from hf_tsv.cli.evaluate import text_of
+from hf_tsv.cli.output import guarded
+from hf_tsv.evaluation import EvaluateReport, suites
+from hf_tsv.tsv import Method
+
+
+def run(name: str, method: str, limit: int | None, folder: Path) -> EvaluateReport:
+    """Merge the fine-tunes of a suite into a folder, unless that is done, and evaluate it.
+
+    Args:
+        name: of the suite.
+        method: of the merge.
+        limit: images of each task, if not all.
+        folder: where the merged model and the results go.
+    """
+    suite = suites.named(name)
+    merged = folder / f"{name}-{method}"
+    if not merged.exists():
+        hf_tsv.merge(
+            list(suite.references.values()),
+            base_model=suite.base_model,
+            method=method,
+            output=merged,
+        )
+    results = folder / f"{name}-{method}-results"
+    return hf_tsv.evaluate(merged, suite=name, limit=limit, output=results, force=True)
+
+
+@guarded()
+def main(words: Sequence[str] | None = None) -> None:
+    """Merge, evaluate, print; 1 if a task could not be evaluated."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("suite", help="such as vit-b-32-8")
+    parser.add_argument("--method", choices=get_args(Method), default="tsv")
+    parser.add_argument("--limit", type=int, help="so many images of each task")
+    parser.add_argument("--folder", type=Path, default=Path(".bench"), help="for what it makes")
+    chosen = parser.parse_args(words)
+    report = run(chosen.suite, chosen.method, chosen.limit, chosen.folder)
+    print(text_of(report))
+    if report.errors:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Suites of tasks that papers report on, with the rows they publish."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_tsv.errors import RecipeError
+from hf_tsv.evaluation.data import EvaluationTask
+
+FOLDER = Path(__file__).parent
+PUBLISHED = "published (paper)"
+"""What the rows of a paper are called, wherever they stand beside ours."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks, the model they start from, and what a paper reports.
+
+    Args:
+        name (`str`): such as `vit-b-32-8`.
+        base_model (`str`): W0.
+        tasks (`tuple[EvaluationTask, ...]`): in the paper's order.
+        references (`dict[str, str]`): the fine-tune of each task.
+        published (`dict[str, dict[str, float]]`): by method `accuracy`, 0 to 1, mean over the
+            tasks, and `normalised` where the paper has it. Not measured by hf-tsv.
+    """
+
+    name: str
+    base_model: str
+    tasks: tuple[EvaluationTask, ...]
+    references: dict[str, str]
+    published: dict[str, dict[str, float]]
+
+
+def named(name: str) -> Suite:
+    """Read a suite.
+
+    Args:
+        name (`str`): vision tower and number of tasks: `vit-b-32-8`.
+
+    Raises:
+        [`RecipeError`]: there is none of this name.
+
+    Example:
+        >>> named("vit-b-32-8").base_model
+        'openai/clip-vit-base-patch32'
+    """
+    content = _read("suites.yaml")
+    suites = {
+        f"{model}-{count}": (entry, count)
+        for model, entry in content["models"].items()
+        for count in entry["published"]
+    }
+    if name not in suites:
+        raise RecipeError(f"There is no suite {name!r}.", f"There are {', '.join(suites)}.")
+    entry, count = suites[name]
+    tasks = _read("tasks.yaml")
+    chosen = content["tasks"][:count]
+    return Suite(
+        name,
+        entry["base_model"],
+        tuple(_task(task, tasks[task]) for task in chosen),
+        {task: entry["fine_tunes"].replace("{}", task) for task in chosen},
+        {method: _row(value) for method, value in entry["published"][count].items()},
+    )
+
+
+def _read(file: str) -> Any:
+    return yaml.safe_load((FOLDER / file).read_text(encoding="utf-8"))
+
+
+def _task(name: str, entry: dict[str, Any]) -> EvaluationTask:
+    lists = {key: tuple(entry[key]) for key in ("templates", "classes")}
+    return EvaluationTask(name, **{**entry, **lists})
+
+
+def _row(value: float | list[float]) -> dict[str, float]:
+    values = value if isinstance(value, list) else [value]
+    shares = (round(number / 100, 6) for number in values)
+    return dict(zip(("accuracy", "normalised"), shares, strict=False))
