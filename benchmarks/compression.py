@@ -54,10 +54,12 @@ class Point:
 def accuracies(folder: Path, vision: Callable[[str], Any], seed: int) -> list[float]:
     """Test accuracy in per cent of the vision tower of every task, beside the base's text tower."""
     from benchmarks.tiny_clip.evaluation import accuracy, load_model
-    from benchmarks.tiny_clip.tasks import TASKS
+    from benchmarks.tiny_clip.first_tasks import FIRST_TASKS
 
     model, processor = load_model(folder / "base")
-    return [accuracy(model, vision(task.name), processor, task, "test", seed) for task in TASKS]
+    return [
+        accuracy(model, vision(task.name), processor, task, "test", seed) for task in FIRST_TASKS
+    ]
 
 
 def measure(

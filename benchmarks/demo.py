@@ -64,7 +64,7 @@ def measure(
 ) -> dict[str, list[float]]:
     """Test accuracy in per cent of every row of the table, by task."""
     from benchmarks.tiny_clip.evaluation import accuracy, load_model, load_vision
-    from benchmarks.tiny_clip.tasks import TASKS
+    from benchmarks.tiny_clip.first_tasks import FIRST_TASKS
 
     bar = progress.add_task("Measuring on test images", total=len(ALPHAS) + 5)
 
@@ -72,7 +72,7 @@ def measure(
         model, processor = load_model(path)
         return [
             accuracy(model, model.vision_model, processor, task, split, seed)  # type: ignore[arg-type]
-            for task in TASKS
+            for task in FIRST_TASKS
         ]
 
     rows = {BASE: of_model(folder / "base", "test")}
@@ -91,7 +91,7 @@ def measure(
     model, processor = load_model(folder / "base")
     rows[FINE_TUNED] = [
         accuracy(model, load_vision(folder / task.name), processor, task, "test", seed)
-        for task in TASKS
+        for task in FIRST_TASKS
     ]
     progress.advance(bar)
     return rows
@@ -128,9 +128,9 @@ def main() -> None:
     started = time.monotonic()
     quiet_libraries()
 
-    from benchmarks.tiny_clip.tasks import TASKS
+    from benchmarks.tiny_clip.first_tasks import FIRST_TASKS
 
-    names = [task.name for task in TASKS]
+    names = [task.name for task in FIRST_TASKS]
     with bars() as progress:
         folder = trained(arguments.seed, progress)
         merged = merge_all(folder, names, progress)

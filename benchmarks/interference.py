@@ -73,7 +73,7 @@ def measure(
     """Merge groups of tasks with every method, at the rank of a merge of all of them."""
     import hf_tsv
     from benchmarks.tiny_clip.evaluation import accuracy, load_model
-    from benchmarks.tiny_clip.tasks import TASKS
+    from benchmarks.tiny_clip.first_tasks import FIRST_TASKS
 
     wanted = list(wanted)
     names = [task["name"] for task in found["tasks"]]
@@ -95,7 +95,7 @@ def measure(
             )
             model, processor = load_model(output)
             kept[method] = mean(
-                100 * accuracy(model, model.vision_model, processor, TASKS[i], "test", seed)
+                100 * accuracy(model, model.vision_model, processor, FIRST_TASKS[i], "test", seed)
                 / fine_tuned[i]
                 for i in group
             )  # fmt: skip
@@ -136,9 +136,9 @@ def main() -> None:
 
     from benchmarks.compression import accuracies
     from benchmarks.tiny_clip.evaluation import load_vision
-    from benchmarks.tiny_clip.tasks import TASKS
+    from benchmarks.tiny_clip.first_tasks import FIRST_TASKS
 
-    names = [task.name for task in TASKS]
+    names = [task.name for task in FIRST_TASKS]
     with bars() as progress:
         folder = trained(arguments.seed, progress)
         fine_tuned = accuracies(folder, lambda name: load_vision(folder / name), arguments.seed)

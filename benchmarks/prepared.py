@@ -6,9 +6,13 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from benchmarks.tiny_clip.training import Recipe
 
 CACHE = Path(__file__).parents[1] / ".demo"
 
@@ -26,19 +30,29 @@ def bars() -> Progress:
     return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
 
 
-def trained(seed: int, progress: Progress) -> Path:
-    """The folder with `base` and a fine-tune of every task; trains what it does not hold yet."""
+def trained(
+    seed: int, progress: Progress, recipe: Recipe | None = None, cache: Path = CACHE
+) -> Path:
+    """The folder with `base` and a fine-tune of every task; trains what it does not hold yet.
+
+    Args:
+        seed: of the recipe of the quick demo, where no other recipe is given.
+        progress: where to show it.
+        recipe: what to train.
+        cache: holds one folder a recipe.
+    """
     from benchmarks.tiny_clip.checkpoints import cache_key, trained_base, trained_tasks
     from benchmarks.tiny_clip.tasks import TASKS
     from benchmarks.tiny_clip.training import Recipe
 
-    recipe = Recipe(seed=seed)
-    folder = CACHE / cache_key(recipe)
+    recipe = recipe or Recipe(seed=seed)
+    tasks = TASKS[: recipe.tasks]
+    folder = cache / cache_key(recipe)
     steps = progress.add_task("Training the base model", total=recipe.pretraining_steps)
     trained_base(recipe, folder, lambda: progress.advance(steps))
     progress.update(steps, completed=recipe.pretraining_steps)
-    missing = [task for task in TASKS if not (folder / task.name).exists()]
-    tasks = progress.add_task("Fine-tuning on each task", total=len(TASKS))
-    progress.advance(tasks, len(TASKS) - len(missing))
-    trained_tasks(recipe, folder, TASKS, lambda: progress.advance(tasks))
+    missing = [task for task in tasks if not (folder / task.name).exists()]
+    bar = progress.add_task("Fine-tuning on each task", total=len(tasks))
+    progress.advance(bar, len(tasks) - len(missing))
+    trained_tasks(recipe, folder, tasks, lambda: progress.advance(bar))
     return folder

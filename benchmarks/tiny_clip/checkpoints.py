@@ -17,10 +17,20 @@ from pathlib import Path
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
-from .tasks import TASKS, Task
+from .sampling import Task
+from .tasks import TASKS
 from .training import Recipe, finetune, pretrain
 
-SOURCES = ("models.py", "rendering.py", "tasks.py", "training.py")
+SOURCES = (
+    "drawings.py",
+    "first_tasks.py",
+    "further_tasks.py",
+    "models.py",
+    "rendering.py",
+    "sampling.py",
+    "tasks.py",
+    "training.py",
+)
 
 
 def cache_key(recipe: Recipe) -> str:

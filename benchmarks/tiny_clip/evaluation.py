@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
 
 from .checkpoints import quietly
-from .tasks import Task
+from .sampling import Task
 from .training import image_embeddings, pixels, text_embeddings, tokenize
 
 TEST_IMAGES = 500

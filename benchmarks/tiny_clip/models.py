@@ -55,8 +55,8 @@ def _build_tokenizer(corpus: Iterable[str]) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A random CLIPModel: vision tower 3 x 96, text tower 2 x 64, projections to 64."""
+def build_model(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPModel:
+    """A random CLIPModel: vision tower layers x width, text tower 2 x 64, projections to 64."""
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -71,9 +71,9 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
         "max_position_embeddings": MAX_TOKENS,
     }
     vision = {
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_hidden_layers": 3,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
         "image_size": SIDE,
         "patch_size": 8,
     }

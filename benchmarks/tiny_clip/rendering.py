@@ -17,7 +17,7 @@ Ints = NDArray[np.int64]
 Field = Callable[[Floats, Floats], Floats]
 
 SIDE = 32
-GLYPH_SIDE = 48
+PLANE_SIDE = 48
 
 
 def uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> Floats:
@@ -85,23 +85,29 @@ TEXTURES: dict[str, Field] = {
 @lru_cache
 def _glyph_atlas(characters: str) -> Floats:
     """PIL's own font, one character per plane: (len(characters), 48, 48)."""
-    font = ImageFont.load_default(size=GLYPH_SIDE)
+    font = ImageFont.load_default(size=PLANE_SIDE)
     planes = []
     for character in characters:
-        image = Image.new("L", (GLYPH_SIDE, GLYPH_SIDE))
-        middle = GLYPH_SIDE / 2
+        image = Image.new("L", (PLANE_SIDE, PLANE_SIDE))
+        middle = PLANE_SIDE / 2
         ImageDraw.Draw(image).text((middle, middle), character, fill=255, font=font, anchor="mm")
         planes.append(np.asarray(image, dtype=np.float32) / 255)
     return np.stack(planes)
 
 
+def plane_masks(planes: Floats, which: Ints, u: Floats, v: Floats) -> Floats:
+    """planes[which[i]] (48, 48), or (48, 48, c), seen on the grid (u[i], v[i]); 0 outside."""
+    column, row = ((g + 1) * PLANE_SIDE / 2 for g in (u, v))
+    inside = (np.abs(u) < 1) & (np.abs(v) < 1)
+    last = PLANE_SIDE - 1
+    rows, columns = (np.clip(g, 0, last).astype(np.intp) for g in (row, column))
+    seen = planes[which[:, None, None], rows, columns]
+    return seen * inside.reshape(inside.shape + (1,) * (seen.ndim - inside.ndim))
+
+
 def glyph_masks(characters: str, which: Ints, u: Floats, v: Floats) -> Floats:
     """Masks (n, 32, 32) of characters[which[i]] drawn on the grid (u[i], v[i])."""
-    column, row = ((g + 1) * GLYPH_SIDE / 2 for g in (u, v))
-    inside = (np.abs(u) < 1) & (np.abs(v) < 1)
-    last = GLYPH_SIDE - 1
-    rows, columns = (np.clip(g, 0, last).astype(np.intp) for g in (row, column))
-    return _glyph_atlas(characters)[which[:, None, None], rows, columns] * inside
+    return plane_masks(_glyph_atlas(characters), which, u, v)
 
 
 def stripes(angle: Floats, period: Floats, phase: Floats) -> Floats:

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer, CLIPVisionModel
 
 from .models import build_model, build_processor
-from .tasks import TASKS, Task
+from .sampling import Task
+from .tasks import TASKS
 
 Tick = Callable[[], None]
 Loss = Callable[[NDArray[np.int64]], Tensor]
@@ -28,6 +29,9 @@ class Recipe:
     """Everything that decides what is trained, apart from the code."""
 
     seed: int = 0
+    tasks: int = 8
+    width: int = 96
+    layers: int = 3
     images_a_task: int = 1_500
     wrong_captions: float = 0.45
     pretraining_steps: int = 1_000
@@ -70,7 +74,7 @@ def captioned_images(recipe: Recipe) -> tuple[NDArray[np.uint8], list[str]]:
     rng = np.random.default_rng(recipe.seed)
     images: list[NDArray[np.uint8]] = []
     captions: list[str] = []
-    for task in TASKS:
+    for task in TASKS[: recipe.tasks]:
         data = task.samples("train", recipe.images_a_task, recipe.seed + 1_000)
         wrong = rng.random(len(data.labels)) < recipe.wrong_captions
         images.append(data.images)
@@ -83,7 +87,7 @@ def pretrain(recipe: Recipe, tick: Tick) -> tuple[CLIPModel, CLIPProcessor]:
     torch.manual_seed(recipe.seed)
     images, captions = captioned_images(recipe)
     processor = build_processor(captions)
-    model = build_model(processor.tokenizer)
+    model = build_model(processor.tokenizer, recipe.width, recipe.layers)
     texts, target = np.unique(captions, return_inverse=True)
     tokens, labels = tokenize(processor.tokenizer, list(texts)), torch.from_numpy(target)
 
