@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_tsv.adaptation import Adaptation
     from hf_tsv.compression import CompressReport, compress, export_peft
     from hf_tsv.errors import (
         CheckpointError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Adaptation": "adaptation",
     "merge": "merging",
     "MergeReport": "merging",
     "compress": "compression",
@@ -58,6 +60,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Adaptation",
     "CheckpointError",
     "CompressReport",
     "DataError",

@@ -126,6 +126,7 @@ def merge_card(
         tags=["merge", "task-singular-vectors", "hf-tsv", _family(model_type)],
         license=common_license(inputs),
     )
+    shown = recipe.to_yaml(coefficients=False)
     return _rendered(
         "merge.md.jinja",
         data,
@@ -133,8 +134,10 @@ def merge_card(
         base=base,
         inputs=inputs,
         settings=recipe.settings,
-        recipe=recipe.to_yaml(),
-        fence=_fence(recipe.to_yaml()),
+        adaptation=recipe.adaptation,
+        coefficients=len(recipe.coefficients),
+        recipe=shown,
+        fence=_fence(shown),
         repo_id=repo_id,
         clip=_family(model_type) == "clip",
         full_model=full_model,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,6 +39,9 @@ from hf_tsv.sources import (
     pinned_entry,
 )
 
+if TYPE_CHECKING:
+    from hf_tsv.adaptation import Adaptation
+
 LIBRARIES = 64_000_000
 """Bytes of the libraries that are loaded when the first weight is computed."""
 
@@ -61,6 +64,8 @@ class Job:
         parallelism ([`Parallelism`]): what fits into them.
         measure (`bool`): find who disturbs whom.
         thresholds (`tuple[float, ...]`): from which size on TIES keeps entries of each task.
+        coefficients (`dict[str, tuple[float, ...]]`): of each task by weight, for the method ada.
+        adaptation ([`Adaptation`], *optional*): how they are learned, or were.
     """
 
     sources: Sources
@@ -76,6 +81,8 @@ class Job:
     parallelism: Parallelism = field(default_factory=Parallelism)
     measure: bool = False
     thresholds: tuple[float, ...] = ()
+    coefficients: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    adaptation: Adaptation | None = None
 
     def within(self, max_memory: int | None) -> Job:
         """The same job with as much parallelism as memory allows."""
@@ -96,6 +103,7 @@ class Job:
             "versions": current_versions(),
             "device": device.type,
             "measure": self.measure,
+            "coefficients": self.coefficients,
         }
 
 
@@ -124,6 +132,7 @@ class _Assignment:
         shares (`list[list[str]]`): labels of the weights of each process.
         measure (`bool`): find who disturbs whom.
         thresholds (`tuple[float, ...]`): from which size on TIES keeps entries of each task.
+        coefficients (`dict[str, tuple[float, ...]]`): of each task by weight, for the method ada.
     """
 
     references: tuple[str, ...]
@@ -136,6 +145,7 @@ class _Assignment:
     shares: list[list[str]]
     measure: bool
     thresholds: tuple[float, ...]
+    coefficients: dict[str, tuple[float, ...]]
 
 
 Describe = Callable[[Path, Job, Target, Findings, Sequence[str], torch.device], None]
@@ -260,12 +270,27 @@ def execute(
             base, inputs = job.sources.base, job.sources.inputs
             found = stream.thresholds_of(job.plan, base, inputs, job.scales)
             job = replace(job, thresholds=tuple(found))
+        if job.adaptation is not None and not job.coefficients:
+            job = _adapted(job, job.adaptation, device, show=show)
         with final_folder(target) as final:
             findings, warnings = _construct(final, job, target, device, show, group, describe)
             url = push(final, target, job.sources.access.token)
     finally:
         job.sources.close()
     return Outcome(job, download_bytes, warnings, findings, url, device.type)
+
+
+def _adapted(job: Job, adaptation: Adaptation, device: torch.device, *, show: bool) -> Job:
+    """The same job with coefficients, learned from images."""
+    from hf_tsv.adaptation import learn
+
+    images = f"{len(adaptation.tasks)} task{'s' * (len(adaptation.tasks) != 1)}"
+    logger.info("Learning coefficients on images of %s.", images)
+    coefficients, found = learn(
+        job.sources, job.plan, job.scales, job.settings, adaptation, device, job.parallelism,
+        show=show,
+    )  # fmt: skip
+    return replace(job, coefficients=coefficients, adaptation=found)
 
 
 def follow(group: Processes, device_name: str | None, access: Access) -> Any:
@@ -307,6 +332,7 @@ def _do_share(
         job = Job(
             sources, assigned.scales, assigned.settings, assigned.plan, [], (),
             measure=assigned.measure, thresholds=assigned.thresholds,
+            coefficients=assigned.coefficients,
         ).within(assigned.max_memory)  # fmt: skip
     except HfTsvError as error:
         journal.note_failure(assigned.work)
@@ -363,6 +389,7 @@ def _construct(
         assignment = _Assignment(
             references, pinned_text(job.sources.base.pinned), job.plan, job.scales,
             job.settings, job.max_memory, work.absolute(), shares, job.measure, job.thresholds,
+            job.coefficients,
         )  # fmt: skip
         group.send(assignment)
         with bar(job.verb, len(shares[0]), visible=show) as advance:
@@ -449,7 +476,8 @@ def _merge_share(
                 stream.merge_weights(
                     weights, job.plan, job.sources.base, job.sources.inputs, job.scales,
                     job.settings, writer, device=device, done=done, parallelism=job.parallelism,
-                    thresholds=job.thresholds, measure=job.measure,
+                    thresholds=job.thresholds, coefficients=job.coefficients,
+                    measure=job.measure,
                 )  # fmt: skip
                 writer.close()
             finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def write_masks(folder: Path, job: Job, unchanged: frozenset[str]) -> None:
     """
     base, inputs = job.sources.base, job.sources.inputs
     merged = open_checkpoint(PinnedCheckpoint(str(folder), None, LocalFiles(folder), {}))
-    weights = _changed(job, unchanged)
+    weights = [replace(w, treatment="combined") for w in _changed(job, unchanged)]
     digests: dict[str, str] = {}
     places = [folder / name for name in mask_folders(job)]
     with ExitStack() as opened:
@@ -61,7 +62,7 @@ def write_masks(folder: Path, job: Job, unchanged: frozenset[str]) -> None:
             place.mkdir(parents=True)
             writers.append(ShardWriter(place, _layout(job, weights)))
             opened.callback(writers[-1].abandon)
-        for loaded in stream.updates(weights, base, inputs, job.scales):
+        for loaded in stream.read_weights(weights, base, inputs, job.scales, torch.device("cpu")):
             stored = [merged.read(name) for name in loaded.weight.names]
             total = tsv.difference(torch.cat(stored) if len(stored) > 1 else stored[0], loaded.base)
             for name, w0 in stream.by_name(loaded.weight, loaded.base, base):

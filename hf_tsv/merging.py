@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +30,9 @@ from hf_tsv.progress import logger, visible_by_default
 from hf_tsv.recipe import RECIPE_FILE, PinnedInput, Recipe, Settings, current_versions
 from hf_tsv.sources import Access, Task, config_of, distinct_names, pinned_entry
 
+if TYPE_CHECKING:
+    from hf_tsv.adaptation import Adaptation
+
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -49,6 +52,8 @@ class MergeReport:
         heads (`dict[str, str]`): files of the task heads that are kept, and of which checkpoint.
         masks (`dict[str, str]`): folders of the TALL-masks, and of which checkpoint.
         mask_bytes (`int`): of all of them; before the weights are read, at most.
+        adaptation (`dict`, *optional*): how the coefficients in `treatments` were learned, and on
+            which images; for the method `ada`.
         download_bytes (`int`): fetched from the Hub; what the cache held does not count.
         exact_decompositions (`int`): that took a full SVD: all with `precision="exact"`, else those
             that failed the check.
@@ -75,6 +80,7 @@ class MergeReport:
     mask_bytes: int
     download_bytes: int
     peak_memory_bytes: int
+    adaptation: dict[str, Any] | None = None
     exact_decompositions: int = 0
     timings: dict[str, float] = field(default_factory=dict)
     device: str | None = None
@@ -94,6 +100,7 @@ def merge(
     push_to: str | None = None,
     recipe: str | Path | Recipe | None = None,
     method: str = Settings.method,
+    adaptation: Adaptation | None = None,
     orthogonalizer: str = Settings.orthogonalizer,
     precision: str = Settings.precision,
     alpha: float | None = None,
@@ -131,8 +138,11 @@ def merge(
         push_to (`str`, *optional*): repository to upload to.
         recipe (`str`, `Path` or [`Recipe`], *optional*): repeat a merge; instead of
             `checkpoints`, `base_model` and the settings.
-        method (`str`): `tsv`, `low-rank`, `orthogonal`, `task-arithmetic`, `average`, `ties`,
-            `consensus`, `iso-c`, `iso-cts`, or `tall-mask`, whose tasks are loaded one by one.
+        method (`str`): `tsv`, `ada`, `low-rank`, `orthogonal`, `task-arithmetic`, `average`,
+            `ties`, `consensus`, `iso-c`, `iso-cts`, or `tall-mask`, whose tasks are loaded one by
+            one.
+        adaptation ([`Adaptation`], *optional*): images that the method `ada` learns a coefficient
+            of each task in each weight on, and how.
         orthogonalizer (`str`): `procrustes` or `whitening`; the same result up to rounding, and
             with `precision="fast"` the same computation.
         precision (`str`): `fast`: by Gram matrices in float64, each result checked, with a full SVD
@@ -198,7 +208,8 @@ def merge(
                 out_format, keep_heads,  # type: ignore[arg-type]
             )  # fmt: skip
             named = references or base_ref is not None or weights is not None or subfolder
-            if recipe is not None and (named or settings != Settings()):
+            chosen = settings != Settings() or adaptation is not None
+            if recipe is not None and (named or chosen):
                 raise RecipeError(
                     "A recipe already names the checkpoints and every setting.",
                     "Give a recipe, or checkpoints and settings.",
@@ -209,9 +220,11 @@ def merge(
             if recipe is not None:
                 job = _job_of_recipe(recipe, access)
             else:
+                _refuse_no_images(settings, adaptation)
                 job = prepare(references, base_ref, weights, settings, access)
+                job = job if adaptation is None else _adapting(job, adaptation)
             refuse_no_heads(job)
-            if report and job.settings.method not in ("tsv", "low-rank", "orthogonal"):
+            if report and job.settings.method not in ("tsv", "ada", "low-rank", "orthogonal"):
                 raise RecipeError(
                     f"The method {job.settings.method} has no singular vectors of tasks to report"
                     " on.",
@@ -231,6 +244,35 @@ def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[
     return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names)]
 
 
+def _refuse_no_images(settings: Settings, adaptation: Adaptation | None) -> None:
+    """The method ada learns from images, and no other does."""
+    if settings.method == "ada" and adaptation is None:
+        raise RecipeError(
+            "The method ada learns from images, and there are none.",
+            "Name some for each task: --task NAME=DATASET.",
+        )
+    if settings.method != "ada" and adaptation is not None:
+        raise RecipeError(
+            f"The method {settings.method} does not learn from images.", "Use --method ada."
+        )
+
+
+def _adapting(job: Job, adaptation: Adaptation) -> Job:
+    """The same job that will learn coefficients first."""
+    from hf_tsv.adaptation import refuse_nothing_learned
+
+    refuse_nothing_learned(job.sources, job.plan)
+    warnings = list(job.warnings)
+    tasks, images = len(job.sources.inputs), len(adaptation.tasks)
+    if images < tasks:
+        warnings.append(
+            f"There are images of {images} task{'s' * (images != 1)} for {tasks} checkpoints: what"
+            " is learned favours those."
+        )
+        logger.warning(warnings[-1])
+    return replace(job, warnings=warnings, adaptation=adaptation)
+
+
 def _job_of_recipe(recipe: Recipe, access: Access) -> Job:
     for item in (*recipe.inputs, recipe.base_model):
         if item.revision is None and not Path(item.ref).expanduser().is_dir():
@@ -246,8 +288,20 @@ def _job_of_recipe(recipe: Recipe, access: Access) -> Job:
         access,
         warnings=_version_warnings(recipe),
     )
+    merged = {w.label for w in job.plan.weights if w.treatment in ("decomposed", "averaged")}
+    if unknown := sorted(map(str, recipe.coefficients.keys() - merged)):
+        raise RecipeError(
+            f"The recipe has coefficients of {unknown[0]}, which is no weight that is merged.",
+            "Use the recipe as it was written.",
+        )
     expected = tuple(item.fingerprint for item in (*recipe.inputs, recipe.base_model))
-    return replace(job, expected=expected, recipe_device=recipe.device)
+    return replace(
+        job,
+        expected=expected,
+        recipe_device=recipe.device,
+        coefficients=recipe.coefficients,
+        adaptation=recipe.adaptation,
+    )
 
 
 def _version_warnings(recipe: Recipe) -> list[str]:
@@ -301,7 +355,14 @@ def _recipe(job: Job, findings: Findings, device: torch.device) -> Recipe:
         pinned(item, i, scale)
         for i, (item, scale) in enumerate(zip(job.sources.inputs, job.scales, strict=True))
     )
-    return Recipe(pinned(job.sources.base, -1, 1.0), inputs, job.settings, device.type)
+    return Recipe(
+        pinned(job.sources.base, -1, 1.0),
+        inputs,
+        job.settings,
+        device.type,
+        coefficients=job.coefficients,
+        adaptation=job.adaptation,
+    )
 
 
 def _card(
@@ -373,6 +434,8 @@ def _report(outcome: Outcome, target: Target, started: float) -> MergeReport:
                 entry["ranks"] = list(ranks[weight.label])
         elif weight.reason:
             entry["reason"] = weight.reason
+        if weight.label in job.coefficients:
+            entry["coefficients"] = list(job.coefficients[weight.label])
         if weight.label in seconds:
             entry["seconds"] = seconds[weight.label].rounded()
         treatments[weight.label] = entry
@@ -394,6 +457,7 @@ def _report(outcome: Outcome, target: Target, started: float) -> MergeReport:
         heads={file: str(item) for file, item in kept_heads(job).items()},
         masks=dict(zip(mask_folders(job), map(str, job.sources.inputs), strict=False)),
         mask_bytes=mask_bytes(job, frozen),
+        adaptation=None if job.adaptation is None else job.adaptation.to_dict(),
         download_bytes=outcome.download_bytes,
         peak_memory_bytes=job.sources.waiting_bytes()
         + peak_memory(job.plan.weights, job.parallelism, measure=job.measure),

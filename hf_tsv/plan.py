@@ -215,7 +215,7 @@ def _treat(
     if len(shape) != 2:
         return weight("averaged", "not a matrix")
     tasks = len(inputs)
-    if settings.method in ("tsv", "low-rank") and tasks > min(shape):
+    if settings.method in ("tsv", "ada", "low-rank") and tasks > min(shape):
         return weight("averaged", f"{tasks} tasks do not fit into {min(shape)} directions")
     return weight("decomposed", rank=_rank(shape, tasks, settings))
 
@@ -229,7 +229,7 @@ def _rank(shape: tuple[int, ...], tasks: int, settings: Settings) -> int:
         wanted = min(settings.rank, k)
     elif settings.rank_fraction is not None:
         wanted = max(1, int(settings.rank_fraction * k + 1e-9))
-    if settings.method == "tsv":  # T·r orthonormal directions must fit into k
+    if settings.method in ("tsv", "ada"):  # T·r orthonormal directions must fit into k
         return min(wanted, tsv.default_rank(shape, tasks))
     return wanted
 
@@ -329,7 +329,8 @@ def config_warnings(base: Checkpoint, inputs: Sequence[Task]) -> list[str]:
 
 
 def _rank_warnings(weights: Sequence[Weight], tasks: int, settings: Settings) -> list[str]:
-    if settings.method != "tsv" or (settings.rank is None and settings.rank_fraction is None):
+    chosen = settings.rank is not None or settings.rank_fraction is not None
+    if settings.method not in ("tsv", "ada") or not chosen:
         return []
     wanted = Settings(method="low-rank", rank=settings.rank, rank_fraction=settings.rank_fraction)
     lowered = [

@@ -25,7 +25,7 @@ def visible_by_default() -> bool:
 @contextmanager
 def bar(
     description: str, total: int, *, in_bytes: bool = False, visible: bool = True
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Callable[..., None]]:
     """Show one bar while the body runs.
 
     Args:
@@ -35,10 +35,11 @@ def bar(
         visible (`bool`): without it nothing is shown.
 
     Yields:
-        `Callable[[int], None]`: call it with the steps done; safe from any thread.
+        `Callable[[int, str], None]`: call it with the steps done, and if it changes with the
+        description; safe from any thread.
     """
     if not visible or total == 0:
-        yield lambda steps: None
+        yield lambda steps, description=None: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -63,7 +64,9 @@ def bar(
         console=Console(stderr=True),
     ) as progress:
         task = progress.add_task(description, total=total)
-        yield lambda steps: progress.update(task, advance=steps)
+        yield lambda steps, description=None: progress.update(
+            task, advance=steps, description=description
+        )
 
 
 def human_bytes(size: float) -> str:

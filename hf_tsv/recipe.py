@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import yaml
 
@@ -18,6 +18,9 @@ from hf_tsv.checkpoints.reader import Format
 from hf_tsv.errors import RecipeError
 from hf_tsv.linalg import Orthogonalizer, Precision
 from hf_tsv.tsv import DEFAULT_ALPHA, Method
+
+if TYPE_CHECKING:
+    from hf_tsv.adaptation import Adaptation
 
 RECIPE_FILE = "hf_tsv_recipe.yaml"
 FORMAT_VERSION = 1
@@ -144,6 +147,9 @@ class Recipe:
         settings ([`Settings`]): every choice.
         device (`str`): type of device the weights were computed on.
         versions (`dict[str, str]`): of hf-tsv and torch.
+        coefficients (`dict[str, tuple[float, ...]]`): of each input, by weight, for the method
+            `ada`; 1 in weights that are not named.
+        adaptation ([`Adaptation`], *optional*): how they were learned.
     """
 
     base_model: PinnedInput
@@ -151,10 +157,39 @@ class Recipe:
     settings: Settings
     device: str = "cpu"
     versions: dict[str, str] = field(default_factory=current_versions)
+    coefficients: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    adaptation: Adaptation | None = None
 
-    def to_yaml(self) -> str:
-        """The recipe as written into every output."""
-        content = {
+    def __post_init__(self) -> None:
+        method, learned = self.settings.method, bool(self.coefficients or self.adaptation)
+        if method == "ada" and not self.coefficients:
+            raise RecipeError(
+                "A recipe of the method ada has no coefficients.", "Use the one it was written as."
+            )
+        if method != "ada" and learned:
+            raise RecipeError(
+                f"A recipe of the method {method} has coefficients.", "Only the method ada does."
+            )
+        for label, row in self.coefficients.items():
+            if len(row) != len(self.inputs):
+                raise RecipeError(
+                    f"{_short(label)} has {len(row)} coefficients for {len(self.inputs)} inputs.",
+                    "Give one for each input.",
+                )
+            for value in row:
+                check_number(f"A coefficient of {_short(label)}", value)
+                if value < 0:
+                    raise RecipeError(
+                        f"A coefficient of {_short(label)} is {value}.", "Give 0 or more."
+                    )
+
+    def to_yaml(self, *, coefficients: bool = True) -> str:
+        """The recipe as written into every output.
+
+        Args:
+            coefficients (`bool`): all of it; without them it is only to be read.
+        """
+        content: dict[str, Any] = {
             "hf_tsv_recipe": FORMAT_VERSION,
             **asdict(self.settings),
             "exclude": list(self.settings.exclude),
@@ -163,9 +198,13 @@ class Recipe:
             "device": self.device,
             "versions": self.versions,
         }
-        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+        if self.adaptation is not None:
+            content["adaptation"] = self.adaptation.to_dict()
+        if self.coefficients and coefficients:
+            content["coefficients"] = {n: _Row(row) for n, row in self.coefficients.items()}
+        text = _dumped(content, allow_unicode=True)
         if any(mark in text for mark in "\x85\u2028\u2029\ufeff"):  # lost on the way back
-            text = yaml.safe_dump(content, sort_keys=False, width=1000)
+            text = _dumped(content, allow_unicode=False)
         return text
 
     @staticmethod
@@ -218,6 +257,8 @@ class Recipe:
             inputs = tuple(PinnedInput(**item) for item in content.pop("inputs"))
             device = content.pop("device", "cpu")
             versions = content.pop("versions", {})
+            coefficients = {n: tuple(row) for n, row in content.pop("coefficients", {}).items()}
+            adaptation = _adaptation(content.pop("adaptation", None))
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"{source} is incomplete or malformed: {error}.") from None
         if not inputs:
@@ -232,7 +273,36 @@ class Recipe:
             raise RecipeError(f"versions is {_short(versions)}.", "Write names with versions.")
         if content:
             raise RecipeError(f"{source} has an unknown key: {min(map(str, content))}.")
-        return Recipe(base, inputs, settings, device, versions)
+        return Recipe(base, inputs, settings, device, versions, coefficients, adaptation)
+
+
+class _Row(list[float]):
+    """Numbers that YAML has in one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes [`_Row`]s in one line."""
+
+
+_Dumper.add_representer(
+    _Row,
+    lambda dumper, row: dumper.represent_sequence("tag:yaml.org,2002:seq", row, flow_style=True),
+)
+
+
+def _dumped(content: dict[str, Any], *, allow_unicode: bool) -> str:
+    text: str = yaml.dump(
+        content, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=1000
+    )
+    return text
+
+
+def _adaptation(content: dict[str, Any] | None) -> Adaptation | None:
+    if content is None:
+        return None
+    from hf_tsv.adaptation import Adaptation
+
+    return Adaptation.from_dict(content)
 
 
 def check_shard_size(size: object) -> None:

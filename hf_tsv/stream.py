@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TypeVar
 
@@ -100,6 +100,7 @@ def merge_weights(
     done: Callable[[Finding], None],
     parallelism: Parallelism,
     thresholds: Sequence[float] = (),
+    coefficients: Mapping[str, Sequence[float]] | None = None,
     measure: bool = False,
 ) -> None:
     """Read, merge and write weights of a plan, one at a time.
@@ -116,11 +117,13 @@ def merge_weights(
         done (`Callable[[Finding], None]`): told after each weight is written, in another thread.
         parallelism ([`Parallelism`]): how much goes on at a time.
         thresholds (`Sequence[float]`): of each task, see [`thresholds_of`]; for TIES.
+        coefficients (`Mapping[str, Sequence[float]]`, *optional*): of each task, by weight; 1
+            where there are none.
         measure (`bool`): find who disturbs whom.
     """
     share_one_heap()
     _expect_all(weights, base, inputs)
-    reader = _Reader(base, inputs, scales, device)
+    reader = _Reader(base, inputs, scales, device, coefficients or {})
     with (
         reused(),
         linalg.threads(parallelism.threads),
@@ -140,6 +143,7 @@ def merge_weights(
                 started = time.monotonic()
                 result, finding = _merge_one(
                     loaded, plan, settings, len(inputs), thresholds,
+                    reader.coefficients.get(loaded.weight.label),
                     measure=measure, writes=writer is not None,
                 )  # fmt: skip
                 computed = time.monotonic() - started
@@ -175,7 +179,7 @@ def thresholds_of(
     """
     weights = [weight for weight in plan.weights if weight.treatment == "combined"]
     found = [Sizes() for _ in inputs]
-    for loaded in updates(weights, base, inputs, scales):
+    for loaded in read_weights(weights, base, inputs, scales, torch.device("cpu")):
         for i, sizes in enumerate(found):
             update = loaded.deltas.get(i)
             delta = None if update is None else dense(update)
@@ -183,21 +187,25 @@ def thresholds_of(
     return [sizes.threshold() for sizes in found]
 
 
-def updates(
-    weights: Sequence[Weight], base: Checkpoint, inputs: Sequence[Task], scales: Sequence[float]
+def read_weights(
+    weights: Sequence[Weight],
+    base: Checkpoint,
+    inputs: Sequence[Task],
+    scales: Sequence[float],
+    device: torch.device,
 ) -> Iterator[LoadedWeight]:
-    """The base model and the updates of every task, a weight at a time, on the CPU.
+    """Weights with the updates of all tasks, one at a time.
 
     Args:
-        weights (`Sequence[Weight]`): which, in order.
+        weights (`Sequence[Weight]`): which.
         base ([`Checkpoint`]): W0.
         inputs (`Sequence[Checkpoint | TaskFactors]`): the tasks.
         scales (`Sequence[float]`): factor of each task's update.
+        device (`torch.device`): where updates go.
     """
-    weights = [replace(weight, treatment="combined") for weight in weights]
     share_one_heap()
     _expect_all(weights, base, inputs)
-    reader = _Reader(base, inputs, scales, torch.device("cpu"))
+    reader = _Reader(base, inputs, scales, device)
     with reused(), ThreadPoolExecutor(1, "hf-tsv-read") as reading:
         try:
             yield from read_ahead(reading, reader.load, weights, list(map(costs.held, weights)))
@@ -282,12 +290,15 @@ class _Reader:
         inputs (`Sequence[Checkpoint | TaskFactors]`): the tasks.
         scales (`Sequence[float]`): factor of each task's update.
         device (`torch.device`): where updates go.
+        coefficients (`Mapping[str, Sequence[float]]`): of each task, by weight; here they concern
+            what is averaged.
     """
 
     base: Checkpoint
     inputs: Sequence[Task]
     scales: Sequence[float]
     device: torch.device
+    coefficients: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def load(self, weight: Weight) -> LoadedWeight:
         started = time.monotonic()
@@ -302,11 +313,13 @@ class _Reader:
         samples: dict[int, Tensor] = {}
         norms: dict[int, float] = {}
         update: Tensor | None = None
+        averaged = weight.treatment == "averaged"
+        coefficients = self.coefficients.get(weight.label) if averaged else None
 
         def updates() -> Iterator[Update]:
             for i, delta, floor, norm in self._updates(weight, w0, digests):
                 samples[i], floors[i], norms[i] = _sample(delta), floor, norm
-                yield delta
+                yield delta if coefficients is None else _scaled(delta, coefficients[i])
                 del delta  # before the next one is made
 
         if weight.treatment in ("decomposed", "combined"):
@@ -314,7 +327,7 @@ class _Reader:
             deltas = dict(zip(floors, found, strict=True))
         elif weight.treatment != "copied":
             update = self._combined(weight, updates())
-            if update is not None and weight.treatment == "averaged":
+            if update is not None and averaged:
                 # tasks that left the weight as it was count in the mean
                 update *= len(floors) / len(self.inputs)
         seconds = Seconds(reading=time.monotonic() - started)
@@ -492,13 +505,14 @@ def _combine(
     settings: Settings,
     tasks: int,
     thresholds: Sequence[float],
+    coefficients: Sequence[float] | None,
     *,
     measure: bool,
 ) -> MergedUpdate:
     """One weight by the rule of the method; lets go of the updates."""
     deltas = [loaded.deltas.pop(i) for i in loaded.floors]
     floors = list(loaded.floors.values())
-    if settings.method in ("tsv", "low-rank", "orthogonal"):
+    if settings.method in ("tsv", "ada", "low-rank", "orthogonal"):
         return tsv.merge(
             deltas,
             loaded.weight.rank,
@@ -507,6 +521,7 @@ def _combine(
             solver=settings.orthogonalizer,
             precision=settings.precision,
             measure=measure,
+            coefficients=coefficients and [coefficients[i] for i in loaded.floors],
         )
     whole = [dense(delta) for delta in deltas]
     if settings.method == "ties":
@@ -524,6 +539,7 @@ def _merge_one(
     settings: Settings,
     tasks: int,
     thresholds: Sequence[float],
+    coefficients: Sequence[float] | None,
     *,
     measure: bool,
     writes: bool,
@@ -533,7 +549,7 @@ def _merge_one(
     dtype = plan.specs[weight.names[0]].dtype
     update = loaded.update
     if loaded.deltas:
-        merged = _combine(loaded, settings, tasks, thresholds, measure=measure)
+        merged = _combine(loaded, settings, tasks, thresholds, coefficients, measure=measure)
         update = merged.matrix
         finding = replace(
             finding,

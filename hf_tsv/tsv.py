@@ -22,6 +22,7 @@ from hf_tsv.memory import empty
 
 Method = Literal[
     "tsv",
+    "ada",
     "low-rank",
     "orthogonal",
     "task-arithmetic",
@@ -358,6 +359,7 @@ def merge(
     solver: Orthogonalizer = "procrustes",
     precision: Precision = "fast",
     measure: bool = False,
+    coefficients: Sequence[float] | None = None,
 ) -> MergedUpdate:
     """Merged update of one weight, M = U⊥ diag(S) V⊥h (algorithm 1).
 
@@ -370,6 +372,8 @@ def merge(
         solver (`str`): `"procrustes"` (SVD) or `"whitening"` (U (UᵀU)^(−1/2)), the same matrix.
         precision (`str`): `"fast"`, certified, or `"exact"`: full float64 SVDs.
         measure (`bool`): find who disturbs whom, from the same decompositions.
+        coefficients (`Sequence[float]`, *optional*): factors of the singular values of each task
+            after orthogonalisation, see [`orthonormal_vectors`].
 
     Returns:
         [`MergedUpdate`]: M before α. A task matrix of zeros contributes nothing.
@@ -383,7 +387,9 @@ def merge(
     if len(deltas) == 1 and rank >= k:  # nothing is truncated and nothing interferes
         kept = deltas[0].rank if isinstance(deltas[0], TaskSingularVectors) else k
         alone = _alone(deltas[0], k) if measure else None
-        return MergedUpdate(dense(deltas[0]), (kept,), interference=alone)
+        matrix = dense(deltas[0])
+        matrix = matrix if coefficients is None else matrix * coefficients[0]
+        return MergedUpdate(matrix, (kept,), interference=alone)
     tasks, spectra, exact = _leading(
         deltas, rank, floors or [0.0] * len(deltas), precision, measure
     )
@@ -391,6 +397,9 @@ def merge(
     vectors = concatenate(tasks)
     found = _interference(tasks, vectors, spectra) if measure else None
     del deltas, tasks  # the last references, when the caller has let go of them
+    if coefficients is not None:
+        factors = [c for c, r in zip(coefficients, ranks, strict=True) for _ in range(r)]
+        vectors = replace(vectors, S=vectors.S * vectors.S.new_tensor(factors))
     if not orthogonal or not vectors.rank:
         return MergedUpdate(vectors.matrix(), ranks, exact=exact, interference=found)
     product = linalg.orthogonal_product(
@@ -402,6 +411,39 @@ def merge(
         found = replace(found, sti_after=after)
     exact += product.exact
     return MergedUpdate(product.matrix, ranks, product.null_directions, exact, found)
+
+
+def orthonormal_vectors(
+    deltas: Sequence[Update],
+    rank: int,
+    *,
+    floors: Sequence[float] | None = None,
+    solver: Orthogonalizer = "procrustes",
+    precision: Precision = "fast",
+) -> tuple[TaskSingularVectors, tuple[int, ...]]:
+    """U⊥, S and V⊥h of one weight, whose columns and rows are those of one task after the other.
+
+    They do not depend on factors of the singular values: M = Σᵢ cᵢ U⊥ᵢ diag(Sᵢ) V⊥hᵢ.
+
+    Args:
+        deltas (`Sequence[Tensor | TaskSingularVectors]`): as in [`merge`].
+        rank (`int`): triplets kept of each task.
+        floors (`Sequence[float]`, *optional*): noise floor of each task matrix.
+        solver (`str`): as in [`merge`].
+        precision (`str`): as in [`merge`].
+
+    Returns:
+        `tuple[TaskSingularVectors, tuple[int, ...]]`: of all tasks, and how many are of each.
+    """
+    tasks, _, _ = _leading(deltas, rank, floors or [0.0] * len(deltas), precision, False)
+    vectors, ranks = concatenate(tasks), tuple(task.rank for task in tasks)
+    if vectors.rank:
+        product = linalg.orthogonal_product(
+            vectors.U, vectors.S, vectors.Vh, precision, solver, form=True
+        )
+        assert product.factors is not None  # they were asked for
+        vectors = replace(vectors, U=product.factors[0], Vh=product.factors[1])
+    return vectors, ranks
 
 
 def _leading(

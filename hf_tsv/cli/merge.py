@@ -13,7 +13,10 @@ from hf_tsv.cli.output import Out
 from hf_tsv.errors import RecipeError
 
 if TYPE_CHECKING:
+    from hf_tsv.adaptation import Adaptation
     from hf_tsv.merging import MergeReport
+
+ADA = "With --method ada"
 
 EXAMPLES = """\
 **Examples**
@@ -24,6 +27,8 @@ EXAMPLES = """\
 
 `hf-tsv merge org/clip-a org/clip-b -o merged --dry-run`
 
+`hf-tsv merge org/clip-a org/clip-b --method ada --task a=org/images-a --task b=./images -o merged`
+
 `hf-tsv merge --recipe merged/hf_tsv_recipe.yaml -o again`
 """
 
@@ -32,6 +37,7 @@ class Method(str, Enum):
     """Values of `--method`."""
 
     tsv = "tsv"
+    ada = "ada"
     low_rank = "low-rank"
     orthogonal = "orthogonal"
     task_arithmetic = "task-arithmetic"
@@ -87,7 +93,8 @@ def merge(
     method: Annotated[
         Method,
         typer.Option(
-            help="tsv, one of its halves (low-rank, orthogonal), or another method.",
+            help="tsv, with coefficients learned on images (ada), one of its halves (low-rank,"
+            " orthogonal), or another method.",
             rich_help_panel=options.METHOD,
         ),
     ] = Method.tsv,
@@ -120,6 +127,57 @@ def merge(
             metavar="W1,W2,...",
             help="Factor of each task's update. [default: 1 for all]",
             rich_help_panel=options.METHOD,
+            show_default=False,
+        ),
+    ] = None,
+    task: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="NAME=DATASET",
+            help="Images to learn from, without their labels: a dataset on the Hub (org/name,"
+            " org/name:config@revision), a folder of images, or a parquet file; repeatable.",
+            rich_help_panel=ADA,
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Of every dataset. [default: test, else validation, else train]",
+            rich_help_panel=ADA,
+            show_default=False,
+        ),
+    ] = None,
+    template: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Of prompts, with {} for the name of a class; repeatable."
+            " [default: a photo of a {}.]",
+            rich_help_panel=ADA,
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Steps of Adam. [default: 300]", rich_help_panel=ADA, show_default=False),
+    ] = None,
+    learning_rate: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Of Adam. [default: 0.001]", rich_help_panel=ADA, show_default=False),
+    ] = None,
+    batch_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Images of each task in a step. [default: 16]",
+            rich_help_panel=ADA,
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Of the order of the images. [default: 0]",
+            rich_help_panel=ADA,
             show_default=False,
         ),
     ] = None,
@@ -180,6 +238,17 @@ def merge(
 
     choices: dict[str, Any] = {
         "method": method.value,
+        "adaptation": _adaptation(
+            task,
+            {"split": split, "templates": tuple(template) if template else None},
+            {
+                "steps": steps,
+                "learning_rate": learning_rate,
+                "batch_size": batch_size,
+                "seed": seed,
+            },
+            method,
+        ),
         "orthogonalizer": orthogonalizer.value,
         "precision": precision.value,
         "alpha": alpha,
@@ -224,6 +293,27 @@ def merge(
     out.result(text, done.to_dict())
 
 
+def _adaptation(
+    tasks: list[str] | None, choices: dict[str, Any], numbers: dict[str, Any], method: Method
+) -> Adaptation | None:
+    """What coefficients are learned on; None where nothing is said of it."""
+    choices, numbers = (
+        {name: value for name, value in given.items() if value is not None}
+        for given in (choices, numbers)
+    )
+    if not tasks and not choices and not numbers:
+        return None
+    if method is not Method.ada:
+        named = "task" if tasks else next(iter({**choices, **numbers}))
+        option = {"templates": "template"}.get(named, named).replace("_", "-")
+        raise RecipeError(f"--{option} is an option of --method ada.", "Leave it out.")
+    from hf_tsv.adaptation import Adaptation
+    from hf_tsv.evaluation.data import EvaluationTask
+
+    parsed = tuple(EvaluationTask.parse(text, **choices) for text in tasks or [])
+    return Adaptation(parsed, **numbers)
+
+
 def _numbers(text: str | None) -> list[float] | None:
     if text is None:
         return None
@@ -241,6 +331,9 @@ def _summary(report: MergeReport) -> str:
         f"Merged {len(report.inputs)} checkpoints in {report.seconds:.1f} s:"
         f" {counts}; {human_bytes(report.output_bytes)}."
     ]
+    if report.adaptation:
+        before, after = report.adaptation["entropy"]
+        lines.append(f"Entropy of predictions: {before:.3f} before, {after:.3f} after adaptation.")
     if report.heads:
         lines.append(f"Kept beside it: {', '.join(report.heads)}.")
     if report.masks:
