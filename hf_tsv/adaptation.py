@@ -159,7 +159,7 @@ class Layer:
         Args:
             coefficients (`Tensor`): of all tasks, shape (T,).
         """
-        own = coefficients[list(self.tasks)].to(self.base.device)
+        own = coefficients[list(self.tasks)].to(self.base)
         if isinstance(self.shares, TaskSingularVectors):
             scaled = self.shares.S * own.repeat_interleave(own.new_tensor(self.ranks).long())
             weight = torch.addmm(self.base, self.shares.U * scaled, self.shares.Vh)
@@ -270,7 +270,7 @@ def learn(
         progress=show,
     )
     pipe.model.requires_grad_(False)
-    layers = _layers(pipe.model, sources, plan, scales, settings, device, parallelism, show)
+    layers = layers_of(pipe.model, sources, plan, scales, settings, device, parallelism, show=show)
     if not layers:
         raise CheckpointError(
             "No checkpoint changes the vision tower: there is nothing to learn from images.",
@@ -428,7 +428,7 @@ class _Batches:
         return pixels
 
 
-def _layers(
+def layers_of(
     model: Any,
     sources: Sources,
     plan: MergePlan,
@@ -436,9 +436,21 @@ def _layers(
     settings: Settings,
     device: torch.device,
     parallelism: Parallelism,
+    *,
     show: bool,
 ) -> list[Layer]:
-    """Weights that images go through; all that are merged are put into the model."""
+    """Weights that images go through; puts all that are merged into the model.
+
+    Args:
+        model: a `CLIPModel`, the base.
+        sources ([`Sources`]): base model and tasks.
+        plan ([`MergePlan`]): what is done with every weight.
+        scales (`Sequence[float]`): factor of each task's update.
+        settings ([`Settings`]): how to merge.
+        device (`torch.device`): of the model.
+        parallelism ([`Parallelism`]): of the decompositions.
+        show (`bool`): show a bar.
+    """
     # To be averaged is to be read as one number, and shares are wanted.
     weights = [
         replace(w, treatment="combined") if w.treatment == "averaged" else w

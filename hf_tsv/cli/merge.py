@@ -239,15 +239,14 @@ def merge(
     choices: dict[str, Any] = {
         "method": method.value,
         "adaptation": _adaptation(
-            task,
-            {"split": split, "templates": tuple(template) if template else None},
-            {
-                "steps": steps,
-                "learning_rate": learning_rate,
-                "batch_size": batch_size,
-                "seed": seed,
-            },
             method,
+            task,
+            split=split,
+            template=template,
+            steps=steps,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            seed=seed,
         ),
         "orthogonalizer": orthogonalizer.value,
         "precision": precision.value,
@@ -293,25 +292,21 @@ def merge(
     out.result(text, done.to_dict())
 
 
-def _adaptation(
-    tasks: list[str] | None, choices: dict[str, Any], numbers: dict[str, Any], method: Method
-) -> Adaptation | None:
-    """What coefficients are learned on; None where nothing is said of it."""
-    choices, numbers = (
-        {name: value for name, value in given.items() if value is not None}
-        for given in (choices, numbers)
-    )
-    if not tasks and not choices and not numbers:
+def _adaptation(method: Method, tasks: list[str] | None, **given: Any) -> Adaptation | None:
+    """What coefficients are learned on, and how; None where nothing is said of it."""
+    given = {name: value for name, value in given.items() if value is not None}
+    if not tasks and not given:
         return None
     if method is not Method.ada:
-        named = "task" if tasks else next(iter({**choices, **numbers}))
-        option = {"templates": "template"}.get(named, named).replace("_", "-")
+        option = "task" if tasks else next(iter(given)).replace("_", "-")
         raise RecipeError(f"--{option} is an option of --method ada.", "Leave it out.")
     from hf_tsv.adaptation import Adaptation
     from hf_tsv.evaluation.data import EvaluationTask
 
-    parsed = tuple(EvaluationTask.parse(text, **choices) for text in tasks or [])
-    return Adaptation(parsed, **numbers)
+    choices = {"split": given.pop("split", None)}
+    if templates := given.pop("template", None):
+        choices["templates"] = tuple(templates)
+    return Adaptation(tuple(EvaluationTask.parse(t, **choices) for t in tasks or []), **given)
 
 
 def _numbers(text: str | None) -> list[float] | None:
