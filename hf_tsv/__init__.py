@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from hf_tsv.recipe import Recipe
     from hf_tsv.reconstruction import ReconstructReport, reconstruct
     from hf_tsv.switching import TaskSwitcher
+    from hf_tsv.tuning import AlphaSearch
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Adaptation": "adaptation",
+    "AlphaSearch": "tuning",
     "merge": "merging",
     "MergeReport": "merging",
     "compress": "compression",
@@ -61,6 +63,7 @@ _HOMES = {
 
 __all__ = [
     "Adaptation",
+    "AlphaSearch",
     "CheckpointError",
     "CompressReport",
     "DataError",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hf_tsv.factors import FactorsConfig, StoredWeight
     from hf_tsv.interfering import InterferenceReport
     from hf_tsv.plots import Picture
+    from hf_tsv.tuning import AlphaSearch
 
 LARGEST_SHOWN = 10
 """Weights that a card of factors lists; all are in its configuration file."""
@@ -92,6 +93,7 @@ def merge_card(
     left_out: Mapping[str, Sequence[str]],
     heads: Sequence[str] = (),
     masks: Sequence[str] = (),
+    tuning: AlphaSearch | None = None,
     warnings: Sequence[str],
     interference: InterferenceReport | None = None,
     picture: Picture | None = None,
@@ -110,6 +112,7 @@ def merge_card(
         left_out (`Mapping[str, Sequence[str]]`): task heads not kept, by checkpoint.
         heads (`Sequence[str]`): tasks whose heads are kept.
         masks (`Sequence[str]`): folders of TALL-masks.
+        tuning ([`AlphaSearch`], *optional*): how α was chosen.
         warnings (`Sequence[str]`): of the run.
         interference ([`InterferenceReport`], *optional*): who disturbs whom.
         picture ([`Picture`], *optional*): of it, in a file beside the card.
@@ -146,6 +149,7 @@ def merge_card(
         left_out=left_out,
         heads=heads,
         masks=masks,
+        tuning=tuning,
         quoted=json.dumps,
         warnings=warnings,
         interference=interference,

@@ -41,6 +41,7 @@ from hf_tsv.sources import (
 
 if TYPE_CHECKING:
     from hf_tsv.adaptation import Adaptation
+    from hf_tsv.tuning import AlphaSearch
 
 LIBRARIES = 64_000_000
 """Bytes of the libraries that are loaded when the first weight is computed."""
@@ -66,6 +67,7 @@ class Job:
         thresholds (`tuple[float, ...]`): from which size on TIES keeps entries of each task.
         coefficients (`dict[str, tuple[float, ...]]`): of each task by weight, for the method ada.
         adaptation ([`Adaptation`], *optional*): how they are learned, or were.
+        tuning ([`AlphaSearch`], *optional*): how α was chosen.
     """
 
     sources: Sources
@@ -83,6 +85,7 @@ class Job:
     thresholds: tuple[float, ...] = ()
     coefficients: dict[str, tuple[float, ...]] = field(default_factory=dict)
     adaptation: Adaptation | None = None
+    tuning: AlphaSearch | None = None
 
     def within(self, max_memory: int | None) -> Job:
         """The same job with as much parallelism as memory allows."""

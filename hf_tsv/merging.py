@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +27,15 @@ from hf_tsv.interfering import (
     summary,
 )
 from hf_tsv.masking import mask_bytes, mask_folders, write_masks
+from hf_tsv.processes import Processes
 from hf_tsv.progress import logger, visible_by_default
 from hf_tsv.recipe import RECIPE_FILE, PinnedInput, Recipe, Settings, current_versions
 from hf_tsv.sources import Access, Task, config_of, distinct_names, pinned_entry
+from hf_tsv.stream import pick_device
 
 if TYPE_CHECKING:
     from hf_tsv.adaptation import Adaptation
+    from hf_tsv.tuning import AlphaSearch
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class MergeReport:
         heads (`dict[str, str]`): files of the task heads that are kept, and of which checkpoint.
         masks (`dict[str, str]`): folders of the TALL-masks, and of which checkpoint.
         mask_bytes (`int`): of all of them; before the weights are read, at most.
+        tuning (`dict`, *optional*): the accuracies that α was chosen by.
         adaptation (`dict`, *optional*): how the coefficients in `treatments` were learned, and on
             which images; for the method `ada`.
         download_bytes (`int`): fetched from the Hub; what the cache held does not count.
@@ -80,6 +85,7 @@ class MergeReport:
     mask_bytes: int
     download_bytes: int
     peak_memory_bytes: int
+    tuning: dict[str, Any] | None = None
     adaptation: dict[str, Any] | None = None
     exact_decompositions: int = 0
     timings: dict[str, float] = field(default_factory=dict)
@@ -104,6 +110,7 @@ def merge(
     orthogonalizer: str = Settings.orthogonalizer,
     precision: str = Settings.precision,
     alpha: float | None = None,
+    tune_alpha: AlphaSearch | None = None,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     rank_fraction: float | None = None,
@@ -149,6 +156,7 @@ def merge(
             of what fails the check; `exact`: full float64 SVDs only.
         alpha (`float`, *optional*): α, scale of the merged update; default: 1, and 0.3 for the
             sums `task-arithmetic`, `low-rank` and `consensus`.
+        tune_alpha ([`AlphaSearch`], *optional*): choose α on validation images instead.
         weights (`Sequence[float]`, *optional*): factor of each task's update.
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
         rank_fraction (`float`, *optional*): the same as a share of k.
@@ -208,7 +216,7 @@ def merge(
                 out_format, keep_heads,  # type: ignore[arg-type]
             )  # fmt: skip
             named = references or base_ref is not None or weights is not None or subfolder
-            chosen = settings != Settings() or adaptation is not None
+            chosen = settings != Settings() or adaptation is not None or tune_alpha is not None
             if recipe is not None and (named or chosen):
                 raise RecipeError(
                     "A recipe already names the checkpoints and every setting.",
@@ -220,8 +228,14 @@ def merge(
             if recipe is not None:
                 job = _job_of_recipe(recipe, access)
             else:
+                if tune_alpha is not None:
+                    _refuse_no_search(settings, alpha, group)
                 _refuse_no_images(settings, adaptation)
                 job = prepare(references, base_ref, weights, settings, access)
+                if tune_alpha is not None and not dry_run:
+                    tune_alpha = _searched(job, tune_alpha, device, group, show=show)
+                    job = replace(job, settings=replace(job.settings, alpha=tune_alpha.alpha))
+                    job = replace(job, tuning=tune_alpha)
                 job = job if adaptation is None else _adapting(job, adaptation)
             refuse_no_heads(job)
             if report and job.settings.method not in ("tsv", "ada", "low-rank", "orthogonal"):
@@ -242,6 +256,53 @@ def merge(
 def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
     """A single name where a list is expected is a list of one."""
     return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names)]
+
+
+def _refuse_no_search(settings: Settings, alpha: float | None, group: Processes) -> None:
+    """α is given or chosen, of methods that have one, by one process."""
+    if alpha is not None:
+        raise RecipeError("alpha is given and is to be chosen.", "Leave one of them out.")
+    if settings.method in ("ada", "tall-mask"):
+        raise RecipeError(
+            f"The method {settings.method} has no α to choose.", "Leave --tune-alpha out."
+        )
+    if group.count > 1:
+        raise RecipeError(
+            "α is chosen by one process.", "Run it without torchrun, then repeat with --alpha."
+        )
+
+
+def _searched(
+    job: Job, wanted: AlphaSearch, device: str | None, group: Processes, *, show: bool
+) -> AlphaSearch:
+    """Merge once with α = 1, in float32, to score every α."""
+    from hf_tsv.tuning import images_of, search
+
+    images = images_of(wanted, job.sources.access.token)
+    with TemporaryDirectory(prefix="hf-tsv-") as folder:
+        settings = replace(
+            job.settings, alpha=1.0, dtype="float32", out_format="transformers", keep_heads=False
+        )
+        once = prepare(
+            [pinned_text(item.pinned) for item in job.sources.inputs],
+            pinned_text(job.sources.base.pinned),
+            job.scales,
+            settings,
+            replace(job.sources.access, subfolder=None),
+            writes=False,
+        )
+        target = Target(Path(folder) / "merged", None, False, None, None, False, None)
+        execute(once, target, device, group, lambda *_: None, show=show, dry_run=False)
+        return search(
+            wanted,
+            images,
+            Path(folder) / "merged",
+            pinned_text(job.sources.base.pinned),
+            device=pick_device(device),
+            token=job.sources.access.token,
+            cache_dir=job.sources.access.cache_dir,
+            show=show,
+        )
 
 
 def _refuse_no_images(settings: Settings, adaptation: Adaptation | None) -> None:
@@ -394,6 +455,7 @@ def _card(
         },
         heads=[Path(file).stem for file in kept_heads(job)],
         masks=mask_folders(job),
+        tuning=job.tuning,
         warnings=warnings,
         interference=measured,
         picture=picture,
@@ -457,6 +519,7 @@ def _report(outcome: Outcome, target: Target, started: float) -> MergeReport:
         heads={file: str(item) for file, item in kept_heads(job).items()},
         masks=dict(zip(mask_folders(job), map(str, job.sources.inputs), strict=False)),
         mask_bytes=mask_bytes(job, frozen),
+        tuning=None if job.tuning is None else job.tuning.to_dict(),
         adaptation=None if job.adaptation is None else job.adaptation.to_dict(),
         download_bytes=outcome.download_bytes,
         peak_memory_bytes=job.sources.waiting_bytes()

@@ -14,8 +14,11 @@ from hf_tsv.errors import RecipeError
 
 if TYPE_CHECKING:
     from hf_tsv.adaptation import Adaptation
+    from hf_tsv.evaluation.data import EvaluationTask
     from hf_tsv.merging import MergeReport
+    from hf_tsv.tuning import AlphaSearch
 
+IMAGES = "With --method ada or --tune-alpha"
 ADA = "With --method ada"
 
 EXAMPLES = """\
@@ -28,6 +31,8 @@ EXAMPLES = """\
 `hf-tsv merge org/clip-a org/clip-b -o merged --dry-run`
 
 `hf-tsv merge org/clip-a org/clip-b --method ada --task a=org/images-a --task b=./images -o merged`
+
+`hf-tsv merge org/clip-a org/clip-b --tune-alpha 0:2:0.1 --task a=org/images-a -o merged`
 
 `hf-tsv merge --recipe merged/hf_tsv_recipe.yaml -o again`
 """
@@ -121,6 +126,15 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    tune_alpha: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="FIRST:LAST:STEP",
+            help="Choose it on validation images instead (--task): one merge, scored at each.",
+            rich_help_panel=options.METHOD,
+            show_default=False,
+        ),
+    ] = None,
     weights: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -134,17 +148,18 @@ def merge(
         Optional[list[str]],  # noqa: UP045
         typer.Option(
             metavar="NAME=DATASET",
-            help="Images to learn from, without their labels: a dataset on the Hub (org/name,"
+            help="Images, for ada without their labels: a dataset on the Hub (org/name,"
             " org/name:config@revision), a folder of images, or a parquet file; repeatable.",
-            rich_help_panel=ADA,
+            rich_help_panel=IMAGES,
             show_default=False,
         ),
     ] = None,
     split: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Of every dataset. [default: test, else validation, else train]",
-            rich_help_panel=ADA,
+            help="Of every dataset. [default: test, else validation, else train; with --tune-alpha"
+            " validation]",
+            rich_help_panel=IMAGES,
             show_default=False,
         ),
     ] = None,
@@ -153,7 +168,7 @@ def merge(
         typer.Option(
             help="Of prompts, with {} for the name of a class; repeatable."
             " [default: a photo of a {}.]",
-            rich_help_panel=ADA,
+            rich_help_panel=IMAGES,
             show_default=False,
         ),
     ] = None,
@@ -168,8 +183,16 @@ def merge(
     batch_size: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            help="Images of each task in a step. [default: 16]",
-            rich_help_panel=ADA,
+            help="Images of each task in a step of ada (default 16), or at a time (64).",
+            rich_help_panel=IMAGES,
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="With --tune-alpha: so many images of each task.",
+            rich_help_panel=IMAGES,
             show_default=False,
         ),
     ] = None,
@@ -238,15 +261,15 @@ def merge(
 
     choices: dict[str, Any] = {
         "method": method.value,
-        "adaptation": _adaptation(
+        **_learning(
             method,
-            task,
-            split=split,
-            template=template,
+            tune_alpha,
+            _tasks(task, split, template),
             steps=steps,
             learning_rate=learning_rate,
             batch_size=batch_size,
             seed=seed,
+            limit=limit,
         ),
         "orthogonalizer": orthogonalizer.value,
         "precision": precision.value,
@@ -292,21 +315,45 @@ def merge(
     out.result(text, done.to_dict())
 
 
-def _adaptation(method: Method, tasks: list[str] | None, **given: Any) -> Adaptation | None:
-    """What coefficients are learned on, and how; None where nothing is said of it."""
-    given = {name: value for name, value in given.items() if value is not None}
-    if not tasks and not given:
-        return None
-    if method is not Method.ada:
-        option = "task" if tasks else next(iter(given)).replace("_", "-")
-        raise RecipeError(f"--{option} is an option of --method ada.", "Leave it out.")
-    from hf_tsv.adaptation import Adaptation
+def _tasks(
+    texts: list[str] | None, split: str | None, template: list[str] | None
+) -> tuple[EvaluationTask, ...]:
+    if not texts:
+        return ()
     from hf_tsv.evaluation.data import EvaluationTask
 
-    choices = {"split": given.pop("split", None)}
-    if templates := given.pop("template", None):
-        choices["templates"] = tuple(templates)
-    return Adaptation(tuple(EvaluationTask.parse(t, **choices) for t in tasks or []), **given)
+    choices: dict[str, Any] = {"split": split}
+    if template:
+        choices["templates"] = tuple(template)
+    return tuple(EvaluationTask.parse(text, **choices) for text in texts)
+
+
+def _learning(
+    method: Method, alphas: str | None, tasks: tuple[EvaluationTask, ...], **given: Any
+) -> dict[str, Adaptation | AlphaSearch]:
+    """What is learned from images, and how; nothing where nothing is said of it."""
+    given = {name: value for name, value in given.items() if value is not None}
+    if method is Method.ada and alphas is None:
+        if "limit" in given:
+            raise RecipeError("--limit is an option of --tune-alpha.", "Leave it out.")
+        if not tasks and not given:
+            return {}
+        from hf_tsv.adaptation import Adaptation
+
+        return {"adaptation": Adaptation(tasks, **given)}
+    if alphas is not None:
+        if other := given.keys() - {"limit", "batch_size"}:
+            option = min(other).replace("_", "-")
+            raise RecipeError(f"--{option} is an option of --method ada.", "Leave it out.")
+        from hf_tsv.tuning import AlphaSearch
+
+        return {"tune_alpha": AlphaSearch(tasks, alphas, **given)}  # type: ignore[arg-type]
+    if tasks or given:
+        option = "task" if tasks else next(iter(given)).replace("_", "-")
+        raise RecipeError(
+            f"--{option} is an option of --method ada and of --tune-alpha.", "Leave it out."
+        )
+    return {}
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,20 @@ class LabelledImages:
                 )
             labels.append(label)
         return images, labels
+
+
+def refuse_not_installed(what: str, **also: str) -> None:
+    """Refuse to go on without the libraries that read images.
+
+    Args:
+        what (`str`): that needs them, for the error.
+        also (`str`): packages by the name of their module, that it needs too.
+    """
+    needed = {"datasets": "datasets", "PIL": "pillow", **also}
+    if missing := [package for module, package in needed.items() if find_spec(module) is None]:
+        raise RecipeError(
+            f"{what} needs {', '.join(missing)}.", "Run `pip install 'hf-tsv[eval]'`."
+        )
 
 
 def load(

@@ -1,0 +1,208 @@
+"""Choosing α on labelled validation images: one merge, scored at many α."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tsv.errors import RecipeError
+from hf_tsv.evaluation.data import EvaluationTask, LabelledImages, load, refuse_not_installed
+from hf_tsv.evaluation.variants import accuracies
+from hf_tsv.models import load_model, pipeline
+from hf_tsv.progress import logger
+from hf_tsv.recipe import check_number
+
+ZERO_SHOT = "zero-shot-image-classification"
+VALIDATION = "validation"
+MOST = 1000
+"""Values of α in one search."""
+
+
+@dataclass(frozen=True)
+class AlphaSearch:
+    """What α is chosen from, and on which images.
+
+    Args:
+        tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
+            `NAME=DATASET` texts, or [`EvaluationTask`]s. Their split `validation` is used unless
+            they name another.
+        alphas (`Sequence[float]` or `str`): to try: numbers, `"0.5,1,1.5"`, or
+            `"FIRST:LAST:STEP"`.
+        limit (`int`, *optional*): so many images of each task.
+        batch_size (`int`): images at a time.
+        images (`tuple[int, ...]`): how many there were of each task; found while searching.
+        accuracies (`dict[str, tuple[float, ...]]`): top-1 by task, 0 to 1, one for each α; found
+            while searching.
+
+    Example:
+        >>> AlphaSearch({"dtd": "tanganke/dtd"}, "0:1:0.25").alphas
+        (0.0, 0.25, 0.5, 0.75, 1.0)
+    """
+
+    tasks: tuple[EvaluationTask, ...]
+    alphas: tuple[float, ...]
+    limit: int | None = None
+    batch_size: int = 64
+    images: tuple[int, ...] = ()
+    accuracies: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        named: Any = self.tasks
+        if isinstance(named, Mapping):
+            named = [f"{name}={dataset}" for name, dataset in named.items()]
+        tasks = [t if isinstance(t, EvaluationTask) else EvaluationTask.parse(t) for t in named]
+        names = [task.name for task in tasks]
+        if not names:
+            raise RecipeError("There are no images to choose α on.", "Name them: --task NAME=DATA.")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise RecipeError(f"The task {twice} is given twice.", "Give each its own name.")
+        tasks = [replace(task, split=task.split or VALIDATION) for task in tasks]
+        object.__setattr__(self, "tasks", tuple(tasks))
+        given: Any = self.alphas
+        alphas = alphas_of(given) if isinstance(given, str) else list(given)
+        for alpha in alphas:
+            check_number("alpha", alpha)
+        if not alphas:
+            raise RecipeError("There is no α to choose from.", "Write --tune-alpha 0:2:0.1.")
+        object.__setattr__(self, "alphas", tuple(map(float, alphas)))
+        for name, number in (("limit", self.limit), ("batch_size", self.batch_size)):
+            if number is not None and (type(number) is not int or number < 1):
+                raise RecipeError(f"{name} is {number!r}.", "Give a whole number from 1 on.")
+
+    @property
+    def means(self) -> list[float]:
+        """Mean accuracy over the tasks at each α."""
+        rows = list(self.accuracies.values())
+        return [sum(column) / len(column) for column in zip(*rows, strict=True)]
+
+    @property
+    def alpha(self) -> float:
+        """The one of the best mean; of several the smallest."""
+        return max(zip(self.means, self.alphas, strict=True), key=lambda pair: (pair[0], -pair[1]))[
+            1
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a report says of it."""
+        return {
+            "alpha": self.alpha,
+            "alphas": list(self.alphas),
+            "mean": self.means,
+            "accuracies": {name: list(row) for name, row in self.accuracies.items()},
+            "images": {t.name: n for t, n in zip(self.tasks, self.images, strict=True)},
+            "splits": {task.name: task.split for task in self.tasks},
+        }
+
+
+def alphas_of(text: str) -> list[float]:
+    """Read `FIRST:LAST:STEP`, both ends included, or numbers with commas between.
+
+    Args:
+        text (`str`): as on the command line.
+
+    Raises:
+        [`RecipeError`]: it is neither.
+
+    Example:
+        >>> alphas_of("0:0.3:0.1"), alphas_of("1,0.5")
+        ([0.0, 0.1, 0.2, 0.3], [1.0, 0.5])
+    """
+    wrong = RecipeError(
+        f"The values of α are {text!r}.", "Write FIRST:LAST:STEP (0:3:0.1), or 0.5,1,1.5."
+    )
+    try:
+        numbers = [float(part) for part in text.split(":" if ":" in text else ",")]
+    except ValueError:
+        raise wrong from None
+    if not all(map(math.isfinite, numbers)):
+        raise wrong
+    if ":" not in text:
+        return numbers
+    if len(numbers) != 3 or numbers[2] <= 0 or numbers[1] < numbers[0]:
+        raise wrong
+    first, last, step = numbers
+    count = (
+        math.floor((last - first) / step + 1e-9) + 1 if (last - first) / step < MOST else MOST + 1
+    )
+    if count > MOST:
+        raise RecipeError(f"{text} is more than {MOST} values of α.", "Take a larger step.")
+    return [round(first + i * step, 10) for i in range(count)]
+
+
+def images_of(wanted: AlphaSearch, token: str | None) -> list[LabelledImages]:
+    """The images of every task; before the merge, so that a wrong name costs no wait.
+
+    Args:
+        wanted ([`AlphaSearch`]): names them.
+        token (`str`, *optional*): for private datasets.
+    """
+    refuse_not_installed("Choosing α")
+    return [load(task, limit=wanted.limit, token=token) for task in wanted.tasks]
+
+
+def search(
+    wanted: AlphaSearch,
+    data: Sequence[LabelledImages],
+    merged: Path,
+    base: str,
+    *,
+    device: torch.device,
+    token: str | None,
+    cache_dir: str | None,
+    show: bool,
+) -> AlphaSearch:
+    """Score W0 + α (W1 − W0) at every α.
+
+    Args:
+        wanted ([`AlphaSearch`]): which, and on what.
+        data (`Sequence[LabelledImages]`): see [`images_of`].
+        merged (`Path`): W1, the merge with α = 1, in float32.
+        base (`str`): W0.
+        device (`torch.device`): where to compute.
+        token (`str`, *optional*): for private datasets and models.
+        cache_dir (`str`, *optional*): of the Hub client.
+        show (`bool`): show bars.
+
+    Returns:
+        [`AlphaSearch`]: with what was found.
+
+    Raises:
+        [`HfTsvError`]: a dataset cannot be read, or the base model is no whole CLIP.
+    """
+    from transformers.utils import logging
+
+    if not show:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    access: Any = {"token": token, "cache_dir": cache_dir, "progress": False}
+    pipe = pipeline(
+        ZERO_SHOT, merged, base_model=base, dtype=torch.float32, device=str(device), **access
+    )
+    w0 = load_model(base, kind=ZERO_SHOT, dtype=torch.float32, **access).state_dict()
+    model: Any = pipe.model
+    changed = [
+        (parameter.data, w0[name].to(device), parameter.data.clone())
+        for name, parameter in model.named_parameters()
+        if not torch.equal(parameter.data, w0[name].to(device))
+    ]
+    variants = [partial(_put, changed, alpha) for alpha in wanted.alphas]
+    found = {
+        task.name: tuple(
+            accuracies(pipe, variants, task, images, batch_size=wanted.batch_size, show=show)
+        )
+        for task, images in zip(wanted.tasks, data, strict=True)
+    }
+    done = replace(wanted, images=tuple(len(images.rows) for images in data), accuracies=found)
+    logger.info("α = %g is best: %.2f %% on validation images.", done.alpha, 100 * max(done.means))
+    return done
+
+
+def _put(changed: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float) -> None:
+    for parameter, w0, w1 in changed:
+        torch.lerp(w0, w1, alpha, out=parameter)

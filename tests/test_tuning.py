@@ -1,0 +1,143 @@
+"""Choosing α on labelled validation images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from cli import hf_tsv as run
+from labelled import CLASSES, make_folder
+from PIL import Image
+
+import hf_tsv
+from hf_tsv import AlphaSearch
+from hf_tsv.errors import DataError, RecipeError
+from hf_tsv.tuning import alphas_of
+
+ALPHAS = (0.0, 4.0, 12.0, 40.0)
+
+
+@pytest.fixture(scope="session")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of random images, on which random models differ; a folder a class, two splits."""
+    folder = tmp_path_factory.mktemp("tuning") / "pets"
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 2), ("validation", 12)):
+        for name in CLASSES:
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                blocks = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+                image = Image.fromarray(blocks).resize((32, 32), Image.Resampling.NEAREST)
+                image.save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["vision", "full"])
+def test_every_alpha_scores_as_its_own_merge_does(
+    zoo: Path, pets: Path, tmp_path: Path, kind: str
+) -> None:
+    """`full` changes the text tower, and with it the heads."""
+    found = hf_tsv.merge(
+        [zoo / kind, zoo / "flat"], base_model=zoo / "base", output=tmp_path / "m",
+        tune_alpha=AlphaSearch({"pets": str(pets)}, ALPHAS), progress=False,
+    ).tuning  # fmt: skip
+    assert found is not None
+    expected = []
+    for i, alpha in enumerate(ALPHAS):
+        output = tmp_path / str(i)
+        hf_tsv.merge([zoo / kind, zoo / "flat"], base_model=zoo / "base", output=output,
+                     alpha=alpha, progress=False)  # fmt: skip
+        task = hf_tsv.EvaluationTask("pets", str(pets), split="validation")
+        expected.append(hf_tsv.evaluate(output, [task], base_model=zoo / "base").accuracy)
+    assert found["accuracies"]["pets"] == pytest.approx(expected, abs=1e-12)
+    assert len(set(expected)) > 1  # else nothing was compared
+    assert found["alpha"] == ALPHAS[expected.index(max(expected))]
+    assert found["splits"] == {"pets": "validation"}
+
+
+def test_the_output_is_that_of_the_alpha_that_was_found(
+    zoo: Path, pets: Path, tmp_path: Path
+) -> None:
+    common = ["merge", zoo / "vision", zoo / "flat", "--base-model", zoo / "base"]
+    done = run(*common, "--tune-alpha", "0.25:1:0.25", "--task", f"pets={pets}", "--limit", "6",
+               "--template", "{}", "-o", tmp_path / "m", "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    tuning = done.json["tuning"]
+    assert tuning["alphas"] == [0.25, 0.5, 0.75, 1.0] and tuning["images"] == {"pets": 6}
+    assert f"α = {tuning['alpha']:g}" in done.err
+    run(*common, "--alpha", tuning["alpha"], "-o", tmp_path / "again")
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == (
+        tmp_path / "again" / "model.safetensors"
+    ).read_bytes()
+    recipe = yaml.safe_load((tmp_path / "m" / "hf_tsv_recipe.yaml").read_text())
+    assert recipe["alpha"] == tuning["alpha"]
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "was the best of 4 values (0.25 … 1) on 6 validation images" in card
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "m"]  # and nothing else
+
+
+def test_of_equal_scores_the_smallest_alpha_is_taken() -> None:
+    search = AlphaSearch({"a": "x"}, "1,0.5,2", accuracies={"a": (0.5, 0.5, 0.25)})
+    assert search.alpha == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("0:0.3:0.1", [0, 0.1, 0.2, 0.3]),
+        ("0:3:0.1", [i / 10 for i in range(31)]),
+        ("0.5", [0.5]),
+        ("1,0.5", [1, 0.5]),
+        ("0:1:0.4", [0, 0.4, 0.8]),
+        ("2:2:1", [2]),
+        ("-1:1:1", [-1, 0, 1]),
+    ],
+)
+def test_a_range_has_both_its_ends(text: str, values: list[float]) -> None:
+    assert alphas_of(text) == values
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "0:1", "0:1:0", "0:1:-1", "1:0:0.1", "nan", "0:inf:1", "0:1:1e-9", "1,,2"]
+)
+def test_what_is_no_range_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="α"):
+        alphas_of(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--alpha", "1"], "alpha is given and is to be chosen"),
+        (["--method", "tall-mask"], "has no α to choose"),
+        (["--method", "ada"], "has no α to choose"),
+        (["--steps", "3"], "--steps is an option of --method ada"),
+        (["--split", "train2"], "pets: "),
+        (["--limit", "0"], "limit is 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    zoo: Path, pets: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
+    done = run("merge", zoo / "vision", "--base-model", zoo / "base", "-o", tmp_path / "m",
+               "--tune-alpha", "0:1:0.5", "--task", f"pets={pets}", *options)  # fmt: skip
+    assert done.code == 1 and said in done.err, done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_are_named_and_only_for_what_uses_them(zoo: Path, tmp_path: Path) -> None:
+    common = ["merge", zoo / "vision", "--base-model", zoo / "base", "-o", tmp_path / "m"]
+    done = run(*common, "--tune-alpha", "0:1:0.5")
+    assert done.code == 1 and "no images to choose α on" in done.err
+    done = run(*common, "--task", "a=b")
+    assert done.code == 1 and "--task is an option of --method ada and of --tune-alpha" in done.err
+
+
+def test_test_images_are_never_taken_by_default(zoo: Path, tmp_path: Path) -> None:
+    data = make_folder(tmp_path / "pets")
+    with pytest.raises(DataError, match="has no split 'validation'"):
+        hf_tsv.merge([zoo / "vision"], base_model=zoo / "base", output=tmp_path / "m",
+                     tune_alpha=AlphaSearch({"pets": str(data)}, "0,1"))  # fmt: skip
+    assert not (tmp_path / "m").exists()
