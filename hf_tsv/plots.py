@@ -140,12 +140,12 @@ def of_merge(report: InterferenceReport) -> Picture:
     Args:
         report ([`InterferenceReport`]): what to draw.
     """
-    figure = _figure(4.4)
+    figure = new_figure(4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _pairs(left, report)
     _blocks(right, report)
     alt = f"{_pairs_alt(report)} {_blocks_alt(report)}"
-    return Picture("interference.png", "Who disturbs whom", alt, _png(figure))
+    return Picture("interference.png", "Who disturbs whom", alt, to_png(figure))
 
 
 def of_compression(
@@ -160,7 +160,7 @@ def of_compression(
     """
     layers = layers_of(ranks)
     rows = len(_by_tower(layers))
-    figure = _figure(2.8 + 2.3 * rows)
+    figure = new_figure(2.8 + 2.3 * rows)
     parts: Any = figure.subfigures(2, 1, height_ratios=(2.5, 2.3 * rows))
     axes = parts[0].subplots()
     kinds = _over_depth(parts[1], layers, "rank kept")  # whose legend is for both
@@ -170,7 +170,7 @@ def of_compression(
     axes.set_title("Energy in the leading triplets, by kind of layer", fontsize=11, color=TEXT)
     _percent(axes)
     alt = "Energy in the leading triplets by kind of layer, and the rank kept per layer"
-    return Picture(COMPRESSION, "What is kept", alt, _png(figure))
+    return Picture(COMPRESSION, "What is kept", alt, to_png(figure))
 
 
 # What is in them
@@ -203,7 +203,7 @@ def _pairs(axes: Axes, report: InterferenceReport) -> None:
 
 def _pairs_alt(report: InterferenceReport) -> str:
     (a, b), (c, d) = report.extremes()
-    names = [_plain(task["name"]) for task in report.tasks]
+    names = [plain_name(task["name"]) for task in report.tasks]
     if (a, b) == (c, d):
         return f"{names[a]} and {names[b]}: {_number(report.pairs[a][b])}."
     return (
@@ -240,7 +240,7 @@ def _blocks(axes: Axes, report: InterferenceReport) -> None:
     highest = max((block["sti"] for block in report.blocks.values()), default=0.0)
     axes.set_ylim(0, (1.4 if several else 1.25) * (highest or 1.0))  # room for the legend
     axes.legend(frameon=False, labelcolor=TEXT, fontsize=8.5, loc="upper right", borderaxespad=0)
-    _frame(axes)
+    frame_axes(axes)
 
 
 def _orthogonal(report: InterferenceReport) -> bool:
@@ -269,7 +269,7 @@ def _layers_alt(report: InterferenceReport) -> str:
     """Of what is drawn."""
     drawn = [layer for part in _by_tower(_sti_layers(report)).values() for layer in part]
     worst = max(drawn, key=lambda layer: layer.value)
-    return f"Most in {_plain(worst.kind)} of block {worst.block}: {_number(worst.value)}."
+    return f"Most in {plain_name(worst.kind)} of block {worst.block}: {_number(worst.value)}."
 
 
 def _ranks(report: InterferenceReport) -> bytes:
@@ -285,7 +285,7 @@ def _ranks_alt(report: InterferenceReport) -> str:
 
 def _spectra(report: InterferenceReport) -> bytes:
     """Singular values and energy over rank, a line a task."""
-    figure = _figure(3.7)
+    figure = new_figure(3.7)
     left, right = figure.subplots(1, 2)
     share = np.asarray(report.spectra["rank_share"])
     for axes, key in ((left, "singular_values"), (right, "energy")):
@@ -296,7 +296,7 @@ def _spectra(report: InterferenceReport) -> bytes:
         axes.set_xlabel("triplets, share of min(shape)")
     left.set(yscale="log", ylabel="σ over the largest", ylim=(1e-4, 1.5), xlim=(0, 1))
     right.set(ylabel="energy kept", ylim=(0, 1.03), xlim=(0, 1))
-    _frame(left)
+    frame_axes(left)
     _percent(right)
     left.xaxis.set_major_formatter("{x:.0%}")
     kept = median(w["rank"] / min(w["shape"]) for w in report.weights.values())
@@ -308,7 +308,7 @@ def _spectra(report: InterferenceReport) -> bytes:
     legend = right.legend(frameon=False, labelcolor=TEXT, fontsize=8.5, loc="lower right")
     for text in legend.get_texts():
         text.set_parse_math(False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _spectra_alt(report: InterferenceReport) -> str:
@@ -350,9 +350,9 @@ def layers_of(values: Mapping[str, float]) -> list[Layer]:
 
 
 def _depth_png(layers: Sequence[Layer], what: str) -> bytes:
-    figure = _figure(0.9 + 2.5 * max(1, len(_by_tower(layers))))
+    figure = new_figure(0.9 + 2.5 * max(1, len(_by_tower(layers))))
     _over_depth(figure, layers, what)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _over_depth(figure: Any, layers: Sequence[Layer], what: str) -> list[str]:
@@ -364,7 +364,7 @@ def _over_depth(figure: Any, layers: Sequence[Layer], what: str) -> list[str]:
         for kind in kinds:
             places = [i for i, layer in enumerate(part) if layer.kind == kind]
             heights = [part[i].value for i in places]
-            axes.bar(places, heights, width=0.8, color=_colour(kind, kinds), label=_plain(kind))
+            axes.bar(places, heights, width=0.8, color=_colour(kind, kinds), label=plain_name(kind))
         starts = [i for i, layer in enumerate(part) if not i or part[i - 1].block != layer.block]
         names = [part[i].block.split()[-1] for i in starts]
         step = max(1, -(-len(starts) // 24))
@@ -372,7 +372,7 @@ def _over_depth(figure: Any, layers: Sequence[Layer], what: str) -> list[str]:
         axes.set_xlabel(f"block of the {tower} tower" if tower != "other" else "weight")
         axes.set_ylabel(what)
         axes.margins(x=0.01)
-        _frame(axes)
+        frame_axes(axes)
     if kinds:
         handles, labels = rows[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(kinds)),
@@ -408,19 +408,19 @@ def _tick(block: str, several: bool) -> str:
 # How they look
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def _drawn(draw: Callable[[Axes, Any], None], report: Any, height: float) -> bytes:
-    figure = _figure(height)
+    figure = new_figure(height)
     draw(figure.subplots(), report)
-    return _png(figure)
+    return to_png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
     """The figure on nothing, so that it lies on whatever the page has."""
     for axes in figure.axes:
         axes.xaxis.label.set_color(TEXT)
@@ -435,7 +435,7 @@ def _png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def _frame(axes: Axes) -> None:
+def frame_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=TEXT, alpha=0.25, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -443,19 +443,23 @@ def _frame(axes: Axes) -> None:
 
 
 def _percent(axes: Axes) -> None:
-    _frame(axes)
+    frame_axes(axes)
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.xaxis.set_major_formatter("{x:.0%}")
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A name from elsewhere on one line."""
     return printable(name).replace("\n", " ")
 
 
 def _labels(report: InterferenceReport) -> list[str]:
-    """Names of the tasks without what all begin or end with, short, and no two alike."""
-    names = [_plain(task["name"]) for task in report.tasks]
+    return short_names([task["name"] for task in report.tasks])
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names without what all begin or end with, short, and no two alike."""
+    names = [plain_name(name) for name in names]
     for turn in (slice(None), slice(None, None, -1)):
         turned = [name[turn] for name in names]
         common = re.match(r".*[-_/. ]|", os.path.commonprefix(turned))  # noqa: RUF071

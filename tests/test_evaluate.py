@@ -176,6 +176,8 @@ def test_results_are_written_whole(zoo: Path, pets: Path, tmp_path: Path) -> Non
     done = run(*words, "--json")
     assert done.code == 0, done.err
     assert json.loads((tmp_path / "results" / "evaluation.json").read_text()) == done.json
+    files = {path.name for path in (tmp_path / "results").iterdir()}
+    assert files == {"evaluation.json", "accuracy.png", "confusion-pets.png"}
     assert run(*words).code == 1  # it is there
     assert run(*words, "--force").code == 0
 

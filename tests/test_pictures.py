@@ -183,7 +183,7 @@ def test_blocks_are_drawn_before_and_after(measured: InterferenceReport) -> None
 def figures_of(monkeypatch: pytest.MonkeyPatch, draw: Any) -> Any:
     """The figure that a picture is made of."""
     made: list[Any] = []
-    monkeypatch.setattr(plots, "_png", lambda figure: made.append(figure) or b"")
+    monkeypatch.setattr(plots, "to_png", lambda figure: made.append(figure) or b"")
     draw()
     return made[-1]
 

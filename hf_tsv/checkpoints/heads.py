@@ -44,6 +44,11 @@ def safe_names(tasks: Sequence[str]) -> list[str]:
         >>> safe_names(["clip-a", "org/b", "org/b"])
         ['clip-a', 'org-b', 'org-b-2']
     """
+    return [f"{FOLDER}/{stem}{SUFFIX}" for stem in file_stems(tasks)]
+
+
+def file_stems(tasks: Sequence[str]) -> list[str]:
+    """Names of tasks as parts of the names of files, no two alike."""
     stems: list[str] = []
     for task in tasks:
         stem = re.sub(r"[^\w.-]+", "-", task).strip(".-") or "task"

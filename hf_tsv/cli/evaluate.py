@@ -144,7 +144,7 @@ def evaluate(
             "-o",
             "--output",
             metavar="DIR",
-            help="Folder for the results: evaluation.json.",
+            help="Folder for the results: evaluation.json, and pictures with the extra `plots`.",
             rich_help_panel=options.TARGET,
             show_default=False,
         ),

@@ -11,10 +11,11 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_tsv import plots
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.checkpoints.writer import check_output_folder, whole_folder
 from hf_tsv.errors import DataError, HfTsvError, RecipeError
-from hf_tsv.evaluation import suites, zero_shot
+from hf_tsv.evaluation import pictures, suites, zero_shot
 from hf_tsv.evaluation.data import EvaluationTask, LabelledImages, load
 from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.recipe import current_versions
@@ -99,7 +100,8 @@ def evaluate(
             `vit-b-32-8`, with b-16 or l-14, and 14 or 20 tasks; `tasks` are evaluated too.
         references (`Mapping[str, str]`, *optional*): the fine-tune of each task, which its accuracy
             is divided by; default: those of the suite; {} for none.
-        output (`str` or `Path`, *optional*): folder to write `evaluation.json` to.
+        output (`str` or `Path`, *optional*): folder to write `evaluation.json` to, and with
+            matplotlib the pictures `accuracy.png`, `radar.png` and `confusion-….png`.
         force (`bool`): replace a folder that holds earlier results.
         limit (`int`, *optional*): so many images of each task, for a quick look.
         batch_size (`int`): images at a time.
@@ -283,10 +285,13 @@ def _of_suite(suite: suites.Suite, results: Results) -> dict[str, Any]:
 
 
 def _write(report: EvaluateReport, folder: Path) -> None:
-    """The results as a folder that appears whole."""
+    """Results and pictures as a folder that appears whole."""
+    drawn = plots.attempted(lambda: pictures.of_evaluation(report.tasks)) or []
     with whole_folder(folder) as staging:
         text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
         (staging / RESULTS_FILE).write_text(text, encoding="utf-8")
+        for picture in drawn:
+            (staging / picture.file).write_bytes(picture.png)
 
 
 def _beside(found: dict[str, Any], reference: str, accuracy: float) -> dict[str, Any]:
