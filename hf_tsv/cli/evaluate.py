@@ -22,7 +22,7 @@ EXAMPLES = """\
 
 `hf-tsv evaluate me/merged --task dtd=tanganke/dtd --reference dtd=org/clip-dtd -o results`
 
-`hf-tsv evaluate me/merged --suite vit-b-32-8 --limit 500`
+`hf-tsv evaluate me/merged --suite vit-b-32-8 --card --create-pr`
 
 `hf-tsv evaluate ./merged --task mine=./images --limit 200 --json | jq .accuracy`
 """
@@ -150,6 +150,22 @@ def evaluate(
         ),
     ] = None,
     force: options.Force = False,
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card",
+            help="Add the results to the card of REF: the README.md of a folder, or by a commit.",
+            rich_help_panel=options.TARGET,
+        ),
+    ] = False,
+    create_pr: Annotated[
+        bool,
+        typer.Option(
+            "--create-pr",
+            help="Commit the card as a pull request.",
+            rich_help_panel=options.TARGET,
+        ),
+    ] = False,
     device: options.Device = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -178,6 +194,8 @@ def evaluate(
         references=references,
         output=output,
         force=force,
+        card=card,
+        create_pr=create_pr,
         limit=limit,
         batch_size=batch_size,
         base_model=base_model,
@@ -187,6 +205,8 @@ def evaluate(
         subfolder=subfolder,
         progress=False if quiet else None,
     )
+    if report.card is not None:
+        out.status(f"The results are in {report.card}.")
     out.result(text_of(report), report.to_dict())
     if report.errors:
         raise typer.Exit(1)

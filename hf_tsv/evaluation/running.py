@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from os import PathLike, fspath
 from pathlib import Path
@@ -15,7 +15,7 @@ from hf_tsv import plots
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.checkpoints.writer import check_output_folder, whole_folder
 from hf_tsv.errors import DataError, HfTsvError, RecipeError
-from hf_tsv.evaluation import pictures, suites, zero_shot
+from hf_tsv.evaluation import model_index, pictures, suites, zero_shot
 from hf_tsv.evaluation.data import EvaluationTask, LabelledImages, load
 from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.recipe import current_versions
@@ -42,7 +42,8 @@ class EvaluateReport:
             `images` of its `total`, `classes`, `templates`, `accuracy`, `confusion` (rows: the true
             class), and where the fine-tune is known `reference` with its `accuracy`, and
             `normalised`.
-        errors (`dict[str, str]`): tasks that could not be evaluated, and why.
+        errors (`dict[str, str]`): tasks that could not be evaluated, and why; `README.md` where
+            the card could not be written.
         limit (`int`, *optional*): images of each task, if not all.
         suite (`dict`, *optional*): its `name`, `tasks`, and over those that could be evaluated
             `accuracy` and `normalised`; what its paper reports, not measured here, is `published`.
@@ -60,6 +61,7 @@ class EvaluateReport:
     limit: int | None
     device: str
     seconds: float
+    card: str | None = None
     suite: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=current_versions)
 
@@ -76,6 +78,8 @@ def evaluate(
     references: Mapping[str, str | PathLike[str]] | None = None,
     output: str | Path | None = None,
     force: bool = False,
+    card: bool = False,
+    create_pr: bool = False,
     limit: int | None = None,
     batch_size: int = 64,
     templates: Sequence[str] = (),
@@ -103,6 +107,9 @@ def evaluate(
         output (`str` or `Path`, *optional*): folder to write `evaluation.json` to, and with
             matplotlib the pictures `accuracy.png`, `radar.png` and `confusion-….png`.
         force (`bool`): replace a folder that holds earlier results.
+        card (`bool`): add the results to the model's card, as `model-index`: to the README.md of a
+            folder, or by a commit to a repository.
+        create_pr (`bool`): as a pull request.
         limit (`int`, *optional*): so many images of each task, for a quick look.
         batch_size (`int`): images at a time.
         templates (`Sequence[str]`): of prompts, of tasks that are given as text.
@@ -126,6 +133,8 @@ def evaluate(
     """
     started = time.monotonic()
     _check_installed()
+    if create_pr and not card:
+        raise RecipeError("create_pr is about the card.", "Add --card.")
     _check_numbers(limit=limit, batch_size=batch_size)
     chosen = None if suite is None else suites.named(suite)
     listed = _listed(tasks, templates, chosen)
@@ -138,6 +147,7 @@ def evaluate(
     show = visible_by_default() if progress is None else progress
     run = _Run(base_model, device, token, cache, limit, batch_size, show)
     pinned = pin(parse(fspath(reference), subfolder), token=token, cache_dir=cache)
+    to_write = model_index.open_card(pinned, token=token, create_pr=create_pr) if card else None
     model = run.model(fspath(reference), subfolder)
     where = model.device.type
     data, results, errors = run.all_scored(model, listed)
@@ -159,6 +169,12 @@ def evaluate(
     )
     if folder is not None:
         _write(report, folder)
+    if to_write is not None:
+        try:
+            report = replace(report, card=model_index.write(to_write, results, token=token))
+        except HfTsvError as error:  # what was measured is worth more
+            errors[model_index.CARD] = str(error)
+            logger.warning("%s", error)
     return report
 
 

@@ -14,7 +14,7 @@ from hf_tsv.hub.snapshots import (
     dataset_commit,
     snapshot,
 )
-from hf_tsv.hub.uploads import MARKERS, push, writable_repo_id
+from hf_tsv.hub.uploads import MARKERS, push, push_file, writable_repo_id
 
 __all__ = [
     "MARKERS",
@@ -27,6 +27,7 @@ __all__ = [
     "download",
     "missing",
     "push",
+    "push_file",
     "read_range",
     "snapshot",
     "uncached",

@@ -8,7 +8,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, ModelInfo, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from hf_tsv.errors import RepoError
@@ -151,6 +151,44 @@ def push(
                 )
             )
         except (TypeError, ValueError) as error:  # a card that the client or the Hub does not take
+            if isinstance(error, HfHubHTTPError | JSONDecodeError | HFValidationError):
+                raise
+            raise RepoError(
+                f"{repo_id}: {first_line(error)}", "Check the metadata of its model card."
+            ) from None
+    return str(commit.pr_url or commit.commit_url)
+
+
+def push_file(
+    repo_id: str,
+    name: str,
+    content: bytes,
+    *,
+    branch: str,
+    parent: str | None,
+    create_pr: bool,
+    commit_message: str,
+    token: str | None = None,
+) -> str:
+    """Replace one file of a repository by a commit on top of the one it was read at.
+
+    Returns:
+        `str`: address of the commit or pull request.
+
+    Raises:
+        [`RepoError`]: not written, as when the branch has moved on.
+    """
+    with translated(repo_id, branch, writing=True):
+        try:
+            commit = api(token).create_commit(
+                repo_id,
+                [CommitOperationAdd(name, content)],
+                commit_message=commit_message,
+                revision=branch,
+                create_pr=create_pr,
+                parent_commit=parent,
+            )
+        except (TypeError, ValueError) as error:
             if isinstance(error, HfHubHTTPError | JSONDecodeError | HFValidationError):
                 raise
             raise RepoError(

@@ -1,0 +1,221 @@
+"""Results in the front matter of a model's card, as `model-index`; the rest stays byte for byte."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from hf_tsv import hub
+from hf_tsv.checkpoints.files import HubFiles
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
+from hf_tsv.checkpoints.writer import disk_errors
+from hf_tsv.errors import OutputError
+
+CARD = "README.md"
+TASK = "zero-shot-image-classification"
+FRONT_MATTER = re.compile(r"\A(\s*---[ \t]*\r?\n)(.*?)(?=^---[ \t]*\r?$)", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^([\"']?)model-index\1[ \t]*:.*?(?=^[^\s-]|\Z)", re.DOTALL | re.MULTILINE)
+MESSAGE = "Add evaluation results"
+
+
+@dataclass(frozen=True)
+class Card:
+    """The card of a model, where it can be written.
+
+    Args:
+        text (`str`): as it is.
+        name (`str`): of the model.
+        path (`Path`, *optional*): of the file.
+        repo_id (`str`, *optional*): of the repository.
+        branch (`str`): of the repository.
+        commit (`str`, *optional*): of the repository that `text` was read at.
+        create_pr (`bool`): propose the change.
+    """
+
+    text: str
+    name: str
+    path: Path | None = None
+    repo_id: str | None = None
+    branch: str = "main"
+    commit: str | None = None
+    create_pr: bool = False
+
+    def __str__(self) -> str:
+        return str(self.path) if self.path is not None else f"the card of {self.repo_id}"
+
+
+def open_card(pinned: PinnedCheckpoint, *, token: str | None, create_pr: bool) -> Card:
+    """Find the card of a model, and refuse now what cannot be written later.
+
+    Args:
+        pinned ([`PinnedCheckpoint`]): the model.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        create_pr (`bool`): propose the change to a repository.
+
+    Raises:
+        [`HfTsvError`]: there is no card, or it cannot be written.
+    """
+    card = _local_card(pinned, create_pr) if pinned.is_local else _hub_card(
+        pinned, token, create_pr
+    )  # fmt: skip
+    with_results(card, [])  # raises where that is not possible
+    return card
+
+
+def _local_card(pinned: PinnedCheckpoint, create_pr: bool) -> Card:
+    if create_pr:
+        raise OutputError(
+            f"{pinned} is a folder, and --create-pr is about a repository.",
+            "Leave --create-pr out.",
+        )
+    path = Path(pinned.ref).expanduser() / CARD
+    if not path.is_file():
+        raise OutputError(f"{pinned} has no {CARD} to add results to.", "Write a model card first.")
+    with disk_errors(path):
+        return Card(_decoded(path.read_bytes(), str(path)), path.parent.resolve().name, path=path)
+
+
+def _hub_card(pinned: PinnedCheckpoint, token: str | None, create_pr: bool) -> Card:
+    repo_id, branch = repo_id_of(pinned.ref), pinned.asked_revision or "main"
+    if not isinstance(pinned.files, HubFiles):
+        raise OutputError(
+            f"The card of {repo_id} cannot be written while the Hub cannot be reached.",
+            "Leave --card out, or try again with a connection.",
+        )
+    repo = pinned.files.repo
+    if create_pr and branch != "main":
+        raise OutputError(
+            "A pull request cannot start from a revision.", "Give --create-pr or a revision."
+        )
+    if branch == pinned.revision:
+        raise OutputError(
+            f"{pinned} is a commit, and a card is written to a branch.",
+            f"Evaluate {repo_id} or {repo_id}@BRANCH.",
+        )
+    hub.writable_repo_id(repo_id, token=token, create_pr=create_pr)
+    size = repo.sizes.get(CARD, 0)
+    text = _decoded(bytes(hub.read_range(repo, CARD, 0, size)), f"the card of {repo_id}")
+    name = repo_id.rpartition("/")[2]
+    return Card(text, name, None, repo_id, branch, pinned.revision, create_pr)
+
+
+def _decoded(content: bytes, what: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise OutputError(f"{what} is not UTF-8.", "Save it as UTF-8.") from None
+
+
+def write(card: Card, tasks: Mapping[str, Mapping[str, Any]], *, token: str | None) -> str:
+    """Put results into a card.
+
+    Args:
+        card ([`Card`]): see [`open_card`].
+        tasks (`Mapping[str, Mapping]`): results by task, see [`EvaluateReport`].
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+
+    Returns:
+        `str`: path of the card, or address of the commit or pull request.
+    """
+    text = with_results(card, [eval_result(name, found) for name, found in tasks.items()])
+    if card.path is None:
+        assert card.repo_id is not None
+        return hub.push_file(
+            card.repo_id, CARD, text.encode(), branch=card.branch, parent=card.commit,
+            create_pr=card.create_pr, commit_message=MESSAGE, token=token,
+        )  # fmt: skip
+    new = card.path.with_name(f".{CARD}.hf-tsv")
+    with disk_errors(card.path):
+        try:
+            new.write_bytes(text.encode())
+            shutil.copymode(card.path, new)
+            new.replace(card.path)
+        finally:
+            new.unlink(missing_ok=True)
+    return str(card.path)
+
+
+def eval_result(name: str, found: Mapping[str, Any]) -> EvalResult:
+    """One task as cards have it; a path of this machine is not told."""
+    path = Path(found["dataset"]).expanduser()
+    kind = found["dataset"]
+    if path.suffix == ".parquet":
+        kind = "parquet"
+    elif path.exists():
+        kind = "imagefolder"
+    few = found["images"] < found["total"]
+    drawn = f" on {found['images']} of {found['total']} images, drawn at random"
+    return EvalResult(
+        task_type=TASK,
+        dataset_type=kind,
+        dataset_name=name,
+        dataset_config=found["config"],
+        dataset_split=found["split"],
+        dataset_revision=found["revision"],
+        metric_type="accuracy",
+        metric_value=found["accuracy"],
+        metric_name=f"Accuracy{drawn if few else ''}",
+        metric_args={"images": found["images"]} if few else None,
+    )
+
+
+def with_results(card: Card, results: Sequence[EvalResult]) -> str:
+    """The text of a card with more results; the same ones of before are replaced.
+
+    Args:
+        card ([`Card`]): what it says.
+        results (`Sequence[EvalResult]`): of tasks.
+
+    Raises:
+        [`OutputError`]: its front matter cannot be read.
+    """
+    found = FRONT_MATTER.match(card.text)
+    head, block = (found[1], found[2]) if found else ("---\n", "")
+    try:
+        data = yaml.safe_load(block) or {}
+        index = _merged(data.get("model-index"), card.name, results)
+        written = yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True)
+        if head.endswith("\r\n"):
+            written = written.replace("\n", "\r\n")
+        if BLOCK.search(block):
+            changed = BLOCK.sub(lambda _: written, block, count=1)
+        else:
+            changed = block + written
+        if yaml.safe_load(changed) != {**data, "model-index": index}:
+            raise ValueError
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
+        raise OutputError(
+            f"The front matter of {card} cannot take results.", "Check its YAML, and `model-index`."
+        ) from None
+    rest = card.text[found.end() :] if found else f"---\n{card.text}"
+    return f"{head}{changed}{rest}"
+
+
+def _merged(index: Any, name: str, results: Sequence[EvalResult]) -> list[dict[str, Any]]:
+    """The results of a `model-index` without those that come again, and these."""
+    index = index or [{"name": name, "results": []}]
+    model, *others = index
+    new = [eval_results_to_model_index(name, [result])[0]["results"][0] for result in results]
+    again = {_same(entry, entry["metrics"][0]) for entry in new}
+    kept = []
+    for entry in model["results"]:
+        metrics = [metric for metric in entry["metrics"] if _same(entry, metric) not in again]
+        if metrics:
+            kept.append({**entry, "metrics": metrics})
+    return [{**model, "results": [*kept, *new]}, *others]
+
+
+def _same(entry: dict[str, Any], metric: dict[str, Any]) -> str:
+    """What two results that mean the same have in common: not the commit of their data."""
+    data = entry["dataset"]
+    local = "/" not in data["type"]
+    parts = [data["type"], data["name"] if local else None, data.get("config"), data.get("split")]
+    return repr([entry["task"]["type"], *parts, metric["type"], metric.get("args")])
