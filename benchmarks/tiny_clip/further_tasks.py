@@ -37,7 +37,7 @@ BARS: dict[str, tuple[float, ...]] = {
     "level": (0.6, 0.6, 0.6, 0.6, 0.6, 0.6),
     "alternating": (0.85, 0.35, 0.85, 0.35, 0.85, 0.35),
 }
-EFFECTS = ("plain", "blurred", "grey", "negative", "pixelated", "grainy", "stencilled")
+EFFECTS = ("plain", "blurred", "grey", "framed", "pixelated", "grainy", "stencilled")
 BLOCK = 42
 """Side of the blocks of the half-size photos that are dealt to the splits."""
 
@@ -246,26 +246,31 @@ def photo_blocks() -> dict[Split, Floats]:
 
 
 def _photos(rng: np.random.Generator, labels: Ints, split: Split) -> NDArray[np.uint8]:
-    """Parts of real photos (scikit-learn's two), changed in several ways."""
+    """Parts of real photos (scikit-learn's two), mirrored, recoloured and changed in other ways."""
     n = len(labels)
     blocks = photo_blocks()[split]
     x, y = rng.integers(BLOCK - r.SIDE + 1, size=(2, n))[:, :, None] + np.arange(r.SIDE)
     canvas = blocks[rng.integers(len(blocks), size=n)[:, None, None], y[:, :, None], x[:, None, :]]
-    mirrored = rng.random(n) < 0.5
-    canvas[mirrored] = canvas[mirrored, :, ::-1]
+    for axis in (1, 2):
+        mirrored = rng.random(n) < 0.5
+        canvas[mirrored] = np.flip(canvas[mirrored], axis)
+    channels = rng.permuted(np.tile(np.arange(3), (n, 1)), axis=1)
+    canvas = np.take_along_axis(canvas, channels[:, None, None], axis=3)
     grey = canvas.mean(axis=3, keepdims=True)
     middle = np.median(grey, axis=(1, 2), keepdims=True)
-    edge = np.pad(canvas, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
-    shifts = [(i, j) for i in range(5) for j in range(5)]
+    edge = np.pad(canvas, ((0, 0), (3, 3), (3, 3), (0, 0)), mode="reflect")
+    shifts = [(i, j) for i in range(7) for j in range(7)]
     blurred = sum(edge[:, i : i + r.SIDE, j : j + r.SIDE] for i, j in shifts) / len(shifts)
     tiles = canvas.reshape(n, 8, 4, 8, 4, 3).mean(axis=(2, 4))
+    u, v = r.pixel_grid()
+    frame = np.maximum(np.abs(u), np.abs(v)) > uniform(rng, 0.75, 0.9, n)[:, None, None]
     looks = {
         "plain": canvas,
         "blurred": blurred,
         "grey": grey.repeat(3, axis=3),
-        "negative": 1 - canvas,
+        "framed": np.where(frame[..., None], uniform(rng, 0, 1, n, 1, 1, 3), canvas),
         "pixelated": tiles.repeat(4, axis=1).repeat(4, axis=2),
-        "grainy": canvas + rng.standard_normal(canvas.shape, dtype=np.float32) * 0.15,
+        "grainy": canvas + rng.standard_normal(canvas.shape, dtype=np.float32) * 0.25,
         "stencilled": 0.1 + 0.8 * (grey > middle).repeat(3, axis=3),
     }
     changed = np.choose(labels[:, None, None, None], [looks[name] for name in EFFECTS])
