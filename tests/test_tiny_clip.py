@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -16,10 +18,13 @@ from benchmarks.tiny_clip.evaluation import accuracy
 from benchmarks.tiny_clip.first_tasks import FIRST_TASKS, digit_pools
 from benchmarks.tiny_clip.further_tasks import photo_blocks
 from benchmarks.tiny_clip.models import build_model, build_processor
-from benchmarks.tiny_clip.sampling import SPLITS, Task
+from benchmarks.tiny_clip.rendering import Floats
+from benchmarks.tiny_clip.sampling import SPLITS, Split, Task
 from benchmarks.tiny_clip.tasks import TASKS
+from benchmarks.tiny_clip.training import Recipe, captioned_images
 
 IMAGES = 120
+Pools: TypeAlias = Mapping[Split, Floats]
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
 
@@ -57,11 +62,19 @@ def test_a_task_draws_images_of_every_class(task: Task) -> None:
 @pytest.mark.parametrize(
     "splits", [lambda: {s: p[0] for s, p in digit_pools().items()}, photo_blocks]
 )
-def test_the_splits_of_real_data_share_nothing(splits) -> None:
+def test_the_splits_of_real_data_share_nothing(splits: Callable[[], Pools]) -> None:
     parts = {split: {item.tobytes() for item in items} for split, items in splits().items()}
     assert list(parts) == list(SPLITS) and all(parts.values())
     for first, second in (SPLITS[:2], SPLITS[1:], SPLITS[::2]):
         assert parts[first].isdisjoint(parts[second])
+
+
+@pytest.mark.parametrize("tasks", [8, 20])
+def test_a_base_learns_from_the_tasks_of_its_recipe(tasks: int) -> None:
+    images, captions = captioned_images(Recipe(tasks=tasks, images_a_task=60))
+    assert len(images) == len(captions) == 60 * tasks
+    assert set(captions) <= {prompt for task in TASKS[:tasks] for prompt in task.prompts}
+    assert set(captions[-60:]) <= set(TASKS[tasks - 1].prompts)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +110,7 @@ def test_evaluate_counts_what_the_benchmark_counts(
     monkeypatch.setattr("benchmarks.tiny_clip.evaluation.TEST_IMAGES", 60)
     torch.manual_seed(0)
     processor = build_processor(task.prompts)
-    model = build_model(processor.tokenizer, width=32, layers=1).eval()
+    model = build_model(processor.tokenizer, width=32, layers=1, mlp_ratio=2).eval()
     for part in (model, processor):
         quietly(part.save_pretrained, tmp_path / "model")
     files = write_task(task, tmp_path, seed=3, images=60)

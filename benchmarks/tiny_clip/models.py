@@ -55,8 +55,15 @@ def _build_tokenizer(corpus: Iterable[str]) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def build_model(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPModel:
-    """A random CLIPModel: vision tower layers x width, text tower 2 x 64, projections to 64."""
+def build_model(tokenizer: CLIPTokenizer, width: int, layers: int, mlp_ratio: int) -> CLIPModel:
+    """A random CLIPModel: text tower 2 x 64, projections to 64.
+
+    Args:
+        tokenizer: of the texts.
+        width: of the vision tower.
+        layers: of the vision tower.
+        mlp_ratio: width of its MLPs over its own.
+    """
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -72,7 +79,7 @@ def build_model(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPModel:
     }
     vision = {
         "hidden_size": width,
-        "intermediate_size": 2 * width,
+        "intermediate_size": mlp_ratio * width,
         "num_hidden_layers": layers,
         "image_size": SIDE,
         "patch_size": 8,
