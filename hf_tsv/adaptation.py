@@ -257,9 +257,16 @@ def learn(
         [`HfTsvError`]: a dataset cannot be read, the base model has no processor, or the entropy
             is no number.
     """
+    from transformers.utils import logging
+
     token = sources.access.token
-    data = [load(task, limit=None, token=token, cache_dir=None) for task in adaptation.tasks]
+    data = [
+        _without_labels(load(task, limit=None, token=token, cache_dir=None))
+        for task in adaptation.tasks
+    ]
     pinned = sources.base.pinned
+    if not show:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     pipe: Any = pipeline(
         "zero-shot-image-classification",
         at_revision(pinned.ref, pinned.revision),
@@ -295,6 +302,12 @@ def learn(
         for layer, row in zip(layers, found.tolist(), strict=True)
     }
     return learned, replace(adaptation, tasks=tasks, images=images, entropy=entropy)
+
+
+def _without_labels(images: LabelledImages) -> LabelledImages:
+    """The same images, all said to be of the first class."""
+    rows = images.rows.remove_columns(images.label)
+    return replace(images, rows=rows.add_column(images.label, [0] * len(rows)))
 
 
 def descend(
