@@ -9,6 +9,7 @@ section D.2.7; Yang et al., "AdaMerging: Adaptive Model Merging for Multi-Task L
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -100,22 +101,20 @@ class Adaptation:
 
     def to_dict(self) -> dict[str, Any]:
         """As a recipe holds it."""
-        plain = EvaluationTask("name", "dataset")
-        own = [f.name for f in fields(EvaluationTask)]
         tasks = [
             {
-                name: list(value) if isinstance(value, tuple) else value
-                for name in own
-                if (value := getattr(task, name)) != getattr(plain, name)
+                f.name: list(value) if isinstance(value, tuple) else value
+                for f in fields(EvaluationTask)
+                if (value := getattr(task, f.name)) != f.default
             }
             for task in self.tasks
         ]
-        content = {**asdict(self), "tasks": tasks}
-        return content | {"images": list(self.images), "entropy": list(self.entropy)}
+        found = {"images": list(self.images), "entropy": list(self.entropy)}
+        return {**asdict(self), "tasks": tasks, **found}
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> Adaptation:
-        """The inverse of [`to_dict`].
+        """The inverse of [`to_dict`], of what has been learned.
 
         Raises:
             [`RecipeError`]: it is not what `to_dict` makes.
@@ -126,9 +125,15 @@ class Adaptation:
             task = {n: tuple(v) if isinstance(v, list) else v for n, v in item.items()}
             tasks.append(EvaluationTask(**task))
         found = Adaptation(**{**content, "tasks": tuple(tasks)})
+        found = replace(found, images=tuple(found.images), entropy=tuple(found.entropy))
         for number in (*found.images, *found.entropy):
             check_number("A number of the adaptation", number)
-        return replace(found, images=tuple(found.images), entropy=tuple(found.entropy))
+        if len(found.images) != len(tasks) or len(found.entropy) != 2:
+            raise RecipeError(
+                "The adaptation does not say what was found for each task.",
+                "Use the recipe as it was written.",
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,8 @@ class Layer:
         """
         own = coefficients[list(self.tasks)].to(self.base)
         if isinstance(self.shares, TaskSingularVectors):
-            scaled = self.shares.S * own.repeat_interleave(own.new_tensor(self.ranks).long())
+            ranks = torch.tensor(self.ranks, device=own.device)
+            scaled = self.shares.S * own.repeat_interleave(ranks)
             weight = torch.addmm(self.base, self.shares.U * scaled, self.shares.Vh)
         else:
             weight = self.base + torch.tensordot(own, self.shares, dims=1)
@@ -344,16 +350,11 @@ def descend(
     with bar("Adapting", adaptation.steps, visible=show) as advance:
         for step, parts in enumerate(batches.steps()):
             total = 0.0
-            for number, pixels in enumerate(parts):
-                loss = entropy(model, classes[number], pixels).mean()
-                torch.autograd.backward(loss / len(classes))
-                total += float(loss.detach()) / len(classes)
-                if not loss.isfinite():
-                    raise DataError(
-                        f"{adaptation.tasks[number].name}: the entropy of predictions is"
-                        f" {float(loss.detach())} in step {step + 1}.",
-                        "Use a smaller --learning-rate.",
-                    )
+            for number, pixels in enumerate(parts):  # one by one, for memory
+                loss = entropy(model, classes[number], pixels).mean() / len(classes)
+                torch.autograd.backward(loss)
+                total += float(loss.detach())
+            _refuse_no_number(total, step)
             coefficients.grad = torch.stack([layer.gradient(tasks) for layer in layers])
             model.zero_grad()
             optimiser.step()
@@ -361,7 +362,9 @@ def descend(
             for layer, row in zip(layers, coefficients, strict=True):
                 layer.place(row)
             advance(1, f"Adapting, entropy {total:.3f}")
-    return coefficients, (before, _watched(model, classes, batches))
+    after = _watched(model, classes, batches)
+    _refuse_no_number(after, adaptation.steps)
+    return coefficients, (before, after)
 
 
 def entropy(model: Any, classes: Tensor, pixels: Tensor) -> Tensor:
@@ -380,6 +383,14 @@ def entropy(model: Any, classes: Tensor, pixels: Tensor) -> Tensor:
     logits = model.logit_scale.exp() * normalize(seen, dim=-1) @ classes.to(seen.dtype).mT
     scores = log_softmax(logits, dim=-1)
     return -(scores.exp() * scores).sum(dim=-1)
+
+
+def _refuse_no_number(value: float, steps: int) -> None:
+    if not math.isfinite(value):
+        raise DataError(
+            f"The entropy of predictions is {value} after {steps} steps.",
+            "Use a smaller --learning-rate.",
+        )
 
 
 @torch.no_grad()

@@ -320,6 +320,16 @@ def test_the_recipe_is_compact_and_the_card_says_what_was_learned(
     assert Recipe.from_yaml(text).to_yaml() == text
 
 
+def test_an_adaptation_is_the_same_after_a_round_trip() -> None:
+    tasks = (
+        hf_tsv.EvaluationTask("name", "dataset", split="train", classes=("a", "b")),
+        hf_tsv.EvaluationTask("b", "x", "v1", "small", templates=("{}", "a {}")),
+    )
+    found = Adaptation(tasks, 3, 0.1, 2, 5, images=(7, 8), entropy=(1.5, 0.25))
+    content = yaml.safe_load(yaml.safe_dump(found.to_dict()))
+    assert Adaptation.from_dict(content) == found
+
+
 # What is refused
 
 
@@ -339,8 +349,9 @@ def test_what_cannot_be_learned_is_refused(
     refused("method tsv does not learn", zoo, out, method="tsv", adaptation=found)
     refused("no checkpoint has a vision tower", zoo, out, "text", adaptation=found)
     refused("no CLIPModel", zoo, out, "flat", base_model=zoo / "vision", adaptation=found)
-    bad = how(images, learning_rate=1e30)
-    refused(r"pets: the entropy of predictions is nan in step", zoo, out, adaptation=bad)
+    for steps in (1, 4):
+        bad = how(images, learning_rate=1e30, steps=steps)
+        refused(r"entropy of predictions is nan after 1 steps", zoo, out, adaptation=bad)
     gone = Adaptation({"pets": str(tmp_path / "gone.parquet")})  # type: ignore[arg-type]
     refused("pets: the dataset .* cannot be read", zoo, out, adaptation=gone)
     with pytest.raises(RecipeError, match="already names"):
@@ -410,6 +421,7 @@ def good(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
         ({"adaptation": {"tasks": ["a"]}}, "malformed"),
         ({"adaptation": {"tasks": [{"name": "a", "dataset": "b", "odd": 1}]}}, "malformed"),
         ({"adaptation": {"tasks": [{"name": "a", "dataset": "b"}], "entropy": ["x"]}}, "'x'"),
+        ({"adaptation": {"tasks": [{"name": "a", "dataset": "b"}]}}, "does not say what was found"),
     ],
 )
 def test_bad_recipes_are_refused(

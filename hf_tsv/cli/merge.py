@@ -254,7 +254,8 @@ def merge(
     """Merge fine-tuned CLIP checkpoints into one multi-task checkpoint.
 
     Keeps the leading singular vectors of every task's weight update, makes those of different
-    tasks orthogonal, and adds them to the base model (TSV-Merge). Needs neither data nor training.
+    tasks orthogonal, and adds them to the base model (TSV-Merge). Needs neither data nor training,
+    unless coefficients are learned on images without labels: `--method ada`.
     """
     out = Out(as_json=as_json, quiet=quiet)
     from hf_tsv import merging
