@@ -69,7 +69,7 @@ class Adaptation:
 
     tasks: tuple[EvaluationTask, ...]
     steps: int = 300
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     batch_size: int = 16
     seed: int = 0
     images: tuple[int, ...] = ()
@@ -388,7 +388,7 @@ def entropy(model: Any, classes: Tensor, pixels: Tensor) -> Tensor:
 def _refuse_no_number(value: float, steps: int) -> None:
     if not math.isfinite(value):
         raise DataError(
-            f"The entropy of predictions is {value} after {steps} steps.",
+            f"The entropy of predictions is {value} after step {steps}.",
             "Use a smaller --learning-rate.",
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import clips
 import numpy as np
@@ -351,7 +351,7 @@ def test_what_cannot_be_learned_is_refused(
     refused("no CLIPModel", zoo, out, "flat", base_model=zoo / "vision", adaptation=found)
     for steps in (1, 4):
         bad = how(images, learning_rate=1e30, steps=steps)
-        refused(r"entropy of predictions is nan after 1 steps", zoo, out, adaptation=bad)
+        refused(r"entropy of predictions is nan after step 1", zoo, out, adaptation=bad)
     gone = Adaptation({"pets": str(tmp_path / "gone.parquet")})  # type: ignore[arg-type]
     refused("pets: the dataset .* cannot be read", zoo, out, adaptation=gone)
     with pytest.raises(RecipeError, match="already names"):
@@ -468,6 +468,21 @@ def test_options_that_do_not_fit_together(
     with pytest.raises(RecipeError, match=said):
         command.merge([str(zoo / "full")], str(zoo / "base"), output=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_help_tells_the_defaults() -> None:
+    hints = get_type_hints(command.merge, include_extras=True)
+    for name in ("steps", "learning_rate", "batch_size", "seed"):
+        told = hints[name].__metadata__[0].help
+        assert f"[default: {getattr(Adaptation, name)}]" in told
+
+
+def test_the_bar_shows_the_entropy(
+    zoo: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = adapted(zoo, tmp_path / "out", how(images, steps=1), progress=True)
+    assert report.adaptation is not None
+    assert f"Adapting, entropy {report.adaptation['entropy'][0]:.3f}" in capsys.readouterr().err
 
 
 def test_images_of_fewer_tasks_are_warned_of(zoo: Path, images: Path, tmp_path: Path) -> None:

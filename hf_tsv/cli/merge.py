@@ -178,7 +178,7 @@ def merge(
     ] = None,
     learning_rate: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="Of Adam. [default: 0.001]", rich_help_panel=ADA, show_default=False),
+        typer.Option(help="Of Adam. [default: 0.002]", rich_help_panel=ADA, show_default=False),
     ] = None,
     batch_size: Annotated[
         Optional[int],  # noqa: UP045
