@@ -15,13 +15,13 @@ from hf_tsv import plots
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.checkpoints.writer import check_output_folder, whole_folder
 from hf_tsv.errors import DataError, HfTsvError, RecipeError
-from hf_tsv.evaluation import model_index, pictures, suites, zero_shot
+from hf_tsv.evaluation import kept_heads, model_index, pictures, suites, zero_shot
 from hf_tsv.evaluation.data import EvaluationTask, LabelledImages, load
 from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.recipe import current_versions
 
 if TYPE_CHECKING:
-    from transformers import Pipeline
+    from torch import Tensor
 
 RESULTS_FILE = "evaluation.json"
 ZERO_SHOT = "zero-shot-image-classification"
@@ -93,7 +93,8 @@ def evaluate(
     """Classify labelled images zero-shot and count how often that is right (section 5, eq. 9).
 
     Every class is named to the text tower in prompts; an image belongs to the class whose prompts
-    lie nearest. A task that cannot be read does not cost the results of the others.
+    lie nearest. The heads made of prompts are kept in the Hub client's home (`hf-tsv/heads`). A
+    task that cannot be read does not cost the results of the others.
 
     Args:
         reference (`str`): the model: `org/name`, `org/name@revision`, `hf://…` or a folder.
@@ -149,7 +150,7 @@ def evaluate(
     pinned = pin(parse(fspath(reference), subfolder), token=token, cache_dir=cache)
     to_write = model_index.open_card(pinned, token=token, create_pr=create_pr) if card else None
     model = run.model(fspath(reference), subfolder)
-    where = model.device.type
+    where = model.device
     data, results, errors = run.all_scored(model, listed)
     del model
     run.compare(fine_tunes, data, results, errors)
@@ -194,7 +195,7 @@ class _Run:
     batch_size: int
     show: bool
 
-    def model(self, reference: str, subfolder: str | None = None) -> Pipeline:
+    def model(self, reference: str, subfolder: str | None = None) -> _Loaded:
         """A model with its tokenizer and image processor."""
         from transformers.utils import logging
 
@@ -203,7 +204,7 @@ class _Run:
 
         if not self.show:
             logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        return pipeline(
+        pipe = pipeline(
             ZERO_SHOT,
             reference,
             base_model=self.base_model,
@@ -213,9 +214,10 @@ class _Run:
             subfolder=subfolder,
             progress=self.show,
         )
+        return _Loaded(pipe, kept_heads.text_identity(pipe.model))
 
     def all_scored(
-        self, model: Pipeline, tasks: Sequence[EvaluationTask]
+        self, model: _Loaded, tasks: Sequence[EvaluationTask]
     ) -> tuple[Data, Results, dict[str, str]]:
         """Images and results of the tasks that can be evaluated, and why others cannot."""
         data: Data = {}
@@ -245,11 +247,13 @@ class _Run:
                 else:
                     results[name] |= _beside(results[name], fine_tunes[name], own)
 
-    def scored(self, pipe: Any, task: EvaluationTask, images: LabelledImages) -> dict[str, Any]:
+    def scored(
+        self, model: _Loaded, task: EvaluationTask, images: LabelledImages
+    ) -> dict[str, Any]:
         """Accuracy and confusion of one model on one task."""
         from sklearn.metrics import accuracy_score, confusion_matrix
 
-        labels, predicted = self._classified(pipe, task, images)
+        labels, predicted = self._classified(model, task, images)
         every = list(range(len(images.classes)))
         return {
             "dataset": task.dataset,
@@ -265,10 +269,10 @@ class _Run:
         }
 
     def _classified(
-        self, pipe: Any, task: EvaluationTask, images: LabelledImages
+        self, model: _Loaded, task: EvaluationTask, images: LabelledImages
     ) -> tuple[list[int], list[int]]:
         """The class of every image, and the one it is taken for."""
-        directions = zero_shot.head(pipe.model, pipe.tokenizer, images.classes, task.templates)
+        directions = model.head(images.classes, task.templates)
         labels: list[int] = []
         predicted: list[int] = []
         count = len(images.rows)
@@ -276,11 +280,29 @@ class _Run:
             for start in range(0, count, self.batch_size):
                 stop = min(start + self.batch_size, count)
                 pictures, own = images.batch(start, stop, task.name)
-                pixels = pipe.image_processor(pictures, return_tensors="pt")["pixel_values"]
-                predicted += zero_shot.classify(pipe.model, directions, pixels).tolist()
+                pixels = model.pipe.image_processor(pictures, return_tensors="pt")["pixel_values"]
+                predicted += zero_shot.classify(model.pipe.model, directions, pixels).tolist()
                 labels += own
                 advance(len(own))
         return labels, predicted
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model with its tokenizer and image processor, and a digest of its text tower."""
+
+    pipe: Any
+    text: str
+
+    @property
+    def device(self) -> str:
+        """Type of it."""
+        return str(self.pipe.model.device.type)
+
+    def head(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """The zero-shot head of a task."""
+        key = kept_heads.key_of(self.text, self.pipe.tokenizer, classes, templates, self.device)
+        return kept_heads.head(self.pipe.model, self.pipe.tokenizer, classes, templates, key)
 
 
 def _mean(results: Results, what: str) -> float | None:

@@ -11,6 +11,16 @@ from torch import Tensor
 TEXTS_AT_ONCE = 256
 
 
+def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """What the text tower reads: of every class all templates.
+
+    Example:
+        >>> prompts(["cat", "dog"], ["a {}.", "the {}."])
+        ['a cat.', 'the cat.', 'a dog.', 'the dog.']
+    """
+    return [template.replace("{}", name) for name in classes for template in templates]
+
+
 @torch.inference_mode()
 def head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
     """One direction a class: of the mean of its prompts' embeddings, which have length 1 each.
@@ -24,11 +34,11 @@ def head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence
     Returns:
         `Tensor`: shape (classes, projection).
     """
-    prompts = [template.replace("{}", name) for name in classes for template in templates]
+    written = prompts(classes, templates)
     parts = []
-    for start in range(0, len(prompts), TEXTS_AT_ONCE):
+    for start in range(0, len(written), TEXTS_AT_ONCE):
         texts = tokenizer(
-            prompts[start : start + TEXTS_AT_ONCE],
+            written[start : start + TEXTS_AT_ONCE],
             padding=True,
             truncation=True,
             return_tensors="pt",
