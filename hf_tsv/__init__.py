@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hf_tsv.models import load_model, pipeline
     from hf_tsv.recipe import Recipe
     from hf_tsv.reconstruction import ReconstructReport, reconstruct
+    from hf_tsv.sweeping import SweepReport, sweep
     from hf_tsv.switching import TaskSwitcher
     from hf_tsv.tuning import AlphaSearch
 
@@ -51,6 +52,8 @@ _HOMES = {
     "load_model": "models",
     "pipeline": "models",
     "TaskSwitcher": "switching",
+    "sweep": "sweeping",
+    "SweepReport": "sweeping",
     "Recipe": "recipe",
     "HfTsvError": "errors",
     "RepoError": "errors",
@@ -79,6 +82,7 @@ __all__ = [
     "RecipeError",
     "ReconstructReport",
     "RepoError",
+    "SweepReport",
     "TaskFactors",
     "TaskSwitcher",
     "__version__",
@@ -91,6 +95,7 @@ __all__ = [
     "merge",
     "pipeline",
     "reconstruct",
+    "sweep",
 ]
 
 

@@ -28,7 +28,7 @@ def mask_folders(job: Job) -> list[str]:
     """
     if job.settings.method != "tall-mask":
         return []
-    names = heads.safe_names(distinct_names([item.pinned for item in job.sources.inputs]))
+    names = heads.file_stems(distinct_names([item.pinned for item in job.sources.inputs]))
     return [f"{masks.FOLDER}/{name}" for name in names]
 
 

@@ -33,7 +33,7 @@ class AlphaSearch:
         tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
             `NAME=DATASET` texts, or [`EvaluationTask`]s. Their split `validation` is used unless
             they name another.
-        alphas (`Sequence[float]` or `str`): to try: numbers, `"0.5,1,1.5"`, or
+        alphas (`Sequence[float]` or `str`): to try: numbers, or `"0.5,1,1.5"`, or
             `"FIRST:LAST:STEP"`.
         limit (`int`, *optional*): so many images of each task.
         batch_size (`int`): images at a time.
@@ -102,38 +102,42 @@ class AlphaSearch:
 
 
 def alphas_of(text: str) -> list[float]:
-    """Read `FIRST:LAST:STEP`, both ends included, or numbers with commas between.
+    """Read numbers and ranges `FIRST:LAST:STEP`, both ends included, with commas between.
 
     Args:
         text (`str`): as on the command line.
 
     Raises:
-        [`RecipeError`]: it is neither.
+        [`RecipeError`]: it is something else.
 
     Example:
-        >>> alphas_of("0:0.3:0.1"), alphas_of("1,0.5")
-        ([0.0, 0.1, 0.2, 0.3], [1.0, 0.5])
+        >>> alphas_of("0:0.3:0.1"), alphas_of("1,0:0.5:0.5")
+        ([0.0, 0.1, 0.2, 0.3], [1.0, 0.0, 0.5])
     """
-    wrong = RecipeError(
+    found: list[float] = []
+    for part in text.split(","):
+        try:
+            numbers = [float(number) for number in part.split(":")]
+        except ValueError:
+            numbers = []
+        if len(numbers) == 1:
+            numbers = [numbers[0], numbers[0], 1.0]
+        if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+            raise _no_alphas(text)
+        first, last, step = numbers
+        if step <= 0 or last < first:
+            raise _no_alphas(text)
+        steps = (last - first) / step + 1e-9
+        if steps + len(found) >= MOST:
+            raise RecipeError(f"{text} is more than {MOST} values of α.", "Take a larger step.")
+        found += [round(first + i * step, 10) for i in range(math.floor(steps) + 1)]
+    return found
+
+
+def _no_alphas(text: str) -> RecipeError:
+    return RecipeError(
         f"The values of α are {text!r}.", "Write FIRST:LAST:STEP (0:3:0.1), or 0.5,1,1.5."
     )
-    try:
-        numbers = [float(part) for part in text.split(":" if ":" in text else ",")]
-    except ValueError:
-        raise wrong from None
-    if not all(map(math.isfinite, numbers)):
-        raise wrong
-    if ":" not in text:
-        return numbers
-    if len(numbers) != 3 or numbers[2] <= 0 or numbers[1] < numbers[0]:
-        raise wrong
-    first, last, step = numbers
-    count = (
-        math.floor((last - first) / step + 1e-9) + 1 if (last - first) / step < MOST else MOST + 1
-    )
-    if count > MOST:
-        raise RecipeError(f"{text} is more than {MOST} values of α.", "Take a larger step.")
-    return [round(first + i * step, 10) for i in range(count)]
 
 
 def images_of(wanted: AlphaSearch, token: str | None) -> list[LabelledImages]:

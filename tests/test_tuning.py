@@ -93,6 +93,7 @@ def test_of_equal_scores_the_smallest_alpha_is_taken() -> None:
         ("0:1:0.4", [0, 0.4, 0.8]),
         ("2:2:1", [2]),
         ("-1:1:1", [-1, 0, 1]),
+        ("0.05:0.1:0.05,1:2:0.5,7", [0.05, 0.1, 1, 1.5, 2, 7]),
     ],
 )
 def test_a_range_has_both_its_ends(text: str, values: list[float]) -> None:
@@ -100,7 +101,20 @@ def test_a_range_has_both_its_ends(text: str, values: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "0:1", "0:1:0", "0:1:-1", "1:0:0.1", "nan", "0:inf:1", "0:1:1e-9", "1,,2"]
+    "text",
+    [
+        "",
+        "a",
+        "0:1",
+        "0:1:0",
+        "0:1:-1",
+        "1:0:0.1",
+        "nan",
+        "0:inf:1",
+        "0:1:1e-9",
+        "1,,2",
+        "0:998:1,0:9:1",
+    ],
 )
 def test_what_is_no_range_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="α"):

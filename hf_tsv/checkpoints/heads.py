@@ -31,24 +31,19 @@ def file_names(tasks: Sequence[str]) -> list[str]:
         >>> file_names(["clip-a", "org/b"])
         ['heads/clip-a.safetensors', 'heads/org-b.safetensors']
     """
-    return [f"{FOLDER}/{stem}{SUFFIX}" for stem in safe_names(tasks)]
+    return [f"{FOLDER}/{stem}{SUFFIX}" for stem in file_stems(tasks)]
 
 
-def safe_names(tasks: Sequence[str]) -> list[str]:
-    """A name for each task, that a file can have on any system.
+def file_stems(tasks: Sequence[str]) -> list[str]:
+    """A name for each task, that a file can have on any system, no two alike.
 
     Args:
         tasks (`Sequence[str]`): their names.
 
     Example:
-        >>> safe_names(["clip-a", "org/b", "org/b"])
+        >>> file_stems(["clip-a", "org/b", "org/b"])
         ['clip-a', 'org-b', 'org-b-2']
     """
-    return [f"{FOLDER}/{stem}{SUFFIX}" for stem in file_stems(tasks)]
-
-
-def file_stems(tasks: Sequence[str]) -> list[str]:
-    """Names of tasks as parts of the names of files, no two alike."""
     stems: list[str] = []
     for task in tasks:
         stem = re.sub(r"[^\w.-]+", "-", task).strip(".-") or "task"

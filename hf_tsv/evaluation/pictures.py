@@ -15,6 +15,7 @@ from hf_tsv.plots import (
     NUMBERED,
     TEXT,
     Picture,
+    frame_axes,
     new_figure,
     plain_name,
     short_names,
@@ -47,6 +48,33 @@ def of_evaluation(tasks: Results) -> list[Picture]:
         for stem, (name, found) in zip(stems, tasks.items(), strict=True)
     ]
     return pictures
+
+
+def of_sweep(report: Mapping[str, Any]) -> Picture:
+    """Accuracy against the share of singular values kept, of every task and on average.
+
+    Args:
+        report (`Mapping`): see [`SweepReport`].
+    """
+    figure = new_figure(3.6)
+    axes = figure.subplots()
+    shares = report["fractions"]
+    for found in report["tasks"].values():
+        axes.plot(shares, found["accuracies"], color=TEXT, alpha=0.3, linewidth=0.8)
+    axes.plot(shares, report["mean"], color=COLOURS[0], linewidth=2, marker="o", markersize=4,
+              label="low rank, mean of the tasks")  # fmt: skip
+    axes.axhline(report["full"], color=COLOURS[1], linewidth=1.4, label="fine-tunes, mean")
+    axes.set_xscale("log")
+    axes.set_xticks(shares, [f"{share:.3g}" for share in shares])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("share of the singular values kept")
+    axes.set_ylabel("top-1 accuracy")
+    frame_axes(axes)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.legend(frameon=False, labelcolor=TEXT, fontsize=9, loc="lower right")
+    low, high = (f"{report['mean'][i]:.1%} with {shares[i]:.3g}" for i in (0, -1))
+    alt = f"From {low} of the singular values to {high}; the fine-tunes have {report['full']:.1%}."
+    return Picture("sweep.png", "Accuracy by rank", alt, to_png(figure))
 
 
 def _own(found: Mapping[str, Any]) -> float | None:

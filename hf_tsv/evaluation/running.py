@@ -388,3 +388,26 @@ def _check_installed() -> None:
         raise RecipeError(
             f"Evaluation needs {', '.join(missing)}.", "Run `pip install 'hf-tsv[eval]'`."
         )
+
+
+def chosen_tasks(
+    tasks: Mapping[str, str] | Sequence[str | EvaluationTask],
+    suite: str | None,
+    references: Mapping[str, str | PathLike[str]] | None,
+    base_model: str | PathLike[str] | None,
+) -> tuple[list[EvaluationTask], dict[str, str], str | None]:
+    """Tasks, the fine-tune of each, and the base model, from what users say.
+
+    Args:
+        tasks (`Mapping[str, str]` or `Sequence`): see [`evaluate`].
+        suite (`str`, *optional*): that has more of them.
+        references (`Mapping[str, str]`, *optional*): default: those of the suite.
+        base_model (`str`, *optional*): default: that of the suite.
+    """
+    named = None if suite is None else suites.named(suite)
+    listed = _listed(tasks, (), named)
+    if named is not None:
+        references = named.references if references is None else references
+        base_model = base_model or named.base_model
+    base = None if base_model is None else fspath(base_model)
+    return listed, _fine_tunes(references or {}, listed), base

@@ -1,0 +1,1 @@
+"""What every method scores on tiny CLIPs that were really trained."""

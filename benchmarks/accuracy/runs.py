@@ -1,0 +1,208 @@
+"""The runs of one seed, through the command line of hf-tsv; each is kept once it is done."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VALIDATION_IMAGES = 200
+"""Of each task, that α is chosen on and coefficients are learned on."""
+
+ALPHAS = "0.05:0.5:0.05,0.6:2:0.1"
+METHODS = (
+    "task-arithmetic",
+    "ties",
+    "consensus",
+    "low-rank",
+    "orthogonal",
+    "iso-c",
+    "iso-cts",
+    "tsv",
+)
+"""Whose α is chosen on validation images."""
+
+VARIANTS = {
+    "procrustes": ("--precision", "exact"),
+    "whitening": ("--precision", "exact", "--orthogonalizer", "whitening"),
+    "fused": ("--qkv", "fused"),
+}
+MERGE_RANKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.125)
+FRACTIONS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5)
+"""Of the singular values, for merges and for compression."""
+
+Accuracies = dict[str, float]
+
+
+def command(*words: object) -> dict[str, Any]:
+    """Run `hf-tsv WORDS --json` in this process; the object it prints.
+
+    Args:
+        words: of the command line.
+
+    Raises:
+        SystemExit: the command failed; it has said why.
+    """
+    from hf_tsv.cli import app
+
+    out = io.StringIO()
+    with redirect_stdout(out):
+        app([*map(str, words), "--json", "--quiet"], standalone_mode=False)
+    found: dict[str, Any] = json.loads(out.getvalue())
+    return found
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Models and images of one seed, and what was measured on them.
+
+    Args:
+        number: of it.
+        models: folder with `base` and a fine-tune of every task.
+        images: folder of parquet files.
+        results: folder of JSON files, one a run.
+        tasks: their names, in order.
+    """
+
+    number: int
+    models: Path
+    images: Path
+    results: Path
+    tasks: tuple[str, ...]
+
+    def kept(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What a run found, measured if that is not known yet."""
+        file = self.results / f"{name}.json"
+        if not file.exists():
+            found = measure()
+            self.results.mkdir(parents=True, exist_ok=True)
+            staging = file.with_suffix(".part")
+            staging.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            staging.rename(file)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def options(self, tasks: Sequence[str], split: str) -> list[object]:
+        """`--task` of every one of these tasks; the names of classes are whole prompts."""
+        words: list[object] = ["--template", "{}", "--split", "test"]
+        for task in tasks:
+            words += ["--task", f"{task}={self.images / f'{task}-{split}.parquet'}"]
+        return words
+
+    def accuracies(self, model: Path, tasks: Sequence[str]) -> Accuracies:
+        """Top-1 on test images, 0 to 1."""
+        base = ("--base-model", self.models / "base")
+        found = command("evaluate", model, *base, "--batch-size", 250, *self.options(tasks, "test"))
+        return {name: entry["accuracy"] for name, entry in found["tasks"].items()}
+
+    def merged(self, tasks: Sequence[str], *options: object) -> dict[str, Any]:
+        """What a merge of some tasks scores."""
+        output = self.results / "merged"
+        models = [self.models / task for task in tasks]
+        base = ("--base-model", self.models / "base")
+        done = command("merge", *models, *base, "-o", output, "--force", *options)
+        return {"report": done, "accuracies": self.accuracies(output, tasks)}
+
+
+def references(seed: Seed) -> dict[str, Accuracies]:
+    """The base model, zero-shot, and every task's own fine-tune."""
+    own = {t: seed.accuracies(seed.models / t, [t])[t] for t in seed.tasks}
+    return {"base": seed.accuracies(seed.models / "base", seed.tasks), "fine-tuned": own}
+
+
+def method(seed: Seed, count: int, name: str) -> dict[str, Any]:
+    """A method with α chosen on validation images."""
+    tasks = seed.tasks[:count]
+    images = (*seed.options(tasks, "validation"), "--limit", VALIDATION_IMAGES)
+    found = seed.merged(tasks, "--method", name, "--tune-alpha", ALPHAS, *images)
+    tuning = found["report"]["tuning"]
+    return {
+        "alpha": tuning["alpha"],
+        "alphas": tuning["alphas"],
+        "validation": tuning["mean"],
+        "accuracies": found["accuracies"],
+    }
+
+
+def plain(seed: Seed, count: int, *options: object) -> dict[str, Any]:
+    """A merge whose settings are given."""
+    return {"accuracies": seed.merged(seed.tasks[:count], *options)["accuracies"]}
+
+
+def adapted(seed: Seed, count: int) -> dict[str, Any]:
+    """TSV-Merge with coefficients learned on unlabelled validation images."""
+    tasks = seed.tasks[:count]
+    found = seed.merged(tasks, "--method", "ada", *seed.options(tasks, "validation"))
+    return {
+        "accuracies": found["accuracies"],
+        "entropy": found["report"]["adaptation"]["entropy"],
+    }
+
+
+def compressed(seed: Seed, fraction: float, tasks: Sequence[str]) -> dict[str, Any]:
+    """Every task as factors, each on its own images; and what is stored of each."""
+    output = seed.results / "factors"
+    accuracies, sizes = {}, {}
+    for task in tasks:
+        base = ("--base-model", seed.models / "base", "--rank-fraction", fraction)
+        done = command("compress", seed.models / task, *base, "-o", output, "--force")
+        accuracies[task] = seed.accuracies(output, [task])[task]
+        sizes[task] = done["output_bytes"]
+    return {"accuracies": accuracies, "bytes": sizes}
+
+
+def masked(seed: Seed, count: int) -> dict[str, Any]:
+    """Every task as a mask beside the sum of all updates; and what is stored."""
+    output = seed.results / "merged"
+    tasks = seed.tasks[:count]
+    found = seed.merged(tasks, "--method", "tall-mask")["report"]
+    return {
+        "accuracies": {t: seed.accuracies(output / "masks" / t, [t])[t] for t in tasks},
+        "bytes": found["mask_bytes"] + found["output_bytes"],
+    }
+
+
+def all_runs(seed: Seed, counts: Sequence[int]) -> dict[str, Callable[[], Any]]:
+    """Every run of a seed by the name it is kept under.
+
+    Args:
+        seed: models and images.
+        counts: of tasks merged.
+    """
+    runs: dict[str, Callable[[], Any]] = {"references": lambda: references(seed)}
+
+    def add(name: str, count: int, measure: Callable[..., Any], *arguments: object) -> None:
+        runs[f"{name}-{count}"] = lambda: measure(seed, count, *arguments)
+
+    for count in counts:
+        add("average", count, plain, "--method", "average")
+        add("tsv-default", count, plain)
+        for name in METHODS:
+            add(name, count, method, name)
+        add("ada", count, adapted)
+        for name, options in VARIANTS.items():
+            add(name, count, plain, *options)
+        for rank in MERGE_RANKS:
+            if rank * count <= 1:
+                add(f"rank-{rank:g}", count, plain, "--rank-fraction", rank)
+        add("tall-mask", count, masked)
+        runs[f"factors-{count}"] = (
+            lambda count=count: compressed(  # type: ignore[misc]
+                seed, 1 / count, seed.tasks[:count]
+            )
+        )
+    for fraction in FRACTIONS:
+        runs[f"fraction-{fraction:g}"] = lambda f=fraction: compressed(  # type: ignore[misc]
+            seed, f, seed.tasks
+        )
+    return runs
+
+
+def clear(seed: Seed) -> None:
+    """Remove the models that runs have left."""
+    for name in ("merged", "factors"):
+        shutil.rmtree(seed.results / name, ignore_errors=True)

@@ -1,0 +1,168 @@
+"""`hf-tsv sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from hf_tsv.cli import options
+from hf_tsv.cli.evaluate import DATA, _named
+from hf_tsv.cli.output import Out, table
+from hf_tsv.errors import RecipeError
+
+if TYPE_CHECKING:
+    from hf_tsv.sweeping import SweepReport
+
+EXAMPLES = """\
+**Examples**
+
+`hf-tsv sweep --task dtd=tanganke/dtd --reference dtd=org/clip-dtd --rank-fraction 0.01,0.1 -o out`
+
+`hf-tsv sweep --suite vit-b-32-8 --limit 500`
+"""
+
+
+def sweep(
+    task: Annotated[
+        Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
+        typer.Option(
+            metavar="NAME=DATASET",
+            help="Labelled images: a dataset on the Hub (org/name, org/name:config@revision), a"
+            " folder of images, or a parquet file; repeatable.",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    fine_tunes: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--reference",
+            metavar="NAME=REF",
+            help="The fine-tune of a task; repeatable. [default: those of the suite]",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    suite: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="NAME",
+            help="Tasks, base model and fine-tunes of a paper: vit-b-32-8; b-16 or l-14, 14 or 20"
+            " tasks.",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Of the datasets of --task. [default: test, else validation, else train]",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    template: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Of the prompts of --task, with {} for the name of a class; repeatable."
+            " [default: a photo of a {}.]",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    rank_fraction: Annotated[
+        str,
+        typer.Option(
+            metavar="F1,F2,...", help="Shares of min(shape).", rich_help_panel=options.METHOD
+        ),
+    ] = "0.01,0.02,0.05,0.1,0.2,0.5",
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="So many images of each task, for a quick look.",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Images at a time.", rich_help_panel=options.RUN)
+    ] = 64,
+    base_model: options.BaseModel = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Folder for the results: sweep.json, and a picture with the extra `plots`.",
+            rich_help_panel=options.TARGET,
+            show_default=False,
+        ),
+    ] = None,
+    force: options.Force = False,
+    device: options.Device = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    token: options.Token = None,
+    cache_dir: options.CacheDir = None,
+) -> None:
+    """Measure what fine-tunes still score with fewer and fewer of their singular vectors.
+
+    Every fine-tune is taken apart once and classifies the images of its own task with each share
+    of the rank: how far it can be compressed.
+    """
+    out = Out(as_json=as_json, quiet=quiet)
+    from hf_tsv import EvaluationTask, sweeping
+
+    choices: dict[str, Any] = {"split": split}
+    if template:
+        choices["templates"] = tuple(template)
+    report = sweeping.sweep(
+        [EvaluationTask.parse(text, **choices) for text in task or []],
+        dict(map(_named, fine_tunes)) if fine_tunes else None,
+        rank_fractions=_shares(rank_fraction),
+        suite=suite,
+        base_model=base_model,
+        output=output,
+        force=force,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        token=token,
+        cache_dir=cache_dir,
+        progress=False if quiet else None,
+    )
+    out.result(_text(report), report.to_dict())
+    if report.errors:
+        raise typer.Exit(1)
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(
+            f"--rank-fraction is {text!r}.", "Write numbers: --rank-fraction 0.01,0.1."
+        ) from None
+
+
+def _text(report: SweepReport) -> str:
+    """The accuracies as a table, a task a row."""
+    head = ["task", *(f"{share:.3g}" for share in report.fractions), "fine-tune"]
+
+    def row(name: str, values: list[float], *last: float) -> list[str]:
+        return [name, *(f"{value:.1%}" for value in [*values, *last])]
+
+    rows = [
+        row(options.one_line(name), found["accuracies"], found["full"])
+        for name, found in report.tasks.items()
+    ]
+    rows.append([*row("stored", report.stored), ""])
+    parts = [table(head, rows, row("mean", report.mean, report.full))]
+    notes = []
+    if report.limit is not None:
+        notes.append(("of each task", f"{report.limit} images at most: a quick look"))
+    notes += [("failed", f"{name}: {why}") for name, why in report.errors.items()]
+    return "\n\n".join([*parts, *([options.columns(notes)] if notes else [])])

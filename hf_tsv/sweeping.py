@@ -1,0 +1,285 @@
+"""The verb `sweep`: what each fine-tune still scores with so many of its singular vectors."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tsv import linalg, plots
+from hf_tsv.checkpoints.reference import at_revision
+from hf_tsv.checkpoints.writer import check_output_folder, whole_folder
+from hf_tsv.errors import DataError, HfTsvError, RecipeError
+from hf_tsv.evaluation import pictures, running
+from hf_tsv.evaluation.data import EvaluationTask, load, refuse_not_installed
+from hf_tsv.evaluation.variants import accuracies
+from hf_tsv.models import load_model, pipeline
+from hf_tsv.progress import logger, visible_by_default
+from hf_tsv.recipe import current_versions
+from hf_tsv.sources import Access, open_sources
+from hf_tsv.stream import pick_device
+
+ZERO_SHOT = "zero-shot-image-classification"
+RESULTS_FILE = "sweep.json"
+FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What fine-tunes score with fewer and fewer singular vectors.
+
+    Args:
+        base_model (`str`): W0.
+        fractions (`list[float]`): shares of k = min(d_out, d_in) kept of every matrix.
+        mean (`list[float]`): top-1, 0 to 1, at each of them, mean over the tasks.
+        full (`float`): of the fine-tunes themselves.
+        stored (`list[float]`): at each of them, numbers stored of an update over those it has.
+        tasks (`dict[str, dict]`): by name: `dataset`, `split`, `images`, `reference`, `full`, and
+            `accuracies`.
+        errors (`dict[str, str]`): tasks that could not be measured, and why.
+        limit (`int`, *optional*): images of each task, if not all.
+        device (`str`): type of device computed on.
+        seconds (`float`): wall time.
+        versions (`dict[str, str]`): of hf-tsv and torch.
+    """
+
+    base_model: str
+    fractions: list[float]
+    mean: list[float]
+    full: float
+    stored: list[float]
+    tasks: dict[str, dict[str, Any]]
+    errors: dict[str, str]
+    limit: int | None
+    device: str
+    seconds: float
+    versions: dict[str, str] = field(default_factory=current_versions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return asdict(self)
+
+
+def sweep(
+    tasks: Mapping[str, str] | Sequence[str | EvaluationTask] = (),
+    references: Mapping[str, str | PathLike[str]] | None = None,
+    *,
+    rank_fractions: Sequence[float] = FRACTIONS,
+    suite: str | None = None,
+    base_model: str | PathLike[str] | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
+    limit: int | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool | None = None,
+) -> SweepReport:
+    """Score low-rank approximations of every fine-tune on its own task (figures 2, 11, 12, 17).
+
+    Every matrix of an update is decomposed once; with each share of the singular values the model
+    is put together again in memory and classifies the same images. What is not a matrix stays.
+
+    Args:
+        tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
+            `NAME=DATASET` texts, or [`EvaluationTask`]s.
+        references (`Mapping[str, str]`, *optional*): the fine-tune of each task; default: those of
+            the suite.
+        rank_fractions (`Sequence[float]`): shares of k = min(d_out, d_in).
+        suite (`str`, *optional*): tasks of a paper, with their base model and fine-tunes.
+        base_model (`str`, *optional*): W0; default: that of the suite, else what the fine-tunes'
+            cards name.
+        output (`str` or `Path`, *optional*): folder to write `sweep.json` to, and with matplotlib
+            the picture `sweep.png`.
+        force (`bool`): replace a folder that holds earlier results.
+        limit (`int`, *optional*): so many images of each task, for a quick look.
+        batch_size (`int`): images at a time.
+        device (`str`, *optional*): default: the one accelerate chooses.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        progress (`bool`, *optional*): show bars; default: on a terminal.
+
+    Returns:
+        [`SweepReport`]: every task that could be measured, and why others could not.
+
+    Raises:
+        [`HfTsvError`]: a share is none, a fine-tune is missing, or no task can be measured.
+
+    Example:
+        >>> import hf_tsv
+        >>> hf_tsv.sweep({"dtd": "tanganke/dtd"}, {"dtd": "org/clip-dtd"})  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    refuse_not_installed("A sweep")
+    fractions = _checked(rank_fractions)
+    listed, fine_tunes, base = running.chosen_tasks(tasks, suite, references, base_model)
+    if without := [task.name for task in listed if task.name not in fine_tunes]:
+        raise RecipeError(
+            f"The task {without[0]} has no fine-tune.", f"Name it: --reference {without[0]}=REF."
+        )
+    running._check_numbers(limit=limit, batch_size=batch_size)
+    folder = None if output is None else Path(output).expanduser().absolute()
+    if folder is not None:
+        check_output_folder(folder, [RESULTS_FILE], force=force)
+    show = visible_by_default() if progress is None else progress
+    access = Access.of(token, cache_dir)
+    run = _Run(fractions, base, access, pick_device(device), limit, batch_size, show)
+    results: dict[str, dict[str, Any]] = {}
+    errors: dict[str, str] = {}
+    for task in listed:
+        try:
+            results[task.name] = run.measured(task, fine_tunes[task.name])
+        except HfTsvError as error:
+            errors[task.name] = str(error)
+            logger.warning("%s", error)
+    if not results:
+        raise DataError(f"No task could be measured; the first: {next(iter(errors.values()))}")
+    found = list(results.values())
+
+    def means(what: str) -> list[float]:
+        return [sum(c) / len(c) for c in zip(*(entry[what] for entry in found), strict=True)]
+
+    report = SweepReport(
+        base_model=found[0].pop("base_model"),
+        fractions=fractions,
+        mean=means("accuracies"),
+        full=sum(entry["full"] for entry in found) / len(found),
+        stored=means("stored"),
+        tasks=results,
+        errors=errors,
+        limit=limit,
+        device=run.device.type,
+        seconds=round(time.monotonic() - started, 3),
+    )
+    for entry in found[1:]:
+        entry.pop("base_model")
+    if folder is not None:
+        _write(report, folder)
+    return report
+
+
+def _checked(fractions: Sequence[float]) -> list[float]:
+    shares = [float(share) for share in fractions]
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise RecipeError(
+            f"The shares of the rank are {shares}.", "Give numbers above 0 and up to 1."
+        )
+    return sorted(set(shares))
+
+
+def _write(report: SweepReport, folder: Path) -> None:
+    """Results and picture as a folder that appears whole."""
+    picture = plots.attempted(lambda: pictures.of_sweep(report.to_dict()))
+    with whole_folder(folder) as staging:
+        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        (staging / RESULTS_FILE).write_text(text, encoding="utf-8")
+        if picture is not None:
+            (staging / picture.file).write_bytes(picture.png)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A decomposed update, and the parameter it belongs to."""
+
+    parameter: Tensor
+    base: Tensor
+    svd: linalg.SVD
+
+    def put(self, fraction: float | None, fine_tuned: Tensor) -> None:
+        """Keep a share of the singular values; None for all of the update."""
+        if fraction is None:
+            self.parameter.copy_(fine_tuned)
+            return
+        r = self.rank(fraction)
+        update = (self.svd.U[:, :r] * self.svd.S[:r]) @ self.svd.Vh[:r]
+        self.parameter.copy_(self.base + update.to(self.base))
+
+    def rank(self, fraction: float) -> int:
+        """⌊fraction · k⌋, at least 1."""
+        return max(1, int(fraction * min(self.base.shape) + 1e-9))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What every task of a sweep shares."""
+
+    fractions: Sequence[float]
+    base_model: str | None
+    access: Access
+    device: torch.device
+    limit: int | None
+    batch_size: int
+    show: bool
+
+    def measured(self, task: EvaluationTask, reference: str) -> dict[str, Any]:
+        """Accuracy of one fine-tune with every share of its singular values."""
+        images = load(task, limit=self.limit, token=self.access.token)
+        sources = open_sources([reference], self.base_model, self.access)
+        base = at_revision(sources.base.pinned.ref, sources.base.pinned.revision)
+        options: Any = {
+            "dtype": torch.float32,
+            "token": self.access.token,
+            "cache_dir": self.access.cache_dir,
+            "progress": self.show,
+        }
+        pipe: Any = pipeline(
+            ZERO_SHOT, reference, base_model=base, device=str(self.device), **options
+        )
+        w0 = load_model(base, kind=ZERO_SHOT, **options).state_dict()
+        stored, matrices = self._decomposed(pipe.model, w0)
+        whole = [matrix.parameter.clone() for matrix in matrices]
+
+        def put(fraction: float | None) -> None:
+            for matrix, fine_tuned in zip(matrices, whole, strict=True):
+                matrix.put(fraction, fine_tuned)
+
+        variants: list[Callable[[], None]] = [partial(put, f) for f in (None, *self.fractions)]
+        full, *rest = accuracies(
+            pipe, variants, task, images, batch_size=self.batch_size, show=self.show
+        )
+        return {
+            "dataset": task.dataset,
+            "split": images.split,
+            "images": len(images.rows),
+            "reference": reference,
+            "base_model": base,
+            "full": full,
+            "accuracies": rest,
+            "stored": stored,
+        }
+
+    def _decomposed(
+        self, model: Any, w0: Mapping[str, Tensor]
+    ) -> tuple[list[float], list[_Matrix]]:
+        """The matrices that changed, and the share of numbers stored at each fraction."""
+        matrices, dense = [], 0
+        for name, parameter in model.named_parameters():
+            base = w0[name].to(self.device)
+            if torch.equal(parameter.data, base):
+                continue
+            if parameter.dim() != 2:
+                dense += parameter.numel()
+                continue
+            delta = parameter.data.double() - base.double()
+            rank = max(1, int(max(self.fractions) * min(delta.shape) + 1e-9))
+            svd = linalg.truncated_svd(linalg.in_working_precision(delta), rank)
+            matrices.append(_Matrix(parameter.data, base, svd))
+        total = dense + sum(matrix.base.numel() for matrix in matrices)
+        stored = []
+        for fraction in self.fractions:
+            kept = dense
+            for matrix in matrices:
+                rows, columns = matrix.base.shape
+                factors = matrix.rank(fraction) * (rows + columns + 1)
+                kept += min(factors, rows * columns)
+            stored.append(kept / total)
+        return stored, matrices
