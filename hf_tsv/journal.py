@@ -157,7 +157,7 @@ def under_construction(
     with disk_errors(target):
         before, made = identity(target), make_parents(target)
         work.mkdir(exist_ok=True)
-        with _locked(work / JOB, target) as file:
+        with locked(work / JOB, target) as file:
             try:
                 resumed = _begin(work, file, text, target, plan, force=force)
                 yield work, resumed
@@ -234,8 +234,16 @@ def _unless_unknown() -> Iterator[None]:
 
 
 @contextmanager
-def _locked(path: Path, target: Path) -> Iterator[IO[str]]:
-    """A file held by one process at a time, where the system can do that."""
+def locked(path: Path, target: Path) -> Iterator[IO[str]]:
+    """A file held by one process at a time, where the system can do that.
+
+    Args:
+        path (`Path`): of the file, made if it is not there; read it, or append.
+        target (`Path`): of the work, for the error.
+
+    Raises:
+        [`OutputError`]: another process holds it.
+    """
     with path.open("a+", encoding="utf-8", errors="replace") as file:
         try:
             import fcntl

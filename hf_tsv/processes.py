@@ -74,19 +74,39 @@ class Processes:
             raise LostProcessError("The first process failed.", "See its message.")
         return box[0]
 
+    def shared(self, value: Any) -> Any:
+        """What the first process has, in all of them.
+
+        Args:
+            value: counts in the first process only.
+        """
+        if self.rank:
+            return self.receive()
+        self.send(value)
+        return value
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What all processes have, by rank; they wait for one another.
+
+        Args:
+            value: of this one.
+        """
+        if self.count == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.count
+        with _noticing():
+            dist.all_gather_object(values, value, group=self.connection)
+        return values
+
     def agree(self, error: HfTsvError | None = None) -> None:
         """Wait until all are here; raise everywhere what one of them has met.
 
         Args:
             error ([`HfTsvError`], *optional*): what this one has met.
         """
-        met: list[Any] = [error and (type(error), error.message, error.hint)]
-        if self.count > 1:
-            import torch.distributed as dist
-
-            mine, met = met[0], [None] * self.count
-            with _noticing():
-                dist.all_gather_object(met, mine, group=self.connection)
+        met = self.gathered(error and (type(error), error.message, error.hint))
         # what made one stop comes before that others stopped with it
         failures = sorted(filter(None, met), key=lambda failure: failure[0] is LostProcessError)
         for kind, message, hint in failures:

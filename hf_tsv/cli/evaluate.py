@@ -11,6 +11,7 @@ import typer
 from hf_tsv.cli import options
 from hf_tsv.cli.output import Out, table
 from hf_tsv.errors import RecipeError
+from hf_tsv.processes import is_leader
 
 if TYPE_CHECKING:
     from hf_tsv.evaluation import EvaluateReport
@@ -208,7 +209,7 @@ def evaluate(
     if report.card is not None:
         out.status(f"The results are in {report.card}.")
     out.result(text_of(report), report.to_dict())
-    if report.errors:
+    if report.errors and is_leader():  # a launcher ends the others with the first that fails
         raise typer.Exit(1)
 
 

@@ -107,6 +107,11 @@ class LabelledImages:
     total: int
     revision: str | None = None
 
+    @property
+    def identity(self) -> str:
+        """Changes with the files they come from, and with the choice among them."""
+        return f"{self.revision} {self.split} {self.rows._fingerprint}"
+
     def batch(self, start: int, stop: int, task: str) -> tuple[list[Any], list[int]]:
         """Images as RGB, and their labels.
 
