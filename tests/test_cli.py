@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli import SCRIPT, Result, copied, hf_tsv, refused
+from cli import SCRIPT, Result, copied, hf_tsv, hf_tsv_process, refused
 from clips import CARD
 from hub import Hub, User
 from safetensors.torch import load_file, save_file
@@ -33,7 +33,7 @@ def edited(folder: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]],
 def test_merge_from_the_hub_into_a_folder(world: Path, hub: Hub, zoo: Path) -> None:
     hub.tag("org/flat", "v1", hub.repos["org/flat"].branches["main"])
     local = copied(zoo / "projection", world / "local")
-    done = hf_tsv(
+    done = hf_tsv_process(
         "merge", "org/vision", "org/flat@v1", f"./{local.name}", "-o", "merged", cwd=world
     )
     assert done.code == 0, done.err
@@ -104,7 +104,8 @@ def test_offline_with_a_warm_cache(world: Path, hub: Hub) -> None:
     first = hf_tsv("merge", "org/vision", "org/flat", "-o", "online", cwd=world)
     assert first.code == 0, first.err
     seen = len(hub.requests)
-    done = hf_tsv("merge", "org/vision", "org/flat", "-o", "off", cwd=world, HF_HUB_OFFLINE="1")
+    words = ["merge", "org/vision", "org/flat", "-o", "off"]
+    done = hf_tsv_process(*words, cwd=world, HF_HUB_OFFLINE="1")
     assert done.code == 0, done.err
     assert len(hub.requests) == seen
     for file in (world / "online").iterdir():
@@ -132,7 +133,7 @@ def test_dry_run_as_text_writes_nothing(world: Path, hub: Hub) -> None:
 
 
 def test_quiet_prints_the_result_and_warnings_only(world: Path) -> None:
-    done = hf_tsv("merge", "org/vision", "-o", "merged", "--quiet", cwd=world)
+    done = hf_tsv_process("merge", "org/vision", "-o", "merged", "--quiet", cwd=world)
     assert (done.code, done.out, done.err) == (0, f"{world / 'merged'}\n", "")
 
 
@@ -171,7 +172,7 @@ def test_no_place_for_the_result(world: Path, hub: Hub) -> None:
 def test_a_gated_repository(world: Path, hub: Hub, zoo: Path) -> None:
     files = {file.name: file for file in (zoo / "flat").iterdir()}
     hub.add_repo("acme/clip", {**files, "README.md": CARD}, gated="auto")
-    done = hf_tsv("merge", "org/vision", "acme/clip", "-o", "merged", cwd=world)
+    done = hf_tsv_process("merge", "org/vision", "acme/clip", "-o", "merged", cwd=world)
     refused(done, world, hub, "acme/clip is gated", "https://huggingface.co/acme/clip")
 
 
@@ -359,11 +360,11 @@ def test_an_interrupted_merge_goes_on_where_it_stopped(
 
 
 def test_an_unknown_option_is_a_usage_error(world: Path) -> None:
-    assert hf_tsv("merge", "--frobnicate", cwd=world).code == 2
+    assert hf_tsv_process("merge", "--frobnicate", cwd=world).code == 2
 
 
 def test_debug_shows_the_traceback_without_the_token(world: Path) -> None:
-    done = hf_tsv("merge", "org/nope", "-o", "merged", cwd=world, HF_DEBUG="1")
+    done = hf_tsv_process("merge", "org/nope", "-o", "merged", cwd=world, HF_DEBUG="1")
     assert done.code == 1 and "Traceback" in done.err and "hf_write" not in done.err
 
 
@@ -384,4 +385,4 @@ assert not {"torch", "transformers", "huggingface_hub"} & set(sys.modules)
         ("reconstruct", "hf-tsv reconstruct me/clip-sun397-tsv -o full"),
     ):
         assert example in hf_tsv(verb, "--help", COLUMNS="200").out
-    assert hf_tsv("--version").out.strip()[0].isdigit()
+    assert hf_tsv_process("--version").out.strip()[0].isdigit()

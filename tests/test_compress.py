@@ -13,7 +13,7 @@ from typing import Any
 import clips
 import pytest
 import torch
-from cli import SCRIPT, copied, hf_tsv, refused
+from cli import SCRIPT, copied, hf_tsv, hf_tsv_process, refused
 from hub import Hub
 from safetensors.torch import load_file, save_file
 from test_merge import deep_checkpoints, relative_error, state
@@ -704,7 +704,7 @@ def test_compress_push_reconstruct_and_merge_through_the_hub(world: Path, hub: H
     assert config["source"]["license"] == "mit"
     hub.commit("org/base", {"notes.txt": b"main has moved on"})
 
-    done = hf_tsv("reconstruct", "me/vision-tsv", "-o", "full", "--json", cwd=world)
+    done = hf_tsv_process("reconstruct", "me/vision-tsv", "-o", "full", "--json", cwd=world)
     assert done.code == 0, done.err
     assert done.json["base_model"] == {"ref": "org/base", "revision": sha}
     assert (world / "full" / "model.safetensors").is_file()
@@ -714,7 +714,7 @@ def test_compress_push_reconstruct_and_merge_through_the_hub(world: Path, hub: H
     assert done.code == 0, done.err
     assert done.json["inputs"][0]["ref"] == "me/vision-tsv"
     assert "model.safetensors" in hub.files("me/merged")
-    again = hf_tsv("merge", *mixed, "-o", "off", cwd=world, HF_HUB_OFFLINE="1")
+    again = hf_tsv_process("merge", *mixed, "-o", "off", cwd=world, HF_HUB_OFFLINE="1")
     assert again.code == 0, again.err
 
 
@@ -731,7 +731,7 @@ def snippet_of(card: str, language: str = "python") -> str:
 
 
 def test_the_snippets_of_the_card_of_factors_run(world: Path, hub: Hub) -> None:
-    done = hf_tsv("compress", "org/vision", "--push-to", "me/vision-tsv", cwd=world)
+    done = hf_tsv_process("compress", "org/vision", "--push-to", "me/vision-tsv", cwd=world)
     assert done.code == 0, done.err
     card = hub.files("me/vision-tsv")["README.md"].decode()
     blocks = [block.split("```")[0] for block in card.split("```python\n")[1:]]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cli import copied
 from cli import hf_tsv as run
+from cli import hf_tsv_process as run_process
 from labelled import CLASSES, make_folder, picture
 from PIL import Image
 from safetensors.torch import load_file
@@ -173,7 +174,7 @@ def test_a_quick_look_is_always_the_same_and_says_so(zoo: Path, pets: Path) -> N
 
 def test_results_are_written_whole(zoo: Path, pets: Path, tmp_path: Path) -> None:
     words = ["evaluate", zoo / "base", "--task", f"pets={pets}", "-o", tmp_path / "results"]
-    done = run(*words, "--json")
+    done = run_process(*words, "--json")
     assert done.code == 0, done.err
     assert json.loads((tmp_path / "results" / "evaluation.json").read_text()) == done.json
     files = {path.name for path in (tmp_path / "results").iterdir()}

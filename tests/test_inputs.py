@@ -10,6 +10,7 @@ import pytest
 import torch
 from cli import copied
 from cli import hf_tsv as run
+from cli import hf_tsv_process as run_process
 from hub import Hub, User
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file, save_file
@@ -104,7 +105,7 @@ def test_checkpoints_in_subfolders_merge_like_others(
     done = run("merge", "--recipe", out, "-o", again, "--cache-dir", tmp_path / "cache")
     assert done.code == 0, done.err
     assert (again / "model.safetensors").read_bytes() == weights
-    done = run(*command, "-o", tmp_path / "offline", HF_HUB_OFFLINE="1")
+    done = run_process(*command, "-o", tmp_path / "offline", HF_HUB_OFFLINE="1")
     assert done.code == 0, done.err
     assert (tmp_path / "offline" / "model.safetensors").read_bytes() == weights
 

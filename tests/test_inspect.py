@@ -11,6 +11,7 @@ import pytest
 import torch
 from cli import copied
 from cli import hf_tsv as run
+from cli import hf_tsv_process as run_process
 from hub import Hub
 from safetensors.torch import load_file, save_file
 
@@ -66,7 +67,7 @@ def test_a_task_head_is_left_out(zoo: Path) -> None:
 def test_a_merge_shows_its_recipe(zoo: Path, tmp_path: Path) -> None:
     tasks = [zoo / "vision", zoo / "full"]
     hf_tsv.merge(tasks, base_model=zoo / "base", output=tmp_path / "m", alpha=0.5, progress=False)
-    done = run("inspect", tmp_path / "m", "--json")
+    done = run_process("inspect", tmp_path / "m", "--json")
     assert done.code == 0, done.err
     assert done.json["kind"] == "merge"
     assert [item["ref"] for item in done.json["recipe"]["inputs"]] == list(map(str, tasks))

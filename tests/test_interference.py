@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cli import hf_tsv as run
+from cli import hf_tsv_process as run_process
 from hub import Hub
 from reference import concatenation
 from safetensors.torch import load_file, save_file
@@ -503,14 +504,15 @@ def test_the_command_prints_who_disturbs_whom(tasks: Path) -> None:
 
 def test_json_has_the_keys_that_are_promised(tasks: Path, tmp_path: Path) -> None:
     base = ("--base-model", tasks / "base")
-    done = run("interference", *(tasks / n for n in "ab"), *base, "--json", "-o", tmp_path / "r")
+    words = ["interference", tasks / "a", tasks / "b", *base, "-o", tmp_path / "r"]
+    done = run_process(*words, "--json")
     assert done.code == 0, done.err
     assert set(done.json) == KEYS
     assert set(next(iter(done.json["weights"].values()))) == WEIGHT_KEYS
     assert json.loads((tmp_path / "r" / "interference.json").read_text()) == done.json
-    again = run("interference", *(tasks / n for n in "ab"), *base, "-o", tmp_path / "r")
+    again = run(*words)
     assert again.code == 1 and "--force" in again.err
-    forced = run("interference", *(tasks / n for n in "ab"), *base, "-o", tmp_path / "r", "--force")
+    forced = run(*words, "--force")
     assert forced.code == 0, forced.err
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == REPORT_FILES
 

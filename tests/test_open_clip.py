@@ -15,6 +15,7 @@ import reference
 import torch
 from cli import copied
 from cli import hf_tsv as run
+from cli import hf_tsv_process as run_process
 from hub import Hub
 from safetensors.torch import load_file, save_file
 
@@ -310,8 +311,8 @@ def test_from_the_hub_and_back(hub: Hub, models: Path, tmp_path: Path) -> None:
     files = hub.files("me/oc-merged")
     assert {"open_clip_model.safetensors", "open_clip_config.json", "README.md"} <= set(files)
     assert "hf-hub:me/oc-merged" in files["README.md"].decode()
-    offline = run("merge", "org/oc-t1", "org/oc-t2", "--base-model", "org/oc-base", "-o",
-                  tmp_path / "m", HF_HUB_OFFLINE="1", cwd=tmp_path)  # fmt: skip
+    words = ["merge", "org/oc-t1", "org/oc-t2", "--base-model", "org/oc-base", "-o", "m"]
+    offline = run_process(*words, HF_HUB_OFFLINE="1", cwd=tmp_path)
     assert offline.code == 0, offline.err
     assert (tmp_path / "m" / "open_clip_model.safetensors").read_bytes() == files[
         "open_clip_model.safetensors"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cli import hf_tsv as run
+from cli import hf_tsv_process as run_process
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -81,17 +82,19 @@ def test_an_error_of_a_read_reaches_the_caller() -> None:
     assert seen == [0, 1]
 
 
-def merged(zoo: Path, folder: Path, *options: str, **environment: str) -> Any:
+def merged(zoo: Path, folder: Path, *options: str, threads: int | None = None) -> Any:
+    """A merge in this process, or in one of its own with so many threads."""
     command = ["merge", str(zoo / "vision"), str(zoo / "full"), "--base-model", str(zoo / "base")]
-    done = run(*command, "-o", str(folder), *options, **environment)
+    command += ["-o", str(folder), *options]
+    done = run_process(*command, OMP_NUM_THREADS=str(threads)) if threads else run(*command)
     assert done.code == 0, done.err
     return done
 
 
 def test_threads_and_memory_change_the_time_and_no_byte(zoo: Path, tmp_path: Path) -> None:
-    one = merged(zoo, tmp_path / "one", OMP_NUM_THREADS="1")
-    two = merged(zoo, tmp_path / "two", "--timings", OMP_NUM_THREADS="2")
-    little = merged(zoo, tmp_path / "little", "--max-memory", "2GB", OMP_NUM_THREADS="3")
+    one = merged(zoo, tmp_path / "one")
+    two = merged(zoo, tmp_path / "two", "--timings", threads=2)
+    little = merged(zoo, tmp_path / "little", "--max-memory", "2GB", threads=3)
     expected = (tmp_path / "one" / "model.safetensors").read_bytes()
     for name in ("two", "little"):
         assert (tmp_path / name / "model.safetensors").read_bytes() == expected

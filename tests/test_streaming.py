@@ -48,6 +48,7 @@ def files(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[AheadFiles]:
     found = AheadFiles(repo, "", Connections(), 100_000)
     yield found
     found.close()
+    hub.reset()
     for thread in threading.enumerate():
         if thread.name == "hf-tsv-fetch":  # a last request would count in the next test
             thread.join()
@@ -334,13 +335,14 @@ def fail_after(hub: Hub, amount: int) -> None:
 def test_a_signal_ends_a_merge_that_waits_for_the_hub(
     deep: Hub, tmp_path: Path, kind: signal.Signals
 ) -> None:
-    deep.fail("/org/t1/.*safetensors", delay=60, truncate=10**9, times=99)
+    deep.fail("/org/t1/.*safetensors", delay=60, truncate=10**9, times=99, after=1)  # its header
     words = ["merge", "org/t1", "org/t2", "--base-model", "org/base", "--stream", "-o", "m"]
     command = [sys.executable, "-m", "hf_tsv", *words]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + 60
-    while not deep.sent("/org/t2/") > 200_000 and time.monotonic() < limit:
-        time.sleep(0.05)
+    while not deep.sent("/org/t2/") > 200_000:
+        assert time.monotonic() < limit, "no weights are read"
+        time.sleep(0.02)
     process.send_signal(kind)
     _, err = process.communicate(timeout=8)  # an answer would take a minute
     assert process.returncode == 128 + kind, err

@@ -33,6 +33,7 @@ class Hub:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._ports = {"api": 0, "cdn": 0}
+        self._faults: list[Fault] = []
         self._servers: list[Server] = []
         self._threads: list[threading.Thread] = []
         self._bind()
@@ -49,7 +50,9 @@ class Hub:
             self.requests = []
             self.page_size = 1000
             self.multipart_above = 20_000_000
-            self._faults: list[Fault] = []
+            for fault in self._faults:
+                fault.over.set()
+            self._faults = []
 
     # Listening
 
@@ -151,15 +154,18 @@ class Hub:
         truncate: int | None = None,
         ignore_range: bool = False,
         delay: float = 0,
+        after: int = 0,
         method: str | None = None,
     ) -> None:
         """Let the next `times` requests go wrong whose path, on either origin, matches a regex.
+
+        The first `after` of them still go well.
 
         status: the error answered, with `headers`; 503 if nothing else is to go wrong.
         drop_after: announce the whole body, send that many bytes and cut the connection.
         truncate: send a well-formed response of only the first that many bytes.
         ignore_range: answer 200 with the whole file to a request for a range of it.
-        delay: seconds to wait before the response.
+        delay: seconds to wait before the response, or until `reset`.
 
         With drop_after, truncate and ignore_range the request is carried out, and `headers` are
         added; they wait for a successful response to something other than HEAD, so a redirect to
@@ -176,6 +182,7 @@ class Hub:
             truncate=truncate,
             ignore_range=ignore_range,
             delay=delay,
+            after=after,
         )
         with self.lock:
             self._faults.append(fault)
@@ -199,9 +206,12 @@ class Hub:
     def next_fault(self, request: Request, *, spoils_body: bool) -> Fault | None:
         with self.lock:
             for fault in self._faults:
-                if fault.spoils_body == spoils_body and fault.matches(request):
+                if fault.spoils_body != spoils_body or not fault.matches(request):
+                    continue
+                if fault.after == 0:
                     fault.times -= 1
                     return fault
+                fault.after -= 1
         return None
 
     def respond(self, request: Request, raw_path: str, body: bytes) -> Response:

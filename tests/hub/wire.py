@@ -6,7 +6,7 @@ import json
 import re
 import socket
 import sys
-import time
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -86,7 +86,10 @@ class Response:
 
 @dataclass
 class Fault:
-    """What goes wrong, and how many more times, with requests whose path matches."""
+    """What goes wrong, and how many more times, with requests whose path matches.
+
+    `after` of them go well first; a delay ends at once when the fault is over.
+    """
 
     pattern: re.Pattern[str]
     method: str | None
@@ -97,6 +100,8 @@ class Fault:
     truncate: int | None
     ignore_range: bool
     delay: float
+    after: int
+    over: threading.Event = field(default_factory=threading.Event)
 
     @property
     def spoils_body(self) -> bool:
@@ -179,7 +184,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.server.hooks.next_fault(request, spoils_body=False)
         try:
             if fault:
-                time.sleep(fault.delay)
+                fault.over.wait(fault.delay)
                 if fault.status is not None:
                     message = f"injected fault: {fault.pattern.pattern}"
                     raise HubError(fault.status, message, headers=fault.headers)
@@ -204,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
         request.status = response.status
         stop = response.start + response.size
         if damage:
-            time.sleep(damage.delay)
+            damage.over.wait(damage.delay)
             response.headers.update(damage.headers)
             if damage.truncate is not None:
                 response.stop = stop = min(stop, response.start + damage.truncate)
