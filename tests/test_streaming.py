@@ -378,14 +378,14 @@ def test_several_processes_stream_their_shares(world: Path, hub: Hub) -> None:
 # How much it takes
 
 
-VISION = {**clips.VISION, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
+VISION = {**clips.VISION, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16,
           "num_attention_heads": 8}  # fmt: skip
 TASKS = 3
 
 
 @pytest.fixture
 def large(hub: Hub, tmp_path: Path) -> Path:
-    """A base and three fine-tunes of 80 MB in shards, on the Hub; an empty folder to work in."""
+    """A base and three fine-tunes of 50 MB in shards, on the Hub; an empty folder to work in."""
     from transformers import CLIPConfig, CLIPModel
 
     config = CLIPConfig(vision_config=VISION, text_config=clips.TEXT, projection_dim=24)
@@ -397,7 +397,7 @@ def large(hub: Hub, tmp_path: Path) -> Path:
         if seed:
             for parameter in model.vision_model.parameters():
                 parameter.data += 1e-3 * torch.randn(parameter.shape, generator=generator)
-        clips.save(model, folder / str(seed), max_shard_size="30MB")
+        clips.save(model, folder / str(seed), max_shard_size="20MB")
         hub.add_repo(f"org/{seed}" if seed else "org/base", folder / str(seed))
     work = tmp_path / "work"
     work.mkdir()
@@ -407,9 +407,10 @@ def large(hub: Hub, tmp_path: Path) -> Path:
 def test_bytes_fetched_disk_and_memory_of_a_streamed_merge(large: Path, hub: Hub) -> None:
     folder = large.parent / "large"
     needed = sum(map(tensor_bytes, folder.iterdir()))
-    assert needed > (TASKS + 1) * 75e6
+    assert needed > (TASKS + 1) * 50e6
     tasks = [f"org/{i}" for i in range(1, TASKS + 1)]
-    words = ["hf_tsv", "merge", *tasks, "--base-model", "org/base", "-o"]
+    quick = ["--exclude", "*.mlp.*", "--exclude", "*.[qkv]_proj.*"]  # read, but not decomposed
+    words = ["hf_tsv", "merge", *tasks, "--base-model", "org/base", *quick, "-o"]
     clear_cache()
     hub.requests.clear()
     online = {"HF_HUB_OFFLINE": "0", "TMPDIR": str(large)}

@@ -28,7 +28,8 @@ def test_the_wheel_installs_and_works_in_an_empty_environment(zoo: Path, tmp_pat
 
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+           "--no-compile"]  # fmt: skip
     subprocess.run([*pip, "-c", ROOT / "constraints.txt", wheel], check=True, capture_output=True)
     code = """
 from hf_tsv import TaskSwitcher, cards, compress, load_model, merge, reconstruct
