@@ -1,4 +1,7 @@
-"""What the real OpenCLIP does, as a program of its own: `open_clip_models.py make|features …`.
+"""What the real OpenCLIP does, as a program of its own that is asked by lines of JSON.
+
+Each is `["make", folder, options]` or `["features", folder, inputs, output]`; the answer is a line
+too, an empty text or what went wrong.
 
 Its torchvision is built for CUDA. Without it two operators are not there that OpenCLIP never calls;
 torchvision only asks for their names. It runs in a process of its own because transformers, which
@@ -7,8 +10,10 @@ looks for torchvision too, would use it for its image processors.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +91,16 @@ def features(folder: Path, inputs: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    command, *arguments = sys.argv[1:]
-    if command == "make":
-        make(Path(arguments[0]), **json.loads(arguments[1]))
-    else:
-        features(*map(Path, arguments))
+    answers = sys.stdout
+    for line in sys.stdin:
+        command, folder, *arguments = json.loads(line)
+        error = ""
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                if command == "make":
+                    make(Path(folder), **arguments[0])
+                else:
+                    features(Path(folder), *map(Path, arguments))
+        except Exception:
+            error = traceback.format_exc()
+        print(json.dumps(error), file=answers, flush=True)

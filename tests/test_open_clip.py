@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,30 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def open_clip_does(site: Path, *arguments: str | Path) -> None:
+@pytest.fixture(scope="session")
+def theirs(site: Path) -> Iterator[subprocess.Popen[str]]:
+    """The real OpenCLIP at work: one process, which takes seconds to import it."""
     script = Path(__file__).with_name("open_clip_models.py")
-    done = subprocess.run(
-        [sys.executable, script, *arguments], env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    with subprocess.Popen(
+        [sys.executable, script], env={**os.environ, "PYTHONPATH": str(site)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        yield process
+
+
+def asked(theirs: subprocess.Popen[str], *words: Any) -> None:
+    """Let OpenCLIP do something, and wait for it."""
+    assert theirs.stdin is not None and theirs.stdout is not None
+    print(json.dumps(words, default=str), file=theirs.stdin, flush=True)
+    assert (answer := theirs.stdout.readline()) == '""\n', answer and json.loads(answer)
 
 
 @pytest.fixture(scope="session")
-def models(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(theirs: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base`, `t1`, `t2` made by OpenCLIP; pictures and prompts; all also converted, in `hf`."""
     folder = tmp_path_factory.mktemp("open-clip")
     options = {"tasks": 2, "quick_gelu": False, "pickled": False}
-    open_clip_does(site, "make", folder, json.dumps(options))
+    asked(theirs, "make", folder, options)
     generator = torch.Generator().manual_seed(9)
     tokens = torch.zeros(3, 24, dtype=torch.int64)
     tokens[:, 0] = 298
@@ -68,9 +78,11 @@ def models(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def features(site: Path, models: Path, folder: Path, work: Path) -> dict[str, torch.Tensor]:
+def features(
+    theirs: subprocess.Popen[str], models: Path, folder: Path, work: Path
+) -> dict[str, torch.Tensor]:
     """As OpenCLIP computes them."""
-    open_clip_does(site, "features", folder, models / "inputs.safetensors", work / "found")
+    asked(theirs, "features", folder, models / "inputs.safetensors", work / "found")
     return load_file(work / "found")
 
 
@@ -92,16 +104,20 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
         assert torch.allclose(found[name], tensor, atol=1e-5, rtol=1e-4), name
 
 
-def test_a_converted_model_computes_the_same(site: Path, models: Path, tmp_path: Path) -> None:
-    expected = features(site, models, models / "t1", tmp_path)
+def test_a_converted_model_computes_the_same(
+    theirs: subprocess.Popen[str], models: Path, tmp_path: Path
+) -> None:
+    expected = features(theirs, models, models / "t1", tmp_path)
     found = features_of_transformers(models, models / "hf" / "t1")
     same(found, expected)
     assert not torch.allclose(
-        expected["image"], features(site, models, models / "t2", tmp_path)["image"], atol=1e-4
+        expected["image"], features(theirs, models, models / "t2", tmp_path)["image"], atol=1e-4
     )
 
 
-def test_a_converted_model_goes_back_to_the_byte(site: Path, models: Path, tmp_path: Path) -> None:
+def test_a_converted_model_goes_back_to_the_byte(
+    theirs: subprocess.Popen[str], models: Path, tmp_path: Path
+) -> None:
     done = run("merge", models / "hf" / "t1", "--base-model", models / "hf" / "t2", "-o",
                tmp_path / "back", "--out-format", "open_clip")  # fmt: skip
     assert done.code == 0, done.err
@@ -111,22 +127,24 @@ def test_a_converted_model_goes_back_to_the_byte(site: Path, models: Path, tmp_p
     for name, tensor in expected.items():
         assert found[name].shape == tensor.shape
         assert torch.allclose(found[name], tensor, atol=1e-6), name
-    same(features(site, models, tmp_path / "back", tmp_path),
-         features(site, models, models / "t1", tmp_path))  # fmt: skip
+    same(features(theirs, models, tmp_path / "back", tmp_path),
+         features(theirs, models, models / "t1", tmp_path))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-g-14"])
-def test_the_published_architectures(site: Path, tmp_path: Path, name: str) -> None:
+def test_the_published_architectures(
+    theirs: subprocess.Popen[str], tmp_path: Path, name: str
+) -> None:
     """Widths, heads, inner sizes, patches, activations as published; one layer a tower."""
     options = {"tasks": 1, "quick_gelu": False, "pickled": name == "ViT-B-16", "name": name}
-    open_clip_does(site, "make", tmp_path, json.dumps(options))
+    asked(theirs, "make", tmp_path, options)
     generator = torch.Generator().manual_seed(9)
     tokens = torch.zeros(2, 77, dtype=torch.int64)
     tokens[:, :9] = torch.randint(1, 250, (2, 9), generator=generator)
     tokens[:, 9] = 299
     pixels = torch.randn(2, 3, 224, 224, generator=generator)
     save_file({"pixels": pixels, "tokens": tokens}, tmp_path / "inputs.safetensors")
-    expected = features(site, tmp_path, tmp_path / "t1", tmp_path)
+    expected = features(theirs, tmp_path, tmp_path / "t1", tmp_path)
     plain = {"method": "average", "exclude": [], "progress": False}  # of one: that one
     hf_tsv.merge([tmp_path / "t1"], base_model=tmp_path / "base", output=tmp_path / "hf",
                  out_format="transformers", **plain)  # fmt: skip
@@ -136,12 +154,12 @@ def test_the_published_architectures(site: Path, tmp_path: Path, name: str) -> N
     back, own = (hf_tsv.inspect(tmp_path / n).tensors for n in ("back", "t1"))
     assert {n: t["shape"] for n, t in back.items()} == {n: t["shape"] for n, t in own.items()}
     if name == "ViT-g-14":  # whose inner size is no multiple
-        same(features(site, tmp_path, tmp_path / "back", tmp_path), expected)
+        same(features(theirs, tmp_path, tmp_path / "back", tmp_path), expected)
 
 
 @pytest.mark.parametrize("flags", [[], ["--max-shard-size", "50KB"]], ids=["one file", "shards"])
 def test_a_merge_is_in_the_format_of_its_base(
-    site: Path, models: Path, tmp_path: Path, flags: list[str]
+    theirs: subprocess.Popen[str], models: Path, tmp_path: Path, flags: list[str]
 ) -> None:
     tasks = [models / "t1", models / "t2"]
     done = run("merge", *tasks, "--base-model", models / "base", "-o", tmp_path / "m", *flags)
@@ -155,7 +173,7 @@ def test_a_merge_is_in_the_format_of_its_base(
     assert stored.keys() == base.keys()
     assert all(stored[name].shape == base[name].shape for name in base)
     if not flags:
-        found = features(site, models, tmp_path / "m", tmp_path)
+        found = features(theirs, models, tmp_path / "m", tmp_path)
         assert found["image"].isfinite().all()
         again = run("merge", *tasks, "--base-model", models / "base", "-o", tmp_path / "hf",
                     "--out-format", "transformers")  # fmt: skip
@@ -197,7 +215,9 @@ def test_both_formats_may_be_mixed(models: Path, tmp_path: Path) -> None:
         assert torch.allclose(mixed[name], tensor, atol=1e-6), name
 
 
-def test_compressed_and_made_again(site: Path, models: Path, tmp_path: Path) -> None:
+def test_compressed_and_made_again(
+    theirs: subprocess.Popen[str], models: Path, tmp_path: Path
+) -> None:
     hf_tsv.compress(
         models / "t1", base_model=models / "base", output=tmp_path / "f", rank_fraction=1.0,
         compress_conv=True, progress=False,
@@ -289,13 +309,15 @@ def test_the_card_says_how_to_load_it(site: Path, models: Path, tmp_path: Path) 
     )  # fmt: skip
 
 
-def test_it_is_a_transformers_model_too(site: Path, models: Path, tmp_path: Path) -> None:
+def test_it_is_a_transformers_model_too(
+    theirs: subprocess.Popen[str], models: Path, tmp_path: Path
+) -> None:
     model = hf_tsv.load_model(models / "t1", progress=False)
     given = load_file(models / "inputs.safetensors")
     with torch.inference_mode():
         image = model.get_image_features(pixel_values=given["pixels"])
     found = getattr(image, "pooler_output", image)
-    expected = features(site, models, models / "t1", tmp_path)["image"]
+    expected = features(theirs, models, models / "t1", tmp_path)["image"]
     assert torch.allclose(found, expected, atol=1e-5)
 
 
