@@ -61,14 +61,13 @@ def command(deep: Path, output: str, *more: str) -> list[str]:
     return ["merge", *tasks, "-o", output, "--max-shard-size", "5MB", *more]
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_several_processes_write_the_same_bytes_as_one(deep: Path, count: int) -> None:
-    process = launch(*command(deep, f"by{count}"), launcher=one_machine(count), cwd=deep)
+def test_several_processes_write_the_same_bytes_as_one(deep: Path) -> None:
+    process = launch(*command(deep, "by3"), launcher=one_machine(3), cwd=deep)
     out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, err
-    assert out == f"{deep / f'by{count}'}\n"  # one of them speaks
-    assert f"cpu, {count} processes" in err
-    assert_same(deep / f"by{count}", deep / "one")
+    assert out == f"{deep / 'by3'}\n"  # one of them speaks
+    assert "cpu, 3 processes" in err
+    assert_same(deep / "by3", deep / "one")
     assert not list(deep.glob(".by*"))
 
 
@@ -78,6 +77,11 @@ def test_all_processes_measure_who_disturbs_whom(deep: Path) -> None:
     process = launch(*command(deep, "told2", "--report"), launcher=one_machine(2), cwd=deep)
     _, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, err
+    assert "cpu, 2 processes" in err
+    files = [file.name for file in (deep / "one").glob("*.safetensors*")]
+    assert len(files) > 2
+    for name in files:
+        assert (deep / "told2" / name).read_bytes() == (deep / "one" / name).read_bytes()
     one, two = (
         json.loads((deep / name / "interference.json").read_text()) for name in ("told", "told2")
     )
