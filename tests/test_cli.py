@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +140,8 @@ def test_dry_run_as_text_writes_nothing(world: Path, hub: Hub) -> None:
 def test_quiet_prints_the_result_and_warnings_only(world: Path) -> None:
     done = hf_tsv_process("merge", "org/vision", "-o", "merged", "--quiet", cwd=world)
     assert (done.code, done.out, done.err) == (0, f"{world / 'merged'}\n", "")
+    words = ["merge", "org/vision", "-o", "merged", "--quiet", "--force"]
+    assert hf_tsv(*words, cwd=world) == done  # the tests' own process says no more either
 
 
 def test_the_same_checkpoint_twice_is_a_warning(world: Path) -> None:
@@ -174,6 +181,7 @@ def test_a_gated_repository(world: Path, hub: Hub, zoo: Path) -> None:
     hub.add_repo("acme/clip", {**files, "README.md": CARD}, gated="auto")
     done = hf_tsv_process("merge", "org/vision", "acme/clip", "-o", "merged", cwd=world)
     refused(done, world, hub, "acme/clip is gated", "https://huggingface.co/acme/clip")
+    assert hf_tsv("merge", "org/vision", "acme/clip", "-o", "merged", cwd=world) == done
 
 
 def test_pushing_without_a_token(world: Path, hub: Hub) -> None:
@@ -366,6 +374,24 @@ def test_an_unknown_option_is_a_usage_error(world: Path) -> None:
 def test_debug_shows_the_traceback_without_the_token(world: Path) -> None:
     done = hf_tsv_process("merge", "org/nope", "-o", "merged", cwd=world, HF_DEBUG="1")
     assert done.code == 1 and "Traceback" in done.err and "hf_write" not in done.err
+
+
+def test_a_run_in_this_process_leaves_it_as_it_was(world: Path) -> None:
+    def state() -> list[Any]:
+        loggers = [logging.getLogger(name) for name in (None, "hf_tsv", "transformers")]
+        return [
+            [(log.handlers, log.level, log.propagate) for log in loggers],
+            list(warnings.filters), warnings.showwarning, signal.getsignal(signal.SIGTERM),
+            Path.cwd(), dict(os.environ), sys.argv, sys.stdin, sys.stdout, sys.stderr,
+            torch.get_num_threads(), torch.get_rng_state().tolist(),
+            {thread.name for thread in threading.enumerate() if "hf-tsv" in thread.name},
+        ]  # fmt: skip
+
+    before = state()
+    done = hf_tsv("merge", "org/vision", "--stream", "-o", "m", cwd=world, HF_TOKEN=None)
+    assert done.code == 0, done.err
+    assert hf_tsv("merge", "org/nope", "-o", "n", cwd=world).code == 1
+    assert state() == before
 
 
 def test_help_and_version_import_no_torch(world: Path) -> None:
