@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import httpx2
@@ -403,6 +405,18 @@ def test_a_server_that_ignores_ranges(hub: Hub) -> None:
     hub.fail("file.txt", ignore_range=True, delay=0.05)
     for expected in (200, 206):
         assert httpx2.get(url, headers={"Range": "bytes=2-4"}).status_code == expected
+
+
+def test_a_fault_may_wait_for_its_turn_and_ends_with_the_hub(hub: Hub) -> None:
+    hub.add_repo("org/model", {"file.txt": "0123456789"})
+    url = f"{hub.endpoint}/org/model/resolve/main/file.txt"
+    hub.fail("file.txt", after=1)
+    assert [httpx2.get(url).status_code for _ in range(3)] == [200, 503, 200]
+    hub.fail("file.txt", delay=60)
+    threading.Timer(0.2, hub.reset).start()
+    began = time.monotonic()
+    assert httpx2.get(url, timeout=30).status_code == 401  # it knows no such repository now
+    assert time.monotonic() - began < 10
 
 
 def test_a_hub_that_is_down_and_up_again(hub: Hub, api: HfApi) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cli import hf_tsv as run
+from cli import hf_tsv_process as run_process
 from hub import Hub
 from safetensors.torch import load_file
 
@@ -128,8 +129,8 @@ def test_it_is_downloaded_and_merged(hub: Hub, zoo: Path, tmp_path: Path) -> Non
     done = run("merge", "org/pickled", "--base-model", "org/base", "-o", tmp_path / "m",
                cwd=tmp_path)  # fmt: skip
     assert done.code == 0, done.err
-    again = run("merge", "org/pickled", "--base-model", "org/base", "-o", tmp_path / "n",
-                cwd=tmp_path, HF_HUB_OFFLINE="1")  # fmt: skip
+    words = ["merge", "org/pickled", "--base-model", "org/base", "-o", tmp_path / "n"]
+    again = run_process(*words, cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert again.code == 0, again.err
 
 
