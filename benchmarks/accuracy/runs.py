@@ -143,16 +143,31 @@ def adapted(seed: Seed, count: int) -> dict[str, Any]:
     }
 
 
-def compressed(seed: Seed, fraction: float, tasks: Sequence[str]) -> dict[str, Any]:
-    """Every task as factors, each on its own images; and what is stored of each."""
+def compressed(seed: Seed, count: int) -> dict[str, Any]:
+    """Every task as factors of rank k/T, each on its own images; and what is stored.
+
+    The base model is needed too, and counted; beside it stand the checkpoints themselves.
+    """
     output = seed.results / "factors"
-    accuracies, sizes = {}, {}
-    for task in tasks:
-        base = ("--base-model", seed.models / "base", "--rank-fraction", fraction)
+    accuracies, stored, whole = {}, 0, 0
+    for task in seed.tasks[:count]:
+        base = ("--base-model", seed.models / "base", "--rank-fraction", 1 / count)
         done = command("compress", seed.models / task, *base, "-o", output, "--force")
         accuracies[task] = seed.accuracies(output, [task])[task]
-        sizes[task] = done["output_bytes"]
-    return {"accuracies": accuracies, "bytes": sizes}
+        stored += done["factors_bytes"]
+        whole += done["checkpoint_bytes"]
+    stored += done["base_bytes"]
+    return {"accuracies": accuracies, "bytes": stored, "checkpoint_bytes": whole}
+
+
+def swept(seed: Seed) -> dict[str, Any]:
+    """Every task with fewer and fewer of its singular vectors."""
+    words = [*seed.options(seed.tasks, "test"), "--base-model", seed.models / "base"]
+    for task in seed.tasks:
+        words += ["--reference", f"{task}={seed.models / task}"]
+    shares = ",".join(map(str, FRACTIONS))
+    found = command("sweep", *words, "--rank-fraction", shares, "--batch-size", 250)
+    return {key: found[key] for key in ("fractions", "mean", "full", "stored")}
 
 
 def masked(seed: Seed, count: int) -> dict[str, Any]:
@@ -160,10 +175,18 @@ def masked(seed: Seed, count: int) -> dict[str, Any]:
     output = seed.results / "merged"
     tasks = seed.tasks[:count]
     found = seed.merged(tasks, "--method", "tall-mask")["report"]
-    return {
-        "accuracies": {t: seed.accuracies(output / "masks" / t, [t])[t] for t in tasks},
-        "bytes": found["mask_bytes"] + found["output_bytes"],
-    }
+    accuracies = {t: seed.accuracies(output / "masks" / t, [t])[t] for t in tasks}
+    vision = sum(_vision_bytes(file) for file in (seed.models / "base", output))
+    return {"accuracies": accuracies, "bytes": found["mask_bytes"] + vision}
+
+
+def _vision_bytes(folder: Path) -> int:
+    """Of the vision tower: what a fine-tune has of its own."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        names = [name for name in weights.keys() if name.startswith("vision_model.")]  # noqa: SIM118
+        return sum(weights.get_tensor(name).nbytes for name in names)
 
 
 def all_runs(seed: Seed, counts: Sequence[int]) -> dict[str, Callable[[], Any]]:
@@ -190,15 +213,8 @@ def all_runs(seed: Seed, counts: Sequence[int]) -> dict[str, Callable[[], Any]]:
             if rank * count <= 1:
                 add(f"rank-{rank:g}", count, plain, "--rank-fraction", rank)
         add("tall-mask", count, masked)
-        runs[f"factors-{count}"] = (
-            lambda count=count: compressed(  # type: ignore[misc]
-                seed, 1 / count, seed.tasks[:count]
-            )
-        )
-    for fraction in FRACTIONS:
-        runs[f"fraction-{fraction:g}"] = lambda f=fraction: compressed(  # type: ignore[misc]
-            seed, f, seed.tasks
-        )
+        add("factors", count, compressed)
+    runs["sweep"] = lambda: swept(seed)
     return runs
 
 
