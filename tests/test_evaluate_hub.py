@@ -76,6 +76,37 @@ def test_what_is_wrong_with_a_dataset_is_said_with_the_task(
     assert error.value.message.startswith("a: ") and error.value.hint
 
 
+def test_a_corrupt_image_costs_its_own_task_only(hub: Hub, zoo: Path, tmp_path: Path) -> None:
+    import datasets
+
+    add_dataset(hub, "org/good", tmp_path)
+    rows = datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"))
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    damaged = [{"bytes": b"GIF89a", "path": None} if i == 4 else row["image"]
+               for i, row in enumerate(rows)]  # fmt: skip
+    label = datasets.ClassLabel(names=list(CLASSES))
+    bad = datasets.Dataset.from_dict(
+        {"image": damaged, "label": rows["label"]},
+        features=datasets.Features({"image": datasets.Image(), "label": label}),
+    )
+    bad.to_parquet(tmp_path / "bad.parquet")
+    hub.add_repo("org/bad", {"test.parquet": tmp_path / "bad.parquet"}, kind="datasets")
+    report = hf_tsv.evaluate(zoo / "base", {"bad": "org/bad", "good": "org/good"}, batch_size=5)
+    assert list(report.tasks) == ["good"] and list(report.errors) == ["bad"]
+    assert report.errors["bad"].startswith("bad: image 4 of the split test cannot be read")
+
+
+def test_labels_may_be_yes_or_no(tmp_path: Path, zoo: Path) -> None:
+    import datasets
+
+    parquet(tmp_path, count=6)
+    rows = datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet")).remove_columns("label")
+    rows.add_column("label", [True, False] * 3).to_parquet(tmp_path / "tumours.parquet")
+    task = EvaluationTask("a", str(tmp_path / "tumours.parquet"), classes=("healthy", "tumour"))
+    found = hf_tsv.evaluate(zoo / "base", [task]).tasks["a"]
+    assert [sum(row) for row in found["confusion"]] == [3, 3]
+
+
 def test_columns_and_names_on_the_command_line(hub: Hub, zoo: Path, tmp_path: Path) -> None:
     add_dataset(hub, "org/data", tmp_path, image="picture", label="kind", names=("0", "1", "2"))
     names = tmp_path / "names.txt"

@@ -16,7 +16,7 @@ from labelled import CLASSES, make_folder, picture
 
 import hf_tsv
 from hf_tsv.errors import OutputError
-from hf_tsv.evaluation import running, zero_shot
+from hf_tsv.evaluation import classifying, running, zero_shot
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
 
@@ -111,7 +111,7 @@ def test_what_another_command_has_finished_is_not_used(
     elif change == "images":
         picture(CLASSES[0], 4711).save(data / "test" / CLASSES[1] / "0.png")
     else:
-        monkeypatch.setattr(running, "current_versions", lambda: {"torch": "0"})
+        monkeypatch.setattr(classifying, "current_versions", lambda: {"torch": "0"})
     report = hf_tsv.evaluate(model, task, **more)
     assert sum(batches) == 2 * report.tasks["a"]["images"]
     assert not (tmp_path / ".results.hf-tsv-tasks").exists() and output.exists()

@@ -1,0 +1,228 @@
+"""Models on tasks: loaded, classifying batch after batch in one or several processes, counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hf_tsv.checkpoints.reader import digest, fingerprint
+from hf_tsv.errors import HfTsvError, LostProcessError
+from hf_tsv.evaluation import kept_heads, zero_shot
+from hf_tsv.evaluation.data import EvaluationTask, LabelledImages, load
+from hf_tsv.evaluation.finished import Finished
+from hf_tsv.evaluation.job import Job
+from hf_tsv.processes import Processes
+from hf_tsv.progress import bar, logger
+from hf_tsv.recipe import current_versions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+ZERO_SHOT = "zero-shot-image-classification"
+
+Data = dict[str, tuple[EvaluationTask, LabelledImages]]
+Results = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every model and task of an evaluation shares."""
+
+    job: Job
+    device: str | None
+    token: str | None
+    cache_dir: str | None
+    show: bool
+    group: Processes
+    finished: Finished
+
+    def model(self, reference: str, subfolder: str | None = None) -> Loaded:
+        """A model with its tokenizer and image processor, in every process."""
+        from transformers.utils import logging
+
+        from hf_tsv.models import pipeline
+        from hf_tsv.stream import pick_device
+
+        if not self.show:
+            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        loaded: list[Loaded] = []
+
+        def load_it() -> None:
+            pipe = pipeline(
+                ZERO_SHOT,
+                reference,
+                base_model=self.job.base_model,
+                device=str(pick_device(self.device)),
+                token=self.token,
+                cache_dir=self.cache_dir,
+                subfolder=subfolder,
+                progress=self.show,
+            )
+            loaded.append(Loaded(pipe, kept_heads.text_identity(pipe.model)))
+
+        self._together(load_it)
+        return loaded[0]
+
+    def _together(self, call: Callable[[], T]) -> list[T]:
+        """What all processes make of something; the error of one is everybody's."""
+        mine: T | HfTsvError
+        try:
+            mine = call()
+        except HfTsvError as error:
+            mine = error
+        found = self.group.gathered(mine)
+        for item in found:
+            if isinstance(item, HfTsvError):
+                raise item
+        return found
+
+    def all_scored(self, model: Loaded) -> tuple[Data, Results, dict[str, str]]:
+        """Images and results of the tasks that can be evaluated, and why others cannot."""
+        data: Data = {}
+        results: Results = {}
+        errors: dict[str, str] = {}
+        for task in self.job.tasks:
+            try:
+                images = self._images(task)
+                results[task.name] = self.scored(model, task, images)
+                data[task.name] = task, images
+            except LostProcessError:
+                raise
+            except HfTsvError as error:
+                errors[task.name] = str(error)
+                logger.warning("%s", error)
+        return data, results, errors
+
+    def _images(self, task: EvaluationTask) -> LabelledImages:
+        found: list[LabelledImages] = []
+        self._together(lambda: found.append(load(task, limit=self.job.limit, token=self.token)))
+        return found[0]
+
+    def compare(self, data: Data, results: Results, errors: dict[str, str]) -> None:
+        """Add to the results what the tasks' own fine-tunes score."""
+        for name, (task, images) in data.items():
+            if ref := self.job.fine_tunes.get(name):
+                try:
+                    own = self.scored(self.model(ref), task, images)["accuracy"]
+                except LostProcessError:
+                    raise
+                except HfTsvError as error:
+                    errors[name] = f"its reference: {error}"
+                    logger.warning("%s", error)
+                else:
+                    results[name] |= _beside(results[name], ref, own)
+
+    def scored(self, model: Loaded, task: EvaluationTask, images: LabelledImages) -> dict[str, Any]:
+        """Accuracy and confusion of one model on one task, unless a run before has them."""
+        key = model.key(task, images) if self.finished.kept else None
+        found: dict[str, Any] | None = self.group.shared(self.finished.get(key))
+        if found is not None:
+            logger.info("%s is there already.", task.name)
+            return found
+        found = _counted(task, images, *self._classified(model, task, images))
+        self.finished.add(key, found)
+        return found
+
+    def _classified(
+        self, model: Loaded, task: EvaluationTask, images: LabelledImages
+    ) -> tuple[list[int], list[int]]:
+        """The class of every image, and the one it is taken for; batches in turn by process."""
+        starts = range(0, len(images.rows), self.job.batch_size)
+        own = starts[self.group.rank :: self.group.count]
+        count = sum(min(self.job.batch_size, len(images.rows) - start) for start in own)
+        with bar(f"Evaluating {task.name}", count, visible=self.show) as advance:
+            parts = self._together(lambda: self._batches(model, task, images, own, advance))
+        batches = {start: batch for part in parts for start, batch in part.items()}
+        labels = [label for start in starts for label in batches[start][0]]
+        predicted = [label for start in starts for label in batches[start][1]]
+        return labels, predicted
+
+    def _batches(
+        self,
+        model: Loaded,
+        task: EvaluationTask,
+        images: LabelledImages,
+        starts: Sequence[int],
+        advance: Callable[[int], None],
+    ) -> dict[int, tuple[list[int], list[int]]]:
+        directions = model.head(images.classes, task.templates)
+        found = {}
+        for start in starts:
+            stop = min(start + self.job.batch_size, len(images.rows))
+            pictures, labels = images.batch(start, stop, task.name)
+            pixels = model.pipe.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            predicted = zero_shot.classify(model.pipe.model, directions, pixels)
+            found[start] = labels, predicted.tolist()
+            advance(len(labels))
+        return found
+
+
+def _counted(
+    task: EvaluationTask, images: LabelledImages, labels: list[int], predicted: list[int]
+) -> dict[str, Any]:
+    from sklearn.metrics import accuracy_score, confusion_matrix
+
+    every = list(range(len(images.classes)))
+    return {
+        "dataset": task.dataset,
+        "revision": images.revision or task.revision,
+        "config": task.config,
+        "split": images.split,
+        "images": len(labels),
+        "total": images.total,
+        "classes": list(images.classes),
+        "templates": list(task.templates),
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "confusion": confusion_matrix(labels, predicted, labels=every).tolist(),
+    }
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer and image processor, and a digest of its text tower."""
+
+    pipe: Any
+    text: str
+
+    @property
+    def device(self) -> str:
+        """Type of it."""
+        return str(self.pipe.model.device.type)
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of all its weights, and of how it sees images."""
+        model, processor = self.pipe.model, self.pipe.image_processor
+        tensors = {name: digest(t.cpu().contiguous()) for name, t in model.state_dict().items()}
+        settings = model.config.to_json_string(use_diff=False) + processor.to_json_string()
+        return fingerprint({**tensors, "": hashlib.sha256(settings.encode()).hexdigest()})
+
+    def key(self, task: EvaluationTask, images: LabelledImages) -> str:
+        """A digest of everything that decides about its result on a task."""
+        said = [
+            self.identity,
+            self._head_key(images.classes, task.templates),
+            asdict(task),
+            images.identity,
+            current_versions(),
+        ]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+    def _head_key(self, classes: Sequence[str], templates: Sequence[str]) -> str:
+        return kept_heads.key_of(self.text, self.pipe.tokenizer, classes, templates, self.device)
+
+    def head(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """The zero-shot head of a task."""
+        key = self._head_key(classes, templates)
+        return kept_heads.head(self.pipe.model, self.pipe.tokenizer, classes, templates, key)
+
+
+def _beside(found: dict[str, Any], reference: str, accuracy: float) -> dict[str, Any]:
+    """What a task's own fine-tune scores, and the share of it that is kept."""
+    beside: dict[str, Any] = {"reference": {"ref": reference, "accuracy": accuracy}}
+    return beside | ({"normalised": found["accuracy"] / accuracy} if accuracy else {})
