@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,7 +25,13 @@ from hf_tsv.checkpoints.reference import at_revision
 from hf_tsv.costs import Parallelism
 from hf_tsv.errors import CheckpointError, DataError, RecipeError
 from hf_tsv.evaluation import zero_shot
-from hf_tsv.evaluation.data import EvaluationTask, LabelledImages, load
+from hf_tsv.evaluation.data import (
+    EvaluationTask,
+    LabelledImages,
+    listed,
+    load,
+    refuse_not_installed,
+)
 from hf_tsv.models import pipeline
 from hf_tsv.plan import MergePlan, Weight
 from hf_tsv.progress import bar, logger
@@ -37,8 +42,6 @@ from hf_tsv.tsv import TaskSingularVectors
 WHOLE = "CLIPModel"
 LEARNED = ("vision_model.", "visual_projection.")
 """Weights that images go through; the coefficients of others are 1."""
-
-NEEDED = {"datasets": "datasets", "PIL": "pillow"}
 
 WATCHED = 64
 """Images of each task that entropy before and after is told of."""
@@ -76,17 +79,7 @@ class Adaptation:
     entropy: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        named: Any = self.tasks
-        if isinstance(named, Mapping):
-            named = [f"{name}={dataset}" for name, dataset in named.items()]
-        tasks = [t if isinstance(t, EvaluationTask) else EvaluationTask.parse(t) for t in named]
-        names = [task.name for task in tasks]
-        if not names:
-            raise RecipeError(
-                "There are no images to learn from.", "Name them: --task NAME=DATASET."
-            )
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise RecipeError(f"The task {twice} is given twice.", "Give each its own name.")
+        tasks = listed(self.tasks, "There are no images to learn from.")
         object.__setattr__(self, "tasks", tuple(tasks))
         for name, least in (("steps", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
@@ -211,10 +204,7 @@ def refuse_nothing_learned(sources: Sources, plan: MergePlan) -> None:
         [`HfTsvError`]: the base is no whole CLIP, or images go through nothing that is merged, or
             what reads them is not installed.
     """
-    if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
-        raise RecipeError(
-            f"The method ada needs {', '.join(missing)}.", "Run `pip install 'hf-tsv[eval]'`."
-        )
+    refuse_not_installed("The method ada")
     base = sources.base
     if not layout.is_clip(base.config) or not layout.is_full_model(base.tensors):
         raise CheckpointError(
@@ -266,10 +256,7 @@ def learn(
     from transformers.utils import logging
 
     token = sources.access.token
-    data = [
-        _without_labels(load(task, limit=None, token=token, cache_dir=None))
-        for task in adaptation.tasks
-    ]
+    data = [_without_labels(load(task, token=token)) for task in adaptation.tasks]
     pinned = sources.base.pinned
     if not show:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -18,8 +18,9 @@ from hf_tsv import linalg, plots
 from hf_tsv.checkpoints.reference import at_revision
 from hf_tsv.checkpoints.writer import check_output_folder, whole_folder
 from hf_tsv.errors import DataError, HfTsvError, RecipeError
-from hf_tsv.evaluation import pictures, running
-from hf_tsv.evaluation.data import EvaluationTask, load, refuse_not_installed
+from hf_tsv.evaluation import pictures
+from hf_tsv.evaluation.data import EvaluationTask, check_counts, load, refuse_not_installed
+from hf_tsv.evaluation.job import chosen
 from hf_tsv.evaluation.variants import accuracies
 from hf_tsv.models import load_model, pipeline
 from hf_tsv.progress import logger, visible_by_default
@@ -121,23 +122,23 @@ def sweep(
     started = time.monotonic()
     refuse_not_installed("A sweep")
     fractions = _checked(rank_fractions)
-    listed, fine_tunes, base = running.chosen_tasks(tasks, suite, references, base_model)
-    if without := [task.name for task in listed if task.name not in fine_tunes]:
+    wanted = chosen(tasks, suite, references, base_model)
+    if without := [task.name for task in wanted.tasks if task.name not in wanted.fine_tunes]:
         raise RecipeError(
             f"The task {without[0]} has no fine-tune.", f"Name it: --reference {without[0]}=REF."
         )
-    running._check_numbers(limit=limit, batch_size=batch_size)
+    check_counts(limit=limit, batch_size=batch_size)
     folder = None if output is None else Path(output).expanduser().absolute()
     if folder is not None:
         check_output_folder(folder, [RESULTS_FILE], force=force)
     show = visible_by_default() if progress is None else progress
     access = Access.of(token, cache_dir)
-    run = _Run(fractions, base, access, pick_device(device), limit, batch_size, show)
+    run = _Run(fractions, wanted.base_model, access, pick_device(device), limit, batch_size, show)
     results: dict[str, dict[str, Any]] = {}
     errors: dict[str, str] = {}
-    for task in listed:
+    for task in wanted.tasks:
         try:
-            results[task.name] = run.measured(task, fine_tunes[task.name])
+            results[task.name] = run.measured(task, wanted.fine_tunes[task.name])
         except HfTsvError as error:
             errors[task.name] = str(error)
             logger.warning("%s", error)

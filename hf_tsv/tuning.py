@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from hf_tsv.errors import RecipeError
-from hf_tsv.evaluation.data import EvaluationTask, LabelledImages, load, refuse_not_installed
+from hf_tsv.evaluation.data import (
+    EvaluationTask,
+    LabelledImages,
+    check_counts,
+    listed,
+    load,
+    refuse_not_installed,
+)
 from hf_tsv.evaluation.variants import accuracies
 from hf_tsv.models import load_model, pipeline
 from hf_tsv.progress import logger
@@ -54,15 +61,7 @@ class AlphaSearch:
     accuracies: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        named: Any = self.tasks
-        if isinstance(named, Mapping):
-            named = [f"{name}={dataset}" for name, dataset in named.items()]
-        tasks = [t if isinstance(t, EvaluationTask) else EvaluationTask.parse(t) for t in named]
-        names = [task.name for task in tasks]
-        if not names:
-            raise RecipeError("There are no images to choose α on.", "Name them: --task NAME=DATA.")
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise RecipeError(f"The task {twice} is given twice.", "Give each its own name.")
+        tasks = listed(self.tasks, "There are no images to choose α on.")
         tasks = [replace(task, split=task.split or VALIDATION) for task in tasks]
         object.__setattr__(self, "tasks", tuple(tasks))
         given: Any = self.alphas
@@ -72,9 +71,7 @@ class AlphaSearch:
         if not alphas:
             raise RecipeError("There is no α to choose from.", "Write --tune-alpha 0:2:0.1.")
         object.__setattr__(self, "alphas", tuple(map(float, alphas)))
-        for name, number in (("limit", self.limit), ("batch_size", self.batch_size)):
-            if number is not None and (type(number) is not int or number < 1):
-                raise RecipeError(f"{name} is {number!r}.", "Give a whole number from 1 on.")
+        check_counts(limit=self.limit, batch_size=self.batch_size)
 
     @property
     def means(self) -> list[float]:

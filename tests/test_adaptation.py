@@ -24,6 +24,7 @@ from hf_tsv.cli import merge as command
 from hf_tsv.cli.merge import Method
 from hf_tsv.construction import prepare
 from hf_tsv.costs import Parallelism
+from hf_tsv.evaluation import data
 from hf_tsv.recipe import RECIPE_FILE, Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
@@ -356,7 +357,7 @@ def test_what_cannot_be_learned_is_refused(
     refused("pets: the dataset .* cannot be read", zoo, out, adaptation=gone)
     with pytest.raises(RecipeError, match="already names"):
         hf_tsv.merge(recipe=tmp_path / "recipe.yaml", adaptation=found, output=out)
-    monkeypatch.setitem(adaptation.NEEDED, "no_such_module", "no-such-package")
+    monkeypatch.setitem(data.LIBRARIES, "no_such_module", "no-such-package")
     refused(r"needs no-such-package.*hf-tsv\[eval\]", zoo, out, adaptation=found)
 
 

@@ -15,13 +15,12 @@ from cli import hf_tsv as run
 from cli import hf_tsv_process as run_process
 from labelled import CLASSES, make_folder, picture
 from PIL import Image
-from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, confusion_matrix
 from transformers import CLIPModel
 
 import hf_tsv
-from hf_tsv import evaluation
 from hf_tsv.errors import DataError, HfTsvError, RecipeError
+from hf_tsv.evaluation import data
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
 
@@ -109,26 +108,6 @@ def test_prompts_of_several_templates_are_averaged(zoo: Path) -> None:
             parts.append(features / features.norm())
         mean = torch.stack(parts).mean(0)
         assert torch.allclose(row.double(), mean / mean.norm(), atol=1e-6)
-
-
-def test_a_model_is_scored_again_after_a_change_in_place(zoo: Path, pets: Path) -> None:
-    """From images and heads that are there already."""
-    tasks = [hf_tsv.EvaluationTask(split, str(pets), split=split) for split in ("train", "test")]
-    pipe: Any = hf_tsv.pipeline("zero-shot-image-classification", zoo / "base")
-    held = [evaluation.prepare(task, evaluation.load(task), pipe.image_processor) for task in tasks]
-    heads = evaluation.heads(pipe.model, pipe.tokenizer, held)
-    for source in ("base", "full"):
-        vision = {
-            name: tensor
-            for name, tensor in load_file(zoo / source / "model.safetensors").items()
-            if name.startswith(("vision_model", "visual_projection"))
-        }
-        pipe.model.load_state_dict(vision, strict=False)
-        if source == "full":  # whose text tower differs, too
-            heads = evaluation.heads(clips.load(CLIPModel, zoo / source), pipe.tokenizer, held)
-        expected = hf_tsv.evaluate(zoo / source, tasks, base_model=zoo / "base").tasks
-        found = evaluation.accuracies(pipe.model, held, heads, batch_size=5)
-        assert found == {name: entry["accuracy"] for name, entry in expected.items()}
 
 
 def test_every_kind_of_model(zoo: Path, pets: Path, tmp_path: Path) -> None:
@@ -273,7 +252,7 @@ def test_bad_arguments_end_in_one_line(
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(evaluation.NEEDED, "no_such_module", "no-such-package")
+    monkeypatch.setitem(data.LIBRARIES, "no_such_module", "no-such-package")
     with pytest.raises(RecipeError, match=r"needs no-such-package.*hf-tsv\[eval\]"):
         hf_tsv.evaluate("org/a", {"pets": "org/pets"})
 

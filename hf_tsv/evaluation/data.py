@@ -20,6 +20,9 @@ LABELS = ("label", "labels", "fine_label", "class")
 """Columns that are taken for the labels where none is a class label, the likeliest first."""
 
 SPLITS = ("test", "validation", "train")
+LIBRARIES = {"datasets": "datasets", "PIL": "pillow"}
+"""Packages by module, that every use of images needs."""
+
 SEED = 0
 """Of the images that `limit` leaves."""
 
@@ -146,6 +149,48 @@ class LabelledImages:
         return images, labels
 
 
+def listed(
+    tasks: Mapping[str, str] | Sequence[str | EvaluationTask],
+    nothing: str,
+    *,
+    templates: Sequence[str] = (),
+) -> list[EvaluationTask]:
+    """Tasks as users give them.
+
+    Args:
+        tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
+            `NAME=DATASET` texts, or [`EvaluationTask`]s.
+        nothing (`str`): what to say if there is none.
+        templates (`Sequence[str]`): of those that are given as text.
+
+    Raises:
+        [`RecipeError`]: there is none, or one is given twice.
+    """
+    named = [f"{n}={d}" for n, d in tasks.items()] if isinstance(tasks, Mapping) else tasks
+    choices = {"templates": tuple(templates)} if templates else {}
+    found = [
+        task if isinstance(task, EvaluationTask) else EvaluationTask.parse(task, **choices)
+        for task in named
+    ]
+    names = [task.name for task in found]
+    if not names:
+        raise RecipeError(nothing, "Name a task: --task NAME=DATASET.")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RecipeError(f"The task {twice} is given twice.", "Give each its own name.")
+    return found
+
+
+def check_counts(**numbers: int | None) -> None:
+    """Refuse what is no number of images, by its name.
+
+    Args:
+        numbers (`int`, *optional*): by name.
+    """
+    for name, number in numbers.items():
+        if number is not None and (type(number) is not int or number < 1):
+            raise RecipeError(f"{name} is {number!r}.", "Give a whole number from 1 on.")
+
+
 def refuse_not_installed(what: str, **also: str) -> None:
     """Refuse to go on without the libraries that read images.
 
@@ -153,7 +198,7 @@ def refuse_not_installed(what: str, **also: str) -> None:
         what (`str`): that needs them, for the error.
         also (`str`): packages by the name of their module, that it needs too.
     """
-    needed = {"datasets": "datasets", "PIL": "pillow", **also}
+    needed = {**LIBRARIES, **also}
     if missing := [package for module, package in needed.items() if find_spec(module) is None]:
         raise RecipeError(
             f"{what} needs {', '.join(missing)}.", "Run `pip install 'hf-tsv[eval]'`."

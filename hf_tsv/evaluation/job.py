@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -12,10 +11,14 @@ from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.checkpoints.writer import check_output_folder
 from hf_tsv.errors import RecipeError
 from hf_tsv.evaluation import model_index, suites
-from hf_tsv.evaluation.data import EvaluationTask
+from hf_tsv.evaluation.data import (
+    EvaluationTask,
+    check_counts,
+    listed,
+    refuse_not_installed,
+)
 
 RESULTS_FILE = "evaluation.json"
-NEEDED = {"datasets": "datasets", "PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 @dataclass(frozen=True)
@@ -66,73 +69,76 @@ def checked_job(
     create_pr: bool,
 ) -> Job:
     """Everything that can be refused before any work, checked."""
-    _check_installed()
+    refuse_not_installed("Evaluation", sklearn="scikit-learn")
     if create_pr and not card:
         raise RecipeError("create_pr is about the card.", "Add --card.")
-    _check_numbers(limit=limit, batch_size=batch_size)
-    chosen = None if suite is None else suites.named(suite)
-    listed = _listed(tasks, templates, chosen)
-    base = None if base_model is None else fspath(base_model)
-    if chosen is not None:
-        references = chosen.references if references is None else references
-        base = base or chosen.base_model
-    fine_tunes = _fine_tunes(references or {}, listed)
+    check_counts(limit=limit, batch_size=batch_size)
+    found = chosen(tasks, suite, references, base_model, templates)
     folder = None if output is None else _checked_folder(Path(output), force=force)
     pinned = pin(parse(reference, subfolder), token=token, cache_dir=cache_dir)
     to_write = model_index.open_card(pinned, token=token, create_pr=create_pr) if card else None
     return Job(
-        pinned.ref, pinned.revision, listed, fine_tunes, chosen, base, limit, batch_size, folder,
-        to_write,
+        pinned.ref, pinned.revision, found.tasks, found.fine_tunes, found.suite, found.base_model,
+        limit, batch_size, folder, to_write,
     )  # fmt: skip
 
 
-def _listed(
+@dataclass(frozen=True)
+class Chosen:
+    """What users say of tasks.
+
+    Args:
+        tasks (`list[EvaluationTask]`): all of them.
+        fine_tunes (`dict[str, str]`): by task.
+        base_model (`str`, *optional*): of all models.
+        suite ([`suites.Suite`], *optional*): that some come from.
+    """
+
+    tasks: list[EvaluationTask]
+    fine_tunes: dict[str, str]
+    base_model: str | None
+    suite: suites.Suite | None
+
+
+def chosen(
     tasks: Mapping[str, str] | Sequence[str | EvaluationTask],
-    templates: Sequence[str],
-    suite: suites.Suite | None,
-) -> list[EvaluationTask]:
-    named = [f"{n}={d}" for n, d in tasks.items()] if isinstance(tasks, Mapping) else list(tasks)
-    choices = {"templates": tuple(templates)} if templates else {}
-    listed = [] if suite is None else list(suite.tasks)
-    for task in named:
-        parsed = task if isinstance(task, EvaluationTask) else None
-        listed.append(parsed or EvaluationTask.parse(str(task), **choices))
-    names = [task.name for task in listed]
-    if not names:
-        raise RecipeError(
-            "There is nothing to evaluate on.", "Name a task or suite: --task NAME=DATASET."
-        )
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise RecipeError(f"The task {twice} is given twice.", "Give each its own name.")
-    return listed
+    suite: str | None,
+    references: Mapping[str, str | PathLike[str]] | None,
+    base_model: str | PathLike[str] | None,
+    templates: Sequence[str] = (),
+) -> Chosen:
+    """Tasks, the fine-tune of each, and the base model, of a suite and beside it.
 
+    Args:
+        tasks (`Mapping[str, str]` or `Sequence`): see [`listed`].
+        suite (`str`, *optional*): that has more of them.
+        references (`Mapping[str, str]`, *optional*): default: those of the suite.
+        base_model (`str`, *optional*): default: that of the suite.
+        templates (`Sequence[str]`): of tasks that are given as text.
 
-def _fine_tunes(
-    references: Mapping[str, str | PathLike[str]], tasks: Sequence[EvaluationTask]
-) -> dict[str, str]:
-    if unknown := sorted(references.keys() - {task.name for task in tasks}):
+    Raises:
+        [`RecipeError`]: there is no task, or no such suite, or a reference without its task.
+    """
+    own = None if suite is None else suites.named(suite)
+    given = [f"{n}={d}" for n, d in tasks.items()] if isinstance(tasks, Mapping) else tasks
+    of_suite = () if own is None else own.tasks
+    nothing = "There is nothing to evaluate on."
+    every = listed([*of_suite, *given], nothing, templates=templates)
+    base = None if base_model is None else fspath(base_model)
+    if own is not None:
+        references = own.references if references is None else references
+        base = base or own.base_model
+    names = [task.name for task in every]
+    if unknown := sorted((references or {}).keys() - set(names)):
         raise RecipeError(
             f"There is a reference for {unknown[0]}, and no such task.",
-            f"The tasks are {', '.join(task.name for task in tasks)}.",
+            f"The tasks are {', '.join(names)}.",
         )
-    return {name: fspath(ref) for name, ref in references.items()}
+    fine_tunes = {name: fspath(ref) for name, ref in (references or {}).items()}
+    return Chosen(every, fine_tunes, base, own)
 
 
 def _checked_folder(output: Path, *, force: bool) -> Path:
     folder = output.expanduser().absolute()
     check_output_folder(folder, [RESULTS_FILE], force=force)
     return folder
-
-
-def _check_numbers(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and (type(number) is not int or number < 1):
-            raise RecipeError(f"{name} is {number!r}.", "Give a whole number from 1 on.")
-
-
-def _check_installed() -> None:
-    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
-    if missing:
-        raise RecipeError(
-            f"Evaluation needs {', '.join(missing)}.", "Run `pip install 'hf-tsv[eval]'`."
-        )
