@@ -281,20 +281,20 @@ def learn(
         for task, images in zip(adaptation.tasks, data, strict=True)
     ]
     batches = _Batches(pipe.image_processor, adaptation, data)
-    found, entropy = descend(
+    found, told = descend(
         pipe.model, layers, classes, batches, len(sources.inputs), adaptation, show=show
     )
-    logger.info("Mean entropy of predictions: %.3f before, %.3f after.", *entropy)
+    logger.info("Mean entropy of predictions: %.3f before, %.3f after.", *told)
     tasks = tuple(
         replace(task, split=images.split)
         for task, images in zip(adaptation.tasks, data, strict=True)
     )
-    images = tuple(len(images.rows) for images in data)
+    counts = tuple(len(images.rows) for images in data)
     learned = {
         layer.label: tuple(round(c, DIGITS) for c in row)
         for layer, row in zip(layers, found.tolist(), strict=True)
     }
-    return learned, replace(adaptation, tasks=tasks, images=images, entropy=entropy)
+    return learned, replace(adaptation, tasks=tasks, images=counts, entropy=told)
 
 
 def _without_labels(images: LabelledImages) -> LabelledImages:
