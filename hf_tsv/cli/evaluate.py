@@ -120,7 +120,7 @@ def evaluate(
     template: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="Of the prompts of --task, with {} for the name of a class; repeatable."
+            help="Prompt of --task, with {} for the name of a class; repeatable."
             " [default: a photo of a {}.]",
             rich_help_panel=DATA,
             show_default=False,
@@ -176,7 +176,7 @@ def evaluate(
     """Measure what a model scores on labelled images, zero-shot.
 
     Top-1 accuracy of every task and confusion matrices; with the fine-tunes, the share of their
-    own accuracy that is kept.
+    own accuracy that is kept. With -o a run that was stopped goes on with the next task.
     """
     out = Out(as_json=as_json, quiet=quiet)
     from hf_tsv import evaluation

@@ -89,7 +89,9 @@ def evaluate(
 
     Every class is named to the text tower in prompts; an image belongs to the class whose prompts
     lie nearest. The heads made of prompts are kept in the Hub client's home (`hf-tsv/heads`). A
-    task that cannot be read does not cost the results of the others.
+    task that cannot be read does not cost the results of the others. Processes that torchrun or
+    accelerate started share the images. With an output, the same call after a stop goes on with
+    the next task.
 
     Args:
         reference (`str`): the model: `org/name`, `org/name@revision`, `hf://…` or a folder.
