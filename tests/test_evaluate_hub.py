@@ -32,6 +32,15 @@ def test_a_dataset_of_the_hub_is_read_at_a_commit(hub: Hub, zoo: Path, tmp_path:
     assert local["confusion"] == report.tasks["new"]["confusion"] and local["revision"] is None
 
 
+def test_without_a_connection_the_cache_serves(hub: Hub, zoo: Path, tmp_path: Path) -> None:
+    add_dataset(hub, "org/data", tmp_path, seed=7)
+    words = ["evaluate", zoo / "base", "--task", "a=org/data", "--json"]
+    first = run(*words).json
+    done = run(*words, HF_HUB_OFFLINE="1")
+    assert done.code == 0, done.err
+    assert done.json["tasks"]["a"]["confusion"] == first["tasks"]["a"]["confusion"]
+
+
 def test_a_configuration_of_a_dataset(hub: Hub, tmp_path: Path) -> None:
     configs = [
         {"config_name": name, "data_files": [{"split": "test", "path": f"{name}/*.parquet"}]}
