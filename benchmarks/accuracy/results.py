@@ -217,10 +217,10 @@ def markdown(found: Found) -> str:
         f"`python -m benchmarks.accuracy`, {found['date']}; seeds"
         f" {', '.join(map(str, found['seeds']))}; {versions}.",
         "Tiny CLIPs, trained from scratch on rendered images and on scikit-learn's (training:"
-        f" {recipe}). 500 test images a task that were not trained on; α and coefficients are"
-        " chosen on 200 validation images a task (coefficients on all 500). Mean ± standard"
-        " deviation over the seeds. These are not the models of the paper, and its numbers are not"
-        " to be compared with these: only the order of methods is.",
+        f" {recipe}). 500 test images a task that were not trained on; α is chosen on 100"
+        " validation images a task, coefficients are learned on 500 without their labels. Mean ±"
+        " standard deviation over the seeds. These are not the models of the paper, and its numbers"
+        " are not to be compared with these: only the order of methods is.",
         "## Methods",
         "Normalised accuracy in per cent (mean share of each fine-tune's own, eq. 9); accuracy in"
         " brackets.",
