@@ -32,7 +32,7 @@ from hf_tsv.evaluation.data import (
     load,
     refuse_not_installed,
 )
-from hf_tsv.models import pipeline
+from hf_tsv.models import ZERO_SHOT, check_whole_clip, pipeline
 from hf_tsv.plan import MergePlan, Weight
 from hf_tsv.progress import bar, logger
 from hf_tsv.recipe import Settings, check_number
@@ -205,12 +205,7 @@ def refuse_nothing_learned(sources: Sources, plan: MergePlan) -> None:
             what reads them is not installed.
     """
     refuse_not_installed("The method ada")
-    base = sources.base
-    if not layout.is_clip(base.config) or not layout.is_full_model(base.tensors):
-        raise CheckpointError(
-            f"The method ada classifies images, and the base model {base} is no CLIPModel.",
-            "Name a whole CLIPModel with --base-model, or use --method tsv.",
-        )
+    check_whole_clip(sources.base, "The method ada")
     if not any(map(_changes, plan.weights)):
         raise CheckpointError(
             "The method ada learns from images, and no checkpoint has a vision tower.",
@@ -261,7 +256,7 @@ def learn(
     if not show:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     pipe: Any = pipeline(
-        "zero-shot-image-classification",
+        ZERO_SHOT,
         at_revision(pinned.ref, pinned.revision),
         dtype=torch.float32,
         device=str(device),
@@ -476,7 +471,7 @@ def layers_of(
         bar("Orthogonalising", len(weights), visible=show) as advance,
     ):
         for loaded in stream.read_weights(weights, sources.base, sources.inputs, scales, device):
-            if loaded.deltas:
+            if loaded.deltas and parameters.keys() >= set(_own_names(loaded.weight)):
                 layer = _layer(loaded, parameters, settings, len(sources.inputs))
                 layer.place(ones)
                 if layer.label.startswith(LEARNED):
@@ -485,12 +480,16 @@ def layers_of(
     return found
 
 
+def _own_names(weight: Weight) -> list[str]:
+    """Of its parameters in the model; empty where it has none."""
+    return [layout.name_in_class(name, WHOLE) or "" for name in weight.names]
+
+
 def _layer(
     loaded: stream.LoadedWeight, parameters: Mapping[str, Tensor], settings: Settings, tasks: int
 ) -> Layer:
     weight = loaded.weight
-    names = [str(layout.name_in_class(name, WHOLE)) for name in weight.names]
-    own = tuple(parameters[name] for name in names)
+    own = tuple(parameters[name] for name in _own_names(weight))
     dtype = own[0].dtype
     shares: TaskSingularVectors | Tensor
     ranks: tuple[int, ...] = ()

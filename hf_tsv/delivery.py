@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hf_tsv import hub
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
-from hf_tsv.checkpoints.writer import check_output_folder
+from hf_tsv.checkpoints.writer import absolute, check_output_folder
 from hf_tsv.errors import OutputError, RepoError
 from hf_tsv.progress import logger
 
@@ -70,10 +70,7 @@ class Target:
             )
         target = self
         if self.output is not None:
-            try:
-                output = self.output.expanduser().absolute()
-            except RuntimeError as error:
-                raise OutputError(f"{self.output}: {error}", "Write the path out.") from None
+            output = absolute(self.output)
             check_output_folder(output, hub.MARKERS, force=self.force)
             target = replace(target, output=output)
         if self.push_to is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_tsv import diagnosis, plots, processes
 from hf_tsv.checkpoints.layout import block_and_kind
-from hf_tsv.checkpoints.writer import check_output_folder, whole_folder
+from hf_tsv.checkpoints.writer import absolute, check_output_folder, whole_folder
 from hf_tsv.construction import Job, prepare, refuse_unchanged, warned
 from hf_tsv.costs import memory_size
 from hf_tsv.delivery import Target
@@ -162,7 +162,7 @@ def interference(
         raise RecipeError(
             "One task alone disturbs nobody.", "Name at least two fine-tunes of one base model."
         )
-    folder = None if output is None else Path(output).expanduser().absolute()
+    folder = None if output is None else absolute(Path(output))
     if folder is not None:
         check_output_folder(folder, [REPORT_PAGE], force=force)
     base_ref = None if base_model is None else fspath(base_model)

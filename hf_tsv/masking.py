@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +14,7 @@ from hf_tsv import baselines, stream, tsv
 from hf_tsv.checkpoints import heads, masks
 from hf_tsv.checkpoints.files import LocalFiles
 from hf_tsv.checkpoints.reader import digest, open_checkpoint
-from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.writer import ShardPlan, ShardWriter, TensorSpec, plan_shards
 from hf_tsv.construction import Job
 from hf_tsv.plan import Weight
@@ -50,10 +51,12 @@ def write_masks(folder: Path, job: Job, unchanged: frozenset[str]) -> None:
         job ([`Job`]): that made it.
         unchanged (`frozenset[str]`): labels of weights that no task changed.
     """
+    shutil.rmtree(folder / masks.FOLDER, ignore_errors=True)  # of a run that was stopped
     base, inputs = job.sources.base, job.sources.inputs
     merged = open_checkpoint(PinnedCheckpoint(str(folder), None, LocalFiles(folder), {}))
-    weights = [replace(w, treatment="combined") for w in _changed(job, unchanged)]
-    digests: dict[str, str] = {}
+    weights = _changed(job, unchanged)
+    changed = {name for weight in weights for name in weight.names}
+    digests = {name: digest(base.read(name)) for name in base.tensors if name not in changed}
     places = [folder / name for name in mask_folders(job)]
     with ExitStack() as opened:
         opened.callback(merged.pinned.files.close)
@@ -62,7 +65,9 @@ def write_masks(folder: Path, job: Job, unchanged: frozenset[str]) -> None:
             place.mkdir(parents=True)
             writers.append(ShardWriter(place, _layout(job, weights)))
             opened.callback(writers[-1].abandon)
-        for loaded in stream.read_weights(weights, base, inputs, job.scales, torch.device("cpu")):
+        together = [replace(weight, treatment="combined") for weight in weights]
+        device, ahead = torch.device("cpu"), job.parallelism.ahead
+        for loaded in stream.read_weights(together, base, inputs, job.scales, device, ahead=ahead):
             stored = [merged.read(name) for name in loaded.weight.names]
             total = tsv.difference(torch.cat(stored) if len(stored) > 1 else stored[0], loaded.base)
             for name, w0 in stream.by_name(loaded.weight, loaded.base, base):
@@ -76,7 +81,8 @@ def write_masks(folder: Path, job: Job, unchanged: frozenset[str]) -> None:
         for writer in writers:
             writer.close()
     for place, item in zip(places, inputs, strict=True):
-        masks.write_config(place, str(item), base.pinned, digests, baselines.MASK_SCALE)
+        task = at_revision(item.pinned.ref, item.pinned.revision)
+        masks.write_config(place, task, base.pinned, digests, baselines.MASK_SCALE)
 
 
 def _changed(job: Job, unchanged: frozenset[str]) -> list[Weight]:

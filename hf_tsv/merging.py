@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -232,10 +231,10 @@ def merge(
                     _refuse_no_search(settings, alpha, group)
                 _refuse_no_images(settings, adaptation)
                 job = prepare(references, base_ref, weights, settings, access)
-                if tune_alpha is not None and not dry_run:
-                    tune_alpha = _searched(job, tune_alpha, device, group, show=show)
-                    job = replace(job, settings=replace(job.settings, alpha=tune_alpha.alpha))
-                    job = replace(job, tuning=tune_alpha)
+                if tune_alpha is not None:
+                    from hf_tsv.models import check_whole_clip
+
+                    check_whole_clip(job.sources.base, "Choosing α")
                 job = job if adaptation is None else _adapting(job, adaptation)
             refuse_no_heads(job)
             if report and job.settings.method not in ("tsv", "ada", "low-rank", "orthogonal"):
@@ -247,6 +246,8 @@ def merge(
             if report:
                 refuse_nothing_decomposed(job)
             job = replace(job, measure=report).within(memory_size(max_memory))
+            if tune_alpha is not None and not dry_run:
+                job = _tuned(job, tune_alpha, target, device, group, show=show)
             outcome = execute(job, target, device, group, _describe, show=show, dry_run=dry_run)
             done = _report(outcome, target, started)
             group.dismiss(done)
@@ -272,37 +273,42 @@ def _refuse_no_search(settings: Settings, alpha: float | None, group: Processes)
         )
 
 
-def _searched(
-    job: Job, wanted: AlphaSearch, device: str | None, group: Processes, *, show: bool
-) -> AlphaSearch:
-    """Merge once with α = 1, in float32, to score every α."""
+def _tuned(
+    job: Job,
+    wanted: AlphaSearch,
+    target: Target,
+    device: str | None,
+    group: Processes,
+    *,
+    show: bool,
+) -> Job:
+    """The same job with the best α: merges once with α = 1, in float32, and scores every α."""
     from hf_tsv.tuning import images_of, search
 
-    images = images_of(wanted, job.sources.access.token)
-    with TemporaryDirectory(prefix="hf-tsv-") as folder:
-        settings = replace(
-            job.settings, alpha=1.0, dtype="float32", out_format="transformers", keep_heads=False
-        )
-        once = prepare(
-            [pinned_text(item.pinned) for item in job.sources.inputs],
-            pinned_text(job.sources.base.pinned),
-            job.scales,
-            settings,
-            replace(job.sources.access, subfolder=None),
-            writes=False,
-        )
-        target = Target(Path(folder) / "merged", None, False, None, None, False, None)
-        execute(once, target, device, group, lambda *_: None, show=show, dry_run=False)
-        return search(
-            wanted,
-            images,
-            Path(folder) / "merged",
-            pinned_text(job.sources.base.pinned),
-            device=pick_device(device),
-            token=job.sources.access.token,
-            cache_dir=job.sources.access.cache_dir,
-            show=show,
-        )
+    sources, access = job.sources, job.sources.access
+    target.refuse_inputs([item.pinned for item in sources.all()])
+    images = images_of(wanted, access.token)
+    base = pinned_text(sources.base.pinned)
+    settings = replace(
+        job.settings, alpha=1.0, dtype="float32", out_format="transformers", keep_heads=False
+    )
+    once = prepare(
+        [pinned_text(item.pinned) for item in sources.inputs], base, job.scales, settings,
+        replace(access, subfolder=None), writes=False,
+    ).within(job.max_memory)  # fmt: skip
+    found: list[AlphaSearch] = []
+
+    def score(folder: Path, *_: object) -> None:
+        found.append(
+            search(
+                wanted, images, folder, base, device=pick_device(device), token=access.token,
+                cache_dir=access.cache_dir, show=show,
+            )
+        )  # fmt: skip
+
+    execute(once, Target(), device, group, score, show=show, dry_run=False)
+    settings = replace(job.settings, alpha=found[0].alpha)
+    return replace(job, settings=settings, tuning=found[0])
 
 
 def _refuse_no_images(settings: Settings, adaptation: Adaptation | None) -> None:

@@ -29,8 +29,9 @@ from hf_tsv.stream import pick_device
 if TYPE_CHECKING:
     from transformers import Pipeline, PreTrainedModel
 
+ZERO_SHOT = "zero-shot-image-classification"
 PIPELINES = {
-    "zero-shot-image-classification": "CLIPModel",
+    ZERO_SHOT: "CLIPModel",
     "image-feature-extraction": "CLIPVisionModel",
     "image-classification": "CLIPForImageClassification",
 }
@@ -257,6 +258,20 @@ def check_clip(item: Task) -> None:
         raise CheckpointError(
             f"{item} is not CLIP but {config.get('model_type')!r}.",
             f"{whole} it with transformers' AutoModel.",
+        )
+
+
+def check_whole_clip(base: Checkpoint, what: str) -> None:
+    """Refuse what classifies images where the base model cannot.
+
+    Args:
+        base ([`Checkpoint`]): W0.
+        what (`str`): that classifies, for the error.
+    """
+    if not layout.is_clip(base.config) or not layout.is_full_model(base.tensors):
+        raise CheckpointError(
+            f"{what} classifies images, and the base model {base} is no CLIPModel.",
+            "Name a whole CLIPModel with --base-model.",
         )
 
 

@@ -27,8 +27,7 @@ NEGLIGIBLE_ENERGY = 1e-9
 Treatment = Literal["decomposed", "averaged", "summed", "combined", "copied"]
 """`combined`: entry by entry, of all tasks at once."""
 
-ENTRYWISE = ("ties", "consensus")
-SUMS = ("task-arithmetic", "tall-mask")
+ENTRYWISE = ("ties", "consensus", "tall-mask")
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ def _treat(
         return weight("copied", "empty")
     if settings.method == "average":
         return weight("averaged")
-    summing, entrywise = settings.method in SUMS, settings.method in ENTRYWISE
+    summing, entrywise = settings.method == "task-arithmetic", settings.method in ENTRYWISE
     # The default exclusion says what is not decomposed; these decompose nothing.
     default = (summing or entrywise) and settings.exclude == AVERAGED_BY_DEFAULT
     exclude = () if default else settings.exclude
@@ -228,7 +227,7 @@ def _rank(shape: tuple[int, ...], tasks: int, settings: Settings) -> int:
     if settings.rank is not None:
         wanted = min(settings.rank, k)
     elif settings.rank_fraction is not None:
-        wanted = max(1, int(settings.rank_fraction * k + 1e-9))
+        wanted = tsv.rank_at(settings.rank_fraction, shape)
     if settings.method in ("tsv", "ada"):  # T·r orthonormal directions must fit into k
         return min(wanted, tsv.default_rank(shape, tasks))
     return wanted

@@ -85,6 +85,8 @@ class Settings:
             object.__setattr__(self, "alpha", DEFAULT_ALPHA.get(self.method, 1.0))
         check_number("alpha", self.alpha)
         object.__setattr__(self, "alpha", float(self.alpha))  # of NumPy or a whole number
+        if self.method == "tall-mask" and self.alpha != 1:
+            raise RecipeError("The method tall-mask has no alpha.", "Leave alpha out.")
         ranked = self.rank is not None or self.rank_fraction is not None
         if ranked and self.method in ("ties", "consensus", "iso-c", "iso-cts", "tall-mask"):
             raise RecipeError(

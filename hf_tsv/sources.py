@@ -16,7 +16,14 @@ from hf_tsv.checkpoints.ahead import AHEAD_BYTES, AheadFiles, Connections
 from hf_tsv.checkpoints.files import HubFiles, LocalFiles
 from hf_tsv.checkpoints.masks import Masked, is_masked, open_masked
 from hf_tsv.checkpoints.reader import Checkpoint, open_checkpoint
-from hf_tsv.checkpoints.reference import PinnedCheckpoint, Reference, at_revision, parse, pin
+from hf_tsv.checkpoints.reference import (
+    PinnedCheckpoint,
+    Reference,
+    at_revision,
+    local_kind,
+    parse,
+    pin,
+)
 from hf_tsv.checkpoints.writer import check_free_space
 from hf_tsv.errors import CheckpointError, HfTsvError, RepoError
 from hf_tsv.factors import TaskFactors, is_factors, open_factors
@@ -298,7 +305,7 @@ def _inferred_base(inputs: Sequence[Task], pinned: Callable[[Reference], PinnedC
     logger.info("Base model: %s, named by %s.", found, ", ".join(speakers))
     revisions = {revision for ref, revision in origins.values() if ref == found}
     if None in revisions:  # factors of a folder: the same one must be here
-        if not Path(found).expanduser().is_dir():
+        if local_kind(found) != "folder":
             raise CheckpointError(
                 f"{speakers[0]} was made with the folder {found}, which is not here.",
                 "Name the same base model with --base-model.",

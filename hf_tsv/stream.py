@@ -193,6 +193,8 @@ def read_weights(
     inputs: Sequence[Task],
     scales: Sequence[float],
     device: torch.device,
+    *,
+    ahead: bool = True,
 ) -> Iterator[LoadedWeight]:
     """Weights with the updates of all tasks, one at a time.
 
@@ -202,13 +204,14 @@ def read_weights(
         inputs (`Sequence[Checkpoint | TaskFactors]`): the tasks.
         scales (`Sequence[float]`): factor of each task's update.
         device (`torch.device`): where updates go.
+        ahead (`bool`): read the next one meanwhile.
     """
     share_one_heap()
     _expect_all(weights, base, inputs)
-    reader = _Reader(base, inputs, scales, device)
+    reader, sizes = _Reader(base, inputs, scales, device), list(map(costs.held, weights))
     with reused(), ThreadPoolExecutor(1, "hf-tsv-read") as reading:
         try:
-            yield from read_ahead(reading, reader.load, weights, list(map(costs.held, weights)))
+            yield from read_ahead(reading, reader.load, weights, sizes, ahead=ahead)
         except BaseException:
             stop_fetching([base, *inputs])
             raise
@@ -526,6 +529,8 @@ def _combine(
     whole = [dense(delta) for delta in deltas]
     if settings.method == "ties":
         return MergedUpdate(baselines.ties_update(whole, [thresholds[i] for i in loaded.floors]))
+    if settings.method == "tall-mask":
+        return MergedUpdate(baselines.sum_update(whole))
     if settings.method == "consensus":
         return MergedUpdate(baselines.consensus_update(whole, tasks))
     if settings.method == "iso-c":

@@ -14,21 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_tsv import linalg, plots
+from hf_tsv import linalg, plots, processes, tsv
 from hf_tsv.checkpoints.reference import at_revision
-from hf_tsv.checkpoints.writer import check_output_folder, whole_folder
+from hf_tsv.checkpoints.writer import absolute, check_output_folder, whole_folder
 from hf_tsv.errors import DataError, HfTsvError, RecipeError
 from hf_tsv.evaluation import pictures
 from hf_tsv.evaluation.data import EvaluationTask, check_counts, load, refuse_not_installed
 from hf_tsv.evaluation.job import chosen
 from hf_tsv.evaluation.variants import accuracies
-from hf_tsv.models import load_model, pipeline
+from hf_tsv.models import ZERO_SHOT, load_model, pipeline
 from hf_tsv.progress import logger, visible_by_default
 from hf_tsv.recipe import current_versions
-from hf_tsv.sources import Access, open_sources
+from hf_tsv.sources import Access, equals_base, open_sources
 from hf_tsv.stream import pick_device
 
-ZERO_SHOT = "zero-shot-image-classification"
 RESULTS_FILE = "sweep.json"
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
@@ -38,13 +37,12 @@ class SweepReport:
     """What fine-tunes score with fewer and fewer singular vectors.
 
     Args:
-        base_model (`str`): W0.
         fractions (`list[float]`): shares of k = min(d_out, d_in) kept of every matrix.
         mean (`list[float]`): top-1, 0 to 1, at each of them, mean over the tasks.
         full (`float`): of the fine-tunes themselves.
         stored (`list[float]`): at each of them, numbers stored of an update over those it has.
-        tasks (`dict[str, dict]`): by name: `dataset`, `split`, `images`, `reference`, `full`, and
-            `accuracies`.
+        tasks (`dict[str, dict]`): by name: `dataset`, `split`, `images`, `reference`,
+            `base_model`, `full`, `accuracies` and `stored`.
         errors (`dict[str, str]`): tasks that could not be measured, and why.
         limit (`int`, *optional*): images of each task, if not all.
         device (`str`): type of device computed on.
@@ -52,7 +50,6 @@ class SweepReport:
         versions (`dict[str, str]`): of hf-tsv and torch.
     """
 
-    base_model: str
     fractions: list[float]
     mean: list[float]
     full: float
@@ -119,7 +116,10 @@ def sweep(
         >>> import hf_tsv
         >>> hf_tsv.sweep({"dtd": "tanganke/dtd"}, {"dtd": "org/clip-dtd"})  # doctest: +SKIP
     """
+    from transformers.utils import logging
+
     started = time.monotonic()
+    processes.alone("sweep")
     refuse_not_installed("A sweep")
     fractions = _checked(rank_fractions)
     wanted = chosen(tasks, suite, references, base_model)
@@ -128,10 +128,12 @@ def sweep(
             f"The task {without[0]} has no fine-tune.", f"Name it: --reference {without[0]}=REF."
         )
     check_counts(limit=limit, batch_size=batch_size)
-    folder = None if output is None else Path(output).expanduser().absolute()
+    folder = None if output is None else absolute(Path(output))
     if folder is not None:
         check_output_folder(folder, [RESULTS_FILE], force=force)
     show = visible_by_default() if progress is None else progress
+    if not show:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     access = Access.of(token, cache_dir)
     run = _Run(fractions, wanted.base_model, access, pick_device(device), limit, batch_size, show)
     results: dict[str, dict[str, Any]] = {}
@@ -150,7 +152,6 @@ def sweep(
         return [sum(c) / len(c) for c in zip(*(entry[what] for entry in found), strict=True)]
 
     report = SweepReport(
-        base_model=found[0].pop("base_model"),
         fractions=fractions,
         mean=means("accuracies"),
         full=sum(entry["full"] for entry in found) / len(found),
@@ -161,8 +162,6 @@ def sweep(
         device=run.device.type,
         seconds=round(time.monotonic() - started, 3),
     )
-    for entry in found[1:]:
-        entry.pop("base_model")
     if folder is not None:
         _write(report, folder)
     return report
@@ -206,7 +205,7 @@ class _Matrix:
 
     def rank(self, fraction: float) -> int:
         """⌊fraction · k⌋, at least 1."""
-        return max(1, int(fraction * min(self.base.shape) + 1e-9))
+        return tsv.rank_at(fraction, self.base.shape)
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ class _Run:
             ZERO_SHOT, reference, base_model=base, device=str(self.device), **options
         )
         w0 = load_model(base, kind=ZERO_SHOT, **options).state_dict()
-        stored, matrices = self._decomposed(pipe.model, w0)
+        stored, matrices = self._decomposed(pipe.model, w0, reference, base)
         whole = [matrix.parameter.clone() for matrix in matrices]
 
         def put(fraction: float | None) -> None:
@@ -259,7 +258,7 @@ class _Run:
         }
 
     def _decomposed(
-        self, model: Any, w0: Mapping[str, Tensor]
+        self, model: Any, w0: Mapping[str, Tensor], reference: str, base_ref: str
     ) -> tuple[list[float], list[_Matrix]]:
         """The matrices that changed, and the share of numbers stored at each fraction."""
         matrices, dense = [], 0
@@ -271,10 +270,12 @@ class _Run:
                 dense += parameter.numel()
                 continue
             delta = parameter.data.double() - base.double()
-            rank = max(1, int(max(self.fractions) * min(delta.shape) + 1e-9))
+            rank = tsv.rank_at(max(self.fractions), delta.shape)
             svd = linalg.truncated_svd(linalg.in_working_precision(delta), rank)
             matrices.append(_Matrix(parameter.data, base, svd))
         total = dense + sum(matrix.base.numel() for matrix in matrices)
+        if not total:
+            raise equals_base(reference, base_ref)
         stored = []
         for fraction in self.fractions:
             kept = dense

@@ -141,6 +141,20 @@ class MergedUpdate:
     interference: Interference | None = None
 
 
+def rank_at(fraction: float, shape: Sequence[int]) -> int:
+    """⌊fraction · k⌋, at least 1.
+
+    Args:
+        fraction (`float`): above 0, up to 1.
+        shape (`Sequence[int]`): (d_out, d_in).
+
+    Example:
+        >>> rank_at(0.29, (100, 300)), rank_at(0.001, (100, 300))
+        (29, 1)
+    """
+    return max(1, int(fraction * min(shape) + 1e-9))
+
+
 def default_rank(shape: Sequence[int], tasks: int) -> int:
     """Rank kept of each task, r = max(1, ⌊k/T⌋) (section 4.1).
 

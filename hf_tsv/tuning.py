@@ -22,11 +22,10 @@ from hf_tsv.evaluation.data import (
     refuse_not_installed,
 )
 from hf_tsv.evaluation.variants import accuracies
-from hf_tsv.models import load_model, pipeline
+from hf_tsv.models import ZERO_SHOT, load_model, pipeline
 from hf_tsv.progress import logger
 from hf_tsv.recipe import check_number
 
-ZERO_SHOT = "zero-shot-image-classification"
 VALIDATION = "validation"
 MOST = 1000
 """Values of α in one search."""

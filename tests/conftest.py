@@ -65,7 +65,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub() -> Iterator[Hub]:
     """The loopback Hub, empty."""
     HUB.reset()
-    shutil.rmtree(Path(HF_HOME, "hub"), ignore_errors=True)  # shas repeat from test to test
+    for kept in ("hub", "datasets"):  # shas repeat from test to test
+        shutil.rmtree(Path(HF_HOME, kept), ignore_errors=True)
     yield HUB
     HUB.reset()
 

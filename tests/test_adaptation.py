@@ -475,7 +475,7 @@ def test_help_tells_the_defaults() -> None:
     hints = get_type_hints(command.merge, include_extras=True)
     for name in ("steps", "learning_rate", "batch_size", "seed"):
         told = hints[name].__metadata__[0].help
-        assert f"[default: {getattr(Adaptation, name)}]" in told
+        assert f"[default: {getattr(Adaptation, name)}" in told
 
 
 def test_the_bar_shows_the_entropy(

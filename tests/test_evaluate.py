@@ -251,6 +251,14 @@ def test_bad_arguments_end_in_one_line(
     assert done.code == 1 and said in done.err and "Hint: " in done.err and done.out == ""
 
 
+@pytest.mark.parametrize("dataset", ["~nobody-of-this-name/x", "x" * 300, "~nobody-here/x.parquet"])
+def test_a_path_that_cannot_be_is_one_line(zoo: Path, dataset: str) -> None:
+    done = run("evaluate", zoo / "base", "--task", f"a={dataset}")
+    assert done.code == 1 and "a: " in done.err, done.err
+    done = run("evaluate", zoo / "base", "--task", "a=b/c", "-o", "~nobody-of-this-name/x")
+    assert done.code == 1 and "home directory" in done.err, done.err
+
+
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(data.LIBRARIES, "no_such_module", "no-such-package")
     with pytest.raises(RecipeError, match=r"needs no-such-package.*hf-tsv\[eval\]"):

@@ -8,6 +8,7 @@ import clips
 import pytest
 import yaml
 from cli import hf_tsv as run
+from cli import hf_tsv_process as run_process
 from hub import Hub
 from labelled import CLASSES, add_dataset, parquet
 
@@ -36,7 +37,7 @@ def test_without_a_connection_the_cache_serves(hub: Hub, zoo: Path, tmp_path: Pa
     add_dataset(hub, "org/data", tmp_path, seed=7)
     words = ["evaluate", zoo / "base", "--task", "a=org/data", "--json"]
     first = run(*words).json
-    done = run(*words, HF_HUB_OFFLINE="1")
+    done = run_process(*words, HF_HUB_OFFLINE="1")
     assert done.code == 0, done.err
     assert done.json["tasks"]["a"]["confusion"] == first["tasks"]["a"]["confusion"]
 

@@ -14,6 +14,8 @@ from hub import Hub
 from safetensors.torch import load_file, save_file
 
 import hf_tsv
+from hf_tsv import baselines
+from hf_tsv.baselines import tall_mask
 from hf_tsv.checkpoints.masks import CONFIG_FILE, MASK_FILE, packed, unpacked
 from hf_tsv.errors import CheckpointError, HfTsvError, RecipeError
 
@@ -111,6 +113,50 @@ def test_a_masked_task_is_an_input_like_any_other(zoo: Path, merged: Path, tmp_p
     assert (done.json["kind"], done.json["base_model"]) == ("mask", [str(zoo / "base")])
 
 
+def test_a_run_that_is_stopped_while_masks_are_written_goes_on(
+    zoo: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def merge() -> None:
+        hf_tsv.merge([zoo / name for name in TASKS], base_model=zoo / "base",
+                     output=tmp_path / "m", method="tall-mask", progress=False)  # fmt: skip
+
+    with monkeypatch.context() as patch:
+        calls: list[object] = []
+
+        def stopping(*arguments: object) -> torch.Tensor:
+            calls.append(arguments)
+            if len(calls) > 50:
+                raise KeyboardInterrupt
+            return tall_mask(*arguments)  # type: ignore[arg-type]
+
+        patch.setattr(baselines, "tall_mask", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            merge()
+    assert not (tmp_path / "m").exists()
+    merge()
+    for file in merged.glob("masks/*/*"):
+        if file.suffix == ".safetensors":
+            assert file.read_bytes() == (tmp_path / "m" / file.relative_to(merged)).read_bytes()
+
+
+def test_the_head_of_a_masked_task(zoo: Path, tmp_path: Path) -> None:
+    hf_tsv.merge([zoo / "classifier", zoo / "vision"], base_model=zoo / "base",
+                 output=tmp_path / "m", method="tall-mask", keep_heads=True,
+                 progress=False)  # fmt: skip
+    model = hf_tsv.load_model(tmp_path / "m" / "masks" / "classifier", task="classifier",
+                              kind="image-classification", progress=False)  # fmt: skip
+    kept = load_file(tmp_path / "m" / "heads" / "classifier.safetensors")
+    assert torch.equal(model.state_dict()["classifier.weight"], kept["classifier.weight"])
+
+
+def test_the_recipe_repeats_weights_and_masks(world: Path, zoo: Path, hub: Hub) -> None:
+    hf_tsv.merge(["org/vision", "org/full"], output=world / "m", method="tall-mask", progress=False)
+    hf_tsv.merge(recipe=world / "m", output=world / "again", progress=False)
+    first = {p.relative_to(world / "m"): p for p in (world / "m").rglob("*") if p.is_file()}
+    for name, file in first.items():
+        assert file.read_bytes() == (world / "again" / name).read_bytes(), name
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_from_and_to_the_hub(world: Path, zoo: Path, hub: Hub, stream: bool) -> None:
     names = ["org/vision", "org/full"]
@@ -181,6 +227,8 @@ def test_a_mask_is_no_base_model_and_no_factors(zoo: Path, merged: Path, tmp_pat
     with pytest.raises(CheckpointError, match="is a mask, not task factors") as error:
         hf_tsv.reconstruct(merged / "masks" / "full", output=tmp_path / "m")
     assert "hf-tsv merge" in str(error.value.hint)
+    with pytest.raises(RecipeError, match="has no alpha"):
+        hf_tsv.merge([zoo / "full"], output=tmp_path / "m", method="tall-mask", alpha=0.5)
     with pytest.raises(RecipeError, match="keeps no ranks"):
         hf_tsv.merge([zoo / "full"], output=tmp_path / "m", method="tall-mask", rank=2)
 

@@ -521,11 +521,12 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 def test_the_exported_names() -> None:
     assert sorted(hf_tsv.__all__) == [
-        "Adaptation", "CheckpointError", "CompressReport", "DataError", "EvaluateReport",
-        "EvaluationTask", "HfTsvError", "InspectReport", "InterferenceReport", "LostProcessError",
-        "MergeReport", "OutputError", "Recipe", "RecipeError", "ReconstructReport", "RepoError",
-        "TaskFactors", "TaskSwitcher", "__version__", "compress", "evaluate", "export_peft",
-        "inspect", "interference", "load_model", "merge", "pipeline", "reconstruct",
+        "Adaptation", "AlphaSearch", "CheckpointError", "CompressReport", "DataError",
+        "EvaluateReport", "EvaluationTask", "HfTsvError", "InspectReport", "InterferenceReport",
+        "LostProcessError", "MergeReport", "OutputError", "Recipe", "RecipeError",
+        "ReconstructReport", "RepoError", "SweepReport", "TaskFactors", "TaskSwitcher",
+        "__version__", "compress", "evaluate", "export_peft", "inspect", "interference",
+        "load_model", "merge", "pipeline", "reconstruct", "sweep",
     ]  # fmt: skip
     for name in hf_tsv.__all__:
         assert getattr(hf_tsv, name) is not None

@@ -124,6 +124,16 @@ def test_one_task_that_fails_does_not_cost_the_others(zoo: Path, images: Path) -
     assert list(done.json["tasks"]) == ["a"] and list(done.json["errors"]) == ["b"]
 
 
+def test_a_fine_tune_that_is_its_base_does_not_cost_the_others(
+    zoo: Path, images: Path, tmp_path: Path
+) -> None:
+    same = copied(zoo / "base", tmp_path / "same")
+    report = hf_tsv.sweep({"a": str(images), "b": str(images)},
+                          {"a": same, "b": zoo / "vision"}, base_model=zoo / "base", limit=3,
+                          progress=False)  # fmt: skip
+    assert list(report.tasks) == ["b"] and "equals the base model" in report.errors["a"]
+
+
 @pytest.mark.parametrize("text", ["0", "1.5", "a", "", "-0.1", "nan"])
 def test_a_share_that_is_none_is_refused(zoo: Path, images: Path, text: str) -> None:
     done = run("sweep", "--task", f"a={images}", "--reference", f"a={zoo / 'vision'}",

@@ -302,7 +302,7 @@ def markdown(found: Found) -> str:
 
 
 def pictures(found: Found, folder: Path) -> None:
-    """Accuracy by α, and by method and number of tasks."""
+    """Accuracy by α, of every method."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

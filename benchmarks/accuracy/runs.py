@@ -34,6 +34,10 @@ VARIANTS = {
     "procrustes": ("--precision", "exact"),
     "whitening": ("--precision", "exact", "--orthogonalizer", "whitening"),
     "fused": ("--qkv", "fused"),
+    "task-arithmetic-1": ("--method", "task-arithmetic", "--alpha", 1),
+    "low-rank-1": ("--method", "low-rank", "--alpha", 1),
+    "orthogonal-1": ("--method", "orthogonal"),
+    "orthogonal-fused": ("--method", "orthogonal", "--qkv", "fused"),
 }
 MERGE_RANKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.125)
 FRACTIONS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5)
@@ -49,7 +53,7 @@ def command(*words: object) -> dict[str, Any]:
         words: of the command line.
 
     Raises:
-        SystemExit: the command failed; it has said why.
+        SystemExit: a part of it failed; a command that fails wholly ends this process.
     """
     from hf_tsv.cli import app
 
@@ -57,6 +61,8 @@ def command(*words: object) -> dict[str, Any]:
     with redirect_stdout(out):
         app([*map(str, words), "--json", "--quiet"], standalone_mode=False)
     found: dict[str, Any] = json.loads(out.getvalue())
+    if found.get("errors"):
+        raise SystemExit(f"{words[0]}: {found['errors']}")
     return found
 
 

@@ -65,16 +65,18 @@ class Masked(Checkpoint):
         Raises:
             [`CheckpointError`]: the base model is another one, or a file is damaged.
         """
+        if name in self.head:
+            return super().read(name, pinned=pinned)
         assert self.base is not None  # whoever opens it to read gives it
         w0 = self.base.read(name, pinned=pinned)
-        if name not in self.masks:
-            return w0
         if self.digests.get(name) != digest(w0):
             made_with = at_revision(self.base_ref, self.base_revision)
             raise CheckpointError(
                 f"{self}: {name} of the base model {self.base} is not what the mask was made with.",
                 f"It was made with {made_with}; name that with --base-model.",
             )
+        if name not in self.masks:
+            return w0.to(self.tensors[name].dtype)
         merged = super().read(name, pinned=pinned)
         packed = read_tensor(self.pinned.files, self.masks[name], name, str(self))
         return torch.where(unpacked(packed, w0.shape), merged, w0.to(merged.dtype))
@@ -179,7 +181,7 @@ def _is_origin(value: dict[str, Any]) -> bool:
 
 def _beside(files: Files, owner: str) -> tuple[Files, str]:
     """The files of the merge, and the folder of the task among them."""
-    place = PurePosixPath(files.root) if isinstance(files, LocalFiles) else None
+    place = PurePosixPath(files.root.absolute()) if isinstance(files, LocalFiles) else None
     if isinstance(files, HubFiles):
         place = PurePosixPath(files.subfolder)
     if place is None or place.parent.name != FOLDER:

@@ -128,10 +128,10 @@ def parse(text: str, subfolder: str | None = None) -> Reference:
             f"{text!r} is not valid text.",
             "Write org/name, or rename the folder: recipes are UTF-8.",
         ) from None
-    kind = _local_kind(text)
+    kind = local_kind(text)
     if kind == "folder":
         text = text if subfolder is None else str(Path(text) / subfolder)
-        if _local_kind(text) != "folder":
+        if local_kind(text) != "folder":
             raise CheckpointError(f"There is no folder {text!r}.", "Check --subfolder.")
         return Reference(text)
     if kind == "file":
@@ -164,7 +164,7 @@ def _is_subfolder(text: str) -> bool:
     return short and inside_folder(text) and "@" not in text and not text.endswith(WEIGHT_SUFFIXES)
 
 
-def _local_kind(text: str) -> str | None:
+def local_kind(text: str) -> str | None:
     """What a text is on this machine: "folder", "file", or None for nothing that can be read."""
     try:
         path = Path(text).expanduser()

@@ -251,6 +251,21 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise OutputError(f"Cannot write to {folder}: {error.strerror}.", hint) from None
 
 
+def absolute(output: Path) -> Path:
+    """The folder that a user means.
+
+    Args:
+        output (`Path`): as given; may begin with `~`.
+
+    Raises:
+        [`OutputError`]: there is no such user.
+    """
+    try:
+        return output.expanduser().absolute()
+    except RuntimeError as error:
+        raise OutputError(f"{output}: {error}", "Write the path out.") from None
+
+
 def check_free_space(folder: Path, needed: int) -> None:
     """Refuse early when a disk has less than `needed` bytes left.
 

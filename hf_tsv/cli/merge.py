@@ -183,7 +183,7 @@ def merge(
     batch_size: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            help="Images of each task in a step of ada (default 16), or at a time (64).",
+            help="Images of each task at a time. [default: 16 in a step of ada; else 64]",
             rich_help_panel=IMAGES,
             show_default=False,
         ),
@@ -265,7 +265,9 @@ def merge(
         **_learning(
             method,
             tune_alpha,
-            _tasks(task, split, template),
+            task,
+            split,
+            template,
             steps=steps,
             learning_rate=learning_rate,
             batch_size=batch_size,
@@ -330,14 +332,22 @@ def _tasks(
 
 
 def _learning(
-    method: Method, alphas: str | None, tasks: tuple[EvaluationTask, ...], **given: Any
+    method: Method,
+    alphas: str | None,
+    texts: list[str] | None,
+    split: str | None,
+    template: list[str] | None,
+    **given: Any,
 ) -> dict[str, Adaptation | AlphaSearch]:
     """What is learned from images, and how; nothing where nothing is said of it."""
     given = {name: value for name, value in given.items() if value is not None}
+    images = {"task": texts, "split": split, "template": template}
+    said = [*(name for name, value in images.items() if value), *given]
+    tasks = _tasks(texts, split, template)
     if method is Method.ada and alphas is None:
         if "limit" in given:
             raise RecipeError("--limit is an option of --tune-alpha.", "Leave it out.")
-        if not tasks and not given:
+        if not said:
             return {}
         from hf_tsv.adaptation import Adaptation
 
@@ -349,10 +359,10 @@ def _learning(
         from hf_tsv.tuning import AlphaSearch
 
         return {"tune_alpha": AlphaSearch(tasks, alphas, **given)}  # type: ignore[arg-type]
-    if tasks or given:
-        option = "task" if tasks else next(iter(given)).replace("_", "-")
+    if said:
         raise RecipeError(
-            f"--{option} is an option of --method ada and of --tune-alpha.", "Leave it out."
+            f"--{said[0].replace('_', '-')} is an option of --method ada and of --tune-alpha.",
+            "Leave it out.",
         )
     return {}
 

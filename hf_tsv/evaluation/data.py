@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_tsv import hub
+from hf_tsv.checkpoints.reference import local_kind
 from hf_tsv.errors import DataError, RecipeError, RepoError
 from hf_tsv.progress import first_line
 
@@ -20,6 +21,8 @@ LABELS = ("label", "labels", "fine_label", "class")
 """Columns that are taken for the labels where none is a class label, the likeliest first."""
 
 SPLITS = ("test", "validation", "train")
+PARQUET = ".parquet"
+
 LIBRARIES = {"datasets": "datasets", "PIL": "pillow"}
 """Packages by module, that every use of images needs."""
 
@@ -53,7 +56,19 @@ class EvaluationTask:
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = ("a photo of a {}.",)
 
+    @property
+    def shown(self) -> str:
+        """The dataset, of a folder or file without the path on this machine."""
+        on_hub = self.dataset.count("/") == 1 and not self.dataset.startswith((".", "/", "~"))
+        return self.dataset if on_hub else Path(self.dataset).name
+
     def __post_init__(self) -> None:
+        try:
+            f"{self.name}{self.dataset}".encode()
+        except UnicodeEncodeError:
+            raise RecipeError(
+                f"{self.dataset!r} is not valid text.", "Rename it: results are UTF-8."
+            ) from None
         if not self.name.isprintable() or not self.name.strip() or not self.dataset.strip():
             raise RecipeError(f"The task {self.name!r} is incomplete.", "Write NAME=DATASET.")
         for template in self.templates:
@@ -78,7 +93,7 @@ class EvaluationTask:
         name, equals, dataset = text.partition("=")
         if not equals:
             raise RecipeError(f"The task {text!r} names no dataset.", "Write NAME=DATASET.")
-        if Path(dataset).expanduser().exists():
+        if local_kind(dataset) is not None:
             return EvaluationTask(name, dataset, **choices)
         found = re.fullmatch(r"([^@:]+)(?::([^@]+))?(?:@(.+))?", dataset)
         if found is None:
@@ -248,9 +263,8 @@ def load(
 
 def _commit(task: EvaluationTask, token: str | None) -> str | None:
     """What the revision of a repository stands for now."""
-    path = Path(task.dataset).expanduser()
-    local = path.exists() or path.suffix == ".parquet" or task.dataset.startswith((".", "/", "~"))
-    if local or task.dataset.count("/") != 1:
+    local = local_kind(task.dataset) is not None or task.dataset.startswith((".", "/", "~"))
+    if local or task.dataset.endswith(PARQUET) or task.dataset.count("/") != 1:
         return None
     try:
         return hub.dataset_commit(task.dataset, task.revision, token=token)
@@ -265,14 +279,14 @@ def _splits(
     token: str | None,
     cache_dir: str | None,
 ) -> Mapping[str, Dataset]:
-    path = Path(task.dataset).expanduser()
     options: dict[str, Any] = {"name": task.config, "revision": revision}
     source = task.dataset
-    if path.suffix == ".parquet":
-        source, options = "parquet", {"data_files": {"test": str(path)}}
-    elif path.exists():
-        source, options = str(path), {}
     try:
+        if task.dataset.endswith(PARQUET):
+            path = str(Path(task.dataset).expanduser())
+            source, options = "parquet", {"data_files": {task.split or SPLITS[0]: path}}
+        elif local_kind(task.dataset) is not None:
+            source, options = str(Path(task.dataset).expanduser()), {}
         found: Mapping[str, Dataset] = datasets.load_dataset(
             source, token=token, cache_dir=cache_dir, **options
         )

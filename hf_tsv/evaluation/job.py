@@ -8,7 +8,7 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.checkpoints.writer import check_output_folder
+from hf_tsv.checkpoints.writer import absolute, check_output_folder
 from hf_tsv.errors import RecipeError
 from hf_tsv.evaluation import model_index, suites
 from hf_tsv.evaluation.data import (
@@ -139,6 +139,6 @@ def chosen(
 
 
 def _checked_folder(output: Path, *, force: bool) -> Path:
-    folder = output.expanduser().absolute()
+    folder = absolute(output)
     check_output_folder(folder, [RESULTS_FILE], force=force)
     return folder

@@ -91,6 +91,11 @@ def _hub_card(pinned: PinnedCheckpoint, token: str | None, create_pr: bool) -> C
             "Leave --card out, or try again with a connection.",
         )
     repo = pinned.files.repo
+    if pinned.files.subfolder:
+        raise OutputError(
+            f"{pinned} is a part of a repository, whose card is about the whole.",
+            "Leave --card out.",
+        )
     if create_pr and branch != "main":
         raise OutputError(
             "A pull request cannot start from a revision.", "Give --create-pr or a revision."
@@ -191,7 +196,7 @@ def with_results(card: Card, results: Sequence[EvalResult]) -> str:
             changed = block + written
         if yaml.safe_load(changed) != {**data, "model-index": index}:
             raise ValueError
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
+    except (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise OutputError(
             f"The front matter of {card} cannot take results.", "Check its YAML, and `model-index`."
         ) from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_tsv import plots, processes
+from hf_tsv.checkpoints.reference import at_revision
 from hf_tsv.checkpoints.writer import whole_folder
 from hf_tsv.errors import DataError, HfTsvError
 from hf_tsv.evaluation import model_index, pictures, suites
@@ -144,7 +145,7 @@ def evaluate(
         job = group.shared(job)
         show = not group.rank and (visible_by_default() if progress is None else progress)
         run = Run(job, device, token, cache, show, group, finished)
-        model = run.model(fspath(reference), subfolder)
+        model = run.model(at_revision(job.ref, job.revision))
         where = model.device
         data, results, errors = run.all_scored(model)
         del model

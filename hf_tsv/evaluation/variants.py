@@ -46,10 +46,10 @@ def accuracies(
     with bar(f"Classifying {task.name}", count, visible=show) as advance:
         for start in range(0, count, IMAGES_AT_ONCE):
             stop = min(start + IMAGES_AT_ONCE, count)
-            batches = [
+            batches = (
                 images.batch(first, min(first + batch_size, stop), task.name)
                 for first in range(start, stop, batch_size)
-            ]
+            )
             seen = [
                 (pipe.image_processor(pictures, return_tensors="pt")["pixel_values"], labels)
                 for pictures, labels in batches

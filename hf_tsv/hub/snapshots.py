@@ -14,7 +14,8 @@ from hf_tsv.errors import RepoError
 from hf_tsv.hub.client import api, first_line, retried, translated
 from hf_tsv.progress import logger
 
-CONFIGS = ("config.json", "tsv_config.json", "open_clip_config.json", "adapter_config.json")
+CONFIGS = ("config.json", "tsv_config.json", "open_clip_config.json", "adapter_config.json",
+           "hf_tsv_mask.json")  # fmt: skip
 CONVERTER = "SFconvertbot"
 CONVERSION = "Adding `safetensors` variant of this model"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
