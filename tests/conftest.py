@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ ENVIRONMENT = {
 os.environ.update(ENVIRONMENT)
 for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "HF_DEBUG"):
     os.environ.pop(name, None)
+
+# A shell's background jobs ignore it, and so would what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import clips  # noqa: E402
 import pytest  # noqa: E402

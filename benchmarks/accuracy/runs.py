@@ -18,6 +18,9 @@ ALPHAS = "0.1:0.5:0.1,0.7:1.9:0.3"
 ADAPTATION = ("--steps", 100, "--learning-rate", 0.005)
 """A third of the default steps, and as far in all."""
 
+MORE_ALPHAS = {"orthogonal": "2.2:3.1:0.3"}
+"""All vectors of all tasks in a square matrix made orthogonal are the average: α may be large."""
+
 METHODS = (
     "task-arithmetic",
     "ties",
@@ -127,7 +130,8 @@ def method(seed: Seed, count: int, name: str) -> dict[str, Any]:
     """A method with α chosen on validation images."""
     tasks = seed.tasks[:count]
     images = (*seed.options(tasks, "validation"), "--limit", VALIDATION_IMAGES)
-    found = seed.merged(tasks, "--method", name, "--tune-alpha", ALPHAS, *images)
+    alphas = f"{ALPHAS},{MORE_ALPHAS[name]}" if name in MORE_ALPHAS else ALPHAS
+    found = seed.merged(tasks, "--method", name, "--tune-alpha", alphas, *images)
     tuning = found["report"]["tuning"]
     return {
         "alpha": tuning["alpha"],
