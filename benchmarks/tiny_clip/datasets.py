@@ -32,6 +32,7 @@ def write_task(task: Task, folder: Path, seed: int, images: int = 500) -> dict[S
     """
     import datasets
 
+    datasets.disable_progress_bars()
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(task.prompts))}
     )
