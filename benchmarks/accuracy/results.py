@@ -29,6 +29,16 @@ ROWS = {
     "ada": "TSV-Merge, coefficients learned (`ada`)",
     "fine-tuned": "fine-tuned, one model a task",
 }
+SETTINGS = {
+    "procrustes": "TSV-Merge by SVDs (`--precision exact`)",
+    "whitening": "TSV-Merge by whitening",
+    "fused": "TSV-Merge, attention stacked (`--qkv fused`)",
+    "task-arithmetic-1": "task arithmetic",
+    "low-rank-1": "low rank only",
+    "orthogonal-1": "orthogonal only",
+    "orthogonal-fused": "orthogonal only, attention stacked",
+}
+
 ORDER = (
     ("average", "task-arithmetic"),
     ("task-arithmetic", "consensus"),
@@ -250,13 +260,13 @@ def markdown(found: Found) -> str:
                 for share in ranks
             ),
         ),
-        "## Solver and attention",
-        "TSV-Merge, α = 1, full float64 SVDs with either orthogonalisation, and the attention"
-        " projections stacked: normalised accuracy.",
+        "## α = 1",
+        "Solvers, stacked attention projections, and the paper's ablation without a choice of α:"
+        " normalised accuracy.",
         _table(
             head,
             (
-                [name, *by_count(lambda count, n=name: found["variants"][count][n])]  # type: ignore[misc]
+                [SETTINGS[name], *by_count(lambda count, n=name: found["variants"][count][n])]  # type: ignore[misc]
                 for name in VARIANTS
             ),
         ),
