@@ -237,7 +237,7 @@ def test_the_model_that_is_written_has_the_entropy_that_is_told(
     pipe: Any = hf_tsv.pipeline("zero-shot-image-classification", tmp_path / "out")
     means = []
     for task in how(images).tasks:
-        data = load(task, limit=None, token=None, cache_dir=None)
+        data = load(task)
         head = zero_shot.head(pipe.model, pipe.tokenizer, data.classes, task.templates)
         pictures, _ = data.batch(0, len(data.rows), task.name)
         pixels = pipe.image_processor(pictures, return_tensors="pt")["pixel_values"]

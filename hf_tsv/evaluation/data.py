@@ -225,7 +225,6 @@ def load(
     *,
     limit: int | None = None,
     token: str | None = None,
-    cache_dir: str | None = None,
 ) -> LabelledImages:
     """Find the images of a task.
 
@@ -233,7 +232,6 @@ def load(
         task ([`EvaluationTask`]): which.
         limit (`int`, *optional*): take so many, drawn at random, always the same.
         token (`str`, *optional*): for private datasets.
-        cache_dir (`str`, *optional*): default: that of datasets.
 
     Raises:
         [`DataError`]: no such dataset, split or column, or nothing in it.
@@ -242,7 +240,7 @@ def load(
 
     datasets.disable_progress_bars()  # ours counts images
     revision = _commit(task, token)
-    splits = _splits(task, revision or task.revision, datasets, token, cache_dir)
+    splits = _splits(task, revision or task.revision, datasets, token)
     wanted = [task.split] if task.split else [s for s in SPLITS if s in splits] or list(splits)
     if wanted[0] not in splits:
         raise DataError(
@@ -277,7 +275,6 @@ def _splits(
     revision: str | None,
     datasets: Any,
     token: str | None,
-    cache_dir: str | None,
 ) -> Mapping[str, Dataset]:
     options: dict[str, Any] = {"name": task.config, "revision": revision}
     source = task.dataset
@@ -287,9 +284,7 @@ def _splits(
             source, options = "parquet", {"data_files": {task.split or SPLITS[0]: path}}
         elif local_kind(task.dataset) is not None:
             source, options = str(Path(task.dataset).expanduser()), {}
-        found: Mapping[str, Dataset] = datasets.load_dataset(
-            source, token=token, cache_dir=cache_dir, **options
-        )
+        found: Mapping[str, Dataset] = datasets.load_dataset(source, token=token, **options)
         return found
     except Exception as error:  # a dozen types, of several libraries
         raise DataError(
