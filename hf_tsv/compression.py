@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -15,20 +16,17 @@ from typing import Any
 
 import torch
 
-from hf_tsv import cards, plots, processes, stream
+from hf_tsv import cards, journal, plots, processes, stream
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.checkpoints.writer import (
-    check_free_space,
-    whole_folder,
-)
+from hf_tsv.checkpoints.writer import check_free_space
 from hf_tsv.compressed_files import (
     choose_ranks,
     model_class_of,
     write_adapter,
     write_factors,
 )
-from hf_tsv.delivery import Target, final_folder, push
+from hf_tsv.delivery import Target, final_folder, push, until_pushed
 from hf_tsv.errors import CheckpointError
 from hf_tsv.factors import (
     ADAPTER_FORMAT,
@@ -57,6 +55,9 @@ from hf_tsv.spectra import (
     energy_curves,
     measure,
 )
+
+SPOOL = "vectors"
+"""The file beside an output under construction that holds singular vectors."""
 
 TASK_COUNTS = (8, 14, 20)
 """Numbers of tasks that the paper reports."""
@@ -348,12 +349,13 @@ def run(
     if dry_run:
         return replace(report, seconds=round(time.monotonic() - started, 3), dry_run=True)
     place = stream.pick_device(device)
-    check_free_space(target.output or Path(tempfile.gettempdir()), _disk_bytes(job))
-    job = replace(job, sources=sources.within_reach(visible=show))
+    identity = job.to_json(place)
+    final = final_folder(target, identity)
+    check_free_space(final, _disk_bytes(job) - journal.begun_bytes(final))
+    job = replace(job, sources=job.sources.within_reach(visible=show))
     try:
-        with final_folder(target) as final:
-            with whole_folder(final) as staging:
-                done = _compress_into(staging, job, target, place, show)
+        with until_pushed(target, final):
+            done = _construct(final, identity, job, target, place, show)
             url = push(final, target, access.token)
     finally:
         job.sources.close()
@@ -405,21 +407,59 @@ class _Done:
     seconds: Seconds
 
 
+def _construct(
+    final: Path,
+    identity: dict[str, Any],
+    job: Job,
+    target: Target,
+    device: torch.device,
+    show: bool,
+) -> _Done:
+    """Make the folder that is wanted, or the rest of it."""
+    with journal.under_construction(
+        final, identity, force=target.force, until_pushed=target.only_pushed
+    ) as (work, state):
+        candidates = {candidate.name: candidate for candidate in job.candidates}
+        noted = journal.read(work, lambda entry: _noted(entry, candidates)).values()
+        if state == "finished":
+            logger.info("The result is in %s already.", final)
+            content = json.loads((final / FACTORS_CONFIG).read_text(encoding="utf-8"))
+            config = FactorsConfig.from_dict({**content, "format": FORMAT}, str(final))
+            weight_files = sum(file.stat().st_size for file in final.glob("*.safetensors"))
+            return _Done(config, weight_files, sum(item.exact for item in noted), Seconds())
+        with Spool(work / SPOOL, list(noted)) as spool:
+            journal.rewrite(work, (item.to_entry() for item in spool.held))
+            if state == "begun":
+                logger.info("%d of %d weights are there already.", len(spool.held), len(candidates))
+            with journal.Journal(work) as notes:
+                return _compress_into(work / journal.FILES, job, target, spool, notes, device, show)
+
+
+def _noted(entry: dict[str, Any], candidates: Mapping[str, Candidate]) -> Measured:
+    return Measured.from_entry(entry, candidates[entry["label"]])
+
+
 def _compress_into(
-    folder: Path, job: Job, target: Target, device: torch.device, show: bool
+    folder: Path,
+    job: Job,
+    target: Target,
+    spool: Spool,
+    notes: journal.Journal,
+    device: torch.device,
+    show: bool,
 ) -> _Done:
     """Write a complete result into `folder`: tensors, description, card."""
     source, base, options = job.source, job.sources.base, job.options
-    logger.info("Compressing %d weights of %s on %s.", len(job.candidates), source, device.type)
-    with Spool(folder) as spool:
-        with bar("Decomposing", len(job.candidates), visible=show) as advance:
-            measured, seconds = measure(job, spool, device, advance)
-        if not any(item.norm for item in measured):
-            raise equals_base(str(source), str(base))
-        started = time.monotonic()
-        ranks = choose_ranks(measured, job)
-        write = write_factors if options.format == "factors" else write_adapter
-        written = write(folder, job, spool, measured, ranks)
+    left = len(job.candidates) - len(spool.held)
+    logger.info("Compressing %d weights of %s on %s.", left, source, device.type)
+    with bar("Decomposing", left, visible=show) as advance:
+        measured, seconds = measure(job, spool, notes, device, advance)
+    if not any(item.norm for item in measured):
+        raise equals_base(str(source), str(base))
+    started = time.monotonic()
+    ranks = choose_ranks(measured, job)
+    write = write_factors if options.format == "factors" else write_adapter
+    written = write(folder, job, spool, measured, ranks)
     seconds += Seconds(writing=time.monotonic() - started)
     total = sum(item.norm**2 for item in measured)
     lost = sum((1 - item.energy) * item.norm**2 for item in written.weights.values())

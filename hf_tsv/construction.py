@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_tsv import journal, memory, processes, stream
 from hf_tsv.checkpoints import companions
-from hf_tsv.checkpoints.files import LocalFiles
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, disk_errors
 from hf_tsv.costs import Parallelism, fitting, operations
-from hf_tsv.delivery import Target, final_folder, push
+from hf_tsv.delivery import Target, final_folder, push, until_pushed
 from hf_tsv.diagnosis import diagnoses
 from hf_tsv.errors import CheckpointError, HfTsvError, LostProcessError, OutputError, RecipeError
 from hf_tsv.factors import TaskFactors
@@ -33,10 +31,9 @@ from hf_tsv.sources import (
     DEFAULT_ACCESS,
     Access,
     Sources,
-    Task,
     equals_base,
+    identity_entry,
     open_sources,
-    pinned_entry,
 )
 
 if TYPE_CHECKING:
@@ -98,8 +95,8 @@ class Job:
         """Everything that decides about the bytes of the result."""
         return {
             "verb": self.verb,
-            "base_model": _identity(self.sources.base),
-            "inputs": [_identity(item) for item in self.sources.inputs],
+            "base_model": identity_entry(self.sources.base),
+            "inputs": [identity_entry(item) for item in self.sources.inputs],
             "weights": self.scales,
             "settings": asdict(self.settings),
             "tensors": {n: [str(t.dtype), t.shape] for n, t in self.plan.specs.items()},
@@ -108,16 +105,6 @@ class Job:
             "measure": self.measure,
             "coefficients": self.coefficients,
         }
-
-
-def _identity(item: Task) -> dict[str, Any]:
-    """Which commit; or which folder, and size and time of change of its files."""
-    entry: dict[str, Any] = {**pinned_entry(item)}
-    if isinstance(item.pinned.files, LocalFiles) and item.pinned.is_local:
-        root = item.pinned.files.root
-        stats = {name: (root / name).stat() for name in item.needed_files}
-        entry["files"] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return entry
 
 
 @dataclass(frozen=True)
@@ -260,8 +247,8 @@ def execute(
         )
         logger.warning(warning)
         job = replace(job, warnings=[*job.warnings, warning])
-    parent = target.output or Path(gettempdir())
-    check_free_space(parent, job.plan.shards.total_bytes - journal.begun_bytes(target.output))
+    final = final_folder(target, job.to_json(device))
+    check_free_space(final, job.plan.shards.total_bytes - journal.begun_bytes(final))
     job = replace(job, sources=job.sources.within_reach(visible=show))
     try:
         refuse_unchanged(job)
@@ -275,7 +262,8 @@ def execute(
             job = replace(job, thresholds=tuple(found))
         if job.adaptation is not None and not job.coefficients:
             job = _adapted(job, job.adaptation, device, show=show)
-        with final_folder(target) as final:
+        final = final_folder(target, job.to_json(device))  # with what was found or learned
+        with until_pushed(target, final):
             findings, warnings = _construct(final, job, target, device, show, group, describe)
             url = push(final, target, job.sources.access.token)
     finally:
@@ -376,10 +364,14 @@ def _construct(
         job.to_json(device),
         job.plan.shards,
         force=target.force,
-        keep=target.output is not None,
-    ) as (work, resumed):
+        until_pushed=target.only_pushed,
+    ) as (work, state):
+        if state == "finished":
+            logger.info("The result is in %s already.", final)
+            findings = Findings(len(job.sources.inputs), _all_noted(job, work, 1))
+            return findings, [*job.warnings, *warned(job, findings)]
         folder = work / journal.FILES
-        finished = _finished(job, work) if resumed else set()
+        finished = _finished(job, work) if state == "begun" else set()
         left = [weight for weight in job.plan.weights if weight.label not in finished]
         shares = [
             [left[i].label for i in share]
@@ -422,11 +414,12 @@ def warned(job: Job, findings: Findings) -> list[str]:
 def _finished(job: Job, work: Path) -> set[str]:
     """Labels of the weights that an earlier run has written."""
     writer = ShardWriter(work / journal.FILES, job.plan.shards, create=False)
+    noted = journal.read(work, Finding.from_dict)
     try:
-        found = journal.still_there(journal.read(work).values(), writer, job.plan.specs)
+        found = journal.still_there(noted.values(), writer, job.plan.specs)
     finally:
         writer.abandon()
-    journal.rewrite(work, found)
+    journal.rewrite(work, (finding.to_dict() for finding in found))
     logger.info("%d of %d weights are there already.", len(found), len(job.plan.weights))
     return {finding.label for finding in found}
 
@@ -437,14 +430,14 @@ def _all_noted(job: Job, work: Path, count: int) -> list[Finding]:
     The bytes of several processes are read back: storage that machines share may lose some where
     two of them write into one page.
     """
-    noted = journal.read(work, count)
+    noted = journal.read(work, Finding.from_dict, count)
     if count > 1:
         writer = ShardWriter(work / journal.FILES, job.plan.shards, create=False)
         try:
             there = journal.still_there(noted.values(), writer, job.plan.specs)
         finally:
             writer.abandon()
-        journal.rewrite(work, there)
+        journal.rewrite(work, (finding.to_dict() for finding in there))
         noted = {finding.label: finding for finding in there}
     if missing := [weight.label for weight in job.plan.weights if weight.label not in noted]:
         raise LostProcessError(
@@ -467,7 +460,7 @@ def _merge_share(
     weights = [weight for weight in job.plan.weights if weight.label in wanted]
 
     def done(finding: Finding) -> None:
-        notes.add(finding)
+        notes.add(finding.to_dict())
         advance(1)
         if (work / journal.FAILED).exists():
             raise LostProcessError("Another process failed.", "See its message.")

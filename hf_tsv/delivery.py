@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
 
 from hf_tsv import hub
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
-from hf_tsv.checkpoints.writer import absolute, check_output_folder
+from hf_tsv.checkpoints.writer import absolute, check_output_folder, remove_empty
 from hf_tsv.errors import OutputError, RepoError
 from hf_tsv.progress import logger
 
@@ -80,6 +84,11 @@ class Target:
             target = replace(target, push_to=repo_id)
         return target
 
+    @property
+    def only_pushed(self) -> bool:
+        """There is no folder that the user asked for."""
+        return self.output is None and self.push_to is not None
+
     def refuse_inputs(self, inputs: Sequence[PinnedCheckpoint]) -> None:
         """Refuse to replace one of the inputs: a folder that is or holds it, or its repository.
 
@@ -117,24 +126,37 @@ class Target:
         return shlex.join(words)
 
 
-@contextmanager
-def final_folder(target: Target) -> Iterator[Path]:
-    """The folder to assemble the result in: the output, or a temporary one for the upload.
+def final_folder(target: Target, job: Mapping[str, Any]) -> Path:
+    """Where to assemble the result: the output; or a folder that the same job finds again.
 
-    A temporary folder that is complete is kept when the body fails, so that no work is lost.
+    Args:
+        target ([`Target`]): where the result goes.
+        job (`Mapping[str, Any]`): everything that decides about the result.
     """
     if target.output is not None:
-        yield target.output
-        return
-    parent = Path(tempfile.mkdtemp(prefix="hf-tsv-"))
-    final = parent / str(target.push_to).rsplit("/", 1)[-1]
+        return target.output
+    text = json.dumps([target.push_to, job], sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    name = (target.push_to or "merge").rsplit("/", 1)[-1]
+    return Path(constants.HF_HOME) / "hf-tsv" / "unpushed" / key / name
+
+
+@contextmanager
+def until_pushed(target: Target, final: Path) -> Iterator[None]:
+    """Remove a folder that was only for the upload, when the body ends well.
+
+    Args:
+        target ([`Target`]): where the result goes.
+        final (`Path`): see [`final_folder`].
+    """
     try:
-        yield final
+        yield
     except BaseException:
-        if not final.exists():
-            shutil.rmtree(parent, ignore_errors=True)
+        if target.output is None:
+            remove_empty([final.parent])
         raise
-    shutil.rmtree(parent, ignore_errors=True)
+    if target.output is None:
+        shutil.rmtree(final.parent, ignore_errors=True)
 
 
 def push(folder: Path, target: Target, token: str | None) -> str | None:

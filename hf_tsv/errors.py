@@ -3,6 +3,7 @@
 HfTsvError
 ├── RepoError         a Hub repository cannot be read or written: unknown, gated, revision, token
 ├── CheckpointError   a checkpoint is damaged or does not fit the base model
+│   └── LostFileError a file of it was there, and cannot be read any more
 ├── RecipeError       a recipe or an option cannot be used
 ├── OutputError       the output folder cannot be written
 ├── DataError         a dataset cannot be evaluated on
@@ -35,6 +36,10 @@ class RepoError(HfTsvError):
 
 class CheckpointError(HfTsvError):
     """A checkpoint is damaged, or does not fit the base model."""
+
+
+class LostFileError(CheckpointError):
+    """A file of a checkpoint was there, and cannot be read any more."""
 
 
 class RecipeError(HfTsvError):

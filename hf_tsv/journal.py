@@ -1,7 +1,7 @@
 """An output under construction: what is finished of it, so that a run that stopped can go on.
 
 Beside the output `merged` stands `.merged.hf-tsv`: the job in `job.json`, the files in `files/`,
-and in `done.N.jsonl` one line for each weight that process N has written.
+and in `done.N.jsonl` one line for each weight that process N has finished.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, TypeVar
 
 from hf_tsv.checkpoints.reader import digest
 from hf_tsv.checkpoints.writer import (
@@ -25,12 +25,18 @@ from hf_tsv.checkpoints.writer import (
     make_parents,
     remove_empty,
     replace_folder,
+    write_index,
 )
-from hf_tsv.errors import CheckpointError, OutputError
+from hf_tsv.errors import CheckpointError, LostFileError, OutputError
 from hf_tsv.findings import Finding
 from hf_tsv.progress import logger
 
 JOB, FILES, FAILED = "job.json", "files", "failed"
+
+State = Literal["new", "begun", "finished"]
+"""Of an output, when a run turns to it: `finished` ones wait for their upload."""
+
+T = TypeVar("T")
 
 
 def journal_file(rank: int) -> str:
@@ -55,17 +61,18 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, finding: Finding) -> None:
-        """Note one weight, after its last byte is written."""
-        self._file.write(json.dumps(finding.to_dict()) + "\n")
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Note one weight, which is its `label`, after its last byte is written."""
+        self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 
 
-def read(work: Path, processes: int = 1) -> dict[str, Finding]:
+def read(work: Path, parse: Callable[[dict[str, Any]], T], processes: int = 1) -> dict[str, T]:
     """Weights that the journals name; a line that was cut off does not count.
 
     Args:
         work (`Path`): the folder under construction.
+        parse (`Callable`): makes of a line what was noted.
         processes (`int`): whose journals there must be, though a listing may not show them yet.
     """
     found = {}
@@ -76,8 +83,8 @@ def read(work: Path, processes: int = 1) -> dict[str, Finding]:
             for line in text.splitlines(keepends=True):
                 with suppress(ValueError, TypeError, KeyError, AttributeError):
                     if line.endswith("\n"):
-                        finding = Finding.from_dict(json.loads(line))
-                        found[finding.label] = finding
+                        entry = json.loads(line)
+                        found[entry["label"]] = parse(entry)
     return found
 
 
@@ -96,10 +103,10 @@ def still_there(
     ]
 
 
-def rewrite(work: Path, findings: Sequence[Finding]) -> None:
+def rewrite(work: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     """Let one journal hold these weights, and no other any."""
     new = work / "done.new"
-    lines = (json.dumps(finding.to_dict()) + "\n" for finding in findings)
+    lines = (json.dumps(entry) + "\n" for entry in entries)
     new.write_text("".join(lines), encoding="utf-8")
     new.replace(work / journal_file(0))
     for path in _journals(work):
@@ -107,10 +114,10 @@ def rewrite(work: Path, findings: Sequence[Finding]) -> None:
             path.unlink()
 
 
-def begun_bytes(target: Path | None) -> int:
+def begun_bytes(target: Path) -> int:
     """Bytes that an earlier run has reserved for the same output."""
     try:
-        files = [] if target is None else list((_work_of(target) / FILES).iterdir())
+        files = list(_work_of(target).rglob("*"))
         return sum(512 * path.stat().st_blocks for path in files)  # not the holes
     except OSError:
         return 0
@@ -130,11 +137,11 @@ def note_failure(work: Path) -> None:
 def under_construction(
     target: Path,
     job: Mapping[str, Any],
-    plan: ShardPlan,
+    plan: ShardPlan | None = None,
     *,
     force: bool,
-    keep: bool = True,
-) -> Iterator[tuple[Path, bool]]:
+    until_pushed: bool = False,
+) -> Iterator[tuple[Path, State]]:
     """A folder that becomes `target` when the body ends well, and goes on where it stopped.
 
     A run that stops leaves it, whatever the reason, unless it is an input that will fail again.
@@ -142,12 +149,13 @@ def under_construction(
     Args:
         target (`Path`): final place; an existing folder there is replaced.
         job (`Mapping[str, Any]`): everything that decides about the result.
-        plan ([`ShardPlan`]): its files.
+        plan ([`ShardPlan`], *optional*): its files, as far as they are known before.
         force (`bool`): forget what another job has begun.
-        keep (`bool`): leave the beginning of a run that stops; else nobody would find it again.
+        until_pushed (`bool`): leave the journal beside the result, which the same job finds
+            finished then.
 
     Yields:
-        `tuple[Path, bool]`: the folder under construction, and whether it holds a beginning.
+        `tuple[Path, State]`: the folder under construction, and what there is already.
 
     Raises:
         [`OutputError`]: another job began it, or another process is at it.
@@ -159,15 +167,16 @@ def under_construction(
         work.mkdir(exist_ok=True)
         with locked(work / JOB, target) as file:
             try:
-                resumed = _begin(work, file, text, target, plan, force=force)
-                yield work, resumed
-                replace_folder(target, work / FILES, before)
+                state = _begin(work, file, text, target, plan, until_pushed, force=force)
+                yield work, state
+                if state != "finished":
+                    replace_folder(target, work / FILES, before)
             except _OthersError as error:
                 remove_empty(made)
                 raise OutputError(error.message, error.hint) from None
             except BaseException as error:
-                in_vain = not keep or isinstance(error, CheckpointError)
-                if count := 0 if in_vain else len(read(work)):
+                again = not isinstance(error, CheckpointError) or isinstance(error, LostFileError)
+                if count := len(read(work, dict)) if again else 0:
                     logger.warning(
                         "%d finished weights are kept in %s; the same command goes on from there.",
                         count,
@@ -177,7 +186,10 @@ def under_construction(
                     shutil.rmtree(work, ignore_errors=True)
                     remove_empty(made)
                 raise
-            shutil.rmtree(work, ignore_errors=True)
+            if until_pushed:
+                _clear(work, {JOB, *(path.name for path in _journals(work))})
+            else:
+                shutil.rmtree(work, ignore_errors=True)
 
 
 class _OthersError(OutputError):
@@ -185,34 +197,53 @@ class _OthersError(OutputError):
 
 
 def _begin(
-    work: Path, file: IO[str], text: str, target: Path, plan: ShardPlan, *, force: bool
-) -> bool:
+    work: Path,
+    file: IO[str],
+    text: str,
+    target: Path,
+    plan: ShardPlan | None,
+    until_pushed: bool,
+    *,
+    force: bool,
+) -> State:
     """Make the files, or find them begun by the same job."""
     begun, files = file.read(), work / FILES
     if not _is_json(begun):  # the run ended while it began
         begun = ""
+    sizes = {} if plan is None else plan.sizes
     whole = files.is_dir() and all(
         (files / name).is_file() and (files / name).stat().st_size == size
-        for name, size in plan.sizes.items()
+        for name, size in sizes.items()
     )
     if begun == text and whole:
         (work / FAILED).unlink(missing_ok=True)
-        return True
+        _clear(files, sizes)  # what the run had written beside the weights, maybe in part
+        if plan is not None:
+            write_index(files, plan)
+        return "begun"
+    if begun == text and until_pushed and target.is_dir() and not files.exists():
+        return "finished"
     if begun not in ("", text) and files.is_dir() and not force:
         raise _OthersError(
             f"Another run has begun {target} with other inputs or settings.",
             f"Finish it with the same command, add --force to start over, or remove {work}.",
         )
     file.truncate(0)
-    for path in work.iterdir():
-        if path.name != JOB:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _clear(work, {JOB})
     files.mkdir()
-    ShardWriter(files, plan).abandon()
+    if plan is not None:
+        ShardWriter(files, plan).abandon()
     file.seek(0)
     file.write(text)
     file.flush()
-    return False
+    return "new"
+
+
+def _clear(folder: Path, kept: Collection[str]) -> None:
+    """Remove everything from a folder but what is named."""
+    for path in folder.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_json(text: str) -> bool:

@@ -325,6 +325,22 @@ def pinned_entry(item: Task) -> dict[str, str | None]:
     return {"ref": item.pinned.ref, "revision": item.pinned.revision}
 
 
+def identity_entry(item: Task) -> dict[str, Any]:
+    """Which commit; or which folder, and the sizes of its files and when they were changed.
+
+    Unlike the time of modification, that of change cannot be set: a copy that keeps the one is
+    noticed by the other.
+    """
+    entry: dict[str, Any] = {**pinned_entry(item)}
+    if isinstance(item.pinned.files, LocalFiles) and item.pinned.is_local:
+        root = item.pinned.files.root
+        stats = {name: (root / name).stat() for name in item.needed_files}
+        entry["files"] = {
+            name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()
+        }
+    return entry
+
+
 def distinct_names(pins: Sequence[PinnedCheckpoint]) -> list[str]:
     """Short names of checkpoints: the last part of each reference, more where needed.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import math
 import os
-import tempfile
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,10 +27,11 @@ from hf_tsv.factors import (
     matrix_shape,
 )
 from hf_tsv.findings import Seconds
+from hf_tsv.journal import Journal
 from hf_tsv.memory import reused, share_one_heap
 from hf_tsv.ranks import DENSE, RankRule
-from hf_tsv.recipe import Dtype, Settings, check_shard_size
-from hf_tsv.sources import Sources
+from hf_tsv.recipe import Dtype, Settings, check_shard_size, current_versions
+from hf_tsv.sources import Sources, identity_entry
 from hf_tsv.tsv import TaskSingularVectors
 
 Format = Literal["factors", "peft"]
@@ -127,6 +129,7 @@ class Measured:
         singular_values (`Tensor`): those that may be kept, float64, descending.
         numerical_rank (`int`): how many there are above storage rounding.
         place (`int`): where the spool holds its vectors.
+        sha256 (`str`): digest of what it holds there.
         exact (`bool`): they are from a full SVD.
     """
 
@@ -136,7 +139,33 @@ class Measured:
     singular_values: Tensor
     numerical_rank: int = 0
     place: int = 0
+    sha256: str = ""
     exact: bool = False
+
+    def to_entry(self) -> dict[str, Any]:
+        """As a journal has it."""
+        return {
+            "label": self.candidate.name,
+            "base_sha256": self.base_sha256,
+            "norm": self.norm,
+            "singular_values": self.singular_values.tolist(),
+            "numerical_rank": self.numerical_rank,
+            "place": self.place,
+            "sha256": self.sha256,
+            "exact": self.exact,
+        }
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any], candidate: Candidate) -> Measured:
+        """The inverse of [`to_entry`].
+
+        Args:
+            entry (`Mapping[str, Any]`): of a journal.
+            candidate ([`Candidate`]): its weight.
+        """
+        values = torch.tensor(entry["singular_values"], dtype=torch.float64)
+        rest = {k: v for k, v in entry.items() if k != "label"}
+        return cls(candidate, **{**rest, "singular_values": values})
 
     def energy(self, rank: int) -> float:
         """Share of the squared norm that is kept."""
@@ -208,6 +237,17 @@ class Job:
         """Size of the task head, which is kept as it is."""
         return sum(info.nbytes for info in self.source.head.values())
 
+    def to_json(self, device: torch.device) -> dict[str, Any]:
+        """Everything that decides about the bytes of the result."""
+        return {
+            "base_model": identity_entry(self.sources.base),
+            "source": identity_entry(self.source),
+            "options": asdict(self.options),
+            "tensors": {c.name: [str(c.dtype), c.shape, c.limit] for c in self.candidates},
+            "versions": current_versions(),
+            "device": device.type,
+        }
+
     def delta(self, name: str) -> Tensor:
         """Δ of one weight."""
         return tsv.difference(self.source.read(name), self.sources.base.read(name))
@@ -261,12 +301,15 @@ class Spool:
     """Singular vectors of all weights on disk, until it is known how many of each are kept.
 
     Args:
-        folder (`Path`): where the file lies; it has no name there.
+        file (`Path`): made if it is not there.
+        measured (`Sequence[Measured]`): weights whose vectors may be in it already.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by __exit__)
-        self._end = 0
+    def __init__(self, file: Path, measured: Sequence[Measured] = ()) -> None:
+        self._file = file.open("r+b" if file.exists() else "w+b")
+        self.held = [item for item in measured if self._holds(item)]
+        """Those whose vectors are in it: after a power failure some may not be."""
+        self._end = max((item.place + _spooled_bytes(item) for item in self.held), default=0)
 
     def __enter__(self) -> Spool:
         return self
@@ -274,15 +317,33 @@ class Spool:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def put(self, vectors: TaskSingularVectors) -> int:
-        """Keep Uᵀ and Vh in float32; triplet after triplet, so that a prefix is a truncation."""
+    def _holds(self, item: Measured) -> bool:
+        if not len(item.singular_values):
+            return True
+        try:
+            rows = self._rows(item, len(item.singular_values))
+        except OSError:
+            return False
+        return hashlib.sha256(byte_view(rows)).hexdigest() == item.sha256
+
+    def put(self, item: Measured, vectors: TaskSingularVectors) -> Measured:
+        """Keep Uᵀ and Vh in float32; triplet after triplet, so that a prefix is a truncation.
+
+        Args:
+            item ([`Measured`]): the weight.
+            vectors ([`TaskSingularVectors`]): all that may be kept of it.
+
+        Returns:
+            [`Measured`]: that knows where they are.
+        """
         start = self._end
         rows = torch.cat([vectors.U.mT, vectors.Vh], dim=1)
         data = byte_view(rows.to("cpu", torch.float32).contiguous())
         self._file.seek(start)
         self._file.write(data)
+        self._file.flush()
         self._end += len(data)
-        return start
+        return replace(item, place=start, sha256=hashlib.sha256(data).hexdigest())
 
     def get(self, item: Measured, rank: int) -> TaskSingularVectors:
         """The leading triplets of one weight.
@@ -291,24 +352,32 @@ class Spool:
             item ([`Measured`]): the weight.
             rank (`int`): how many.
         """
-        d_out, d_in = matrix_shape(item.candidate.shape)
-        rows = torch.empty(rank, d_out + d_in)
-        self._file.flush()
-        done = os.preadv(self._file.fileno(), [byte_view(rows)], item.place)
-        if done != rows.nbytes:
-            raise OSError(5, "the temporary file was cut short")
+        d_out = matrix_shape(item.candidate.shape)[0]
+        rows = self._rows(item, rank)
         S = item.singular_values[:rank].float()
         return TaskSingularVectors(rows[:, :d_out].mT, S, rows[:, d_out:])
 
+    def _rows(self, item: Measured, rank: int) -> Tensor:
+        rows = torch.empty(rank, sum(matrix_shape(item.candidate.shape)))
+        done = os.preadv(self._file.fileno(), [byte_view(rows)], item.place)
+        if done != rows.nbytes:
+            raise OSError(errno.EIO, "the file of singular vectors was cut short")
+        return rows
+
+
+def _spooled_bytes(item: Measured) -> int:
+    return 4 * len(item.singular_values) * sum(matrix_shape(item.candidate.shape))
+
 
 def measure(
-    job: Job, spool: Spool, device: torch.device, advance: Any
+    job: Job, spool: Spool, notes: Journal, device: torch.device, advance: Any
 ) -> tuple[list[Measured], Seconds]:
     """Decompose every weight once, one in each thread; the next one is read meanwhile.
 
     Args:
         job ([`Job`]): what to compress.
-        spool ([`Spool`]): takes the singular vectors.
+        spool ([`Spool`]): takes the singular vectors; what it holds is not decomposed again.
+        notes ([`Journal`]): takes the rest.
         device (`torch.device`): where to compute.
         advance (`Callable[[int], None]`): told after each weight.
 
@@ -318,19 +387,21 @@ def measure(
     """
     started, waited = time.monotonic(), 0.0
     share_one_heap()
+    measured = {item.candidate.name: item for item in spool.held}
+    left = [candidate for candidate in job.candidates if candidate.name not in measured]
     for item in (job.sources.base, job.source):
-        stream.expect(item, (candidate.name for candidate in job.candidates))
+        stream.expect(item, (candidate.name for candidate in left))
     workers = torch.get_num_threads()
-    sizes = [4 * math.prod(candidate.shape) for candidate in job.candidates]
-    measured: list[Measured] = []
+    sizes = [4 * math.prod(candidate.shape) for candidate in left]
     reading_seconds: list[float] = []
     pending: deque[Future[tuple[Measured, TaskSingularVectors | None]]] = deque()
 
     def finish() -> None:
         item, vectors = pending.popleft().result()
         if vectors is not None:
-            item = replace(item, place=spool.put(vectors))
-        measured.append(item)
+            item = spool.put(item, vectors)
+        notes.add(item.to_entry())
+        measured[item.candidate.name] = item
         advance(1)
 
     with (
@@ -341,7 +412,7 @@ def measure(
     ):
         try:
             load = lambda item: _load(item, job)  # noqa: E731
-            loads = stream.read_ahead(reading, load, job.candidates, sizes)
+            loads = stream.read_ahead(reading, load, left, sizes)
             while True:
                 asked = time.monotonic()
                 loaded = next(loads, None)
@@ -362,7 +433,8 @@ def measure(
             reading.shutdown(cancel_futures=True)
             computing.shutdown(cancel_futures=True)
     computed = time.monotonic() - started - waited
-    return measured, Seconds(sum(reading_seconds), waited, computed)
+    in_order = [measured[candidate.name] for candidate in job.candidates]
+    return in_order, Seconds(sum(reading_seconds), waited, computed)
 
 
 @dataclass(frozen=True)

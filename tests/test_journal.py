@@ -45,10 +45,10 @@ def stopped(
     """The same, stopped after five weights; the folder under construction."""
     add, count = journal.Journal.add, iter(range(100))
 
-    def stopping(self: journal.Journal, finding: Finding) -> None:
+    def stopping(self: journal.Journal, entry: dict[str, Any]) -> None:
         if next(count) == 5:
             raise KeyboardInterrupt
-        add(self, finding)
+        add(self, entry)
 
     with monkeypatch.context() as patch:
         patch.setattr(journal.Journal, "add", stopping)
@@ -222,7 +222,7 @@ def test_an_upload_that_is_stopped_leaves_nothing(
     """Without an output folder nobody would find the beginning again."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    def stopping(self: journal.Journal, finding: Finding) -> None:
+    def stopping(self: journal.Journal, entry: dict[str, Any]) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -312,10 +312,10 @@ def test_findings_survive_the_journal(tmp_path: Path) -> None:
     )  # fmt: skip
     for rank in (0, 3):
         with journal.Journal(tmp_path, rank) as notes:
-            notes.add(finding if rank else Finding("b", frozen=True))
-    found = journal.read(tmp_path)
+            notes.add((finding if rank else Finding("b", frozen=True)).to_dict())
+    found = journal.read(tmp_path, Finding.from_dict)
     assert found == {"a": finding, "b": Finding("b", frozen=True)}
-    journal.rewrite(tmp_path, list(found.values()))
-    assert journal.read(tmp_path) == found
+    journal.rewrite(tmp_path, [item.to_dict() for item in found.values()])
+    assert journal.read(tmp_path, Finding.from_dict) == found
     assert [p.name for p in tmp_path.iterdir()] == ["done.0.jsonl"]
     assert Findings(3, [finding, finding]).cosines()[0, 2] == pytest.approx(1 / 3 / 0.2**0.5)

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from hf_tsv import hub
-from hf_tsv.errors import CheckpointError
+from hf_tsv.errors import CheckpointError, LostFileError
 
 MAX_JSON_BYTES = 100_000_000
 
@@ -76,9 +76,7 @@ class LocalFiles:
             try:
                 count = os.preadv(descriptor, [buffer[done:]], start + done)
             except OSError as error:
-                raise CheckpointError(
-                    f"{self.root / name} cannot be read: {error.strerror}."
-                ) from None
+                raise _lost(self.root / name, error) from None
             if count == 0:
                 raise CheckpointError(
                     f"{self.root / name} is truncated: it ends before byte {start + len(buffer)}.",
@@ -103,10 +101,15 @@ class LocalFiles:
                 try:
                     self._descriptors[name] = os.open(self.root / name, os.O_RDONLY)
                 except OSError as error:
-                    raise CheckpointError(
-                        f"{self.root / name} cannot be read: {error.strerror}."
-                    ) from None
+                    raise _lost(self.root / name, error) from None
             return self._descriptors[name]
+
+
+def _lost(path: Path, error: OSError) -> LostFileError:
+    return LostFileError(
+        f"{path} cannot be read: {error.strerror}.",
+        "Restore it, or download it again; the same command goes on then.",
+    )
 
 
 def _close_all(descriptors: dict[str, int]) -> None:

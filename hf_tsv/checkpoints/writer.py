@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import math
@@ -170,8 +171,8 @@ class ShardWriter:
                 if create:
                     _reserve(descriptor, plan.sizes[file])
                     _write_all(descriptor, memoryview(header), 0)
-            if create and plan.index is not None:
-                (folder / plan.index_file).write_text(plan.index)
+            if create:
+                write_index(folder, plan)
         except BaseException:
             self.abandon()
             raise
@@ -219,6 +220,12 @@ class ShardWriter:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+
+def write_index(folder: Path, plan: ShardPlan) -> None:
+    """Write the index of the shards, if there are several."""
+    if plan.index is not None:
+        (folder / plan.index_file).write_text(plan.index)
 
 
 def _reserve(descriptor: int, size: int) -> None:
@@ -374,7 +381,7 @@ def identity(folder: Path) -> object:
 
 
 def replace_folder(target: Path, new: Path, before: object) -> None:
-    """Put a finished folder in its place.
+    """Put a finished folder in its place: before it is the old one there, or none, then the new.
 
     Args:
         target (`Path`): the place; a folder there is removed.
@@ -389,14 +396,56 @@ def replace_folder(target: Path, new: Path, before: object) -> None:
             f"{target} was changed by something else in the meantime.",
             "Choose another folder with -o.",
         )
+    _flush(new)
     if not target.exists():
         new.rename(target)
+        _flush_folder(target.parent)
         return
-    old = new.with_name(new.name + "-old")
-    target.rename(old)
-    try:
-        new.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
+    old = new
+    if not _exchange(new, target):
+        old = new.with_name(new.name + "-old")
+        target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+    _flush_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Have everything in a folder on the disk before it gets its name."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            _flush_folder(path)
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Some systems do not open folders, and some file systems do not flush them."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders change places in one step; False where the system cannot do that."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:  # not Linux
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if not rename(here, os.fsencode(first), here, os.fsencode(second), exchange):
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):  # not this kernel or file system
+        return False
+    raise OSError(error, os.strerror(error))
