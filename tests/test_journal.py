@@ -6,20 +6,24 @@ import errno
 import json
 import multiprocessing
 import os
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hub import Hub
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import hf_tsv
-from hf_tsv import construction, journal, stream
+from hf_tsv import compression, construction, journal, spectra, stream
+from hf_tsv.checkpoints.files import LocalFiles
 from hf_tsv.checkpoints.writer import TensorSpec, plan_shards
-from hf_tsv.errors import CheckpointError, LostProcessError, OutputError, RepoError
+from hf_tsv.delivery import Target
+from hf_tsv.errors import CheckpointError, LostFileError, LostProcessError, OutputError, RepoError
 from hf_tsv.findings import Finding, Findings, Seconds
 from hf_tsv.recipe import Settings
 from hf_tsv.tsv import Interference
@@ -38,22 +42,26 @@ def merge(zoo: Path, tmp_path: Path) -> Callable[..., hf_tsv.MergeReport]:
     return run
 
 
-@pytest.fixture
-def stopped(
-    merge: Callable[..., hf_tsv.MergeReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """The same, stopped after five weights; the folder under construction."""
+@contextmanager
+def stopping(after: int = 5) -> Iterator[None]:
+    """Stop a run after so many weights."""
     add, count = journal.Journal.add, iter(range(100))
 
-    def stopping(self: journal.Journal, entry: dict[str, Any]) -> None:
-        if next(count) == 5:
+    def stop(self: journal.Journal, entry: dict[str, Any]) -> None:
+        if next(count) == after:
             raise KeyboardInterrupt
         add(self, entry)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(journal.Journal, "add", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            merge()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(journal.Journal, "add", stop)
+        yield
+
+
+@pytest.fixture
+def stopped(merge: Callable[..., hf_tsv.MergeReport], tmp_path: Path) -> Path:
+    """The same, stopped after five weights; the folder under construction."""
+    with stopping():
+        merge()
     assert not (tmp_path / "out").exists()
     return tmp_path / WORK
 
@@ -212,24 +220,204 @@ def test_what_may_go_well_next_time_costs_no_finished_weight(
     assert_whole(merge, tmp_path)
 
 
-def test_an_upload_that_is_stopped_leaves_nothing(
-    hub: Hub,
-    zoo: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+@pytest.fixture
+def unpushed() -> Iterator[Path]:
+    """Where results wait that are only to be pushed."""
+    folder = Path(constants.HF_HOME) / "hf-tsv" / "unpushed"
+    assert not folder.exists()
+    yield folder
+    assert not list(folder.glob("*")), "something is left"
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_run_that_only_pushes_goes_on_too(
+    hub: Hub, zoo: Path, tmp_path: Path, unpushed: Path, computed: list[str]
 ) -> None:
-    """Without an output folder nobody would find the beginning again."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    def merge(**place: Any) -> hf_tsv.MergeReport:
+        tasks = [zoo / "vision", zoo / "full"]
+        return hf_tsv.merge(tasks, base_model=zoo / "base", **place)
 
-    def stopping(self: journal.Journal, entry: dict[str, Any]) -> None:
-        raise KeyboardInterrupt
+    with stopping():
+        merge(push_to="me/x")
+    (work,) = unpushed.glob("*/.x.hf-tsv")
+    finished = [line["label"] for line in lines(work)]
+    computed.clear()
+    report = merge(push_to="me/x")
+    assert len(finished) == 5 and not set(computed) & set(finished)
+    assert set(computed) | set(finished) == set(report.treatments)
+    merge(output=tmp_path / "out")
+    pushed = hub.repos["me/x"].resolve("main").files["model.safetensors"].read()
+    assert pushed == (tmp_path / "out" / "model.safetensors").read_bytes()
 
+
+def test_what_was_finished_and_not_pushed_is_only_pushed(
+    hub: Hub, zoo: Path, unpushed: Path, computed: list[str]
+) -> None:
+    def merge() -> dict[str, Any]:
+        tasks = [zoo / "vision", zoo / "full"]
+        return hf_tsv.merge(tasks, base_model=zoo / "base", push_to="me/x").to_dict()
+
+    hub.fail("/commit/", 403)
+    with pytest.raises(RepoError, match="complete in"):
+        merge()
+    assert computed and "me/x" in hub.repos
+    computed.clear()
+    second = merge()
+    assert not computed and second["url"]
+    assert "model.safetensors" in hub.repos["me/x"].resolve("main").files
+    del hub.repos["me/x"]
+    whole = merge()
+    for report in (second, whole):
+        for entry in report["treatments"].values():
+            del entry["seconds"]
+        del report["timings"], report["seconds"], report["url"]
+    assert second == whole
+
+
+@pytest.mark.parametrize("kind", ["factors", "peft"])
+def test_a_compression_that_was_finished_and_not_pushed_is_only_pushed(
+    hub: Hub, zoo: Path, unpushed: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def compress() -> dict[str, Any]:
+        options = spectra.Options(format=kind)  # type: ignore[arg-type]
+        target = Target(push_to="me/x")
+        return compression.run(str(zoo / "full"), str(zoo / "base"), options, target).to_dict()
+
+    hub.fail("/commit/", 403)
+    with pytest.raises(RepoError, match="complete in"):
+        compress()
     with monkeypatch.context() as patch:
-        patch.setattr(journal.Journal, "add", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            hf_tsv.merge([zoo / "vision"], base_model=zoo / "base", push_to="me/x")
-    assert list(tmp_path.iterdir()) == [] and "kept" not in caplog.text
+        patch.setattr(spectra, "_decompose", None)
+        second = compress()
+    assert "tsv_config.json" in hub.repos["me/x"].resolve("main").files
+    del hub.repos["me/x"]
+    whole = compress()
+    for report in (second, whole):
+        del report["timings"], report["seconds"], report["url"]
+    assert second == whole
+
+
+@pytest.fixture
+def compress(zoo: Path, tmp_path: Path) -> Callable[..., spectra.Measured]:
+    """A compression of a fine-tune into `out`, as factors or `format` says."""
+
+    def run(output: str = "out", **options: Any) -> Any:
+        target = Target(tmp_path / output, force=options.pop("force", False))
+        wanted = spectra.Options(**options)
+        return compression.run(str(zoo / "full"), str(zoo / "base"), wanted, target)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["factors", "peft"])
+def test_a_compression_goes_on_with_the_weights_that_are_missing(
+    compress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    decomposed = []
+    decompose = spectra._decompose
+
+    def noting(loaded: Any, device: Any) -> Any:
+        decomposed.append(loaded.candidate.name)
+        return decompose(loaded, device)
+
+    with stopping(20):
+        compress(format=kind)
+    finished = {line["label"] for line in lines(tmp_path / WORK)}
+    assert len(finished) == 20 and not (tmp_path / "out").exists()
+    monkeypatch.setattr(spectra, "_decompose", noting)
+    compress(format=kind)
+    assert decomposed and not finished & set(decomposed)
+    compress("undisturbed", format=kind)
+    for path in (tmp_path / "undisturbed").iterdir():
+        if path.name != "README.md":  # which names its folder
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "undisturbed"]
+
+
+def test_singular_vectors_that_did_not_reach_the_disk_are_computed_again(
+    compress: Callable[..., Any], tmp_path: Path
+) -> None:
+    with stopping(20):
+        compress()
+    spool = tmp_path / WORK / compression.SPOOL
+    with spool.open("r+b") as file:
+        file.write(bytes(64))
+        file.truncate(spool.stat().st_size - 4)
+    held = len(lines(tmp_path / WORK))
+    with stopping(0):
+        compress()
+    assert len(lines(tmp_path / WORK)) == held - 2
+    compress()
+    compress("undisturbed")
+    weights = [
+        (tmp_path / f / "task_factors.safetensors").read_bytes() for f in ("out", "undisturbed")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_the_beginning_of_another_compression_is_not_gone_on_with(
+    compress: Callable[..., Any], tmp_path: Path
+) -> None:
+    with stopping():
+        compress()
+    with pytest.raises(OutputError, match="other inputs or settings"):
+        compress(factor_dtype="bfloat16")
+    compress(factor_dtype="bfloat16", force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_version_does_not_go_on(
+    merge: Callable[..., hf_tsv.MergeReport], stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {**construction.current_versions(), "hf-tsv": "0.0.1"}
+    monkeypatch.setattr(construction, "current_versions", lambda: versions)
+    with pytest.raises(OutputError, match="other inputs or settings"):
+        merge()
+
+
+def test_what_a_stopped_run_wrote_beside_the_weights_is_written_anew(
+    merge: Callable[..., hf_tsv.MergeReport], stopped: Path, tmp_path: Path
+) -> None:
+    """It may be cut short, and a config would make unfinished weights loadable."""
+    (stopped / "files" / "config.json").write_text("{")
+    (stopped / "files" / "masks").mkdir()
+    (stopped / "files" / "masks" / "of another run").touch()
+    with stopping(0):
+        merge()
+    assert [p.name for p in (stopped / "files").iterdir()] == ["model.safetensors"]
+    merge()
+    assert_whole(merge, tmp_path)
+
+
+def test_a_file_that_is_gone_costs_no_finished_weight(
+    hub: Hub, zoo: Path, tmp_path: Path, computed: list[str]
+) -> None:
+    """As when somebody clears the cache during the run."""
+    for name in ("base", "vision", "full"):
+        hub.add_repo(f"org/{name}", zoo / name)
+    cache = Path(constants.HF_HUB_CACHE)
+    loaded = iter(range(100))
+    read_into = LocalFiles.read_into
+
+    def vanishing(self: LocalFiles, *arguments: Any) -> None:
+        if next(loaded) == 12:
+            shutil.rmtree(cache)
+            self.close()
+        read_into(self, *arguments)
+
+    def merge() -> hf_tsv.MergeReport:
+        tasks = ["org/vision", "org/full"]
+        return hf_tsv.merge(tasks, base_model="org/base", output=tmp_path / "out")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalFiles, "read_into", vanishing)
+        with pytest.raises(LostFileError, match="cannot be read") as error:
+            merge()
+    assert "same command goes on" in str(error.value)
+    finished = [line["label"] for line in lines(tmp_path / WORK)]
+    computed.clear()
+    merge()
+    assert finished and not set(finished) & set(computed)
 
 
 def test_weights_of_other_processes_that_did_not_arrive_are_noticed(

@@ -242,10 +242,31 @@ def test_an_earlier_output_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.rglob("*")} == {"out", "file"}
 
 
+def test_an_earlier_output_is_replaced_in_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "rename", None)  # two of them would leave nothing in between
+    earlier_output(tmp_path / "out")
+    with whole_folder(tmp_path / "out") as staging:
+        (staging / "file").write_text("new")
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", "file"}
+
+
+def test_a_file_system_that_cannot_exchange_folders_replaces_them_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_tsv.checkpoints.writer._exchange", lambda *_: False)
+    earlier_output(tmp_path / "out")
+    with whole_folder(tmp_path / "out") as staging:
+        (staging / "file").write_text("new")
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", "file"}
+
+
 def test_a_rename_that_fails_leaves_the_earlier_output_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     earlier_output(tmp_path / "out")
+    monkeypatch.setattr("hf_tsv.checkpoints.writer._exchange", lambda *_: False)
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:

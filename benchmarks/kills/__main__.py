@@ -1,0 +1,319 @@
+"""SIGKILL at every step that a run takes on the disk, and at random times; then what is left.
+
+`python -m benchmarks.kills` runs merge, compress, reconstruct and push on tiny CLIPs, kills them,
+and looks at the output folder and at a Hub on this machine: either nothing, or what was there
+before, or the complete result. Then it runs the command again, sometimes to be killed again, until
+it ends, and compares every byte with those of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.kills.zygote import Order, Zygote
+
+if TYPE_CHECKING:
+    from hub import Hub
+
+TESTS = Path(__file__).parents[2] / "tests"
+MOST_STEPS = 5000
+CONFIGS = ("config.json", "tsv_config.json", "adapter_config.json", "hf_tsv_mask.json")
+
+Content = dict[str, str]
+"""sha256 of every file, by its path in a folder or repository."""
+
+Result = tuple[Content | None, Content | None]
+"""What is in the output folder and on the Hub."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command, and where its result is.
+
+    Args:
+        name: for the table.
+        arguments: of hf-tsv; `OUT` is the output folder.
+        earlier: arguments of the run whose output is there before.
+        repo_id: where the result goes on the Hub.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    earlier: tuple[str, ...] = ()
+    repo_id: str | None = None
+
+
+@dataclass
+class Tally:
+    """What was seen of a scenario."""
+
+    kills: int = 0
+    wrong: list[str] = field(default_factory=list)
+    resumed: int = 0
+
+
+class WrongError(Exception):
+    """Something is there that must not be."""
+
+
+@dataclass
+class Place:
+    """Folders of a run, and the Hub.
+
+    Args:
+        root: holds everything.
+        hub: as the tests have it.
+        zygote: runs commands.
+    """
+
+    root: Path
+    hub: Hub
+    zygote: Zygote
+
+    @property
+    def work(self) -> Path:
+        return self.root / "work"
+
+    @property
+    def unpushed(self) -> Path:
+        return self.root / "home" / "hf-tsv" / "unpushed"
+
+    def log(self) -> str:
+        return (self.root / "log").read_text(errors="replace")
+
+    def run(self, arguments: Sequence[str], *, step: int = 0, seconds: float = 0.0) -> bool:
+        """Run to the end, or to a kill before a step or after a time; returns whether it ended."""
+        words = [str(self.work / "out") if word == "OUT" else word for word in arguments]
+        folders = [str(self.work), str(self.unpushed)]
+        log, steps = str(self.root / "log"), str(self.root / "steps")
+        code = self.zygote.run(Order(words, folders, log, steps, step, seconds))
+        if code not in (0, -signal.SIGKILL if step or seconds else 0):
+            raise WrongError(f"exit code {code}: {self.log()}")
+        return not code
+
+    def clean(self, scenario: Scenario) -> None:
+        """As before the first run."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.rmtree(self.unpushed, ignore_errors=True)
+        self.work.mkdir()
+        if scenario.repo_id:
+            self.hub.repos.pop(scenario.repo_id, None)
+        if scenario.earlier:
+            self.run(scenario.earlier)
+
+    def there(self, scenario: Scenario) -> Result:
+        """The result in the folder and on the Hub, where it is."""
+        out = self.work / "out"
+        local = content_of(out) if out.exists() else None
+        pushed = None
+        if scenario.repo_id in self.hub.repos:
+            head = self.hub.repos[scenario.repo_id].resolve("main")
+            pushed = {name: blob.oid for name, blob in head.files.items()}
+            pushed.pop(".gitattributes", None)
+        return local, pushed or None
+
+    def finished_weights(self) -> int:
+        """Whole lines in journals."""
+        return sum(
+            file.read_bytes().count(b"\n")
+            for folder in (self.work, self.unpushed)
+            for file in folder.rglob("done.*.jsonl")
+        )
+
+
+def content_of(folder: Path) -> Content:
+    """Digests of all files of a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def check(place: Place, scenario: Scenario, before: Result, whole: Result) -> None:
+    """Whether what a kill leaves is nothing, what was there before, or all of it.
+
+    Raises:
+        [`WrongError`]: it is something else, or could be loaded though it is not whole.
+    """
+    local, pushed = place.there(scenario)
+    for found, was, should in zip((local, pushed), before, whole, strict=True):
+        if found not in (was, should, None):
+            raise WrongError(f"{scenario.name}: neither nothing nor the complete result")
+        if found is None and was is not None:
+            raise WrongError(f"{scenario.name}: the earlier output is gone")
+    complete = [set(c.values()) for c in (*before, *whole) if c]
+    for parent in (place.work, place.unpushed):
+        for file in [f for name in CONFIGS for f in parent.rglob(name)]:
+            held = content_of(file.parent)
+            loads = {
+                held[name] for name in held if "/" not in name and name.endswith(".safetensors")
+            }
+            if not any(loads <= files for files in complete):
+                raise WrongError(f"{scenario.name}: {file.parent} loads and is not whole")
+
+
+def finish(
+    place: Place, scenario: Scenario, tally: Tally, whole: Result, again: Callable[[], bool]
+) -> None:
+    """Run a killed command until it ends, and compare."""
+    while True:
+        if scenario.repo_id is None and place.there(scenario) == whole:
+            # It was done; what may be left beside the folder is of no use.
+            return
+        done = place.finished_weights()
+        if not again():
+            tally.kills += 1
+        else:
+            found = re.search(r"(\d+) of \d+ weights are there already", place.log())
+            if found and done:
+                tally.resumed += 1
+                if int(found[1]) < done:
+                    raise WrongError(f"{scenario.name}: {done} weights were finished: {found[0]}")
+            break
+    if place.there(scenario) != whole:
+        raise WrongError(f"{scenario.name}: other bytes than those of an undisturbed run")
+    left = sorted(path.name for path in place.work.iterdir() if path.name != "out")
+    left += [str(path) for path in place.unpushed.rglob("*") if path.is_file()]
+    if left:
+        raise WrongError(f"{scenario.name}: left over: {left}")
+
+
+def main() -> None:
+    """Kill, look, run again; print a table; exit 1 if anything was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kills", type=int, default=200, help="at random times [default: 200]")
+    parser.add_argument("--every", type=int, default=1, help="of so many steps kill at one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", metavar="NAME", help="one scenario")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(TESTS))
+    chance = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        place = prepared(Path(folder))
+        scenarios = [s for s in scenarios_of(place) if arguments.only in (None, s.name)]
+        print("| | steps | kills | resumed | wrong |\n|---|---:|---:|---:|---:|")
+        failed = False
+        for scenario in scenarios:
+            tally, steps = tried(
+                place, scenario, chance, arguments.kills // len(scenarios), arguments.every
+            )
+            failed |= bool(tally.wrong)
+            print(
+                f"| {scenario.name} | {steps} | {tally.kills} | {tally.resumed}"
+                f" | {len(tally.wrong)} |",
+                flush=True,
+            )
+            for line in tally.wrong[:5]:
+                print(line, file=sys.stderr)
+        place.zygote.close()
+    sys.exit(failed)
+
+
+def prepared(root: Path) -> Place:
+    """Tiny checkpoints, a Hub and the process that runs the commands."""
+    from hub import Hub
+
+    hub = Hub()
+    hub.start()
+    environment = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(root / "home"),
+        "HF_TOKEN": "hf_write",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "2",
+    }
+    os.environ.update(environment)
+    import clips  # type: ignore[import-not-found]
+
+    clips.make_base(root / "base")
+    for seed, kind in enumerate(("vision", "full"), start=1):
+        clips.make_fine_tune(root / "base", root / kind, seed, kind)
+    place = Place(root, hub, Zygote(environment))
+    place.work.mkdir()
+    base = ("--base-model", str(root / "base"))
+    place.run(("compress", str(root / "full"), *base, "-o", str(root / "factors")))
+    place.run(("merge", str(root / "vision"), str(root / "full"), *base, "-o", str(root / "done")))
+    return place
+
+
+def scenarios_of(place: Place) -> list[Scenario]:
+    """What is killed."""
+    vision, full = str(place.root / "vision"), str(place.root / "full")
+    base = ("--base-model", str(place.root / "base"))
+    merge = ("merge", vision, full, *base)
+    to = ("-o", "OUT")
+    return [
+        Scenario("merge", (*merge, "--max-shard-size", "40KB", *to)),
+        Scenario("merge, replacing", (*merge, *to, "--force"), (*merge, "--alpha", "0.5", *to)),
+        Scenario("merge, masks", (*merge, "--method", "tall-mask", *to)),
+        Scenario("merge, pushed", (*merge, "--push-to", "me/x"), repo_id="me/x"),
+        Scenario("compress", ("compress", full, *base, *to)),
+        Scenario("compress, adapter", ("compress", full, *base, "--format", "peft", *to)),
+        Scenario(
+            "compress, pushed", ("compress", full, *base, "--push-to", "me/x"), repo_id="me/x"
+        ),
+        Scenario("reconstruct", ("reconstruct", str(place.root / "factors"), *base, *to)),
+        Scenario("push", ("push", str(place.root / "done"), "me/x"), repo_id="me/x"),
+    ]
+
+
+def tried(
+    place: Place, scenario: Scenario, chance: random.Random, kills: int, every: int
+) -> tuple[Tally, int]:
+    """Kill a scenario at steps and at random times."""
+    tally = Tally()
+    place.clean(scenario)
+    before = place.there(scenario)
+    started = time.monotonic()
+    place.run(scenario.arguments)
+    seconds = time.monotonic() - started
+    whole = place.there(scenario)
+    steps = int((place.root / "steps").read_text())
+    assert steps < MOST_STEPS, steps
+
+    def once(again: Callable[[], bool], *, step: int = 0, seconds: float = 0.0) -> None:
+        place.clean(scenario)
+        try:
+            ended = place.run(scenario.arguments, step=step, seconds=seconds)
+            check(place, scenario, before, whole)
+            if not ended:
+                tally.kills += 1
+                finish(place, scenario, tally, whole, again)
+        except WrongError as error:
+            tally.wrong.append(str(error))
+
+    def to_the_end() -> bool:
+        return place.run(scenario.arguments)
+
+    def perhaps_killed() -> bool:
+        delay = chance.choice((0.0, chance.uniform(0, seconds)))
+        ended = place.run(scenario.arguments, seconds=delay)
+        check(place, scenario, before, whole)
+        return ended
+
+    for step in range(1 + chance.randrange(every), steps + 1, every):
+        once(to_the_end, step=step)
+    for _ in range(kills):
+        once(perhaps_killed, seconds=chance.uniform(0, seconds))
+    return tally, steps
+
+
+if __name__ == "__main__":
+    main()

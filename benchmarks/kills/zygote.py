@@ -1,0 +1,152 @@
+"""A process that has imported everything and forks one child a command: so a kill costs no import.
+
+It reads one JSON object a line, [`Order`], and answers with the child's end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ON_DISK = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
+"""Steps that Python tells its audit hooks of, before it takes them."""
+
+CHANGING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+
+@dataclass(frozen=True)
+class Order:
+    """A command to run.
+
+    Args:
+        arguments: of hf-tsv.
+        watched: folders in which steps count.
+        log: gets what the command says.
+        steps: gets how many steps were taken, if the command ends by itself.
+        last: the step before which the child kills itself; of a write, in the middle; 0: none.
+        seconds: after which it is killed, if it still runs; 0: never.
+    """
+
+    arguments: list[str]
+    watched: list[str]
+    log: str
+    steps: str
+    last: int = 0
+    seconds: float = 0.0
+
+
+class Zygote:
+    """The process, seen from the one that started it.
+
+    Args:
+        environment: of it and its children.
+    """
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.kills.zygote"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+
+    def run(self, order: Order) -> int:
+        """Let a child run a command; returns its exit status, or minus the signal that ended it."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(order)) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def main() -> None:
+    """Serve orders until stdin ends."""
+
+    import accelerate  # noqa: F401  isort: skip
+    import scipy.linalg  # noqa: F401  isort: skip
+
+    for line in sys.stdin:
+        order = Order(**json.loads(line))
+        pid = os.fork()
+        if not pid:
+            _run(order)
+        if order.seconds:
+            time.sleep(order.seconds)
+            os.kill(pid, signal.SIGKILL)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _run(order: Order) -> None:
+    """Be the command; never returns."""
+    from hf_tsv import cli
+
+    log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    steps = _count_steps(order)
+    sys.argv = ["hf-tsv", *order.arguments]
+    code = 1
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if not code:
+            Path(order.steps).write_text(str(steps[0]))
+        os._exit(code)
+
+
+def _count_steps(order: Order) -> list[int]:
+    """Count steps on the disk from now on; the last one is not taken, or of a write only half."""
+    taken, on, pwrite = [0], True, os.pwrite
+
+    def here(path: Any) -> bool:
+        try:
+            text = os.fsdecode(path)
+        except TypeError:  # a descriptor
+            return False
+        return any(os.path.abspath(text).startswith(folder) for folder in order.watched)
+
+    def due() -> bool:
+        taken[0] += 1
+        return taken[0] == order.last
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if not on or event not in ON_DISK or not here(arguments[0]):
+            return
+        reading = event == "open" and not (arguments[2] or 0) & CHANGING
+        if reading and not os.path.isdir(arguments[0]):  # they are opened to be flushed
+            return
+        if due():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def writing(descriptor: int, data: Any, offset: int) -> int:
+        if due():
+            pwrite(descriptor, data[: len(data) // 2], offset)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pwrite(descriptor, data, offset)
+
+    sys.addaudithook(hook)
+    os.pwrite = writing
+    return taken
+
+
+if __name__ == "__main__":
+    main()
