@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_tsv.interfering import InterferenceReport, interference
     from hf_tsv.merging import MergeReport, merge
     from hf_tsv.models import load_model, pipeline
+    from hf_tsv.pushing import PushReport, push
     from hf_tsv.recipe import Recipe
     from hf_tsv.reconstruction import ReconstructReport, reconstruct
     from hf_tsv.sweeping import SweepReport, sweep
@@ -46,6 +47,8 @@ _HOMES = {
     "InspectReport": "inspecting",
     "interference": "interfering",
     "InterferenceReport": "interfering",
+    "push": "pushing",
+    "PushReport": "pushing",
     "reconstruct": "reconstruction",
     "ReconstructReport": "reconstruction",
     "TaskFactors": "factors",
@@ -78,6 +81,7 @@ __all__ = [
     "LostProcessError",
     "MergeReport",
     "OutputError",
+    "PushReport",
     "Recipe",
     "RecipeError",
     "ReconstructReport",
@@ -94,6 +98,7 @@ __all__ = [
     "load_model",
     "merge",
     "pipeline",
+    "push",
     "reconstruct",
     "sweep",
 ]

@@ -75,7 +75,13 @@ class Target:
         target = self
         if self.output is not None:
             output = absolute(self.output)
-            check_output_folder(output, hub.MARKERS, force=self.force)
+            try:
+                check_output_folder(output, hub.MARKERS, force=self.force)
+            except OutputError as error:
+                if self.push_to and any((output / name).is_file() for name in hub.MARKERS):
+                    later = self.push_command(output)
+                    error.hint = f"{error.hint} To upload what is there: `{later}`."
+                raise
             target = replace(target, output=output)
         if self.push_to is not None:
             repo_id = hub.writable_repo_id(
@@ -117,12 +123,14 @@ class Target:
         branch, asked = self.revision or "main", item.asked_revision or "main"
         return branch == asked or (asked == item.revision and branch == "main")
 
-    def upload_command(self, folder: Path) -> str:
-        """The `hf` command that uploads a finished folder as asked."""
-        words = ["hf", "upload", str(self.push_to), str(folder)]
-        words += ["--private"] if self.private else []
-        words += ["--create-pr"] if self.create_pr else []
+    def push_command(self, folder: Path) -> str:
+        """The command that uploads a finished folder as asked."""
+        words = ["hf-tsv", "push", str(folder), str(self.push_to)]
+        if self.private is not None:
+            words.append("--private" if self.private else "--no-private")
         words += ["--revision", self.revision] if self.revision else []
+        words += ["--create-pr"] if self.create_pr else []
+        words += ["--commit-message", self.commit_message] if self.commit_message else []
         return shlex.join(words)
 
 
@@ -170,23 +178,30 @@ def push(folder: Path, target: Target, token: str | None) -> str | None:
     """
     if target.push_to is None:
         return None
-    logger.info("Uploading to %s.", target.push_to)
+    later = f"The result is complete in {folder}; upload it with `{target.push_command(folder)}`."
     try:
-        return hub.push(
-            folder,
-            target.push_to,
-            token=token,
-            private=target.private,
-            revision=target.revision,
-            create_pr=target.create_pr,
-            commit_message=target.commit_message or "Upload model made with hf-tsv",
-        )
+        return upload(folder, target, token)
     except RepoError as error:
-        error.hint = (
-            f"The result is complete in {folder}; upload it later with"
-            f" `{target.upload_command(folder)}`. {error.hint or ''}"
-        ).rstrip()
+        error.hint = f"{later} {error.hint or ''}".rstrip()
         raise
     except BaseException:
-        logger.warning("The result is complete in %s, but was not uploaded.", folder)
+        logger.warning(later)
         raise
+
+
+def upload(folder: Path, target: Target, token: str | None) -> str:
+    """Upload a folder to the repository of a target.
+
+    Returns:
+        `str`: address of the commit or pull request.
+    """
+    logger.info("Uploading to %s.", target.push_to)
+    return hub.push(
+        folder,
+        str(target.push_to),
+        token=token,
+        private=target.private,
+        revision=target.revision,
+        create_pr=target.create_pr,
+        commit_message=target.commit_message or "Upload model made with hf-tsv",
+    )

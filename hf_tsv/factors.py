@@ -27,7 +27,7 @@ from hf_tsv.checkpoints.reader import digest, fingerprint, read_tensor
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision, parse, pin
 from hf_tsv.checkpoints.tensors import DTYPE_NAMES, DTYPES, TensorInfo
 from hf_tsv.checkpoints.writer import TensorSpec, whole_folder
-from hf_tsv.delivery import Target, push
+from hf_tsv.delivery import Target, upload
 from hf_tsv.errors import CheckpointError
 from hf_tsv.hub import Wanted, download
 from hf_tsv.plots import COMPRESSION
@@ -346,7 +346,7 @@ class TaskFactors:
         with tempfile.TemporaryDirectory(prefix="hf-tsv-") as parent:
             folder = Path(parent) / "factors"
             self._copy(folder, target.push_to)
-            return str(push(folder, target, token))
+            return upload(folder, target, token)
 
     def _copy(self, folder: Path, repo_id: str | None) -> None:
         if not isinstance(self.pinned.files, LocalFiles):

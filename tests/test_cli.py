@@ -311,10 +311,20 @@ def test_a_failed_upload_keeps_the_finished_folder(world: Path, hub: Hub) -> Non
     done = hf_tsv("merge", "org/vision", "--push-to", "me/abc", "--private", cwd=world)
     assert done.code == 1
     command = done.err.split("`")[1]
-    assert command.startswith("hf upload me/abc ") and command.endswith(" --private")
-    folder = Path(command.split()[3])
+    assert command.startswith("hf-tsv push ") and command.endswith(" me/abc --private")
+    folder = Path(command.split()[2])
     assert (folder / "model.safetensors").is_file()
     shutil.rmtree(folder.parent)
+
+
+def test_an_output_that_is_there_already_can_be_pushed(world: Path, hub: Hub) -> None:
+    words = ["merge", "org/vision", "-o", "merged"]
+    assert hf_tsv(*words, cwd=world).code == 0
+    done = hf_tsv(*words, "--push-to", "me/abc", "--create-pr", cwd=world)
+    assert done.code == 1 and "or add --force" in done.err
+    command = f"`hf-tsv push {world / 'merged'} me/abc --create-pr`"
+    assert f"To upload what is there: {command}" in done.err
+    assert "hf-tsv push" not in hf_tsv(*words, cwd=world).err
 
 
 @pytest.fixture(scope="module")
@@ -409,6 +419,7 @@ assert not {"torch", "transformers", "huggingface_hub"} & set(sys.modules)
         ("merge", "hf-tsv merge org/clip-a org/clip-b@v1 ./clip-c --base-model"),
         ("compress", "hf-tsv compress org/clip-sun397 --budget 10%"),
         ("reconstruct", "hf-tsv reconstruct me/clip-sun397-tsv -o full"),
+        ("push", "hf-tsv push merged me/clip-abc --private"),
     ):
         assert example in hf_tsv(verb, "--help", COLUMNS="200").out
     assert hf_tsv_process("--version").out.strip()[0].isdigit()

@@ -523,10 +523,10 @@ def test_the_exported_names() -> None:
     assert sorted(hf_tsv.__all__) == [
         "Adaptation", "AlphaSearch", "CheckpointError", "CompressReport", "DataError",
         "EvaluateReport", "EvaluationTask", "HfTsvError", "InspectReport", "InterferenceReport",
-        "LostProcessError", "MergeReport", "OutputError", "Recipe", "RecipeError",
+        "LostProcessError", "MergeReport", "OutputError", "PushReport", "Recipe", "RecipeError",
         "ReconstructReport", "RepoError", "SweepReport", "TaskFactors", "TaskSwitcher",
         "__version__", "compress", "evaluate", "export_peft", "inspect", "interference",
-        "load_model", "merge", "pipeline", "reconstruct", "sweep",
+        "load_model", "merge", "pipeline", "push", "reconstruct", "sweep",
     ]  # fmt: skip
     for name in hf_tsv.__all__:
         assert getattr(hf_tsv, name) is not None

@@ -14,7 +14,7 @@ from hf_tsv.hub.snapshots import (
     dataset_commit,
     snapshot,
 )
-from hf_tsv.hub.uploads import MARKERS, push, push_file, writable_repo_id
+from hf_tsv.hub.uploads import MARKERS, files_to_push, push, push_file, writable_repo_id
 
 __all__ = [
     "MARKERS",
@@ -25,6 +25,7 @@ __all__ = [
     "conversion",
     "dataset_commit",
     "download",
+    "files_to_push",
     "missing",
     "push",
     "push_file",

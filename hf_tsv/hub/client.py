@@ -30,6 +30,8 @@ T = TypeVar("T")
 
 RETRY_WAITS = (1, 2, 4, 8)  # seconds, as the client does where it retries
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
+MOVED_ON = 412
+"""Status of a commit whose parent is no longer the head of its branch."""
 
 
 def api(token: str | None = None) -> HfApi:
@@ -142,6 +144,11 @@ def _http_error(error: HfHubHTTPError, repo_id: str, writing: bool) -> RepoError
         return RepoError(
             f"This token may not {action} {repo_id}.",
             f"Use a token that can {action} it: `hf auth login`.",
+        )
+    if status == MOVED_ON:
+        return RepoError(
+            f"{repo_id} was changed by another commit meanwhile, so nothing was written.",
+            "Run it again when nobody else writes there.",
         )
     return RepoError(
         f"{repo_id}: the Hub answered {status}: {first_line(error)}", "Try again later."

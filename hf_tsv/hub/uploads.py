@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from httpx2 import RequestError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelInfo, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from hf_tsv.errors import RepoError
-from hf_tsv.hub.client import api, first_line, retried, translated
+from hf_tsv.hub.client import MOVED_ON, api, first_line, retried, translated
 from hf_tsv.progress import logger
 
 STEMS = ("model", "task_factors", "open_clip_model")
@@ -34,6 +37,9 @@ OLD_WEIGHTS = (
     "compression.png",
 )
 """Files of an earlier upload that a new one replaces; other files of the repository stay."""
+
+RACES = 5
+"""Times that a push lists the repository, to commit on top of what it has found."""
 
 
 def writable_repo_id(
@@ -68,7 +74,9 @@ def writable_repo_id(
             repo_id = f"{user['name']}/{repo_id}"
         exists = retried(lambda: api(token).repo_exists(repo_id))
         if exists and private is not None:
-            _check_visibility(retried(lambda: api(token).model_info(repo_id)), private)
+            _check_visibility(
+                retried(lambda: api(token).model_info(repo_id, expand=["private"])), private
+            )
     if (user.get("auth") or {}).get("accessToken", {}).get("role") == "read":
         raise RepoError(
             f"Pushing to {repo_id} needs a token that can write; this one can only read.",
@@ -115,6 +123,17 @@ def _check_visibility(info: ModelInfo, private: bool) -> None:
         )
 
 
+def files_to_push(folder: Path) -> dict[str, Path]:
+    """What a push sends of a folder: all but what git and the Hub client keep in it."""
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    kept = filter_repo_objects(files, ignore_patterns=DEFAULT_IGNORE_PATTERNS)
+    return {name: files[name] for name in kept}
+
+
 def push(
     folder: Path,
     repo_id: str,
@@ -127,36 +146,42 @@ def push(
 ) -> str:
     """Upload a finished folder as one commit; weights of an earlier upload are replaced.
 
+    The large files go first, and those that the repository has already are not sent again; then
+    the commit makes all of them appear at once. `upload_folder` would split it.
+
     Returns:
         `str`: address of the commit or pull request.
     """
     client = api(token)
-    with translated(repo_id, revision, writing=True):
+    with translated(repo_id, revision, writing=True), _upload_errors(repo_id):
         if not create_pr:
             retried(lambda: client.create_repo(repo_id, private=private, exist_ok=True))
             if revision is not None and revision != "main" and not revision.startswith("refs/"):
                 retried(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True))
-        if not create_pr:
-            _warn_of_replaced_files(client, repo_id, revision)
-        attempt = _once if create_pr else retried  # a lost answer would open a second one
-        try:
-            commit = attempt(
-                lambda: client.upload_folder(
-                    repo_id=repo_id,
-                    folder_path=folder,
-                    revision=revision,
-                    create_pr=create_pr,
-                    commit_message=commit_message,
-                    delete_patterns=list(OLD_WEIGHTS),
-                )
+        commit_once = _once if create_pr else retried  # a lost answer would open a second one
+        for race in range(RACES):
+            head = retried(
+                lambda: client.model_info(repo_id, revision=revision, expand=["sha", "siblings"])
             )
-        except (TypeError, ValueError) as error:  # a card that the client or the Hub does not take
-            if isinstance(error, HfHubHTTPError | JSONDecodeError | HFValidationError):
-                raise
-            raise RepoError(
-                f"{repo_id}: {first_line(error)}", "Check the metadata of its model card."
-            ) from None
-    return str(commit.pr_url or commit.commit_url)
+            operations = _operations(folder, repo_id, head, warn=not create_pr and race == 0)
+            try:
+                commit = commit_once(
+                    lambda: client.create_commit(
+                        repo_id,
+                        operations,  # noqa: B023
+                        commit_message=commit_message,
+                        revision=revision,
+                        create_pr=create_pr,
+                        parent_commit=head.sha,  # noqa: B023
+                    )
+                )
+                return str(commit.pr_url or commit.commit_url)
+            except HfHubHTTPError as error:
+                # It may be our own commit, the answer to which was lost: then nothing is left to do
+                if error.response.status_code != MOVED_ON or race == RACES - 1:
+                    raise
+                logger.info("%s got another commit meanwhile; trying again.", repo_id)
+    raise AssertionError("the last try returns or raises")
 
 
 def push_file(
@@ -178,33 +203,55 @@ def push_file(
     Raises:
         [`RepoError`]: not written, as when the branch has moved on.
     """
-    with translated(repo_id, branch, writing=True):
-        try:
-            commit = api(token).create_commit(
-                repo_id,
-                [CommitOperationAdd(name, content)],
-                commit_message=commit_message,
-                revision=branch,
-                create_pr=create_pr,
-                parent_commit=parent,
-            )
-        except (TypeError, ValueError) as error:
-            if isinstance(error, HfHubHTTPError | JSONDecodeError | HFValidationError):
-                raise
-            raise RepoError(
-                f"{repo_id}: {first_line(error)}", "Check the metadata of its model card."
-            ) from None
+    with translated(repo_id, branch, writing=True), _upload_errors(repo_id):
+        commit = api(token).create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content)],
+            commit_message=commit_message,
+            revision=branch,
+            create_pr=create_pr,
+            parent_commit=parent,
+        )
     return str(commit.pr_url or commit.commit_url)
 
 
-def _warn_of_replaced_files(client: HfApi, repo_id: str, revision: str | None) -> None:
-    """Say which weights of somebody else's making the upload takes the place of."""
-    there = retried(lambda: client.list_repo_files(repo_id, revision=revision))
+def _operations(
+    folder: Path, repo_id: str, head: ModelInfo, *, warn: bool
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """The files of a folder in place of those of an earlier upload."""
+    there = [file.rfilename for file in head.siblings or []]
+    files = files_to_push(folder)
     old = [name for name in there if any(fnmatch(name, pattern) for pattern in OLD_WEIGHTS)]
-    if old and not set(MARKERS) & set(there):
+    if warn and old and not set(MARKERS) & set(there):  # of somebody else's making
         logger.warning(
             "The upload replaces %s of %s; earlier commits keep them.", ", ".join(old), repo_id
         )
+    return [
+        *(CommitOperationDelete(name) for name in old if name not in files),
+        *(CommitOperationAdd(name, path) for name, path in files.items()),
+    ]
+
+
+@contextmanager
+def _upload_errors(repo_id: str) -> Iterator[None]:
+    """Turn what the client raises beside the answers of the Hub into a [`RepoError`]."""
+    try:
+        yield
+    except (HfHubHTTPError, RequestError, OfflineModeIsEnabled, JSONDecodeError, HFValidationError):
+        raise
+    except (TypeError, ValueError) as error:  # a card that the client or the Hub does not take
+        refused = not str(error).startswith("LFS batch")
+        hint = "Check the metadata of its model card." if refused else "Try again later."
+        raise RepoError(f"{repo_id}: {first_line(error)}", hint) from None
+    except (RuntimeError, OSError) as error:  # of the storage
+        why = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        if isinstance(why, HfHubHTTPError):
+            said = f"the storage answered {why.response.status_code}"
+        elif isinstance(why, RequestError):
+            said = f"the storage cannot be reached ({type(why).__name__})"
+        else:
+            said = getattr(why, "strerror", None) or first_line(why)
+        raise RepoError(f"The upload to {repo_id} failed: {said}.", "Try again later.") from None
 
 
 T = TypeVar("T")
