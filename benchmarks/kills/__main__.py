@@ -4,6 +4,10 @@
 and looks at the output folder and at a Hub on this machine: either nothing, or what was there
 before, or the complete result. Then it runs the command again, sometimes to be killed again, until
 it ends, and compares every byte with those of an undisturbed run.
+
+With `--disks` nothing is killed, but the disk is full from each step on, or small (a file system in
+memory of growing size, by `unshare`), or read-only: one error with a hint, the same of the folder,
+and the same bytes when there is space.
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.kills import disks
 from benchmarks.kills.zygote import Order, Zygote
 
 if TYPE_CHECKING:
@@ -96,19 +102,33 @@ class Place:
 
     def run(self, arguments: Sequence[str], *, step: int = 0, seconds: float = 0.0) -> bool:
         """Run to the end, or to a kill before a step or after a time; returns whether it ended."""
-        words = [str(self.work / "out") if word == "OUT" else word for word in arguments]
-        folders = [str(self.work), str(self.unpushed)]
-        log, steps = str(self.root / "log"), str(self.root / "steps")
-        code = self.zygote.run(Order(words, folders, log, steps, step, seconds))
+        code = self._code(arguments, step, seconds)
         if code not in (0, -signal.SIGKILL if step or seconds else 0):
             raise WrongError(f"exit code {code}: {self.log()}")
         return not code
 
+    def run_on_a_bad_disk(self, arguments: Sequence[str], full_from: int = 0) -> bool:
+        """Run to the end, or to one error with a hint; returns whether it ended well."""
+        code = self._code(arguments, full_from, full=True)
+        log = self.log()
+        clear = log.count("Error: ") == 1 and "Hint: " in log and "Traceback" not in log
+        if code not in (0, 1) or (code and not clear):
+            raise WrongError(f"exit code {code}: {log}")
+        return not code
+
+    def _code(
+        self, arguments: Sequence[str], step: int = 0, seconds: float = 0.0, *, full: bool = False
+    ) -> int:
+        words = [str(self.work / "out") if word == "OUT" else word for word in arguments]
+        folders = [str(self.work), str(self.unpushed)]
+        log, steps = str(self.root / "log"), str(self.root / "steps")
+        return self.zygote.run(Order(words, folders, log, steps, step, seconds, full))
+
     def clean(self, scenario: Scenario) -> None:
         """As before the first run."""
-        shutil.rmtree(self.work, ignore_errors=True)
+        for path in self.work.iterdir():
+            shutil.rmtree(path)
         shutil.rmtree(self.unpushed, ignore_errors=True)
-        self.work.mkdir()
         if scenario.repo_id:
             self.hub.repos.pop(scenario.repo_id, None)
         if scenario.earlier:
@@ -198,18 +218,29 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200, help="at random times [default: 200]")
     parser.add_argument("--every", type=int, default=1, help="of so many steps kill at one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", metavar="NAME", help="one scenario")
+    parser.add_argument("--only", metavar="NAME", action="append", help="scenarios; repeatable")
+    parser.add_argument("--disks", action="store_true", help="full, small and read-only ones")
     arguments = parser.parse_args()
+    mounts = arguments.disks and disks.in_namespace()
+    if arguments.disks and not mounts:
+        print("Nothing can be mounted here: no small and no read-only disks.", file=sys.stderr)
     sys.path.insert(0, str(TESTS))
     chance = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        place = prepared(Path(folder))
-        scenarios = [s for s in scenarios_of(place) if arguments.only in (None, s.name)]
-        print("| | steps | kills | resumed | wrong |\n|---|---:|---:|---:|---:|")
+    with ExitStack() as stack:
+        place = prepared(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        stack.callback(place.zygote.close)
+        if mounts:
+            stack.enter_context(disks.mounted(place.work))
+        scenarios = [s for s in scenarios_of(place) if s.name in (arguments.only or [s.name])]
+        what = "bad disks" if arguments.disks else "kills"
+        print(f"| | steps | {what} | resumed | wrong |\n|---|---:|---:|---:|---:|")
         failed = False
         for scenario in scenarios:
+            if arguments.disks and scenario.repo_id:
+                continue
+            kills = 0 if arguments.disks else arguments.kills // len(scenarios)
             tally, steps = tried(
-                place, scenario, chance, arguments.kills // len(scenarios), arguments.every
+                place, scenario, chance, kills, arguments.every, bad_disks=arguments.disks
             )
             failed |= bool(tally.wrong)
             print(
@@ -219,7 +250,6 @@ def main() -> None:
             )
             for line in tally.wrong[:5]:
                 print(line, file=sys.stderr)
-        place.zygote.close()
     sys.exit(failed)
 
 
@@ -275,9 +305,15 @@ def scenarios_of(place: Place) -> list[Scenario]:
 
 
 def tried(
-    place: Place, scenario: Scenario, chance: random.Random, kills: int, every: int
+    place: Place,
+    scenario: Scenario,
+    chance: random.Random,
+    kills: int,
+    every: int,
+    *,
+    bad_disks: bool = False,
 ) -> tuple[Tally, int]:
-    """Kill a scenario at steps and at random times."""
+    """Kill a scenario at steps and at random times, or run it on bad disks."""
     tally = Tally()
     place.clean(scenario)
     before = place.there(scenario)
@@ -288,19 +324,30 @@ def tried(
     steps = int((place.root / "steps").read_text())
     assert steps < MOST_STEPS, steps
 
-    def once(again: Callable[[], bool], *, step: int = 0, seconds: float = 0.0) -> None:
+    def once(run: Callable[[], bool], again: Callable[[], bool]) -> bool:
         place.clean(scenario)
+        ended = True
         try:
-            ended = place.run(scenario.arguments, step=step, seconds=seconds)
+            ended = run()
             check(place, scenario, before, whole)
             if not ended:
                 tally.kills += 1
                 finish(place, scenario, tally, whole, again)
         except WrongError as error:
             tally.wrong.append(str(error))
+        return ended
 
     def to_the_end() -> bool:
         return place.run(scenario.arguments)
+
+    def run_until(step: int) -> bool:
+        if bad_disks:
+            return place.run_on_a_bad_disk(scenario.arguments, step)
+        return place.run(scenario.arguments, step=step)
+
+    def run_on(option: str) -> bool:
+        with disks.changed(place.work, option):
+            return place.run_on_a_bad_disk(scenario.arguments)
 
     def perhaps_killed() -> bool:
         delay = chance.choice((0.0, chance.uniform(0, seconds)))
@@ -309,9 +356,18 @@ def tried(
         return ended
 
     for step in range(1 + chance.randrange(every), steps + 1, every):
-        once(to_the_end, step=step)
+        once(lambda: run_until(step), to_the_end)  # noqa: B023
     for _ in range(kills):
-        once(perhaps_killed, seconds=chance.uniform(0, seconds))
+        delay = chance.uniform(0, seconds)
+        once(lambda: place.run(scenario.arguments, seconds=delay), perhaps_killed)  # noqa: B023
+    if os.path.ismount(place.work):
+        once(lambda: run_on("ro"), to_the_end)
+        place.clean(scenario)
+        size = disks.used(place.work)
+        while True:
+            size += 4096 * every
+            if once(lambda: run_on(f"size={size}"), to_the_end):  # noqa: B023
+                break
     return tally, steps
 
 

@@ -5,6 +5,7 @@ It reads one JSON object a line, [`Order`], and answers with the child's end.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,9 @@ from typing import Any
 
 ON_DISK = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 """Steps that Python tells its audit hooks of, before it takes them."""
+
+FREEING = {"os.rename", "os.remove", "os.rmdir", "os.truncate"}
+"""Steps that a full disk allows."""
 
 CHANGING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -32,6 +36,7 @@ class Order:
         steps: gets how many steps were taken, if the command ends by itself.
         last: the step before which the child kills itself; of a write, in the middle; 0: none.
         seconds: after which it is killed, if it still runs; 0: never.
+        full: from the last step on there is no more space, instead of the kill.
     """
 
     arguments: list[str]
@@ -40,6 +45,7 @@ class Order:
     steps: str
     last: int = 0
     seconds: float = 0.0
+    full: bool = False
 
 
 class Zygote:
@@ -115,7 +121,7 @@ def _run(order: Order) -> None:
 
 def _count_steps(order: Order) -> list[int]:
     """Count steps on the disk from now on; the last one is not taken, or of a write only half."""
-    taken, on, pwrite = [0], True, os.pwrite
+    taken, pwrite = [0], os.pwrite
 
     def here(path: Any) -> bool:
         try:
@@ -126,10 +132,14 @@ def _count_steps(order: Order) -> list[int]:
 
     def due() -> bool:
         taken[0] += 1
+        if order.full and 0 < order.last <= taken[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return taken[0] == order.last
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if not on or event not in ON_DISK or not here(arguments[0]):
+        if event not in ON_DISK or not here(arguments[0]):
+            return
+        if order.full and event in FREEING:
             return
         reading = event == "open" and not (arguments[2] or 0) & CHANGING
         if reading and not os.path.isdir(arguments[0]):  # they are opened to be flushed

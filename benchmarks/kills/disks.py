@@ -1,0 +1,61 @@
+"""A file system in memory that is as large as it is told to be, in a namespace of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LARGE = "size=1g,rw"
+
+
+UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
+
+
+def in_namespace() -> bool:  # noqa: RET503
+    """Start this program again where it may mount; False where the system does not let it.
+
+    Nobody else sees its mounts.
+    """
+    if "UNSHARED" in os.environ:
+        return True
+    if shutil.which(UNSHARE[0]) is None:
+        return False
+    if subprocess.run([*UNSHARE, "true"], check=False, capture_output=True).returncode:
+        return False
+    command = [*UNSHARE, sys.executable, "-m", __name__.rpartition(".")[0], *sys.argv[1:]]
+    os.execvpe(command[0], command, {**os.environ, "UNSHARED": "1"})
+
+
+@contextmanager
+def mounted(folder: Path) -> Iterator[None]:
+    """Put a large one there."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", LARGE, "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@contextmanager
+def changed(folder: Path, option: str) -> Iterator[None]:
+    """Mount it in another way meanwhile."""
+    _remount(folder, option)
+    try:
+        yield
+    finally:
+        _remount(folder, LARGE)
+
+
+def _remount(folder: Path, option: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{option}", folder], check=True)
+
+
+def used(folder: Path) -> int:
+    """Bytes that are taken of it."""
+    found = os.statvfs(folder)
+    return found.f_frsize * (found.f_blocks - found.f_bfree)
