@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from hf_tsv.cli import options
+from hf_tsv.cli import images, options
 from hf_tsv.cli.output import Out, table
-from hf_tsv.errors import RecipeError
 from hf_tsv.processes import is_leader
 
 if TYPE_CHECKING:
@@ -28,8 +26,6 @@ EXAMPLES = """\
 `hf-tsv evaluate ./merged --task mine=./images --limit 200 --json | jq .accuracy`
 """
 
-DATA = "What is classified"
-
 
 def evaluate(
     reference: Annotated[
@@ -40,100 +36,23 @@ def evaluate(
             show_default=False,
         ),
     ],
-    task: Annotated[
-        Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
-        typer.Option(
-            metavar="NAME=DATASET",
-            help="Labelled images: a dataset on the Hub (org/name, org/name:config@revision), a"
-            " folder of images, or a parquet file; repeatable.",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
-    suite: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            metavar="NAME",
-            help="Tasks, base model and fine-tunes of a paper, beside the rows it reports:"
-            " vit-b-32-8; b-16 or l-14, 14 or 20 tasks.",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
-    fine_tunes: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            "--reference",
-            metavar="NAME=REF",
-            help="The fine-tune of a task, which accuracy is divided by; repeatable."
-            " [default: those of the suite]",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
+    task: images.Tasks = None,
+    suite: images.Suite = None,
+    fine_tunes: images.FineTunes = None,
     no_references: Annotated[
         bool,
         typer.Option(
             "--no-references",
             help="Leave the fine-tunes of the suite out.",
-            rich_help_panel=DATA,
+            rich_help_panel=images.PANEL,
         ),
     ] = False,
-    split: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="Of the datasets of --task. [default: test, else validation, else train]",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
-    image: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--image-column",
-            metavar="COLUMN",
-            help="Images of --task. [default: the only column of images]",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
-    label: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--label-column",
-            metavar="COLUMN",
-            help="Labels of --task. [default: the only column of class labels]",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
-    classes: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            metavar="FILE",
-            help="Names of the classes of a single --task, one a line, in the order of the labels."
-            " [default: those of the dataset]",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
-    template: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            help="Prompt of --task, with {} for the name of a class; repeatable."
-            " [default: a photo of a {}.]",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            help="So many images of each task, for a quick look.",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
+    split: images.Split = None,
+    image_column: images.ImageColumn = None,
+    label_column: images.LabelColumn = None,
+    classes: images.Classes = None,
+    template: images.Template = None,
+    limit: images.Limit = None,
     batch_size: Annotated[
         int, typer.Option(help="Images at a time.", rich_help_panel=options.RUN)
     ] = 64,
@@ -181,13 +100,10 @@ def evaluate(
     out = Out(as_json=as_json, quiet=quiet)
     from hf_tsv import evaluation
 
-    choices: dict[str, Any] = {"split": split, "image": image, "label": label}
-    if template:
-        choices["templates"] = tuple(template)
-    if classes is not None:
-        choices["classes"] = _names(classes, task or [])
-    tasks = [evaluation.EvaluationTask.parse(text, **choices) for text in task or []]
-    references = dict(map(_named, fine_tunes or [])) if fine_tunes or no_references else None
+    tasks = images.tasks_of(task, split, image_column, label_column, classes, template)
+    references = None
+    if fine_tunes or no_references:
+        references = dict(map(images.named, fine_tunes or []))
     report = evaluation.evaluate(
         reference,
         tasks,
@@ -211,29 +127,6 @@ def evaluate(
     out.result(text_of(report), report.to_dict())
     if report.errors and is_leader():  # a launcher ends the others with the first that fails
         raise typer.Exit(1)
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, equals, ref = text.partition("=")
-    if not equals or not name or not ref:
-        raise RecipeError(f"--reference is {text!r}.", "Write NAME=REF.")
-    return name, ref
-
-
-def _names(file: Path, tasks: Sequence[str]) -> tuple[str, ...]:
-    """Lines of a file."""
-    if len(tasks) != 1:
-        raise RecipeError("--classes is for a single --task.", "Evaluate one task at a time.")
-    try:
-        names = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"{file} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.",
-            "Give a text file with the name of one class on every line.",
-        ) from None
-    if not names or not all(name.strip() for name in names):
-        raise RecipeError(f"{file} has an empty line or none.", "Write a class on every line.")
-    return tuple(name.strip() for name in names)
 
 
 def _share(value: float | None) -> str:

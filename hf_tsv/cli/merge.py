@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from hf_tsv.cli import options
+from hf_tsv.cli import images, options
 from hf_tsv.cli.output import Out
 from hf_tsv.errors import RecipeError
 
 if TYPE_CHECKING:
     from hf_tsv.adaptation import Adaptation
-    from hf_tsv.evaluation.data import EvaluationTask
     from hf_tsv.merging import MergeReport
     from hf_tsv.tuning import AlphaSearch
 
-IMAGES = "With --method ada or --tune-alpha"
 ADA = "With --method ada"
 
 EXAMPLES = """\
@@ -144,34 +142,20 @@ def merge(
             show_default=False,
         ),
     ] = None,
-    task: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            metavar="NAME=DATASET",
-            help="Images, for ada without their labels: a dataset on the Hub (org/name,"
-            " org/name:config@revision), a folder of images, or a parquet file; repeatable.",
-            rich_help_panel=IMAGES,
-            show_default=False,
-        ),
-    ] = None,
+    task: images.Tasks = None,
     split: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
             help="Of every dataset. [default: test, else validation, else train; with --tune-alpha"
             " validation]",
-            rich_help_panel=IMAGES,
+            rich_help_panel=images.PANEL,
             show_default=False,
         ),
     ] = None,
-    template: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            help="Of prompts, with {} for the name of a class; repeatable."
-            " [default: a photo of a {}.]",
-            rich_help_panel=IMAGES,
-            show_default=False,
-        ),
-    ] = None,
+    image_column: images.ImageColumn = None,
+    label_column: images.LabelColumn = None,
+    classes: images.Classes = None,
+    template: images.Template = None,
     steps: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(help="Steps of Adam. [default: 300]", rich_help_panel=ADA, show_default=False),
@@ -184,18 +168,11 @@ def merge(
         Optional[int],  # noqa: UP045
         typer.Option(
             help="Images of each task at a time. [default: 16 in a step of ada; else 64]",
-            rich_help_panel=IMAGES,
+            rich_help_panel=images.PANEL,
             show_default=False,
         ),
     ] = None,
-    limit: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            help="With --tune-alpha: so many images of each task.",
-            rich_help_panel=IMAGES,
-            show_default=False,
-        ),
-    ] = None,
+    limit: images.Limit = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
@@ -255,7 +232,8 @@ def merge(
 
     Keeps the leading singular vectors of every task's weight update, makes those of different
     tasks orthogonal, and adds them to the base model (TSV-Merge). Needs neither data nor training,
-    unless coefficients are learned on images without labels: `--method ada`.
+    unless coefficients are learned on images without labels (`--method ada`) or α is chosen on
+    images with labels (`--tune-alpha`): the options of what is classified are for these.
     """
     out = Out(as_json=as_json, quiet=quiet)
     from hf_tsv import merging
@@ -265,9 +243,14 @@ def merge(
         **_learning(
             method,
             tune_alpha,
-            task,
-            split,
-            template,
+            {
+                "task": task,
+                "split": split,
+                "image_column": image_column,
+                "label_column": label_column,
+                "classes": classes,
+                "template": template,
+            },
             steps=steps,
             learning_rate=learning_rate,
             batch_size=batch_size,
@@ -318,32 +301,16 @@ def merge(
     out.result(text, done.to_dict())
 
 
-def _tasks(
-    texts: list[str] | None, split: str | None, template: list[str] | None
-) -> tuple[EvaluationTask, ...]:
-    if not texts:
-        return ()
-    from hf_tsv.evaluation.data import EvaluationTask
-
-    choices: dict[str, Any] = {"split": split}
-    if template:
-        choices["templates"] = tuple(template)
-    return tuple(EvaluationTask.parse(text, **choices) for text in texts)
-
-
 def _learning(
     method: Method,
     alphas: str | None,
-    texts: list[str] | None,
-    split: str | None,
-    template: list[str] | None,
+    shown: dict[str, Any],
     **given: Any,
 ) -> dict[str, Adaptation | AlphaSearch]:
     """What is learned from images, and how; nothing where nothing is said of it."""
     given = {name: value for name, value in given.items() if value is not None}
-    images = {"task": texts, "split": split, "template": template}
-    said = [*(name for name, value in images.items() if value), *given]
-    tasks = _tasks(texts, split, template)
+    said = [*(name for name, value in shown.items() if value), *given]
+    tasks = tuple(images.tasks_of(**shown))
     if method is Method.ada and alphas is None:
         if "limit" in given:
             raise RecipeError("--limit is an option of --tune-alpha.", "Leave it out.")

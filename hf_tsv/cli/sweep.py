@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from hf_tsv.cli import options
-from hf_tsv.cli.evaluate import DATA, _named
+from hf_tsv.cli import images, options
 from hf_tsv.cli.output import Out, table
 from hf_tsv.errors import RecipeError
 
@@ -25,67 +24,21 @@ EXAMPLES = """\
 
 
 def sweep(
-    task: Annotated[
-        Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
-        typer.Option(
-            metavar="NAME=DATASET",
-            help="Labelled images: a dataset on the Hub (org/name, org/name:config@revision), a"
-            " folder of images, or a parquet file; repeatable.",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
-    fine_tunes: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            "--reference",
-            metavar="NAME=REF",
-            help="The fine-tune of a task; repeatable. [default: those of the suite]",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
-    suite: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            metavar="NAME",
-            help="Tasks, base model and fine-tunes of a paper: vit-b-32-8; b-16 or l-14, 14 or 20"
-            " tasks.",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
-    split: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="Of the datasets of --task. [default: test, else validation, else train]",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
-    template: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            help="Of the prompts of --task, with {} for the name of a class; repeatable."
-            " [default: a photo of a {}.]",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
+    task: images.Tasks = None,
+    fine_tunes: images.FineTunes = None,
+    suite: images.Suite = None,
+    split: images.Split = None,
+    image_column: images.ImageColumn = None,
+    label_column: images.LabelColumn = None,
+    classes: images.Classes = None,
+    template: images.Template = None,
     rank_fraction: Annotated[
         str,
         typer.Option(
             metavar="F1,F2,...", help="Shares of min(shape).", rich_help_panel=options.METHOD
         ),
     ] = "0.01,0.02,0.05,0.1,0.2,0.5",
-    limit: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            help="So many images of each task, for a quick look.",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
+    limit: images.Limit = None,
     batch_size: Annotated[
         int, typer.Option(help="Images at a time.", rich_help_panel=options.RUN)
     ] = 64,
@@ -114,14 +67,11 @@ def sweep(
     of the rank: how far it can be compressed.
     """
     out = Out(as_json=as_json, quiet=quiet)
-    from hf_tsv import EvaluationTask, sweeping
+    from hf_tsv import sweeping
 
-    choices: dict[str, Any] = {"split": split}
-    if template:
-        choices["templates"] = tuple(template)
     report = sweeping.sweep(
-        [EvaluationTask.parse(text, **choices) for text in task or []],
-        dict(map(_named, fine_tunes)) if fine_tunes else None,
+        images.tasks_of(task, split, image_column, label_column, classes, template),
+        dict(map(images.named, fine_tunes)) if fine_tunes else None,
         rank_fractions=_shares(rank_fraction),
         suite=suite,
         base_model=base_model,
