@@ -121,12 +121,20 @@ def test_columns_and_names_on_the_command_line(hub: Hub, zoo: Path, tmp_path: Pa
     add_dataset(hub, "org/data", tmp_path, image="picture", label="kind", names=("0", "1", "2"))
     names = tmp_path / "names.txt"
     names.write_text("\n".join(CLASSES) + "\n")
-    words = ["evaluate", zoo / "base", "--task", "a=org/data", "--image-column", "picture",
-             "--label-column", "kind", "--classes", names]  # fmt: skip
-    found = run(*words, "--json").json["tasks"]["a"]
+    words = ["--task", "a=org/data", "--image-column", "picture", "--label-column", "kind",
+             "--classes", names, "--json"]  # fmt: skip
+    found = run("evaluate", zoo / "base", *words).json["tasks"]["a"]
     assert found["classes"] == list(CLASSES) and found["images"] == 12
+    base = ("--base-model", zoo / "base")
+    done = run("sweep", *base, "--reference", f"a={zoo / 'vision'}", *words)
+    assert done.code == 0 and list(done.json["tasks"]) == ["a"], done.err
+    merge = ["merge", zoo / "vision", zoo / "flat", *base, "-o", tmp_path / "merged", *words]
+    tuning = run(*merge, "--tune-alpha", "0:1:1", "--split", "test").json["tuning"]
+    assert list(tuning["accuracies"]) == ["a"]
+    done = run(*merge, "--force")
+    assert done.code == 1 and "--method ada and of --tune-alpha" in done.err
     names.write_text("cat\n\ndog\n")
-    done = run(*words)
+    done = run("evaluate", zoo / "base", *words)
     assert done.code == 1 and "names.txt has an empty line" in done.err
 
 
