@@ -249,6 +249,9 @@ def open_task(pinned: PinnedCheckpoint) -> Task:
     except CheckpointError as error:
         converted = _conversion(pinned)
         if converted is None:
+            if isinstance(pinned.files, LocalFiles) and not pinned.is_local:
+                cached = next(p for p in pinned.files.root.parents if p.name == "snapshots").parent
+                error.hint = f"Run once with a connection; if it stays, delete {cached} first."
             raise
         logger.warning("%s Its conversion %s is read.", error.message, converted)
         return _opened(converted)

@@ -7,8 +7,10 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 from hub import Hub
 
@@ -85,3 +87,18 @@ def world(hub: Hub, zoo: Path, tmp_path: Path) -> Path:
     work = tmp_path / "work"
     work.mkdir()
     return work
+
+
+@pytest.fixture
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds waited between tries, by us and by the Hub client, which are not waited here."""
+    import huggingface_hub.file_download
+    import huggingface_hub.utils._http
+
+    from hf_tsv.hub import client
+
+    waited: list[float] = []
+    patient = SimpleNamespace(**{**vars(time), "sleep": waited.append})
+    for module in (client, huggingface_hub.file_download, huggingface_hub.utils._http):
+        monkeypatch.setattr(module, "time", patient)
+    return waited

@@ -12,6 +12,7 @@ from typing import TypeVar
 from httpx2 import ConnectError, RequestError, TransportError, UnsupportedProtocol
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -30,8 +31,15 @@ T = TypeVar("T")
 
 RETRY_WAITS = (1, 2, 4, 8)  # seconds, as the client does where it retries
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
+SILENCE = 30.0
+"""Seconds without a word after which a listing is asked for again; the client would wait for ever."""
+
 MOVED_ON = 412
 """Status of a commit whose parent is no longer the head of its branch."""
+
+
+class OtherAnswerError(TransportError):
+    """An answer that is not what was asked for, as of a proxy that lost the connection."""
 
 
 def api(token: str | None = None) -> HfApi:
@@ -79,6 +87,19 @@ def _retry_after(error: HfHubHTTPError, default: float) -> float:
 
 
 @contextmanager
+def whole(repo_id: str, filename: str) -> Iterator[None]:
+    """Turn an [`OtherAnswerError`] that did not pass into a [`RepoError`] that names the file."""
+    try:
+        yield
+    except OtherAnswerError as error:
+        raise RepoError(
+            f"{repo_id}: the Hub sent {error} of {filename}.",
+            "Try again; if it stays, the file is damaged, or a server on the way serves no ranges"
+            " or changes what it passes on.",
+        ) from None
+
+
+@contextmanager
 def translated(repo_id: str, revision: str | None, *, writing: bool = False) -> Iterator[None]:
     """Turn the client's errors into one [`RepoError`] with the way out."""
     try:
@@ -110,27 +131,36 @@ def translated(repo_id: str, revision: str | None, *, writing: bool = False) -> 
         raise RepoError(
             f"{repo_id}: {first_line(error)}", "Check the files of the repository."
         ) from None
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
+        why = error.__cause__
+        if isinstance(why, HfHubHTTPError):
+            raise _http_error(why, repo_id, writing) from None
+        if isinstance(why, FileMetadataError):
+            raise _no_hub(repo_id) from None
         raise RepoError(
             f"{repo_id}: files are missing from the local cache and the Hub cannot be reached.",
             "Run once with a connection and without HF_HUB_OFFLINE.",
         ) from None
     except HfHubHTTPError as error:
         raise _http_error(error, repo_id, writing) from None
-    except (RequestError, OfflineModeIsEnabled) as error:
+    except (RequestError, OfflineModeIsEnabled, ConnectionError) as error:
         raise RepoError(
             f"{repo_id}: the Hub cannot be reached ({type(error).__name__}).",
             "Check the connection and HF_ENDPOINT; with a warm cache use HF_HUB_OFFLINE=1.",
         ) from None
     except JSONDecodeError:
-        raise RepoError(
-            f"{repo_id}: the answer is not that of a Hub.", "Check HF_ENDPOINT and any proxy."
-        ) from None
+        raise _no_hub(repo_id) from None
     except OSError as error:  # after the client's own, some of which are OSErrors
         raise RepoError(
             f"{repo_id}: the cache cannot be written: {error.strerror or first_line(error)}.",
             "Free some space, or choose another folder with --cache-dir.",
         ) from None
+
+
+def _no_hub(repo_id: str) -> RepoError:
+    return RepoError(
+        f"{repo_id}: the answer is not that of a Hub.", "Check HF_ENDPOINT and any proxy."
+    )
 
 
 def _http_error(error: HfHubHTTPError, repo_id: str, writing: bool) -> RepoError:
@@ -148,7 +178,7 @@ def _http_error(error: HfHubHTTPError, repo_id: str, writing: bool) -> RepoError
     if status == MOVED_ON:
         return RepoError(
             f"{repo_id} was changed by another commit meanwhile, so nothing was written.",
-            "Run it again when nobody else writes there.",
+            "Run the same command again.",
         )
     return RepoError(
         f"{repo_id}: the Hub answered {status}: {first_line(error)}", "Try again later."

@@ -7,32 +7,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from httpx2 import URL
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
 from hf_tsv.errors import RepoError
-from hf_tsv.hub.client import api, retried, translated
+from hf_tsv.hub.client import (
+    RETRY_STATUS,
+    OtherAnswerError,
+    api,
+    retried,
+    translated,
+    whole,
+)
 from hf_tsv.hub.snapshots import RepoSnapshot
 from hf_tsv.parallel import in_parallel
-from hf_tsv.progress import bar
+from hf_tsv.progress import bar, logger
 
 DOWNLOAD_THREADS = 8
+WRONG_SIZE = "Consistency check failed"
+"""How the client begins to say that a body had another length than the file."""
 
 
 def uncached(repo: RepoSnapshot, filenames: Sequence[str]) -> list[str]:
-    """The files of `filenames` that a download would fetch."""
+    """The files of `filenames` that a download would fetch: not in the cache, or cut short."""
     if repo.folder is not None:
         return []
+    paths = (
+        try_to_load_from_cache(repo.repo_id, name, cache_dir=repo.cache_dir, revision=repo.revision)
+        for name in filenames
+    )
     return [
         name
-        for name in filenames
-        if not isinstance(
-            try_to_load_from_cache(
-                repo.repo_id, name, cache_dir=repo.cache_dir, revision=repo.revision
-            ),
-            str,
-        )
+        for name, path in zip(filenames, paths, strict=True)
+        if not isinstance(path, str) or _is_cut(repo, name, path)
     ]
+
+
+def _is_cut(repo: RepoSnapshot, name: str, path: str) -> bool:
+    """Whether a file has another size than the Hub says, as after a power failure."""
+    return bool(size := repo.sizes.get(name)) and Path(path).stat().st_size != size
 
 
 @dataclass(frozen=True)
@@ -80,16 +95,40 @@ def download(wanted: Sequence[Wanted], *, visible: bool = True) -> list[Path]:
 
 
 def _download_file(repo: RepoSnapshot, filename: str, progress: type[tqdm[Any]]) -> None:
-    with translated(repo.repo_id, repo.revision):
-        retried(
-            lambda: api(repo.token).hf_hub_download(
-                repo.repo_id,
-                filename,
-                revision=repo.revision,
-                cache_dir=repo.cache_dir,
-                tqdm_class=progress,
+    with translated(repo.repo_id, repo.revision), whole(repo.repo_id, filename):
+        path = retried(lambda: _fetched(repo, filename, progress))
+        if _is_cut(repo, filename, path):
+            logger.warning(
+                "%s of %s is damaged in the cache and is fetched again.", filename, repo.repo_id
             )
+            path = retried(lambda: _fetched(repo, filename, progress, anew=True))
+        if _is_cut(repo, filename, path):
+            said = f"{Path(path).stat().st_size} bytes instead of {repo.sizes[filename]}"
+            raise OtherAnswerError(said)
+
+
+def _fetched(
+    repo: RepoSnapshot, filename: str, progress: type[tqdm[Any]], *, anew: bool = False
+) -> str:
+    try:
+        return api(repo.token).hf_hub_download(
+            repo.repo_id,
+            filename,
+            revision=repo.revision,
+            cache_dir=repo.cache_dir,
+            tqdm_class=progress,
+            force_download=anew,
         )
+    except HfHubHTTPError as error:
+        status, host = error.response.status_code, error.response.url.netloc
+        if host != URL(constants.ENDPOINT).netloc and status not in RETRY_STATUS:
+            # The storage has seen no token to refuse; its addresses are signed for a while.
+            raise OtherAnswerError(f"{status} from its storage instead") from None
+        raise
+    except OSError as error:
+        if not str(error).startswith(WRONG_SIZE):
+            raise
+        raise OtherAnswerError("a wrong number of bytes") from None
 
 
 def _cached_folder(item: Wanted) -> Path:

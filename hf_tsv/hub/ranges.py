@@ -10,8 +10,7 @@ from huggingface_hub import constants, get_session, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from hf_tsv import __version__
-from hf_tsv.errors import RepoError
-from hf_tsv.hub.client import RETRY_STATUS, retried, translated
+from hf_tsv.hub.client import RETRY_STATUS, OtherAnswerError, retried, translated, whole
 from hf_tsv.hub.snapshots import RepoSnapshot
 
 SMALL_FILE = 8_000_000
@@ -29,18 +28,8 @@ def read_range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> byte
     """
     if start == stop:
         return bytearray()
-    with translated(repo.repo_id, repo.revision):
-        try:
-            return retried(lambda: _range(repo, filename, start, stop), refusals=True)
-        except _OtherAnswerError as error:
-            raise RepoError(
-                f"{repo.repo_id}: the Hub sent {error} of {filename}.",
-                "Try again; if it stays, the file is damaged, or the server serves no ranges.",
-            ) from None
-
-
-class _OtherAnswerError(TransportError):
-    """An answer that is not what was asked for, as of a proxy that lost the connection."""
+    with translated(repo.repo_id, repo.revision), whole(repo.repo_id, filename):
+        return retried(lambda: _range(repo, filename, start, stop), refusals=True)
 
 
 def _range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> bytearray:
@@ -62,7 +51,7 @@ def _range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> bytearra
         elsewhere = response.history and response.url.netloc != response.history[0].url.netloc
         if elsewhere and response.status_code >= 400 and response.status_code not in RETRY_STATUS:
             # The storage's own words hold a signed address, and it has seen no token to refuse.
-            raise _OtherAnswerError(f"{response.status_code} from its storage instead")
+            raise OtherAnswerError(f"{response.status_code} from its storage instead")
         hf_raise_for_status(response)
         if elsewhere:
             repo.locations[filename] = str(response.url)
@@ -84,18 +73,18 @@ def _body(response: Response, start: int, stop: int, size: int | None) -> bytear
     """The range out of an answer: all of it, or a part where the server ignores ranges."""
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
-        raise _OtherAnswerError(f"{encoding} instead of bytes")
+        raise OtherAnswerError(f"{encoding} instead of bytes")
     skipped = start
     if response.status_code == 206:
         said = response.headers.get("Content-Range", "")
         total = r"\d+" if size is None else str(size)
         if not re.fullmatch(rf"bytes {start}-{stop - 1}/({total}|\*)", said):
-            raise _OtherAnswerError(f"{said or 'other bytes'} instead of bytes {start}-{stop - 1}")
+            raise OtherAnswerError(f"{said or 'other bytes'} instead of bytes {start}-{stop - 1}")
         skipped = 0
     else:
         length = response.headers.get("Content-Length")
         if size is None or size > SMALL_FILE or length not in (None, str(size)):
-            raise _OtherAnswerError(f"{length or 'other'} bytes instead of {stop - start}")
+            raise OtherAnswerError(f"{length or 'other'} bytes instead of {stop - start}")
     body = bytearray()
     for chunk in response.iter_raw():
         body += chunk[skipped:]
@@ -105,5 +94,5 @@ def _body(response: Response, start: int, stop: int, size: int | None) -> bytear
     if response.status_code != 206:
         del body[stop - start :]
     if len(body) != stop - start:
-        raise _OtherAnswerError(f"{len(body)} bytes instead of {stop - start}")
+        raise OtherAnswerError(f"{len(body)} bytes instead of {stop - start}")
     return body

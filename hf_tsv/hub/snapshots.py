@@ -11,6 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import OfflineModeIsEnabled, RevisionResolutionError
 
 from hf_tsv.errors import RepoError
+from hf_tsv.hub import client
 from hf_tsv.hub.client import api, first_line, retried, translated
 from hf_tsv.progress import logger
 
@@ -65,7 +66,9 @@ def snapshot(
     with translated(repo_id, revision):
         try:
             info = retried(
-                lambda: api(token).model_info(repo_id, revision=revision, files_metadata=True)
+                lambda: api(token).model_info(
+                    repo_id, revision=revision, files_metadata=True, timeout=client.SILENCE
+                )
             )
         except (OfflineModeIsEnabled, TransportError) as error:
             return _cached_snapshot(repo_id, revision, subfolder, cache_dir, error)
@@ -87,7 +90,9 @@ def dataset_commit(repo_id: str, revision: str | None, *, token: str | None = No
     """
     with translated(repo_id, revision):
         try:
-            info = retried(lambda: api(token).dataset_info(repo_id, revision=revision))
+            info = retried(
+                lambda: api(token).dataset_info(repo_id, revision=revision, timeout=client.SILENCE)
+            )
         except (OfflineModeIsEnabled, TransportError):
             return None
     return info.sha
@@ -148,11 +153,11 @@ def conversion(repo: RepoSnapshot) -> str | None:
 
     Those of other authors are not taken, nor those of earlier commits: as in transformers.
     """
-    client = api(repo.token)
+    hub = api(repo.token)
     with translated(repo.repo_id, repo.revision):
         offers = retried(
             lambda: list(
-                client.get_repo_discussions(
+                hub.get_repo_discussions(
                     repo.repo_id,
                     author=CONVERTER,
                     discussion_type="pull_request",
@@ -165,7 +170,7 @@ def conversion(repo: RepoSnapshot) -> str | None:
             if (offer.author, offer.title) != (CONVERTER, CONVERSION) or reference is None:
                 continue
             commits = retried(
-                lambda: client.list_repo_commits(repo.repo_id, revision=reference)  # noqa: B023
+                lambda: hub.list_repo_commits(repo.repo_id, revision=reference)  # noqa: B023
             )
             if len(commits) > 1 and commits[1].commit_id == repo.revision:
                 return str(reference)

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from hf_tsv.errors import RepoError
-from hf_tsv.hub.client import MOVED_ON, api, first_line, retried, translated
+from hf_tsv.hub.client import MOVED_ON, SILENCE, api, first_line, retried, translated
 from hf_tsv.progress import logger
 
 STEMS = ("model", "task_factors", "open_clip_model")
@@ -40,6 +40,9 @@ OLD_WEIGHTS = (
 
 RACES = 5
 """Times that a push lists the repository, to commit on top of what it has found."""
+
+STORAGE_REFUSES = "LFS batch API returned errors"
+"""How the client begins to say that there is no room, or no right to it."""
 
 
 def writable_repo_id(
@@ -158,14 +161,16 @@ def push(
             retried(lambda: client.create_repo(repo_id, private=private, exist_ok=True))
             if revision is not None and revision != "main" and not revision.startswith("refs/"):
                 retried(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True))
-        commit_once = _once if create_pr else retried  # a lost answer would open a second one
+        once = _once if create_pr else retried  # a lost answer would open a second one
         for race in range(RACES):
             head = retried(
-                lambda: client.model_info(repo_id, revision=revision, expand=["sha", "siblings"])
+                lambda: client.model_info(
+                    repo_id, revision=revision, expand=["sha", "siblings"], timeout=SILENCE
+                )
             )
             operations = _operations(folder, repo_id, head, warn=not create_pr and race == 0)
             try:
-                commit = commit_once(
+                commit = once(
                     lambda: client.create_commit(
                         repo_id,
                         operations,  # noqa: B023
@@ -181,6 +186,11 @@ def push(
                 if error.response.status_code != MOVED_ON or race == RACES - 1:
                     raise
                 logger.info("%s got another commit meanwhile; trying again.", repo_id)
+            except RuntimeError:
+                # An address that is signed for an hour may be too old, or the last answer lost.
+                if race:
+                    raise
+                logger.info("The storage of %s refused a file; trying again.", repo_id)
     raise AssertionError("the last try returns or raises")
 
 
@@ -203,14 +213,17 @@ def push_file(
     Raises:
         [`RepoError`]: not written, as when the branch has moved on.
     """
+    once = _once if create_pr else retried
     with translated(repo_id, branch, writing=True), _upload_errors(repo_id):
-        commit = api(token).create_commit(
-            repo_id,
-            [CommitOperationAdd(name, content)],
-            commit_message=commit_message,
-            revision=branch,
-            create_pr=create_pr,
-            parent_commit=parent,
+        commit = once(
+            lambda: api(token).create_commit(
+                repo_id,
+                [CommitOperationAdd(name, content)],  # anew: it notes what the branch holds now
+                commit_message=commit_message,
+                revision=branch,
+                create_pr=create_pr,
+                parent_commit=parent,
+            )
         )
     return str(commit.pr_url or commit.commit_url)
 
@@ -240,9 +253,12 @@ def _upload_errors(repo_id: str) -> Iterator[None]:
     except (HfHubHTTPError, RequestError, OfflineModeIsEnabled, JSONDecodeError, HFValidationError):
         raise
     except (TypeError, ValueError) as error:  # a card that the client or the Hub does not take
-        refused = not str(error).startswith("LFS batch")
-        hint = "Check the metadata of its model card." if refused else "Try again later."
-        raise RepoError(f"{repo_id}: {first_line(error)}", hint) from None
+        if str(error).startswith(STORAGE_REFUSES):
+            said = first_line(ValueError(" ".join(str(error).splitlines())))
+            raise RepoError(f"{repo_id}: {said}", "Check the storage of its owner.") from None
+        raise RepoError(
+            f"{repo_id}: {first_line(error)}", "Check the metadata of its model card."
+        ) from None
     except (RuntimeError, OSError) as error:  # of the storage
         why = error.__cause__ if isinstance(error.__cause__, Exception) else error
         if isinstance(why, HfHubHTTPError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from . import cdn, reading, writing
@@ -50,9 +50,7 @@ class Hub:
             self.requests = []
             self.page_size = 1000
             self.multipart_above = 20_000_000
-            for fault in self._faults:
-                fault.over.set()
-            self._faults = []
+            self.heal()
 
     # Listening
 
@@ -85,6 +83,11 @@ class Hub:
             server.cut_connections()
         self._servers, self._threads = [], []
         atexit.unregister(self.stop)
+
+    def cut(self) -> None:
+        """End every connection; the one that asks for it gets no answer."""
+        for server in self._servers:
+            server.cut_connections()
 
     def _bind(self) -> None:
         if not self._servers:
@@ -156,12 +159,17 @@ class Hub:
         delay: float = 0,
         after: int = 0,
         method: str | None = None,
+        body: bytes | None = None,
+        action: Callable[[], object] | None = None,
     ) -> None:
         """Let the next `times` requests go wrong whose path, on either origin, matches a regex.
 
         The first `after` of them still go well.
 
         status: the error answered, with `headers`; 503 if nothing else is to go wrong.
+        body: what to answer with that status instead of a message.
+        action: called before the request is answered as it then should be: repositories, users and
+            branches may have changed.
         drop_after: announce the whole body, send that many bytes and cut the connection.
         truncate: send a well-formed response of only the first that many bytes.
         ignore_range: answer 200 with the whole file to a request for a range of it.
@@ -171,7 +179,8 @@ class Hub:
         added; they wait for a successful response to something other than HEAD, so a redirect to
         the CDN does not use them up. `times=math.inf` lasts until `reset`.
         """
-        harmless = drop_after is None and truncate is None and not ignore_range and not delay
+        spoils = drop_after is not None or truncate is not None or ignore_range
+        harmless = not spoils and not delay and action is None
         fault = Fault(
             pattern=re.compile(pattern),
             method=method,
@@ -183,9 +192,18 @@ class Hub:
             ignore_range=ignore_range,
             delay=delay,
             after=after,
+            body=body,
+            action=action,
         )
         with self.lock:
             self._faults.append(fault)
+
+    def heal(self) -> None:
+        """Let everything go well again; requests that are being delayed end."""
+        with self.lock:
+            for fault in self._faults:
+                fault.over.set()
+            self._faults = []
 
     # What tests look at
 

@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -101,6 +101,8 @@ class Fault:
     ignore_range: bool
     delay: float
     after: int
+    body: bytes | None
+    action: Callable[[], object] | None
     over: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -185,6 +187,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if fault:
                 fault.over.wait(fault.delay)
+                if fault.action is not None:
+                    fault.action()
+                if fault.body is not None:
+                    return Response(fault.status or 200, fault.body, dict(fault.headers))
                 if fault.status is not None:
                     message = f"injected fault: {fault.pattern.pattern}"
                     raise HubError(fault.status, message, headers=fault.headers)
