@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import Result, hf_tsv, refused
+from cli import Result, hf_tsv, hf_tsv_process, refused
 from conftest import HF_HOME, HUB
 from hub import Hub, Request, User
 from huggingface_hub import constants
@@ -479,6 +479,16 @@ def test_faults_that_pass_leave_one_commit(
     assert done.code == 0, done.err
     assert pushed(hub) == {**contents(world / "merged"), "notes.txt": b"kept"}
     assert len(hub.repos["me/new"].commits) == 2
+
+
+def test_an_upload_through_xet_that_fails_is_one_message_too(world: Path, hub: Hub) -> None:
+    assert hf_tsv(*MERGE, cwd=world).code == 0
+    hub.fail("/xet-write-token/", 403, times=math.inf)
+    words = ["push", "merged", "me/new"]
+    done = hf_tsv_process(*words, cwd=world, HF_HUB_DISABLE_XET=None)
+    assert complete(done)[1][1:] == [str(world / "merged"), "me/new"]
+    assert "Error: The upload to me/new failed: " in done.err and "403" in done.err
+    assert len(hub.repos["me/new"].commits) == 1
 
 
 def commits(hub: Hub) -> list[Request]:

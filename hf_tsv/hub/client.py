@@ -32,7 +32,7 @@ T = TypeVar("T")
 RETRY_WAITS = (1, 2, 4, 8)  # seconds, as the client does where it retries
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 SILENCE = 30.0
-"""Seconds without a word after which a listing is asked for again; the client would wait for ever."""
+"""Seconds without a word after which a listing is asked for again; the client never gives up."""
 
 MOVED_ON = 412
 """Status of a commit whose parent is no longer the head of its branch."""
