@@ -472,7 +472,9 @@ def layers_of(
     ):
         for loaded in stream.read_weights(weights, sources.base, sources.inputs, scales, device):
             if loaded.deltas and parameters.keys() >= set(_own_names(loaded.weight)):
-                layer = _layer(loaded, parameters, settings, len(sources.inputs))
+                tasks = [sources.inputs[i] for i in loaded.floors]
+                with stream.named(loaded.weight.label, tasks):
+                    layer = _layer(loaded, parameters, settings, len(sources.inputs))
                 layer.place(ones)
                 if layer.label.startswith(LEARNED):
                     found.append(layer)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_tsv import journal, memory, processes, stream
+from hf_tsv import journal, memory, processes, stream, tsv
 from hf_tsv.checkpoints import companions
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, disk_errors
@@ -345,7 +345,7 @@ def refuse_unchanged(job: Job) -> None:
                 raise equals_base(str(item), str(base))
             continue
         held = (name for name in by_size if name in item.tensors)
-        if all(torch.equal(item.read(n).float(), base.read(n).float()) for n in held):
+        if not any(tsv.difference(item.read(n), base.read(n)).any() for n in held):
             raise equals_base(str(item), str(base))
 
 

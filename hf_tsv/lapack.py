@@ -33,7 +33,16 @@ less."""
 
 
 class NotConvergedError(ArithmeticError):
-    """An eigensolver gave up."""
+    """A decomposition gave up.
+
+    Args:
+        reason (`str`): what happened.
+        place (`int`, *optional*): of the matrix, where there were several.
+    """
+
+    def __init__(self, reason: str, place: int | None = None) -> None:
+        super().__init__(reason)
+        self.place = place
 
 
 @functools.cache
@@ -230,6 +239,32 @@ def eigh(upper: Tensor) -> tuple[Tensor, Tensor]:
     if info.value:
         raise NotConvergedError(f"dsyevd: info {info.value}")
     return values, upper
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All singular triplets, by QR iterations: slower than to divide and conquer, and surer.
+
+    Args:
+        matrix (`Tensor`): float64, on the CPU, shape (m, n).
+
+    Returns:
+        `tuple[Tensor, Tensor, Tensor]`: U (m, k), singular values descending (k,), and Vh (k, n).
+
+    Raises:
+        [`NotConvergedError`]: LAPACK's `dgesvd` failed.
+    """
+    m, n = matrix.shape
+    k = min(m, n)
+    U, S, Vh = _doubles(m, k), _doubles(k), _doubles(k, n)
+    if k:
+        a, info = matrix.clone(memory_format=torch.contiguous_format), ctypes.c_int(0)
+        work = _doubles(max(3 * k + max(m, n), 5 * k) + BLOCK * (m + n))
+        _call(  # of the transpose: LAPACK counts along columns
+            "dgesvd", "S", "S", n, m, a, n, S, Vh, n, U, k, work, work.numel(), info
+        )
+        if info.value:
+            raise NotConvergedError(f"dgesvd: info {info.value}")
+    return U, S, Vh
 
 
 def _doubles(*shape: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 Singular vectors come from the eigenvectors of a Gram matrix of the shorter side, in float64:
 squaring singular values in float32 loses the trailing half of them. Every result is checked
-afterwards; what fails is computed again by a full float64 SVD. `exact` does only that.
+afterwards; what fails is computed again by a full float64 SVD. `exact` does only that. An SVD that
+does not converge, or fails the check, is computed by another routine; if none does it, that is an
+error.
 
 On the CPU tasks are decomposed side by side, one thread each, which makes the bits independent of
 the number of threads. On other devices those of one shape are decomposed in one batch.
@@ -17,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, TypeVar
+from itertools import accumulate, pairwise
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hf_tsv import iterative, lanczos, lapack
+from hf_tsv.lapack import NotConvergedError
 from hf_tsv.memory import empty, give_back
 
 Precision = Literal["fast", "exact"]
@@ -55,6 +58,9 @@ Relative to the largest singular value. float64 leaves about 1e-13 where singula
 three orders of magnitude; a float32 SVD leaves 5e-7.
 """
 
+SINGLE_CERTIFICATE = 1e-4
+"""The same in float32, the working precision of MPS."""
+
 POLAR_CERTIFICATE = 1e-5
 """Largest loss of orthonormality of a polar factor, Frobenius norm, that is accepted.
 
@@ -77,6 +83,9 @@ BATCH = 1 << 26
 
 SMALL = 1e-12
 """Entries up to which, and from the inverse of which, squares are summed after scaling."""
+
+EXPONENTS = 1022
+"""Of powers of two that matrices are divided by."""
 
 TILE = 128
 """Rows and columns that are mirrored at a time."""
@@ -156,9 +165,17 @@ def truncated_svds(
         floors (`Sequence[float]`): singular values up to this are numerically zero and dropped.
         precision (`str`): `"exact"`: by a full float64 SVD, always.
         spectrum (`bool`): find all singular values, and the numerical rank, too.
+
+    Raises:
+        [`NotConvergedError`]: with the place of a matrix that cannot be decomposed.
     """
-    items = list(zip(matrices, floors, strict=True))
-    found = _each(lambda batch: _svds(batch, rank, precision, spectrum), _batches(items))
+    batches = _batches(list(zip(matrices, floors, strict=True)))
+    starts = accumulate((len(batch) for batch in batches[:-1]), initial=0)
+
+    def decompose(part: tuple[int, list[tuple[Tensor, float]]]) -> list[SVD]:
+        return _svds(part[1], rank, precision, spectrum, part[0])
+
+    found = _each(decompose, list(zip(starts, batches, strict=False)))
     return [svd for batch in found for svd in batch]
 
 
@@ -171,7 +188,7 @@ def truncated_svd(
     spectrum: bool = False,
 ) -> SVD:
     """Leading singular triplets of one matrix; see [`truncated_svds`]."""
-    return truncated_svds([matrix], rank, [floor], precision, spectrum=spectrum)[0]
+    return _svds([(matrix, floor)], rank, precision, spectrum)[0]
 
 
 @dataclass(frozen=True)
@@ -197,9 +214,80 @@ def singular_values(matrix: Tensor) -> Tensor:
 
     Args:
         matrix (`Tensor`): shape (m, n).
+
+    Raises:
+        [`NotConvergedError`]: they cannot be found.
     """
-    values: Tensor = torch.linalg.svdvals(in_working_precision(matrix))
-    return values
+    item = _scaled(matrix, 0.0)
+    return _singular_values(item.a) * item.scale
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All singular triplets of a matrix, in the working precision, checked.
+
+    Args:
+        matrix (`Tensor`): shape (m, n).
+
+    Returns:
+        `tuple[Tensor, Tensor, Tensor]`: U (m, k), singular values descending (k,), and Vh (k, n).
+
+    Raises:
+        [`NotConvergedError`]: no way to find them converges, or there is NaN or Inf.
+    """
+    a = in_working_precision(matrix)
+    if a.numel() and not math.isfinite(largest_entry(a)):
+        raise NotConvergedError("it holds NaN or Inf")
+    give_back()  # it takes memory of its own
+    for way in _ways(a):
+        try:
+            found = way()
+        except (LinAlgError, NotConvergedError):
+            continue
+        if _is_svd(a, *found):
+            return found
+    raise NotConvergedError("no solver converges")
+
+
+def _ways(a: Tensor) -> Iterator[Callable[[], tuple[Tensor, Tensor, Tensor]]]:
+    """Routines for all singular triplets, the fastest first; the last ones on the CPU."""
+    usual = functools.partial(torch.linalg.svd, full_matrices=False)
+    if _by_products(a):
+        yield lambda: usual(a)
+    if a.device.type == "cuda":
+        yield lambda: usual(a, driver="gesvd")
+    near = a.to("cpu", torch.float64)
+    for routine in (usual, lapack.svd):
+
+        def on_cpu(routine: Callable[..., Any] = routine) -> tuple[Tensor, Tensor, Tensor]:
+            U, S, Vh = (part.to(a) for part in routine(near))
+            return U, S, Vh
+
+        yield on_cpu
+
+
+def _is_svd(a: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> bool:
+    """Whether all triplets give the matrix and are orthonormal, estimated on a few vectors."""
+    if not S.numel():
+        return True
+    probes = _probes(a.mT)
+    rest = product(probes, a) - product(product(probes, U) * S, Vh)
+    losses = [float(rest.norm() / S[0]) if S[0] else float(rest.norm())]
+    for W in (U.mT, Vh):
+        own = _probes(W.mT)
+        losses.append(float((product(product(own, W), W.mT) - own).norm()))
+    bar = CERTIFICATE if a.dtype == torch.float64 else SINGLE_CERTIFICATE
+    return all(loss <= bar * math.sqrt(PROBES) for loss in losses)
+
+
+def _singular_values(a: Tensor) -> Tensor:
+    """All of them; their squares make up that of the Frobenius norm, or a full SVD finds them."""
+    try:
+        values: Tensor = torch.linalg.svdvals(a)
+    except LinAlgError:
+        return svd(a)[1]
+    squares = float(a.norm()) ** 2
+    near = abs(float(values.square().sum()) - squares) <= CERTIFICATE * squares
+    return values if near or a.dtype != torch.float64 else svd(a)[1]
 
 
 def orthogonal_product(
@@ -269,7 +357,10 @@ def polar_factor_by_whitening(
     wide = a.shape[0] < a.shape[1]
     if wide:
         a = a.mT
-    eigenvalues, Q = torch.linalg.eigh(a.mT @ a)
+    try:
+        eigenvalues, Q = torch.linalg.eigh(a.mT @ a)
+    except LinAlgError:
+        return polar_factor(matrix, tolerance)
     smallest = WHITENING_LOSS * torch.finfo(a.dtype).eps * eigenvalues[-1:]
     if not (eigenvalues > smallest).all():
         return polar_factor(matrix, tolerance)
@@ -302,9 +393,11 @@ def frobenius_norm(matrix: Tensor) -> float:
     """Root of the sum of all squares.
 
     Args:
-        matrix (`Tensor`): shape (m, n), float32 or float64.
+        matrix (`Tensor`): shape (m, n), or a vector; float32 or float64.
     """
     a, scale = _with_safe_squares(matrix)
+    if a.dim() < 2:
+        return scale * float(torch.linalg.vector_norm(a))
     return scale * math.sqrt(_squares(a, 0).double().sum())
 
 
@@ -355,7 +448,10 @@ class _Scaled:
 def _scaled(matrix: Tensor, floor: float) -> _Scaled:
     """Divided by a power of two, so that squares neither underflow nor overflow."""
     largest = largest_entry(matrix) if matrix.numel() else 0.0
-    scale = 2.0 ** (math.frexp(largest)[1] if largest else 0)
+    if not math.isfinite(largest):
+        raise NotConvergedError("it holds NaN or Inf")
+    exponent = math.frexp(largest)[1] if largest else 0
+    scale = 2.0 ** min(max(exponent, -EXPONENTS), EXPONENTS)  # whose inverse is a number too
     if matrix.device.type == "cpu":
         a = empty(*matrix.shape, dtype=torch.float64).copy_(matrix).mul_(1 / scale)
     else:
@@ -366,11 +462,30 @@ def _scaled(matrix: Tensor, floor: float) -> _Scaled:
 
 
 def _svds(
-    batch: Sequence[tuple[Tensor, float]], rank: int, precision: Precision, spectrum: bool
+    batch: Sequence[tuple[Tensor, float]],
+    rank: int,
+    precision: Precision,
+    spectrum: bool,
+    start: int | None = None,
 ) -> list[SVD]:
-    items = [_scaled(matrix, floor) for matrix, floor in batch]
-    eigen = _leading_eighs(items, rank, spectrum) if precision == "fast" else [None] * len(items)
-    return [_svd(item, rank, found, spectrum) for item, found in zip(items, eigen, strict=True)]
+    """Of matrices of one shape; errors count them from `start` on."""
+    done = 0
+    try:
+        items = []
+        for matrix, floor in batch:
+            items.append(_scaled(matrix, floor))
+            done += 1
+        eigen: Sequence[_Eigen | None] = [None] * len(items)
+        if precision == "fast":
+            eigen = _leading_eighs(items, rank, spectrum)
+        found, done = [], 0
+        for item, vectors in zip(items, eigen, strict=True):
+            found.append(_svd(item, rank, vectors, spectrum))
+            done += 1
+        return found
+    except NotConvergedError as error:
+        place = None if start is None else start + done
+        raise NotConvergedError(str(error), place) from None
 
 
 @dataclass(frozen=True)
@@ -406,8 +521,7 @@ def _svd(item: _Scaled, rank: int, eigen: _Eigen | None, spectrum: bool) -> SVD:
 
 def _full_svd(a: Tensor, rank: int, floor: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Leading triplets, and all singular values."""
-    give_back()  # it takes memory of its own
-    U, S, Vh = torch.linalg.svd(a, full_matrices=False)
+    U, S, Vh = svd(a)
     r = min(rank, int((floor < S).sum()))
     # Clones, so that the untruncated factors can be freed.
     return U[:, :r].clone(), S[:r].clone(), Vh[:r].clone(), S
@@ -420,8 +534,7 @@ def _spectrum(item: _Scaled, eigen: _Eigen | None) -> Tensor:
         smallest = SMALLEST_SQUARE * len(every) * torch.finfo(every.dtype).eps * every[:1]
         if bool(item.floor**2 > smallest):
             return every.clamp_min(0).sqrt()
-    values: Tensor = torch.linalg.svdvals(item.a)
-    return values
+    return _singular_values(item.a)
 
 
 def _gram_svd(a: Tensor, floor: float, eigen: _Eigen) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -511,11 +624,11 @@ def _leading_eighs(items: Sequence[_Scaled], rank: int, spectrum: bool) -> Seque
     floors = torch.tensor([item.floor for item in items], dtype=grams.dtype, device=grams.device)
     try:
         values, vectors = iterative.leading_eigh(grams, rank, floors)
+        every = torch.linalg.eigvalsh(grams).flip(-1) if spectrum else [None] * len(items)
     except LinAlgError:
         return [None] * len(items)
     proved = iterative.nothing_missed(grams, values, vectors, floors).tolist()
     found = zip(values, vectors, strict=True)
-    every = torch.linalg.eigvalsh(grams).flip(-1) if spectrum else [None] * len(items)
     return [
         _Eigen(*pair, all_values) if ok else None
         for pair, ok, all_values in zip(found, proved, every, strict=True)
@@ -555,7 +668,7 @@ def _leading_eigh(
         if found:
             return _Eigen(*found)
         return _Eigen(*lapack.leading_eigh(gram, rank, spectrum=spectrum))
-    except (lapack.NotConvergedError, LinAlgError):
+    except (NotConvergedError, LinAlgError):
         return None
 
 

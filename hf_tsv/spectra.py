@@ -420,7 +420,7 @@ def measure(
                     break
                 waited += time.monotonic() - asked
                 reading_seconds.append(loaded.seconds)
-                pending.append(computing.submit(_decompose, loaded, device))
+                pending.append(computing.submit(_decompose, loaded, job.source, device))
                 del loaded
                 if len(pending) >= workers:
                     finish()
@@ -457,13 +457,14 @@ def _load(candidate: Candidate, job: Job) -> _Loaded:
     w0, w1 = w0.reshape(rows, columns), w1.reshape(rows, columns)
     delta, _ = stream.update_of(candidate.name, job.source, w1, w0)
     norm = linalg.frobenius_norm(delta)
+    norm = norm if norm**2 else 0.0  # no stored type has numbers so small
     floor = tsv.storage_noise(w0, w1, norm, overwrite=True) if candidate.limit else 0.0
     sha256 = digest(w0.reshape(candidate.shape))
     return _Loaded(candidate, delta, norm, sha256, floor, time.monotonic() - started)
 
 
 def _decompose(
-    loaded: _Loaded, device: torch.device
+    loaded: _Loaded, source: Checkpoint, device: torch.device
 ) -> tuple[Measured, TaskSingularVectors | None]:
     """Leading triplets of one weight, as many as may be kept; None where none may."""
     candidate, delta, norm = loaded.candidate, loaded.delta, loaded.norm
@@ -474,9 +475,10 @@ def _decompose(
     k = min(delta.shape)
     whole = 2 * candidate.limit > k  # then one SVD has everything
     wanted = k if whole else candidate.limit
-    svd = linalg.truncated_svd(
-        delta, wanted, loaded.floor, "exact" if whole else "fast", spectrum=True
-    )
+    with stream.named(candidate.name, [source]):
+        svd = linalg.truncated_svd(
+            delta, wanted, loaded.floor, "exact" if whole else "fast", spectrum=True
+        )
     kept = TaskSingularVectors(svd.U, svd.S, svd.Vh).truncated(candidate.limit)
     item = replace(
         item,

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TypeVar
@@ -27,6 +28,7 @@ from hf_tsv.costs import Parallelism
 from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.findings import Finding, Seconds
+from hf_tsv.lapack import NotConvergedError
 from hf_tsv.linalg import largest_entry
 from hf_tsv.memory import empty, reused, share_one_heap
 from hf_tsv.plan import MergePlan, Weight
@@ -141,11 +143,12 @@ def merge_weights(
                     break
                 waited = time.monotonic() - started
                 started = time.monotonic()
-                result, finding = _merge_one(
-                    loaded, plan, settings, len(inputs), thresholds,
-                    reader.coefficients.get(loaded.weight.label),
-                    measure=measure, writes=writer is not None,
-                )  # fmt: skip
+                with named(loaded.weight.label, [inputs[i] for i in loaded.floors]):
+                    result, finding = _merge_one(
+                        loaded, plan, settings, len(inputs), thresholds,
+                        reader.coefficients.get(loaded.weight.label),
+                        measure=measure, writes=writer is not None,
+                    )  # fmt: skip
                 computed = time.monotonic() - started
                 started = time.monotonic()
                 if written is not None:
@@ -164,6 +167,28 @@ def merge_weights(
             raise
         finally:
             reading.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def named(label: str, tasks: Sequence[object]) -> Iterator[None]:
+    """Say whose weight it is that cannot be decomposed.
+
+    Args:
+        label (`str`): of the weight.
+        tasks (`Sequence`): whose updates of it are decomposed, in order.
+
+    Raises:
+        [`CheckpointError`]: a decomposition failed.
+    """
+    try:
+        yield
+    except NotConvergedError as error:
+        whose = tasks if error.place is None else [tasks[error.place]]
+        raise CheckpointError(
+            f"{', '.join(map(str, whose))}: {label} cannot be decomposed: {error}.",
+            "Leave the checkpoint out or save it again; a merge can also average the weight, with"
+            f" --exclude '{label.replace('{q,k,v}', '?')}'.",
+        ) from None
 
 
 def thresholds_of(
@@ -368,6 +393,7 @@ class _Reader:
                 update = _stored_update(source, weight, digests.get(i))
                 if update is None:
                     continue
+                _refuse_huge(weight.label, source, update)
                 if decomposed and isinstance(update, Tensor):
                     floor = _stored_noise(source, weight, w0, update)
                 update = update.to(self.device)
@@ -375,6 +401,7 @@ class _Reader:
             elif decomposed and (own := _own_triplets(source, weight, digests.get(i))) is not None:
                 if not own.rank:
                     continue
+                _refuse_huge(weight.label, source, own)
                 update, norm = own.to(self.device), float(own.S.norm())
             else:
                 wi = self._read(weight, source, digests.get(i))
@@ -386,6 +413,7 @@ class _Reader:
                     floor = tsv.storage_noise(w0, wi, norm, overwrite=True)
                 del wi
             if scale != 0.0:
+                _refuse_huge(weight.label, source, update, scale)
                 yield i, _scaled(update, scale), floor * abs(scale), norm
             del update
 
@@ -413,13 +441,33 @@ def update_of(
         [`CheckpointError`]: it overflows.
     """
     update = tsv.difference(fine_tuned, base)
-    largest = largest_entry(update) if update.numel() else 0.0
-    if not largest < LARGEST_UPDATE:
+    return update, _refuse_huge(name, source, update)
+
+
+def _refuse_huge(name: str, source: Task, update: Update, scale: float | None = None) -> float:
+    """Refuse an update of entries that are none, before it is scaled or after.
+
+    Returns:
+        `float`: its largest absolute entry; of triplets the largest singular value.
+    """
+    if scale is not None and abs(scale) <= 1:  # as it was before
+        return 0.0
+    if isinstance(update, Tensor):
+        largest = largest_entry(update) if update.numel() else 0.0
+    else:
+        largest = float(update.S[0]) if update.rank else 0.0
+    if largest * abs(scale or 1.0) < LARGEST_UPDATE:
+        return largest
+    if scale is not None:
         raise CheckpointError(
-            f"{source}: {name} differs from the base model by more than {LARGEST_UPDATE:g}.",
-            "The checkpoint is damaged; leave it out or save it again.",
+            f"{source}: the update of {name} times {scale:g}, the weight of the task, is more than"
+            f" {LARGEST_UPDATE:g}.",
+            "Give it a smaller weight.",
         )
-    return update, largest
+    raise CheckpointError(
+        f"{source}: {name} differs from the base model by more than {LARGEST_UPDATE:g}.",
+        "The checkpoint is damaged; leave it out or save it again.",
+    )
 
 
 def _own_triplets(
@@ -428,7 +476,8 @@ def _own_triplets(
     """Of an adapter, which needs no decomposition; None of other inputs and of stacked weights."""
     if not isinstance(source, Adapter) or len(weight.names) > 1:
         return None
-    return source.triplets(weight.names[0], digests)
+    with named(weight.label, [source]):
+        return source.triplets(weight.names[0], digests)
 
 
 def _stored_update(
@@ -457,9 +506,7 @@ def _stored_noise(factors: TaskFactors, weight: Weight, w0: Tensor, update: Tens
 def _norm(tensor: Tensor) -> float:
     """Frobenius norm of a tensor of any shape and floating-point type."""
     wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-    if wide.dim() < 2:
-        return float(torch.linalg.vector_norm(wide))
-    return linalg.frobenius_norm(wide.reshape(len(wide), -1))
+    return linalg.frobenius_norm(wide.reshape(len(wide), -1) if wide.dim() > 1 else wide)
 
 
 def _scaled(update: Update, scale: float) -> Update:

@@ -26,7 +26,7 @@ from hf_tsv.models import ZERO_SHOT, load_model, pipeline
 from hf_tsv.progress import logger, visible_by_default
 from hf_tsv.recipe import current_versions
 from hf_tsv.sources import Access, equals_base, open_sources
-from hf_tsv.stream import pick_device
+from hf_tsv.stream import named, pick_device
 
 RESULTS_FILE = "sweep.json"
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -271,7 +271,8 @@ class _Run:
                 continue
             delta = parameter.data.double() - base.double()
             rank = tsv.rank_at(max(self.fractions), delta.shape)
-            svd = linalg.truncated_svd(linalg.in_working_precision(delta), rank)
+            with named(name, [reference]):
+                svd = linalg.truncated_svd(linalg.in_working_precision(delta), rank)
             matrices.append(_Matrix(parameter.data, base, svd))
         total = dense + sum(matrix.base.numel() for matrix in matrices)
         if not total:

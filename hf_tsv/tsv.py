@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_tsv import linalg
+from hf_tsv.lapack import NotConvergedError
 from hf_tsv.linalg import Orthogonalizer, Precision
 from hf_tsv.memory import empty
 
@@ -392,6 +393,9 @@ def merge(
     Returns:
         [`MergedUpdate`]: M before α. A task matrix of zeros contributes nothing.
 
+    Raises:
+        [`NotConvergedError`]: a decomposition fails; with the place of the task whose it is.
+
     Example:
         >>> delta = torch.eye(4)
         >>> torch.dist(merge([delta], rank=4).matrix, delta).item() < 1e-12
@@ -471,10 +475,18 @@ def _leading(
 
     Without `spectrum`, and of what is given by its triplets, the singular values are those kept.
     """
-    whole = [(d, f) for d, f in zip(deltas, floors, strict=True) if isinstance(d, Tensor)]
-    found = linalg.truncated_svds(
-        [d for d, _ in whole], rank, [f for _, f in whole], precision, spectrum=spectrum
-    )
+    whole = [
+        (i, delta, floor)
+        for i, (delta, floor) in enumerate(zip(deltas, floors, strict=True))
+        if isinstance(delta, Tensor)
+    ]
+    try:
+        found = linalg.truncated_svds(
+            [d for _, d, _ in whole], rank, [f for *_, f in whole], precision, spectrum=spectrum
+        )
+    except NotConvergedError as error:  # of them, to be counted among all
+        place = None if error.place is None else whole[error.place][0]
+        raise NotConvergedError(str(error), place) from None
     decomposed = iter(found)
     tasks, spectra = [], []
     for delta in deltas:

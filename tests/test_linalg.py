@@ -355,6 +355,187 @@ def test_probes_look_in_all_directions(size: int) -> None:
     assert float(spread[0]) > 0.6 and float(spread[-1]) < 1.5
 
 
+# Where a routine does not converge
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise torch.linalg.LinAlgError("did not converge")
+
+
+@pytest.fixture
+def unconverged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let routines of LAPACK say that they did not converge."""
+    call = lapack._call
+
+    def these(*routines: str) -> None:
+        def failing(name: str, *arguments: object) -> None:
+            call(name, *arguments)
+            if name in routines:
+                arguments[-1].value = 1  # info
+
+        monkeypatch.setattr(lapack, "_call", failing)
+
+    return these
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 4), (4, 0)])
+def test_qr_iterations_find_the_triplets(shape: tuple[int, int]) -> None:
+    matrix = gaussian(*shape, generator(80))
+    before = matrix.clone()
+    U, S, Vh = lapack.svd(matrix)
+    assert (U.shape, S.shape, Vh.shape) == (
+        (shape[0], min(shape)),
+        (min(shape),),
+        (min(shape), shape[1]),
+    )
+    torch.testing.assert_close(U * S @ Vh, matrix, rtol=0, atol=1e-13)
+    torch.testing.assert_close(S, torch.linalg.svdvals(matrix), rtol=1e-13, atol=0)
+    assert torch.equal(matrix, before)
+
+
+def test_the_transpose_of_a_matrix_in_memory_is_decomposed_as_it_is() -> None:
+    matrix = gaussian(5, 8, generator(81)).T
+    U, S, Vh = lapack.svd(matrix)
+    assert relative_error(U * S @ Vh, matrix) < 1e-14
+
+
+@pytest.mark.parametrize("routine", ["dstemr", "dsyevd", "dsterf"])
+def test_an_eigensolver_that_fails_leaves_it_to_the_svd(
+    unconverged: Callable[..., None], routine: str
+) -> None:
+    matrix, rank = gaussian(60, 40, generator(82)), 40 if routine == "dsyevd" else 3
+    spectrum = routine == "dsterf"
+    plain = linalg.truncated_svd(matrix, rank, spectrum=spectrum)
+    unconverged(routine)
+    found = linalg.truncated_svd(matrix, rank, spectrum=spectrum)
+    assert (plain.exact, found.exact) == (False, True)
+    assert relative_error(found.U * found.S @ found.Vh, plain.U * plain.S @ plain.Vh) < 1e-12
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_svd_that_fails_is_left_to_qr_iterations(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    matrix = 1e-3 * gaussian(*shape, generator(83))
+    expected = linalg.svd(matrix)
+    monkeypatch.setattr(torch.linalg, "svd", refuse)
+    found = linalg.svd(matrix)
+    for part, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(part.abs(), other.abs(), rtol=1e-9, atol=1e-12)
+
+
+def wrong_value(U: Tensor, S: Tensor, Vh: Tensor) -> None:
+    S[-1] += 1e-6 * S[0]
+
+
+def wrong_left(U: Tensor, S: Tensor, Vh: Tensor) -> None:
+    U[2, 3] += 1e-6
+
+
+def wrong_right(U: Tensor, S: Tensor, Vh: Tensor) -> None:
+    Vh[3, 2] += 1e-6
+
+
+def not_orthonormal(U: Tensor, S: Tensor, Vh: Tensor) -> None:
+    """Its product is right."""
+    U *= 1 + 1e-6
+    S /= 1 + 1e-6
+
+
+def no_number(U: Tensor, S: Tensor, Vh: Tensor) -> None:
+    U[:, 5] = torch.nan
+
+
+@pytest.mark.parametrize(
+    "damage", [wrong_value, wrong_left, wrong_right, not_orthonormal, no_number]
+)
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30), (20, 20)])
+def test_an_svd_that_is_wrong_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], damage: Callable[..., None]
+) -> None:
+    matrix, right = gaussian(*shape, generator(84)), torch.linalg.svd
+
+    def wrong(a: Tensor, **options: bool) -> tuple[Tensor, ...]:
+        found = right(a, **options)
+        damage(*found)
+        return found
+
+    monkeypatch.setattr(torch.linalg, "svd", wrong)
+    U, S, Vh = linalg.svd(matrix)
+    torch.testing.assert_close(U * S @ Vh, matrix, rtol=0, atol=1e-12)
+    torch.testing.assert_close(U.T @ U, torch.eye(len(S)).double(), rtol=0, atol=1e-12)
+
+
+def test_singular_values_that_fail_or_are_wrong_come_from_the_svd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matrix = gaussian(30, 20, generator(85))
+    expected = linalg.singular_values(matrix)
+    for wrong in (refuse, lambda a: expected * 1.001, lambda a: expected * torch.nan):
+        monkeypatch.setattr(torch.linalg, "svdvals", wrong)
+        torch.testing.assert_close(linalg.singular_values(matrix), expected, rtol=1e-12, atol=0)
+
+
+def test_whitening_that_fails_is_left_to_procrustes(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = gaussian(20, 6, generator(86))
+    expected = linalg.polar_factor(matrix)
+    monkeypatch.setattr(torch.linalg, "eigh", refuse)
+    found = linalg.polar_factor_by_whitening(matrix)
+    assert torch.equal(found[0], expected[0]) and found[1] == expected[1] == 0
+
+
+def test_where_no_way_converges_the_matrix_is_named(
+    monkeypatch: pytest.MonkeyPatch, unconverged: Callable[..., None]
+) -> None:
+    matrices = [gaussian(8, 8 + i % 2, generator(87 + i)) for i in range(4)]
+    unconverged("dgesvd")
+    real = torch.linalg.svd
+
+    def third(a: Tensor, **options: bool) -> tuple[Tensor, ...]:
+        return refuse() if a.shape == (9, 8) else real(a, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", third)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        with linalg.threads(), pytest.raises(lapack.NotConvergedError, match="no solver") as error:
+            linalg.truncated_svds(matrices, 3, [0.0] * 4, "exact")
+        assert error.value.place == 1
+    torch.set_num_threads(1)
+    with pytest.raises(lapack.NotConvergedError) as error:
+        linalg.polar_factor(matrices[1])
+    assert error.value.place is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_what_is_no_number_is_not_decomposed(value: float, precision: linalg.Precision) -> None:
+    matrix = gaussian(6, 5, generator(90))
+    matrix[2, 3] = value
+    with pytest.raises(lapack.NotConvergedError, match="NaN or Inf") as error:
+        linalg.truncated_svds([gaussian(6, 5, generator(91)), matrix], 2, [0.0] * 2, precision)
+    assert error.value.place == 1
+    for way in (linalg.singular_values, linalg.svd):
+        with pytest.raises(lapack.NotConvergedError, match="NaN or Inf"):
+            way(matrix)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_a_gpu_that_fails_leaves_it_to_the_cpu(monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
+    """By its own other routine, then by those of the CPU."""
+    matrix, calls, real = gaussian(50, 30, generator(92)), [], torch.linalg.svd
+
+    def failing(a: Tensor, **options: object) -> tuple[Tensor, ...]:
+        calls.append((a.device.type, options.get("driver")))
+        return refuse() if len(calls) <= fails else real(a, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", failing)
+    U, S, Vh = linalg.svd(matrix.cuda())
+    assert {part.device.type for part in (U, S, Vh)} == {"cuda"}
+    assert relative_error((U * S @ Vh).cpu(), matrix) < 1e-13
+    assert calls == [("cuda", None), ("cuda", "gesvd"), ("cpu", None)][: fails + 1]
+
+
 # Lanczos' method
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_tsv import linalg
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.files import read_json
 from hf_tsv.checkpoints.headers import read_headers
@@ -172,7 +173,7 @@ class Adapter(Checkpoint):
             digests.update({f"{name}.lora_{half}": digest(t) for half, t in halves.items()})
         left, inner = torch.linalg.qr(halves["B"].double())
         right, outer = torch.linalg.qr(halves["A"].double().mT)
-        U, S, Vh = torch.linalg.svd(lora.scale * inner @ outer.mT)
+        U, S, Vh = linalg.svd(lora.scale * inner @ outer.mT)
         r = int((torch.finfo(torch.float32).eps * S[:1] < S).sum())
         return TaskSingularVectors((left @ U)[:, :r], S[:r], (Vh @ right.mT)[:r])
 
