@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hf_tsv import cards, journal, plots, processes, stream
-from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.checkpoints.writer import check_free_space
 from hf_tsv.compressed_files import (
@@ -475,7 +475,7 @@ def _compress_into(
         update_error=math.sqrt((lost + written.rounding) / total),
         weights=written.weights,
         task_head=tuple(source.head) if options.format == "factors" else (),
-        model_config={k: v for k, v in source.config.items() if k != "auto_map"},
+        model_config=companions.without_code(source.config),
         format=FORMAT if options.format == "factors" else ADAPTER_FORMAT,
         left_out=written.left_out,
     )

@@ -354,9 +354,9 @@ class TaskFactors:
         with whole_folder(folder) as staging:
             for name in self.needed_files:
                 shutil.copyfile(self.pinned.files.root / name, staging / name)
-            picture, kept = self.pinned.files.root / COMPRESSION, ""
-            if picture.is_file():
-                shutil.copyfile(picture, staging / COMPRESSION)
+            files, kept = self.pinned.files, ""
+            if files.size(COMPRESSION) is not None and not files.is_elsewhere(COMPRESSION):
+                shutil.copyfile(files.root / COMPRESSION, staging / COMPRESSION)
                 kept = cards.kept_section(self.config, COMPRESSION)
             card = cards.factors_card(self.config, repo_id, kept)
             (staging / "README.md").write_text(card, encoding="utf-8")

@@ -18,6 +18,7 @@ from hf_tsv.checkpoints.reader import Format
 from hf_tsv.errors import RecipeError
 from hf_tsv.linalg import Orthogonalizer, Precision
 from hf_tsv.tsv import DEFAULT_ALPHA, Method
+from hf_tsv.untrusted import MAX_BYTES, parse_yaml
 
 if TYPE_CHECKING:
     from hf_tsv.adaptation import Adaptation
@@ -221,7 +222,8 @@ class Recipe:
             file = file.expanduser()
             if file.is_dir():
                 file /= RECIPE_FILE
-            text = file.read_text(encoding="utf-8")
+            with file.open("rb") as opened:  # which may have no end
+                text = opened.read(MAX_BYTES + 1).decode()
         except (OSError, ValueError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             if isinstance(error, UnicodeDecodeError):
@@ -240,9 +242,11 @@ class Recipe:
             source (`str`): its name, for errors.
         """
         try:
-            content = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError):
-            raise RecipeError(f"{source} is not valid YAML.") from None
+            content = parse_yaml(text)
+        except OverflowError:
+            raise RecipeError(f"{source} is larger than any recipe, and is not read.") from None
+        except ValueError as error:
+            raise RecipeError(f"{source} is {error}.") from None
         if not isinstance(content, dict) or "hf_tsv_recipe" not in content:
             raise RecipeError(
                 f"{source} is not an hf-tsv recipe.", f"Every output holds one as {RECIPE_FILE}."

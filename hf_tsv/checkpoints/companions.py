@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from hf_tsv.checkpoints import layout, open_clip
-from hf_tsv.checkpoints.files import MAX_JSON_BYTES, read_json
+from hf_tsv.checkpoints.files import read_json
 from hf_tsv.checkpoints.reader import Checkpoint, Format
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.tensors import TensorInfo
 from hf_tsv.errors import CheckpointError
+from hf_tsv.progress import logger
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
@@ -25,6 +26,10 @@ OTHER_FILES = (
     "generation_config.json",
 )
 COMPANIONS = (*PROCESSOR_FILES, *TOKENIZER_FILES, *OTHER_FILES)
+LARGEST = 100_000_000
+NAME_CLASSES = (*PROCESSOR_FILES, "tokenizer_config.json")
+CODE = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation")
+"""Keys with which a configuration asks transformers for code from a repository."""
 
 
 def present(item: PinnedCheckpoint) -> list[str]:
@@ -33,8 +38,18 @@ def present(item: PinnedCheckpoint) -> list[str]:
 
 
 def warnings(base: Checkpoint) -> list[str]:
-    """What the output will lack to work in a pipeline."""
+    """What the output will lack to work in a pipeline.
+
+    Raises:
+        [`CheckpointError`]: a file to be copied is none of the checkpoint.
+    """
     have = set(present(base.pinned))
+    for name in sorted(have):
+        if base.pinned.files.is_elsewhere(name):
+            raise CheckpointError(
+                f"{base}: {name} is a link to a file outside its folder, and is not copied.",
+                "Remove it, or put the file itself there if it belongs to the checkpoint.",
+            )
     missing = []
     has_processor = have & set(PROCESSOR_FILES) or base.format == "open_clip"
     if "vision_model" in layout.towers(base.tensors) and not has_processor:
@@ -57,9 +72,15 @@ def write(base: Checkpoint, folder: Path, config: dict[str, Any], out_format: Fo
         out_format (`str`): whose files the weights are.
     """
     for name in present(base.pinned):
-        if (base.pinned.files.size(name) or 0) > MAX_JSON_BYTES:
-            raise CheckpointError(f"{base}: {name} is too large to be what it says.")
-        (folder / name).write_bytes(base.pinned.files.read(name))
+        if (base.pinned.files.size(name) or 0) > LARGEST:
+            raise CheckpointError(f"{base}: {name} is too large to be what it says.", "Remove it.")
+        content = read_json(base.pinned.files, name, str(base)) if name in NAME_CLASSES else {}
+        harmless = without_code(content)
+        if content == harmless:
+            (folder / name).write_bytes(base.pinned.files.read(name))
+        else:
+            logger.warning("%s asks for code in its %s; no code is copied.", base, name)
+            _write_json(folder / name, harmless)
     if out_format == "transformers":
         _write_json(folder / "config.json", config)
     if base.format == out_format == "open_clip":
@@ -82,6 +103,24 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def without_code(content: Any) -> Any:
+    """A copy of a configuration that asks for no code: none is copied, and none would be run.
+
+    Example:
+        >>> without_code({"auto_map": {"AutoModel": "model.Model"}, "hidden_size": 8})
+        {'hidden_size': 8}
+    """
+    if isinstance(content, list):
+        return [without_code(item) for item in content]
+    if isinstance(content, dict):
+        return {
+            key: without_code(value)
+            for key, value in content.items()
+            if not (key in CODE and isinstance(value, dict | list | str))
+        }
+    return content
+
+
 def output_config(
     base: Checkpoint, dtypes: set[torch.dtype], out_format: Format = "transformers"
 ) -> dict[str, Any]:
@@ -94,8 +133,7 @@ def output_config(
         dtypes (`set[torch.dtype]`): of all written tensors.
         out_format (`str`): for OpenCLIP, complete with what transformers leaves out.
     """
-    config: dict[str, Any] = json.loads(json.dumps(base.config))
-    config.pop("auto_map", None)  # it would point at code, and no code is copied
+    config: dict[str, Any] = without_code(base.config)
     if out_format == "open_clip":
         from transformers import CLIPConfig
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import threading
 import weakref
 from pathlib import Path, PurePosixPath
@@ -11,8 +11,11 @@ from typing import Any, Protocol
 
 from hf_tsv import hub
 from hf_tsv.errors import CheckpointError, LostFileError
+from hf_tsv.hub import WEIGHT_SUFFIXES
+from hf_tsv.untrusted import MAX_BYTES, parse_json
 
-MAX_JSON_BYTES = 100_000_000
+CACHED = re.compile(r"(models|datasets)--.+")
+"""A repository in the Hub client's cache; the links of its snapshots lead to its `blobs`."""
 
 
 class Files(Protocol):
@@ -26,6 +29,12 @@ class Files(Protocol):
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, or None where there is none."""
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a file is a link to one outside, which whoever made the checkpoint may not read.
+
+        The user may: what was meant to stay private would be in the output.
+        """
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes `start` … `stop` − 1; exactly that many or an error."""
@@ -64,6 +73,15 @@ class LocalFiles:
         except (OSError, ValueError):  # a name that no file can have
             return None
 
+    def is_elsewhere(self, name: str) -> bool:
+        try:
+            place = (self.root / name).resolve()
+            inside = place.is_relative_to(self.root.resolve())
+        except (OSError, RuntimeError, ValueError):  # a link to itself, a name that none can have
+            return False
+        cached = place.parent.name == "blobs" and CACHED.fullmatch(place.parent.parent.name)
+        return not inside and not cached
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         buffer = bytearray((self._existing_size(name) if stop is None else stop) - start)
         self.read_into(name, start, memoryview(buffer))
@@ -98,6 +116,12 @@ class LocalFiles:
     def _descriptor(self, name: str) -> int:
         with self._lock:
             if name not in self._descriptors:
+                # Weights may lie elsewhere: nothing but weights is read as such.
+                if not name.endswith(WEIGHT_SUFFIXES) and self.is_elsewhere(name):
+                    raise CheckpointError(
+                        f"{self.root / name} is a link to a file outside its folder.",
+                        "Remove it, or put the file itself there if it belongs to the checkpoint.",
+                    )
                 try:
                     self._descriptors[name] = os.open(self.root / name, os.O_RDONLY)
                 except OSError as error:
@@ -142,6 +166,9 @@ class HubFiles:
     def size(self, name: str) -> int | None:
         return self.repo.sizes.get(self.path(name))
 
+    def is_elsewhere(self, name: str) -> bool:
+        return False
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is None:
             stop = self.size(name)
@@ -173,12 +200,14 @@ def read_json(files: Files, name: str, owner: str) -> dict[str, Any]:
             f"{owner} has no {name}.",
             "A checkpoint saved by transformers' save_pretrained has one.",
         )
-    if size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{owner}: {name} has {size} bytes, which is no {name}.")
     try:
-        value = json.loads(files.read(name))
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is no text
-    except (ValueError, RecursionError):
+        value = parse_json(files.read(name, 0, min(size, MAX_BYTES + 1)))
+    except OverflowError:
+        raise CheckpointError(
+            f"{owner}: {name} says more than any {name} does, and is not read.",
+            "Do not use this checkpoint; no library saves such files.",
+        ) from None
+    except ValueError:
         raise CheckpointError(f"{owner}: {name} is not valid JSON.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{owner}: {name} is not a JSON object.")

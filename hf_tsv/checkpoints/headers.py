@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import reprlib
 from typing import Any
 
 from hf_tsv.checkpoints.files import Files, inside_folder, read_json
 from hf_tsv.checkpoints.pickles import SUFFIXES, read_pickle
-from hf_tsv.checkpoints.tensors import DTYPES, TensorInfo
+from hf_tsv.checkpoints.tensors import DTYPES, MAX_DIMENSIONS, TensorInfo, is_tensor_name
 from hf_tsv.errors import CheckpointError
 from hf_tsv.parallel import in_parallel
+from hf_tsv.untrusted import MAX_BYTES, parse_json
 
 VARIANT = re.compile(r"model\.([A-Za-z0-9_]+)\.safetensors")
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_DIMENSIONS = 64  # the limit of torch
 FIRST_READ_BYTES = 100_000  # holds the whole header of most checkpoints: one request instead of two
 
 
@@ -84,8 +83,8 @@ def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
     """
     entries, start, size = _entries(files, name, owner)
     entries.pop("__metadata__", None)
-    if strange := [key for key in entries if not key.isprintable()]:
-        raise _damaged(owner, name, f"{strange[0]!r} is no name of a tensor")
+    if strange := [key for key in entries if not is_tensor_name(key)]:
+        raise _damaged(owner, name, f"{strange[0][:100]!r} is no name of a tensor")
     infos = {key: _tensor_info(key, entry, name, start, owner) for key, entry in entries.items()}
     position = start
     for key, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].nbytes)):
@@ -118,20 +117,21 @@ def _entries(files: Files, name: str, owner: str) -> tuple[dict[str, Any], int, 
     """The header of a safetensors file, where its data starts, and its size."""
     size = files.size(name)
     if size is None:
-        raise CheckpointError(
-            f"{owner} has no {name}, which its index names.", "Download or save it again."
-        )
+        raise _missing(owner, name)
     first = files.read(name, 0, min(size, FIRST_READ_BYTES))
     length = int.from_bytes(first[:8], "little")
-    if size < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+    if size < 8 or 8 + length > size:
         raise _damaged(owner, name, "its header is longer than the file")
+    if length > MAX_BYTES:
+        raise _too_large(owner, name)
     raw = first[8 : 8 + length]
     if len(raw) < length:
         raw += files.read(name, 8 + len(raw), 8 + length)
     try:
-        entries = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
-        json.dumps(entries, ensure_ascii=False).encode()  # a lone surrogate is no text
-    except (ValueError, RecursionError):
+        entries = parse_json(raw, unique=True)
+    except OverflowError:
+        raise _too_large(owner, name) from None
+    except ValueError:
         raise _damaged(owner, name, "its header is not valid JSON") from None
     if not isinstance(entries, dict):
         raise _damaged(owner, name, "its header is not a JSON object")
@@ -139,13 +139,6 @@ def _entries(files: Files, name: str, owner: str) -> tuple[dict[str, Any], int, 
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(owner, name, "its __metadata__ is malformed")
     return entries, 8 + length, size
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("duplicate key")
-    return result
 
 
 def _tensor_info(key: str, entry: Any, file: str, data_start: int, owner: str) -> TensorInfo:
@@ -173,6 +166,19 @@ def _tensor_info(key: str, entry: Any, file: str, data_start: int, owner: str) -
     return TensorInfo(file, DTYPES[dtype], tuple(shape), data_start + start, nbytes)
 
 
+def _missing(owner: str, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{owner} has no {name}, which its index names.", "Download or save it again."
+    )
+
+
+def _too_large(owner: str, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{owner}: the header of {name} describes more than any model has.",
+        "Do not use this checkpoint; no library saves such files.",
+    )
+
+
 def _damaged(owner: str, name: str, why: str) -> CheckpointError:
     return CheckpointError(
         f"{owner}: {name} is not a valid safetensors file: {why}.", "Download or save it again."
@@ -193,12 +199,17 @@ def _weight_files(files: Files, single: str, owner: str) -> tuple[list[str], dic
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{owner}: {index} has no weight_map.")
     outside = [name for name in weight_map.values() if not inside_folder(name)]
+    shards = [] if outside else sorted(set(weight_map.values()))
+    outside += [name for name in shards if files.is_elsewhere(name)]
     if outside:
         raise CheckpointError(
-            f"{owner}: {index} points outside its folder: {outside[0]!r}.",
+            f"{owner}: {index} points outside its folder: {reprlib.repr(outside[0])}.",
             "Do not use this checkpoint; its index is not one that transformers writes.",
         )
-    return sorted(set(weight_map.values())), weight_map
+    for name in shards:  # before any is read: there may be a million
+        if files.size(name) is None:
+            raise _missing(owner, name)
+    return shards, weight_map
 
 
 def _check_index(

@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_tsv.checkpoints.headers import read_header, read_metadata
 from hf_tsv.checkpoints.reader import Checkpoint
 from hf_tsv.errors import CheckpointError
+from hf_tsv.untrusted import parse_json
 
 FOLDER = "heads"
 SUFFIX = ".safetensors"
@@ -95,8 +96,8 @@ def with_head(item: Checkpoint, task: str) -> Checkpoint:
     file = f"{FOLDER}/{task}{SUFFIX}"
     infos = read_header(item.pinned.files, file, str(item))
     try:
-        config = json.loads(read_metadata(item.pinned.files, file, str(item))[CONFIG_KEY])
-    except (KeyError, ValueError, RecursionError):
+        config = parse_json(read_metadata(item.pinned.files, file, str(item))[CONFIG_KEY].encode())
+    except (KeyError, ValueError, OverflowError):
         config = None
     if not isinstance(config, dict):
         raise CheckpointError(f"{item}: {file} does not say what its labels are.", "Merge again.")

@@ -16,6 +16,7 @@ from hf_tsv import hub
 from hf_tsv.checkpoints.files import Files, HubFiles, LocalFiles, inside_folder
 from hf_tsv.errors import CheckpointError, RepoError
 from hf_tsv.hub import WEIGHT_SUFFIXES
+from hf_tsv.untrusted import MAX_BYTES, parse_yaml
 
 LONGEST_SUBFOLDER = 1000
 PULL_REQUEST = re.compile(r"refs/(pr|convert)/\w+")
@@ -201,14 +202,14 @@ def pin(
 
 def _local_card(files: LocalFiles) -> dict[str, Any]:
     """Front matter of a folder's README.md; a damaged card is no reason not to merge."""
-    from huggingface_hub import ModelCard
-
-    if files.size("README.md") is None:
+    size = files.size("README.md")
+    if size is None:
         return {}
     try:
-        text = files.read("README.md").decode("utf-8", errors="replace")
-        if not text.startswith("---"):
-            return {}
-        return hub.card_dict(ModelCard(text, ignore_metadata_errors=True).data)
-    except Exception:  # YAML and the client raise a dozen types on strange cards
+        text = files.read("README.md", 0, min(size, MAX_BYTES)).decode("utf-8", errors="replace")
+        first, *lines = text.splitlines()
+        block = lines[: [line.rstrip() for line in lines].index("---")]
+        data = parse_yaml("\n".join(block)) if first.rstrip() == "---" else None
+    except (CheckpointError, OverflowError, ValueError):  # without an end, too
         return {}
+    return data if isinstance(data, dict) else {}

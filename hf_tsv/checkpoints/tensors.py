@@ -19,6 +19,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_DIMENSIONS = 64  # the limit of torch
+LONGEST_NAME = 1000  # many times what any model has
 
 
 @dataclass(frozen=True)
@@ -40,3 +42,8 @@ class TensorInfo:
     start: int
     nbytes: int
     transposed: bool = False
+
+
+def is_tensor_name(key: object) -> bool:
+    """Whether a key of a file can be the name of a tensor: short text that terminals only show."""
+    return isinstance(key, str) and len(key) <= LONGEST_NAME and key.isprintable()

@@ -18,6 +18,7 @@ from hf_tsv.checkpoints.files import HubFiles
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
 from hf_tsv.checkpoints.writer import disk_errors
 from hf_tsv.errors import OutputError
+from hf_tsv.untrusted import MAX_BYTES, parse_yaml
 
 CARD = "README.md"
 TASK = "zero-shot-image-classification"
@@ -79,6 +80,8 @@ def _local_card(pinned: PinnedCheckpoint, create_pr: bool) -> Card:
     path = Path(pinned.ref).expanduser() / CARD
     if not path.is_file():
         raise OutputError(f"{pinned} has no {CARD} to add results to.", "Write a model card first.")
+    if path.stat().st_size > MAX_BYTES:
+        raise OutputError(f"{path} is too large for a card.", "Leave --card out.")
     with disk_errors(path):
         return Card(_decoded(path.read_bytes(), str(path)), path.parent.resolve().name, path=path)
 
@@ -107,6 +110,8 @@ def _hub_card(pinned: PinnedCheckpoint, token: str | None, create_pr: bool) -> C
         )
     hub.writable_repo_id(repo_id, token=token, create_pr=create_pr)
     size = repo.sizes.get(CARD, 0)
+    if size > MAX_BYTES:
+        raise OutputError(f"The card of {repo_id} is too large for one.", "Leave --card out.")
     text = _decoded(bytes(hub.read_range(repo, CARD, 0, size)), f"the card of {repo_id}")
     name = repo_id.rpartition("/")[2]
     return Card(text, name, None, repo_id, branch, pinned.revision, create_pr)
@@ -185,7 +190,7 @@ def with_results(card: Card, results: Sequence[EvalResult]) -> str:
     found = FRONT_MATTER.match(card.text)
     head, block = (found[1], found[2]) if found else ("---\n", "")
     try:
-        data = yaml.safe_load(block) or {}
+        data = parse_yaml(block) or {}
         index = _merged(data.get("model-index"), card.name, results)
         written = yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True)
         if head.endswith("\r\n"):
@@ -194,9 +199,10 @@ def with_results(card: Card, results: Sequence[EvalResult]) -> str:
             changed = BLOCK.sub(lambda _: written, block, count=1)
         else:
             changed = block + written
-        if yaml.safe_load(changed) != {**data, "model-index": index}:
+        if parse_yaml(changed) != {**data, "model-index": index}:
             raise ValueError
-    except (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError,
+            TypeError, ValueError):  # fmt: skip
         raise OutputError(
             f"The front matter of {card} cannot take results.", "Check its YAML, and `model-index`."
         ) from None

@@ -1,0 +1,121 @@
+"""JSON and YAML that others wrote: parsed within bounds, whatever they say."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 32_000_000
+MAX_JSON_VALUES = 2_000_000
+"""Far beyond the header of 50,000 tensors; the worst of them take a quarter of a gigabyte."""
+
+MAX_YAML_VALUES = 300_000
+"""The same for YAML, of which a value takes about a kilobyte while it is parsed."""
+
+JSON_MARKS, YAML_MARKS = b",:[{", b",:[{-?\n"
+"""Of these there is at least one for every value but the first."""
+
+MAX_DEPTH = 100
+"""Of lists in lists; what reads or writes them calls itself, and Python's stack has an end."""
+
+SURROGATE = re.compile(rb"\\u[dD]")
+
+
+def parse_json(raw: bytes, *, unique: bool = False) -> Any:
+    """What a JSON text says.
+
+    Args:
+        raw (`bytes`): the text, in UTF-8.
+        unique (`bool`): refuse a key that comes twice; without it the last one counts.
+
+    Raises:
+        `ValueError`: it is not valid JSON.
+        `OverflowError`: it is too large.
+
+    Example:
+        >>> parse_json(b'{"a": [1, 2]}')
+        {'a': [1, 2]}
+    """
+    _check_size(raw, JSON_MARKS, MAX_JSON_VALUES)
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_unique if unique else None)
+        if SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode()  # half a pair is no text
+    except (ValueError, RecursionError):
+        raise ValueError("not valid JSON") from None
+    if _is_deep(value):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says, as `yaml.safe_load` reads it, but without aliases.
+
+    With them what is said may double with every line, so that a kilobyte stands for more than
+    memory holds or can be compared in a lifetime.
+
+    Args:
+        text (`str`): one document.
+
+    Raises:
+        `ValueError`: it is not valid YAML, or written with aliases; says which.
+        `OverflowError`: it is too large.
+
+    Example:
+        >>> parse_yaml("a: [1, 2]")
+        {'a': [1, 2]}
+    """
+    try:
+        _check_size(text.encode(), YAML_MARKS, MAX_YAML_VALUES)
+    except UnicodeEncodeError:
+        raise ValueError("not valid YAML") from None
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  (a safe one)
+    except _AliasError:
+        raise ValueError("written with aliases, which are not read") from None
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError):
+        raise ValueError("not valid YAML") from None
+
+
+def _check_size(raw: bytes, marks: bytes, most: int) -> None:
+    values = sum(raw.count(mark) for mark in marks)
+    if len(raw) > MAX_BYTES or values > most:
+        raise OverflowError(f"{len(raw)} bytes, {values} values")
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("duplicate key")
+    return result
+
+
+class _AliasError(Exception):
+    """Something that stands elsewhere."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and without aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise _AliasError
+        return super().compose_node(parent, index)
