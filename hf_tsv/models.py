@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from os import PathLike, fspath
@@ -19,15 +20,15 @@ from hf_tsv.checkpoints.files import LocalFiles
 from hf_tsv.checkpoints.masks import Masked
 from hf_tsv.checkpoints.reader import Checkpoint, digest
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.errors import CheckpointError, RecipeError
+from hf_tsv.errors import CheckpointError, HfTsvError, RecipeError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.plan import check_fit
-from hf_tsv.progress import visible_by_default
+from hf_tsv.progress import first_line, visible_by_default
 from hf_tsv.sources import Access, Task, config_of, fetched, open_sources, open_task
 from hf_tsv.stream import pick_device
 
 if TYPE_CHECKING:
-    from transformers import Pipeline, PreTrainedModel
+    from transformers import Pipeline, PreTrainedConfig, PreTrainedModel
 
 ZERO_SHOT = "zero-shot-image-classification"
 PIPELINES = {
@@ -131,13 +132,14 @@ def pipeline(
     given = {"image_processor", "tokenizer"} <= kwargs.keys()
     access = Access.of(token, cache_dir, subfolder)
     found = _find(model, kind, task, base_model, access, progress, processor=not given)
-    if "image_processor" not in kwargs:
-        load: Any = transformers.AutoImageProcessor.from_pretrained  # without annotations
-        kwargs["image_processor"] = load(found.processor, trust_remote_code=False)
-    if found.model_class == "CLIPModel" and "tokenizer" not in kwargs:
-        kwargs["tokenizer"] = transformers.AutoTokenizer.from_pretrained(
-            found.processor, trust_remote_code=False
-        )
+    with _understood(found.processor):
+        if "image_processor" not in kwargs:
+            load: Any = transformers.AutoImageProcessor.from_pretrained  # without annotations
+            kwargs["image_processor"] = load(found.processor, trust_remote_code=False)
+        if found.model_class == "CLIPModel" and "tokenizer" not in kwargs:
+            kwargs["tokenizer"] = transformers.AutoTokenizer.from_pretrained(
+                found.processor, trust_remote_code=False
+            )
     loaded = build(found, dtype, device)
     make: Any = transformers.pipeline  # its overloads want a literal task
     made: Pipeline = make(kind, model=loaded, device=loaded.device, **kwargs)
@@ -338,11 +340,13 @@ def build(
         stored = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
         dtype = reduce(torch.promote_types, stored)
     cls = getattr(transformers, found.model_class)
-    config = cls.config_class.from_dict(_class_config(found))
     model: PreTrainedModel
-    model, info = cls.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
+    with _understood(found.item):
+        config = cls.config_class.from_dict(_class_config(found))
+        _check_described(config, found)
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
     if info["missing_keys"]:
         raise CheckpointError(
             f"{found.item} lacks {min(info['missing_keys'])} of {found.model_class}.",
@@ -355,6 +359,42 @@ def build(
     if device is not None:
         torch.nn.Module.to(model, pick_device(str(device)))
     return model
+
+
+@contextmanager
+def _understood(item: object) -> Iterator[None]:
+    """What transformers says of files it cannot use, as an error that names them."""
+    try:
+        yield
+    except (HfTsvError, MemoryError):
+        raise
+    except Exception as error:  # a dozen types on strange configurations
+        raise CheckpointError(
+            f"{item} cannot be loaded with transformers: {first_line(error)}",
+            "Its configuration does not describe it; save it again.",
+        ) from error
+
+
+def _check_described(config: PreTrainedConfig, found: Found) -> None:
+    """Refuse a config that describes more than there is: to build that can take any memory."""
+    tensors: dict[str, Any] = {**(found.base.tensors if found.base else {}), **found.item.tensors}
+    for part, said in layout.tower_configs(config.to_dict()).items():
+        tower = part.replace("_config", "_model")
+        if tower not in layout.MODEL_CLASSES[found.model_class].parts:
+            continue
+        blocks = {n.split(".")[3] for n in tensors if n.startswith(f"{tower}.encoder.layers.")}
+        there = tensors.get(f"{tower}.embeddings.position_embedding.weight")
+        positions = there.shape[0] if there is not None and there.shape else 0
+        wanted = said.get("max_position_embeddings", 0)
+        if part == layout.VISION:
+            wanted = (said["image_size"] // said["patch_size"]) ** 2 + 1
+        if said["num_hidden_layers"] > len(blocks) or wanted > positions:
+            raise CheckpointError(
+                f"The config.json of {found.item} describes {said['num_hidden_layers']} layers and"
+                f" {wanted} positions in the {part.removesuffix('_config')} tower; its weights are"
+                f" {len(blocks)} layers and {positions} positions.",
+                "Correct its config.json, or save it again.",
+            )
 
 
 def _value(name: str, found: Found) -> Tensor:
@@ -382,7 +422,7 @@ def _value(name: str, found: Found) -> Tensor:
 def _class_config(found: Found) -> dict[str, Any]:
     """The config.json that fits the class: of one tower, or of both."""
     item, base = found.item, found.base
-    config = dict(config_of(item))
+    config = companions.without_code(dict(config_of(item)))
     parts = layout.MODEL_CLASSES[found.model_class].config_part
     if parts is not None:
         towers = layout.tower_configs(config)

@@ -14,7 +14,7 @@ from hf_tsv import __version__
 from hf_tsv.cards import templates
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.plots import MISSING, Picture
-from hf_tsv.progress import printable
+from hf_tsv.progress import one_line, printable
 
 if TYPE_CHECKING:
     from hf_tsv.interfering import InterferenceReport
@@ -42,8 +42,8 @@ def interference_page(report: InterferenceReport, pictures: Sequence[Picture]) -
     images = [(p, base64.b64encode(p.png).decode()) for p in pictures]
     return page.render(
         report=report,
-        plain=_plain,
-        names=[_plain(task["name"]) for task in report.tasks],
+        plain=one_line,
+        names=[one_line(task["name"]) for task in report.tasks],
         weights=_weights(report),
         images=images,
         missing=MISSING,
@@ -51,11 +51,6 @@ def interference_page(report: InterferenceReport, pictures: Sequence[Picture]) -
         script_digest=digest,
         version=__version__,
     )
-
-
-def _plain(text: str) -> str:
-    """Text from elsewhere on one line, its control characters written out."""
-    return printable(text).replace("\n", " ")
 
 
 def _weights(report: InterferenceReport) -> list[dict[str, Any]]:

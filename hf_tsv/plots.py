@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from hf_tsv.checkpoints.layout import block_and_kind, kind_order
-from hf_tsv.progress import first_line, logger, printable
+from hf_tsv.progress import first_line, logger, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -375,8 +375,11 @@ def _over_depth(figure: Any, layers: Sequence[Layer], what: str) -> list[str]:
         frame_axes(axes)
     if kinds:
         handles, labels = rows[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(kinds)),
-                      frameon=False, labelcolor=TEXT, fontsize=9, handlelength=1.0)  # fmt: skip
+        legend = figure.legend(handles, labels, loc="outside upper center",
+                               ncols=min(6, len(kinds)), frameon=False, labelcolor=TEXT,
+                               fontsize=9, handlelength=1.0)  # fmt: skip
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     return kinds
 
 
@@ -450,7 +453,7 @@ def _percent(axes: Axes) -> None:
 
 def plain_name(name: str) -> str:
     """A name from elsewhere on one line."""
-    return printable(name).replace("\n", " ")
+    return one_line(name)
 
 
 def _labels(report: InterferenceReport) -> list[str]:

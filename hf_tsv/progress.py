@@ -55,7 +55,7 @@ def bar(
 
     amount = [DownloadColumn(), TransferSpeedColumn()] if in_bytes else [MofNCompleteColumn()]
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         *amount,
         TimeElapsedColumn(),
@@ -63,9 +63,9 @@ def bar(
         TimeRemainingColumn(),
         console=Console(stderr=True),
     ) as progress:
-        task = progress.add_task(description, total=total)
+        task = progress.add_task(one_line(description), total=total)
         yield lambda steps, description=None: progress.update(
-            task, advance=steps, description=description
+            task, advance=steps, description=description and one_line(description)
         )
 
 
@@ -86,6 +86,11 @@ def human_bytes(size: float) -> str:
 def printable(text: str) -> str:
     """The text with its control characters written out, line breaks aside."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    """The text with its control characters written out, line breaks as spaces."""
+    return printable(text).replace("\n", " ")
 
 
 def first_line(error: Exception) -> str:

@@ -95,7 +95,11 @@ def read_pickle(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
             " code.",
             "Load it where you trust it and save model.state_dict(), as safetensors if possible.",
         ) from None
-    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError):
+    except OverflowError:
+        raise CheckpointError(
+            f"{owner}: {name} describes more than any model has.", "Do not use this checkpoint."
+        ) from None
+    except (LookupError, RecursionError, TypeError, ValueError):
         raise CheckpointError(f"{owner}: {name} cannot be read: it is damaged.", convert) from None
     tensors = {key: value for key, value in state.items() if isinstance(value, _Saved)}
     if not tensors:
@@ -103,7 +107,7 @@ def read_pickle(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
     if strange := [key for key in tensors if not is_tensor_name(key)]:
         raise CheckpointError(f"{owner}: {name}: {str(strange[0])[:100]!r} is no name of a tensor.")
     used = {tensor.key for tensor in tensors.values()}
-    starts = _starts(files, name, {key: entries[key] for key in used if key in entries})
+    starts = _starts(files, name, size, {key: entries[key] for key in used if key in entries})
     result = {}
     for key, tensor in tensors.items():
         entry, start = entries.get(tensor.key), starts.get(tensor.key)
@@ -135,10 +139,15 @@ def _archive(files: Files, name: str, size: int) -> tuple[bytes | None, dict[str
         return archive.read(index), entries
 
 
-def _starts(files: Files, name: str, entries: Mapping[str, zipfile.ZipInfo]) -> dict[str, int]:
+def _starts(
+    files: Files, name: str, size: int, entries: Mapping[str, zipfile.ZipInfo]
+) -> dict[str, int]:
     """Where the values of entries begin: after headers whose length the archive does not list."""
     groups: list[list[tuple[int, str]]] = []
-    for place in sorted((info.header_offset, key) for key, info in entries.items()):
+    places = sorted((info.header_offset, key) for key, info in entries.items())
+    for place in places:
+        if not 0 <= place[0] <= size - LOCAL_HEADER.size:
+            continue
         if not groups or place[0] - groups[-1][0][0] > BLOCK_BYTES:
             groups.append([])
         groups[-1].append(place)
@@ -313,7 +322,8 @@ class _Steps:
         """What it describes.
 
         Raises:
-            `UnpicklingError`: it describes more than tensors, or more than any model has.
+            `UnpicklingError`: it describes more than tensors.
+            `OverflowError`: it describes more than any model has.
         """
         simple: dict[str, Callable[[Any], None]] = {
             **dict.fromkeys(VALUES, self._stack.append),
@@ -338,7 +348,9 @@ class _Steps:
         }
         for step, (instruction, argument, _) in enumerate(pickletools.genops(self._raw)):
             do = simple.get(instruction.name)
-            if do is None or step == MAX_STEPS:
+            if step == MAX_STEPS:
+                raise OverflowError
+            if do is None:
                 raise pickle.UnpicklingError(instruction.name)
             do(argument)
         return self._stack.pop()
