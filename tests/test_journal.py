@@ -163,16 +163,23 @@ def test_the_beginning_of_another_merge_is_not_gone_on_with(
 
 
 def test_an_input_that_changed_meanwhile_is_noticed(
-    merge: Callable[..., hf_tsv.MergeReport], stopped: Path, zoo: Path
+    zoo: Path, tmp_path: Path, computed: list[str]
 ) -> None:
-    path = zoo / "vision" / "model.safetensors"
-    stat = path.stat()
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    try:
-        with pytest.raises(OutputError, match="other inputs or settings"):
-            merge()
-    finally:
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    """Also where size and time of modification are those of before, as with `cp -p`."""
+    shutil.copytree(zoo / "vision", tmp_path / "task")
+    file = tmp_path / "task" / "model.safetensors"
+
+    def merge() -> None:
+        tasks = [tmp_path / "task", zoo / "full"]
+        hf_tsv.merge(tasks, base_model=zoo / "base", output=tmp_path / "out")
+
+    with stopping():
+        merge()
+    stat, content = file.stat(), file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(OutputError, match="other inputs or settings"):
+        merge()
 
 
 def test_a_beginning_without_its_files_is_begun_anew(
@@ -316,9 +323,9 @@ def test_a_compression_goes_on_with_the_weights_that_are_missing(
     decomposed = []
     decompose = spectra._decompose
 
-    def noting(loaded: Any, device: Any) -> Any:
+    def noting(loaded: Any, *rest: Any) -> Any:
         decomposed.append(loaded.candidate.name)
-        return decompose(loaded, device)
+        return decompose(loaded, *rest)
 
     with stopping(20):
         compress(format=kind)
