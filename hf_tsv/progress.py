@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 logger = logging.getLogger("hf_tsv")
+
+ADDRESS = re.compile(r"(https?://)(?:[^\s/'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?")
 
 
 def visible_by_default() -> bool:
@@ -93,6 +96,16 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", " ")
 
 
+def redacted(text: str) -> str:
+    """The text without the secrets that addresses may hold: passwords, and signatures.
+
+    Example:
+        >>> redacted("GET http://me:secret@proxy/a?Signature=abc failed")
+        'GET http://proxy/a failed'
+    """
+    return ADDRESS.sub(r"\1\2", text)
+
+
 def first_line(error: Exception) -> str:
     """What an error of a library says, cut short; its type if it says nothing."""
-    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+    return next(iter(redacted(str(error)).splitlines()), "")[:200] or type(error).__name__

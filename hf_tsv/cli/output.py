@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_tsv.errors import HfTsvError
 from hf_tsv.processes import LOST, is_leader
-from hf_tsv.progress import printable
+from hf_tsv.progress import printable, redacted
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -51,6 +51,10 @@ class Out:
         level = logging.WARNING if quiet else logging.INFO
         logger.setLevel(level if self.speaks else logging.CRITICAL)
         logger.propagate = False
+        from huggingface_hub.utils import logging as client_logging
+
+        for handler in client_logging.get_logger("huggingface_hub").handlers:
+            handler.addFilter(REDACTING)
 
     def result(self, text: str, data: Mapping[str, Any]) -> None:
         """Print the result of the command: `text` for people, or `data` with `--json`."""
@@ -89,6 +93,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], footer: Sequence[s
     out = io.StringIO()
     Console(file=out, width=10_000, color_system=None).print(drawn)
     return dedent("\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip()))
+
+
+class _Redacting(logging.Filter):
+    """The Hub client logs addresses as they are, with the signatures of its storage."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redacted(record.getMessage()), ()
+        return True
+
+
+REDACTING = _Redacting()
 
 
 class _StderrHandler(logging.Handler):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,7 +35,7 @@ class Run:
 
     job: Job
     device: str | None
-    token: str | None
+    token: str | None = field(repr=False)
     cache_dir: str | None
     show: bool
     group: Processes

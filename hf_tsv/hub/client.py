@@ -10,7 +10,7 @@ from json import JSONDecodeError
 from typing import TypeVar
 
 from httpx2 import ConnectError, RequestError, TransportError, UnsupportedProtocol
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
     FileMetadataError,
     GatedRepoError,
@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 
 from hf_tsv import __version__
 from hf_tsv.errors import RepoError
-from hf_tsv.progress import logger
+from hf_tsv.progress import logger, redacted
 
 T = TypeVar("T")
 
@@ -44,7 +44,8 @@ class OtherAnswerError(TransportError):
 
 def api(token: str | None = None) -> HfApi:
     """The client, introducing itself as hf-tsv."""
-    if token is not None and not re.fullmatch(r"[!-~]+", token):
+    used = get_token() if token is None else token
+    if used is not None and not re.fullmatch(r"[!-~]+", used):  # errors of the client would tell it
         raise RepoError(
             "The token is empty or has characters that no token has.",
             "Copy it again from https://huggingface.co/settings/tokens.",
@@ -186,7 +187,7 @@ def _http_error(error: HfHubHTTPError, repo_id: str, writing: bool) -> RepoError
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, without the signatures of addresses."""
+    """The first line of what an error says, without the secrets of addresses."""
     message = getattr(error, "server_message", None) or str(error)
-    message = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", message)
-    return next((line.strip() for line in message.splitlines() if line.strip()), "no message")
+    lines = (line.strip() for line in redacted(message).splitlines())
+    return next(filter(None, lines), "no message")

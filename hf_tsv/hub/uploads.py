@@ -16,7 +16,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from hf_tsv.errors import RepoError
 from hf_tsv.hub.client import MOVED_ON, SILENCE, api, first_line, retried, translated
-from hf_tsv.progress import logger
+from hf_tsv.progress import logger, redacted
 
 STEMS = ("model", "task_factors", "open_clip_model")
 WEIGHT_FILES = tuple(f"{stem}.safetensors{end}" for stem in STEMS for end in ("", ".index.json"))
@@ -180,7 +180,7 @@ def push(
                         parent_commit=head.sha,  # noqa: B023
                     )
                 )
-                return str(commit.pr_url or commit.commit_url)
+                return redacted(str(commit.pr_url or commit.commit_url))
             except HfHubHTTPError as error:
                 # It may be our own commit, the answer to which was lost: then nothing is left to do
                 if error.response.status_code != MOVED_ON or race == RACES - 1:
@@ -225,7 +225,7 @@ def push_file(
                 parent_commit=parent,
             )
         )
-    return str(commit.pr_url or commit.commit_url)
+    return redacted(str(commit.pr_url or commit.commit_url))
 
 
 def _operations(

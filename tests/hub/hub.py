@@ -15,11 +15,17 @@ from .store import MAIN, Blob, Repo, is_lfs
 from .wire import Fault, Request, Response, Server
 
 Content = bytes | str | Path | None
-ROUTES = {"api": [reading.routes, writing.routes], "cdn": [cdn.routes]}
+ROUTES = {
+    "api": [reading.routes, writing.routes],
+    "cdn": [cdn.routes],
+    "foreign": [cdn.routes],
+}
 
 
 class Hub:
     """A Hub on 127.0.0.1: `endpoint` is its API, `cdn` the other origin, which stores LFS files.
+
+    `foreign` is a third one that nothing points to, and that has the same files.
 
     Users, repositories and faults may be changed at any time, from any thread.
     """
@@ -29,10 +35,11 @@ class Hub:
     requests: list[Request]
     page_size: int  # entries per page of a listing
     multipart_above: int  # bytes; larger LFS files are uploaded in parts of this size
+    signature: str  # query of every address of the storage
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._ports = {"api": 0, "cdn": 0}
+        self._ports = {"api": 0, "cdn": 0, "foreign": 0}
         self._faults: list[Fault] = []
         self._servers: list[Server] = []
         self._threads: list[threading.Thread] = []
@@ -50,6 +57,7 @@ class Hub:
             self.requests = []
             self.page_size = 1000
             self.multipart_above = 20_000_000
+            self.signature = ""
             self.heal()
 
     # Listening
@@ -61,6 +69,10 @@ class Hub:
     @property
     def cdn(self) -> str:
         return f"http://127.0.0.1:{self._ports['cdn']}"
+
+    @property
+    def foreign(self) -> str:
+        return f"http://127.0.0.1:{self._ports['foreign']}"
 
     def start(self) -> None:
         """Serve, in daemon threads; after `stop`, on the same ports again."""

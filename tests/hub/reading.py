@@ -169,8 +169,9 @@ def resolve(call: Call) -> Response:
     }
     if not blob.lfs:
         return Response(200, blob, headers)
+    place = f"{call.hub.cdn}/{repo.key}/{blob.oid}/{quote(call.args['path'])}"
     headers |= {
-        "Location": f"{call.hub.cdn}/{repo.key}/{blob.oid}/{quote(call.args['path'])}",
+        "Location": place + call.hub.signature,
         "X-Linked-Size": str(blob.size),
         "X-Linked-Etag": f'"{blob.oid}"',
     }

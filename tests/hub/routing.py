@@ -133,7 +133,7 @@ def _user(hub: Hub, request: Request) -> User | None:
     authorization = request.headers.get("authorization")
     if authorization is None:
         return None
-    if request.origin == "cdn":
+    if request.origin != "api":
         raise HubError(400, "Only one auth mechanism allowed: the URL is signed already")
     user = hub.users.get(authorization.removeprefix("Bearer "))
     if user is None:

@@ -23,7 +23,7 @@ from .store import Blob, HubError
 class Request:
     """One request as answered; sizes are of bodies, in bytes, and `path` is decoded."""
 
-    origin: str  # "api" or "cdn"
+    origin: str  # "api", "cdn" or "foreign"
     method: str
     path: str
     status: int
@@ -31,6 +31,7 @@ class Request:
     headers: dict[str, str]  # names in lower case
     body_received: int
     query: str = ""
+    body: bytes = field(default=b"", repr=False)
 
 
 @dataclass
@@ -126,7 +127,7 @@ class Hooks(Protocol):
 
 
 class Server(ThreadingMixIn, TCPServer):
-    """One origin, "api" or "cdn", on its own port."""
+    """One origin, "api", "cdn" or "foreign", on its own port."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -170,8 +171,9 @@ class Handler(BaseHTTPRequestHandler):
         hooks, body, url = self.server.hooks, self._read_body(), urlsplit(self.path)
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(
-            self.server.origin, self.command, unquote(url.path), 0, 0, headers, len(body), url.query
-        )
+            self.server.origin, self.command, unquote(url.path), 0, 0, headers, len(body),
+            url.query, body,
+        )  # fmt: skip
         hooks.log(request)
         response, damage = self._response(request, url.path, body), None
         if request.method != "HEAD" and response.status < 300:

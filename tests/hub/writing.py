@@ -141,10 +141,10 @@ def _upload_actions(call: Call, repo: Repo, oid: str, size: int) -> dict[str, An
     lfs = f"{call.hub.endpoint}/{repo.id}.git/info/lfs/objects"
     store = f"{call.hub.cdn}/upload/{repo.id}/{oid}"
     part_size = call.hub.multipart_above
-    upload: dict[str, Any] = {"href": store}
+    upload: dict[str, Any] = {"href": f"{store}{call.hub.signature}"}
     if size > part_size:
         count = -(-size // part_size)
-        parts = {f"{n:05}": f"{store}/{n}" for n in range(1, count + 1)}
+        parts = {f"{n:05}": f"{store}/{n}{call.hub.signature}" for n in range(1, count + 1)}
         upload = {
             "href": f"{lfs}/complete/{oid}",
             "header": {"chunk_size": str(part_size), **parts},
