@@ -153,6 +153,7 @@ def _stored(item: Measured, rank: int) -> StoredWeight:
     )
 
 
+@linalg.threads(1)  # errors are sums, whose last digits depend on how many add them up
 def write_factors(
     folder: Path, job: Job, spool: Spool, measured: Sequence[Measured], ranks: Sequence[int]
 ) -> Written:
@@ -197,6 +198,7 @@ def _write_update(
     return 0.0 if dtype == torch.float32 else _squared(vectors.matrix() - stored.matrix())
 
 
+@linalg.threads(1)
 def write_adapter(
     folder: Path, job: Job, spool: Spool, measured: Sequence[Measured], ranks: Sequence[int]
 ) -> Written:

@@ -271,7 +271,7 @@ class _Run:
                 continue
             delta = parameter.data.double() - base.double()
             rank = tsv.rank_at(max(self.fractions), delta.shape)
-            with named(name, [reference]):
+            with named(name, [reference]), linalg.threads(1):
                 svd = linalg.truncated_svd(linalg.in_working_precision(delta), rank)
             matrices.append(_Matrix(parameter.data, base, svd))
         total = dense + sum(matrix.base.numel() for matrix in matrices)
