@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,6 +105,12 @@ def redacted(text: str) -> str:
         'GET http://proxy/a failed'
     """
     return ADDRESS.sub(r"\1\2", text)
+
+
+def quoted(value: object) -> str:
+    """A value from elsewhere for an error: a plain word as it is, anything else cut and quoted."""
+    plain = isinstance(value, str) and len(value) < 100 and re.fullmatch(r"[\w.-]+", value)
+    return str(value) if plain else reprlib.repr(value)
 
 
 def first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +27,7 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 PART = re.compile(r"(.+)\.lora_(A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)")
 LONGEST_PATTERN = 300
-REPEATED_GROUP = re.compile(r"\)[*+?{]|(?:[*+}?].*){6}")
+REPEATED_GROUP = re.compile(r"\)[*+?{]|(?:[*+}?].*){4}")
 """What makes matching exponential, or of too high a power."""
 
 WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)\.")
@@ -240,7 +241,7 @@ def open_adapter(pinned: PinnedCheckpoint) -> Adapter:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
-            f"{owner} is an adapter of type {kind!r}, and only LORA is read.",
+            f"{owner} is an adapter of type {reprlib.repr(kind)}, and only LORA is read.",
             "Merge it into its base with PEFT (merge_and_unload) and save the model.",
         )
     single = next((name for name in WEIGHTS if pinned.files.size(name) is not None), WEIGHTS[0])
@@ -298,7 +299,7 @@ def _no_place(owner: object, name: str, base: Checkpoint) -> CheckpointError:
 def _of_pattern(patterns: object, module: str, default: Any, owner: str) -> Any:
     """The value of the first pattern that ends a module's name, as PEFT looks it up."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if len(pattern) > LONGEST_PATTERN or REPEATED_GROUP.search(pattern):
+        if max(len(pattern), len(module)) > LONGEST_PATTERN or REPEATED_GROUP.search(pattern):
             raise CheckpointError(
                 f"{owner}: the pattern {pattern[:60]!r} is not read: it may take for ever.",
                 f"Write names of modules into its {CONFIG_FILE}.",

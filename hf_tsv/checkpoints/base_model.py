@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from hf_tsv.checkpoints.files import read_json
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
@@ -10,6 +11,7 @@ from hf_tsv.errors import CheckpointError, HfTsvError
 from hf_tsv.parallel import in_parallel
 
 CONFIG = ("config.json", "_name_or_path")
+LONGEST_NAME = 500
 LONGEST_CHAIN = 8
 """Steps that are followed from a fine-tune of a fine-tune of …"""
 
@@ -32,7 +34,7 @@ def named_by(item: PinnedCheckpoint) -> list[str]:
     value = item.card.get("base_model")
     names = [value] if isinstance(value, str) else value
     if isinstance(names, list) and any(names):
-        return [n for n in names if isinstance(n, str) and n and not n.startswith((".", "/", "~"))]
+        return [name for name in names if _is_name(name)]
     for file, key in (("adapter_config.json", "base_model_name_or_path"), CONFIG):
         if item.files.size(file) is None:
             continue
@@ -40,9 +42,16 @@ def named_by(item: PinnedCheckpoint) -> list[str]:
             name = read_json(item.files, file, str(item)).get(key)
         except HfTsvError:  # reported when the checkpoint is opened
             return []
-        if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        if _is_name(name) and name.count("/") == 1:
             return [name] if name != item.ref else []
     return []
+
+
+def _is_name(value: Any) -> TypeGuard[str]:
+    """Whether it can be the name of a repository, and not a path of somebody's machine."""
+    if not isinstance(value, str) or not 0 < len(value) < LONGEST_NAME:
+        return False
+    return value.isprintable() and not value.startswith((".", "/", "~"))
 
 
 def infer(

@@ -12,6 +12,7 @@ from hf_tsv.checkpoints.pickles import SUFFIXES, read_pickle
 from hf_tsv.checkpoints.tensors import DTYPES, MAX_DIMENSIONS, TensorInfo, is_tensor_name
 from hf_tsv.errors import CheckpointError
 from hf_tsv.parallel import in_parallel
+from hf_tsv.progress import quoted
 from hf_tsv.untrusted import MAX_BYTES, parse_json
 
 VARIANT = re.compile(r"model\.([A-Za-z0-9_]+)\.safetensors")
@@ -155,7 +156,7 @@ def _tensor_info(key: str, entry: Any, file: str, data_start: int, owner: str) -
         raise _damaged(owner, file, f"the entry of {key} is malformed") from None
     if dtype not in DTYPES:
         raise CheckpointError(
-            f"{owner}: {key} has dtype {dtype}, which cannot be merged.",
+            f"{owner}: {key} has dtype {quoted(dtype)}, which cannot be merged.",
             "Dequantise the checkpoint first (float32, float16 or bfloat16).",
         )
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
@@ -164,6 +165,13 @@ def _tensor_info(key: str, entry: Any, file: str, data_start: int, owner: str) -
             owner, file, f"{key} has {stop - start} bytes where its shape needs {nbytes}"
         )
     return TensorInfo(file, DTYPES[dtype], tuple(shape), data_start + start, nbytes)
+
+
+def _outside(owner: str, index: str, name: object) -> CheckpointError:
+    return CheckpointError(
+        f"{owner}: {index} points outside its folder: {reprlib.repr(name)}.",
+        "Do not use this checkpoint; its index is not one that transformers writes.",
+    )
 
 
 def _missing(owner: str, name: str) -> CheckpointError:
@@ -198,17 +206,14 @@ def _weight_files(files: Files, single: str, owner: str) -> tuple[list[str], dic
     weight_map = read_json(files, index, owner).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{owner}: {index} has no weight_map.")
-    outside = [name for name in weight_map.values() if not inside_folder(name)]
-    shards = [] if outside else sorted(set(weight_map.values()))
-    outside += [name for name in shards if files.is_elsewhere(name)]
-    if outside:
-        raise CheckpointError(
-            f"{owner}: {index} points outside its folder: {reprlib.repr(outside[0])}.",
-            "Do not use this checkpoint; its index is not one that transformers writes.",
-        )
+    if outside := [name for name in weight_map.values() if not inside_folder(name)]:
+        raise _outside(owner, index, outside[0])
+    shards = sorted(set(weight_map.values()))
     for name in shards:  # before any is read: there may be a million
         if files.size(name) is None:
             raise _missing(owner, name)
+        if files.is_elsewhere(name):
+            raise _outside(owner, index, name)
     return shards, weight_map
 
 
@@ -226,6 +231,6 @@ def _check_index(
     held = {(key, info.file) for key, info in stored.items()}
     if weight_map and said != held:
         raise CheckpointError(
-            f"{owner}: {index} and the shards disagree about {min(said ^ held)[0]}.",
+            f"{owner}: {index} and the shards disagree about {quoted(min(said ^ held)[0])}.",
             "Download or save it again.",
         )

@@ -8,6 +8,7 @@ loads them into every CLIP class.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,8 @@ def layout_of(config: dict[str, Any], owner: str) -> Layout:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type.isprintable() or not model_type:
         raise CheckpointError(
-            f"{owner} is no model of transformers: its config.json says model_type {model_type!r}.",
+            f"{owner} is no model of transformers: its config.json says model_type"
+            f" {reprlib.repr(model_type)}.",
             "A checkpoint saved by save_pretrained has one.",
         )
     return LAYOUTS.get(model_type) or Layout(model_type)

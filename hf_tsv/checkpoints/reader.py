@@ -21,6 +21,7 @@ from hf_tsv.checkpoints.tensors import DTYPE_NAMES, TensorInfo
 from hf_tsv.errors import CheckpointError
 from hf_tsv.linalg import largest_entry
 from hf_tsv.memory import empty
+from hf_tsv.progress import quoted
 
 SINGLE_FILE = "model.safetensors"
 PICKLED_FILE = "pytorch_model.bin"
@@ -166,8 +167,9 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
     config = read_json(there, CONFIG_FILE, owner)
     kind = layout.layout_of(config, owner)
     if isinstance(quantised := config.get("quantization_config"), dict):
+        method = quoted(quantised.get("quant_method"))
         raise CheckpointError(
-            f"{owner} is quantised ({quantised.get('quant_method')}), and that cannot be merged.",
+            f"{owner} is quantised ({method}), and that cannot be merged.",
             "Dequantise it (model.dequantize() in transformers), and save it again.",
         )
     stored, files = read_headers(there, single, owner)

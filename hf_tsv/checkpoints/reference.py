@@ -16,9 +16,12 @@ from hf_tsv import hub
 from hf_tsv.checkpoints.files import Files, HubFiles, LocalFiles, inside_folder
 from hf_tsv.errors import CheckpointError, RepoError
 from hf_tsv.hub import WEIGHT_SUFFIXES
-from hf_tsv.untrusted import MAX_BYTES, parse_yaml
+from hf_tsv.untrusted import parse_yaml
 
 LONGEST_SUBFOLDER = 1000
+CARD_BYTES = 1_000_000
+"""Of a card, in which its front matter has to end."""
+
 PULL_REQUEST = re.compile(r"refs/(pr|convert)/\w+")
 """Revisions that are written as they are; in others a slash would begin a subfolder."""
 
@@ -206,7 +209,7 @@ def _local_card(files: LocalFiles) -> dict[str, Any]:
     if size is None:
         return {}
     try:
-        text = files.read("README.md", 0, min(size, MAX_BYTES)).decode("utf-8", errors="replace")
+        text = files.read("README.md", 0, min(size, CARD_BYTES)).decode("utf-8", errors="replace")
         first, *lines = text.splitlines()
         block = lines[: [line.rstrip() for line in lines].index("---")]
         data = parse_yaml("\n".join(block)) if first.rstrip() == "---" else None
