@@ -30,6 +30,9 @@ SAFETENSORS = ".safetensors"
 RECIPE_BYTES = 1_000_000
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT = "open_clip_config.json", "visual.conv1.weight"
 
+LONGEST_TEXT = 200
+"""Of what a configuration says."""
+
 
 @dataclass(frozen=True)
 class InspectReport:
@@ -290,4 +293,4 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
 
 
 def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
+    return value[:LONGEST_TEXT] if isinstance(value, str) else None

@@ -6,24 +6,36 @@ import io
 import json
 import os
 import pickle
+import re
+import shutil
 import struct
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_reader import INDEX_FILE, folder_of, opened, safetensors
+import yaml
+from cli import hf_tsv as run
+from hub import Hub
+from safetensors.torch import load_file, save_file
+from test_cards import prose
+from test_reader import CONFIG, FLOAT, INDEX_FILE, folder_of, opened, refused, safetensors
 
 import hf_tsv
 from benchmarks.fuzz import targets
+from hf_tsv.checkpoints.base_model import named_by
+from hf_tsv.checkpoints.companions import without_code
 from hf_tsv.checkpoints.files import LocalFiles
 from hf_tsv.checkpoints.pickles import MAX_STEPS, read_pickle
 from hf_tsv.checkpoints.reader import PICKLED_FILE, SINGLE_FILE
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.errors import CheckpointError
+from hf_tsv.factors import TaskFactors
+from hf_tsv.progress import bar
 from hf_tsv.recipe import RECIPE_FILE, Recipe
 from hf_tsv.untrusted import MAX_BYTES, MAX_DEPTH, MAX_JSON_VALUES, parse_json, parse_yaml
 
@@ -83,7 +95,8 @@ BOMBS: dict[str, tuple[dict[str, bytes], str]] = {
         "says more than any",
     ),
     "an index of very many files": (
-        {INDEX_FILE: b'{"weight_map":{%b}}' % b",".join(b'"%d":"%d"' % (i, i) for i in range(9**6))},
+        {INDEX_FILE: b'{"weight_map":{%b}}'
+         % b",".join(b'"%d":"%d"' % (i, i) for i in range(400_000))},
         "has no 0, which its index names",
     ),
     "a large adapter": (
@@ -280,3 +293,351 @@ def test_an_entry_that_lies_elsewhere_is_refused(tmp_path: Path) -> None:
         content[place : place + 4] = offset.to_bytes(4, "little")
         with pytest.raises(CheckpointError):
             pickled(tmp_path, bytes(content))
+
+
+# Links: nothing outside the folder is read, but weights that a user keeps elsewhere
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    """A file of the user that is JSON, and so could pass for many files."""
+    file = tmp_path / "elsewhere" / "token.json"
+    file.parent.mkdir()
+    file.write_text('{"model_type": "clip", "secret": "hf_abc"}')
+    return file
+
+
+def a_copy(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target))
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "preprocessor_config.json", "merges.txt", "config.json",
+             "generation_config.json", "spiece.model"],
+)  # fmt: skip
+def test_a_link_to_a_file_of_the_user_is_not_copied(
+    zoo: Path, tmp_path: Path, secret: Path, name: str
+) -> None:
+    base = a_copy(zoo / "base", tmp_path / "base")
+    (base / name).unlink(missing_ok=True)
+    (base / name).symlink_to(secret)
+    done = run("merge", zoo / "vision", "--base-model", base, "-o", tmp_path / "m")
+    assert done.code == 1 and f"{name} is a link to a file outside" in done.err, done.err
+    assert "hf_abc" not in done.err and not (tmp_path / "m").exists()
+    assert not list(tmp_path.glob(".*"))  # before any work
+
+
+def test_a_link_in_a_folder_of_links_is_followed_too(
+    zoo: Path, tmp_path: Path, secret: Path
+) -> None:
+    base = a_copy(zoo / "base", tmp_path / "base")
+    (base / "deep").symlink_to(secret.parent)
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer.json").symlink_to(Path("deep", "token.json"))
+    with pytest.raises(CheckpointError, match="link to a file outside"):
+        hf_tsv.merge([zoo / "vision"], base_model=base, output=tmp_path / "m", progress=False)
+
+
+def test_an_index_cannot_follow_a_link_outside(tmp_path: Path) -> None:
+    (tmp_path / "outside.safetensors").write_bytes(safetensors({"weight": FLOAT}, bytes(4)))
+    folder = folder_of(tmp_path / "a", {INDEX_FILE: {"weight_map": {"weight": "x.safetensors"}}})
+    (folder / "x.safetensors").symlink_to("../outside.safetensors")
+    assert "points outside its folder: 'x.safetensors'" in refused(folder)
+
+
+def test_links_inside_a_folder_are_followed(tmp_path: Path) -> None:
+    file = safetensors({"weight": FLOAT}, bytes(4))
+    folder = folder_of(tmp_path / "a", {"sub": b"", "x": file, "c": json.dumps(CONFIG).encode()})
+    index = {"weight_map": {"weight": "y.safetensors"}}
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    (folder / "y.safetensors").symlink_to("x")
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to(folder / "c")
+    assert opened(folder).tensors.keys() == {"weight"}
+
+
+def test_weights_may_lie_elsewhere(tmp_path: Path) -> None:
+    """Users link large files; nothing but weights can be read of them."""
+    (tmp_path / "large").write_bytes(safetensors({"weight": FLOAT}, bytes(4)))
+    folder = folder_of(tmp_path / "a", {})
+    (folder / SINGLE_FILE).symlink_to(tmp_path / "large")
+    assert opened(folder).read("weight").tolist() == [0.0]
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_client_is_a_folder(
+    hub: Hub, zoo: Path, tmp_path: Path
+) -> None:
+    from huggingface_hub import snapshot_download
+
+    hub.add_repo("org/base", zoo / "base")
+    folder = Path(snapshot_download("org/base", cache_dir=tmp_path / "cache"))
+    assert (folder / "config.json").is_symlink()
+    hf_tsv.merge([zoo / "vision"], base_model=folder, output=tmp_path / "m", progress=False)
+    assert (tmp_path / "m" / "tokenizer.json").read_bytes() == (
+        zoo / "base" / "tokenizer.json"
+    ).read_bytes()
+
+
+def test_what_is_no_file_is_not_there(tmp_path: Path) -> None:
+    """A pipe would never end, and neither would a device."""
+    kinds: dict[str, Callable[[Path], object]] = {
+        "pipe": os.mkfifo, "folder": Path.mkdir, "device": lambda p: p.symlink_to("/dev/zero"),
+        "itself": lambda p: p.symlink_to(p), "nothing": lambda p: p.symlink_to("gone"),
+    }  # fmt: skip
+    for kind, make in kinds.items():
+        folder = folder_of(tmp_path / kind, {})
+        for name in (SINGLE_FILE, "README.md", "adapter_config.json", PICKLED_FILE):
+            make(folder / name)
+        assert f"has no {SINGLE_FILE}" in refused(folder), kind
+        (folder / "config.json").unlink()
+        make(folder / "config.json")
+        assert "has no config.json" in refused(folder), kind
+
+
+def test_a_picture_beside_factors_that_is_a_link_is_not_copied(
+    zoo: Path, tmp_path: Path, secret: Path
+) -> None:
+    hf_tsv.compress(zoo / "vision", base_model=zoo / "base", output=tmp_path / "f", progress=False)
+    (tmp_path / "f" / "compression.png").unlink(missing_ok=True)
+    (tmp_path / "f" / "compression.png").symlink_to(secret)
+    TaskFactors.from_pretrained(tmp_path / "f").save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "compression.png").exists()
+    assert "compression.png" not in (tmp_path / "copy" / "README.md").read_text()
+
+
+# Code: none of a repository is run, none is copied, none is asked for
+
+
+MODULE = "my_code"
+
+
+@pytest.fixture
+def with_code(zoo: Path, tmp_path: Path) -> Path:
+    """A base model that asks for its own code wherever it can; the code leaves a file."""
+    base = a_copy(zoo / "base", tmp_path / "base")
+    source = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n"
+    (base / f"{MODULE}.py").write_text(source)
+    asks = {
+        "config.json": {"AutoConfig": f"{MODULE}.Mine", "AutoModel": f"{MODULE}.Mine"},
+        "preprocessor_config.json": {"AutoImageProcessor": f"{MODULE}.Mine"},
+        "tokenizer_config.json": {"AutoTokenizer": [f"{MODULE}.Mine", None]},
+    }
+    for name, auto_map in asks.items():
+        content = json.loads((base / name).read_text()) if (base / name).exists() else {}
+        content["auto_map"] = auto_map
+        if name == "config.json":
+            content["vision_config"]["auto_map"] = auto_map
+            pipe = {"impl": f"{MODULE}.Mine", "pt": ["AutoModel"]}
+            content["custom_pipelines"] = {"image-classification": pipe}
+            content["_attn_implementation"] = "somebody/kernel"
+        (base / name).write_text(json.dumps(content))
+    nested = {"image_processor": {"auto_map": {"AutoImageProcessor": f"{MODULE}.Mine"}, "a": [1]}}
+    (base / "processor_config.json").write_text(json.dumps(nested))
+    return base
+
+
+def test_no_code_is_run_or_copied(zoo: Path, tmp_path: Path, with_code: Path) -> None:
+    out = tmp_path / "m"
+    done = run("merge", zoo / "vision", zoo / "text", "--base-model", with_code, "-o", out)
+    assert done.code == 0, done.err
+    assert "asks for code in its tokenizer_config.json; no code is copied" in done.err
+    for file in out.iterdir():
+        content = file.read_bytes()
+        assert MODULE.encode() not in content and b"auto_map" not in content, file.name
+        assert b"kernel" not in content and file.suffix != ".py", file.name
+    said = json.loads((out / "processor_config.json").read_text())
+    assert said == {"image_processor": {"a": [1]}}
+    merges = "merges.txt"
+    if (with_code / merges).exists():
+        assert (out / merges).read_bytes() == (with_code / merges).read_bytes()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_code_is_run_by_loading(
+    zoo: Path, tmp_path: Path, with_code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(with_code))  # it could even be imported
+    (with_code / "processor_config.json").unlink()
+    model = hf_tsv.load_model(with_code)
+    assert type(model).__module__.startswith("transformers.models.clip.")
+    pipe = hf_tsv.pipeline("zero-shot-image-classification", with_code)
+    assert type(pipe.tokenizer).__module__.startswith("transformers.")
+    hf_tsv.compress(zoo / "vision", base_model=with_code, output=tmp_path / "f", progress=False)
+    tuned = a_copy(zoo / "full", tmp_path / "tuned")
+    shutil.copy(with_code / "config.json", tuned)
+    hf_tsv.compress(tuned, base_model=zoo / "base", output=tmp_path / "g", progress=False)
+    assert "auto_map" not in (tmp_path / "g" / "tsv_config.json").read_text()
+    hf_tsv.reconstruct(tmp_path / "f", output=tmp_path / "w", base_model=with_code, progress=False)
+    assert not list(tmp_path.rglob("ran")) and MODULE not in sys.modules
+
+
+def test_companions_that_ask_for_no_code_stay_byte_for_byte(zoo: Path, tmp_path: Path) -> None:
+    base = a_copy(zoo / "base", tmp_path / "base")
+    odd = b'{ "image_processor_type":"CLIPImageProcessor",\n\n "size": 1e0, "x":"\\u00e4" }'
+    (base / "preprocessor_config.json").write_bytes(odd)
+    hf_tsv.merge([zoo / "vision"], base_model=base, output=tmp_path / "m", progress=False)
+    assert (tmp_path / "m" / "preprocessor_config.json").read_bytes() == odd
+
+
+def test_a_label_may_be_called_as_what_asks_for_code() -> None:
+    labels = {"label2id": {"auto_map": 0, "cat": 1}, "id2label": {"0": "auto_map"}}
+    assert without_code({**labels, "auto_map": {"a": "b"}}) == labels
+
+
+def test_a_processor_that_transformers_cannot_use_is_one_line(zoo: Path, tmp_path: Path) -> None:
+    base = a_copy(zoo / "base", tmp_path / "base")
+    (base / "preprocessor_config.json").write_text('{"image_processor_type": "os.system"}')
+    with pytest.raises(CheckpointError, match="cannot be loaded with transformers"):
+        hf_tsv.pipeline("image-feature-extraction", base)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vision_config": {"num_hidden_layers": 10**9}},
+        {"vision_config": {"image_size": 10**9}},
+        {"text_config": {"max_position_embeddings": 10**12}},
+        {"vision_config": {"patch_size": 0}},
+        {"vision_config": {"hidden_size": "x"}},
+        {"text_config": {"vocab_size": 10**12}},
+    ],
+)
+def test_a_config_that_describes_another_model_is_refused(
+    zoo: Path, tmp_path: Path, change: dict[str, dict[str, Any]]
+) -> None:
+    base = a_copy(zoo / "base", tmp_path / "base")
+    content = json.loads((base / "config.json").read_text())
+    for part, values in change.items():
+        content[part] |= values
+    (base / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError):
+        hf_tsv.load_model(base)
+
+
+# Names: tensors, tasks and labels that are markup, templates or codes of terminals
+
+
+NAMES = [
+    "{{ 7*7 }}{% raw %}", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "---",
+    "![x](javascript:alert(1))", "[x](javascript:alert(1))", "| a | b |", "`x` ``y``",
+    'say "x" \\', "a: [b, {c: d}] # e", "$\\frac{x}{$", "[red]x[/red]", "%s %d {0}", "&lt;b&gt;",
+    "- item", "*b* _i_", "```", "!!python/object:os.system", "$(touch x)", "é 層", "~", "null",
+]  # fmt: skip
+
+
+def model_of_names(folder: Path) -> Path:
+    """A base and two fine-tunes of a model whose tensors have such names."""
+    config = {"model_type": "<b>{{ 7*7 }}", "id2label": {"0": "\x1b[31m<script>"}}
+    for seed, task in enumerate(("base", "<b>one", "| {{ 7*7 }} `two`")):
+        generator = torch.Generator().manual_seed(seed)
+        state = {
+            f"layers.{i}.{name}": torch.randn(8, 6, generator=torch.Generator().manual_seed(i))
+            + (seed > 0) * 0.1 * torch.randn(8, 6, generator=generator)
+            for i, name in enumerate(NAMES)
+        }
+        (folder / task).mkdir()
+        save_file(state, folder / task / SINGLE_FILE)
+        (folder / task / "config.json").write_text(json.dumps(config))
+        front = yaml.safe_dump({"license": "mit\nlicense: apache-2.0\n---\n<script>"})
+        (folder / task / "README.md").write_text(f"---\n{front}---\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_of_names(tmp_path_factory.mktemp("named"))
+
+
+def checked(folder: Path, done: Any) -> str:
+    """The card of an output, whose front matter and prose are what was meant."""
+    assert done.code == 0, done.err
+    assert all(c.isprintable() or c == "\n" for c in done.out + done.err)
+    text = (folder / "README.md").read_text()
+    head, _, body = text.removeprefix("---\n").partition("\n---\n")
+    data = yaml.safe_load(head)
+    assert data["license"] == "mit\nlicense: apache-2.0\n---\n<script>"
+    assert set(data) <= {"license", "library_name", "pipeline_tag", "tags", "base_model",
+                         "base_model_relation"}  # fmt: skip
+    assert "49" not in re.sub(r"[0-9.]*49[0-9.]+|[0-9.]+49[0-9.]*", "", prose(body))
+    assert not re.search(r"<[a-z!/]", prose(body))
+    links = re.findall(r"\]\(([^)]*)\)", prose(body))
+    assert all(link.startswith("https://") or link.endswith(".png") for link in links), links
+    return body
+
+
+def test_names_change_nothing_but_themselves(named: Path, tmp_path: Path) -> None:
+    one, two = (path for path in sorted(named.iterdir()) if path.name != "base")
+    base = ("--base-model", named / "base")
+    checked(tmp_path / "m", run("merge", one, two, *base, "-o", tmp_path / "m", "--report"))
+    assert load_file(tmp_path / "m" / SINGLE_FILE).keys() == load_file(one / SINGLE_FILE).keys()
+    recipe = yaml.safe_load((tmp_path / "m" / RECIPE_FILE).read_text())
+    assert [item["ref"] for item in recipe["inputs"]] == [str(one), str(two)]
+    body = checked(
+        tmp_path / "f", run("compress", one, *base, "-o", tmp_path / "f", "--rank", "2", "--report")
+    )
+    assert body.count("`layers.") > 5  # the largest, as code
+    again = run("reconstruct", tmp_path / "f", *base, "-o", tmp_path / "w")
+    checked(tmp_path / "w", again)
+    for words in (["inspect", one], ["inspect", tmp_path / "f", "--json"],
+                  ["interference", one, two, *base, "--json"]):  # fmt: skip
+        done = run(*words)
+        assert done.code == 0, done.err
+        assert all(c.isprintable() or c == "\n" for c in done.out + done.err)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nb", "a\x1b[2J", "\u202eabc", "a\r", "\0", "x" * 2000, "\ud800"]
+)
+def test_a_tensor_whose_name_acts_on_a_terminal_is_refused(tmp_path: Path, name: str) -> None:
+    message = refused(folder_of(tmp_path, {SINGLE_FILE: safetensors({name: FLOAT}, bytes(4))}))
+    assert message.isprintable() and len(message) < 500
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": {"model_type": "x\n\x1b[31m\u202e" + "y" * 10**6}},
+        {"config.json": {**CONFIG, "quantization_config": {"quant_method": "a\nHint: b" * 10**5}}},
+        {"adapter_config.json": {"peft_type": "a\nHint: b\x1b[2J" * 10**5}},
+        {SINGLE_FILE: safetensors({"a": {**FLOAT, "dtype": "F\n\x1b[31m" * 10**5}}, bytes(4))},
+        {INDEX_FILE: {"weight_map": {"a\n\x1b": "../b" * 10**5}}},
+        {INDEX_FILE: {"weight_map": {"a\n" + "b" * 10**6: "x"}},
+         "x": safetensors({"a": FLOAT}, bytes(4))},
+    ],
+)  # fmt: skip
+def test_what_an_error_quotes_is_short_and_stays_on_its_line(
+    zoo: Path, tmp_path: Path, files: Mapping[str, Any]
+) -> None:
+    folder = folder_of(tmp_path / "a", files)
+    done = run("merge", folder, "--base-model", zoo / "base", "-o", tmp_path / "m")
+    assert done.code == 1 and len(done.err) < 1000 + len(str(tmp_path)), done.err[:2000]
+    assert [line.partition(":")[0] for line in done.err.splitlines()] == ["Error", "Hint"]
+    assert all(c.isprintable() or c == "\n" for c in done.err)
+    looked = run("inspect", folder)
+    assert all(len(line) < 1000 + len(str(folder)) for line in looked.out.splitlines())
+    assert all(c.isprintable() or c == "\n" for c in looked.out + looked.err)
+
+
+def test_a_bar_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with bar("[red]one\x1b[31m[/red]\nHint", 2) as advance:
+        advance(1, "[link=http://x]two\u202e[/nothing]")
+    shown = capsys.readouterr().err
+    assert "[link=http://x]two\\u202e[/nothing]" in shown
+    assert "\x1b[31m" not in shown and "\u202e" not in shown
+
+
+def test_a_base_that_no_repository_is_called_is_not_looked_up(tmp_path: Path) -> None:
+    for name in ("a\n\x1b[31m/b", "/etc", "../x", "x" * 10**6, "\u202ea/b", 3):
+        folder = folder_of(tmp_path / "a", {"config.json": {**CONFIG, "_name_or_path": name}})
+        assert named_by(pin(parse(str(folder)))) == []
+
+
+# What the fuzzer found, and where it begins
+
+
+@pytest.mark.parametrize("target", targets.TARGETS)
+def test_the_corpus_of_the_fuzzer_is_read_or_refused(target: str) -> None:
+    files = sorted((targets.CORPUS / target).iterdir())
+    assert files
+    for file in files:
+        targets.run(target, file.read_bytes())

@@ -12,6 +12,7 @@ from typing import Any
 import clips
 import pytest
 from cli import hf_tsv as run
+from test_hostile import NAMES, model_of_names
 
 pytestmark = pytest.mark.browser
 HOSTILE = ["<img src=x onerror=alert(1)>", '"><script>alert(2)<\\script>', "&amp; {{ 7*7 }} `c`"]
@@ -86,6 +87,22 @@ def test_names_are_text(page: Any) -> None:
     assert page.locator("td img, td b, .warnings img").count() == 0
     assert HOSTILE[0] in page.locator(".warnings").inner_text()
     assert page.said == []
+
+
+def test_names_of_weights_are_text(browser: Any, tmp_path: Path) -> None:
+    tasks = model_of_names(tmp_path)
+    others = [path for path in sorted(tasks.iterdir()) if path.name != "base"]
+    done = run("interference", *others, "--base-model", tasks / "base", "-o", tmp_path / "report")
+    assert done.code == 0, done.err
+    opened, said = browser.new_page(), list[str]()
+    for event in ("console", "pageerror", "dialog"):
+        opened.on(event, lambda what: said.append(str(what)))
+    opened.goto((tmp_path / "report" / "interference.html").as_uri())
+    shown = opened.locator("#weights tbody td:first-child").all_inner_texts()
+    assert sorted(shown) == sorted(f"layers.{i}.{name}" for i, name in enumerate(NAMES))
+    assert opened.locator("script").count() == 1 and not said
+    assert opened.locator("td img, td script, td a, td b").count() == 0
+    opened.close()
 
 
 def test_nothing_but_its_own_script_runs(page: Any) -> None:
