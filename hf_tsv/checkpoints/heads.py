@@ -76,7 +76,8 @@ def write(
 def tasks_of(item: Checkpoint) -> list[str]:
     """The tasks whose heads lie beside a merge."""
     names = item.pinned.files.within(FOLDER).names()
-    return [name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)]
+    mine = (name for name in names if name.endswith(SUFFIX) and name.isprintable())
+    return [name.removesuffix(SUFFIX) for name in mine]
 
 
 def with_head(item: Checkpoint, task: str) -> Checkpoint:
