@@ -27,7 +27,7 @@ from hf_tsv.checkpoints.writer import (
     replace_folder,
     write_index,
 )
-from hf_tsv.errors import CheckpointError, LostFileError, OutputError
+from hf_tsv.errors import CheckpointError, LostFileError, OutputError, RecipeError
 from hf_tsv.findings import Finding
 from hf_tsv.progress import logger
 
@@ -144,7 +144,8 @@ def under_construction(
 ) -> Iterator[tuple[Path, State]]:
     """A folder that becomes `target` when the body ends well, and goes on where it stopped.
 
-    A run that stops leaves it, whatever the reason, unless it is an input that will fail again.
+    A run that stops leaves it, whatever the reason, unless it is an input or option that will fail
+    again.
 
     Args:
         target (`Path`): final place; an existing folder there is replaced.
@@ -175,7 +176,8 @@ def under_construction(
                 remove_empty(made)
                 raise OutputError(error.message, error.hint) from None
             except BaseException as error:
-                again = not isinstance(error, CheckpointError) or isinstance(error, LostFileError)
+                lost = isinstance(error, LostFileError)
+                again = lost or not isinstance(error, CheckpointError | RecipeError)
                 if count := len(read(work, dict)) if again else 0:
                     logger.warning(
                         "%d finished weights are kept in %s; the same command goes on from there.",

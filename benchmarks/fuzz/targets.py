@@ -26,6 +26,7 @@ from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.errors import CheckpointError, HfTsvError
 from hf_tsv.evaluation.model_index import Card, eval_result, with_results
 from hf_tsv.factors import FACTORS_CONFIG, open_factors
+from hf_tsv.findings import Finding
 from hf_tsv.recipe import PinnedInput, Recipe, Settings
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -192,7 +193,7 @@ def journals(raw: bytes) -> None:
     folder = Path(tempfile.mkdtemp(prefix="hf-tsv-fuzz-"))
     try:
         (folder / journal.journal_file(0)).write_bytes(raw)
-        for found in journal.read(folder).values():
+        for found in journal.read(folder, Finding.from_dict).values():
             json.dumps(found.to_dict())
     finally:
         shutil.rmtree(folder)
