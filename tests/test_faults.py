@@ -262,6 +262,17 @@ def test_faults_that_stay_are_one_message_of_other_verbs(
     refused(hf_tsv(*COMMANDS[verb], cwd=world), world, hub, "org/")
 
 
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [({"status": 503}, "the Hub answered 503"), ({"status": 200, "body": b""}, "is not that of")],
+)
+def test_what_is_wrong_with_the_hub_is_not_taken_for_being_offline(
+    world: Path, hub: Hub, fault: dict[str, Any], said: str
+) -> None:
+    hub.fail("/resolve/", method="HEAD", times=math.inf, **fault)
+    refused(hf_tsv(*MERGE, cwd=world), world, hub, said)
+
+
 def test_a_token_that_expires_between_the_headers_and_the_weights(world: Path, hub: Hub) -> None:
     for repo in hub.repos.values():
         repo.private = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import errno
 import importlib
 import math
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from hub import Hub, User
 from labelled import add_dataset
 
 import hf_tsv as api
+from hf_tsv import stream
 from hf_tsv.errors import HfTsvError
 from hf_tsv.progress import redacted
 
@@ -211,10 +214,6 @@ FAILURES: dict[str, tuple[Any, list[str]]] = {
         lambda hub: hub.fail(STORED, drop_after=10, times=math.inf, after=3),
         ["merge", "org/vision", "-o", "m"],
     ),
-    "cut while streaming": (
-        lambda hub: hub.fail(STORED, drop_after=10, times=math.inf, after=4),
-        ["merge", "org/vision", "org/flat", "-o", "m", "--stream"],
-    ),
     "storage": (
         lambda hub: hub.fail(STORED, 503, times=math.inf, after=2),
         ["merge", "org/vision", "-o", "m"],
@@ -228,6 +227,23 @@ def test_a_run_that_fails(traces: Traces, sleeps: list[float], name: str) -> Non
     disturb(traces.hub)
     done = traces.command(*words)
     assert done.code == 1 and "Error: " in done.err, done.err
+    assert_nothing_leaked(traces)
+
+
+def test_what_a_run_that_stopped_goes_on_from(
+    traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge_one, calls = stream._merge_one, count()
+
+    def merge_some(*args: Any, **options: Any) -> Any:
+        if next(calls) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return merge_one(*args, **options)
+
+    monkeypatch.setattr(stream, "_merge_one", merge_some)
+    words = ["merge", "org/vision", "org/flat", "-o", "merged", "--stream", "--token", TOKEN]
+    assert "finished weights are kept in" in traces.command(*words, token=None).err
+    assert (traces.place / "work" / ".merged.hf-tsv" / "job.json").is_file()
     assert_nothing_leaked(traces)
 
 
