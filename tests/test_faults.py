@@ -18,6 +18,7 @@ from cli import Result, hf_tsv, hf_tsv_process, refused
 from conftest import HF_HOME, HUB
 from hub import Hub, Request, User
 from huggingface_hub import constants
+from labelled import add_dataset
 from test_push import contents, pushed, sent
 
 import hf_tsv as api
@@ -301,6 +302,57 @@ def test_a_hub_that_goes_away_is_noticed(world: Path, hub: Hub) -> None:
         hub.heal()
 
 
+# Evaluations
+
+EVALUATE = ["evaluate", "org/base", "--task", "a=org/data", "-o", "eval"]
+
+
+@pytest.fixture
+def data(world: Path, hub: Hub, tmp_path: Path) -> None:
+    """A dataset for the model."""
+    (tmp_path / "rows").mkdir()
+    add_dataset(hub, "org/data", tmp_path / "rows")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
+@pytest.mark.parametrize(
+    ("pattern", "fault"),
+    [
+        ("", {"status": 503, "times": 4}),
+        ("org/base" + STORED, {"truncate": 10, "times": 3, "after": 1}),
+        ("datasets/org/data/resolve", {"status": 503, "method": "HEAD", "times": 2}),
+    ],
+)
+def test_an_evaluation_waits_for_faults_to_pass(
+    world: Path, hub: Hub, data: None, pattern: str, fault: dict[str, Any]
+) -> None:
+    words = [*EVALUATE, "--json"]
+    hub.fail(pattern, **fault)
+    disturbed = hf_tsv(*words, cwd=world)
+    assert disturbed.code == 0, disturbed.err
+    whole = hf_tsv(*words, "--force", cwd=world)
+    assert disturbed.json["tasks"] == whole.json["tasks"] and disturbed.json["errors"] == {}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
+@pytest.mark.parametrize(
+    ("pattern", "fault", "said"),
+    [
+        ("/datasets/", {"status": 503}, "a: the dataset org/data: the Hub answered 503"),
+        ("parquet", {"truncate": 10}, "a: the dataset org/data cannot be read: Consistency"),
+        ("parquet", {"status": 401}, "a: the dataset org/data cannot be read: "),
+        ("org/base" + STORED, {"truncate": 10, "after": 1}, "org/base: the Hub sent a wrong"),
+        ("org/base" + STORED, {"status": 503, "after": 1}, "org/base: the Hub answered 503"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_one_message(
+    world: Path, hub: Hub, data: None, pattern: str, fault: dict[str, Any], said: str
+) -> None:
+    hub.fail(pattern, times=math.inf, **fault)
+    refused(hf_tsv(*EVALUATE, cwd=world), world, hub, said)
+    assert not (world / "eval").exists()
+
+
 # The cache
 
 
@@ -571,3 +623,10 @@ def test_factors_that_could_not_be_pushed_are_not_said_to_lie_where_they_do_not(
     with pytest.raises(HfTsvError, match=f"the Hub answered {status}") as error:
         found.push_to_hub("me/new")
     assert "complete in" not in str(error.value)
+
+
+def test_an_error_of_the_storage_s_own_protocol_is_one_of_the_repository() -> None:
+    said = "org/a: the storage of the Hub failed: no shard at https://cas/x."
+    with pytest.raises(HfTsvError, match=said) as error, calls.translated("org/a", None):
+        raise RuntimeError("no shard at https://cas/x?Signature=abc")
+    assert "Signature" not in str(error.value)

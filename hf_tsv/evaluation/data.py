@@ -288,8 +288,8 @@ def _splits(
         return found
     except Exception as error:  # a dozen types, of several libraries
         raise DataError(
-            f"{task.name}: the dataset {task.dataset} cannot be read: {first_line(error)}",
-            "Check its name, or the path.",
+            f"{task.name}: the dataset {task.dataset} cannot be read: {first_line(error)}.",
+            "Check its name, or the path; if the connection broke, try again.",
         ) from None
 
 

@@ -152,7 +152,9 @@ def evaluate(
         run.compare(data, results, errors)
         if not results:
             first = next(iter(errors.values()))
-            raise DataError(f"No task could be evaluated; the first: {first}")
+            raise DataError(
+                f"No task could be evaluated; the first: {first}", "Correct that, and run it again."
+            )
         group.agree()
         if group.rank:
             done: EvaluateReport = group.receive()

@@ -133,15 +133,7 @@ def translated(repo_id: str, revision: str | None, *, writing: bool = False) -> 
             f"{repo_id}: {first_line(error)}", "Check the files of the repository."
         ) from None
     except LocalEntryNotFoundError as error:
-        why = error.__cause__
-        if isinstance(why, HfHubHTTPError):
-            raise _http_error(why, repo_id, writing) from None
-        if isinstance(why, FileMetadataError):
-            raise _no_hub(repo_id) from None
-        raise RepoError(
-            f"{repo_id}: files are missing from the local cache and the Hub cannot be reached.",
-            "Run once with a connection and without HF_HUB_OFFLINE.",
-        ) from None
+        raise _not_cached(error.__cause__, repo_id) from None
     except HfHubHTTPError as error:
         raise _http_error(error, repo_id, writing) from None
     except (RequestError, OfflineModeIsEnabled, ConnectionError) as error:
@@ -156,6 +148,23 @@ def translated(repo_id: str, revision: str | None, *, writing: bool = False) -> 
             f"{repo_id}: the cache cannot be written: {error.strerror or first_line(error)}.",
             "Free some space, or choose another folder with --cache-dir.",
         ) from None
+    except RuntimeError as error:  # of the storage's own protocol
+        raise RepoError(
+            f"{repo_id}: the storage of the Hub failed: {first_line(error)}.",
+            "Try again later; with HF_HUB_DISABLE_XET=1 files go another way.",
+        ) from None
+
+
+def _not_cached(why: BaseException | None, repo_id: str) -> RepoError:
+    """What kept the client from looking beyond its cache."""
+    if isinstance(why, HfHubHTTPError):
+        return _http_error(why, repo_id, writing=False)
+    if isinstance(why, FileMetadataError):
+        return _no_hub(repo_id)
+    return RepoError(
+        f"{repo_id}: files are missing from the local cache and the Hub cannot be reached.",
+        "Run once with a connection and without HF_HUB_OFFLINE.",
+    )
 
 
 def _no_hub(repo_id: str) -> RepoError:
