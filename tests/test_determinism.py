@@ -6,6 +6,7 @@ Matrices here are large enough that libraries would share out their sums among t
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 import clips
 import pytest
 import torch
+from cli import hf_tsv as run
+from hub import Hub
 from safetensors.torch import save_file
 from test_processes import LIMIT
 
@@ -115,3 +118,29 @@ def test_threads_change_no_byte_of_anything(world: Path, tmp_path: Path) -> None
     weights = {name: data for name, data in one.items() if name.endswith("model.safetensors")}
     assert weights["tsv/model.safetensors"] == weights["little/model.safetensors"]
     assert len(set(weights.values())) > 10  # the others are other merges
+
+
+@pytest.mark.parametrize("way", [[], ["--stream"]], ids=["downloaded", "streamed"])
+def test_the_order_in_which_files_arrive_changes_no_byte(
+    hub: Hub, world: Path, tmp_path: Path, way: list[str]
+) -> None:
+    tasks = [f"org/{name}" for name in TASKS]
+    outputs = []
+    for delays in ((0.0, 0.0, 0.0, 0.0), (0.2, 0.1, 0.0, 0.05), (0.0, 0.05, 0.2, 0.1)):
+        place = tmp_path / str(len(outputs))
+        place.mkdir()
+        hub.reset()
+        for name, delay in zip(("base", *TASKS), delays, strict=True):
+            hub.add_repo(f"org/{name}", world / name)
+            if delay:
+                hub.fail(rf"/org/{name}/.*safetensors", delay=delay, times=math.inf)
+        done = run("merge", *tasks, "--base-model", "org/base", "-o", "merged", "--cache-dir",
+                   place / "cache", *way, cwd=place)  # fmt: skip
+        assert done.code == 0, done.err
+        outputs.append(files_of(place / "merged"))
+    assert all(differing(other, outputs[0]) == [] for other in outputs[1:])
+    done = run("merge", *(world / name for name in TASKS), "--base-model", world / "base", "-o",
+               tmp_path / "local")  # fmt: skip
+    assert done.code == 0, done.err
+    local = files_of(tmp_path / "local")["model.safetensors"]
+    assert outputs[0]["model.safetensors"] == local

@@ -62,12 +62,12 @@ def command(deep: Path, output: str, *more: str) -> list[str]:
 
 
 def test_several_processes_write_the_same_bytes_as_one(deep: Path) -> None:
-    process = launch(*command(deep, "by3"), launcher=one_machine(3), cwd=deep)
+    process = launch(*command(deep, "by4"), launcher=one_machine(4), cwd=deep)
     out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, err
-    assert out == f"{deep / 'by3'}\n"  # one of them speaks
-    assert "cpu, 3 processes" in err
-    assert_same(deep / "by3", deep / "one")
+    assert out == f"{deep / 'by4'}\n"  # one of them speaks
+    assert "cpu, 4 processes" in err
+    assert_same(deep / "by4", deep / "one")
     assert not list(deep.glob(".by*"))
 
 
