@@ -55,7 +55,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "tensors": Scenario(
         "50,000 tensors, 2 tasks", 2, 3125, 1300 * MB, 1200 * MB, Size(16, 3125, 4, 32)
     ),
-    "large": Scenario("20 tasks of ViT-L/14", 20, 24, 3200 * MB, 3000 * MB, model="ViT-L/14"),
+    "large": Scenario("20 tasks of ViT-L/14", 20, 24, 2000 * MB, 1700 * MB, model="ViT-L/14"),
 }
 
 
