@@ -289,7 +289,7 @@ def test_an_entry_that_lies_elsewhere_is_refused(tmp_path: Path) -> None:
     """The list at the end of an archive says where entries begin, and may lie."""
     content = bytearray(archive(tensor_of(size="2", step="1")))
     place = content.rindex(b"archive/data/0") - 4
-    for offset in (3, len(content), 2**32 - 2):
+    for offset in (3, content.index(bytes(64)), len(content), 2**32 - 2):
         content[place : place + 4] = offset.to_bytes(4, "little")
         with pytest.raises(CheckpointError):
             pickled(tmp_path, bytes(content))
@@ -550,7 +550,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def checked(folder: Path, done: Any) -> str:
     """The card of an output, whose front matter and prose are what was meant."""
-    assert done.code == 0, done.err
+    assert done.code == 0 and "picture" not in done.err, done.err  # none failed
     assert all(c.isprintable() or c == "\n" for c in done.out + done.err)
     text = (folder / "README.md").read_text()
     head, _, body = text.removeprefix("---\n").partition("\n---\n")
