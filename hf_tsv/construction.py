@@ -17,7 +17,7 @@ from hf_tsv import journal, memory, processes, stream, tsv
 from hf_tsv.checkpoints import companions
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, disk_errors
-from hf_tsv.costs import Parallelism, fitting, noted, operations
+from hf_tsv.costs import Parallelism, fitting, noted_bytes, operations
 from hf_tsv.delivery import Target, final_folder, push, until_pushed
 from hf_tsv.diagnosis import diagnoses
 from hf_tsv.errors import CheckpointError, HfTsvError, LostProcessError, OutputError, RecipeError
@@ -87,7 +87,7 @@ class Job:
     def within(self, max_memory: int | None) -> Job:
         """The same job with as much parallelism as memory allows."""
         used = memory.resident() + LIBRARIES + self.sources.waiting_bytes()
-        used += noted(self.plan.weights)
+        used += noted_bytes(self.plan.weights)
         threads = torch.get_num_threads()
         found = fitting(self.plan.weights, threads, max_memory, used, measure=self.measure)
         return replace(self, max_memory=max_memory, parallelism=found)

@@ -85,7 +85,7 @@ def peak_memory(
     return peak
 
 
-def noted(weights: Sequence[Weight]) -> int:
+def noted_bytes(weights: Sequence[Weight]) -> int:
     """Bytes of what is kept of all weights until the end.
 
     Args:

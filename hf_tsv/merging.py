@@ -14,7 +14,7 @@ import torch
 from hf_tsv import cards, plots, processes
 from hf_tsv.checkpoints import companions, heads, layout
 from hf_tsv.construction import Job, Outcome, execute, follow, pinned_text, prepare
-from hf_tsv.costs import memory_size, noted, peak_memory
+from hf_tsv.costs import memory_size, noted_bytes, peak_memory
 from hf_tsv.delivery import Target
 from hf_tsv.errors import RecipeError
 from hf_tsv.factors import Origin
@@ -529,7 +529,7 @@ def _report(outcome: Outcome, target: Target, started: float) -> MergeReport:
         adaptation=None if job.adaptation is None else job.adaptation.to_dict(),
         download_bytes=outcome.download_bytes,
         peak_memory_bytes=job.sources.waiting_bytes()
-        + noted(job.plan.weights)
+        + noted_bytes(job.plan.weights)
         + peak_memory(job.plan.weights, job.parallelism, measure=job.measure),
         exact_decompositions=0 if findings is None else findings.exact,
         timings={} if findings is None else findings.seconds.rounded(),

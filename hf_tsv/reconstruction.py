@@ -16,7 +16,7 @@ from hf_tsv import __version__, cards, processes
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.writer import TensorSpec
 from hf_tsv.construction import Job, Outcome, execute, follow, prepare
-from hf_tsv.costs import memory_size, noted, peak_memory
+from hf_tsv.costs import memory_size, noted_bytes, peak_memory
 from hf_tsv.delivery import Target
 from hf_tsv.factors import TaskFactors
 from hf_tsv.findings import Findings
@@ -167,7 +167,7 @@ def _report(
         warnings=outcome.warnings,
         download_bytes=outcome.download_bytes,
         peak_memory_bytes=outcome.job.sources.waiting_bytes()
-        + noted(plan.weights)
+        + noted_bytes(plan.weights)
         + peak_memory(plan.weights, outcome.job.parallelism),
         device=outcome.device,
         url=outcome.url,

@@ -71,7 +71,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub() -> Iterator[Hub]:
     """The loopback Hub, empty."""
     HUB.reset()
-    for kept in ("hub", "datasets"):  # shas repeat from test to test
+    for kept in ("hub", "datasets", "hf-tsv/unpushed"):  # shas repeat from test to test
         shutil.rmtree(Path(HF_HOME, kept), ignore_errors=True)
     yield HUB
     HUB.reset()

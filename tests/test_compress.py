@@ -917,7 +917,8 @@ def test_an_input_behind_a_link_is_not_replaced(zoo: Path, tmp_path: Path) -> No
     compress(zoo, "vision", tmp_path / "out", rank=2)
     copied(zoo / "vision", tmp_path / "out" / "real")
     (tmp_path / "linked").mkdir()
-    shutil.copy(tmp_path / "out" / "real" / "config.json", tmp_path / "linked")
+    copied_config = (tmp_path / "out" / "real" / "config.json").read_text()
+    (tmp_path / "linked" / "config.json").write_text(copied_config)
     weights = tmp_path / "out" / "real" / "model.safetensors"
     (tmp_path / "linked" / "model.safetensors").symlink_to(weights)
     with pytest.raises(OutputError, match="would replace the input"):
