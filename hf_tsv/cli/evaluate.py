@@ -10,6 +10,7 @@ import typer
 from hf_tsv.cli import images, options
 from hf_tsv.cli.output import Out, table
 from hf_tsv.processes import is_leader
+from hf_tsv.progress import one_line
 
 if TYPE_CHECKING:
     from hf_tsv.evaluation import EvaluateReport
@@ -173,7 +174,7 @@ def _beside_the_paper(report: EvaluateReport) -> str:
 
 
 def _row(name: str, found: dict[str, Any], compared: bool) -> list[str]:
-    cells = [options.one_line(name), str(found["images"]), _share(found["accuracy"])]
+    cells = [one_line(name), str(found["images"]), _share(found["accuracy"])]
     if compared:
         own = found.get("reference", {}).get("accuracy")
         cells += [_share(own), _share(found.get("normalised"))]

@@ -9,6 +9,7 @@ import typer
 
 from hf_tsv.cli import options
 from hf_tsv.cli.output import Out
+from hf_tsv.progress import one_line
 
 if TYPE_CHECKING:
     from hf_tsv.interfering import InterferenceReport
@@ -98,7 +99,7 @@ def interference(
 
 
 def _text(report: InterferenceReport) -> str:
-    names = [options.one_line(task["name"]) for task in report.tasks]
+    names = [one_line(task["name"]) for task in report.tasks]
     width = max(map(len, ["task", *names]))
     lines = [f"{'task':<{width}}  share   update  of base  effective rank  energy kept"]
     for name, task in zip(names, report.tasks, strict=True):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from hf_tsv.progress import printable
+from hf_tsv.progress import one_line
 
 TARGET = "Where the result goes"
 METHOD = "How to merge"
@@ -241,8 +241,3 @@ def columns(rows: list[tuple[str, str]]) -> str:
     rows = [(one_line(name), one_line(value)) for name, value in rows]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def one_line(text: str) -> str:
-    """Text of a repository, with line breaks and other control characters written out."""
-    return printable(text).replace("\n", r"\n")

@@ -10,6 +10,7 @@ import typer
 from hf_tsv.cli import images, options
 from hf_tsv.cli.output import Out, table
 from hf_tsv.errors import RecipeError
+from hf_tsv.progress import one_line
 
 if TYPE_CHECKING:
     from hf_tsv.sweeping import SweepReport
@@ -106,7 +107,7 @@ def _text(report: SweepReport) -> str:
         return [name, *(f"{value:.1%}" for value in [*values, *last])]
 
     rows = [
-        row(options.one_line(name), found["accuracies"], found["full"])
+        row(one_line(name), found["accuracies"], found["full"])
         for name, found in report.tasks.items()
     ]
     rows.append([*row("stored", report.stored), ""])
