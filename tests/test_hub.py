@@ -191,6 +191,22 @@ def test_a_push_without_rights_is_refused(hub: Hub, result: Path) -> None:
             client.push(result, repo_id)
 
 
+BROKEN_CARD = "---\nignore_metadata_errors: true\n---\n"
+"""Metadata that the client trips over."""
+
+
+@pytest.mark.parametrize("private", [None, False])
+def test_a_card_that_the_client_cannot_read_is_no_obstacle(
+    hub: Hub, result: Path, private: bool | None
+) -> None:
+    hub.add_repo("me/there", {"README.md": BROKEN_CARD})
+    with pytest.raises(TypeError):
+        HfApi().model_info("me/there")
+    assert client.writable_repo_id("me/there", private=private) == "me/there"
+    client.push(result, "me/there")
+    assert hub.files("me/there")["model.safetensors"] == WEIGHTS
+
+
 def test_a_card_that_the_hub_refuses_is_a_repo_error(hub: Hub, result: Path) -> None:
     (result / "README.md").write_text("---\nlicense: My own\n---\n")
     with pytest.raises(RepoError, match=r"me/new.*metadata"):
@@ -312,7 +328,7 @@ def test_a_range_is_read_without_the_rest(hub: Hub) -> None:
     assert hub.requests == []
 
 
-def test_a_range_beyond_the_end_is_an_error(hub: Hub) -> None:
+def test_a_range_beyond_the_end_is_an_error(hub: Hub, sleeps: list[float]) -> None:
     hub.add_repo("org/model", FILES)
     size = len(WEIGHTS)
     for start, stop in ((size - 1, size + 1), (size, size + 1)):

@@ -11,7 +11,13 @@ from typing import Any, TypeVar
 
 from httpx2 import RequestError
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelInfo, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from hf_tsv.errors import RepoError
@@ -75,11 +81,9 @@ def writable_repo_id(
         user = retried(lambda: api(token).whoami())
         if "/" not in repo_id:
             repo_id = f"{user['name']}/{repo_id}"
-        exists = retried(lambda: api(token).repo_exists(repo_id))
-        if exists and private is not None:
-            _check_visibility(
-                retried(lambda: api(token).model_info(repo_id, expand=["private"])), private
-            )
+        exists, there = _existing(repo_id, token)
+        if there is not None and private is not None:
+            _check_visibility(there, private)
     if (user.get("auth") or {}).get("accessToken", {}).get("role") == "read":
         raise RepoError(
             f"Pushing to {repo_id} needs a token that can write; this one can only read.",
@@ -103,6 +107,16 @@ def writable_repo_id(
             "Choose one of these namespaces, or use --create-pr on an existing repository.",
         )
     return repo_id
+
+
+def _existing(repo_id: str, token: str | None) -> tuple[bool, ModelInfo | None]:
+    """Whether a repository is there, and who may see it; a broken card is no obstacle."""
+    try:
+        return True, retried(lambda: api(token).model_info(repo_id, expand=["private"]))
+    except GatedRepoError:
+        return True, None
+    except RepositoryNotFoundError:
+        return False, None
 
 
 def _writable_namespaces(user: dict[str, Any]) -> list[str]:
