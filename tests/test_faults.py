@@ -558,7 +558,9 @@ def commits(hub: Hub) -> list[Request]:
     return [r for r in hub.requests if "/commit/" in r.path and r.method == "POST"]
 
 
-def test_a_commit_of_somebody_else_is_built_upon(world: Path, hub: Hub) -> None:
+def test_a_commit_of_somebody_else_is_built_upon(
+    world: Path, hub: Hub, sleeps: list[float]
+) -> None:
     hub.add_repo("me/new", {"notes.txt": "kept", "model-00001-of-00002.safetensors": b"old"})
     assert hf_tsv(*MERGE, cwd=world).code == 0
     theirs = {"model-00002-of-00002.safetensors": b"new", "notes.txt": "changed"}
@@ -567,7 +569,7 @@ def test_a_commit_of_somebody_else_is_built_upon(world: Path, hub: Hub) -> None:
     assert pushed(hub) == {**contents(world / "merged"), "notes.txt": b"changed"}
     repo = hub.repos["me/new"]
     assert [c.message for c in repo.history(repo.resolve("main"))][1:] == ["Theirs", "Add files"]
-    assert [r.status for r in commits(hub)] == [412, 200]
+    assert [r.status for r in commits(hub)] == [412, 200] and sleeps == [1]
 
 
 def test_what_somebody_else_has_changed_back_is_not_taken_for_ours(world: Path, hub: Hub) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -273,19 +274,36 @@ def test_a_push_that_is_killed_leaves_no_commit_and_goes_on(hub: Hub, outputs: P
     hub.fail("/upload/", delay=60, method="PUT", after=2)
     process = subprocess.Popen(
         [str(SCRIPT), "push", str(outputs / "shards"), "me/new"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while len(hub.repos["me/new"].lfs) < 2 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while len(hub.repos["me/new"].lfs) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline, [(r.method, r.path, r.status) for r in hub.requests]
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
     assert hub.repos["me/new"].branches["main"] == before
     there = set(hub.repos["me/new"].lfs)
     hub.requests.clear()
     assert hf_tsv("push", outputs / "shards", "me/new").code == 0
     assert not any(oid in request.path for oid in there for request in sent(hub))
     assert pushed(hub) == {**contents(outputs / "shards"), "notes.txt": b"kept"}
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [(signal.SIGINT, 130, "Interrupted."), (signal.SIGTERM, 143, "Terminated.")],
+)
+def test_a_push_that_is_stopped_says_how_to_go_on(
+    hub: Hub, outputs: Path, sent: signal.Signals, code: int, said: str
+) -> None:
+    hub.fail("/commit/", 503, action=lambda: os.kill(os.getpid(), sent))
+    done = hf_tsv("push", outputs / "merge", "me/new", "--private")
+    assert (done.code, done.out) == (code, "") and said in done.err, done.err
+    command = f"`hf-tsv push {outputs / 'merge'} me/new --private`"
+    assert f"The result is complete in {outputs / 'merge'}; upload it with {command}" in done.err
+    assert len(hub.repos["me/new"].commits) == 1
 
 
 def test_unknown_folders_of_the_api_are_errors_too(hub: Hub, tmp_path: Path) -> None:

@@ -79,6 +79,15 @@ def retried(call: Callable[[], T], *, refusals: bool = False) -> T:
     return call()
 
 
+def pause(tries: int) -> None:
+    """Wait before the next try, longer each time.
+
+    Args:
+        tries (`int`): so far, less one.
+    """
+    time.sleep(RETRY_WAITS[tries])
+
+
 def _retry_after(error: HfHubHTTPError, default: float) -> float:
     try:
         seconds = float(error.response.headers.get("Retry-After", default))

@@ -21,7 +21,16 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
 from hf_tsv.errors import RepoError
-from hf_tsv.hub.client import MOVED_ON, SILENCE, api, first_line, retried, translated
+from hf_tsv.hub.client import (
+    MOVED_ON,
+    RETRY_WAITS,
+    SILENCE,
+    api,
+    first_line,
+    pause,
+    retried,
+    translated,
+)
 from hf_tsv.progress import logger, redacted
 
 STEMS = ("model", "task_factors", "open_clip_model")
@@ -44,7 +53,7 @@ OLD_WEIGHTS = (
 )
 """Files of an earlier upload that a new one replaces; other files of the repository stay."""
 
-RACES = 5
+RACES = len(RETRY_WAITS) + 1
 """Times that a push lists the repository, to commit on top of what it has found."""
 
 STORAGE_REFUSES = "LFS batch API returned errors"
@@ -200,6 +209,7 @@ def push(
                 if error.response.status_code != MOVED_ON or race == RACES - 1:
                     raise
                 logger.info("%s got another commit meanwhile; trying again.", repo_id)
+                pause(race)
             except RuntimeError:
                 # An address that is signed for an hour may be too old, or the last answer lost.
                 if race:
