@@ -295,7 +295,7 @@ def test_an_entry_that_lies_elsewhere_is_refused(tmp_path: Path) -> None:
             pickled(tmp_path, bytes(content))
 
 
-# Links: nothing outside the folder is read, but weights that a user keeps elsewhere
+# Links: no file of the user is copied, or read for a shard
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def a_copy(folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer.json", "preprocessor_config.json", "merges.txt", "config.json",
+    "name", ["tokenizer.json", "preprocessor_config.json", "merges.txt",
              "generation_config.json", "spiece.model"],
 )  # fmt: skip
 def test_a_link_to_a_file_of_the_user_is_not_copied(
@@ -356,11 +356,13 @@ def test_links_inside_a_folder_are_followed(tmp_path: Path) -> None:
     assert opened(folder).tensors.keys() == {"weight"}
 
 
-def test_weights_may_lie_elsewhere(tmp_path: Path) -> None:
-    """Users link large files; nothing but weights can be read of them."""
+def test_weights_and_their_config_may_lie_elsewhere(tmp_path: Path) -> None:
+    """Users link them; of another file they cannot be read, and none is copied as it is."""
     (tmp_path / "large").write_bytes(safetensors({"weight": FLOAT}, bytes(4)))
     folder = folder_of(tmp_path / "a", {})
     (folder / SINGLE_FILE).symlink_to(tmp_path / "large")
+    shutil.move(folder / "config.json", tmp_path / "config.json")
+    (folder / "config.json").symlink_to(tmp_path / "config.json")
     assert opened(folder).read("weight").tolist() == [0.0]
 
 

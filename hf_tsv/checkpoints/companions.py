@@ -45,11 +45,7 @@ def warnings(base: Checkpoint) -> list[str]:
     """
     have = set(present(base.pinned))
     for name in sorted(have):
-        if base.pinned.files.is_elsewhere(name):
-            raise CheckpointError(
-                f"{base}: {name} is a link to a file outside its folder, and is not copied.",
-                "Remove it, or put the file itself there if it belongs to the checkpoint.",
-            )
+        _check_here(base, name)
     missing = []
     has_processor = have & set(PROCESSOR_FILES) or base.format == "open_clip"
     if "vision_model" in layout.towers(base.tensors) and not has_processor:
@@ -72,6 +68,7 @@ def write(base: Checkpoint, folder: Path, config: dict[str, Any], out_format: Fo
         out_format (`str`): whose files the weights are.
     """
     for name in present(base.pinned):
+        _check_here(base, name)
         if (base.pinned.files.size(name) or 0) > LARGEST:
             raise CheckpointError(f"{base}: {name} is too large to be what it says.", "Remove it.")
         content = read_json(base.pinned.files, name, str(base)) if name in NAME_CLASSES else {}
@@ -93,6 +90,15 @@ def write(base: Checkpoint, folder: Path, config: dict[str, Any], out_format: Fo
     elif base.format == "open_clip" and not set(present(base.pinned)) & set(PROCESSOR_FILES):
         processor_config = open_clip.processor_config(_own_config(base))
         _write_json(folder / "preprocessor_config.json", processor_config)
+
+
+def _check_here(base: Checkpoint, name: str) -> None:
+    """Refuse a file that would be copied as it is, and is another one of whoever copies it."""
+    if base.pinned.files.is_elsewhere(name):
+        raise CheckpointError(
+            f"{base}: {name} is a link to a file outside its folder, and is not copied.",
+            "Remove it, or put the file itself there if it belongs to the checkpoint.",
+        )
 
 
 def _own_config(base: Checkpoint) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from hf_tsv import hub
 from hf_tsv.errors import CheckpointError, LostFileError
-from hf_tsv.hub import WEIGHT_SUFFIXES
 from hf_tsv.untrusted import MAX_BYTES, parse_json
 
 CACHED = re.compile(r"(models|datasets)--.+")
@@ -116,12 +115,6 @@ class LocalFiles:
     def _descriptor(self, name: str) -> int:
         with self._lock:
             if name not in self._descriptors:
-                # Weights may lie elsewhere: nothing but weights is read as such.
-                if not name.endswith(WEIGHT_SUFFIXES) and self.is_elsewhere(name):
-                    raise CheckpointError(
-                        f"{self.root / name} is a link to a file outside its folder.",
-                        "Remove it, or put the file itself there if it belongs to the checkpoint.",
-                    )
                 try:
                     self._descriptors[name] = os.open(self.root / name, os.O_RDONLY)
                 except OSError as error:
