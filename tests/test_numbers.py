@@ -413,7 +413,7 @@ def test_an_excluded_weight_needs_no_decomposition(
 
 @given(
     st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    st.integers(-1060, 1000),
+    st.sampled_from([-1060, -1040, -1023, -900, -120, 0, 120, 900, 1018]),
     st.integers(0, 2**32),
     st.sampled_from(["fast", "exact"]),
 )
