@@ -2,7 +2,9 @@
 
 `python -m benchmarks.load` makes checkpoints in `.bench/`, merges them in processes that the kernel
 gives no more than so much memory (`RLIMIT_DATA`: private memory that can be written, whether it is
-used or not), and writes tables to `benchmarks/results/`. The large model takes 30 GB of disk.
+used or not), and writes tables to `benchmarks/results/`. The large model takes 30 GB of disk. Where
+a limit leaves no room for a buffer of OpenBLAS, that asks for it again for ever: hf-tsv has to be
+told of a limit, by `--max-memory`.
 """
 
 from __future__ import annotations
