@@ -14,11 +14,7 @@ from torch import Tensor
 from hf_tsv import adapter, linalg
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.reader import Checkpoint
-from hf_tsv.checkpoints.writer import (
-    ShardWriter,
-    TensorSpec,
-    plan_shards,
-)
+from hf_tsv.checkpoints.writer import ShardWriter, TensorSpec, plan_shards
 from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.factors import (
     FACTORS_FILE,

@@ -19,7 +19,6 @@ import torch
 from hf_tsv import cards, journal, plots, processes, stream
 from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.checkpoints.writer import check_free_space
 from hf_tsv.compressed_files import (
     choose_ranks,
     model_class_of,
@@ -40,6 +39,7 @@ from hf_tsv.factors import (
     open_factors,
 )
 from hf_tsv.findings import Seconds
+from hf_tsv.folders import check_free_space
 from hf_tsv.plan import check_fit, config_warnings
 from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.ranks import RankRule, budget_bytes

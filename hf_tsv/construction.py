@@ -16,13 +16,14 @@ import torch
 from hf_tsv import journal, memory, processes, stream, tsv
 from hf_tsv.checkpoints import companions
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
-from hf_tsv.checkpoints.writer import ShardWriter, check_free_space, disk_errors
+from hf_tsv.checkpoints.writer import ShardWriter
 from hf_tsv.costs import Parallelism, fitting, noted_bytes, operations
 from hf_tsv.delivery import Target, final_folder, push, until_pushed
 from hf_tsv.diagnosis import diagnoses
 from hf_tsv.errors import CheckpointError, HfTsvError, LostProcessError, OutputError, RecipeError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.findings import Finding, Findings
+from hf_tsv.folders import check_free_space, disk_errors
 from hf_tsv.plan import MergePlan, make_plan, resolved
 from hf_tsv.processes import Processes
 from hf_tsv.progress import bar, logger

@@ -16,8 +16,8 @@ from huggingface_hub import constants
 
 from hf_tsv import hub
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
-from hf_tsv.checkpoints.writer import absolute, check_output_folder, remove_empty
 from hf_tsv.errors import OutputError, RepoError
+from hf_tsv.folders import absolute, check_output_folder, remove_empty
 from hf_tsv.progress import logger
 
 

@@ -26,9 +26,10 @@ from hf_tsv.checkpoints.headers import read_headers
 from hf_tsv.checkpoints.reader import digest, fingerprint, read_tensor
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision, parse, pin
 from hf_tsv.checkpoints.tensors import DTYPE_NAMES, DTYPES, TensorInfo
-from hf_tsv.checkpoints.writer import TensorSpec, whole_folder
+from hf_tsv.checkpoints.writer import TensorSpec
 from hf_tsv.delivery import Target, upload
 from hf_tsv.errors import CheckpointError
+from hf_tsv.folders import whole_folder
 from hf_tsv.hub import Wanted, download
 from hf_tsv.plots import COMPRESSION
 from hf_tsv.progress import visible_by_default

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from hf_tsv import diagnosis, plots, processes
 from hf_tsv.checkpoints.layout import block_and_kind
-from hf_tsv.checkpoints.writer import absolute, check_output_folder, whole_folder
 from hf_tsv.construction import Job, prepare, refuse_unchanged, warned
 from hf_tsv.costs import memory_size
 from hf_tsv.delivery import Target
 from hf_tsv.errors import RecipeError
 from hf_tsv.findings import Finding, Findings
+from hf_tsv.folders import absolute, check_output_folder, whole_folder
 from hf_tsv.pages import interference_page
 from hf_tsv.progress import bar, logger, visible_by_default
 from hf_tsv.recipe import Settings

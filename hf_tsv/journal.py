@@ -16,19 +16,10 @@ from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
 from hf_tsv.checkpoints.reader import digest
-from hf_tsv.checkpoints.writer import (
-    ShardPlan,
-    ShardWriter,
-    TensorSpec,
-    disk_errors,
-    identity,
-    make_parents,
-    remove_empty,
-    replace_folder,
-    write_index,
-)
+from hf_tsv.checkpoints.writer import ShardPlan, ShardWriter, TensorSpec, write_index
 from hf_tsv.errors import CheckpointError, LostFileError, OutputError, RecipeError
 from hf_tsv.findings import Finding
+from hf_tsv.folders import disk_errors, identity, make_parents, remove_empty, replace_folder
 from hf_tsv.progress import logger
 
 JOB, FILES, FAILED = "job.json", "files", "failed"

@@ -17,11 +17,11 @@ from hf_tsv.checkpoints.files import LocalFiles, read_json
 from hf_tsv.checkpoints.headers import read_header
 from hf_tsv.checkpoints.reader import open_checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
-from hf_tsv.checkpoints.writer import absolute
 from hf_tsv.compressed_files import ADAPTER_FILE
 from hf_tsv.delivery import Target
 from hf_tsv.errors import CheckpointError, OutputError
 from hf_tsv.factors import FACTORS_CONFIG, open_factors
+from hf_tsv.folders import absolute
 from hf_tsv.recipe import RECIPE_FILE, Recipe
 from hf_tsv.reconstruction import RECONSTRUCTION_FILE
 

@@ -24,9 +24,9 @@ from hf_tsv.checkpoints.reference import (
     parse,
     pin,
 )
-from hf_tsv.checkpoints.writer import check_free_space
 from hf_tsv.errors import CheckpointError, HfTsvError, RepoError
 from hf_tsv.factors import TaskFactors, is_factors, open_factors
+from hf_tsv.folders import check_free_space
 from hf_tsv.parallel import in_parallel
 from hf_tsv.progress import human_bytes, logger
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from hf_tsv import linalg, plots, processes, tsv
 from hf_tsv.checkpoints.reference import at_revision
-from hf_tsv.checkpoints.writer import absolute, check_output_folder, whole_folder
 from hf_tsv.errors import DataError, HfTsvError, RecipeError
 from hf_tsv.evaluation import pictures
 from hf_tsv.evaluation.data import EvaluationTask, check_counts, load, refuse_not_installed
 from hf_tsv.evaluation.job import chosen
 from hf_tsv.evaluation.variants import accuracies
+from hf_tsv.folders import absolute, check_output_folder, whole_folder
 from hf_tsv.models import ZERO_SHOT, load_model, pipeline
 from hf_tsv.progress import logger, visible_by_default
 from hf_tsv.recipe import current_versions

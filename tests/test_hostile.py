@@ -30,7 +30,8 @@ from benchmarks.fuzz import targets
 from hf_tsv.checkpoints.base_model import named_by
 from hf_tsv.checkpoints.companions import without_code
 from hf_tsv.checkpoints.files import LocalFiles
-from hf_tsv.checkpoints.pickles import MAX_STEPS, read_pickle
+from hf_tsv.checkpoints.instructions import MAX_STEPS
+from hf_tsv.checkpoints.pickles import read_pickle
 from hf_tsv.checkpoints.reader import PICKLED_FILE, SINGLE_FILE
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.errors import CheckpointError

@@ -8,7 +8,6 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.checkpoints.writer import absolute, check_output_folder
 from hf_tsv.errors import RecipeError
 from hf_tsv.evaluation import model_index, suites
 from hf_tsv.evaluation.data import (
@@ -17,6 +16,7 @@ from hf_tsv.evaluation.data import (
     listed,
     refuse_not_installed,
 )
+from hf_tsv.folders import absolute, check_output_folder
 
 RESULTS_FILE = "evaluation.json"
 

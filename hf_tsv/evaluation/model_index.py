@@ -16,8 +16,8 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from hf_tsv import hub
 from hf_tsv.checkpoints.files import HubFiles
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
-from hf_tsv.checkpoints.writer import disk_errors
 from hf_tsv.errors import OutputError
+from hf_tsv.folders import disk_errors
 from hf_tsv.untrusted import MAX_BYTES, parse_yaml
 
 CARD = "README.md"

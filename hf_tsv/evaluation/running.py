@@ -13,13 +13,13 @@ from typing import Any
 
 from hf_tsv import plots, processes
 from hf_tsv.checkpoints.reference import at_revision
-from hf_tsv.checkpoints.writer import whole_folder
 from hf_tsv.errors import DataError, HfTsvError
 from hf_tsv.evaluation import model_index, pictures, suites
 from hf_tsv.evaluation.classifying import Results, Run
 from hf_tsv.evaluation.data import EvaluationTask
 from hf_tsv.evaluation.finished import Finished, finished_tasks
 from hf_tsv.evaluation.job import RESULTS_FILE, Job, checked_job
+from hf_tsv.folders import whole_folder
 from hf_tsv.progress import logger, visible_by_default
 from hf_tsv.recipe import current_versions
 
