@@ -20,6 +20,9 @@ from hf_tsv.errors import OutputError, RepoError
 from hf_tsv.folders import absolute, check_output_folder, remove_empty
 from hf_tsv.progress import logger
 
+UNPUSHED = Path(constants.HF_HOME) / "hf-tsv" / "unpushed"
+"""Where results wait that are only to be uploaded."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -146,7 +149,7 @@ def final_folder(target: Target, job: Mapping[str, Any]) -> Path:
     text = json.dumps([target.push_to, job], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     name = (target.push_to or "merge").rsplit("/", 1)[-1]
-    return Path(constants.HF_HOME) / "hf-tsv" / "unpushed" / key / name
+    return UNPUSHED / key / name
 
 
 @contextmanager
@@ -164,7 +167,17 @@ def until_pushed(target: Target, final: Path) -> Iterator[None]:
             remove_empty([final.parent])
         raise
     if target.output is None:
-        shutil.rmtree(final.parent, ignore_errors=True)
+        remove_pushed(final)
+
+
+def remove_pushed(folder: Path) -> None:
+    """Remove a folder that waited for its upload, with its journal; other folders stay.
+
+    Args:
+        folder (`Path`): that has been uploaded.
+    """
+    if folder.parent.parent == UNPUSHED:
+        shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 def push(folder: Path, target: Target, token: str | None) -> str | None:

@@ -69,7 +69,8 @@ def push(
 ) -> PushReport:
     """Upload a finished folder that hf-tsv wrote, as one commit.
 
-    Weights of an earlier upload are replaced. Large files that the repository has already, as after
+    A folder that only waited for its upload is removed afterwards, others stay. Weights of an
+    earlier upload are replaced. Large files that the repository has already, as after
     an upload that was interrupted, are not sent again.
 
     Args:
@@ -102,6 +103,8 @@ def push(
     target.refuse_inputs(inputs)
     sizes = {name: path.stat().st_size for name, path in hub.files_to_push(place).items()}
     url = None if dry_run else delivery.push(place, target, token)
+    if url is not None:
+        delivery.remove_pushed(place)
     seconds = round(time.monotonic() - started, 3)
     total = sum(sizes.values())
     return PushReport(str(place), str(target.push_to), sizes, total, seconds, url, dry_run)

@@ -279,6 +279,20 @@ def test_what_was_finished_and_not_pushed_is_only_pushed(
     assert second == whole
 
 
+def test_what_only_waited_for_its_upload_is_gone_after_it(
+    hub: Hub, zoo: Path, tmp_path: Path, unpushed: Path
+) -> None:
+    hub.fail("/commit/", 403)
+    with pytest.raises(RepoError, match="hf-tsv push"):
+        hf_tsv.merge([zoo / "vision"], base_model=zoo / "base", push_to="me/x")
+    (folder,) = unpushed.glob("*/x")
+    assert hf_tsv.push(folder, "me/x").url
+    assert "model.safetensors" in hub.repos["me/x"].resolve("main").files
+    hf_tsv.merge([zoo / "vision"], base_model=zoo / "base", output=tmp_path / "out")
+    hf_tsv.push(tmp_path / "out", "me/y")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("kind", ["factors", "peft"])
 def test_a_compression_that_was_finished_and_not_pushed_is_only_pushed(
     hub: Hub, zoo: Path, unpushed: Path, monkeypatch: pytest.MonkeyPatch, kind: str
