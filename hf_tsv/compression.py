@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ from hf_tsv.compressed_files import (
     write_adapter,
     write_factors,
 )
-from hf_tsv.delivery import Target, final_folder, push, until_pushed
+from hf_tsv.delivery import Target, final_folder, push, waiting
 from hf_tsv.errors import CheckpointError
 from hf_tsv.factors import (
     ADAPTER_FORMAT,
@@ -55,9 +54,6 @@ from hf_tsv.spectra import (
     energy_curves,
     measure,
 )
-
-SPOOL = "vectors"
-"""The file beside an output under construction that holds singular vectors."""
 
 TASK_COUNTS = (8, 14, 20)
 """Numbers of tasks that the paper reports."""
@@ -354,7 +350,7 @@ def run(
     check_free_space(final, _disk_bytes(job) - journal.begun_bytes(final))
     job = replace(job, sources=job.sources.within_reach(visible=show))
     try:
-        with until_pushed(target, final):
+        with waiting(final):
             done = _construct(final, identity, job, target, place, show)
             url = push(final, target, access.token)
     finally:
@@ -417,19 +413,13 @@ def _construct(
 ) -> _Done:
     """Make the folder that is wanted, or the rest of it."""
     with journal.under_construction(
-        final, identity, force=target.force, until_pushed=target.only_pushed
-    ) as (work, state):
+        final, identity, force=target.force, until_pushed=target.output is None
+    ) as (work, resumed):
         candidates = {candidate.name: candidate for candidate in job.candidates}
         noted = journal.read(work, lambda entry: _noted(entry, candidates)).values()
-        if state == "finished":
-            logger.info("The result is in %s already.", final)
-            content = json.loads((final / FACTORS_CONFIG).read_text(encoding="utf-8"))
-            config = FactorsConfig.from_dict({**content, "format": FORMAT}, str(final))
-            weight_files = sum(file.stat().st_size for file in final.glob("*.safetensors"))
-            return _Done(config, weight_files, sum(item.exact for item in noted), Seconds())
-        with Spool(work / SPOOL, list(noted)) as spool:
+        with Spool(work / journal.SPOOL, list(noted)) as spool:
             journal.rewrite(work, (item.to_entry() for item in spool.held))
-            if state == "begun":
+            if resumed:
                 logger.info("%d of %d weights are there already.", len(spool.held), len(candidates))
             with journal.Journal(work) as notes:
                 return _compress_into(work / journal.FILES, job, target, spool, notes, device, show)
@@ -507,9 +497,7 @@ def _disk_bytes(job: Job) -> int:
     """The spool at its largest, and the result at its largest."""
     spool = sum(item.limit * 4 * sum(matrix_shape(item.shape)) for item in job.candidates)
     return (
-        spool
-        + sum(_most_bytes(item, job.options.rule) for item in job.candidates)
-        + (job.head_bytes)
+        spool + sum(_most_bytes(item, job.options.rule) for item in job.candidates) + job.head_bytes
     )
 
 

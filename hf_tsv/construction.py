@@ -18,7 +18,7 @@ from hf_tsv.checkpoints import companions
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.writer import ShardWriter
 from hf_tsv.costs import Parallelism, fitting, noted_bytes, operations
-from hf_tsv.delivery import Target, final_folder, push, until_pushed
+from hf_tsv.delivery import Target, final_folder, push, waiting
 from hf_tsv.diagnosis import diagnoses
 from hf_tsv.errors import CheckpointError, HfTsvError, LostProcessError, OutputError, RecipeError
 from hf_tsv.factors import TaskFactors
@@ -254,6 +254,7 @@ def execute(
     job = replace(job, sources=job.sources.within_reach(visible=show))
     try:
         refuse_unchanged(job)
+        companions.check(job.sources.base)
         for item in job.sources.inputs if job.settings.keep_heads else ():
             for name in item.head:  # damage shows before the work
                 item.read(name)
@@ -265,7 +266,7 @@ def execute(
         if job.adaptation is not None and not job.coefficients:
             job = _adapted(job, job.adaptation, device, show=show)
         final = final_folder(target, job.to_json(device))  # with what was found or learned
-        with until_pushed(target, final):
+        with waiting(final):
             findings, warnings = _construct(final, job, target, device, show, group, describe)
             url = push(final, target, job.sources.access.token)
     finally:
@@ -366,14 +367,10 @@ def _construct(
         job.to_json(device),
         job.plan.shards,
         force=target.force,
-        until_pushed=target.only_pushed,
-    ) as (work, state):
-        if state == "finished":
-            logger.info("The result is in %s already.", final)
-            findings = Findings(len(job.sources.inputs), _all_noted(job, work, 1))
-            return findings, [*job.warnings, *warned(job, findings)]
+        until_pushed=target.output is None,
+    ) as (work, resumed):
         folder = work / journal.FILES
-        finished = _finished(job, work) if state == "begun" else set()
+        finished = _finished(job, work) if resumed else set()
         left = [weight for weight in job.plan.weights if weight.label not in finished]
         shares = [
             [left[i].label for i in share]

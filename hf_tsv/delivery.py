@@ -14,10 +14,10 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from hf_tsv import hub
+from hf_tsv import hub, journal
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
 from hf_tsv.errors import OutputError, RepoError
-from hf_tsv.folders import absolute, check_output_folder, remove_empty
+from hf_tsv.folders import absolute, check_output_folder, disk_errors
 from hf_tsv.progress import logger
 
 UNPUSHED = Path(constants.HF_HOME) / "hf-tsv" / "unpushed"
@@ -93,11 +93,6 @@ class Target:
             target = replace(target, push_to=repo_id)
         return target
 
-    @property
-    def only_pushed(self) -> bool:
-        """There is no folder that the user asked for."""
-        return self.output is None and self.push_to is not None
-
     def refuse_inputs(self, inputs: Sequence[PinnedCheckpoint]) -> None:
         """Refuse to replace one of the inputs: a folder that is or holds it, or its repository.
 
@@ -153,31 +148,33 @@ def final_folder(target: Target, job: Mapping[str, Any]) -> Path:
 
 
 @contextmanager
-def until_pushed(target: Target, final: Path) -> Iterator[None]:
-    """Remove a folder that was only for the upload, when the body ends well.
+def waiting(folder: Path) -> Iterator[None]:
+    """Hold a folder that is only there to be uploaded, and remove it when the body ends well.
+
+    Other folders stay as they are.
 
     Args:
-        target ([`Target`]): where the result goes.
-        final (`Path`): see [`final_folder`].
+        folder (`Path`): see [`final_folder`].
+
+    Raises:
+        [`OutputError`]: another process is making or uploading it.
     """
-    try:
+    if folder.parent.parent != UNPUSHED:
         yield
-    except BaseException:
-        if target.output is None:
-            remove_empty([final.parent])
-        raise
-    if target.output is None:
-        remove_pushed(final)
-
-
-def remove_pushed(folder: Path) -> None:
-    """Remove a folder that waited for its upload, with its journal; other folders stay.
-
-    Args:
-        folder (`Path`): that has been uploaded.
-    """
-    if folder.parent.parent == UNPUSHED:
-        shutil.rmtree(folder.parent, ignore_errors=True)
+        return
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.parent / "lock"
+        with journal.locked(lock, folder):
+            try:
+                yield
+            except BaseException:
+                if list(folder.parent.iterdir()) == [lock]:
+                    shutil.rmtree(folder.parent, ignore_errors=True)
+                raise
+            # Without it nobody takes what a kill may leave of the rest for something finished.
+            (journal.work_of(folder) / journal.JOB).unlink(missing_ok=True)
+            shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 def push(folder: Path, target: Target, token: str | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hf_tsv.errors import OutputError
-from hf_tsv.progress import human_bytes
+from hf_tsv.progress import first_line, human_bytes
+
+UNDER_CONSTRUCTION = re.compile(r"\..+\.hf-tsv(-[0-9a-f]{8}(-old)?)?")
+"""Names of folders that runs work in."""
 
 
 @contextmanager
@@ -24,7 +28,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
         hint = "Choose another folder with -o."
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             hint = "Free some space or choose another disk with -o."
-        raise OutputError(f"Cannot write to {folder}: {error.strerror}.", hint) from None
+        why = error.strerror or first_line(error)
+        raise OutputError(f"Cannot write to {folder}: {why}.", hint) from None
 
 
 def absolute(output: Path) -> Path:
@@ -74,6 +79,10 @@ def check_output_folder(folder: Path, markers: Sequence[str], *, force: bool) ->
 
 
 def _check_output_folder(folder: Path, markers: Sequence[str], *, force: bool) -> None:
+    if UNDER_CONSTRUCTION.fullmatch(folder.name):
+        raise OutputError(
+            f"{folder} is named like what a run works in.", "Choose another name with -o."
+        )
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise OutputError(f"{folder} exists and is not a folder.", "Choose another one with -o.")
     current = folder.exists() and folder.samefile(Path.cwd())
@@ -163,7 +172,7 @@ def replace_folder(target: Path, new: Path, before: object) -> None:
     if identity(target) != before:
         raise OutputError(
             f"{target} was changed by something else in the meantime.",
-            "Choose another folder with -o.",
+            "Move it away and give the same command again, or choose another folder with -o.",
         )
     _flush(new)
     if not target.exists():

@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Any, TypeVar
 
 from hf_tsv.checkpoints.reader import digest
 from hf_tsv.checkpoints.writer import ShardPlan, ShardWriter, TensorSpec, write_index
@@ -22,10 +23,9 @@ from hf_tsv.findings import Finding
 from hf_tsv.folders import disk_errors, identity, make_parents, remove_empty, replace_folder
 from hf_tsv.progress import logger
 
-JOB, FILES, FAILED = "job.json", "files", "failed"
-
-State = Literal["new", "begun", "finished"]
-"""Of an output, when a run turns to it: `finished` ones wait for their upload."""
+JOB, FILES, FAILED, SPOOL = "job.json", "files", "failed", "vectors"
+OURS = re.compile(rf"{JOB}|{FILES}(-old)?|{FAILED}|{SPOOL}|done\..+")
+"""What may be in a folder under construction."""
 
 T = TypeVar("T")
 
@@ -108,14 +108,15 @@ def rewrite(work: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 def begun_bytes(target: Path) -> int:
     """Bytes that an earlier run has reserved for the same output."""
     try:
-        files = list(_work_of(target).rglob("*"))
+        files = list(work_of(target).rglob("*"))
         return sum(512 * path.stat().st_blocks for path in files)  # not the holes
     except OSError:
         return 0
 
 
-def _work_of(target: Path) -> Path:
-    return target.parent / f".{target.name}.hf-tsv"
+def work_of(target: Path) -> Path:
+    """Where an output is under construction."""
+    return target.with_name(f".{target.name}.hf-tsv")
 
 
 def note_failure(work: Path) -> None:
@@ -132,7 +133,7 @@ def under_construction(
     *,
     force: bool,
     until_pushed: bool = False,
-) -> Iterator[tuple[Path, State]]:
+) -> Iterator[tuple[Path, bool]]:
     """A folder that becomes `target` when the body ends well, and goes on where it stopped.
 
     A run that stops leaves it, whatever the reason, unless it is an input or option that will fail
@@ -143,26 +144,31 @@ def under_construction(
         job (`Mapping[str, Any]`): everything that decides about the result.
         plan ([`ShardPlan`], *optional*): its files, as far as they are known before.
         force (`bool`): forget what another job has begun.
-        until_pushed (`bool`): leave the journal beside the result, which the same job finds
-            finished then.
+        until_pushed (`bool`): leave the journal beside the result, which the same job takes up
+            again then.
 
     Yields:
-        `tuple[Path, State]`: the folder under construction, and what there is already.
+        `tuple[Path, bool]`: the folder under construction, and whether it holds a beginning.
 
     Raises:
-        [`OutputError`]: another job began it, or another process is at it.
+        [`OutputError`]: another job began it, another process is at it, or something else is there.
     """
-    work = _work_of(target)
+    work = work_of(target)
     text = json.dumps(job, sort_keys=True, indent=1)
     with disk_errors(target):
-        before, made = identity(target), make_parents(target)
+        _refuse_strange(work)
+        made = make_parents(target)
         work.mkdir(exist_ok=True)
         with locked(work / JOB, target) as file:
             try:
-                state = _begin(work, file, text, target, plan, until_pushed, force=force)
-                yield work, state
-                if state != "finished":
-                    replace_folder(target, work / FILES, before)
+                if until_pushed:
+                    _take_up(work, file, text, target)
+                resumed = _begin(work, file, text, target, plan, force=force)
+                if not (force or until_pushed):
+                    _refuse_existing(target)
+                before = identity(target)
+                yield work, resumed
+                replace_folder(target, work / FILES, before)
             except _OthersError as error:
                 remove_empty(made)
                 raise OutputError(error.message, error.hint) from None
@@ -179,10 +185,35 @@ def under_construction(
                     shutil.rmtree(work, ignore_errors=True)
                     remove_empty(made)
                 raise
-            if until_pushed:
-                _clear(work, {JOB, *(path.name for path in _journals(work))})
-            else:
+            if not until_pushed:
                 shutil.rmtree(work, ignore_errors=True)
+
+
+def _refuse_strange(work: Path) -> None:
+    """A folder of that name that no run of ours has made is not to be cleared."""
+    strange = (
+        [path for path in work.iterdir() if not OURS.fullmatch(path.name)] if work.is_dir() else []
+    )
+    if work.is_symlink() or strange:
+        raise OutputError(
+            f"{work} is in the way, and hf-tsv did not make it.", "Move it, or choose another -o."
+        )
+
+
+def _refuse_existing(target: Path) -> None:
+    """It was not there when the run began, or it would have been refused then."""
+    if target.exists() and any(target.iterdir()):
+        raise _OthersError(
+            f"{target} has been written by something else meanwhile.",
+            "Move it away and give the same command again, or choose another output.",
+        )
+
+
+def _take_up(work: Path, file: IO[str], text: str, target: Path) -> None:
+    """What was finished and not pushed is under construction again, to be checked like the rest."""
+    if file.read() == text and target.is_dir() and not (work / FILES).exists():
+        target.rename(work / FILES)
+    file.seek(0)
 
 
 class _OthersError(OutputError):
@@ -195,10 +226,9 @@ def _begin(
     text: str,
     target: Path,
     plan: ShardPlan | None,
-    until_pushed: bool,
     *,
     force: bool,
-) -> State:
+) -> bool:
     """Make the files, or find them begun by the same job."""
     begun, files = file.read(), work / FILES
     if not _is_json(begun):  # the run ended while it began
@@ -213,9 +243,7 @@ def _begin(
         _clear(files, sizes)  # what the run had written beside the weights, maybe in part
         if plan is not None:
             write_index(files, plan)
-        return "begun"
-    if begun == text and until_pushed and target.is_dir() and not files.exists():
-        return "finished"
+        return True
     if begun not in ("", text) and files.is_dir() and not force:
         raise _OthersError(
             f"Another run has begun {target} with other inputs or settings.",
@@ -229,7 +257,7 @@ def _begin(
     file.seek(0)
     file.write(text)
     file.flush()
-    return "new"
+    return False
 
 
 def _clear(folder: Path, kept: Collection[str]) -> None:
@@ -280,7 +308,7 @@ def locked(path: Path, target: Path) -> Iterator[IO[str]]:
             pass  # Windows
         except BlockingIOError:
             raise OutputError(
-                f"Another process is writing {target}.", "Wait for it, or choose another -o."
+                f"Another process is writing {target}.", "Wait for it, or choose another output."
             ) from None
         file.seek(0)
         yield file

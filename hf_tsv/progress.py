@@ -110,7 +110,15 @@ def redacted(text: str) -> str:
 def quoted(value: object) -> str:
     """A value from elsewhere for an error: a plain word as it is, anything else cut and quoted."""
     plain = isinstance(value, str) and len(value) < 100 and re.fullmatch(r"[\w.-]+", value)
-    return str(value) if plain else reprlib.repr(value)
+    return str(value) if plain else shortened(value)
+
+
+def shortened(value: object) -> str:
+    """A value from elsewhere as Python writes it, cut."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python does not write it
+        return "a number of very many digits"
 
 
 def first_line(error: Exception) -> str:

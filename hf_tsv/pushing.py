@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -11,7 +10,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from hf_tsv import delivery, hub
+from hf_tsv import delivery, hub, journal
 from hf_tsv.checkpoints.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.files import LocalFiles, read_json
 from hf_tsv.checkpoints.headers import read_header
@@ -21,12 +20,9 @@ from hf_tsv.compressed_files import ADAPTER_FILE
 from hf_tsv.delivery import Target
 from hf_tsv.errors import CheckpointError, OutputError
 from hf_tsv.factors import FACTORS_CONFIG, open_factors
-from hf_tsv.folders import absolute
+from hf_tsv.folders import UNDER_CONSTRUCTION, absolute
 from hf_tsv.recipe import RECIPE_FILE, Recipe
 from hf_tsv.reconstruction import RECONSTRUCTION_FILE
-
-UNDER_CONSTRUCTION = re.compile(r"\..+\.hf-tsv(-[0-9a-f]{8}(-old)?)?")
-"""Names of folders that a run works in."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +98,10 @@ def push(
     ).checked(token, dry_run=dry_run)  # fmt: skip
     target.refuse_inputs(inputs)
     sizes = {name: path.stat().st_size for name, path in hub.files_to_push(place).items()}
-    url = None if dry_run else delivery.push(place, target, token)
-    if url is not None:
-        delivery.remove_pushed(place)
+    url = None
+    if not dry_run:
+        with delivery.waiting(place):
+            url = delivery.push(place, target, token)
     seconds = round(time.monotonic() - started, 3)
     total = sum(sizes.values())
     return PushReport(str(place), str(target.push_to), sizes, total, seconds, url, dry_run)
@@ -112,7 +109,7 @@ def push(
 
 def _check_finished(folder: Path) -> list[PinnedCheckpoint]:
     """Refuse what is no whole output of ours; returns what it was made from."""
-    work = folder.with_name(f".{folder.name}.hf-tsv")
+    work = journal.work_of(folder)
     if any(UNDER_CONSTRUCTION.fullmatch(name) for name in (folder.name, folder.parent.name)):
         raise OutputError(
             f"{folder} is under construction.", "Finish it with the command it is of."
@@ -135,7 +132,7 @@ def _check_finished(folder: Path) -> list[PinnedCheckpoint]:
             _check_weights(pinned, folder)
             return [
                 replace(pinned, ref=str(entry["ref"]), revision=str(entry["revision"]))
-                for entry in _made_from(pinned)
+                for entry in _made_from(pinned, files)
                 if entry.get("revision") is not None
             ]
         except CheckpointError as error:
@@ -155,12 +152,22 @@ def _check_weights(pinned: PinnedCheckpoint, folder: Path) -> None:
         open_checkpoint(pinned)
 
 
-def _made_from(pinned: PinnedCheckpoint) -> list[Mapping[str, Any]]:
+def _check_beside(folder: Path, recipe: Recipe, owner: str) -> None:
+    """Refuse a merge that has lost what belongs beside its weights."""
+    if recipe.settings.keep_heads and not list(folder.glob("heads/*.safetensors")):
+        raise CheckpointError(f"{owner} has lost its task heads.")
+    masks = len(list(folder.glob("masks/*/mask.safetensors")))
+    if recipe.settings.method == "tall-mask" and masks < len(recipe.inputs):
+        raise CheckpointError(f"{owner} has {masks} masks of {len(recipe.inputs)}.")
+
+
+def _made_from(pinned: PinnedCheckpoint, files: LocalFiles) -> list[Mapping[str, Any]]:
     """What the folder says it was made from."""
-    files, owner = pinned.files, str(pinned)
+    owner = str(pinned)
     if files.size(RECIPE_FILE) is not None:
         text = files.read(RECIPE_FILE).decode(errors="replace")
         recipe = Recipe.from_yaml(text, f"{owner}/{RECIPE_FILE}")
+        _check_beside(files.root, recipe, owner)
         return [vars(item) for item in (*recipe.inputs, recipe.base_model)]
     factors = files.size(FACTORS_CONFIG) is not None
     content = read_json(files, FACTORS_CONFIG if factors else RECONSTRUCTION_FILE, owner)

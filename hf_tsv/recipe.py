@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import reprlib
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from numbers import Real
@@ -17,6 +16,7 @@ from hf_tsv import __version__
 from hf_tsv.checkpoints.reader import Format
 from hf_tsv.errors import RecipeError
 from hf_tsv.linalg import Orthogonalizer, Precision
+from hf_tsv.progress import shortened
 from hf_tsv.tsv import DEFAULT_ALPHA, Method
 from hf_tsv.untrusted import MAX_BYTES, parse_yaml
 
@@ -97,7 +97,7 @@ class Settings:
         if self.rank is not None and self.rank_fraction is not None:
             raise RecipeError("rank and rank_fraction exclude each other.", "Give one of them.")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
-            raise RecipeError(f"rank is {_short(self.rank)}.", "Give a whole number from 1 on.")
+            raise RecipeError(f"rank is {shortened(self.rank)}.", "Give a whole number from 1 on.")
         if self.rank_fraction is not None:
             check_number("rank_fraction", self.rank_fraction)
             object.__setattr__(self, "rank_fraction", float(self.rank_fraction))
@@ -112,7 +112,9 @@ class Settings:
         object.__setattr__(self, "exclude", tuple(self.exclude))
         check_shard_size(self.max_shard_size)
         if type(self.keep_heads) is not bool:
-            raise RecipeError(f"keep_heads is {_short(self.keep_heads)}.", "Write true or false.")
+            raise RecipeError(
+                f"keep_heads is {shortened(self.keep_heads)}.", "Write true or false."
+            )
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,9 @@ class PinnedInput:
         for name in ("ref", "revision", "fingerprint"):
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "ref"):
-                raise RecipeError(f"The {name} of an input is {_short(value)}.", "Write a string.")
+                raise RecipeError(
+                    f"The {name} of an input is {shortened(value)}.", "Write a string."
+                )
         check_number(f"The weight of {self.ref}", self.weight)
         object.__setattr__(self, "weight", float(self.weight))
 
@@ -176,14 +180,15 @@ class Recipe:
         for label, row in self.coefficients.items():
             if len(row) != len(self.inputs):
                 raise RecipeError(
-                    f"{_short(label)} has {len(row)} coefficients for {len(self.inputs)} inputs.",
+                    f"{shortened(label)} has {len(row)} coefficients for {len(self.inputs)}"
+                    " inputs.",
                     "Give one for each input.",
                 )
             for value in row:
-                check_number(f"A coefficient of {_short(label)}", value)
+                check_number(f"A coefficient of {shortened(label)}", value)
                 if value < 0:
                     raise RecipeError(
-                        f"A coefficient of {_short(label)} is {value}.", "Give 0 or more."
+                        f"A coefficient of {shortened(label)} is {value}.", "Give 0 or more."
                     )
 
     def to_yaml(self, *, coefficients: bool = True) -> str:
@@ -272,11 +277,11 @@ class Recipe:
         if base.weight != 1:
             raise RecipeError(f"{source} gives base_model a weight; only inputs have one.")
         if not isinstance(device, str):
-            raise RecipeError(f"device is {_short(device)}.", "Write a string.")
+            raise RecipeError(f"device is {shortened(device)}.", "Write a string.")
         if not isinstance(versions, dict) or not all(
             isinstance(text, str) for item in versions.items() for text in item
         ):
-            raise RecipeError(f"versions is {_short(versions)}.", "Write names with versions.")
+            raise RecipeError(f"versions is {shortened(versions)}.", "Write names with versions.")
         if content:
             raise RecipeError(f"{source} has an unknown key: {min(map(str, content))}.")
         return Recipe(base, inputs, settings, device, versions, coefficients, adaptation)
@@ -316,7 +321,7 @@ def check_shard_size(size: object) -> None:
     positive = type(size) is int and size > 0
     if not positive and not (isinstance(size, str) and SHARD_SIZE.fullmatch(size)):
         raise RecipeError(
-            f"max_shard_size is {_short(size)}.", "Write bytes, or a size such as 5GB."
+            f"max_shard_size is {shortened(size)}.", "Write bytes, or a size such as 5GB."
         )
 
 
@@ -330,7 +335,7 @@ def _pinned_dict(item: PinnedInput, *, with_weight: bool) -> dict[str, Any]:
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         choices = ", ".join(str(a) for a in allowed if a is not None)
-        raise RecipeError(f"{name} is {_short(value)}.", f"Choose one of {choices}.")
+        raise RecipeError(f"{name} is {shortened(value)}.", f"Choose one of {choices}.")
 
 
 def check_number(name: str, value: object) -> None:
@@ -341,9 +346,4 @@ def check_number(name: str, value: object) -> None:
     except OverflowError:
         good = False
     if not good:
-        raise RecipeError(f"{name} is {_short(value)}.", "Give a finite number.")
-
-
-def _short(value: object) -> str:
-    """A value for an error message; aliases in YAML can stand for gigabytes."""
-    return reprlib.repr(value)
+        raise RecipeError(f"{name} is {shortened(value)}.", "Give a finite number.")

@@ -359,9 +359,12 @@ class Spool:
 
     def _rows(self, item: Measured, rank: int) -> Tensor:
         rows = torch.empty(rank, sum(matrix_shape(item.candidate.shape)))
-        done = os.preadv(self._file.fileno(), [byte_view(rows)], item.place)
-        if done != rows.nbytes:
-            raise OSError(errno.EIO, "the file of singular vectors was cut short")
+        view, done = byte_view(rows), 0
+        while done < len(view):
+            got = os.preadv(self._file.fileno(), [view[done:]], item.place + done)
+            if not got:
+                raise OSError(errno.EIO, "the file of singular vectors was cut short")
+            done += got
         return rows
 
 

@@ -21,6 +21,9 @@ JSON_MARKS, YAML_MARKS = b",:[{", b",:[{-?\n"
 MAX_DEPTH = 100
 """Of lists in lists; what reads or writes them calls itself, and Python's stack has an end."""
 
+MOST_DIGITS = 1000
+"""Of a number in YAML."""
+
 SURROGATE = re.compile(rb"\\u[dD]")
 
 
@@ -113,9 +116,18 @@ class _AliasError(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe, and without aliases."""
+    """Safe, without aliases, and without numbers that take long to read or cannot be written."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > MOST_DIGITS:
+            raise yaml.constructor.ConstructorError(None, None, "a number of very many digits")
+        number: int = super().construct_yaml_int(node)
+        return number
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise _AliasError
         return super().compose_node(parent, index)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

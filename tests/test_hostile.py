@@ -34,10 +34,10 @@ from hf_tsv.checkpoints.instructions import MAX_STEPS
 from hf_tsv.checkpoints.pickles import read_pickle
 from hf_tsv.checkpoints.reader import PICKLED_FILE, SINGLE_FILE
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.errors import CheckpointError
+from hf_tsv.errors import CheckpointError, RecipeError
 from hf_tsv.factors import TaskFactors
 from hf_tsv.progress import bar
-from hf_tsv.recipe import RECIPE_FILE, Recipe
+from hf_tsv.recipe import RECIPE_FILE, Recipe, check_number
 from hf_tsv.untrusted import MAX_BYTES, MAX_DEPTH, MAX_JSON_VALUES, parse_json, parse_yaml
 
 ALLOWED = 300_000_000
@@ -192,6 +192,16 @@ def test_aliases_are_not_read(text: str) -> None:
         parse_yaml(text)
 
 
+@pytest.mark.parametrize("number", ["0x" + "f" * 5000, "1" + ":1" * 5000, "0b" + "1" * 5000])
+def test_a_number_of_very_many_digits_is_one_line(tmp_path: Path, number: str) -> None:
+    recipe = "hf_tsv_recipe: 1\nbase_model: {ref: a/b}\ninputs: [{ref: a/c}]\nalpha: "
+    (tmp_path / "r.yaml").write_text(recipe + number)
+    with pytest.raises(RecipeError):
+        Recipe.load(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="very many digits"):
+        check_number("alpha", 10**5000)
+
+
 def test_what_hf_tsv_writes_has_no_aliases(zoo: Path, tmp_path: Path) -> None:
     hf_tsv.merge([zoo / "full", zoo / "vision"], base_model=zoo / "base", output=tmp_path / "m",
                  progress=False)  # fmt: skip
@@ -248,6 +258,22 @@ def tensor_of(storage: str = "FloatStorage", key: bytes = b"0", size: str = "", 
     stored = f"(X\x07\0\0\0storagectorch\n{storage}\n".encode() + text + b"X\3\0\0\0cpuK\x10tQ"
     call = b"ctorch._utils\n_rebuild_tensor_v2\n(" + stored + place + tuple_of(size)
     return PROTOCOL + b"}X\1\0\0\0a" + call + tuple_of(step) + b"\x89}tRs."
+
+
+def test_pairs_of_pairs_of_pairs_are_neither_compared_nor_written(tmp_path: Path) -> None:
+    """Three hundred bytes would stand for more than a lifetime."""
+    pairs = b"X\1\0\0\0a" + b"q\0h\0\x86" * 60
+    for key in (b"(X\7\0\0\0storagectorch\nFloatStorage\n" + pairs + b"tQ.",
+                b"(" + pairs + b"NNtQ."):  # fmt: skip
+        with pytest.raises(CheckpointError, match="damaged"):
+            pickled(tmp_path, archive(PROTOCOL + key))
+
+
+def test_a_type_of_millions_of_letters_is_cut(tmp_path: Path) -> None:
+    content = archive(tensor_of("\x1b[31m" + "A" * 3_000_000 + "Storage", size="2", step="1"))
+    with pytest.raises(CheckpointError) as error:
+        pickled(tmp_path, content)
+    assert len(str(error.value)) < 500 and "\x1b" not in str(error.value)
 
 
 def test_a_tensor_written_by_hand_is_read(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import hf_tsv
-from hf_tsv import compression, construction, journal, spectra, stream
+from hf_tsv import compression, construction, delivery, journal, spectra, stream
 from hf_tsv.checkpoints.files import LocalFiles
 from hf_tsv.checkpoints.writer import TensorSpec, plan_shards
 from hf_tsv.delivery import Target
@@ -279,6 +279,73 @@ def test_what_was_finished_and_not_pushed_is_only_pushed(
     assert second == whole
 
 
+def test_of_two_runs_that_push_the_same_the_second_stops(
+    hub: Hub, zoo: Path, unpushed: Path
+) -> None:
+    """Else it would find the folder gone, and remove from the repository what is not in it."""
+
+    def merge() -> None:
+        hf_tsv.merge([zoo / "vision"], base_model=zoo / "base", push_to="me/x")
+
+    met: list[str] = []
+
+    def second() -> None:
+        for again in (merge, lambda: hf_tsv.push(next(unpushed.glob("*/x")), "me/x")):
+            with pytest.raises(OutputError) as error:
+                again()
+            met.append(str(error.value))
+
+    hub.fail("/commit/", action=second)
+    merge()
+    assert len(met) == 2 and all("Another process is writing" in text for text in met)
+    assert "model.safetensors" in hub.repos["me/x"].resolve("main").files
+
+
+def test_what_a_kill_leaves_of_a_pushed_folder_is_not_pushed(
+    hub: Hub, zoo: Path, unpushed: Path, computed: list[str]
+) -> None:
+    def merge() -> None:
+        hf_tsv.merge([zoo / "vision"], base_model=zoo / "base", push_to="me/x")
+
+    def killed(folder: Path, **_: Any) -> None:
+        (folder / "x" / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(delivery.shutil, "rmtree", killed)
+        merge()
+    assert list(unpushed.glob("*/x/hf_tsv_recipe.yaml"))
+    merge()
+    assert "model.safetensors" in hub.repos["me/x"].resolve("main").files
+
+
+def test_an_unpushed_result_is_checked_like_a_beginning(
+    hub: Hub, zoo: Path, tmp_path: Path, unpushed: Path, computed: list[str]
+) -> None:
+    """What is copied from the base model may have changed; so may bytes of the result."""
+    base = tmp_path / "base"
+    shutil.copytree(zoo / "base", base)
+
+    def merge() -> None:
+        hf_tsv.merge([zoo / "vision"], base_model=base, push_to="me/x")
+
+    hub.fail("/commit/", 403)
+    with pytest.raises(RepoError):
+        merge()
+    processor = base / "preprocessor_config.json"
+    processor.write_text(processor.read_text().replace("{", '{"changed": true,', 1))
+    (weights,) = unpushed.glob("*/x/model.safetensors")
+    with weights.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\x13\x37\x13\x37")
+    computed.clear()
+    merge()
+    assert len(computed) == 1
+    files = hub.repos["me/x"].resolve("main").files
+    assert b"changed" in files["preprocessor_config.json"].read()
+    assert files["model.safetensors"].read()[-4:] != b"\x13\x37\x13\x37"
+
+
 def test_what_only_waited_for_its_upload_is_gone_after_it(
     hub: Hub, zoo: Path, tmp_path: Path, unpushed: Path
 ) -> None:
@@ -358,7 +425,7 @@ def test_singular_vectors_that_did_not_reach_the_disk_are_computed_again(
 ) -> None:
     with stopping(20):
         compress()
-    spool = tmp_path / WORK / compression.SPOOL
+    spool = tmp_path / WORK / journal.SPOOL
     with spool.open("r+b") as file:
         file.write(bytes(64))
         file.truncate(spool.stat().st_size - 4)
@@ -385,10 +452,15 @@ def test_the_beginning_of_another_compression_is_not_gone_on_with(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("library", ["hf_tsv", "torch"])
 def test_another_version_does_not_go_on(
-    merge: Callable[..., hf_tsv.MergeReport], stopped: Path, monkeypatch: pytest.MonkeyPatch
+    merge: Callable[..., hf_tsv.MergeReport],
+    stopped: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    library: str,
 ) -> None:
-    versions = {**construction.current_versions(), "hf-tsv": "0.0.1"}
+    known = construction.current_versions()
+    versions = {**known, library: known[library] + ".1"}
     monkeypatch.setattr(construction, "current_versions", lambda: versions)
     with pytest.raises(OutputError, match="other inputs or settings"):
         merge()
@@ -494,6 +566,43 @@ def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
         first.join(60)
     assert first.exitcode == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_folder_that_is_in_the_way_stays_as_it_is(
+    merge: Callable[..., hf_tsv.MergeReport], tmp_path: Path, kind: str
+) -> None:
+    mine = tmp_path / ("mine" if kind == "link" else WORK)
+    mine.mkdir()
+    (mine / "thesis.txt").touch()
+    if kind == "link":
+        (tmp_path / WORK).symlink_to(mine)
+    for force in (False, True):
+        with pytest.raises(OutputError, match="in the way"):
+            merge(force=force)
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+
+
+def test_what_appears_before_the_work_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
+    shards = plan_shards({"a": TensorSpec(torch.float32, (2,))}, "1GB")
+    with (
+        pytest.raises(OutputError, match="meanwhile"),
+        journal.under_construction(tmp_path / "out", {}, shards, force=False),
+    ):
+        pytest.fail("the work began")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_damaged_companion_is_found_before_the_work(
+    zoo: Path, tmp_path: Path, computed: list[str]
+) -> None:
+    shutil.copytree(zoo / "base", tmp_path / "base")
+    (tmp_path / "base" / "preprocessor_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="preprocessor_config"):
+        hf_tsv.merge([zoo / "vision"], base_model=tmp_path / "base", output=tmp_path / "out")
+    assert not computed
 
 
 def test_nothing_finished_is_nothing_kept(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from cli import SCRIPT, copied, hf_tsv, refused
 from hub import Hub, Request, User
 
 import hf_tsv as api
-from hf_tsv.errors import OutputError, RepoError
-from hf_tsv.hub import MARKERS
+from hf_tsv.errors import CheckpointError, OutputError, RepoError
+from hf_tsv.hub import MARKERS, push
 
 KINDS = ("merge", "shards", "masks", "factors", "adapter", "reconstruction")
 
@@ -309,3 +309,57 @@ def test_a_push_that_is_stopped_says_how_to_go_on(
 def test_unknown_folders_of_the_api_are_errors_too(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="There is no folder"):
         api.push(tmp_path / "nothing", "me/new")
+
+
+def test_links_out_of_the_folder_are_refused_and_hidden_files_stay(
+    hub: Hub, outputs: Path, tmp_path: Path
+) -> None:
+    folder = copied(outputs / "merge", tmp_path / "merge")
+    (tmp_path / "token").write_text("hf_secret")
+    (folder / ".env").write_text("TOKEN=hf_secret")
+    (folder / ".ssh").mkdir()
+    (folder / ".ssh" / "id").write_text("hf_secret")
+    (folder / "licence.txt").symlink_to("README.md")
+    assert api.push(folder, "me/new").files.keys() == contents(outputs / "merge").keys() | {
+        "licence.txt"
+    }
+    assert pushed(hub).keys() == contents(outputs / "merge").keys() | {"licence.txt"}
+    (folder / "notes.txt").symlink_to(tmp_path / "token")
+    with pytest.raises(OutputError, match=r"notes\.txt is a link to a file outside"):
+        api.push(folder, "me/other")
+    assert "me/other" not in hub.repos
+
+
+@pytest.mark.parametrize("name", [b"a\xff", b"a\nb"])
+def test_a_name_that_is_no_text_is_refused(
+    hub: Hub, outputs: Path, tmp_path: Path, name: bytes
+) -> None:
+    folder = copied(outputs / "merge", tmp_path / "merge")
+    Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).touch()
+    with pytest.raises(OutputError, match="of the name"):
+        api.push(folder, "me/new")
+
+
+def test_a_folder_that_is_gone_removes_nothing_from_its_repository(
+    hub: Hub, outputs: Path, tmp_path: Path
+) -> None:
+    folder = copied(outputs / "merge", tmp_path / "merge")
+    api.push(folder, "me/new")
+    shutil.rmtree(folder)
+    with pytest.raises(OutputError, match="no finished output"):
+        push(folder, "me/new", commit_message="again")
+    assert pushed(hub) == contents(outputs / "merge")
+
+
+@pytest.mark.parametrize(("kind", "lost"), [("heads", "heads"), ("masks", "masks/vision")])
+def test_a_merge_that_lacks_what_belongs_beside_it_is_refused(
+    hub: Hub, zoo: Path, outputs: Path, tmp_path: Path, kind: str, lost: str
+) -> None:
+    if kind == "heads":
+        tasks = [zoo / "classifier", zoo / "vision"]
+        api.merge(tasks, base_model=zoo / "base", output=tmp_path / "m", keep_heads=True)
+    else:
+        copied(outputs / kind, tmp_path / "m")
+    shutil.rmtree(tmp_path / "m" / lost)
+    with pytest.raises(CheckpointError, match="task heads" if kind == "heads" else "1 masks of 2"):
+        api.push(tmp_path / "m", "me/new")

@@ -293,6 +293,12 @@ def test_a_new_and_an_empty_folder_are_fine(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.rglob("*")} == {"empty", "file"}
 
 
+@pytest.mark.parametrize("name", [".out.hf-tsv", ".out.hf-tsv-0123abcd"])
+def test_names_of_folders_that_runs_work_in_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OutputError, match="named like"):
+        check_output_folder(tmp_path / name, [MARKER], force=False)
+
+
 def test_an_earlier_output_takes_force(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"out exists.*--force"):
         check_output_folder(earlier_output(tmp_path / "out"), [MARKER], force=False)

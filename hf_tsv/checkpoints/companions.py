@@ -68,10 +68,7 @@ def write(base: Checkpoint, folder: Path, config: dict[str, Any], out_format: Fo
         out_format (`str`): whose files the weights are.
     """
     for name in present(base.pinned):
-        _check_here(base, name)
-        if (base.pinned.files.size(name) or 0) > LARGEST:
-            raise CheckpointError(f"{base}: {name} is too large to be what it says.", "Remove it.")
-        content = read_json(base.pinned.files, name, str(base)) if name in NAME_CLASSES else {}
+        content = _content(base, name)
         harmless = without_code(content)
         if content == harmless:
             (folder / name).write_bytes(base.pinned.files.read(name))
@@ -90,6 +87,27 @@ def write(base: Checkpoint, folder: Path, config: dict[str, Any], out_format: Fo
     elif base.format == "open_clip" and not set(present(base.pinned)) & set(PROCESSOR_FILES):
         processor_config = open_clip.processor_config(_own_config(base))
         _write_json(folder / "preprocessor_config.json", processor_config)
+
+
+def check(base: Checkpoint) -> None:
+    """Read what will be copied, so that damage shows before the work.
+
+    Args:
+        base ([`Checkpoint`]): whose companion files they are.
+
+    Raises:
+        [`CheckpointError`]: a file is damaged, or none of the checkpoint.
+    """
+    for name in present(base.pinned):
+        _content(base, name)
+
+
+def _content(base: Checkpoint, name: str) -> dict[str, Any]:
+    """What a companion file says, of those that may name code."""
+    _check_here(base, name)
+    if (base.pinned.files.size(name) or 0) > LARGEST:
+        raise CheckpointError(f"{base}: {name} is too large to be what it says.", "Remove it.")
+    return read_json(base.pinned.files, name, str(base)) if name in NAME_CLASSES else {}
 
 
 def _check_here(base: Checkpoint, name: str) -> None:

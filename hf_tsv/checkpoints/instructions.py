@@ -207,9 +207,12 @@ class _Steps:
 
     def _storage(self, _: None) -> None:
         found = self._stack.pop()
-        if not isinstance(found, tuple) or len(found) > MOST_ARGUMENTS or found[0] != "storage":
+        # Nothing else is looked at: a tuple of tuples of tuples takes for ever to compare or print.
+        if not isinstance(found, tuple) or not 3 <= len(found) <= MOST_ARGUMENTS:
             raise ValueError("no storage")
-        self._stack.append(_Storage(str(found[2]), _dtype_of(found[1])))
+        if not isinstance(found[0], str) or found[0] != "storage" or not isinstance(found[2], str):
+            raise ValueError("no storage")
+        self._stack.append(_Storage(found[2], _dtype_of(found[1])))
 
     def _call(self, _: None) -> None:
         arguments = self._stack.pop()

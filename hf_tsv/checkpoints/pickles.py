@@ -28,6 +28,7 @@ from hf_tsv.checkpoints.tensors import (
 from hf_tsv.errors import CheckpointError
 from hf_tsv.hub import WEIGHT_SUFFIXES
 from hf_tsv.parallel import in_parallel
+from hf_tsv.progress import quoted
 
 SUFFIXES = tuple(suffix for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors")
 MAX_PICKLE_BYTES = 32_000_000
@@ -169,7 +170,7 @@ def _info(
     dtype = tensor.dtype
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPE_NAMES:
         raise CheckpointError(
-            f"{owner}: {key} has dtype {str(dtype).removeprefix('torch.')}, which cannot be"
+            f"{owner}: {key} has dtype {quoted(str(dtype).removeprefix('torch.'))}, which cannot be"
             " merged.",
             "Dequantise the checkpoint first (float32, float16 or bfloat16).",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from json import JSONDecodeError
@@ -18,9 +18,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 
-from hf_tsv.errors import RepoError
+from hf_tsv.errors import OutputError, RepoError
 from hf_tsv.hub.client import (
     MOVED_ON,
     RETRY_WAITS,
@@ -150,14 +149,31 @@ def _check_visibility(info: ModelInfo, private: bool) -> None:
 
 
 def files_to_push(folder: Path) -> dict[str, Path]:
-    """What a push sends of a folder: all but what git and the Hub client keep in it."""
-    files = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    kept = filter_repo_objects(files, ignore_patterns=DEFAULT_IGNORE_PATTERNS)
-    return {name: files[name] for name in kept}
+    """What a push sends of a folder that hf-tsv wrote: all but hidden files.
+
+    Raises:
+        [`OutputError`]: it is not there or not whole, or has what must not be sent: links that lead
+            out of it, and names that are no text.
+    """
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    hidden = {name for name in files if any(part.startswith(".") for part in name.split("/"))}
+    files = {name: path for name, path in files.items() if path.is_file() and name not in hidden}
+    if not files.keys() & set(MARKERS):
+        raise OutputError(
+            f"{folder} is no finished output of hf-tsv (it has no {' or '.join(MARKERS)}).",
+            "Name the output of a merge, a compression or a reconstruction.",
+        )
+    root = folder.resolve()
+    for name, path in files.items():
+        if not path.resolve().is_relative_to(root):
+            raise OutputError(
+                f"{path} is a link to a file outside of {folder}.", "Remove it from the folder."
+            )
+        if not name.isprintable():
+            raise OutputError(f"{folder} has a file of the name {name!r}.", "Remove it.")
+    if hidden:
+        logger.info("Hidden files are not uploaded: %s.", ", ".join(sorted(hidden)))
+    return files
 
 
 def push(
@@ -168,7 +184,7 @@ def push(
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    commit_message: str = "Upload merged model",
+    commit_message: str,
 ) -> str:
     """Upload a finished folder as one commit; weights of an earlier upload are replaced.
 
@@ -184,6 +200,7 @@ def push(
             retried(lambda: client.create_repo(repo_id, private=private, exist_ok=True))
             if revision is not None and revision != "main" and not revision.startswith("refs/"):
                 retried(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True))
+        files = files_to_push(folder)  # once: it may be gone when somebody else's commit is found
         once = _once if create_pr else retried  # a lost answer would open a second one
         for race in range(RACES):
             head = retried(
@@ -191,7 +208,7 @@ def push(
                     repo_id, revision=revision, expand=["sha", "siblings"], timeout=SILENCE
                 )
             )
-            operations = _operations(folder, repo_id, head, warn=not create_pr and race == 0)
+            operations = _operations(files, repo_id, head, warn=not create_pr and race == 0)
             try:
                 commit = once(
                     lambda: client.create_commit(
@@ -253,11 +270,10 @@ def push_file(
 
 
 def _operations(
-    folder: Path, repo_id: str, head: ModelInfo, *, warn: bool
+    files: Mapping[str, Path], repo_id: str, head: ModelInfo, *, warn: bool
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """The files of a folder in place of those of an earlier upload."""
     there = [file.rfilename for file in head.siblings or []]
-    files = files_to_push(folder)
     old = [name for name in there if any(fnmatch(name, pattern) for pattern in OLD_WEIGHTS)]
     if warn and old and not set(MARKERS) & set(there):  # of somebody else's making
         logger.warning(
