@@ -423,3 +423,15 @@ assert not {"torch", "transformers", "huggingface_hub"} & set(sys.modules)
     ):
         assert example in hf_tsv(verb, "--help", COLUMNS="200").out
     assert hf_tsv_process("--version").out.strip()[0].isdigit()
+
+
+def test_a_merge_does_not_wait_for_transformers(zoo: Path, tmp_path: Path) -> None:
+    """Which takes a second to import."""
+    code = (
+        "import sys; from hf_tsv import cli; cli.app(standalone_mode=False); "
+        "assert 'transformers' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, "merge", zoo / "vision", "--base-model", zoo / "base",
+               "-o", tmp_path / "m"]  # fmt: skip
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    assert (tmp_path / "m").exists()

@@ -294,6 +294,12 @@ def scenarios_of(place: Place) -> list[Scenario]:
         Scenario("merge, replacing", (*merge, *to, "--force"), (*merge, "--alpha", "0.5", *to)),
         Scenario("merge, masks", (*merge, "--method", "tall-mask", *to)),
         Scenario("merge, pushed", (*merge, "--push-to", "me/x"), repo_id="me/x"),
+        Scenario(
+            "merge, pushed again",
+            (*merge, "--push-to", "me/x"),
+            (*merge, "--alpha", "0.5", "--push-to", "me/x"),
+            "me/x",
+        ),
         Scenario("compress", ("compress", full, *base, *to)),
         Scenario("compress, adapter", ("compress", full, *base, "--format", "peft", *to)),
         Scenario(

@@ -19,6 +19,9 @@ from typing import Any
 ON_DISK = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 """Steps that Python tells its audit hooks of, before it takes them."""
 
+FOLDERS = {"os.mkdir": 2, "os.remove": 1, "os.rmdir": 1}
+"""Which argument is the folder that a path is relative to."""
+
 FREEING = {"os.rename", "os.remove", "os.rmdir", "os.truncate"}
 """Steps that a full disk allows."""
 
@@ -82,7 +85,10 @@ def main() -> None:
     """Serve orders until stdin ends."""
 
     import accelerate  # noqa: F401  isort: skip
+    import jinja2  # noqa: F401  isort: skip
     import scipy.linalg  # noqa: F401  isort: skip
+    import threadpoolctl  # noqa: F401  isort: skip
+    import typer.main  # noqa: F401  isort: skip
 
     for line in sys.stdin:
         order = Order(**json.loads(line))
@@ -123,12 +129,15 @@ def _count_steps(order: Order) -> list[int]:
     """Count steps on the disk from now on; the last one is not taken, or of a write only half."""
     taken, pwrite = [0], os.pwrite
 
-    def here(path: Any) -> bool:
+    def here(event: str, arguments: tuple[Any, ...]) -> bool:
         try:
-            text = os.fsdecode(path)
+            path = os.fsdecode(arguments[0])
         except TypeError:  # a descriptor
             return False
-        return any(os.path.abspath(text).startswith(folder) for folder in order.watched)
+        folder = arguments[FOLDERS[event]] if event in FOLDERS else -1
+        if folder >= 0:  # as when a tree is removed
+            path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
+        return any(os.path.abspath(path).startswith(folder) for folder in order.watched)
 
     def due() -> bool:
         taken[0] += 1
@@ -137,7 +146,7 @@ def _count_steps(order: Order) -> list[int]:
         return taken[0] == order.last
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in ON_DISK or not here(arguments[0]):
+        if event not in ON_DISK or not here(event, arguments):
             return
         if order.full and event in FREEING:
             return

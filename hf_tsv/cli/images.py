@@ -111,14 +111,16 @@ def tasks_of(
     template: Sequence[str] | None,
 ) -> list[EvaluationTask]:
     """What `--task` names, with the options that say more of it."""
-    from hf_tsv.evaluation.data import EvaluationTask
-
     choices: dict[str, Any] = {"split": split, "image": image_column, "label": label_column}
     if template:
         choices["templates"] = tuple(template)
     if classes is not None:
         choices["classes"] = _names(classes, task or [])
-    return [EvaluationTask.parse(text, **choices) for text in task or []]
+    if not task:
+        return []
+    from hf_tsv.evaluation.data import EvaluationTask  # a second, for transformers
+
+    return [EvaluationTask.parse(text, **choices) for text in task]
 
 
 def named(text: str) -> tuple[str, str]:
