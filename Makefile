@@ -31,4 +31,4 @@ fix: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .demo .accuracy build dist
+	rm -rf $(VENV) .demo .accuracy .fuzz build dist

@@ -8,12 +8,12 @@ loads them into every CLIP class.
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hf_tsv.errors import CheckpointError
+from hf_tsv.progress import shortened
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def layout_of(config: dict[str, Any], owner: str) -> Layout:
     if not isinstance(model_type, str) or not model_type.isprintable() or not model_type:
         raise CheckpointError(
             f"{owner} is no model of transformers: its config.json says model_type"
-            f" {reprlib.repr(model_type)}.",
+            f" {shortened(model_type)}.",
             "A checkpoint saved by save_pretrained has one.",
         )
     return LAYOUTS.get(model_type) or Layout(model_type)
