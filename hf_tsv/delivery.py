@@ -213,5 +213,5 @@ def upload(folder: Path, target: Target, token: str | None) -> str:
         private=target.private,
         revision=target.revision,
         create_pr=target.create_pr,
-        commit_message=target.commit_message or "Upload model made with hf-tsv",
+        commit_message=target.commit_message,
     )

@@ -184,7 +184,7 @@ def push(
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    commit_message: str,
+    commit_message: str | None = None,
 ) -> str:
     """Upload a finished folder as one commit; weights of an earlier upload are replaced.
 
@@ -214,7 +214,7 @@ def push(
                     lambda: client.create_commit(
                         repo_id,
                         operations,  # noqa: B023
-                        commit_message=commit_message,
+                        commit_message=commit_message or "Upload model made with hf-tsv",
                         revision=revision,
                         create_pr=create_pr,
                         parent_commit=head.sha,  # noqa: B023
