@@ -172,8 +172,6 @@ def waiting(folder: Path) -> Iterator[None]:
                 if list(folder.parent.iterdir()) == [lock]:
                     shutil.rmtree(folder.parent, ignore_errors=True)
                 raise
-            # Without it nobody takes what a kill may leave of the rest for something finished.
-            (journal.work_of(folder) / journal.JOB).unlink(missing_ok=True)
             shutil.rmtree(folder.parent, ignore_errors=True)
 
 

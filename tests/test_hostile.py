@@ -198,6 +198,8 @@ def test_a_number_of_very_many_digits_is_one_line(tmp_path: Path, number: str) -
     (tmp_path / "r.yaml").write_text(recipe + number)
     with pytest.raises(RecipeError):
         Recipe.load(tmp_path / "r.yaml")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        parse_yaml(number)
     with pytest.raises(RecipeError, match="very many digits"):
         check_number("alpha", 10**5000)
 
