@@ -551,7 +551,8 @@ def test_an_upload_through_xet_that_fails_is_one_message_too(world: Path, hub: H
     assert hf_tsv(*MERGE, cwd=world).code == 0
     hub.fail("/xet-write-token/", 403, times=math.inf)
     words = ["push", "merged", "me/new"]
-    done = hf_tsv_process(*words, cwd=world, HF_HUB_DISABLE_XET=None)
+    home = str(world / "home")  # which it writes a log into
+    done = hf_tsv_process(*words, cwd=world, HF_HUB_DISABLE_XET=None, HF_HOME=home)
     assert complete(done)[1][1:] == [str(world / "merged"), "me/new"]
     assert "Error: The upload to me/new failed: " in done.err and "403" in done.err
     assert len(hub.repos["me/new"].commits) == 1
