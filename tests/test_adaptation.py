@@ -490,3 +490,20 @@ def test_images_of_fewer_tasks_are_warned_of(zoo: Path, images: Path, tmp_path: 
     one = Adaptation({"pets": str(images / "pets.parquet")}, steps=1)  # type: ignore[arg-type]
     report = adapted(zoo, tmp_path / "out", one, dry_run=True)
     assert any("images of 1 task for 2 checkpoints" in warning for warning in report.warnings)
+
+
+def test_threads_move_what_is_learned_by_rounding_only(
+    zoo: Path, images: Path, tmp_path: Path
+) -> None:
+    """Passes through the model are on torch's own threads, unlike everything else."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            report = adapted(zoo, tmp_path / str(threads), how(images))
+            rows = [e["coefficients"] for e in report.treatments.values() if "coefficients" in e]
+            found.append(torch.tensor(rows, dtype=torch.float64))
+    finally:
+        torch.set_num_threads(before)
+    assert float((found[0] - 1).abs().max()) > 0.01  # something was learned
+    assert all(float((other - found[0]).abs().max()) < 1e-5 for other in found[1:])

@@ -144,3 +144,23 @@ def test_the_order_in_which_files_arrive_changes_no_byte(
     assert done.code == 0, done.err
     local = files_of(tmp_path / "local")["model.safetensors"]
     assert outputs[0]["model.safetensors"] == local
+
+
+def test_threads_move_embeddings_by_rounding_only() -> None:
+    """What classifies images is on torch's own threads: accuracies may differ by a near tie."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(hidden_size=4 * WIDTH, intermediate_size=8 * WIDTH,
+                              num_hidden_layers=2, image_size=64, patch_size=16)  # fmt: skip
+    model, images = CLIPVisionModel(config).eval(), torch.randn(8, 3, 64, 64)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                found.append(model(images).pooler_output)
+    finally:
+        torch.set_num_threads(before)
+    first = found[0]
+    assert all(float((other - first).norm() / first.norm()) < 1e-5 for other in found[1:])
