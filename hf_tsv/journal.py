@@ -163,9 +163,9 @@ def under_construction(
             try:
                 if until_pushed:
                     _take_up(work, file, text, target)
-                resumed = _begin(work, file, text, target, plan, force=force)
                 if not (force or until_pushed):
                     _refuse_existing(target)
+                resumed = _begin(work, file, text, target, plan, force=force)
                 before = identity(target)
                 yield work, resumed
                 replace_folder(target, work / FILES, before)
@@ -203,7 +203,7 @@ def _refuse_strange(work: Path) -> None:
 def _refuse_existing(target: Path) -> None:
     """It was not there when the run began, or it would have been refused then."""
     if target.exists() and any(target.iterdir()):
-        raise _OthersError(
+        raise OutputError(
             f"{target} has been written by something else meanwhile.",
             "Move it away and give the same command again, or choose another output.",
         )

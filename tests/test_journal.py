@@ -593,6 +593,7 @@ def test_what_appears_before_the_work_is_not_overwritten(tmp_path: Path) -> None
     ):
         pytest.fail("the work began")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_damaged_companion_is_found_before_the_work(
