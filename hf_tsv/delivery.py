@@ -1,4 +1,4 @@
-"""Where a result goes: a folder that appears whole, a Hub repository, or both."""
+"""Delivery of a result: a complete folder, a Hub repository, or both."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from hf_tsv.folders import absolute, check_output_folder, disk_errors
 from hf_tsv.progress import logger
 
 UNPUSHED = Path(constants.HF_HOME) / "hf-tsv" / "unpushed"
-"""Where results wait that are only to be uploaded."""
+"""Folder of results that are only to be uploaded, until their upload succeeds."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the user asked for.
+    """Destination of a result, as the user asked.
 
     Args:
         output (`Path`, *optional*): folder to write.
@@ -35,7 +35,7 @@ class Target:
         private (`bool`, *optional*): make a new repository private.
         revision (`str`, *optional*): branch to push to.
         create_pr (`bool`): push as a pull request.
-        commit_message (`str`, *optional*): of the upload.
+        commit_message (`str`, *optional*): message of the upload's commit.
     """
 
     output: Path | None = None
@@ -51,10 +51,10 @@ class Target:
 
         Args:
             token (`str`, *optional*): default: the one the client is logged in with.
-            dry_run (`bool`): no place is needed then.
+            dry_run (`bool`): accept a target without a folder or repository.
 
         Returns:
-            [`Target`]: with an absolute folder and a full repository id.
+            [`Target`]: the same with an absolute folder and a full repository id.
         """
         only_pushing = [
             self.private is not None,
@@ -94,10 +94,10 @@ class Target:
         return target
 
     def refuse_inputs(self, inputs: Sequence[PinnedCheckpoint]) -> None:
-        """Refuse to replace one of the inputs: a folder that is or holds it, or its repository.
+        """Refuse to replace an input: a folder that is or contains it, or its repository.
 
         Args:
-            inputs (`Sequence[PinnedCheckpoint]`): what is read.
+            inputs (`Sequence[PinnedCheckpoint]`): checkpoints that are read.
         """
         for item in inputs:
             if item.is_local and self.output is not None:
@@ -117,12 +117,12 @@ class Target:
                 )
 
     def _replaces(self, item: PinnedCheckpoint) -> bool:
-        """Whether the branch pushed to is the one an input was read from, or may be."""
+        """Tell whether an input was, or may have been, read from the branch that is pushed to."""
         branch, asked = self.revision or "main", item.asked_revision or "main"
         return branch == asked or (asked == item.revision and branch == "main")
 
     def push_command(self, folder: Path) -> str:
-        """The command that uploads a finished folder as asked."""
+        """Command that uploads a finished folder to this target."""
         words = ["hf-tsv", "push", str(folder), str(self.push_to)]
         if self.private is not None:
             words.append("--private" if self.private else "--no-private")
@@ -133,11 +133,11 @@ class Target:
 
 
 def final_folder(target: Target, job: Mapping[str, Any]) -> Path:
-    """Where to assemble the result: the output; or a folder that the same job finds again.
+    """Folder in which to assemble the result: the output, or one that the same job finds again.
 
     Args:
-        target ([`Target`]): where the result goes.
-        job (`Mapping[str, Any]`): everything that decides about the result.
+        target ([`Target`]): destination of the result.
+        job (`Mapping[str, Any]`): everything that determines the result.
     """
     if target.output is not None:
         return target.output
@@ -149,15 +149,15 @@ def final_folder(target: Target, job: Mapping[str, Any]) -> Path:
 
 @contextmanager
 def waiting(folder: Path) -> Iterator[None]:
-    """Hold a folder that is only there to be uploaded, and remove it when the body ends well.
+    """Lock a folder that only waits for its upload, and remove it when the body succeeds.
 
     Other folders stay as they are.
 
     Args:
-        folder (`Path`): see [`final_folder`].
+        folder (`Path`): folder from [`final_folder`].
 
     Raises:
-        [`OutputError`]: another process is making or uploading it.
+        [`OutputError`]: another process is writing or uploading it.
     """
     if folder.parent.parent != UNPUSHED:
         yield

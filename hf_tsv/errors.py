@@ -1,13 +1,13 @@
-"""Every error a user can meet.
+"""Errors that a user can meet.
 
 HfTsvError
 ├── RepoError         a Hub repository cannot be read or written: unknown, gated, revision, token
 ├── CheckpointError   a checkpoint is damaged or does not fit the base model
-│   └── LostFileError a file of it was there, and cannot be read any more
+│   └── LostFileError a file of a checkpoint can no longer be read
 ├── RecipeError       a recipe or an option cannot be used
 ├── OutputError       the output folder cannot be written
-├── DataError         a dataset cannot be evaluated on
-└── LostProcessError  one of several processes is gone, or failed
+├── DataError         a dataset cannot be used for evaluation
+└── LostProcessError  one of the processes that share a run is gone, or failed
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class HfTsvError(Exception):
     """A problem the user can do something about.
 
     Args:
-        message (`str`): what was wrong, naming the thing (checkpoint, tensor, option).
-        hint (`str`, *optional*): what to do next.
+        message (`str`): the problem, naming the thing (checkpoint, tensor, option).
+        hint (`str`, *optional*): what the user can do next.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
@@ -39,7 +39,7 @@ class CheckpointError(HfTsvError):
 
 
 class LostFileError(CheckpointError):
-    """A file of a checkpoint was there, and cannot be read any more."""
+    """A file of a checkpoint can no longer be read, although it was there."""
 
 
 class RecipeError(HfTsvError):
@@ -51,7 +51,7 @@ class OutputError(HfTsvError):
 
 
 class DataError(HfTsvError):
-    """A dataset cannot be read, or does not have what is needed of it."""
+    """A dataset cannot be read, or lacks something the evaluation needs."""
 
 
 class LostProcessError(HfTsvError):

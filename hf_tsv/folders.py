@@ -1,4 +1,4 @@
-"""Output folders: checked before the work, whole or not there after it."""
+"""Output folders: checked before the work, and afterwards complete or absent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_tsv.errors import OutputError
 from hf_tsv.progress import first_line, human_bytes
 
 UNDER_CONSTRUCTION = re.compile(r"\..+\.hf-tsv(-[0-9a-f]{8}(-old)?)?")
-"""Names of folders that runs work in."""
+"""Pattern of the names of temporary folders in which a result is assembled."""
 
 
 @contextmanager
@@ -33,10 +33,10 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def absolute(output: Path) -> Path:
-    """The folder that a user means.
+    """Make a path absolute.
 
     Args:
-        output (`Path`): as given; may begin with `~`.
+        output (`Path`): path as the user gave it; may begin with `~`.
 
     Raises:
         [`OutputError`]: there is no such user.
@@ -51,7 +51,7 @@ def check_free_space(folder: Path, needed: int) -> None:
     """Refuse early when a disk has less than `needed` bytes left.
 
     Args:
-        folder (`Path`): where the output will be; need not exist yet.
+        folder (`Path`): output folder; need not exist yet.
         needed (`int`): bytes.
     """
     with disk_errors(folder):
@@ -69,9 +69,9 @@ def check_output_folder(folder: Path, markers: Sequence[str], *, force: bool) ->
     """Refuse an output folder that would overwrite something.
 
     Args:
-        folder (`Path`): wanted output; may not exist, or be empty.
-        markers (`Sequence[str]`): files of which an earlier output of ours holds one; only such a
-            folder is replaced.
+        folder (`Path`): output folder; may be absent or empty.
+        markers (`Sequence[str]`): file names, one of which is in every folder that hf-tsv wrote;
+            only such a folder is replaced.
         force (`bool`): the user asked to replace it.
     """
     with disk_errors(folder):
@@ -114,7 +114,7 @@ def _check_output_folder(folder: Path, markers: Sequence[str], *, force: bool) -
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `target` when the body ends well, and else nothing.
+    """Make a temporary sibling folder that becomes `target`, or is removed when the body fails.
 
     Args:
         target (`Path`): final place; an existing folder there is replaced.
@@ -136,7 +136,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def make_parents(folder: Path) -> list[Path]:
-    """Make the folders above one, and say which, the innermost first."""
+    """Make the parent folders of a folder, and return the new ones, innermost first."""
     made = [path for path in folder.parents if not path.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     return made
@@ -150,7 +150,7 @@ def remove_empty(folders: Sequence[Path]) -> None:
 
 
 def identity(folder: Path) -> object:
-    """Changes when a folder appears, is replaced, or gets or loses an entry."""
+    """Value that changes when a folder appears, is replaced, or gains or loses an entry."""
     try:
         stat = folder.lstat()
     except OSError:
@@ -159,7 +159,7 @@ def identity(folder: Path) -> object:
 
 
 def replace_folder(target: Path, new: Path, before: object) -> None:
-    """Put a finished folder in its place: before it is the old one there, or none, then the new.
+    """Put a finished folder in its place; until then the old folder, if any, stays there.
 
     Args:
         target (`Path`): the place; a folder there is removed.
@@ -167,7 +167,7 @@ def replace_folder(target: Path, new: Path, before: object) -> None:
         before (`object`): [`identity`] of the target when the work began.
 
     Raises:
-        [`OutputError`]: the target is not what it was.
+        [`OutputError`]: the target has changed since then.
     """
     if identity(target) != before:
         raise OutputError(
@@ -193,7 +193,7 @@ def replace_folder(target: Path, new: Path, before: object) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Have everything in a folder on the disk before it gets its name."""
+    """Flush everything in a folder to the disk before the folder gets its final name."""
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
             _flush_folder(path)
@@ -206,7 +206,7 @@ def _flush(folder: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Some systems do not open folders, and some file systems do not flush them."""
+    """Flush a folder's entries; systems that cannot open or flush a folder do nothing."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -216,7 +216,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Let two folders change places in one step; False where the system cannot do that."""
+    """Exchange two folders in one step; return False where the system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:  # not Linux
         return False

@@ -1,4 +1,4 @@
-"""An output under construction: what is finished of it, so that a run that stopped can go on.
+"""Outputs under construction and the journal of their finished weights, for resuming a run.
 
 Beside the output `merged` stands `.merged.hf-tsv`: the job in `job.json`, the files in `files/`,
 and in `done.N.jsonl` one line for each weight that process N has finished.
@@ -25,13 +25,13 @@ from hf_tsv.progress import logger
 
 JOB, FILES, FAILED, SPOOL = "job.json", "files", "failed", "vectors"
 OURS = re.compile(rf"{JOB}|{FILES}(-old)?|{FAILED}|{SPOOL}|done\..+")
-"""What may be in a folder under construction."""
+"""Pattern of the names that a folder under construction may contain."""
 
 T = TypeVar("T")
 
 
 def journal_file(rank: int) -> str:
-    """Name of the journal of one process."""
+    """Name of the journal of one process, by its rank."""
     return f"done.{rank}.jsonl"
 
 
@@ -40,7 +40,7 @@ class Journal:
 
     Args:
         work (`Path`): the folder under construction.
-        rank (`int`): of the process.
+        rank (`int`): rank of the process.
     """
 
     def __init__(self, work: Path, rank: int = 0) -> None:
@@ -53,18 +53,19 @@ class Journal:
         self._file.close()
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        """Note one weight, which is its `label`, after its last byte is written."""
+        """Record one weight, named by `label`, after its last byte is written."""
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 
 
 def read(work: Path, parse: Callable[[dict[str, Any]], T], processes: int = 1) -> dict[str, T]:
-    """Weights that the journals name; a line that was cut off does not count.
+    """Finished weights of all journals, by label; a line that was cut off is ignored.
 
     Args:
         work (`Path`): the folder under construction.
-        parse (`Callable`): makes of a line what was noted.
-        processes (`int`): whose journals there must be, though a listing may not show them yet.
+        parse (`Callable`): turns the JSON of a line into the recorded value.
+        processes (`int`): number of processes, whose journals are opened even where a listing of
+            the folder does not show them yet.
     """
     found = {}
     names = {path.name for path in _journals(work)} | set(map(journal_file, range(processes)))
@@ -86,7 +87,7 @@ def _journals(work: Path) -> list[Path]:
 def still_there(
     findings: Iterable[Finding], writer: ShardWriter, specs: Mapping[str, TensorSpec]
 ) -> list[Finding]:
-    """Those whose bytes stand in the files: after a power failure they may not."""
+    """Findings whose bytes are still in the files; a power failure may have lost some."""
     return [
         found
         for found in findings
@@ -95,7 +96,7 @@ def still_there(
 
 
 def rewrite(work: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Let one journal hold these weights, and no other any."""
+    """Write all finished weights to the first journal, and remove the other journals."""
     new = work / "done.new"
     lines = (json.dumps(entry) + "\n" for entry in entries)
     new.write_text("".join(lines), encoding="utf-8")
@@ -106,22 +107,22 @@ def rewrite(work: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 
 
 def begun_bytes(target: Path) -> int:
-    """Bytes that an earlier run has reserved for the same output."""
+    """Disk space, in bytes, that an earlier run has reserved for the same output."""
     try:
         files = list(work_of(target).rglob("*"))
-        return sum(512 * path.stat().st_blocks for path in files)  # not the holes
+        return sum(512 * path.stat().st_blocks for path in files)  # holes in files take none
     except OSError:
         return 0
 
 
 def work_of(target: Path) -> Path:
-    """Where an output is under construction."""
+    """Folder in which an output is under construction."""
     return target.with_name(f".{target.name}.hf-tsv")
 
 
 def note_failure(work: Path) -> None:
-    """Let the other processes stop after their next weight."""
-    with suppress(OSError):  # the folder may be what is wrong
+    """Make the other processes stop after their next weight."""
+    with suppress(OSError):  # the folder itself may be the failure
         (work / FAILED).touch()
 
 
@@ -134,24 +135,25 @@ def under_construction(
     force: bool,
     until_pushed: bool = False,
 ) -> Iterator[tuple[Path, bool]]:
-    """A folder that becomes `target` when the body ends well, and goes on where it stopped.
+    """Make or resume a folder that becomes `target` when the body succeeds.
 
-    A run that stops leaves it, whatever the reason, unless it is an input or option that will fail
-    again.
+    A run that stops keeps the folder, except after an error of an input or option, which would
+    come again.
 
     Args:
         target (`Path`): final place; an existing folder there is replaced.
-        job (`Mapping[str, Any]`): everything that decides about the result.
-        plan ([`ShardPlan`], *optional*): its files, as far as they are known before.
-        force (`bool`): forget what another job has begun.
-        until_pushed (`bool`): leave the journal beside the result, which the same job takes up
-            again then.
+        job (`Mapping[str, Any]`): everything that determines the result.
+        plan ([`ShardPlan`], *optional*): layout of the weight files, if known in advance.
+        force (`bool`): discard what another job has begun.
+        until_pushed (`bool`): keep the journal beside the result, so that the same job can resume
+            from the finished result.
 
     Yields:
-        `tuple[Path, bool]`: the folder under construction, and whether it holds a beginning.
+        `tuple[Path, bool]`: the folder under construction, and whether the run is resumed.
 
     Raises:
-        [`OutputError`]: another job began it, another process is at it, or something else is there.
+        [`OutputError`]: another job began the folder, another process is writing it, or it holds
+            files that hf-tsv did not make.
     """
     work = work_of(target)
     text = json.dumps(job, sort_keys=True, indent=1)
@@ -190,7 +192,7 @@ def under_construction(
 
 
 def _refuse_strange(work: Path) -> None:
-    """A folder of that name that no run of ours has made is not to be cleared."""
+    """Refuse a folder of that name that hf-tsv did not make, because it would be cleared."""
     strange = (
         [path for path in work.iterdir() if not OURS.fullmatch(path.name)] if work.is_dir() else []
     )
@@ -201,7 +203,7 @@ def _refuse_strange(work: Path) -> None:
 
 
 def _refuse_existing(target: Path) -> None:
-    """It was not there when the run began, or it would have been refused then."""
+    """Refuse an output that has appeared since the checks before the run."""
     if target.exists() and any(target.iterdir()):
         raise OutputError(
             f"{target} has been written by something else meanwhile.",
@@ -210,14 +212,14 @@ def _refuse_existing(target: Path) -> None:
 
 
 def _take_up(work: Path, file: IO[str], text: str, target: Path) -> None:
-    """What was finished and not pushed is under construction again, to be checked like the rest."""
+    """Move a finished result that was not pushed back under construction, to be checked again."""
     if file.read() == text and target.is_dir() and not (work / FILES).exists():
         target.rename(work / FILES)
     file.seek(0)
 
 
 class _OthersError(OutputError):
-    """What stands there is not ours to remove."""
+    """The folder belongs to another job, and must not be removed."""
 
 
 def _begin(
@@ -229,9 +231,9 @@ def _begin(
     *,
     force: bool,
 ) -> bool:
-    """Make the files, or find them begun by the same job."""
+    """Create the files, or find them begun by the same job; return True if so."""
     begun, files = file.read(), work / FILES
-    if not _is_json(begun):  # the run ended while it began
+    if not _is_json(begun):  # the earlier run ended while it wrote this
         begun = ""
     sizes = {} if plan is None else plan.sizes
     whole = files.is_dir() and all(
@@ -240,7 +242,7 @@ def _begin(
     )
     if begun == text and whole:
         (work / FAILED).unlink(missing_ok=True)
-        _clear(files, sizes)  # what the run had written beside the weights, maybe in part
+        _clear(files, sizes)  # the other files may be incomplete
         if plan is not None:
             write_index(files, plan)
         return True
@@ -261,7 +263,7 @@ def _begin(
 
 
 def _clear(folder: Path, kept: Collection[str]) -> None:
-    """Remove everything from a folder but what is named."""
+    """Remove everything from a folder except the named entries."""
     for path in folder.iterdir():
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -277,7 +279,7 @@ def _is_json(text: str) -> bool:
 
 @contextmanager
 def _unless_unknown() -> Iterator[None]:
-    """Some network file systems have no locks."""
+    """Ignore the error of network file systems that have no locks."""
     try:
         yield
     except OSError as error:
@@ -287,14 +289,14 @@ def _unless_unknown() -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, target: Path) -> Iterator[IO[str]]:
-    """A file held by one process at a time, where the system can do that.
+    """Open a file and lock it for this process, where the system has locks.
 
     Args:
-        path (`Path`): of the file, made if it is not there; read it, or append.
-        target (`Path`): of the work, for the error.
+        path (`Path`): path of the file, which is made if absent; read it, or append.
+        target (`Path`): output named in the error.
 
     Raises:
-        [`OutputError`]: another process holds it.
+        [`OutputError`]: another process holds the lock.
     """
     with path.open("a+", encoding="utf-8", errors="replace") as file:
         try:
@@ -303,7 +305,7 @@ def locked(path: Path, target: Path) -> Iterator[IO[str]]:
             with _unless_unknown():
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                raise BlockingIOError  # finished in this moment
+                raise BlockingIOError  # the holder has finished and removed it just now
         except ImportError:
             pass  # Windows
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Keeping the memory of a run to what it holds."""
+"""Memory of a run: allocation in huge pages, reuse of freed blocks, and the resident size."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SPARE = 1 << 23
 
 
 def share_one_heap() -> None:
-    """Let all threads use one heap of the C library, and give back what is free at its end.
+    """Let all threads use one heap of the C library, and return its free end to the system.
 
-    By default every thread has its own, glibc decides anew while it runs which blocks go there, and
-    what one thread frees another cannot use: up to 150 MB more after 48 layers. Blocks that come
-    from the system one by one cost a page fault for every 4 kB: 15 % of a merge. Nothing happens
-    where the C library is another.
+    By default glibc gives every thread a heap of its own and moves the limit of what goes there
+    while it runs; a block freed by one thread cannot be used by another: up to 150 MB more after
+    48 layers. Blocks mapped from the system one by one cost a page fault for every 4 kB: 15 % of a
+    merge. Without glibc nothing happens.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -45,7 +45,7 @@ HUGE_PAGE = 1 << 21
 
 
 class _Freed:
-    """Memory to use again, least recently freed first; kept while there are `users`."""
+    """Freed blocks to use again, least recently freed first; kept while there are `users`."""
 
     def __init__(self) -> None:
         self.blocks: list[mmap.mmap] = []
@@ -53,7 +53,7 @@ class _Freed:
         self.lock = threading.RLock()
 
     def take(self, size: int) -> mmap.mmap | None:
-        """A block of this size; if there is none, as much as will be asked of the system goes."""
+        """Return a freed block of exactly this size; without one, free the oldest `size` bytes."""
         with self.lock:
             for i in reversed(range(len(self.blocks))):
                 if len(self.blocks[i]) == size:
@@ -73,11 +73,11 @@ _freed = _Freed()
 
 @contextmanager
 def reused() -> Iterator[None]:
-    """Use memory of [`empty`] again instead of giving it back and asking for it.
+    """Reuse the memory of tensors from [`empty`] instead of returning it to the system.
 
-    A virtual machine can take as long to hand out a page as to compute with it. What is kept for
-    that makes way when other sizes are asked for: what it and all these tensors take is never more
-    than they took at some time. For large results of libraries [`give_back`] makes room.
+    On a virtual machine a fresh page can cost as much as computing with it. Kept blocks of other
+    sizes are freed first when a new size is wanted, so that live and kept blocks together never
+    exceed the earlier peak of live ones. [`give_back`] makes room for large results of libraries.
     """
     with _freed.lock:
         _freed.users += 1
@@ -91,7 +91,7 @@ def reused() -> Iterator[None]:
 
 
 def give_back() -> None:
-    """Return to the system what is kept to be used again."""
+    """Return the kept blocks to the system."""
     with _freed.lock:
         _freed.blocks.clear()
 
@@ -99,16 +99,16 @@ def give_back() -> None:
 def empty(
     *shape: int, dtype: torch.dtype, device: torch.device = CPU, pinned: bool = False
 ) -> Tensor:
-    """An uninitialised tensor; a large one on the CPU in huge pages where the system has them.
+    """Make an uninitialised tensor; a large one on the CPU in huge pages where the system has them.
 
-    Touching memory for the first time then takes a tenth of the time, and what is freed goes back
-    to the system at once, or is used again inside [`reused`].
+    Touching memory for the first time then takes a tenth of the time. Freed memory goes back to
+    the system at once, or is used again inside [`reused`].
 
     Args:
         shape (`int`): sizes of its dimensions.
-        dtype (`torch.dtype`): of its entries.
-        device (`torch.device`): where it lies.
-        pinned (`bool`): locked in memory, from where a GPU copies at full speed.
+        dtype (`torch.dtype`): type of its entries.
+        device (`torch.device`): device of the tensor.
+        pinned (`bool`): lock it in memory, from where a GPU copies at full speed.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < LARGE or pinned or device.type != "cpu" or not _huge_pages():
@@ -120,25 +120,25 @@ def empty(
 
 
 def _rounded(nbytes: int) -> int:
-    """To whole huge pages: Linux aligns such sizes, from 6.7 on."""
+    """Round up to whole huge pages, because Linux from 6.7 on aligns such sizes."""
     return -(-nbytes // HUGE_PAGE) * HUGE_PAGE
 
 
 def _block(nbytes: int) -> mmap.mmap:
     try:
         block = mmap.mmap(-1, _rounded(nbytes), mmap.MAP_PRIVATE)
-    except OSError as error:  # which is for disks here
+    except OSError as error:  # `disk_errors` would blame a disk for it
         raise MemoryError(f"no memory for {nbytes} bytes") from error
     whole = nbytes // HUGE_PAGE * HUGE_PAGE
     if whole:
-        with suppress(OSError):  # then it has small pages
+        with suppress(OSError):  # small pages do as well
             block.madvise(mmap.MADV_HUGEPAGE, 0, whole)  # the last page stays small, unless full
     return block
 
 
 @functools.cache
 def _huge_pages() -> bool:
-    """Whether they are to be had by asking."""
+    """Tell whether the system gives huge pages to a process that asks for them."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return False
     try:
@@ -148,7 +148,7 @@ def _huge_pages() -> bool:
 
 
 def resident() -> int:
-    """Bytes of memory this process has in use; where the system does not say, the most it had."""
+    """Bytes of memory this process has in use, or the peak where the system tells only that."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

@@ -1,4 +1,4 @@
-"""Running calls in threads so that Ctrl-C is not held up by the slowest of them."""
+"""Calls in threads that do not delay Ctrl-C until the slowest one ends."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 def in_parallel(call: Callable[[S], T], items: Iterable[S], threads: int = 8) -> list[T]:
-    """Results of `call` on every item, in order; the first failure stops what has not begun.
+    """Results of `call` on every item, in order; the first failure cancels those not yet begun.
 
     Args:
-        call (`Callable`): safe to run in several threads.
-        items (`Iterable`): its arguments.
-        threads (`int`): how many at a time.
+        call (`Callable`): function that is safe to run in several threads.
+        items (`Iterable`): arguments of the calls.
+        threads (`int`): largest number of calls at a time.
     """
     pool = ThreadPoolExecutor(threads)
     try:

@@ -1,7 +1,8 @@
-"""Several processes that share one run: started by torchrun or accelerate, on one machine or more.
+"""Processes that share one run: started by torchrun or accelerate, on one or more machines.
 
-The first one leads: it resolves, decides, describes and uploads. All of them compute and write
-their own weights, into the same files. They exchange a few messages over gloo, also on GPUs.
+The first process leads: it resolves inputs, makes decisions, writes descriptions and uploads. All
+processes compute weights and write them into the same files. They exchange a few messages over
+gloo, also on GPUs.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from typing import Any
 from hf_tsv.errors import HfTsvError, LostProcessError, RecipeError
 
 PATIENCE = timedelta(days=1)
-"""How long processes wait for one another, as for the first one's downloads; a dead one shows at
-once."""
+"""Longest time processes wait for one another, such as for downloads of the first one; a dead
+process is noticed at once."""
 
 LOST = "A process of this run is gone."
 AGAIN = "Run the same command again; it goes on with what is finished."
 
 
 def launched() -> int:
-    """Number of processes that a launcher started; 1 without one."""
+    """Number of processes that a launcher started, or 1 without a launcher."""
     text = os.environ.get("WORLD_SIZE", "")
     return int(text) if text.isdecimal() else 1
 
 
 def is_leader() -> bool:
-    """Whether this process is the one that speaks."""
+    """Tell whether this process is the first one, which alone prints."""
     return launched() < 2 or os.environ.get("RANK", "0") == "0"
 
 
@@ -39,10 +40,10 @@ class Processes:
     """The processes of this run.
 
     Args:
-        rank (`int`): of this one.
-        count (`int`): of all.
-        connection (`Any`): what messages go over.
-        listening (`bool`): whether the others wait for a message of the first one.
+        rank (`int`): rank of this process.
+        count (`int`): number of processes.
+        connection (`Any`): process group for messages.
+        listening (`bool`): whether the others wait for a message of the first process.
     """
 
     rank: int = 0
@@ -51,7 +52,7 @@ class Processes:
     listening: bool = True
 
     def send(self, message: Any) -> None:
-        """Give all others a message; only the first process does."""
+        """Send a message to all others; only the first process calls this."""
         if self.count > 1:
             import torch.distributed as dist
 
@@ -60,10 +61,10 @@ class Processes:
                 dist.broadcast_object_list([message], group=self.connection)
 
     def receive(self) -> Any:
-        """The next message of the first process.
+        """Receive the next message of the first process.
 
         Raises:
-            [`LostProcessError`]: it failed; it has said why.
+            [`LostProcessError`]: the first process failed, and has printed why.
         """
         import torch.distributed as dist
 
@@ -75,10 +76,10 @@ class Processes:
         return box[0]
 
     def shared(self, value: Any) -> Any:
-        """What the first process has, in all of them.
+        """Return the first process's value in all processes.
 
         Args:
-            value: counts in the first process only.
+            value: value to share; ignored in all processes but the first.
         """
         if self.rank:
             return self.receive()
@@ -86,10 +87,10 @@ class Processes:
         return value
 
     def gathered(self, value: Any) -> list[Any]:
-        """What all processes have, by rank; they wait for one another.
+        """Values of all processes, by rank; every process waits for all others.
 
         Args:
-            value: of this one.
+            value: value of this process.
         """
         if self.count == 1:
             return [value]
@@ -101,20 +102,20 @@ class Processes:
         return values
 
     def agree(self, error: HfTsvError | None = None) -> None:
-        """Wait until all are here; raise everywhere what one of them has met.
+        """Wait for all processes, and raise in each of them the error that one has met.
 
         Args:
-            error ([`HfTsvError`], *optional*): what this one has met.
+            error ([`HfTsvError`], *optional*): the error this process has met.
         """
         met = self.gathered(error and (type(error), error.message, error.hint))
-        # what made one stop comes before that others stopped with it
+        # a cause comes before the LostProcessErrors that follow from it
         failures = sorted(filter(None, met), key=lambda failure: failure[0] is LostProcessError)
         for kind, message, hint in failures:
             raise kind(message, hint)
         self.listening = True
 
     def dismiss(self, message: Any) -> None:
-        """The last message; the work is done, so nobody has to be there any more."""
+        """Send the last message; a process that has already left is no error, the work is done."""
         with suppress(LostProcessError):
             self.send(message)
 
@@ -132,17 +133,17 @@ class Processes:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Sent in the place of a message."""
+    """Message that stands for a failure of the first process."""
 
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Meet the processes that a launcher started; alone without one.
+    """Connect the processes that a launcher started; without a launcher there is only this one.
 
-    All of them have to call what calls this.
+    Every process has to call this.
 
     Raises:
-        [`RecipeError`]: they do not meet.
+        [`RecipeError`]: they cannot connect.
     """
     if launched() < 2:
         yield Processes()
@@ -154,7 +155,7 @@ def joined() -> Iterator[Processes]:
     try:
         if own:
             dist.init_process_group("gloo", timeout=PATIENCE)
-        else:  # of the caller, perhaps over NCCL, which waits ten minutes
+        else:  # the caller's group may be NCCL, which gives up after ten minutes
             connection = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RecipeError(
@@ -169,10 +170,10 @@ def joined() -> Iterator[Processes]:
 
 
 def alone(command: str) -> None:
-    """Refuse several processes where one does all.
+    """Refuse a launcher for a command that one process does alone.
 
     Raises:
-        [`RecipeError`]: a launcher started more.
+        [`RecipeError`]: a launcher started more than one process.
     """
     if launched() > 1:
         raise RecipeError(
@@ -181,14 +182,14 @@ def alone(command: str) -> None:
 
 
 def shares(costs: Sequence[float], count: int) -> list[list[int]]:
-    """Split work so that the largest share is about as small as it can be.
+    """Split work into shares whose largest is nearly as small as possible.
 
-    The costliest piece goes to whoever has least so far (Graham, 1969); each share keeps the order
-    of the pieces.
+    The costliest piece goes to the share with the least so far (Graham, 1969); each share keeps
+    the order of its pieces.
 
     Args:
-        costs (`Sequence[float]`): of each piece.
-        count (`int`): of shares.
+        costs (`Sequence[float]`): cost of each piece.
+        count (`int`): number of shares.
 
     Returns:
         `list[list[int]]`: indices of the pieces of each share.
@@ -208,7 +209,7 @@ def shares(costs: Sequence[float], count: int) -> list[list[int]]:
 
 @contextmanager
 def _noticing() -> Iterator[None]:
-    """A connection that broke means that a process is gone."""
+    """Turn a broken connection into a [`LostProcessError`]."""
     try:
         yield
     except RuntimeError:

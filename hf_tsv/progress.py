@@ -1,4 +1,4 @@
-"""Progress bars on stderr, the logger of status lines and warnings, and text for people."""
+"""Progress bars on stderr, the logger of status lines and warnings, and readable text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ADDRESS = re.compile(r"(https?://)(?:[^\s/'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?")
 
 
 def visible_by_default() -> bool:
-    """Whether bars are shown unless the caller says otherwise: on a terminal, as the Hub client."""
+    """Tell whether bars are shown by default: on a terminal, unless the Hub client's are off."""
     disabled = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {
         "1",
         "ON",
@@ -33,14 +33,14 @@ def bar(
     """Show one bar while the body runs.
 
     Args:
-        description (`str`): what is being done.
+        description (`str`): current activity.
         total (`int`): number of steps, or bytes.
         in_bytes (`bool`): show sizes and speed.
-        visible (`bool`): without it nothing is shown.
+        visible (`bool`): show the bar at all.
 
     Yields:
-        `Callable[[int, str], None]`: call it with the steps done, and if it changes with the
-        description; safe from any thread.
+        `Callable[[int, str], None]`: function to call with the number of steps done, and with a
+            new description if it changes; safe from any thread.
     """
     if not visible or total == 0:
         yield lambda steps, description=None: None
@@ -74,7 +74,7 @@ def bar(
 
 
 def human_bytes(size: float) -> str:
-    """`size` in bytes as people write it, in powers of 1000 like the Hub.
+    """Size in bytes as readable text, in powers of 1000 like the Hub.
 
     Example:
         >>> human_bytes(605_157_884)
@@ -88,17 +88,17 @@ def human_bytes(size: float) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with its control characters written out, line breaks aside."""
+    """Text with its control characters escaped, except line breaks."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
-    """The text with its control characters written out, line breaks as spaces."""
+    """Text with its control characters escaped and line breaks replaced by spaces."""
     return printable(text).replace("\n", " ")
 
 
 def redacted(text: str) -> str:
-    """The text without the secrets that addresses may hold: passwords, and signatures.
+    """Text without the secrets in its addresses: passwords, and signatures in queries.
 
     Example:
         >>> redacted("GET http://me:secret@proxy/a?Signature=abc failed")
@@ -108,19 +108,19 @@ def redacted(text: str) -> str:
 
 
 def quoted(value: object) -> str:
-    """A value from elsewhere for an error: a plain word as it is, anything else cut and quoted."""
+    """Untrusted value for an error message: a plain word as it is, the rest cut and quoted."""
     plain = isinstance(value, str) and len(value) < 100 and re.fullmatch(r"[\w.-]+", value)
     return str(value) if plain else shortened(value)
 
 
 def shortened(value: object) -> str:
-    """A value from elsewhere as Python writes it, cut."""
+    """Untrusted value as Python prints it, cut to a short length."""
     try:
         return reprlib.repr(value)
-    except ValueError:  # Python does not write it
+    except ValueError:  # Python refuses to print very long integers
         return "a number of very many digits"
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, cut short; its type if it says nothing."""
+    """First line of an error of a library, cut short; its type if it has no message."""
     return next(iter(redacted(str(error)).splitlines()), "")[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""JSON and YAML that others wrote: parsed within bounds, whatever they say."""
+"""JSON and YAML from untrusted files, parsed within bounds."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import yaml
 
 MAX_BYTES = 32_000_000
 MAX_JSON_VALUES = 2_000_000
-"""Far beyond the header of 50,000 tensors; the worst of them take a quarter of a gigabyte."""
+"""Most values of a JSON text, far beyond a header of 50,000 tensors; they take up to 250 MB."""
 
 MAX_YAML_VALUES = 300_000
-"""The same for YAML, of which a value takes about a kilobyte while it is parsed."""
+"""Most values of a YAML text, each of which takes about a kilobyte while it is parsed."""
 
 JSON_MARKS, YAML_MARKS = b",:[{", b",:[{-?\n"
-"""Of these there is at least one for every value but the first."""
+"""Bytes of which at least one precedes every value but the first, so that they bound the count."""
 
 MAX_DEPTH = 100
-"""Of lists in lists; what reads or writes them calls itself, and Python's stack has an end."""
+"""Deepest nesting of lists, since readers and writers recurse and Python's stack is limited."""
 
 MOST_DIGITS = 1000
-"""Of a number in YAML."""
+"""Most digits of a YAML integer, because converting them takes quadratic time."""
 
 SURROGATE = re.compile(rb"\\u[dD]")
 
 
 def parse_json(raw: bytes, *, unique: bool = False) -> Any:
-    """What a JSON text says.
+    """Parse a JSON text.
 
     Args:
         raw (`bytes`): the text, in UTF-8.
-        unique (`bool`): refuse a key that comes twice; without it the last one counts.
+        unique (`bool`): refuse duplicate keys; otherwise the last one counts.
 
     Raises:
         `ValueError`: it is not valid JSON.
@@ -46,7 +46,7 @@ def parse_json(raw: bytes, *, unique: bool = False) -> Any:
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_unique if unique else None)
         if SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode()  # half a pair is no text
+            json.dumps(value, ensure_ascii=False).encode()  # fails for half a surrogate pair
     except (ValueError, RecursionError):
         raise ValueError("not valid JSON") from None
     if _is_deep(value):
@@ -55,16 +55,16 @@ def parse_json(raw: bytes, *, unique: bool = False) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text says, as `yaml.safe_load` reads it, but without aliases.
+    """Parse a YAML text as `yaml.safe_load` does, but refuse aliases.
 
-    With them what is said may double with every line, so that a kilobyte stands for more than
-    memory holds or can be compared in a lifetime.
+    Aliases can double the content with every line, so that a kilobyte stands for more than memory
+    holds or a comparison could ever finish.
 
     Args:
         text (`str`): one document.
 
     Raises:
-        `ValueError`: it is not valid YAML, or written with aliases; says which.
+        `ValueError`: it is not valid YAML, or it has aliases; the message says which.
         `OverflowError`: it is too large.
 
     Example:
@@ -76,7 +76,7 @@ def parse_yaml(text: str) -> Any:
     except UnicodeEncodeError:
         raise ValueError("not valid YAML") from None
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  (a safe one)
+        return yaml.load(text, _Loader)  # noqa: S506  (derived from SafeLoader)
     except _AliasError:
         raise ValueError("written with aliases, which are not read") from None
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError):
@@ -112,11 +112,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _AliasError(Exception):
-    """Something that stands elsewhere."""
+    """A YAML alias was met."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe, without aliases, and without numbers that take long to read or cannot be written."""
+    """Safe loader that refuses aliases, and integers too long to parse or print quickly."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > MOST_DIGITS:
