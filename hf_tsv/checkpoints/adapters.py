@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT as fine-tunes: what they change, as PEFT would merge it into the base."""
+"""LoRA adapters of PEFT as fine-tunes, with the weights that PEFT would merge."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ PREFIX = "base_model.model."
 PART = re.compile(r"(.+)\.lora_(A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)")
 LONGEST_PATTERN = 300
 REPEATED_GROUP = re.compile(r"\)[*+?{]|(?:[*+}?].*){4}")
-"""What makes matching exponential, or of too high a power."""
+"""Constructs of a regular expression that make matching exponential, or a high polynomial."""
 
 WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)\.")
 PREFIXES = {"CLIPTextModel": ("text_model.", ""), "CLIPVisionModel": ("vision_model.", "")}
-"""What canonical names have and those of a class have not, the likelier first."""
+"""Prefixes that a class's own names may lack of the canonical ones, the likelier first."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """The pair of one module: Δ = scale · B A.
+    """LoRA pair of one module: Δ = scale · B A.
 
     Args:
         scale (`float`): α / r, or α / √r.
-        A (`TensorInfo`): shape (r, d_in), or a convolution of it.
-        B (`TensorInfo`): shape (d_out, r).
-        bias (`TensorInfo`, *optional*): of B; scaled too.
-        magnitude (`TensorInfo`, *optional*): of every row of W0 + Δ, which are scaled to it (DoRA).
+        A (`TensorInfo`): factor of shape (r, d_in), or a convolution of that kind.
+        B (`TensorInfo`): factor of shape (d_out, r).
+        bias (`TensorInfo`, *optional*): bias of B, which is scaled too.
+        magnitude (`TensorInfo`, *optional*): norm that each row of W0 + Δ is scaled to (DoRA).
     """
 
     scale: float
@@ -56,15 +56,15 @@ class Lora:
 
 @dataclass(frozen=True)
 class Adapter(Checkpoint):
-    """A LoRA adapter on a base model: the checkpoint that PEFT would make of them.
+    """LoRA adapter on a base model, read as the checkpoint that PEFT would make of them.
 
     Args:
-        adapter_config (`Mapping[str, Any]`): of adapter_config.json.
-        base ([`Checkpoint`], *optional*): W0; without it no name is known.
-        loras (`Mapping[str, Lora]`): by canonical name of the weight.
-        values (`Mapping[str, TensorInfo]`): what is stored whole, by canonical name.
-        biases (`Mapping[str, Lora]`): whose bias is added, by canonical name of the bias.
-        stored (`Mapping[str, TensorInfo]`): everything in the file, by the names of its class.
+        adapter_config (`Mapping[str, Any]`): content of adapter_config.json.
+        base ([`Checkpoint`], *optional*): W0; without it no canonical name is known.
+        loras (`Mapping[str, Lora]`): pairs, by canonical name of the weight.
+        values (`Mapping[str, TensorInfo]`): tensors stored whole, by canonical name.
+        biases (`Mapping[str, Lora]`): pairs with a bias, by canonical name of that bias.
+        stored (`Mapping[str, TensorInfo]`): all tensors of the file, by the names of its class.
     """
 
     adapter_config: Mapping[str, Any] = field(default_factory=dict)
@@ -76,17 +76,17 @@ class Adapter(Checkpoint):
 
     @property
     def needed_files(self) -> tuple[str, ...]:
-        """What a run reads of it."""
+        """Names of the files that a run reads."""
         return (CONFIG_FILE, *self.weight_files)
 
     def on(self, base: Checkpoint) -> Adapter:
-        """The same adapter with the base model it is applied to.
+        """Make the same adapter with the base model it is applied to.
 
         Args:
             base ([`Checkpoint`]): W0.
 
         Raises:
-            [`CheckpointError`]: a module is not in the base, or of another shape.
+            [`CheckpointError`]: a module is not in the base, or has another shape there.
         """
         pairs, values = _sorted(self.stored, str(self))
         head = {name: info for name, info in values.items() if layout.TASK_HEAD.match(name)}
@@ -114,7 +114,7 @@ class Adapter(Checkpoint):
         )  # fmt: skip
 
     def changes(self, names: Iterable[str]) -> bool:
-        """Whether it has anything for one of these weights; the others it leaves as they are.
+        """Tell whether the adapter changes any of these weights.
 
         Args:
             names (`Iterable[str]`): canonical names.
@@ -124,22 +124,22 @@ class Adapter(Checkpoint):
         )
 
     def parts(self, name: str) -> list[TensorInfo]:
-        """What reading one weight reads of its files."""
+        """Tensors of the adapter's files that reading one weight needs."""
         lora, biased = self.loras.get(name), self.biases.get(name)
         held = [lora.A, lora.B, lora.magnitude] if lora else [biased.bias] if biased else []
         return [info for info in (*held, self.values.get(name)) if info is not None]
 
     def read(self, name: str, *, pinned: bool = False) -> Tensor:
-        """W0 + Δ of one weight, as PEFT merges it.
+        """Compute W0 + Δ of one weight, as PEFT merges it.
 
         Args:
-            name (`str`): canonical name, or that of a tensor of the task head.
-            pinned (`bool`): into memory from where a GPU copies at full speed.
+            name (`str`): canonical name, or the name of a tensor of the task head.
+            pinned (`bool`): read into memory from where a GPU copies at full speed.
         """
         whole = self.values.get(name) or self.head.get(name)
         if whole is not None:
             return read_tensor(self.pinned.files, whole, name, str(self), pinned=pinned)
-        assert self.base is not None  # names are known with it only
+        assert self.base is not None  # the names of other weights come from the base
         w0 = self.base.read(name, pinned=pinned)
         if not self.changes([name]):
             return w0
@@ -160,11 +160,11 @@ class Adapter(Checkpoint):
     def triplets(
         self, name: str, digests: dict[str, str] | None = None
     ) -> TaskSingularVectors | None:
-        """The singular triplets of Δ, from the pair alone; None where it is not its product.
+        """Singular triplets of Δ from its factors; None if Δ is not simply their product.
 
         Args:
             name (`str`): canonical name of a weight.
-            digests (`dict[str, str]`, *optional*): gets the digest of both halves.
+            digests (`dict[str, str]`, *optional*): receives the digests of both factors.
         """
         lora = self.loras.get(name)
         if lora is None or lora.magnitude is not None or len(lora.A.shape) != 2:
@@ -188,7 +188,7 @@ class Adapter(Checkpoint):
         weight: TensorInfo | None,
         base: Checkpoint,
     ) -> Lora:
-        """The pair of a module, if its halves fit together and to the weight."""
+        """Pair of a module, after a check that both factors fit each other and the weight."""
         if weight is None:
             raise _no_place(self, f"{module}.weight", base)
         A, B = parts["A.weight"], parts["B.weight"]
@@ -226,15 +226,15 @@ class Adapter(Checkpoint):
 
 
 def is_adapter(pinned: PinnedCheckpoint) -> bool:
-    """Whether a repository or folder holds an adapter of PEFT."""
+    """Tell whether a repository or folder holds an adapter of PEFT."""
     return pinned.files.size(CONFIG_FILE) is not None
 
 
 def open_adapter(pinned: PinnedCheckpoint) -> Adapter:
-    """Read configuration and headers of an adapter; [`Adapter.on`] a base its names are known.
+    """Read configuration and headers of an adapter; canonical names come with [`Adapter.on`].
 
     Raises:
-        [`CheckpointError`]: no LoRA, or damaged.
+        [`CheckpointError`]: not a LoRA adapter, or damaged.
     """
     owner = str(pinned)
     config = read_json(pinned.files, CONFIG_FILE, owner)
@@ -253,7 +253,7 @@ def open_adapter(pinned: PinnedCheckpoint) -> Adapter:
 def _sorted(
     stored: Mapping[str, TensorInfo], owner: str
 ) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
-    """Parts of each module's pair, and what is stored whole by the name of its parameter."""
+    """Split tensors into the parts of each module's pair, and those stored whole."""
     pairs: dict[str, dict[str, TensorInfo]] = {}
     values: dict[str, TensorInfo] = {}
     for name, info in stored.items():
@@ -274,7 +274,7 @@ def _sorted(
 
 
 def _prefix(wanted: Sequence[str], base: Checkpoint, config: Mapping[str, Any]) -> str:
-    """What the names of the adapter lack to be canonical: with it most are in the base."""
+    """Prefix with which most names of the adapter are canonical names of the base."""
     mapping = config.get("auto_mapping")
     model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     prefixes = PREFIXES.get(str(model_class), ("", "vision_model.", "text_model."))
@@ -282,7 +282,7 @@ def _prefix(wanted: Sequence[str], base: Checkpoint, config: Mapping[str, Any]) 
 
 
 def _shape(parts: Mapping[str, TensorInfo]) -> tuple[int, ...]:
-    """Of the product, () if the halves do not multiply."""
+    """Shape of the product of both factors, or () if they do not multiply."""
     A, B = parts["A.weight"].shape, parts["B.weight"].shape
     if len(A) < 2 or len(A) != len(B) or B[1] != A[0] or math.prod(B[2:]) != 1:
         return ()
@@ -297,7 +297,7 @@ def _no_place(owner: object, name: str, base: Checkpoint) -> CheckpointError:
 
 
 def _of_pattern(patterns: object, module: str, default: Any, owner: str) -> Any:
-    """The value of the first pattern that ends a module's name, as PEFT looks it up."""
+    """Value of the first pattern that ends a module's name, as PEFT looks it up."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         if max(len(pattern), len(module)) > LONGEST_PATTERN or REPEATED_GROUP.search(pattern):
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Tensors of Hub repositories fetched ahead, in the order they will be read."""
+"""Read-ahead of Hub repositories: bytes are fetched in the order they will be read."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hf_tsv.errors import RepoError
 
 CONNECTIONS = 8
 AHEAD_BYTES = 64_000_000
-"""That are fetched or wait to be read, of all repositories together."""
+"""Most bytes that are being fetched or wait to be read, of all repositories together."""
 
 LARGEST_PIECE, SMALLEST_PIECE = 4_000_000, 250_000
 LARGEST_GAP = 4096
-"""Between two tensors that are fetched with one request."""
+"""Largest gap, in bytes, between two tensors that are fetched with one request."""
 
 
 @dataclass
@@ -28,10 +28,10 @@ class _Piece:
     """Bytes that one request fetches.
 
     Args:
-        file (`str`): where they lie.
-        start (`int`): the first.
-        stop (`int`): after the last.
-        data (`Future`, *optional*): the bytes, once they were asked for and until they are read.
+        file (`str`): name of the file.
+        start (`int`): first byte.
+        stop (`int`): end, after the last byte.
+        data (`Future`, *optional*): the bytes, from the request until they are read.
     """
 
     file: str
@@ -48,13 +48,13 @@ _Job = tuple[Future[bytearray], hub.RepoSnapshot, str, int, int]
 
 
 class Connections:
-    """Threads that fetch, for several repositories, and that nobody has to wait for.
+    """Daemon threads that fetch bytes for several repositories.
 
-    Those of an executor are waited for when the program ends: after Ctrl-C a minute, where the Hub
-    does not answer.
+    An executor's threads would hold up the end of the program: for a minute after Ctrl-C, where
+    the Hub does not answer.
 
     Args:
-        count (`int`): how many.
+        count (`int`): number of threads.
     """
 
     def __init__(self, count: int = CONNECTIONS) -> None:
@@ -64,7 +64,7 @@ class Connections:
             threading.Thread(target=self._work, name="hf-tsv-fetch", daemon=True).start()
 
     def fetch(self, repo: hub.RepoSnapshot, path: str, start: int, stop: int) -> Future[bytearray]:
-        """Bytes `start` … `stop` − 1 of a file, soon; cancelling ends any wait for them."""
+        """Fetch bytes `start` … `stop` − 1 of a file later; cancelling ends any wait for them."""
         result: Future[bytearray] = Future()
         if self._closed.is_set():
             result.cancel()
@@ -72,7 +72,7 @@ class Connections:
         return result
 
     def close(self) -> None:
-        """Let the threads end, once they are done with what they are at."""
+        """End each thread after the request it is working on."""
         if not self._closed.is_set():
             self._closed.set()
             for _ in range(self._count):
@@ -94,15 +94,16 @@ class Connections:
 
 
 class AheadFiles(HubFiles):
-    """A Hub repository of which the next bytes are fetched while others are read.
+    """Hub repository whose next bytes are fetched while others are read.
 
-    Small tensors that lie together come with one request, large ones with several side by side.
+    One request fetches several small neighbouring tensors; several parallel requests fetch a
+    large one.
 
     Args:
-        repo ([`RepoSnapshot`]): which commit.
-        subfolder (`str`): whose files these are; empty for all.
-        connections ([`Connections`]): that fetch.
-        share (`int`): bytes that may wait to be read.
+        repo ([`RepoSnapshot`]): repository and commit.
+        subfolder (`str`): folder of the files; empty for the whole repository.
+        connections ([`Connections`]): threads that fetch.
+        share (`int`): most bytes that may wait to be read.
     """
 
     def __init__(
@@ -118,11 +119,11 @@ class AheadFiles(HubFiles):
         self._lock = threading.Lock()
 
     def expect(self, spans: Iterable[tuple[str, int, int]]) -> None:
-        """Say what will be read next, and begin to fetch it.
+        """Declare what will be read next, and begin to fetch it.
 
         Args:
             spans (`Iterable[tuple[str, int, int]]`): file, first byte, and number of bytes, in the
-                order they will be read. What is not among them can be read too.
+                order they will be read. Other bytes can be read too.
         """
         largest = min(LARGEST_PIECE, max(SMALLEST_PIECE, self._share // 2))
         with self._lock:
@@ -157,7 +158,7 @@ class AheadFiles(HubFiles):
                     self._begin(index + 1)
 
     def close(self) -> None:
-        """Fetch no more; whoever waits for bytes gets an error."""
+        """Stop fetching; a thread that waits for bytes gets an error."""
         with self._lock:
             self._closed = True
             self._forget_before(len(self._pieces))
@@ -166,7 +167,7 @@ class AheadFiles(HubFiles):
         self._connections.close()
 
     def _now(self, name: str, start: int, stop: int) -> bytearray:
-        """What was not expected, or was read before."""
+        """Fetch bytes that were not announced, or were already read."""
         with self._lock:
             data = self._connections.fetch(self.repo, self.path(name), start, stop)
             self._direct = data
@@ -181,7 +182,7 @@ class AheadFiles(HubFiles):
             raise RepoError(f"{self.repo.repo_id} is not read any more.", "Run again.") from None
 
     def _at(self, name: str, position: int) -> tuple[int, Future[bytearray] | None]:
-        """The piece that holds a byte, and its data unless it was not expected or read before."""
+        """Piece that holds a byte, and its data unless it was not announced or already read."""
         with self._lock:
             places = self._places.get(name, [])
             found = bisect_right(places, (position, len(self._pieces))) - 1
@@ -190,12 +191,12 @@ class AheadFiles(HubFiles):
             index = places[found][1]
             if self._pieces[index].stop <= position or index < self._read:
                 return 0, None
-            self._forget_before(index)  # tensors are read in the order that was said
+            self._forget_before(index)  # tensors are read in the announced order
             self._begin(index)
             return index, self._pieces[index].data
 
     def _begin(self, needed: int) -> None:
-        """Ask for a piece, and for as many after it as may wait to be read."""
+        """Request a piece, and as many after it as may wait to be read."""
         while self._begun < len(self._pieces) and not self._closed:
             piece = self._pieces[self._begun]
             if self._begun > needed and self._waiting + piece.size > self._share:
@@ -215,7 +216,7 @@ class AheadFiles(HubFiles):
 
 
 def _runs(spans: Iterable[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """File, first byte and end of what lies together and is read in this order."""
+    """File, first byte and end of each run of neighbouring spans that are read in order."""
     runs: list[tuple[str, int, int]] = []
     seen = set()
     for file, start, length in spans:

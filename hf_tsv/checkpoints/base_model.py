@@ -1,4 +1,4 @@
-"""Which base model fine-tunes come from, when the user does not say."""
+"""Inference of the base model from the fine-tunes, when the user does not name it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hf_tsv.parallel import in_parallel
 CONFIG = ("config.json", "_name_or_path")
 LONGEST_NAME = 500
 LONGEST_CHAIN = 8
-"""Steps that are followed from a fine-tune of a fine-tune of …"""
+"""Most steps from a fine-tune back to its base, to the base of that one, and so on."""
 
 MOST_ASKED = 40
-"""Models that are looked up for it."""
+"""Most models that are looked up on the Hub for this."""
 
 MOST_SHOWN = 5
-"""Base models of one input in an error."""
+"""Most base models of one input that an error lists."""
 
 
 def named_by(item: PinnedCheckpoint) -> list[str]:
@@ -29,7 +29,7 @@ def named_by(item: PinnedCheckpoint) -> list[str]:
         item ([`PinnedCheckpoint`]): a fine-tune.
 
     Returns:
-        `list[str]`: repository ids; empty when it says nothing.
+        `list[str]`: repository ids; empty when it names none.
     """
     value = item.card.get("base_model")
     names = [value] if isinstance(value, str) else value
@@ -48,7 +48,7 @@ def named_by(item: PinnedCheckpoint) -> list[str]:
 
 
 def _is_name(value: Any) -> TypeGuard[str]:
-    """Whether it can be the name of a repository, and not a path of somebody's machine."""
+    """Tell whether a value can be a repository's name, and is not a path on somebody's machine."""
     if not isinstance(value, str) or not 0 < len(value) < LONGEST_NAME:
         return False
     return value.isprintable() and not value.startswith((".", "/", "~"))
@@ -57,20 +57,20 @@ def _is_name(value: Any) -> TypeGuard[str]:
 def infer(
     said: Mapping[str, Sequence[str]], parents: Callable[[str], Sequence[str]]
 ) -> tuple[str, list[str]]:
-    """The base model that the inputs agree on: the nearest one that all of them go back to.
+    """Base model that the inputs agree on: the nearest one that all of them descend from.
 
-    Inputs that name the same base agree. Otherwise what they name is followed: a fine-tune of a
-    fine-tune goes back to the first one's base too.
+    Inputs that name the same base agree. Otherwise the named models are followed to their own
+    bases: a fine-tune of a fine-tune descends from the first one's base too.
 
     Args:
-        said (`Mapping[str, Sequence[str]]`): what each fine-tune names; some may say nothing.
-        parents (`Callable`): what a named base model names itself.
+        said (`Mapping[str, Sequence[str]]`): base models named by each fine-tune; may be empty.
+        parents (`Callable`): returns the base models that a named model names itself.
 
     Returns:
-        `tuple[str, list[str]]`: the base model, and the inputs that name it or go back to it.
+        `tuple[str, list[str]]`: the base model, and the inputs that name a base.
 
     Raises:
-        [`CheckpointError`]: nobody names one, or they disagree; the error says who says what.
+        [`CheckpointError`]: no input names a base, or they disagree; the error lists them.
     """
     names = dict.fromkeys(name for found in said.values() for name in found)
     speakers = [item for item, found in said.items() if found]
@@ -98,7 +98,7 @@ def infer(
 def _followed(
     names: list[str], parents: Callable[[str], Sequence[str]]
 ) -> dict[str, tuple[str, ...]]:
-    """What each model names, and each of those, and so on; asked side by side."""
+    """Bases of each model, of those bases, and so on; each level is looked up in parallel."""
     known: dict[str, tuple[str, ...]] = {}
     new = names
     for _ in range(LONGEST_CHAIN):
@@ -109,13 +109,13 @@ def _followed(
 
 
 def _shown(name: str, known: Mapping[str, Sequence[str]]) -> str:
-    """A model and what it names."""
+    """Text of a model and the bases it names."""
     own = ", ".join(known.get(name, ())[:MOST_SHOWN])
     return f"{name} (from {own})" if own else name
 
 
 def _beyond(name: str, known: Mapping[str, Sequence[str]]) -> set[str]:
-    """What a model goes back to, as far as it is known."""
+    """All known ancestors of a model."""
     found: set[str] = set()
     new = set(known.get(name, ()))
     while new - found:

@@ -1,4 +1,4 @@
-"""The files beside the weights: config, processor, tokenizer, so that the output just loads."""
+"""Files beside the weights (config, processor, tokenizer), with which the output loads."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ COMPANIONS = (*PROCESSOR_FILES, *TOKENIZER_FILES, *OTHER_FILES)
 LARGEST = 100_000_000
 NAME_CLASSES = (*PROCESSOR_FILES, "tokenizer_config.json")
 CODE = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation")
-"""Keys with which a configuration asks transformers for code from a repository."""
+"""Keys by which a configuration makes transformers load code from a repository."""
 
 
 def present(item: PinnedCheckpoint) -> list[str]:
-    """The companion files that a checkpoint has."""
+    """Names of the companion files that a checkpoint has."""
     return [name for name in COMPANIONS if item.files.size(name) is not None]
 
 
 def warnings(base: Checkpoint) -> list[str]:
-    """What the output will lack to work in a pipeline.
+    """Warnings about files that pipelines need and the output will not have.
 
     Raises:
-        [`CheckpointError`]: a file to be copied is none of the checkpoint.
+        [`CheckpointError`]: a companion file is a link out of the checkpoint.
     """
     have = set(present(base.pinned))
     for name in sorted(have):
@@ -59,13 +59,13 @@ def warnings(base: Checkpoint) -> list[str]:
 
 
 def write(base: Checkpoint, folder: Path, config: dict[str, Any], out_format: Format) -> None:
-    """Put beside the weights what makes them load: config, processor, tokenizer.
+    """Write the files beside the weights that loading needs: config, processor, tokenizer.
 
     Args:
-        base ([`Checkpoint`]): whose companion files are copied.
-        folder (`Path`): of the output.
-        config (`dict[str, Any]`): of the output, as transformers writes it.
-        out_format (`str`): whose files the weights are.
+        base ([`Checkpoint`]): checkpoint whose companion files are copied.
+        folder (`Path`): output folder.
+        config (`dict[str, Any]`): configuration of the output, as transformers writes it.
+        out_format (`str`): file layout of the weights.
     """
     for name in present(base.pinned):
         content = _content(base, name)
@@ -93,17 +93,17 @@ def check(base: Checkpoint) -> None:
     """Read what will be copied, so that damage shows before the work.
 
     Args:
-        base ([`Checkpoint`]): whose companion files they are.
+        base ([`Checkpoint`]): checkpoint whose companion files are read.
 
     Raises:
-        [`CheckpointError`]: a file is damaged, or none of the checkpoint.
+        [`CheckpointError`]: a file is damaged, or a link out of the checkpoint.
     """
     for name in present(base.pinned):
         _content(base, name)
 
 
 def _content(base: Checkpoint, name: str) -> dict[str, Any]:
-    """What a companion file says, of those that may name code."""
+    """Content of a companion file that may name code, and {} for any other."""
     _check_here(base, name)
     if (base.pinned.files.size(name) or 0) > LARGEST:
         raise CheckpointError(f"{base}: {name} is too large to be what it says.", "Remove it.")
@@ -111,7 +111,7 @@ def _content(base: Checkpoint, name: str) -> dict[str, Any]:
 
 
 def _check_here(base: Checkpoint, name: str) -> None:
-    """Refuse a file that would be copied as it is, and is another one of whoever copies it."""
+    """Refuse a link out of the folder, which would copy a file of the user's own."""
     if base.pinned.files.is_elsewhere(name):
         raise CheckpointError(
             f"{base}: {name} is a link to a file outside its folder, and is not copied.",
@@ -128,7 +128,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def without_code(content: Any) -> Any:
-    """A copy of a configuration that asks for no code: none is copied, and none would be run.
+    """Copy of a configuration without the keys that load code, since no code is copied.
 
     Example:
         >>> without_code({"auto_map": {"AutoModel": "model.Model"}, "hidden_size": 8})
@@ -148,14 +148,14 @@ def without_code(content: Any) -> Any:
 def output_config(
     base: Checkpoint, dtypes: set[torch.dtype], out_format: Format = "transformers"
 ) -> dict[str, Any]:
-    """config.json of the output: the base's, with the dtype that was written.
+    """Configuration of the output: the base's, with the dtype that was written.
 
     transformers loads in the config's dtype whatever the tensors have, so the two must agree.
 
     Args:
-        base ([`Checkpoint`]): whose config it is.
-        dtypes (`set[torch.dtype]`): of all written tensors.
-        out_format (`str`): for OpenCLIP, complete with what transformers leaves out.
+        base ([`Checkpoint`]): checkpoint whose config is used.
+        dtypes (`set[torch.dtype]`): types of all written tensors.
+        out_format (`str`): file layout; for OpenCLIP, defaults that transformers omits are added.
     """
     config: dict[str, Any] = without_code(base.config)
     if out_format == "open_clip":
@@ -174,12 +174,12 @@ def output_config(
 
 
 def head_config(config: Mapping[str, Any], head: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """What a task head needs in config.json: its class and its labels.
+    """Keys of config.json that a task head needs: its class and its labels.
 
     Args:
-        config (`Mapping[str, Any]`): of the fine-tuned checkpoint.
-        head (`Mapping[str, TensorInfo]`): its tensors; the number of labels is theirs, whatever
-            the configuration says.
+        config (`Mapping[str, Any]`): configuration of the fine-tuned checkpoint.
+        head (`Mapping[str, TensorInfo]`): tensors of the head, which decide the number of labels
+            whatever the configuration says.
     """
     found = {key: config[key] for key in ("architectures", "problem_type") if key in config}
     labels = next((info.shape[0] for info in head.values() if info.shape), 0)

@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint are read: a folder, or a Hub repository by HTTP range."""
+"""Files of a checkpoint, read from a folder or from a Hub repository by HTTP range."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from hf_tsv.errors import CheckpointError, LostFileError
 from hf_tsv.untrusted import MAX_BYTES, parse_json
 
 CACHED = re.compile(r"(models|datasets)--.+")
-"""A repository in the Hub client's cache; the links of its snapshots lead to its `blobs`."""
+"""Folder name of a repository in the Hub client's cache; its snapshots link to its `blobs`."""
 
 
 class Files(Protocol):
     """Random access to the files of one checkpoint."""
 
     def names(self) -> list[str]:
-        """All files, in order; of a folder those directly in it."""
+        """Names of all files, in order; in a folder only those directly in it."""
 
     def within(self, subfolder: str) -> Files:
-        """The files of a subfolder, which may not be there."""
+        """Files of a subfolder, which may be absent."""
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, or None where there is none."""
+        """Size of a file in bytes, or None if there is none."""
 
     def is_elsewhere(self, name: str) -> bool:
-        """Whether a file is a link to one outside, which whoever made the checkpoint may not read.
+        """Tell whether a file is a symbolic link that leaves the folder.
 
-        The user may: what was meant to stay private would be in the output.
+        Copying it would publish a file that the user, but not the checkpoint's author, can read.
         """
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes `start` … `stop` − 1; exactly that many or an error."""
+        """Read bytes `start` … `stop` − 1; exactly that many or an error."""
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` from `start` on, completely or with an error."""
 
     def close(self) -> None:
-        """Give back what reading has taken; closed files may be read again."""
+        """Release the resources of reading; the files can still be read again."""
 
 
 class LocalFiles:
-    """A folder. Reads go into the caller's buffer: mapped pages would count as resident memory."""
+    """Local folder, read into the caller's buffer: mapped pages would count as resident memory."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -69,14 +69,14 @@ class LocalFiles:
         try:
             path = self.root / name
             return path.stat().st_size if path.is_file() else None
-        except (OSError, ValueError):  # a name that no file can have
+        except (OSError, ValueError):  # no file can have such a name
             return None
 
     def is_elsewhere(self, name: str) -> bool:
         try:
             place = (self.root / name).resolve()
             inside = place.is_relative_to(self.root.resolve())
-        except (OSError, RuntimeError, ValueError):  # a link to itself, a name that none can have
+        except (OSError, RuntimeError, ValueError):  # a link to itself, or an impossible name
             return False
         cached = place.parent.name == "blobs" and CACHED.fullmatch(place.parent.parent.name)
         return not inside and not cached
@@ -102,7 +102,7 @@ class LocalFiles:
             done += count
 
     def close(self) -> None:
-        """Close what has been opened."""
+        """Close the opened files."""
         with self._lock:
             _close_all(self._descriptors)
 
@@ -135,11 +135,11 @@ def _close_all(descriptors: dict[str, int]) -> None:
 
 
 class HubFiles:
-    """A Hub repository at one commit, read by HTTP range without a copy on disk.
+    """Hub repository at one commit, read by HTTP range without a copy on disk.
 
     Args:
-        repo ([`RepoSnapshot`]): which commit.
-        subfolder (`str`): whose files these are; empty for all.
+        repo ([`RepoSnapshot`]): repository and commit.
+        subfolder (`str`): folder of the files; empty for the whole repository.
     """
 
     def __init__(self, repo: hub.RepoSnapshot, subfolder: str = "") -> None:
@@ -180,9 +180,9 @@ def read_json(files: Files, name: str, owner: str) -> dict[str, Any]:
     """Read a JSON object of a checkpoint.
 
     Args:
-        files (`Files`): where to read.
+        files (`Files`): files of the checkpoint.
         name (`str`): file name.
-        owner (`str`): the checkpoint, for the error.
+        owner (`str`): name of the checkpoint, for errors.
 
     Raises:
         [`CheckpointError`]: the file is missing, too large, or not a JSON object.
@@ -208,7 +208,7 @@ def read_json(files: Files, name: str, owner: str) -> dict[str, Any]:
 
 
 def inside_folder(name: object) -> bool:
-    """Whether a file name from an index stays inside the checkpoint's folder."""
+    """Tell whether a file name from an index stays inside the checkpoint's folder."""
     if not isinstance(name, str) or not name.isprintable() or "\\" in name:
         return False
     path = PurePosixPath(name)

@@ -1,4 +1,4 @@
-"""Headers of weight files: what lies where, checked before anything is believed."""
+"""Headers of weight files, fully checked before any tensor is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIRST_READ_BYTES = 100_000  # holds the whole header of most checkpoints: one re
 
 
 def index_of(single: str) -> str:
-    """Name of the index that stands for `single` where it is split into shards.
+    """Name of the index that replaces `single` when the weights are split into shards.
 
     Example:
         >>> index_of("model.safetensors"), index_of("model.fp16.safetensors")
@@ -33,16 +33,16 @@ def index_of(single: str) -> str:
 def read_headers(
     files: Files, single: str, owner: str
 ) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
-    """Parse and check all headers of a single file, or of the shards that its index names.
+    """Parse and check the header of a single file, or of all shards that its index names.
 
     Args:
-        files (`Files`): where to read.
-        single (`str`): file name, if it is one file.
-        owner (`str`): the checkpoint, for errors.
+        files (`Files`): files of the checkpoint.
+        single (`str`): name of the weight file if it is not split.
+        owner (`str`): name of the checkpoint, for errors.
 
     Returns:
-        `tuple[dict[str, TensorInfo], tuple[str, ...]]`: tensors by stored name, and the files
-        they lie in, index included.
+        `tuple[dict[str, TensorInfo], tuple[str, ...]]`: tensors by stored name, and the names of
+        their files, index included.
 
     Raises:
         [`CheckpointError`]: a file is missing, damaged, or disagrees with the index.
@@ -60,7 +60,7 @@ def read_headers(
 
 
 def read_file(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
-    """What one weight file holds, by stored name: [`read_header`], or [`read_pickle`]."""
+    """Tensors of one weight file, by stored name, from [`read_header`] or [`read_pickle`]."""
     reader = read_pickle if name.endswith(SUFFIXES) else read_header
     return reader(files, name, owner)
 
@@ -68,16 +68,16 @@ def read_file(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
 def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
     """Parse and check the header of one safetensors file.
 
-    Every tensor must have a known dtype, as many bytes as its shape says, and together they must
-    fill the file without gap or overlap, as the format demands.
+    Every tensor must have a known dtype and as many bytes as its shape needs. Together the tensors
+    must fill the file without gap or overlap, as the format demands.
 
     Args:
-        files (`Files`): where to read.
+        files (`Files`): files of the checkpoint.
         name (`str`): file name.
-        owner (`str`): the checkpoint, for errors.
+        owner (`str`): name of the checkpoint, for errors.
 
     Returns:
-        `dict[str, TensorInfo]`: by stored name.
+        `dict[str, TensorInfo]`: tensors by stored name.
 
     Raises:
         [`CheckpointError`]: the file is missing, truncated or not safetensors.
@@ -103,19 +103,19 @@ def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
 
 
 def read_metadata(files: Files, name: str, owner: str) -> dict[str, str]:
-    """What a safetensors file says of itself.
+    """Metadata that a safetensors file carries.
 
     Args:
-        files (`Files`): where to read.
+        files (`Files`): files of the checkpoint.
         name (`str`): file name.
-        owner (`str`): the checkpoint, for errors.
+        owner (`str`): name of the checkpoint, for errors.
     """
     found: dict[str, str] = _entries(files, name, owner)[0].get("__metadata__", {})
     return found
 
 
 def _entries(files: Files, name: str, owner: str) -> tuple[dict[str, Any], int, int]:
-    """The header of a safetensors file, where its data starts, and its size."""
+    """Header of a safetensors file, offset of its data, and size of the file."""
     size = files.size(name)
     if size is None:
         raise _missing(owner, name)
@@ -194,7 +194,7 @@ def _damaged(owner: str, name: str, why: str) -> CheckpointError:
 
 
 def _weight_files(files: Files, single: str, owner: str) -> tuple[list[str], dict[str, str]]:
-    """Shards of a checkpoint, and the file of each tensor if an index says it."""
+    """Shards of a checkpoint, and the file of each tensor if there is an index."""
     if files.size(single) is not None:
         return [single], {}
     index = index_of(single)
@@ -209,7 +209,7 @@ def _weight_files(files: Files, single: str, owner: str) -> tuple[list[str], dic
     if outside := [name for name in weight_map.values() if not inside_folder(name)]:
         raise _outside(owner, index, outside[0])
     shards = sorted(set(weight_map.values()))
-    for name in shards:  # before any is read: there may be a million
+    for name in shards:  # a separate loop before any read: there may be a million
         if files.size(name) is None:
             raise _missing(owner, name)
         if files.is_elsewhere(name):

@@ -1,4 +1,4 @@
-"""Task heads kept beside a merged encoder: one file a task, with its labels."""
+"""Task heads kept beside a merged encoder: one file per task, with its labels."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LONGEST_NAME = 100
 
 
 def file_names(tasks: Sequence[str]) -> list[str]:
-    """A file for each task.
+    """Path of the head file of each task.
 
     Args:
-        tasks (`Sequence[str]`): their names.
+        tasks (`Sequence[str]`): task names.
 
     Example:
         >>> file_names(["clip-a", "org/b"])
@@ -36,10 +36,10 @@ def file_names(tasks: Sequence[str]) -> list[str]:
 
 
 def file_stems(tasks: Sequence[str]) -> list[str]:
-    """A name for each task, that a file can have on any system, no two alike.
+    """Distinct name for each task, valid as a file name on any system.
 
     Args:
-        tasks (`Sequence[str]`): their names.
+        tasks (`Sequence[str]`): task names.
 
     Example:
         >>> file_stems(["clip-a", "org/b", "org/b"])
@@ -61,27 +61,27 @@ def write(
     """Write one head.
 
     Args:
-        folder (`Path`): of the merge.
+        folder (`Path`): folder of the merge.
         file (`str`): name from [`file_names`].
-        tensors (`Mapping[str, Tensor]`): by stored name.
-        config (`Mapping[str, Any]`): what it needs in config.json.
+        tensors (`Mapping[str, Tensor]`): tensors of the head, by stored name.
+        config (`Mapping[str, Any]`): keys that the head needs in config.json.
     """
     from safetensors.torch import save_file
 
     (folder / FOLDER).mkdir(exist_ok=True)
-    # One entry: the library writes several in any order, and the bytes would not repeat.
+    # A single entry: the library writes several in any order, and the bytes would differ.
     save_file(dict(tensors), folder / file, metadata={CONFIG_KEY: json.dumps(dict(config))})
 
 
 def tasks_of(item: Checkpoint) -> list[str]:
-    """The tasks whose heads lie beside a merge."""
+    """Names of the tasks whose heads lie beside a merge."""
     names = item.pinned.files.within(FOLDER).names()
     mine = (name for name in names if name.endswith(SUFFIX) and name.isprintable())
     return [name.removesuffix(SUFFIX) for name in mine]
 
 
 def with_head(item: Checkpoint, task: str) -> Checkpoint:
-    """The same checkpoint with the head of one task.
+    """Make the same checkpoint with the head of one task.
 
     Args:
         item ([`Checkpoint`]): a merge.

@@ -1,7 +1,7 @@
 """The Hugging Face Hub: pinned reads, parallel downloads, checked pushes.
 
-The client retries some calls and not others; here every call is retried, and every failure comes
-out as a [`RepoError`] that says what to do.
+The client retries only some of its calls. Here every call is retried, and every failure becomes a
+[`RepoError`] that says what to do.
 """
 
 from hf_tsv.hub.downloads import Wanted, download, missing, uncached

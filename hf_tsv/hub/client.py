@@ -1,4 +1,4 @@
-"""The client: what every call has in common."""
+"""Calls of the Hub client: retries, and failures as a [`RepoError`]."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from hf_tsv.progress import logger, redacted
 
 T = TypeVar("T")
 
-RETRY_WAITS = (1, 2, 4, 8)  # seconds, as the client does where it retries
+RETRY_WAITS = (1, 2, 4, 8)  # seconds, the same as in the client where it retries
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
 SILENCE = 30.0
-"""Seconds without a word after which a listing is asked for again; the client never gives up."""
+"""Seconds of silence after which a listing is requested again; the client itself never gives up."""
 
 MOVED_ON = 412
 """Status of a commit whose parent is no longer the head of its branch."""
 
 
 class OtherAnswerError(TransportError):
-    """An answer that is not what was asked for, as of a proxy that lost the connection."""
+    """An answer other than the requested one, as from a proxy that lost the connection."""
 
 
 def api(token: str | None = None) -> HfApi:
-    """The client, introducing itself as hf-tsv."""
+    """Make a Hub client that identifies itself as hf-tsv."""
     used = get_token() if token is None else token
-    if used is not None and not re.fullmatch(r"[!-~]+", used):  # errors of the client would tell it
+    if used is not None and not re.fullmatch(r"[!-~]+", used):  # the client's errors would show it
         raise RepoError(
             "The token is empty or has characters that no token has.",
             "Copy it again from https://huggingface.co/settings/tokens.",
@@ -54,14 +54,14 @@ def api(token: str | None = None) -> HfApi:
 
 
 def retried(call: Callable[[], T], *, refusals: bool = False) -> T:
-    """Call until it succeeds, at most five times, on answers and faults that pass by themselves.
+    """Call until it succeeds, at most five times, as long as the failures are temporary.
 
     `Retry-After` is honoured up to a minute.
 
     Args:
-        call (`Callable`): safe to repeat.
-        refusals (`bool`): refused connections too; without it a machine that has no network falls
-            back to its cache at once.
+        call (`Callable`): function that is safe to repeat.
+        refusals (`bool`): retry refused connections too; without it a machine that has no network
+            uses its cache at once.
     """
     for wait in RETRY_WAITS:
         try:
@@ -83,7 +83,7 @@ def pause(tries: int) -> None:
     """Wait before the next try, longer each time.
 
     Args:
-        tries (`int`): so far, less one.
+        tries (`int`): number of tries so far, minus one.
     """
     time.sleep(RETRY_WAITS[tries])
 
@@ -91,14 +91,14 @@ def pause(tries: int) -> None:
 def _retry_after(error: HfHubHTTPError, default: float) -> float:
     try:
         seconds = float(error.response.headers.get("Retry-After", default))
-    except ValueError:  # a date; the default wait will do
+    except ValueError:  # `Retry-After` may be a date
         return default
     return min(seconds, 60.0) if seconds >= 0 else default
 
 
 @contextmanager
 def whole(repo_id: str, filename: str) -> Iterator[None]:
-    """Turn an [`OtherAnswerError`] that did not pass into a [`RepoError`] that names the file."""
+    """Turn an [`OtherAnswerError`] that remains after the retries into a [`RepoError`]."""
     try:
         yield
     except OtherAnswerError as error:
@@ -111,7 +111,7 @@ def whole(repo_id: str, filename: str) -> Iterator[None]:
 
 @contextmanager
 def translated(repo_id: str, revision: str | None, *, writing: bool = False) -> Iterator[None]:
-    """Turn the client's errors into one [`RepoError`] with the way out."""
+    """Turn the client's errors into a [`RepoError`] that says what to do."""
     try:
         yield
     except HFValidationError as error:
@@ -152,12 +152,12 @@ def translated(repo_id: str, revision: str | None, *, writing: bool = False) -> 
         ) from None
     except JSONDecodeError:
         raise _no_hub(repo_id) from None
-    except OSError as error:  # after the client's own, some of which are OSErrors
+    except OSError as error:  # last, because some of the client's own errors are OSErrors
         raise RepoError(
             f"{repo_id}: the cache cannot be written: {error.strerror or first_line(error)}.",
             "Free some space, or choose another folder with --cache-dir.",
         ) from None
-    except RuntimeError as error:  # of the storage's own protocol
+    except RuntimeError as error:  # raised by the Xet storage
         raise RepoError(
             f"{repo_id}: the storage of the Hub failed: {first_line(error)}.",
             "Try again later; with HF_HUB_DISABLE_XET=1 files go another way.",
@@ -165,7 +165,7 @@ def translated(repo_id: str, revision: str | None, *, writing: bool = False) -> 
 
 
 def _not_cached(why: BaseException | None, repo_id: str) -> RepoError:
-    """What kept the client from looking beyond its cache."""
+    """Error for a file that is not cached, by the reason why the client did not fetch it."""
     if isinstance(why, HfHubHTTPError):
         return _http_error(why, repo_id, writing=False)
     if isinstance(why, FileMetadataError):
@@ -205,7 +205,7 @@ def _http_error(error: HfHubHTTPError, repo_id: str, writing: bool) -> RepoError
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, without the secrets of addresses."""
+    """First line of an error's message, without the secrets in its addresses."""
     message = getattr(error, "server_message", None) or str(error)
     lines = (line.strip() for line in redacted(message).splitlines())
     return next(filter(None, lines), "no message")

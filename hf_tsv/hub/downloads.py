@@ -27,11 +27,11 @@ from hf_tsv.progress import bar, logger
 
 DOWNLOAD_THREADS = 8
 WRONG_SIZE = "Consistency check failed"
-"""How the client begins to say that a body had another length than the file."""
+"""First words of the client's error for a body whose length differs from the file's."""
 
 
 def uncached(repo: RepoSnapshot, filenames: Sequence[str]) -> list[str]:
-    """The files of `filenames` that a download would fetch: not in the cache, or cut short."""
+    """Files of `filenames` that are not in the cache, or are cut short there."""
     if repo.folder is not None:
         return []
     paths = (
@@ -46,19 +46,19 @@ def uncached(repo: RepoSnapshot, filenames: Sequence[str]) -> list[str]:
 
 
 def _is_cut(repo: RepoSnapshot, name: str, path: str) -> bool:
-    """Whether a file has another size than the Hub says, as after a power failure."""
+    """Tell whether a cached file's size differs from the Hub's, as after a power failure."""
     return bool(size := repo.sizes.get(name)) and Path(path).stat().st_size != size
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Files that a run needs of one repository.
+    """Files that a run needs from one repository.
 
     Args:
-        repo ([`RepoSnapshot`]): which commit.
+        repo ([`RepoSnapshot`]): repository and commit.
         asked_revision (`str`, *optional*): the revision the user named, so that a later offline
             run finds the commit under that name.
-        names (`tuple[str, ...]`): the files.
+        names (`tuple[str, ...]`): paths of the files.
     """
 
     repo: RepoSnapshot
@@ -67,7 +67,7 @@ class Wanted:
 
 
 def missing(wanted: Sequence[Wanted]) -> list[tuple[RepoSnapshot, str]]:
-    """What a download would fetch, each file once."""
+    """Files that a download would fetch, each of them once."""
     files = {
         (item.repo.repo_id, item.repo.revision, name): (item.repo, name)
         for item in wanted
@@ -80,7 +80,7 @@ def download(wanted: Sequence[Wanted], *, visible: bool = True) -> list[Path]:
     """Fetch files of several repositories into the client's cache, in parallel, resumable.
 
     Args:
-        wanted (`Sequence[Wanted]`): what is needed.
+        wanted (`Sequence[Wanted]`): needed files of each repository.
         visible (`bool`): show one progress bar over everything.
 
     Returns:
@@ -122,7 +122,7 @@ def _fetched(
     except HfHubHTTPError as error:
         status, host = error.response.status_code, error.response.url.netloc
         if host != URL(constants.ENDPOINT).netloc and status not in RETRY_STATUS:
-            # The storage has seen no token to refuse; its addresses are signed for a while.
+            # The storage got no token it could refuse; its signed addresses expire.
             raise OtherAnswerError(f"{status} from its storage instead") from None
         raise
     except OSError as error:
@@ -150,7 +150,7 @@ def _cached_folder(item: Wanted) -> Path:
 
 
 def _counting_tqdm(advance: Callable[[int], None]) -> type[tqdm[Any]]:
-    """A tqdm that shows nothing and reports to our one bar."""
+    """Make a tqdm class that shows nothing and reports to the shared bar."""
 
     class CountingTqdm(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Parts of files, by HTTP range, without a copy on disk."""
+"""Parts of files read by HTTP range, without a copy on disk."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hf_tsv.hub.client import RETRY_STATUS, OtherAnswerError, retried, translate
 from hf_tsv.hub.snapshots import RepoSnapshot
 
 SMALL_FILE = 8_000_000
-"""Bytes of a file of which a server may send all where a part was asked for."""
+"""Largest file, in bytes, for which an answer with the whole file instead of a range is read."""
 
 
 def read_range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> bytearray:
-    """Bytes `start` … `stop` − 1 of one file, by HTTP range; nothing is kept on disk.
+    """Read bytes `start` … `stop` − 1 of one file by HTTP range; nothing is kept on disk.
 
-    The Hub redirects to a storage host, which gets no token, and is asked directly from then on
-    until it refuses: its addresses are signed for a while.
+    The Hub redirects to a storage host, which gets no token. Later ranges go to that address
+    directly until it refuses, because it is signed for a limited time.
 
     Raises:
         [`RepoError`]: the file is missing, or the answer is another range.
@@ -50,7 +50,7 @@ def _range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> bytearra
     with _answer(url, {**headers, **wanted}) as response:
         elsewhere = response.history and response.url.netloc != response.history[0].url.netloc
         if elsewhere and response.status_code >= 400 and response.status_code not in RETRY_STATUS:
-            # The storage's own words hold a signed address, and it has seen no token to refuse.
+            # The storage's message contains a signed address, and it got no token to refuse.
             raise OtherAnswerError(f"{response.status_code} from its storage instead")
         hf_raise_for_status(response)
         if elsewhere:
@@ -59,7 +59,7 @@ def _range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> bytearra
 
 
 def _forget(repo: RepoSnapshot, filename: str, location: str) -> None:
-    """An address that no longer serves; another thread may have found a new one."""
+    """Drop an address that no longer works, unless another thread has found a new one."""
     if repo.locations.get(filename) == location:
         repo.locations.pop(filename, None)
 
@@ -70,7 +70,7 @@ def _answer(url: str, headers: dict[str, str]) -> AbstractContextManager[Respons
 
 
 def _body(response: Response, start: int, stop: int, size: int | None) -> bytearray:
-    """The range out of an answer: all of it, or a part where the server ignores ranges."""
+    """Range read from an answer that is the range, or the whole file where ranges are ignored."""
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
         raise OtherAnswerError(f"{encoding} instead of bytes")

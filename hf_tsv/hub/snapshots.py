@@ -1,4 +1,4 @@
-"""Repositories at one commit: resolved once, from the Hub or from the cache."""
+"""Repositories at one commit, resolved once from the Hub or from the cache."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class RepoSnapshot:
 
     Args:
         repo_id (`str`): `org/name`.
-        revision (`str`): the commit sha everything is read at.
-        sizes (`dict[str, int]`): bytes of each file.
+        revision (`str`): sha of the commit that everything is read from.
+        sizes (`dict[str, int]`): size of each file, in bytes.
         card (`dict[str, Any]`): front matter of the model card.
-        token (`str`, *optional*): for private and gated repositories; never printed.
+        token (`str`, *optional*): token for private and gated repositories; never printed.
         cache_dir (`str`, *optional*): the client's cache folder.
-        folder (`Path`, *optional*): the cached copy, when the Hub cannot be reached.
-        locations (`dict[str, str]`): where the storage has each file that was read by range.
+        folder (`Path`, *optional*): the cached copy, if the Hub cannot be reached.
+        locations (`dict[str, str]`): storage address of each file that was read by range.
     """
 
     repo_id: str
@@ -57,8 +57,8 @@ def snapshot(
 ) -> RepoSnapshot:
     """Pin a repository to a commit and list its files; writes nothing to disk.
 
-    Falls back to the client's cache when the Hub cannot be reached or `HF_HUB_OFFLINE=1`; then
-    `subfolder` has to be there.
+    Falls back to the client's cache when the Hub cannot be reached or `HF_HUB_OFFLINE=1`; the
+    cache must then contain `subfolder`.
 
     Raises:
         [`RepoError`]: unknown, private or gated repository, unknown revision, or not cached.
@@ -72,7 +72,7 @@ def snapshot(
             )
         except (OfflineModeIsEnabled, TransportError) as error:
             return _cached_snapshot(repo_id, revision, subfolder, cache_dir, error)
-        except TypeError as error:  # a card with keys the client trips over
+        except TypeError as error:  # raised by the client for some keys of a card
             raise RepoError(
                 f"The model card of {repo_id} cannot be read: {first_line(error)}",
                 "Download the repository and merge the folder.",
@@ -83,7 +83,7 @@ def snapshot(
 
 
 def dataset_commit(repo_id: str, revision: str | None, *, token: str | None = None) -> str | None:
-    """The commit sha that a revision of a dataset stands for; None when the Hub cannot be reached.
+    """Commit sha of a revision of a dataset, or None when the Hub cannot be reached.
 
     Raises:
         [`RepoError`]: unknown, private or gated dataset, or unknown revision.
@@ -99,7 +99,7 @@ def dataset_commit(repo_id: str, revision: str | None, *, token: str | None = No
 
 
 def card_dict(data: Any) -> dict[str, Any]:
-    """Front matter of a card; {} where the client cannot write it, as with broken eval_results."""
+    """Front matter of a card; {} where the client cannot convert it (broken eval_results)."""
     try:
         return dict(data.to_dict())
     except (AttributeError, TypeError, ValueError):
@@ -149,9 +149,9 @@ def _cached_snapshot(
 
 
 def conversion(repo: RepoSnapshot) -> str | None:
-    """The pull request in which the Hub's own bot offers this very commit as safetensors.
+    """Find the pull request in which the Hub's own bot offers this very commit as safetensors.
 
-    Those of other authors are not taken, nor those of earlier commits: as in transformers.
+    As in transformers, pull requests of other authors or from earlier commits are ignored.
     """
     hub = api(repo.token)
     with translated(repo.repo_id, repo.revision):

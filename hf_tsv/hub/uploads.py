@@ -1,4 +1,4 @@
-"""Pushes: rights checked before the work, one commit after it."""
+"""Pushes: the right to write is checked before the work, and one commit is made after it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from hf_tsv.progress import logger, redacted
 STEMS = ("model", "task_factors", "open_clip_model")
 WEIGHT_FILES = tuple(f"{stem}.safetensors{end}" for stem in STEMS for end in ("", ".index.json"))
 MARKERS = ("hf_tsv_recipe.yaml", "tsv_config.json", "hf_tsv_reconstruction.json")
-"""One of them is in everything that hf-tsv writes."""
+"""Files of which every output of hf-tsv contains one."""
 
 OLD_WEIGHTS = (
     *WEIGHT_FILES,
@@ -50,13 +50,13 @@ OLD_WEIGHTS = (
     "interference.png",
     "compression.png",
 )
-"""Files of an earlier upload that a new one replaces; other files of the repository stay."""
+"""Patterns of an earlier upload's files that a new one replaces; all other files stay."""
 
 RACES = len(RETRY_WAITS) + 1
-"""Times that a push lists the repository, to commit on top of what it has found."""
+"""Most times that a push lists the repository, in order to commit on top of its newest state."""
 
 STORAGE_REFUSES = "LFS batch API returned errors"
-"""How the client begins to say that there is no room, or no right to it."""
+"""First words of the client's error for a full storage, or a storage without the right to it."""
 
 
 def writable_repo_id(
@@ -72,7 +72,7 @@ def writable_repo_id(
         repo_id (`str`): `org/name`, or `name` for the token's own user.
         token (`str`, *optional*): default: the one the client is logged in with.
         private (`bool`, *optional*): wanted visibility; an existing repository must have it.
-        create_pr (`bool`): a pull request needs an existing repository, not the right to write it.
+        create_pr (`bool`): require an existing repository instead of the right to write to it.
 
     Returns:
         `str`: the full repository id.
@@ -118,7 +118,7 @@ def writable_repo_id(
 
 
 def _existing(repo_id: str, token: str | None) -> tuple[bool, ModelInfo | None]:
-    """Whether a repository is there, and who may see it; a broken card is no obstacle."""
+    """Tell whether a repository exists, and its visibility; a broken card is no obstacle."""
     try:
         return True, retried(lambda: api(token).model_info(repo_id, expand=["private"]))
     except GatedRepoError:
@@ -128,7 +128,7 @@ def _existing(repo_id: str, token: str | None) -> tuple[bool, ModelInfo | None]:
 
 
 def _writable_namespaces(user: dict[str, Any]) -> list[str]:
-    """Users and organisations that a token may create repositories for, from `whoami`."""
+    """Users and organisations for which a token may create repositories, from `whoami`."""
     scopes = (user.get("auth") or {}).get("accessToken", {}).get("fineGrained")
     if scopes is None:
         return [user["name"], *(org["name"] for org in user.get("orgs", []))]
@@ -149,11 +149,11 @@ def _check_visibility(info: ModelInfo, private: bool) -> None:
 
 
 def files_to_push(folder: Path) -> dict[str, Path]:
-    """What a push sends of a folder that hf-tsv wrote: all but hidden files.
+    """Files of a folder that a push uploads: all but hidden ones.
 
     Raises:
-        [`OutputError`]: it is not there or not whole, or has what must not be sent: links that lead
-            out of it, and names that are no text.
+        [`OutputError`]: the folder is absent or unfinished, or holds links that lead out of it or
+            names that are not printable.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
     hidden = {name for name in files if any(part.startswith(".") for part in name.split("/"))}
@@ -188,8 +188,8 @@ def push(
 ) -> str:
     """Upload a finished folder as one commit; weights of an earlier upload are replaced.
 
-    The large files go first, and those that the repository has already are not sent again; then
-    the commit makes all of them appear at once. `upload_folder` would split it.
+    Large files are uploaded first, except those that the repository already has; then one commit
+    makes all of them appear at once. `upload_folder` would make several commits.
 
     Returns:
         `str`: address of the commit or pull request.
@@ -200,8 +200,8 @@ def push(
             retried(lambda: client.create_repo(repo_id, private=private, exist_ok=True))
             if revision is not None and revision != "main" and not revision.startswith("refs/"):
                 retried(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True))
-        files = files_to_push(folder)  # once: it may be gone when somebody else's commit is found
-        once = _once if create_pr else retried  # a lost answer would open a second one
+        files = files_to_push(folder)  # once: another process may remove it after its own push
+        once = _once if create_pr else retried  # after a lost answer a retry opens a second one
         for race in range(RACES):
             head = retried(
                 lambda: client.model_info(
@@ -222,13 +222,13 @@ def push(
                 )
                 return redacted(str(commit.pr_url or commit.commit_url))
             except HfHubHTTPError as error:
-                # It may be our own commit, the answer to which was lost: then nothing is left to do
+                # Our own commit may have caused this, if its answer was lost: the retry is empty
                 if error.response.status_code != MOVED_ON or race == RACES - 1:
                     raise
                 logger.info("%s got another commit meanwhile; trying again.", repo_id)
                 pause(race)
             except RuntimeError:
-                # An address that is signed for an hour may be too old, or the last answer lost.
+                # The upload address may be too old (signed for an hour), or its answer was lost.
                 if race:
                     raise
                 logger.info("The storage of %s refused a file; trying again.", repo_id)
@@ -246,20 +246,20 @@ def push_file(
     commit_message: str,
     token: str | None = None,
 ) -> str:
-    """Replace one file of a repository by a commit on top of the one it was read at.
+    """Replace one file of a repository by a commit on top of the commit it was read from.
 
     Returns:
         `str`: address of the commit or pull request.
 
     Raises:
-        [`RepoError`]: not written, as when the branch has moved on.
+        [`RepoError`]: not written, for example because the branch has changed.
     """
     once = _once if create_pr else retried
     with translated(repo_id, branch, writing=True), _upload_errors(repo_id):
         commit = once(
             lambda: api(token).create_commit(
                 repo_id,
-                [CommitOperationAdd(name, content)],  # anew: it notes what the branch holds now
+                [CommitOperationAdd(name, content)],  # new for each try, as it records the branch
                 commit_message=commit_message,
                 revision=branch,
                 create_pr=create_pr,
@@ -272,10 +272,10 @@ def push_file(
 def _operations(
     files: Mapping[str, Path], repo_id: str, head: ModelInfo, *, warn: bool
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """The files of a folder in place of those of an earlier upload."""
+    """Operations that replace the files of an earlier upload by those of a folder."""
     there = [file.rfilename for file in head.siblings or []]
     old = [name for name in there if any(fnmatch(name, pattern) for pattern in OLD_WEIGHTS)]
-    if warn and old and not set(MARKERS) & set(there):  # of somebody else's making
+    if warn and old and not set(MARKERS) & set(there):  # not an upload of hf-tsv
         logger.warning(
             "The upload replaces %s of %s; earlier commits keep them.", ", ".join(old), repo_id
         )
@@ -287,19 +287,19 @@ def _operations(
 
 @contextmanager
 def _upload_errors(repo_id: str) -> Iterator[None]:
-    """Turn what the client raises beside the answers of the Hub into a [`RepoError`]."""
+    """Turn errors that are not answers of the Hub into a [`RepoError`]."""
     try:
         yield
     except (HfHubHTTPError, RequestError, OfflineModeIsEnabled, JSONDecodeError, HFValidationError):
         raise
-    except (TypeError, ValueError) as error:  # a card that the client or the Hub does not take
+    except (TypeError, ValueError) as error:  # the client or the Hub refuses the card
         if str(error).startswith(STORAGE_REFUSES):
             said = first_line(ValueError(" ".join(str(error).splitlines())))
             raise RepoError(f"{repo_id}: {said}", "Check the storage of its owner.") from None
         raise RepoError(
             f"{repo_id}: {first_line(error)}", "Check the metadata of its model card."
         ) from None
-    except (RuntimeError, OSError) as error:  # of the storage
+    except (RuntimeError, OSError) as error:  # from the storage
         why = error.__cause__ if isinstance(error.__cause__, Exception) else error
         if isinstance(why, HfHubHTTPError):
             said = f"the storage answered {why.response.status_code}"
