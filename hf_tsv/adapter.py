@@ -1,9 +1,9 @@
-"""A compressed task as a LoRA adapter that stock PEFT loads.
+"""Export of a compressed task as a LoRA adapter that stock PEFT loads.
 
 A LoRA adapter holds low-rank updates of Linear layers, changes of their biases, and whole modules
-that replace those of the base. So the task singular vectors of the attention and MLP weights become
-pairs (A, B), and what has no low-rank form (embeddings, LayerNorms, projections) is stored as the
-fine-tuned value. Nothing here needs PEFT: an adapter is two files with the right names in them.
+that replace those of the base. The task singular vectors of the attention and MLP weights become
+pairs (A, B). Tensors without a low-rank form (embeddings, LayerNorms, projections) are stored as
+the fine-tuned value. PEFT is not needed: an adapter is two files with the right names in them.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ EMBEDDINGS = re.compile(r"(.*\bembeddings)\.")
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter consists of: its config, and the stored key of every tensor.
+    """Content of an adapter: its config, and the stored key of every tensor.
 
     Args:
         config (`dict[str, Any]`): content of adapter_config.json.
-        pairs (`dict[str, str]`): canonical name of a target weight to its module; A and B are
+        pairs (`dict[str, str]`): module of each target weight, by canonical name; A and B are
             stored under the keys of [`pair_keys`].
-        biases (`dict[str, str]`): canonical name of a target's bias to the key that stores its
+        biases (`dict[str, str]`): key of each target's bias, by canonical name, which stores its
             *change*. All targets or none, zeros where a bias did not change.
-        values (`dict[str, str]`): canonical name to the key that stores the fine-tuned *value*.
-            Also tensors that did not change, where another one of their module did.
+        values (`dict[str, str]`): key of each tensor stored as fine-tuned *value*, by canonical
+            name. Includes unchanged tensors of modules in which another one changed.
         left_out (`tuple[str, ...]`): canonical names of changes that the adapter does not hold.
     """
 
@@ -60,21 +60,21 @@ def plan_adapter(
     base_model: str,
     revision: str | None,
 ) -> Adapter:
-    """The adapter that turns the base into the compressed task, of exactly what changed.
+    """Plan the adapter that turns the base into the compressed task, of exactly what changed.
 
     Args:
         ranks (`Mapping[str, int]`): triplets kept of target weights (see [`is_target`]), by
             canonical name; 0, or absent, where there are none.
         changed (`Collection[str]`): canonical names of all tensors that differ from the base.
         names (`Collection[str]`): canonical names of all tensors of the base.
-        model_class (`str`): one of `layout.MODEL_CLASSES`, which the adapter will be loaded into.
-        dense (`bool`): whether to store what has no low-rank form. Without, the adapter holds
+        model_class (`str`): class of `layout.MODEL_CLASSES` that the adapter will be loaded into.
+        dense (`bool`): store tensors without a low-rank form too. Otherwise the adapter holds
             weights only, and PEFT can add it to others (`add_weighted_adapter`).
         base_model (`str`): Hub id or folder of the base.
-        revision (`str`, *optional*): of the base.
+        revision (`str`, *optional*): revision of the base.
 
     Returns:
-        [`Adapter`]: with names as `model_class` has them. Changes of parts that the class does
+        [`Adapter`]: adapter with the names of `model_class`. Changes of parts that the class does
             not have, and of `logit_scale`, are in `left_out`.
 
     Raises:
@@ -139,7 +139,7 @@ def plan_adapter(
 
 
 def is_target(name: str) -> bool:
-    """Whether a canonical name is a weight that a pair can update: Linear, and with a bias.
+    """Tell whether a canonical name is a weight that a pair can update: Linear, and with a bias.
 
     Example:
         >>> is_target("vision_model.encoder.layers.0.self_attn.q_proj.weight")
@@ -151,17 +151,17 @@ def is_target(name: str) -> bool:
 
 
 def is_bias(name: str) -> bool:
-    """Whether a canonical name is the bias beside such a weight."""
+    """Tell whether a canonical name is the bias of such a weight."""
     return name.endswith(".bias") and is_target(name.removesuffix("bias") + "weight")
 
 
 def bias_of(weight: str) -> str:
-    """Canonical name of the bias beside a weight."""
+    """Canonical name of a weight's bias."""
     return weight.removesuffix("weight") + "bias"
 
 
 def pair_keys(module: str) -> tuple[str, str]:
-    """The keys that A and B of a module are stored under.
+    """Keys under which A and B of a module are stored.
 
     Example:
         >>> pair_keys("encoder.layers.0.mlp.fc1")[0]
@@ -179,11 +179,11 @@ def lora_pair(vectors: TaskSingularVectors) -> tuple[Tensor, Tensor]:
     Each factor takes √S, so that both have the same size and neither overflows a narrow dtype.
 
     Args:
-        vectors ([`TaskSingularVectors`]): of one weight, rank r.
+        vectors ([`TaskSingularVectors`]): triplets of one weight, rank r.
 
     Returns:
-        `tuple[Tensor, Tensor]`: A of shape (r, d_in) and B of shape (d_out, r); a pair of zeros of
-            rank 1 where r is 0, which PEFT refuses.
+        `tuple[Tensor, Tensor]`: A of shape (r, d_in) and B of shape (d_out, r); zeros of rank 1
+            where r is 0, because PEFT refuses rank 0.
 
     Example:
         >>> vectors = TaskSingularVectors(torch.eye(2), torch.tensor([4.0, 1.0]), torch.eye(2))
@@ -198,7 +198,7 @@ def lora_pair(vectors: TaskSingularVectors) -> tuple[Tensor, Tensor]:
 
 
 def _saved_module(name: str) -> str:
-    """The module that is stored whole for one of its tensors, by canonical name.
+    """Module that is stored whole for one of its tensors, by canonical name.
 
     Embeddings are one module: the class embedding belongs to no smaller one, and two adapters of
     which one replaces a module and one a part of it cannot be loaded together.
@@ -216,7 +216,7 @@ def _config(
     base_model: str,
     revision: str | None,
 ) -> dict[str, Any]:
-    """adapter_config.json. Full module names only: PEFT takes any name as a suffix of others."""
+    """Content of adapter_config.json, with full module names, as PEFT matches any name's suffix."""
     rank = max(ranks.values())
     pattern = {module: r for module, r in ranks.items() if r != rank}
     return {

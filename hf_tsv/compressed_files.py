@@ -1,4 +1,4 @@
-"""Which triplets of a task are kept, and the files they are written to."""
+"""Choice of the triplets to keep of a task, and writing of its files."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Written:
-    """What went into the weight files.
+    """Content of the weight files.
 
     Args:
-        weights (`Mapping[str, StoredWeight]`): by canonical name.
+        weights (`Mapping[str, StoredWeight]`): stored form of each weight, by canonical name.
         rounding (`float`): squared error of rounding to the factor dtype.
-        tensor_bytes (`int`): of all tensors, headers aside.
-        file_bytes (`int`): of the files.
-        left_out (`tuple[str, ...]`): changed tensors that the format has no place for.
+        tensor_bytes (`int`): size of all tensors, without headers.
+        file_bytes (`int`): size of the files.
+        left_out (`tuple[str, ...]`): changed tensors that the format cannot hold.
     """
 
     weights: Mapping[str, StoredWeight]
@@ -70,7 +70,7 @@ def _rank(item: Measured, rule: RankRule) -> int:
         rank = kept
         wanted = rule.rank_before(min(matrix_shape(item.candidate.shape)))
         short = wanted is not None and wanted > limit
-    # What is missing is worth storing only if it is more than the rounding of the checkpoints.
+    # The remainder is worth storing only if it exceeds the rounding of the checkpoints.
     return DENSE if short and item.numerical_rank > kept else rank
 
 
@@ -93,7 +93,7 @@ def _within_budget(measured: Sequence[Measured], job: Job, budget: int) -> list[
 
 
 def _smaller(options: Options) -> str:
-    """Options that would make what is stored whole smaller, for a hint."""
+    """Hint about the options that would reduce the size of what is stored whole."""
     adapter_only = options.format == "peft"
     flags = [
         *(["--factor-dtype bfloat16"] if options.factor_dtype == "float32" else []),
@@ -104,9 +104,9 @@ def _smaller(options: Options) -> str:
 
 
 def _choice(item: Measured, held: int) -> Choice:
-    """What may be stored of a weight beyond the triplets that are paid for."""
+    """Triplets that may be stored of a weight beyond those already paid for."""
     energies = item.singular_values.square()
-    # The update itself is no choice where all it has more is the rounding of the checkpoints.
+    # Storing the update itself is no choice if it only adds the rounding of the checkpoints.
     more = item.numerical_rank > len(energies)
     return Choice(
         energies[held:],
@@ -129,7 +129,7 @@ def _fixed_bytes(measured: Sequence[Measured], job: Job) -> tuple[int, int]:
         return values, 0
     biases = sum(math.prod(base[name].shape) for name in plan.biases) * job.options.dtype.itemsize
     pairs = (m.candidate.triplet_bytes for m in measured if m.candidate.name in plan.pairs)
-    return values + biases + sum(pairs), 1  # a bias needs a pair beside it
+    return values + biases + sum(pairs), 1  # a bias needs a pair of rank 1 or more beside it
 
 
 def _stored(item: Measured, rank: int) -> StoredWeight:
@@ -176,7 +176,7 @@ def write_factors(
 def _write_update(
     writer: ShardWriter, job: Job, spool: Spool, item: Measured, weight: StoredWeight
 ) -> float:
-    """Write the update of one weight; returns the squared error of rounding it."""
+    """Write the update of one weight, and return the squared error of rounding it."""
     name, dtype = item.candidate.name, job.options.dtype
     if weight.stored == "none":
         return 0.0
@@ -270,20 +270,20 @@ def _plan_adapter(
 
 
 def model_class_of(job: Job) -> str:
-    """The class an adapter is for."""
+    """Name of the model class that an adapter is for."""
     return job.options.model_class or layout.saved_class(job.source.config)
 
 
 def _holder(job: Job, name: str) -> Checkpoint:
-    """The checkpoint that has the fine-tuned value of a weight: the base where it is unchanged."""
+    """Checkpoint with the fine-tuned value of a weight: the base where the task has none."""
     return job.source if name in job.source.tensors else job.sources.base
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """An update in the dtype it is stored in.
+    """Round an update to the type it is stored in.
 
     Raises:
-        [`CheckpointError`]: a value is too large for it.
+        [`CheckpointError`]: a value is too large for the type.
     """
     rounded = tensor.to(dtype)
     if not rounded.isfinite().all():

@@ -1,4 +1,4 @@
-"""What a weight costs, in operations and in memory, and how much can go on at a time."""
+"""Cost of a weight, in operations and in memory, and the parallelism that memory allows."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
     from hf_tsv.plan import Weight
 
 EIGH = 9.0
-"""Operations of a full symmetric eigendecomposition, per cube of its size; of leading pairs 4/3,
-which run at a third of the speed of a product."""
+"""Factor of n³ in the operations of a full symmetric eigendecomposition. Leading pairs take 4/3 n³
+at a third of the speed of a matrix product, hence 4 n³ in `operations`."""
 
 LITTLE = 0.05
-"""What biases and norms take, as a share of the largest weight."""
+"""Memory of biases and norms, as a share of the largest weight."""
 
 PER_VALUE = 200.0
-"""Operations as which reading, checking and adding one value count."""
+"""Operations that reading, checking and adding one value count for."""
 
 
 NOTED, NOTED_PAIR = 8_000, 64
-"""Bytes kept of every weight until the end (its place in the headers, its plan, what was found, its
-line of the report), and of every two tasks in it. Measured: 7,700 with two tasks."""
+"""Bytes held per weight for the whole run (header entry, plan, finding, line of the report), and
+per pair of tasks in it. Measured: 7,700 with two tasks."""
 
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How much goes on at a time.
+    """Amount of work that runs in parallel.
 
     Args:
-        threads (`int`): for the computation.
-        ahead (`bool`): whether the next weight is read meanwhile.
+        threads (`int`): threads of the computation.
+        ahead (`bool`): read the next weight meanwhile.
     """
 
     threads: int = 1
@@ -45,10 +45,10 @@ class Parallelism:
 
 
 def operations(weight: Weight) -> float:
-    """About how many floating-point operations a weight takes.
+    """Floating-point operations of a weight, approximately.
 
     Args:
-        weight ([`Weight`]): its plan.
+        weight ([`Weight`]): plan of the weight.
     """
     tasks = len(weight.inputs)
     values = PER_VALUE * prod(weight.shape) * (tasks + 1)
@@ -67,9 +67,9 @@ def peak_memory(
     """Most bytes in use at a time, on top of the interpreter and its libraries.
 
     Args:
-        weights (`Sequence[Weight]`): in the order they are worked on.
-        parallelism ([`Parallelism`]): how they are.
-        measure (`bool`): their interference too.
+        weights (`Sequence[Weight]`): weights in the order of the work.
+        parallelism ([`Parallelism`]): amount of parallel work.
+        measure (`bool`): measure their interference too.
     """
     largest = max((held(weight) for weight in weights), default=0)
     most_read = max(map(_reading, weights), default=0)
@@ -77,7 +77,7 @@ def peak_memory(
     for i, weight in enumerate(weights):
         computing = _computing(weight, parallelism.threads, measure)
         now = held(weight) + max(computing, _reading(weight))
-        if i:  # still being written
+        if i:  # the previous weight is still being written
             now += 4 * prod(weights[i - 1].shape)
         if parallelism.ahead and i + 1 < len(weights):
             now += int(largest * (1 + LITTLE)) + most_read
@@ -86,19 +86,19 @@ def peak_memory(
 
 
 def noted_bytes(weights: Sequence[Weight]) -> int:
-    """Bytes of what is kept of all weights until the end.
+    """Bytes that findings and plan of all weights take until the end.
 
     Args:
-        weights (`Sequence[Weight]`): of the plan.
+        weights (`Sequence[Weight]`): weights of the plan.
     """
     return sum(NOTED + NOTED_PAIR * len(weight.inputs) ** 2 for weight in weights)
 
 
 def held(weight: Weight) -> int:
-    """Bytes of W0 and all updates; means and sums hold one task at a time.
+    """Bytes of W0 and the updates held together; means and sums hold one task at a time.
 
     Args:
-        weight ([`Weight`]): its plan.
+        weight ([`Weight`]): plan of the weight.
     """
     together = weight.treatment in ("decomposed", "combined")
     tasks = len(weight.inputs) if together else 1
@@ -108,14 +108,14 @@ def held(weight: Weight) -> int:
 def fitting(
     weights: Sequence[Weight], threads: int, most: int | None, used: int, *, measure: bool = False
 ) -> Parallelism:
-    """As much parallelism as memory allows.
+    """Largest parallelism whose memory fits.
 
     Args:
-        weights (`Sequence[Weight]`): in the order they are worked on.
-        threads (`int`): that there are.
+        weights (`Sequence[Weight]`): weights in the order of the work.
+        threads (`int`): number of threads available.
         most (`int`, *optional*): bytes the whole process may use.
         used (`int`): bytes it uses already.
-        measure (`bool`): their interference too.
+        measure (`bool`): measure their interference too.
 
     Raises:
         [`RecipeError`]: not even one thread fits.
@@ -132,7 +132,7 @@ def fitting(
 
 
 def memory_size(size: int | str | None) -> int | None:
-    """Bytes of a limit of memory.
+    """Limit of memory in bytes.
 
     Args:
         size (`int` or `str`, *optional*): bytes, or a number with a unit; None: no limit.
@@ -153,14 +153,14 @@ def memory_size(size: int | str | None) -> int | None:
 
 
 def _reading(weight: Weight) -> int:
-    """A checkpoint's own values, and the same in float32."""
+    """Bytes for reading one checkpoint's weight: its own values, and the same in float32."""
     return 0 if weight.treatment == "copied" else 4 * 2 * prod(weight.shape)
 
 
 def _computing(weight: Weight, threads: int, measure: bool) -> int:
-    """Everything in float64."""
+    """Bytes for computing a weight, mostly in float64, besides the updates."""
     result = (8 + 4) * prod(weight.shape)  # update, cast
-    if weight.treatment == "combined":  # trimmed or voted on beside one another
+    if weight.treatment == "combined":  # trims or votes on all updates side by side
         return result + 4 * prod(weight.shape) * (len(weight.inputs) + 3)
     if weight.treatment != "decomposed":
         return result
@@ -168,7 +168,7 @@ def _computing(weight: Weight, threads: int, measure: bool) -> int:
     vectors = 8 * columns * (m + n)
     one_task = 8 * (m * n + 4 * min(m, n) ** 2 + 4 * weight.rank * (m + n))
     inner = min(columns, max(m, n))
-    polar = min(threads, 2) * 8 * 5 * inner**2 + vectors  # beside it, the chain of products
+    polar = min(threads, 2) * 8 * 5 * inner**2 + vectors  # includes the chain of products
     decomposing = min(threads, len(weight.inputs)) * one_task
     measuring = vectors + 8 * inner * (inner + 2 * ROWS) if measure else 0
     return vectors + max(decomposing, vectors + polar + result + measuring)

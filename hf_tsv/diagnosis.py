@@ -1,4 +1,4 @@
-"""What is odd about the inputs of a merge, in words, each with its number and its threshold."""
+"""Warnings about the inputs of a merge, each with its measured value and threshold."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from hf_tsv.plan import MergePlan
 from hf_tsv.sources import Task
 
 SAME_UPDATE = 0.999
-"""Cosine from which two updates are one checkpoint under two names."""
+"""Cosine of two updates from which they are one checkpoint under two names."""
 
 FAR_ABOVE = 3.0
-"""Norm of an update over the median of the others from which it drowns them.
+"""Ratio of an update's norm to the median of the others from which it drowns them.
 
 Published tests of TSV-Merge with one task scaled up fell from 92.4 to 80.2 % normalised accuracy.
 """
@@ -29,14 +29,14 @@ COMPARABLE = 0.3
 """‖Δ‖ / ‖W0‖ from which an input is no fine-tune of this base; fine-tunes have 0.005 to 0.05."""
 
 LOW_RANK = 0.5
-"""Share of an update, by squared norm, in weights of few triplets."""
+"""Share of an update's squared norm in weights of few triplets from which it is low-rank."""
 
 FEW = 0.125
-"""Triplets above the rounding of a checkpoint, as a share of k, up to which they are few. Rounding
-to 16 bits alone hides more than half of a full fine-tune."""
+"""Largest number of triplets above a checkpoint's rounding, as a share of k, that counts as few.
+Rounding to 16 bits alone hides more than half of a full fine-tune's."""
 
 MOSTLY_ROUNDING = 0.1
-"""Rounding of the stored checkpoint over ‖Δ‖."""
+"""Ratio of the stored checkpoint's rounding to ‖Δ‖ from which a warning is given."""
 
 ROUNDING = 0.29
 """Standard deviation of rounding to a grid, 1/√12, in units of its step."""
@@ -46,15 +46,15 @@ TOWERS = {"vision_model.": "vision", "text_model.": "text"}
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Something a user should know of the inputs.
+    """Warning about the inputs.
 
     Args:
         kind (`str`): `same-update`, `large-norm`, `low-rank`, `other-base`, `frozen-tower`,
             `rounding` or `shared-directions`.
         text (`str`): a sentence with the names and what to do.
-        value (`float`): what was measured.
-        threshold (`float`): from which it is said.
-        tasks (`tuple[int, ...]`): which inputs it is about.
+        value (`float`): measured value.
+        threshold (`float`): value from which the warning is given.
+        tasks (`tuple[int, ...]`): inputs it is about.
     """
 
     kind: str
@@ -67,13 +67,13 @@ class Diagnosis:
 def diagnoses(
     inputs: Sequence[Task], scales: Sequence[float], plan: MergePlan, findings: Findings
 ) -> list[Diagnosis]:
-    """Everything odd about the inputs.
+    """Warnings about the inputs.
 
     Args:
         inputs (`Sequence[Checkpoint | TaskFactors]`): the tasks.
         scales (`Sequence[float]`): factor of each task's update.
-        plan ([`MergePlan`]): what was to be done.
-        findings ([`Findings`]): what became known of every weight.
+        plan ([`MergePlan`]): plan of the merge.
+        findings ([`Findings`]): findings about every weight.
     """
     return [
         *_same_updates(inputs, findings),
@@ -138,11 +138,11 @@ def _other_bases(inputs: Sequence[Task], findings: Findings) -> list[Diagnosis]:
 
 
 def norms(findings: Findings, task: int) -> tuple[float, float]:
-    """‖Δ‖ of a task, and ‖W0‖, over the weights it changed.
+    """Compute ‖Δ‖ of a task, and ‖W0‖, over the weights it changed.
 
     Args:
-        findings ([`Findings`]): of every weight.
-        task (`int`): which.
+        findings ([`Findings`]): findings about every weight.
+        task (`int`): index of the task.
     """
     norm = base_norm = 0.0
     for found in findings.weights:
@@ -153,15 +153,15 @@ def norms(findings: Findings, task: int) -> tuple[float, float]:
 
 
 def _low_ranks(inputs: Sequence[Task], plan: MergePlan, findings: Findings) -> list[Diagnosis]:
-    """Whole checkpoints only: of factors it is known how many triplets they keep."""
+    """Warnings about low-rank updates of whole checkpoints; factors have a known rank."""
     sides = {weight.label: min(weight.shape) for weight in plan.weights if weight.rank}
     kept = {weight.label: weight.rank for weight in plan.weights}
     found = []
     for i, item in enumerate(inputs):
         if isinstance(item, TaskFactors | Adapter):
-            continue  # as everybody knows
+            continue  # the rank is no news
         if _rounded(item, i, findings)[0] >= MOSTLY_ROUNDING:
-            continue  # what rounding hides is no sign of a low rank
+            continue  # rounding hides triplets, so their number says nothing about the rank
         low = total = 0.0
         most = 0
         for weight in findings.weights:
@@ -186,7 +186,7 @@ def _low_ranks(inputs: Sequence[Task], plan: MergePlan, findings: Findings) -> l
 def _frozen_towers(
     inputs: Sequence[Task], scales: Sequence[float], plan: MergePlan, findings: Findings
 ) -> list[Diagnosis]:
-    """A tower that a task left as it was, and others did not."""
+    """Warnings about towers that a task left unchanged and others changed."""
     held = {weight.label: weight.inputs for weight in plan.weights}
     found = []
     for prefix, tower in TOWERS.items():
@@ -214,7 +214,7 @@ def _rounding(inputs: Sequence[Task], findings: Findings) -> list[Diagnosis]:
 
 
 def _rounded(item: Task, task: int, findings: Findings) -> tuple[float, str]:
-    """Rounding of a checkpoint over ‖Δ‖, and the coarsest type it is stored in."""
+    """Ratio of a checkpoint's rounding to ‖Δ‖, and the coarsest type it is stored in."""
     norm, base_norm = norms(findings, task)
     dtypes = [info.dtype for info in item.tensors.values() if info.dtype.is_floating_point]
     if isinstance(item, TaskFactors) or not dtypes or not norm:

@@ -1,4 +1,4 @@
-"""What becomes known while the weights go by."""
+"""Findings of a run, collected weight by weight."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hf_tsv.tsv import Interference
 
 @dataclass(frozen=True)
 class Seconds:
-    """Wall time by what was done; reading, computing and writing go on side by side.
+    """Wall time, in seconds, by activity; reading, computing and writing run in parallel.
 
     Args:
-        reading (`float`): reading and subtracting.
-        waiting (`float`): of the computation, for reads or writes to end.
-        computing (`float`): decomposing, orthogonalising, adding up.
-        writing (`float`): into the output files.
+        reading (`float`): seconds of reading and subtracting.
+        waiting (`float`): seconds the computation stood still for a read or a write.
+        computing (`float`): seconds of decomposing, orthogonalising, adding up.
+        writing (`float`): seconds of writing into the output files.
     """
 
     reading: float = 0.0
@@ -34,29 +34,29 @@ class Seconds:
         return Seconds(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def rounded(self) -> dict[str, float]:
-        """To the millisecond, by name."""
+        """Seconds by activity, rounded to the millisecond."""
         return {name: round(value, 3) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What became known of one weight.
+    """Findings about one weight.
 
     Args:
-        label (`str`): of the weight in the plan.
-        ranks (`tuple[int, ...]`): triplets used of each changed task.
-        null_directions (`int`): directions that tasks share exactly.
-        exact (`int`): decompositions that took a full SVD.
+        label (`str`): label of the weight in the plan.
+        ranks (`tuple[int, ...]`): number of triplets used of each changed task.
+        null_directions (`int`): number of directions that tasks share exactly.
+        exact (`int`): number of decompositions that took a full SVD.
         frozen (`bool`): planned to change, but equal to the base in every checkpoint.
-        tasks (`tuple[int, ...]`): those that changed it.
+        tasks (`tuple[int, ...]`): tasks that changed it.
         norms (`tuple[float, ...]`): ‖Δ‖, Frobenius, of each of them.
         base_norm (`float`): ‖W0‖.
-        interference ([`Interference`], *optional*): of these tasks, where it was measured.
+        interference ([`Interference`], *optional*): interference of these tasks, if measured.
         likeness (`tuple[tuple[float, ...], ...]`): inner products of their sampled updates.
         digests (`dict[int, dict[str, str]]`): sha256 of each tensor read, by local input;
             −1 is the base.
         written (`dict[str, str]`): sha256 of each tensor written.
-        seconds ([`Seconds`]): what it took.
+        seconds ([`Seconds`]): time spent on the weight.
     """
 
     label: str
@@ -74,12 +74,12 @@ class Finding:
     seconds: Seconds = field(default_factory=Seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Finding as a JSON object."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> Finding:
-        """The inverse of [`to_dict`], after a round through JSON."""
+        """Finding from the JSON form of [`to_dict`]."""
         return cls(**{
             **entry,
             "ranks": tuple(entry["ranks"]),
@@ -99,17 +99,17 @@ def _interference(entry: dict[str, Any] | None) -> Interference | None:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists become tuples again, at any depth."""
+    """Turn lists into tuples, at any depth."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What became known of all weights.
+    """Findings about all weights.
 
     Args:
         inputs (`int`): number of tasks, T.
-        weights (`Sequence[Finding]`): in the order of the plan.
+        weights (`Sequence[Finding]`): findings in the order of the plan.
     """
 
     inputs: int
@@ -117,18 +117,18 @@ class Findings:
 
     @property
     def ranks(self) -> dict[str, tuple[int, ...]]:
-        """Triplets used of each changed task, by decomposed weight."""
+        """Number of triplets used of each changed task, by decomposed weight."""
         return {found.label: found.ranks for found in self.weights if found.ranks}
 
     @property
     def null_directions(self) -> dict[str, int]:
-        """By weight, where tasks share directions exactly."""
+        """Number of directions that tasks share exactly, by weight that has any."""
         found = {found.label: found.null_directions for found in self.weights}
         return {label: count for label, count in found.items() if count}
 
     @property
     def exact(self) -> int:
-        """Decompositions that took a full SVD."""
+        """Number of decompositions that took a full SVD."""
         return sum(found.exact for found in self.weights)
 
     @property
@@ -138,7 +138,7 @@ class Findings:
 
     @property
     def seconds(self) -> Seconds:
-        """What all weights took."""
+        """Time spent on all weights."""
         return sum((found.seconds for found in self.weights), Seconds())
 
     def norms(self) -> list[float]:
@@ -150,7 +150,7 @@ class Findings:
         return [math.sqrt(square) for square in squares]
 
     def cosines(self) -> Tensor:
-        """Cosine between the updates of every two tasks, from the samples, shape (T, T)."""
+        """Cosines between the updates of all pairs of tasks, from the samples, shape (T, T)."""
         likeness = torch.zeros(self.inputs, self.inputs, dtype=torch.float64)
         for found in self.weights:
             if found.likeness:
@@ -160,10 +160,10 @@ class Findings:
         return likeness / norms / norms[:, None]
 
     def fingerprint(self, index: int) -> str | None:
-        """sha256 over names, types and bytes of the tensors read of one input; None if of a repo.
+        """Compute the sha256 of one local input's tensors; None for a repository.
 
         Args:
-            index (`int`): of the input; −1 is the base.
+            index (`int`): index of the input; −1 is the base.
         """
         digests = [found.digests[index] for found in self.weights if index in found.digests]
         if not digests:

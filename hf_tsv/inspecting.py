@@ -1,4 +1,4 @@
-"""The verb `inspect`: what a reference holds, from headers and small files alone."""
+"""The verb `inspect`: content of a reference, from headers and small files alone."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ RECIPE_BYTES = 1_000_000
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT = "open_clip_config.json", "visual.conv1.weight"
 
 LONGEST_TEXT = 200
-"""Of what a configuration says."""
+"""Most characters shown of a value from a configuration."""
 
 
 @dataclass(frozen=True)
 class InspectReport:
-    """What a checkpoint, a merge, or task factors hold.
+    """Content of a checkpoint, a merge, or task factors.
 
     Args:
         ref (`str`): repository id or folder.
         revision (`str`, *optional*): commit sha; None for a folder.
         kind (`str`): `checkpoint`, `merge`, `mask`, `factors`, `adapter`, or `other`.
-        model_class (`str`, *optional*): that its config.json was saved by.
+        model_class (`str`, *optional*): class that saved its config.json.
         model_type (`str`, *optional*): `model_type` of its config.json.
-        layout (`str`, *optional*): whose names its tensors have: `transformers`, `open_clip`,
+        layout (`str`, *optional*): naming scheme of its tensors: `transformers`, `open_clip`,
             `peft`, or `task factors`.
-        base_model (`list[str]`): what it says it was fine-tuned or made from.
-        license (`str`, *optional*): as its card says.
+        base_model (`list[str]`): models it says it was fine-tuned or made from.
+        license (`str`, *optional*): license in its card.
         files (`dict[str, int]`): bytes of each weight file.
-        parameters (`int`): values in all tensors.
+        parameters (`int`): number of values in all tensors.
         dtypes (`dict[str, dict[str, int]]`): `tensors` and `bytes` by type.
         parts (`dict[str, dict[str, int]]`): `tensors`, `parameters` and `bytes` by tower or
             projection.
-        tensors (`dict[str, dict]`): `shape`, `dtype` and `bytes`; what a `merge` would do with it
-            and for which `reason`; of factors how it is `stored`, `rank`, `numerical_rank` and
+        tensors (`dict[str, dict]`): `shape`, `dtype` and `bytes`; for checkpoints the treatment by
+            `merge` and its `reason`; for factors how it is `stored`, `rank`, `numerical_rank` and
             `energy`.
-        recipe (`dict`, *optional*): what a merge was made from, and how.
+        recipe (`dict`, *optional*): inputs and settings of a merge.
         factors (`dict`, *optional*): origin, rule, type, bytes and error of task factors.
         heads (`list[str]`): tasks whose heads lie beside a merge.
-        unknown (`list[str]`): what headers cannot tell.
+        unknown (`list[str]`): facts that headers cannot tell.
     """
 
     ref: str
@@ -81,7 +81,7 @@ class InspectReport:
     unknown: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Object that `--json` prints."""
         return asdict(self)
 
 
@@ -92,16 +92,16 @@ def inspect(
     cache_dir: str | Path | None = None,
     subfolder: str | None = None,
 ) -> InspectReport:
-    """Say what a reference holds; reads headers and small files, no weights.
+    """Describe the content of a reference from headers and small files, without its weights.
 
     Args:
         reference (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): where it lies in there; the same as `org/name/subfolder`.
+        subfolder (`str`, *optional*): folder in the repository; same as `org/name/subfolder`.
 
     Returns:
-        [`InspectReport`]: what became known, and what did not.
+        [`InspectReport`]: known facts, and a list of unknown ones.
 
     Raises:
         [`HfTsvError`]: there is no such repository or folder.
@@ -194,7 +194,7 @@ def _of_factors(pinned: PinnedCheckpoint, opened: TaskFactors) -> InspectReport:
 
 
 def _of_other(pinned: PinnedCheckpoint, error: CheckpointError) -> InspectReport:
-    """No CLIP that hf-tsv reads: what its safetensors say, and what its pickles do not."""
+    """Report on anything hf-tsv cannot open, from safetensors headers; pickles stay unknown."""
     adapter = pinned.files.size(ADAPTER_CONFIG) is not None
     unknown = ["What it changes depends on its base model."] if adapter else [error.message]
     infos: dict[str, TensorInfo] = {}
@@ -242,7 +242,7 @@ def _weight_files(pinned: PinnedCheckpoint) -> Sequence[str]:
 
 
 def _sizes(pinned: PinnedCheckpoint, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """Files, parameters, types and parts."""
+    """Sizes by file, type and part, and the number of parameters."""
     dtypes: dict[str, dict[str, int]] = {}
     parts: dict[str, dict[str, int]] = {}
     for name, info in infos.items():
@@ -272,7 +272,7 @@ def _described(info: TensorInfo) -> dict[str, Any]:
 
 
 def _recipe(pinned: PinnedCheckpoint) -> tuple[dict[str, Any] | None, list[str]]:
-    """The recipe beside the weights, and what is wrong with it."""
+    """Recipe beside the weights, or None and the problem with it."""
     size = pinned.files.size(RECIPE_FILE)
     if size is None:
         return None, []

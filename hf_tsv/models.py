@@ -1,4 +1,4 @@
-"""Compressed, merged and plain checkpoints as transformers models and pipelines."""
+"""Loading of compressed, merged and plain checkpoints as transformers models and pipelines."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PIPELINES = {
     "image-feature-extraction": "CLIPVisionModel",
     "image-classification": "CLIPForImageClassification",
 }
-"""Tasks of transformers pipelines that a CLIP can do, and the class that does it."""
+"""Kinds of transformers pipelines that CLIP supports, and the class for each."""
 
 
 def load_model(
@@ -54,27 +54,27 @@ def load_model(
 ) -> PreTrainedModel:
     """Load task factors, or any CLIP checkpoint, as a transformers model.
 
-    What a repository does not hold is taken from its base model: everything under task factors,
-    the text tower and projections under a fine-tuned vision tower.
+    Parts that a repository lacks come from its base model: everything under task factors, the text
+    tower and projections under a fine-tuned vision tower.
 
     Args:
         reference (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
-        kind (`str`, *optional*): of a pipeline, which decides about the class; default: the class
-            of the checkpoint; of factors that of the base model, or of their task head.
-        task (`str`, *optional*): whose head a classifier gets, of those that lie beside a merge.
-        base_model (`str`, *optional*): default: what the factors or the card name.
-        dtype (`torch.dtype`, *optional*): default: as stored; of several the one that holds all.
+        kind (`str`, *optional*): kind of pipeline, which determines the class; default: the class
+            of the checkpoint; for factors that of the base model, or of their task head.
+        task (`str`, *optional*): task whose head a classifier gets, from those beside a merge.
+        base_model (`str`, *optional*): default: the one named by the factors or the card.
+        dtype (`torch.dtype`, *optional*): default: the stored type, or one that holds all of them.
         device (`str`, *optional*): default: cpu.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): where it lies in there; the same as `org/name/subfolder`.
+        subfolder (`str`, *optional*): folder in the repository; same as `org/name/subfolder`.
         progress (`bool`, *optional*): show a bar; default: on a terminal.
 
     Returns:
-        `transformers.PreTrainedModel`: in evaluation mode.
+        `transformers.PreTrainedModel`: model in evaluation mode.
 
     Raises:
-        [`HfTsvError`]: it cannot be read, or has no part that the task needs.
+        [`HfTsvError`]: it cannot be read, or lacks a part that the kind of pipeline needs.
 
     Example:
         >>> from transformers import pipeline
@@ -100,20 +100,20 @@ def pipeline(
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Pipeline:
-    """A transformers pipeline of task factors, or of any CLIP checkpoint.
+    """Make a transformers pipeline from task factors, or from any CLIP checkpoint.
 
     Args:
         kind (`str`): `zero-shot-image-classification`, `image-feature-extraction`, or
             `image-classification`.
         model (`str`): see [`load_model`].
-        task (`str`, *optional*): whose head a classifier gets, of those that lie beside a merge.
-        base_model (`str`, *optional*): see [`load_model`]; its processor and tokenizer serve where
+        task (`str`, *optional*): task whose head a classifier gets, from those beside a merge.
+        base_model (`str`, *optional*): see [`load_model`]; its processor and tokenizer are used if
             the repository has none.
-        dtype (`torch.dtype`, *optional*): default: as stored.
+        dtype (`torch.dtype`, *optional*): default: the stored type, or one that holds all of them.
         device (`str`, *optional*): default: cpu.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): where it lies in there; the same as `org/name/subfolder`.
+        subfolder (`str`, *optional*): folder in the repository; same as `org/name/subfolder`.
         progress (`bool`, *optional*): show a bar; default: on a terminal.
         kwargs: further arguments of `transformers.pipeline`.
 
@@ -148,7 +148,7 @@ def pipeline(
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint or factors on this machine, the base where it is needed, and the class."""
+    """Local checkpoint or factors, the base if needed, and the model class."""
 
     item: Task
     base: Checkpoint | None
@@ -221,7 +221,7 @@ def _kind_of_head(task: str, kind: str | None) -> str:
 
 
 def _headed(item: Task, task: str | None) -> Task:
-    """The same with the head of a task, if one is asked for."""
+    """Add the head of a task, if one is named."""
     if task is None:
         return item
     if isinstance(item, TaskFactors):
@@ -230,7 +230,7 @@ def _headed(item: Task, task: str | None) -> Task:
 
 
 def default_class(item: Task) -> str:
-    """The class a checkpoint was saved as; of factors without a task head, that of the base."""
+    """Class a checkpoint was saved as; for factors without a task head, that of the base."""
     if isinstance(item, TaskFactors):
         return PIPELINES["image-classification"] if item.head else "base"
     return layout.saved_class(item.config)
@@ -249,7 +249,7 @@ def _has_processor(item: Task, model_class: str) -> bool:
 
 
 def check_clip(item: Task) -> None:
-    """Refuse what is no CLIP: its classes are not known here."""
+    """Refuse models other than CLIP, whose classes are unknown here."""
     if isinstance(item, Adapter):
         raise CheckpointError(
             f"{item} is an adapter.", "Load it with PEFT: PeftModel.from_pretrained(base, …)."
@@ -264,11 +264,11 @@ def check_clip(item: Task) -> None:
 
 
 def check_whole_clip(base: Checkpoint, what: str) -> None:
-    """Refuse what classifies images where the base model cannot.
+    """Refuse to classify images with a base model that cannot.
 
     Args:
         base ([`Checkpoint`]): W0.
-        what (`str`): that classifies, for the error.
+        what (`str`): feature that classifies, for the error.
     """
     if not layout.is_clip(base.config) or not layout.is_full_model(base.tensors):
         raise CheckpointError(
@@ -295,7 +295,7 @@ def _check_pipeline(task: str) -> None:
 
 
 def check_parts(items: Sequence[Task], model_class: str) -> None:
-    """Refuse a class of which transformers would have to make up weights."""
+    """Refuse a class for which transformers would have to invent weights."""
     held = set[str]().union(*(layout.towers(item.tensors) for item in items))
     missing = [part for part in layout.MODEL_CLASSES[model_class].parts if part not in held]
     if missing:
@@ -312,18 +312,18 @@ def close(item: Task) -> None:
 
 def _folder(item: Task) -> Path:
     files = item.pinned.files
-    assert isinstance(files, LocalFiles)  # after fetched
+    assert isinstance(files, LocalFiles)  # fetched before
     return files.root
 
 
 def build(
     found: Found, dtype: torch.dtype | None, device: str | torch.device | None
 ) -> PreTrainedModel:
-    """The transformers model of what was found, in evaluation mode; closes its files.
+    """Build the transformers model in evaluation mode, and close its files.
 
     Args:
         found ([`Found`]): checkpoint or factors, base, and class.
-        dtype (`torch.dtype`, *optional*): default: as stored; of several the one that holds all.
+        dtype (`torch.dtype`, *optional*): default: the stored type, or one that holds all of them.
         device (`str`, *optional*): default: cpu.
     """
     import transformers
@@ -363,12 +363,12 @@ def build(
 
 @contextmanager
 def _understood(item: object) -> Iterator[None]:
-    """What transformers says of files it cannot use, as an error that names them."""
+    """Turn errors of transformers into one that names the files."""
     try:
         yield
     except (HfTsvError, MemoryError):
         raise
-    except Exception as error:  # a dozen types on strange configurations
+    except Exception as error:  # strange configurations raise a dozen types
         raise CheckpointError(
             f"{item} cannot be loaded with transformers: {first_line(error)}",
             "Its configuration does not describe it; save it again.",
@@ -376,7 +376,7 @@ def _understood(item: object) -> Iterator[None]:
 
 
 def _check_described(config: PreTrainedConfig, found: Found) -> None:
-    """Refuse a config that describes more than there is: to build that can take any memory."""
+    """Refuse a config that describes more than the weights: building it can take any memory."""
     tensors: dict[str, Any] = {**(found.base.tensors if found.base else {}), **found.item.tensors}
     for part, said in layout.tower_configs(config.to_dict()).items():
         tower = part.replace("_config", "_model")
@@ -398,14 +398,14 @@ def _check_described(config: PreTrainedConfig, found: Found) -> None:
 
 
 def _value(name: str, found: Found) -> Tensor:
-    """One weight of the model: of the checkpoint, of the base, or of the base and the task."""
+    """Weight of the model: from the checkpoint, the base, or the base and the task's update."""
     item, base = found.item, found.base
     if isinstance(item, Checkpoint):
         if name in item.tensors:
             return item.read(name)
-        assert base is not None  # names are those of both
+        assert base is not None  # a name that the item lacks comes from the base
         return base.read(name)
-    assert base is not None  # factors have one
+    assert base is not None  # factors always have one
     w0 = base.read(name)
     if name not in item.tensors:
         return w0
@@ -420,7 +420,7 @@ def _value(name: str, found: Found) -> Tensor:
 
 
 def _class_config(found: Found) -> dict[str, Any]:
-    """The config.json that fits the class: of one tower, or of both."""
+    """Configuration for the class: of one tower, or of both."""
     item, base = found.item, found.base
     config = companions.without_code(dict(config_of(item)))
     parts = layout.MODEL_CLASSES[found.model_class].config_part
@@ -439,7 +439,7 @@ def _class_config(found: Found) -> dict[str, Any]:
 
 
 def one_of(names: Mapping[str, object] | Sequence[str]) -> str:
-    """A choice in words.
+    """List of names as text.
 
     Example:
         >>> one_of(["a", "b", "c"])

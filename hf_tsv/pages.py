@@ -1,4 +1,4 @@
-"""The report on interference as one HTML file, without a reference to anything outside it."""
+"""Report on interference as one HTML file that refers to nothing outside it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def interference_page(report: InterferenceReport, pictures: Sequence[Picture]) -> str:
-    """A page with everything of a report: warnings, tasks, pictures, and every weight.
+    """HTML page with all of a report: warnings, tasks, pictures, and every weight.
 
-    Text from repositories is escaped, and a content security policy lets nothing run but the page's
-    own script, which sorts tables, and nothing load.
+    Text from repositories is escaped. A content security policy runs only the page's own script,
+    which sorts tables, and loads nothing.
 
     Args:
-        report ([`InterferenceReport`]): what was measured.
-        pictures (`Sequence[Picture]`): of it; may be empty.
+        report ([`InterferenceReport`]): report to show.
+        pictures (`Sequence[Picture]`): pictures of the report; may be empty.
 
     Returns:
         `str`: HTML.

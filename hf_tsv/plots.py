@@ -1,4 +1,4 @@
-"""Pictures of reports, drawn by matplotlib (the extra `plots`); legible on white and on black."""
+"""Plots of reports by matplotlib (the extra `plots`), legible on white and on black."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ T = TypeVar("T")
 COMPRESSION = "compression.png"
 BROKEN = "There are no pictures: matplotlib is installed, but {} failed."
 TEXT = "#7a7a7a"
-"""Half way between white and black, as the background is transparent."""
+"""Text colour half way between white and black, as the background is transparent."""
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c46fa0", "#3d9bd6", TEXT)
-"""After Okabe and Ito: told apart with any colour vision, contrast from 3 on white and on black."""
+"""Colours after Okabe and Ito: distinct for any colour vision, contrast ≥ 3 on white and black."""
 
 HEAT = "cividis"
-WIDTH = 8.0  # inches; of a card on a screen, about as much
+WIDTH = 8.0  # inches, about as wide as a card on a screen
 DPI = 200
 TOWERS = {"vision": COLOURS[0], "text": COLOURS[2]}
 HALF = 10
 LONGEST_NAME = 2 * HALF + 1
 NUMBERED = 10
-"""Tasks up to which a heat map has its numbers in it."""
+"""Most tasks of a heat map that shows its numbers."""
 NAMED = len(COLOURS)
-"""Tasks up to which every line of a plot has a colour of its own."""
+"""Most tasks for which every line of a plot has a colour of its own."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a report.
+    """Picture of a report.
 
     Args:
-        file (`str`): its name.
-        title (`str`): what it shows.
-        alt (`str`): what there is to see, in words.
-        png (`bytes`): itself.
+        file (`str`): file name.
+        title (`str`): title.
+        alt (`str`): description for readers who cannot see it.
+        png (`bytes`): content of the file.
     """
 
     file: str
@@ -66,11 +66,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Layer:
-    """One weight in a plot over depth.
+    """Weight in a plot over depth.
 
     Args:
-        block (`str`): tower and number, such as `vision 3`; else `other`.
-        kind (`str`): such as `mlp.fc1`.
+        block (`str`): tower and number, such as `vision 3`; otherwise `other`.
+        kind (`str`): kind of layer, such as `mlp.fc1`.
         value (`float`): height of its bar.
     """
 
@@ -80,33 +80,33 @@ class Layer:
 
     @property
     def tower(self) -> str:
-        """`vision`, `text` or `other`."""
+        """Tower of the block: `vision`, `text` or `other`."""
         return self.block.split()[0]
 
 
 def attempted(draw: Callable[[], T]) -> T | None:
-    """Draw, or say why there is no picture: what was computed is worth more than its pictures.
+    """Draw, or warn that there is no picture, so that the computed result is not lost.
 
     Args:
         draw (`Callable`): one of the functions below.
 
     Returns:
-        What it returns, or None.
+        The result of `draw`, or None.
     """
     try:
         with _plain_style():
             return draw()
     except ImportError:
         logger.warning(MISSING if find_spec("matplotlib") is None else BROKEN.format("it"))
-    except Exception as error:  # of fonts, settings and versions that are not ours
+    except Exception as error:  # fonts, settings and versions of the user's can fail in any way
         logger.warning(BROKEN.format(f"it ({first_line(error)})"))
     return None
 
 
 @contextmanager
 def _plain_style() -> Iterator[None]:
-    """Matplotlib as it comes, whatever the user has set for plots of their own."""
-    backend = os.environ.pop("MPLBACKEND", None)  # of a notebook; may not even be installed
+    """Use matplotlib's defaults, whatever the user has set for other plots."""
+    backend = os.environ.pop("MPLBACKEND", None)  # set by notebooks; may not even be installed
     try:
         import matplotlib
 
@@ -119,10 +119,10 @@ def _plain_style() -> Iterator[None]:
 
 
 def of_interference(report: InterferenceReport) -> list[Picture]:
-    """Every picture of a report on interference.
+    """Plots of a report on interference.
 
     Args:
-        report ([`InterferenceReport`]): what to draw.
+        report ([`InterferenceReport`]): report to draw.
     """
     drawn = [
         ("pairs.png", "Who disturbs whom", _pairs_alt(report), _drawn(_pairs, report, 6.3)),
@@ -135,10 +135,10 @@ def of_interference(report: InterferenceReport) -> list[Picture]:
 
 
 def of_merge(report: InterferenceReport) -> Picture:
-    """The picture for the card of a merge: pairs of tasks beside blocks.
+    """Plot for the card of a merge: pairs of tasks beside blocks.
 
     Args:
-        report ([`InterferenceReport`]): what to draw.
+        report ([`InterferenceReport`]): report to draw.
     """
     figure = new_figure(4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
@@ -151,19 +151,19 @@ def of_merge(report: InterferenceReport) -> Picture:
 def of_compression(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ranks: Mapping[str, int]
 ) -> Picture:
-    """The picture for the card of a compressed task: energy over rank, and the ranks kept.
+    """Plot for the card of a compressed task: energy over rank, and the ranks kept.
 
     Args:
-        curves (`Mapping[str, tuple[Sequence[float], Sequence[float]]]`): by kind of layer, share of
-            k and share of the squared norm up to there.
-        ranks (`Mapping[str, int]`): of every weight stored as factors, by name; at least one.
+        curves (`Mapping[str, tuple[Sequence[float], Sequence[float]]]`): by kind of layer, shares
+            of k and the share of the squared norm in so many triplets.
+        ranks (`Mapping[str, int]`): rank of every weight stored as factors, by name; at least one.
     """
     layers = layers_of(ranks)
     rows = len(_by_tower(layers))
     figure = new_figure(2.8 + 2.3 * rows)
     parts: Any = figure.subfigures(2, 1, height_ratios=(2.5, 2.3 * rows))
     axes = parts[0].subplots()
-    kinds = _over_depth(parts[1], layers, "rank kept")  # whose legend is for both
+    kinds = _over_depth(parts[1], layers, "rank kept")  # its legend serves both plots
     for kind in kinds:
         axes.plot(*curves[kind], color=_colour(kind, kinds), linewidth=1.6)
     axes.set(xlabel="triplets, share of min(shape)", ylabel="energy kept", ylim=(0, 1.03))
@@ -173,11 +173,11 @@ def of_compression(
     return Picture(COMPRESSION, "What is kept", alt, to_png(figure))
 
 
-# What is in them
+# Content
 
 
 def _pairs(axes: Axes, report: InterferenceReport) -> None:
-    """Heat map of every two tasks."""
+    """Draw a heat map of all pairs of tasks."""
     pairs = np.asarray(report.pairs)
     count = len(pairs)
     shown = np.where(np.eye(count, dtype=bool), np.nan, pairs)
@@ -213,7 +213,7 @@ def _pairs_alt(report: InterferenceReport) -> str:
 
 
 def _blocks(axes: Axes, report: InterferenceReport) -> None:
-    """Interference of every block, as it is and after orthogonalisation."""
+    """Draw the interference of every block, before and after orthogonalisation."""
     blocks = sorted(report.blocks, key=_depth)
     towers = list(dict.fromkeys(block.split()[0] for block in blocks))
     several = len({*towers} - {"other"}) > 1
@@ -233,7 +233,7 @@ def _blocks(axes: Axes, report: InterferenceReport) -> None:
     step = max(1, -(-len(blocks) // 13))
     ticks = [i for i, block in enumerate(blocks) if _depth(block)[1] % step == 0]
     if step > 1 and blocks[-1] == "other" and len(blocks) - 2 in ticks:
-        ticks.remove(len(blocks) - 2)  # no room beside the last
+        ticks.remove(len(blocks) - 2)  # its label would touch the last one
     axes.set_xticks(ticks, [_tick(blocks[i], several) for i in ticks])
     axes.set(xlabel="block", ylabel="STI")
     axes.set_title("STI by block", fontsize=11, color=TEXT)
@@ -244,7 +244,7 @@ def _blocks(axes: Axes, report: InterferenceReport) -> None:
 
 
 def _orthogonal(report: InterferenceReport) -> bool:
-    """Whether anything was done about the interference."""
+    """Tell whether the merge has reduced the interference."""
     return report.total_after < report.total
 
 
@@ -266,14 +266,14 @@ def _sti_layers(report: InterferenceReport) -> list[Layer]:
 
 
 def _layers_alt(report: InterferenceReport) -> str:
-    """Of what is drawn."""
+    """Description of the plot of layers."""
     drawn = [layer for part in _by_tower(_sti_layers(report)).values() for layer in part]
     worst = max(drawn, key=lambda layer: layer.value)
     return f"Most in {plain_name(worst.kind)} of block {worst.block}: {_number(worst.value)}."
 
 
 def _ranks(report: InterferenceReport) -> bytes:
-    """The largest rank used of any task; less is used where updates have no more."""
+    """Plot of the largest rank used of any task; updates of lower rank use less."""
     used = {name: max(weight["ranks"]) for name, weight in report.weights.items()}
     return _depth_png(layers_of(used), "rank kept")
 
@@ -284,7 +284,7 @@ def _ranks_alt(report: InterferenceReport) -> str:
 
 
 def _spectra(report: InterferenceReport) -> bytes:
-    """Singular values and energy over rank, a line a task."""
+    """Plot of singular values and energy over rank, one line per task."""
     figure = new_figure(3.7)
     left, right = figure.subplots(1, 2)
     share = np.asarray(report.spectra["rank_share"])
@@ -320,7 +320,7 @@ def _spectra_alt(report: InterferenceReport) -> str:
 
 
 def _task_lines(report: InterferenceReport) -> list[tuple[str, str | None, float]]:
-    """Colour, name and width of the line of every task: of many, only the extremes have names."""
+    """Colour, name and width of each task's line; among many, only the extremes have names."""
     names = _labels(report)
     if len(names) <= NAMED:
         return [(colour, name, 1.6) for colour, name in zip(COLOURS, names, strict=False)]
@@ -341,7 +341,7 @@ def layers_of(values: Mapping[str, float]) -> list[Layer]:
     """Weights in the order a model computes them.
 
     Args:
-        values (`Mapping[str, float]`): by name.
+        values (`Mapping[str, float]`): value of each weight, by name.
     """
     return sorted(
         (Layer(*block_and_kind(name), value) for name, value in values.items()),
@@ -356,7 +356,7 @@ def _depth_png(layers: Sequence[Layer], what: str) -> bytes:
 
 
 def _over_depth(figure: Any, layers: Sequence[Layer], what: str) -> list[str]:
-    """A bar a weight in order of depth, a row a tower, a colour a kind; returns the kinds."""
+    """Draw a bar per weight by depth, a row per tower, a colour per kind; return the kinds."""
     towers = _by_tower(layers)
     kinds = sorted({layer.kind for part in towers.values() for layer in part}, key=kind_order)
     rows = figure.subplots(max(1, len(towers)), 1, squeeze=False)[:, 0]
@@ -384,7 +384,7 @@ def _over_depth(figure: Any, layers: Sequence[Layer], what: str) -> list[str]:
 
 
 def _by_tower(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
-    """Weights of each tower; the few that are in no block only where there is nothing else."""
+    """Weights of each tower; those outside of blocks only if there are no others."""
     towers: dict[str, list[Layer]] = {}
     for layer in layers:
         towers.setdefault(layer.tower, []).append(layer)
@@ -394,7 +394,7 @@ def _by_tower(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
 
 
 def _depth(block: str) -> tuple[int, int]:
-    """Vision tower first, then text, then what is in no block."""
+    """Sort key of blocks: vision tower first, then text, then weights in no block."""
     tower, _, number = block.partition(" ")
     return {"vision": 0, "text": 1}.get(tower, 2), int(number or 0)
 
@@ -408,7 +408,7 @@ def _tick(block: str, several: bool) -> str:
     return f"{tower[0]}{number}" if several and number else number or tower
 
 
-# How they look
+# Appearance
 
 
 def new_figure(height: float) -> Figure:
@@ -424,7 +424,7 @@ def _drawn(draw: Callable[[Axes, Any], None], report: Any, height: float) -> byt
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure on nothing, so that it lies on whatever the page has."""
+    """PNG of the figure with a transparent background, which suits any page."""
     for axes in figure.axes:
         axes.xaxis.label.set_color(TEXT)
         axes.yaxis.label.set_color(TEXT)
@@ -432,7 +432,7 @@ def to_png(figure: Figure) -> bytes:
         axes.spines[:].set_color(TEXT)
         axes.patch.set_alpha(0)
     out = io.BytesIO()
-    with warnings.catch_warnings():  # a name in a script that the font lacks
+    with warnings.catch_warnings():  # the font lacks some scripts
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(out, dpi=DPI, transparent=True, metadata={"Software": None})
     return out.getvalue()
@@ -452,7 +452,7 @@ def _percent(axes: Axes) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A name from elsewhere on one line."""
+    """Name from an untrusted source, on one line."""
     return one_line(name)
 
 
@@ -461,7 +461,7 @@ def _labels(report: InterferenceReport) -> list[str]:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names without what all begin or end with, short, and no two alike."""
+    """Names without common beginnings and ends, shortened, all distinct."""
     names = [plain_name(name) for name in names]
     for turn in (slice(None), slice(None, None, -1)):
         turned = [name[turn] for name in names]
@@ -476,7 +476,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def _number(value: float, largest: float | None = None) -> str:
-    """About three digits; beside others, as many decimals as the largest of them."""
+    """Number with about three digits; with `largest`, as many decimals as that number has."""
     size = abs(value if largest is None else largest)
     if value == 0:
         return "0"

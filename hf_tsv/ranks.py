@@ -1,4 +1,4 @@
-"""How many singular triplets of each weight are kept: by share, number, energy, or bytes."""
+"""Rules for the number of triplets kept of each weight: by share, number, energy, or bytes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?B|)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class RankRule:
-    """One of four rules; `rank_fraction` 0.1 if none is given.
+    """Rule for the ranks, one of four; `rank_fraction` 0.1 if none is given.
 
     Args:
         rank_fraction (`float`, *optional*): share of k = min(d_out, d_in), rounded down.
         rank (`int`, *optional*): the same number for every weight.
-        energy (`float`, *optional*): the smallest rank whose squared singular values make up this
-            share of all.
+        energy (`float`, *optional*): share of the sum of squared singular values, which the
+            smallest sufficient rank keeps.
         budget (`str` or `int`, *optional*): bytes for everything, as a number, `"35MB"`, or `"10%"`
             of the fine-tuned checkpoint.
     """
@@ -56,11 +56,11 @@ class RankRule:
             budget_bytes(self.budget, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """The one rule that applies, by name."""
+        """Value of the one rule that applies, by its name."""
         return {k: v for k, v in vars(self).items() if v is not None}
 
     def rank_before(self, k: int) -> int | None:
-        """Rank of a weight, where it does not depend on its singular values; else None.
+        """Rank of a weight, or None if it depends on the singular values.
 
         Args:
             k (`int`): min(d_out, d_in).
@@ -73,14 +73,14 @@ class RankRule:
 
 
 def budget_bytes(budget: str | int, checkpoint_bytes: int) -> int:
-    """Bytes that a budget stands for.
+    """Convert a budget to bytes.
 
     Args:
         budget (`str` or `int`): a number of bytes, `"35MB"`, or `"10%"` of the checkpoint.
         checkpoint_bytes (`int`): size of the fine-tuned checkpoint.
 
     Raises:
-        [`RecipeError`]: it is neither.
+        [`RecipeError`]: it is none of these.
 
     Example:
         >>> budget_bytes("10%", 350_000_000), budget_bytes("1.5MB", 350_000_000)
@@ -100,15 +100,15 @@ def budget_bytes(budget: str | int, checkpoint_bytes: int) -> int:
 
 
 def rank_of_energy(energies: Tensor, total: float, share: float) -> int:
-    """The smallest rank that keeps a share of the energy.
+    """Smallest rank that keeps a share of the energy.
 
     Args:
         energies (`Tensor`): squared singular values, descending, shape (k,).
         total (`float`): squared Frobenius norm of the update.
-        share (`float`): wanted share of it.
+        share (`float`): share of that norm to keep.
 
     Returns:
-        `int`: k if the singular values given do not suffice.
+        `int`: the rank; k if the singular values given do not suffice.
     """
     enough = torch.nonzero(energies.cumsum(0) >= share * total * (1 - 1e-12))
     return int(enough[0]) + 1 if len(enough) else len(energies)
@@ -116,13 +116,13 @@ def rank_of_energy(energies: Tensor, total: float, share: float) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """What could be stored of one weight.
+    """Alternatives for storing one weight.
 
     Args:
         energies (`Tensor`): squared singular values that may be kept, descending, shape (n,).
         total (`float`): squared Frobenius norm of the update.
         triplet_bytes (`int`): cost of one triplet.
-        dense_bytes (`int`, *optional*): cost of the update itself; None if that is no option.
+        dense_bytes (`int`, *optional*): cost of the update itself; None if it may not be stored.
     """
 
     energies: Tensor
@@ -132,25 +132,24 @@ class Choice:
 
 
 DENSE = -1
-"""In place of a rank: the update itself is stored."""
+"""Value in place of a rank for a weight whose update itself is stored."""
 
 
 def allocate(choices: Sequence[Choice], budget: int) -> list[int]:
     """Spend bytes on the triplets that carry most energy per byte, over all weights.
 
-    The squared error of a weight is the energy of what is left out (Eckart and Young, 1936), so the
-    total error is a sum of terms that each depend on one rank. Singular values descend, so the
-    energy of every further triplet of a weight is at most that of the one before: the curve of
-    energy over bytes is concave, and so is its hull where storing the update itself enters as the
-    last step. Taking the steepest steps of all hulls first therefore minimises
-    error + λ · bytes for the λ of the last step taken, whatever else could have been chosen: no
-    allocation of as many bytes or fewer has a smaller error. What is left of the budget, too little
-    for the next step, goes to the smaller steps that still fit; the result is at most the energy of
-    that one step worse than the best there is.
+    The squared error of a weight is the energy of the omitted triplets (Eckart and Young, 1936), so
+    the total error is a sum of terms that each depend on one rank. Singular values descend, so each
+    further triplet of a weight adds at most as much energy as the one before. The curve of energy
+    over bytes is therefore concave, and so is its hull, in which storing the update itself is the
+    last step. Taking the steepest steps of all hulls first minimises error + λ · bytes for the λ of
+    the last step taken: no allocation of as many bytes or fewer has a smaller error. When the rest
+    of the budget is too small for the next step, it is spent on smaller steps that still fit; the
+    result is worse than the best one by at most the energy of that next step.
 
     Args:
         choices (`Sequence[Choice]`): the weights.
-        budget (`int`): bytes for all of them.
+        budget (`int`): bytes for all weights together.
 
     Returns:
         `list[int]`: rank of each weight, or [`DENSE`].
@@ -161,7 +160,7 @@ def allocate(choices: Sequence[Choice], budget: int) -> list[int]:
     queue: list[tuple[float, int, int, int]] = []
 
     def offer(i: int) -> None:
-        """Queue the next step of a weight: one triplet, or past its bend the update itself."""
+        """Queue the next step of a weight: one triplet, or at its bend the update itself."""
         choice, rank = choices[i], kept[i]
         gain, cost, after = 0.0, choice.triplet_bytes, rank + 1
         if rank == bends[i] and choice.dense_bytes is not None:
@@ -181,7 +180,7 @@ def allocate(choices: Sequence[Choice], budget: int) -> list[int]:
             left -= cost
             kept[i] = after
         elif after == DENSE:
-            bends[i] = DENSE  # no room for all of it: single triplets may still fit
+            bends[i] = DENSE  # too large, but single triplets may still fit
         else:
             continue
         if kept[i] != DENSE:
@@ -190,7 +189,7 @@ def allocate(choices: Sequence[Choice], budget: int) -> list[int]:
 
 
 def _most(choice: Choice) -> int:
-    """The largest rank that takes fewer bytes than the update itself."""
+    """Largest rank that takes fewer bytes than the update itself."""
     if choice.dense_bytes is None:
         return len(choice.energies)
     return min(len(choice.energies), (choice.dense_bytes - 1) // choice.triplet_bytes)

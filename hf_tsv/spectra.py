@@ -1,4 +1,4 @@
-"""What may be kept of the weights of a task, and the singular vectors that there are."""
+"""Candidates for compression and their singular vectors, weight by weight."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ from hf_tsv.tsv import TaskSingularVectors
 Format = Literal["factors", "peft"]
 
 CURVE_POINTS = 49
-"""Of a curve in a picture."""
+"""Points of a curve in a picture."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to compress.
+    """Options of a compression.
 
     Args:
-        rule ([`RankRule`]): which triplets are kept.
-        factor_dtype (`str`): of the stored updates.
-        compress_conv (`bool`): decompose the patch convolution too, one row an output channel.
+        rule ([`RankRule`]): rule for the triplets to keep.
+        factor_dtype (`str`): type of the stored updates.
+        compress_conv (`bool`): decompose the patch convolution too, one row per output channel.
         format (`str`): `factors`, or `peft` for a LoRA adapter.
-        dense (`bool`): a LoRA adapter also gets what is no matrix of a linear layer.
+        dense (`bool`): store in a LoRA adapter also what is no matrix of a linear layer.
         model_class (`str`, *optional*): the class a LoRA adapter is for; default: that of the
             fine-tuned checkpoint.
-        max_shard_size (`int` or `str`): bytes of a file, or `"5GB"`.
-        report (`bool`): table and picture of what is kept go into the card.
+        max_shard_size (`int` or `str`): largest size of a file in bytes, or a text like `"5GB"`.
+        report (`bool`): add a table and a picture of what is kept to the card.
     """
 
     rule: RankRule = field(default_factory=RankRule)
@@ -92,22 +92,22 @@ class Options:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored updates."""
+        """Data type of the stored updates."""
         dtype: torch.dtype = getattr(torch, self.factor_dtype)
         return dtype
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What may be kept of one weight, known from its header.
+    """Limits of what may be kept of one weight, known from its header.
 
     Args:
         name (`str`): canonical name.
-        shape (`tuple[int, ...]`): of the weight.
-        dtype (`torch.dtype`): in the fine-tuned checkpoint.
+        shape (`tuple[int, ...]`): shape of the weight.
+        dtype (`torch.dtype`): type in the fine-tuned checkpoint.
         limit (`int`): most triplets that may be kept; 0: only the update itself.
-        triplet_bytes (`int`): of one triplet.
-        dense_bytes (`int`, *optional*): of the update itself; None if that is no option.
+        triplet_bytes (`int`): size of one triplet.
+        dense_bytes (`int`, *optional*): size of the update itself; None if it may not be kept.
     """
 
     name: str
@@ -120,17 +120,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measured:
-    """One weight after its decomposition.
+    """Weight after its decomposition.
 
     Args:
-        candidate ([`Candidate`]): from its header.
+        candidate ([`Candidate`]): limits from its header.
         base_sha256 (`str`): digest of W0.
         norm (`float`): ‖Δ‖, Frobenius.
         singular_values (`Tensor`): those that may be kept, float64, descending.
-        numerical_rank (`int`): how many there are above storage rounding.
-        place (`int`): where the spool holds its vectors.
-        sha256 (`str`): digest of what it holds there.
-        exact (`bool`): they are from a full SVD.
+        numerical_rank (`int`): number of singular values above storage rounding.
+        place (`int`): offset of its vectors in the spool.
+        sha256 (`str`): digest of the bytes there.
+        exact (`bool`): whether they are from a full SVD.
     """
 
     candidate: Candidate
@@ -143,7 +143,7 @@ class Measured:
     exact: bool = False
 
     def to_entry(self) -> dict[str, Any]:
-        """As a journal has it."""
+        """Entry for a journal."""
         return {
             "label": self.candidate.name,
             "base_sha256": self.base_sha256,
@@ -157,25 +157,25 @@ class Measured:
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any], candidate: Candidate) -> Measured:
-        """The inverse of [`to_entry`].
+        """Weight from an entry of [`to_entry`].
 
         Args:
-            entry (`Mapping[str, Any]`): of a journal.
-            candidate ([`Candidate`]): its weight.
+            entry (`Mapping[str, Any]`): entry of a journal.
+            candidate ([`Candidate`]): limits of the weight.
         """
         values = torch.tensor(entry["singular_values"], dtype=torch.float64)
         rest = {k: v for k, v in entry.items() if k != "label"}
         return cls(candidate, **{**rest, "singular_values": values})
 
     def energy(self, rank: int) -> float:
-        """Share of the squared norm that is kept."""
+        """Share of the squared norm that the leading `rank` triplets keep."""
         if rank == DENSE or self.norm == 0:
             return 1.0
         return min(1.0, float(self.singular_values[:rank].square().sum()) / self.norm**2)
 
 
 def energy_curves(measured: Sequence[Measured]) -> dict[str, tuple[list[float], list[float]]]:
-    """Energy in the leading triplets, by kind of layer, as far as it is known of all its weights.
+    """Energy in the leading triplets by kind of layer, up to the rank known for all its weights.
 
     Args:
         measured (`Sequence[Measured]`): every weight.
@@ -202,7 +202,7 @@ def energy_curves(measured: Sequence[Measured]) -> dict[str, tuple[list[float], 
 
 @dataclass(frozen=True)
 class Job:
-    """A compression whose references are resolved and whose headers fit."""
+    """Compression whose references are resolved and whose headers fit."""
 
     sources: Sources
     options: Options
@@ -211,7 +211,7 @@ class Job:
 
     @property
     def source(self) -> Checkpoint:
-        """The fine-tuned checkpoint."""
+        """Fine-tuned checkpoint."""
         (item,) = self.sources.inputs
         if isinstance(item, TaskFactors):
             raise CheckpointError(
@@ -222,23 +222,23 @@ class Job:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of all tensors of the fine-tuned checkpoint."""
+        """Size of all tensors of the fine-tuned checkpoint, in bytes."""
         held = (*self.source.tensors.values(), *self.source.head.values())
         return sum(info.nbytes for info in held)
 
     @property
     def base_bytes(self) -> int:
-        """Size of the same weights in the base model."""
+        """Size of the same weights in the base model, in bytes."""
         base = self.sources.base.tensors
         return sum(info.nbytes for name, info in base.items() if name in self.source.tensors)
 
     @property
     def head_bytes(self) -> int:
-        """Size of the task head, which is kept as it is."""
+        """Size of the task head, which is kept as it is, in bytes."""
         return sum(info.nbytes for info in self.source.head.values())
 
     def to_json(self, device: torch.device) -> dict[str, Any]:
-        """Everything that decides about the bytes of the result."""
+        """Everything that determines the bytes of the result."""
         return {
             "base_model": identity_entry(self.sources.base),
             "source": identity_entry(self.source),
@@ -249,12 +249,12 @@ class Job:
         }
 
     def delta(self, name: str) -> Tensor:
-        """Δ of one weight."""
+        """Compute Δ of one weight."""
         return tsv.difference(self.source.read(name), self.sources.base.read(name))
 
 
 def candidates_of(job: Job) -> tuple[Candidate, ...]:
-    """Every weight that base and fine-tuned checkpoint share, and what may be kept of it."""
+    """Candidates for all weights that base and fine-tuned checkpoint share."""
     base, source, options = job.sources.base, job.source, job.options
     make = _candidate if options.format == "factors" else _adapter_candidate
     return tuple(
@@ -281,7 +281,7 @@ def _candidate(name: str, source: Checkpoint, options: Options) -> Candidate:
 
 
 def _adapter_candidate(name: str, source: Checkpoint, options: Options) -> Candidate:
-    """A linear layer has any rank; everything else is stored as its value, or not at all."""
+    """Candidate for an adapter: any rank for a linear layer, else the value itself or nothing."""
     info = source.tensors[name]
     if layout.name_in_class(name, options.model_class or layout.saved_class(source.config)) is None:
         return Candidate(name, info.shape, info.dtype, 0, 0, 0)
@@ -298,17 +298,17 @@ def _adapter_candidate(name: str, source: Checkpoint, options: Options) -> Candi
 
 
 class Spool:
-    """Singular vectors of all weights on disk, until it is known how many of each are kept.
+    """File of singular vectors of all weights, until the ranks to keep are known.
 
     Args:
-        file (`Path`): made if it is not there.
-        measured (`Sequence[Measured]`): weights whose vectors may be in it already.
+        file (`Path`): path of the file, created if absent.
+        measured (`Sequence[Measured]`): weights whose vectors it may hold already.
     """
 
     def __init__(self, file: Path, measured: Sequence[Measured] = ()) -> None:
         self._file = file.open("r+b" if file.exists() else "w+b")
         self.held = [item for item in measured if self._holds(item)]
-        """Those whose vectors are in it: after a power failure some may not be."""
+        """Weights whose vectors are in the file; a power failure may have lost some."""
         self._end = max((item.place + _spooled_bytes(item) for item in self.held), default=0)
 
     def __enter__(self) -> Spool:
@@ -327,14 +327,14 @@ class Spool:
         return hashlib.sha256(byte_view(rows)).hexdigest() == item.sha256
 
     def put(self, item: Measured, vectors: TaskSingularVectors) -> Measured:
-        """Keep Uᵀ and Vh in float32; triplet after triplet, so that a prefix is a truncation.
+        """Append Uᵀ and Vh in float32, triplet by triplet, so that a prefix is a truncation.
 
         Args:
             item ([`Measured`]): the weight.
-            vectors ([`TaskSingularVectors`]): all that may be kept of it.
+            vectors ([`TaskSingularVectors`]): all triplets that may be kept of it.
 
         Returns:
-            [`Measured`]: that knows where they are.
+            [`Measured`]: the weight with the place and digest of its vectors.
         """
         start = self._end
         rows = torch.cat([vectors.U.mT, vectors.Vh], dim=1)
@@ -346,11 +346,11 @@ class Spool:
         return replace(item, place=start, sha256=hashlib.sha256(data).hexdigest())
 
     def get(self, item: Measured, rank: int) -> TaskSingularVectors:
-        """The leading triplets of one weight.
+        """Leading triplets of one weight.
 
         Args:
             item ([`Measured`]): the weight.
-            rank (`int`): how many.
+            rank (`int`): number of triplets.
         """
         d_out = matrix_shape(item.candidate.shape)[0]
         rows = self._rows(item, rank)
@@ -375,17 +375,17 @@ def _spooled_bytes(item: Measured) -> int:
 def measure(
     job: Job, spool: Spool, notes: Journal, device: torch.device, advance: Any
 ) -> tuple[list[Measured], Seconds]:
-    """Decompose every weight once, one in each thread; the next one is read meanwhile.
+    """Decompose every weight once, one per thread, while the next one is read.
 
     Args:
-        job ([`Job`]): what to compress.
-        spool ([`Spool`]): takes the singular vectors; what it holds is not decomposed again.
-        notes ([`Journal`]): takes the rest.
-        device (`torch.device`): where to compute.
-        advance (`Callable[[int], None]`): told after each weight.
+        job ([`Job`]): compression to do.
+        spool ([`Spool`]): file for the singular vectors; weights it holds are not decomposed again.
+        notes ([`Journal`]): journal for everything else.
+        device (`torch.device`): device that computes.
+        advance (`Callable[[int], None]`): called after each weight.
 
     Returns:
-        `tuple[list[Measured], Seconds]`: every weight, and the time it took to read and decompose
+        `tuple[list[Measured], Seconds]`: every weight, and the time of reading and decomposing
         them.
     """
     started, waited = time.monotonic(), 0.0
@@ -442,8 +442,8 @@ def measure(
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The update of one weight, its norm and storage noise, the digest of W0, and what reading
-    took."""
+    """Update of one weight, its norm and storage noise, the digest of W0, and the seconds of
+    reading."""
 
     candidate: Candidate
     delta: Tensor
@@ -460,7 +460,7 @@ def _load(candidate: Candidate, job: Job) -> _Loaded:
     w0, w1 = w0.reshape(rows, columns), w1.reshape(rows, columns)
     delta, _ = stream.update_of(candidate.name, job.source, w1, w0)
     norm = linalg.frobenius_norm(delta)
-    norm = norm if norm**2 else 0.0  # no stored type has numbers so small
+    norm = norm if norm**2 else 0.0  # a norm whose square underflows counts as none
     floor = tsv.storage_noise(w0, w1, norm, overwrite=True) if candidate.limit else 0.0
     sha256 = digest(w0.reshape(candidate.shape))
     return _Loaded(candidate, delta, norm, sha256, floor, time.monotonic() - started)
@@ -469,14 +469,14 @@ def _load(candidate: Candidate, job: Job) -> _Loaded:
 def _decompose(
     loaded: _Loaded, source: Checkpoint, device: torch.device
 ) -> tuple[Measured, TaskSingularVectors | None]:
-    """Leading triplets of one weight, as many as may be kept; None where none may."""
+    """Leading triplets of one weight, as many as may be kept; None if none may."""
     candidate, delta, norm = loaded.candidate, loaded.delta, loaded.norm
     item = Measured(candidate, loaded.base_sha256, norm, torch.empty(0))
     if not norm or not candidate.limit:
         return item, None
     delta = delta.to(device)
     k = min(delta.shape)
-    whole = 2 * candidate.limit > k  # then one SVD has everything
+    whole = 2 * candidate.limit > k  # one full SVD is cheaper then
     wanted = k if whole else candidate.limit
     with stream.named(candidate.name, [source]):
         svd = linalg.truncated_svd(

@@ -1,4 +1,4 @@
-"""Several tasks in one base model: their weights are swapped in place."""
+"""Several tasks in one base model, whose weights are exchanged in place."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ Keep = Literal["memory", "disk"]
 
 
 class TaskSwitcher:
-    """One base model in memory whose weights become those of one task after another.
+    """Base model in memory whose weights become those of one task after another.
 
     [`activate`] writes W0 + U diag(σ) Vh into the model's own parameters, in their dtype;
-    [`deactivate`] restores W0 bit for bit. Both hold a lock, so several threads may call them; a
-    forward pass that runs meanwhile sees weights of two tasks, so callers must not overlap the two.
+    [`deactivate`] restores W0 bit for bit. Both hold a lock, so several threads may call them. A
+    forward pass at the same time would see weights of two tasks, so callers must not overlap them.
 
     Args:
         model (`transformers.PreTrainedModel`): the base model.
         tasks (`Mapping[str, Mapping[str, Update]]`): updates by task and canonical name.
-        model_class (`str`): of the model.
-        base ([`Checkpoint`], *optional*): where W0 is read again; without it a copy is kept of
-            every weight that a task changes.
+        model_class (`str`): class of the model.
+        base ([`Checkpoint`], *optional*): checkpoint from which W0 is read again; without it a copy
+            is kept of every weight that a task changes.
 
     Example:
         >>> tasks = TaskSwitcher.from_pretrained(["me/a-tsv", "me/b-tsv"])  # doctest: +SKIP
@@ -100,21 +100,21 @@ class TaskSwitcher:
         """Load the base model once, and the factors of every task.
 
         Args:
-            references (`Sequence[str]` or `Mapping[str, str]`): task factors; without names a task
-                is called like its repository, without `-tsv`.
+            references (`Sequence[str]` or `Mapping[str, str]`): task factors, with the names of the
+                tasks; default names: those of the repositories, without `-tsv`.
             base_model (`str`, *optional*): default: the one the factors were made from.
             model_class (`str`, *optional*): for example `CLIPVisionModel`; default: that of the
                 base model.
-            keep (`str`): where W0 is restored from: a copy in `"memory"` of what tasks change, or
+            keep (`str`): source of the restored W0: a copy in `"memory"` of what tasks change, or
                 the base model's file on `"disk"`, slower and without the copy.
-            dtype (`torch.dtype`, *optional*): default: as the base is stored.
+            dtype (`torch.dtype`, *optional*): default: that of the stored base.
             device (`str`, *optional*): default: cpu.
             token (`str`, *optional*): default: the one the Hub client is logged in with.
             cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
             progress (`bool`, *optional*): show a bar; default: on a terminal.
 
         Raises:
-            [`HfTsvError`]: not factors, or of different base models.
+            [`HfTsvError`]: not task factors, or of different base models.
         """
         named = _named(references)
         if keep not in ("memory", "disk"):
@@ -150,12 +150,12 @@ class TaskSwitcher:
 
     @property
     def names(self) -> list[str]:
-        """The tasks."""
+        """Names of the tasks."""
         return list(self._tasks)
 
     @torch.no_grad()
     def activate(self, task: str) -> None:
-        """Put the weights of a task into the model.
+        """Write the weights of a task into the model.
 
         Args:
             task (`str`): one of `names`.
@@ -178,7 +178,7 @@ class TaskSwitcher:
 
     @torch.no_grad()
     def deactivate(self) -> None:
-        """Put the weights of the base model back, bit for bit."""
+        """Restore the weights of the base model, bit for bit."""
         with self._lock:
             self.active = None
             self._restore(set(self._touched))
@@ -189,12 +189,12 @@ class TaskSwitcher:
             self._touched.discard(name)
 
     def _original(self, name: str) -> Tensor:
-        data = self._parameters[name].data  # looked up anew: the model may have been moved
+        data = self._parameters[name].data  # not cached, because the model may have been moved
         original = self._copies[name] if self._base is None else self._base.read(name)
         return original.to(data.device, data.dtype)
 
     def _prepared(self, name: str, update: Update) -> Tensor | _Product:
-        """An update on the device and in the dtype it is added in; σ goes into U once."""
+        """Update on the device and in the dtype it is added in; σ is multiplied into U once."""
         data = self._parameters[name]
         dtype = torch.float32 if data.dtype.itemsize < 4 else data.dtype
         if isinstance(update, TaskSingularVectors):
@@ -205,7 +205,7 @@ class TaskSwitcher:
 
 @dataclass(frozen=True)
 class _Product:
-    """U diag(σ) Vh, of which σ is in the left factor."""
+    """Product U diag(σ) Vh, with σ in the left factor."""
 
     left: Tensor
     right: Tensor
@@ -215,8 +215,8 @@ class _Product:
 
 
 def _add(target: Tensor, base: Tensor, update: Tensor | _Product) -> None:
-    """target = W0 + update, without a temporary matrix where the dtypes agree."""
-    update = update.to(target.device)  # itself, unless the model was moved
+    """Set target = W0 + update, without a temporary matrix where the dtypes agree."""
+    update = update.to(target.device)  # a copy only if the model was moved
     if isinstance(update, _Product):
         if update.left.dtype == target.dtype:
             torch.addmm(base, update.left, update.right, out=target)
@@ -231,7 +231,7 @@ def _add(target: Tensor, base: Tensor, update: Tensor | _Product) -> None:
 def _updates(
     item: Task, base: Checkpoint, model_class: str, digests: dict[str, str]
 ) -> dict[str, Update]:
-    """What a task changes of a model class; the base is compared, each weight read once."""
+    """Updates of a task in a model class, after a check of the base; reads each weight once."""
     if not isinstance(item, TaskFactors):
         raise CheckpointError(
             f"{item} is a checkpoint, not task factors.", "Make factors with `hf-tsv compress`."

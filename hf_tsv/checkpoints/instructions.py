@@ -1,7 +1,7 @@
-"""The instructions of a pickle, followed as far as they build tensors and containers.
+"""Interpreter of the pickle instructions that build tensors and containers.
 
-Nothing that it names is imported or called, and nothing is built that takes more memory than the
-pickle itself, times a constant.
+Nothing that a pickle names is imported or called, and nothing is built that takes more memory than
+a constant times the pickle itself.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 MAX_STEPS = 2_500_000
-"""Instructions of a pickle; 50,000 tensors take 1.6 million."""
+"""Most instructions of a pickle; 50,000 tensors take 1.6 million."""
 
 MOST_ARGUMENTS = 20
-"""Of what a pickle would call: long ones, used over and over, would take for ever."""
+"""Most arguments of a call, since long tuples that are used over and over would take for ever."""
 
 STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -31,7 +31,7 @@ STORAGES = {
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """What a pickle would import: only its name."""
+    """Name of an object that a pickle would import."""
 
     module: str
     name: str
@@ -39,7 +39,7 @@ class _Named:
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """An entry of the archive: its key, and the type of its values."""
+    """Entry of the archive: its key, and the type of its values."""
 
     key: str
     dtype: object
@@ -47,7 +47,7 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A tensor as the pickle describes it; nothing of it has been checked."""
+    """Tensor as the pickle describes it, with nothing checked."""
 
     key: str
     dtype: object
@@ -58,7 +58,7 @@ class SavedTensor:
 
 
 def _is_known(module: str, name: str) -> bool:
-    """Whether files of tensors have this name in them; even so nothing is imported or called."""
+    """Tell whether this name occurs in files of tensors; even so nothing is imported or called."""
     if module == "torch":
         is_dtype = isinstance(getattr(torch, name, None), torch.dtype)
         return is_dtype or name.endswith("Storage") or name in ("Size", "Tensor", "device")
@@ -75,7 +75,7 @@ def _is_known(module: str, name: str) -> bool:
 
 
 def _dtype_of(value: object) -> object:
-    """Of a storage or a type: torch's, or for an error the name of another."""
+    """Data type of a storage or type object: torch's, or the name of an unknown one for errors."""
     if not isinstance(value, _Named):
         return None
     own = getattr(torch, value.name, None) if value.module == "torch" else None
@@ -83,7 +83,7 @@ def _dtype_of(value: object) -> object:
 
 
 def _called(function: object, arguments: object) -> Any:
-    """What a pickle's call would give, as far as it matters: tensors and mappings."""
+    """Result of a pickle's call, as far as it matters: tensors and mappings."""
     few = isinstance(arguments, tuple) and len(arguments) <= MOST_ARGUMENTS
     if not isinstance(function, _Named) or not isinstance(arguments, tuple) or not few:
         raise ValueError("a call of something else")
@@ -101,27 +101,27 @@ def _called(function: object, arguments: object) -> Any:
     storage, offset, shape, stride, *more = arguments
     if not isinstance(storage, _Storage):
         raise ValueError("a tensor of something else")
-    typed = kind == "tensor_v3"  # it says its type itself
+    typed = kind == "tensor_v3"  # the only kind that carries its own type
     dtype = _dtype_of(more[2]) if typed else storage.dtype
-    bits = more[3:] if typed else more[2:]  # of values that are stored negated or conjugated
+    bits = more[3:] if typed else more[2:]  # flags of values stored negated or conjugated
     return SavedTensor(storage.key, dtype, offset, shape, stride, as_stored=not any(bits))
 
 
 def described(raw: bytes) -> Any:
-    """What a pickle describes: containers, tensors as [`SavedTensor`], and None for all else.
+    """Content that a pickle describes: containers, [`SavedTensor`]s, and None for all else.
 
     Args:
         raw (`bytes`): the pickle.
 
     Raises:
         `UnpicklingError`: it describes more than tensors.
-        `OverflowError`: it describes more than any model has.
+        `OverflowError`: it has more instructions than any model needs.
     """
     return _Steps(raw).content()
 
 
 class _Steps:
-    """The instructions of a pickle, followed without doing what they ask for.
+    """Interpreter of a pickle that builds only containers and descriptions.
 
     Args:
         raw (`bytes`): the pickle.
@@ -134,7 +134,7 @@ class _Steps:
         self._memo: dict[int, Any] = {}
 
     def content(self) -> Any:
-        """What it describes."""
+        """Content that the pickle describes."""
         simple: dict[str, Callable[[Any], None]] = {
             **dict.fromkeys(VALUES, self._stack.append),
             **{name: partial(self._constant, value) for name, value in CONSTANTS.items()},
@@ -193,7 +193,7 @@ class _Steps:
             self._stack[-1].extend(items)
 
     def _set(self, items: list[Any]) -> None:
-        """Items with simple keys: the hash of a tuple in tuples in tuples overflows C's stack."""
+        """Set only simple keys: hashing deeply nested tuples overflows the C stack."""
         target = self._stack[-1]
         if isinstance(target, dict):
             pairs = zip(items[::2], items[1::2], strict=True)
@@ -207,7 +207,7 @@ class _Steps:
 
     def _storage(self, _: None) -> None:
         found = self._stack.pop()
-        # Nothing else is looked at: a tuple of tuples of tuples takes for ever to compare or print.
+        # Nothing else is examined: comparing or printing deeply nested tuples takes for ever.
         if not isinstance(found, tuple) or not 3 <= len(found) <= MOST_ARGUMENTS:
             raise ValueError("no storage")
         if not isinstance(found[0], str) or found[0] != "storage" or not isinstance(found[2], str):
@@ -223,4 +223,4 @@ VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SH
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 NEW: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-"""Instructions by name; those that are nowhere are not of torch.save."""
+"""Supported instructions by name; torch.save writes no others."""

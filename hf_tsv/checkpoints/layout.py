@@ -1,4 +1,4 @@
-"""Which tensor is which: one canonical name for every layout a CLIP checkpoint has on disk.
+"""Canonical tensor names, one for every layout that a CLIP checkpoint has on disk.
 
 Canonical names are those of `CLIPModel`: `vision_model.*`, `text_model.*`,
 `visual_projection.weight`, `text_projection.weight`, `logit_scale`. Every transformers version
@@ -18,11 +18,11 @@ from hf_tsv.progress import shortened
 
 @dataclass(frozen=True)
 class Layout:
-    """What a model type has on disk.
+    """Names of a model type on disk.
 
     Args:
         model_type (`str`): `model_type` of config.json.
-        flat_prefix (`str`, *optional*): tower the unprefixed names of transformers 5 belong to.
+        flat_prefix (`str`, *optional*): tower of the unprefixed names of transformers 5.
     """
 
     model_type: str
@@ -41,13 +41,13 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class ModelClass:
-    """Which canonical names a CLIP class of transformers 5 has, and how it calls them.
+    """Canonical names that a CLIP class of transformers 5 has, and its own names for them.
 
     Args:
         parts (`tuple[str, ...]`): first components of the canonical names of its parameters.
-        flat_prefix (`str`): what the class leaves out of the canonical names.
-        config_part (`str`, *optional*): the part of a CLIP's config.json that it is made from;
-            None for the whole.
+        flat_prefix (`str`): prefix of the canonical names that the class omits.
+        config_part (`str`, *optional*): part of a CLIP's config.json that the class is made from;
+            None for all of it.
     """
 
     parts: tuple[str, ...]
@@ -70,7 +70,7 @@ MODEL_CLASSES = {
 }
 
 BUFFER = "position_ids"
-"""In checkpoints of transformers 4, but not a parameter of the modules."""
+"""Buffer in checkpoints of transformers 4 that is not a parameter of the modules."""
 
 FLAT = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm|final_layer_norm)\.")
 TASK_HEAD = re.compile(r"classifier\.")
@@ -81,18 +81,18 @@ KINDS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.{q,k,v}_proj",
     "self_attn.out_proj", "mlp.fc1", "mlp.fc2",
 )  # fmt: skip
-"""Of the matrices of a block, in the order they are computed in."""
+"""Kinds of matrices in a block, in the order of computation."""
 
 
 def layout_of(config: dict[str, Any], owner: str) -> Layout:
-    """The layout that a config.json announces; of what is no CLIP, names as they are.
+    """Layout that a config.json announces; for other models than CLIP, names stay as they are.
 
     Args:
         config (`dict[str, Any]`): content of config.json.
-        owner (`str`): the checkpoint, for the error.
+        owner (`str`): name of the checkpoint, for the error.
 
     Raises:
-        [`CheckpointError`]: it announces none.
+        [`CheckpointError`]: it announces no model type.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type.isprintable() or not model_type:
@@ -105,7 +105,7 @@ def layout_of(config: dict[str, Any], owner: str) -> Layout:
 
 
 def is_clip(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is a CLIP's; else only names and shapes are known.
+    """Tell whether a config.json belongs to a CLIP; other models have only names and shapes.
 
     Example:
         >>> is_clip({"model_type": "clip_vision_model"}), is_clip({"model_type": "siglip"})
@@ -119,7 +119,7 @@ def canonical_name(stored: str, layout: Layout) -> str | None:
 
     Args:
         stored (`str`): name in the file.
-        layout ([`Layout`]): of the checkpoint the file belongs to.
+        layout ([`Layout`]): layout of the file's checkpoint.
 
     Example:
         >>> canonical_name("encoder.layers.0.mlp.fc1.weight", LAYOUTS["clip_vision_model"])
@@ -133,7 +133,7 @@ def canonical_name(stored: str, layout: Layout) -> str | None:
 
 
 def name_in_class(name: str, model_class: str) -> str | None:
-    """Name of a canonical parameter in a class of [`MODEL_CLASSES`], or None if it has it not.
+    """Name of a canonical parameter in a class of [`MODEL_CLASSES`], or None if it is not there.
 
     Example:
         >>> name_in_class("vision_model.encoder.layers.0.mlp.fc1.weight", "CLIPVisionModel")
@@ -146,7 +146,7 @@ def name_in_class(name: str, model_class: str) -> str | None:
 
 
 def saved_class(config: Mapping[str, Any]) -> str:
-    """The class of [`MODEL_CLASSES`] that a config.json was saved by.
+    """Class of [`MODEL_CLASSES`] that saved a config.json.
 
     Example:
         >>> saved_class({"model_type": "clip_vision_model"})
@@ -165,7 +165,7 @@ def towers(names: Iterable[str]) -> set[str]:
 
 
 def qkv_group(name: str) -> tuple[str, str] | None:
-    """The attention a projection weight belongs to, and its letter; None for other weights.
+    """Attention block and letter of a projection weight; None for other weights.
 
     Example:
         >>> qkv_group("vision_model.encoder.layers.0.self_attn.k_proj.weight")
@@ -192,16 +192,16 @@ def block_and_kind(label: str) -> tuple[str, str]:
 
 
 def kind_order(kind: str) -> tuple[int, str]:
-    """Key that sorts kinds of layers as a block computes them, what is in no block last.
+    """Sort key of kinds of layers: those of a block in the order of computation, then the others.
 
     Args:
-        kind (`str`): see [`block_and_kind`].
+        kind (`str`): kind from [`block_and_kind`].
     """
     return KINDS.index(kind) if kind in KINDS else len(KINDS), kind
 
 
 def tower_configs(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The vision and text part of a config.json, whichever class it belongs to.
+    """Vision and text part of a config.json, whichever class it belongs to.
 
     Example:
         >>> tower_configs({"model_type": "clip_vision_model", "patch_size": 32})["vision_config"]
@@ -216,5 +216,5 @@ def tower_configs(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def is_full_model(names: Iterable[str]) -> bool:
-    """Whether canonical names cover both towers of a `CLIPModel`."""
+    """Tell whether canonical names cover both towers of a `CLIPModel`."""
     return {"vision_model", "text_model"} <= towers(names)

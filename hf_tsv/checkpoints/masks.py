@@ -1,4 +1,4 @@
-"""TALL-masks: a task as one bit a weight, beside a merge that holds the sum of all updates."""
+"""TALL-masks: tasks of one bit per weight, beside a merge that holds the sum of all updates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_tsv.checkpoints.tensors import TensorInfo
 from hf_tsv.errors import CheckpointError
 
 FOLDER = "masks"
-"""Beside the weights of a merge; holds a folder for each task."""
+"""Folder beside the weights of a merge, with a folder for each task."""
 
 MASK_FILE = "mask.safetensors"
 CONFIG_FILE = "hf_tsv_mask.json"
@@ -30,14 +30,14 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Masked(Checkpoint):
-    """One task of a merge: the merged value where its bit is set, the base model's elsewhere.
+    """Task of a merge: the merged value where its bit is set, the base model's elsewhere.
 
     Args:
-        masks (`Mapping[str, TensorInfo]`): packed bits by canonical name; without one no bit is
-            set.
+        masks (`Mapping[str, TensorInfo]`): packed bits by canonical name; a weight without a mask
+            has no bit set.
         base_ref (`str`): the base model it was made with, without its revision.
-        base_revision (`str`, *optional*): its commit sha; None of a folder.
-        digests (`Mapping[str, str]`): of the base model's tensors.
+        base_revision (`str`, *optional*): commit sha of that model; None for a folder.
+        digests (`Mapping[str, str]`): digests of that model's tensors.
         base ([`Checkpoint`], *optional*): W0; without it nothing can be read.
     """
 
@@ -48,11 +48,11 @@ class Masked(Checkpoint):
     base: Checkpoint | None = None
 
     def on(self, base: Checkpoint) -> Masked:
-        """The same task, read with the base model it was made with."""
+        """Make the same task with the base model it is read with."""
         return replace(self, base=base)
 
     def parts(self, name: str) -> list[TensorInfo]:
-        """What reading one weight reads of its files."""
+        """Tensors of the files that reading one weight needs, besides the base model's."""
         return [self.tensors[name], self.masks[name]] if name in self.masks else []
 
     def read(self, name: str, *, pinned: bool = False) -> Tensor:
@@ -60,14 +60,14 @@ class Masked(Checkpoint):
 
         Args:
             name (`str`): canonical name.
-            pinned (`bool`): into memory from where a GPU copies at full speed.
+            pinned (`bool`): read into memory from where a GPU copies at full speed.
 
         Raises:
             [`CheckpointError`]: the base model is another one, or a file is damaged.
         """
         if name in self.head:
             return super().read(name, pinned=pinned)
-        assert self.base is not None  # whoever opens it to read gives it
+        assert self.base is not None  # set before any read
         w0 = self.base.read(name, pinned=pinned)
         if self.digests.get(name) != digest(w0):
             made_with = at_revision(self.base_ref, self.base_revision)
@@ -83,7 +83,7 @@ class Masked(Checkpoint):
 
 
 def packed_shape(shape: tuple[int, ...]) -> tuple[int]:
-    """Of the bits of a weight, eight to a byte.
+    """Shape of the packed bits of a weight, eight to a byte.
 
     Example:
         >>> packed_shape((3, 3))
@@ -93,7 +93,7 @@ def packed_shape(shape: tuple[int, ...]) -> tuple[int]:
 
 
 def packed(mask: Tensor) -> Tensor:
-    """A mask as bits, eight to a byte, the first one the highest.
+    """Pack a mask into bits, eight to a byte, the first one highest.
 
     Example:
         >>> packed(torch.tensor([[True, False], [True, True]])).tolist()
@@ -103,26 +103,26 @@ def packed(mask: Tensor) -> Tensor:
 
 
 def unpacked(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The mask again, in the shape of its weight."""
+    """Unpack a mask into the shape of its weight."""
     flat = np.unpackbits(bits.numpy(), count=prod(shape))
     return torch.from_numpy(flat).bool().reshape(shape)
 
 
 def is_masked(pinned: PinnedCheckpoint) -> bool:
-    """Whether this is the folder of one task beside a merge."""
+    """Tell whether this is the folder of one task beside a merge."""
     return pinned.files.size(CONFIG_FILE) is not None
 
 
 def write_config(
     folder: Path, task: str, base: PinnedCheckpoint, digests: Mapping[str, str], scale: float
 ) -> None:
-    """Say what a mask belongs to.
+    """Write the file that says what a mask belongs to.
 
     Args:
-        folder (`Path`): of the task.
+        folder (`Path`): folder of the task.
         task (`str`): the fine-tune it was made from.
         base ([`PinnedCheckpoint`]): the base model.
-        digests (`Mapping[str, str]`): of its tensors.
+        digests (`Mapping[str, str]`): digests of the base model's tensors.
         scale (`float`): λ.
     """
     content = {
@@ -140,10 +140,10 @@ def open_masked(pinned: PinnedCheckpoint) -> Masked:
     """Read the headers of a merge and of one of its masks.
 
     Args:
-        pinned ([`PinnedCheckpoint`]): the folder of the task.
+        pinned ([`PinnedCheckpoint`]): folder of the task.
 
     Raises:
-        [`CheckpointError`]: it does not lie beside a merge, or is damaged.
+        [`CheckpointError`]: the folder is not beside a merge, or is damaged.
     """
     owner = str(pinned)
     config = read_json(pinned.files, CONFIG_FILE, owner)
@@ -180,7 +180,7 @@ def _is_origin(value: dict[str, Any]) -> bool:
 
 
 def _beside(files: Files, owner: str) -> tuple[Files, str]:
-    """The files of the merge, and the folder of the task among them."""
+    """Files of the merge, and the path of the task's folder in them."""
     place = PurePosixPath(files.root.absolute()) if isinstance(files, LocalFiles) else None
     if isinstance(files, HubFiles):
         place = PurePosixPath(files.subfolder)

@@ -1,8 +1,7 @@
-"""Checkpoints as OpenCLIP stores them: names, stacked attention, config; both ways.
+"""Conversion from and to OpenCLIP's names, stacked attention and config.
 
-OpenCLIP keeps q, k and v of an attention in one tensor, and both projections the other way round
-than `CLIPModel`. Rows of a tensor lie together in a file, so each canonical tensor is read and
-written in its place.
+OpenCLIP keeps q, k and v of an attention in one tensor, and both projections transposed. The rows
+of a tensor lie together in a file, so each canonical tensor is read and written in its place.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ PROJECTIONS = {
     "visual.proj": "visual_projection.weight",
     "text_projection": "text_projection.weight",
 }
-"""Stored transposed."""
+"""Canonical names of the projections, which OpenCLIP stores transposed."""
 
 IN_BLOCK = {
     "ln_1": "layer_norm1",
@@ -58,14 +57,14 @@ MLP_RATIO = 4.0
 
 @dataclass(frozen=True)
 class Part:
-    """A canonical tensor in a stored one.
+    """Canonical tensor as a part of a stored one.
 
     Args:
         name (`str`): canonical name.
         stored (`str`): name in the file.
-        index (`int`): which of the equal parts that are stacked along dimension 0.
-        of (`int`): how many.
-        transposed (`bool`): stored the other way round.
+        index (`int`): its number among the equal parts that are stacked along dimension 0.
+        of (`int`): number of these parts.
+        transposed (`bool`): whether the file holds its transpose.
     """
 
     name: str
@@ -76,12 +75,12 @@ class Part:
 
 
 def parts_of(stored: str, shape: tuple[int, ...], owner: str) -> list[Part]:
-    """The canonical tensors that a stored tensor holds.
+    """Canonical tensors that a stored tensor holds.
 
     Args:
         stored (`str`): its name in the file.
         shape (`tuple[int, ...]`): its shape.
-        owner (`str`): the checkpoint, for the error.
+        owner (`str`): name of the checkpoint, for the error.
 
     Raises:
         [`CheckpointError`]: a CLIP of transformers has no such tensor.
@@ -113,10 +112,10 @@ def parts_of(stored: str, shape: tuple[int, ...], owner: str) -> list[Part]:
 
 
 def placed(names: Iterable[str]) -> dict[str, Part]:
-    """Where OpenCLIP stores canonical tensors.
+    """Place of each canonical tensor in OpenCLIP's tensors.
 
     Args:
-        names (`Iterable[str]`): canonical names; none of a buffer.
+        names (`Iterable[str]`): canonical names, buffers excluded.
 
     Raises:
         [`CheckpointError`]: OpenCLIP has no place for one.
@@ -145,11 +144,11 @@ def placed(names: Iterable[str]) -> dict[str, Part]:
 
 
 def transformers_config(content: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    """The config.json of the same model in transformers.
+    """Configuration of the same model in transformers.
 
     Args:
-        content (`Mapping[str, Any]`): of open_clip_config.json.
-        owner (`str`): the checkpoint, for the error.
+        content (`Mapping[str, Any]`): content of open_clip_config.json.
+        owner (`str`): name of the checkpoint, for the error.
 
     Raises:
         [`CheckpointError`]: transformers' CLIP has no such architecture, or a value is missing.
@@ -160,7 +159,7 @@ def transformers_config(content: Mapping[str, Any], owner: str) -> dict[str, Any
         _check_supported(model, vision, text, owner)  # type: ignore[arg-type]
         act = "quick_gelu" if model.get("quick_gelu") else "gelu"  # type: ignore[union-attr]
         embed = int(model["embed_dim"])  # type: ignore[index]
-        processor_config(content)  # what cannot be converted is refused before any work
+        processor_config(content)  # refuses before any work what cannot be converted
         size = vision["image_size"]
         if isinstance(size, list) and (len(size) != 2 or size[0] != size[1]):
             raise ValueError(f"image_size is {size}")
@@ -217,7 +216,7 @@ UNSUPPORTED = {
         "proj_bias", "norm_kwargs", "act_kwargs", "block_type",
     ),
 }  # fmt: skip
-"""Settings of OpenCLIP that make another architecture, unless they are off."""
+"""Settings of OpenCLIP that, unless they are off, make an architecture transformers lacks."""
 
 
 def _check_supported(
@@ -237,11 +236,11 @@ def _check_supported(
 
 
 def open_clip_config(config: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
-    """The open_clip_config.json of a `CLIPModel`.
+    """Content of open_clip_config.json for a `CLIPModel`.
 
     Args:
         config (`Mapping[str, Any]`): its config.json, complete as transformers fills it in.
-        processor (`Mapping[str, Any]`): of its images; may be empty.
+        processor (`Mapping[str, Any]`): its image processor's config; may be empty.
     """
     vision, text = config["vision_config"], config["text_config"]
     model: dict[str, Any] = {
@@ -271,23 +270,23 @@ def open_clip_config(config: Mapping[str, Any], processor: Mapping[str, Any]) ->
 
 
 def _ratio(inner: int, width: int) -> float:
-    """So that int(width · ratio), as OpenCLIP has it, is the inner size again."""
+    """Ratio for which int(width · ratio), as OpenCLIP computes it, is the inner size again."""
     ratio = inner / width
     return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of the images that CLIP was trained on; OpenCLIP's default too."""
+"""Mean and deviation of the images that CLIP was trained on; also OpenCLIP's default."""
 
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""Numbers of Pillow."""
+"""Pillow's numbers of the resampling filters."""
 
 
 def processor_config(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The preprocessor_config.json that does to images what OpenCLIP does.
+    """Content of preprocessor_config.json that treats images as OpenCLIP does.
 
     Args:
-        content (`Mapping[str, Any]`): of open_clip_config.json.
+        content (`Mapping[str, Any]`): content of open_clip_config.json.
     """
     given = content.get("preprocess_cfg")
     images: Mapping[str, Any] = given if isinstance(given, dict) else {}

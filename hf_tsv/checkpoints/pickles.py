@@ -1,8 +1,8 @@
-"""Where the tensors of a PyTorch file lie: read from its index, without loading any of them.
+"""Locations of the tensors in a PyTorch file, read from its index without loading any of them.
 
-A file of `torch.save` is an uncompressed archive: one pickle that says what there is, and one entry
-a tensor. The pickle is never given to an unpickler, but followed by [`instructions`]. The tensors
-stay where they are and are read like those of any other file.
+A file of `torch.save` is an uncompressed archive of one pickle that describes the content, and one
+entry per tensor. The pickle is never unpickled, but interpreted by [`instructions`]. The tensors
+are then read in place like those of any other file.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ from hf_tsv.progress import quoted
 SUFFIXES = tuple(suffix for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors")
 MAX_PICKLE_BYTES = 32_000_000
 MAX_DIRECTORY_BYTES = 10_000_000
-"""Of an archive; 50,000 tensors take 3.2 million."""
+"""Largest directory of an archive, in bytes; 50,000 tensors need 3.2 million."""
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
-"""Keys under which training scripts keep the state beside their own."""
+"""Keys under which training scripts save the state dict among other values."""
 
 PREFIXES = ("module.", "model.")
-"""Of wrappers around the model, on every name."""
+"""Prefixes that wrappers around the model add to every name."""
 
 BLOCK_BYTES = 2**16
 LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Of an entry: signature, and the lengths of what follows before its data."""
+"""Header of an entry: signature, and the lengths of name and extra field before the data."""
 
 
 def read_pickle(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
     """Find the tensors of a PyTorch file.
 
     Args:
-        files (`Files`): where to read.
+        files (`Files`): files of the checkpoint.
         name (`str`): file name.
-        owner (`str`): the checkpoint, for errors.
+        owner (`str`): name of the checkpoint, for errors.
 
     Returns:
-        `dict[str, TensorInfo]`: by stored name.
+        `dict[str, TensorInfo]`: tensors by stored name.
 
     Raises:
-        [`CheckpointError`]: missing, damaged, of an old kind, or holding more than tensors.
+        [`CheckpointError`]: missing, damaged, of an old format, or holding more than tensors.
     """
     size = files.size(name)
     if size is None:
@@ -107,7 +107,7 @@ def read_pickle(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
 
 
 def _archive(files: Files, name: str, size: int) -> tuple[bytes | None, dict[str, zipfile.ZipInfo]]:
-    """The pickle of an archive, if torch.save wrote it, and its entries with values, by key."""
+    """Pickle of an archive, None unless torch.save wrote it, and its entries of values, by key."""
     file = _RangeFile(files, name, size)
     with zipfile.ZipFile(file) as archive:
         file.most = MAX_PICKLE_BYTES
@@ -128,7 +128,7 @@ def _archive(files: Files, name: str, size: int) -> tuple[bytes | None, dict[str
 def _starts(
     files: Files, name: str, size: int, entries: Mapping[str, zipfile.ZipInfo]
 ) -> dict[str, int]:
-    """Where the values of entries begin: after headers whose length the archive does not list."""
+    """Offsets of the entries' values, behind headers whose length the archive does not list."""
     groups: list[list[tuple[int, str]]] = []
     places = sorted((info.header_offset, key) for key, info in entries.items())
     for place in places:
@@ -152,7 +152,7 @@ def _starts(
 
 
 def _state(content: Any) -> Mapping[Any, Any]:
-    """The state dict in what was saved, with the names that the model has for itself."""
+    """State dict in the saved object, with the names that the model itself uses."""
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -166,7 +166,7 @@ def _state(content: Any) -> Mapping[Any, Any]:
 def _info(
     key: str, tensor: SavedTensor, file: str, start: int, size: int, owner: str
 ) -> TensorInfo:
-    """Where a tensor lies in an entry of `size` bytes from `start` on."""
+    """Location of a tensor within an entry of `size` bytes that begins at `start`."""
     dtype = tensor.dtype
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPE_NAMES:
         raise CheckpointError(
@@ -196,7 +196,7 @@ def _info(
 
 
 def _is_size(value: object) -> bool:
-    """Whether these can be the sizes or strides of a tensor."""
+    """Tell whether a value can be the sizes or strides of a tensor."""
     return (
         isinstance(value, tuple)
         and len(value) <= MAX_DIMENSIONS
@@ -206,7 +206,7 @@ def _is_size(value: object) -> bool:
 
 
 def _is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether the values lie in the order of their places, as torch asks it."""
+    """Tell whether these strides are contiguous, by torch's definition."""
     expected = 1
     for length, step in zip(reversed(shape), reversed(stride), strict=True):
         if length != 1 and step != expected:
@@ -216,19 +216,19 @@ def _is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 class _RangeFile(io.RawIOBase):
-    """A file of a checkpoint for readers that seek.
+    """Seekable view of a checkpoint's file.
 
     Args:
-        files (`Files`): where to read.
+        files (`Files`): files of the checkpoint.
         name (`str`): file name.
-        size (`int`): its bytes.
+        size (`int`): size in bytes.
     """
 
     def __init__(self, files: Files, name: str, size: int) -> None:
         self._files, self._name, self._size = files, name, size
         self._position = 0
         self._blocks: dict[int, bytes] = {}
-        self.most = MAX_DIRECTORY_BYTES  # the first large part that is read
+        self.most = MAX_DIRECTORY_BYTES  # the directory is read first
 
     def readable(self) -> bool:
         return True
@@ -259,7 +259,7 @@ class _RangeFile(io.RawIOBase):
         return raw[start - first * BLOCK_BYTES : stop - first * BLOCK_BYTES]
 
     def _block(self, index: int) -> bytes:
-        """A few kilobytes at once, and once: of the Hub every read is a request."""
+        """Block of a few kilobytes, read once, because every read from the Hub is a request."""
         if index not in self._blocks:
             start = index * BLOCK_BYTES
             stop = min(start + BLOCK_BYTES, self._size)

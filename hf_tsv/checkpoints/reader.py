@@ -1,4 +1,4 @@
-"""Lazy reading of checkpoints: headers first, one tensor at a time after."""
+"""Lazy reading of checkpoints: all headers first, then one tensor at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIG_FILE = "config.json"
 VARIANT_INDEX = re.compile(r"model\.safetensors\.index\.([A-Za-z0-9_]+)\.json")
 
 Format = Literal["transformers", "open_clip"]
-"""Whose names, shapes and config the files of a checkpoint have."""
+"""File layout of a checkpoint: the library whose names, shapes and config it has."""
 
 WEIGHTS: tuple[tuple[str, Format], ...] = (
     (SINGLE_FILE, "transformers"),
@@ -37,20 +37,20 @@ WEIGHTS: tuple[tuple[str, Format], ...] = (
     (PICKLED_FILE, "transformers"),
     (open_clip.PICKLED_FILE, "open_clip"),
 )
-"""Weight files, the ones to be preferred first."""
+"""Names of weight files with their layouts, in order of preference."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The headers of a pinned checkpoint.
+    """Headers of a pinned checkpoint.
 
     Args:
-        pinned ([`PinnedCheckpoint`]): which commit or folder.
-        config (`dict[str, Any]`): its config.json; of OpenCLIP, what that would be.
-        tensors (`Mapping[str, TensorInfo]`): by canonical name.
-        weight_files (`tuple[str, ...]`): the files these lie in, index included.
+        pinned ([`PinnedCheckpoint`]): commit or folder.
+        config (`dict[str, Any]`): its config.json; for OpenCLIP, the equivalent one.
+        tensors (`Mapping[str, TensorInfo]`): tensors by canonical name.
+        weight_files (`tuple[str, ...]`): files of these tensors, index included.
         head (`Mapping[str, TensorInfo]`): its task head, by stored name; no base has one.
-        format (`str`): whose files they are.
+        format (`str`): file layout.
     """
 
     pinned: PinnedCheckpoint
@@ -65,21 +65,21 @@ class Checkpoint:
 
     @property
     def needed_files(self) -> tuple[str, ...]:
-        """What a run reads of it."""
+        """Names of the files that a run reads."""
         config = open_clip.CONFIG_FILE if self.format == "open_clip" else CONFIG_FILE
         return (config, *self.weight_files)
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Stored names that a merge leaves out."""
+        """Stored names of the tensors that a merge omits."""
         return tuple(self.head)
 
     def parts(self, name: str) -> list[TensorInfo]:
-        """What reading one weight reads of its files."""
+        """Tensors of the files that reading one weight needs."""
         return [self.tensors[name]]
 
     def reading_from(self, files: Files) -> Checkpoint:
-        """The same checkpoint, read from a copy of its files."""
+        """Make the same checkpoint, read from a copy of its files."""
         return replace(self, pinned=replace(self.pinned, files=files))
 
     def read(self, name: str, *, pinned: bool = False) -> Tensor:
@@ -87,7 +87,7 @@ class Checkpoint:
 
         Args:
             name (`str`): canonical name.
-            pinned (`bool`): into memory from where a GPU copies at full speed.
+            pinned (`bool`): read into memory from where a GPU copies at full speed.
 
         Raises:
             [`CheckpointError`]: the file is truncated, or a value is NaN or Inf.
@@ -102,11 +102,11 @@ def read_tensor(
     """Read one tensor as stored.
 
     Args:
-        files (`Files`): where to read.
-        info ([`TensorInfo`]): where it lies.
-        name (`str`): its name, for the error.
-        owner (`str`): the checkpoint, for the error.
-        pinned (`bool`): into memory from where a GPU copies at full speed.
+        files (`Files`): files of the checkpoint.
+        info ([`TensorInfo`]): location of the tensor.
+        name (`str`): name of the tensor, for the error.
+        owner (`str`): name of the checkpoint, for the error.
+        pinned (`bool`): read into memory from where a GPU copies at full speed.
 
     Raises:
         [`CheckpointError`]: the file is truncated, or a value is NaN or Inf.
@@ -127,7 +127,7 @@ def read_tensor(
 
 
 def digest(tensor: Tensor) -> str:
-    """sha256 of one tensor: its type and shape as text, then its bytes.
+    """Compute the sha256 of one tensor: its type and shape as text, then its bytes.
 
     Example:
         >>> digest(torch.zeros(2))[:12]
@@ -139,13 +139,13 @@ def digest(tensor: Tensor) -> str:
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:
-    """sha256 over names and digests of tensors, in the order of the names."""
+    """Compute the sha256 over names and digests of tensors, in the order of the names."""
     lines = (f"{name} {value}\n" for name, value in sorted(digests.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def byte_view(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
+    """Bytes of a contiguous CPU tensor, without a copy."""
     flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 
@@ -187,14 +187,14 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
 
 
 def _weights_in(files: Files, singles: Sequence[str]) -> str | None:
-    """The first of these files that is there, whole or as shards."""
+    """First of these files that exists, whole or as shards."""
     return next(
         (s for s in singles if any(files.size(name) is not None for name in (s, index_of(s)))), None
     )
 
 
 def _only_variant(files: Files, owner: str) -> str | None:
-    """Weights in another precision, as `save_pretrained(variant=…)` names them, if there are any.
+    """Name of weights in another precision, saved by `save_pretrained(variant=…)`, or None.
 
     Raises:
         [`CheckpointError`]: there are several.
@@ -214,7 +214,7 @@ def _only_variant(files: Files, owner: str) -> str | None:
 
 
 def _only_pickle(files: Files) -> str | None:
-    """A state dict of any name, if it is the only one."""
+    """Name of the only state dict, whatever it is called, or None."""
     found = [n for n in files.names() if n.endswith(SUFFIXES) and "/" not in n]
     return found[0] if len(found) == 1 else None
 
@@ -238,7 +238,7 @@ def _open_open_clip(pinned: PinnedCheckpoint, single: str, owner: str) -> Checkp
                     f"{owner}: the rows of {name} do not lie together.", "Save it as safetensors."
                 )
             if part.name == "logit_scale" and info.nbytes == info.dtype.itemsize:
-                shape = ()  # some keep it as a list of one
+                shape = ()  # some files hold a list of one
             if part.name in tensors:
                 raise CheckpointError(f"{owner}: {part.name} is stored twice, once as {name}.")
             tensors[part.name] = TensorInfo(info.file, info.dtype, shape, start, size, turned)
@@ -247,7 +247,7 @@ def _open_open_clip(pinned: PinnedCheckpoint, single: str, owner: str) -> Checkp
 
 
 def _check_sizes(config: dict[str, Any], tensors: Mapping[str, TensorInfo], owner: str) -> None:
-    """Refuse a config that does not describe the weights: nobody could load the output."""
+    """Refuse a config that does not describe the weights, since nobody could load the output."""
     for tower, embedding in (("vision", "class_embedding"), ("text", "token_embedding.weight")):
         said = config[f"{tower}_config"]
         blocks = {

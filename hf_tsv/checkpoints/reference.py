@@ -1,4 +1,4 @@
-"""What a user writes for a checkpoint, and the exact commit it stands for."""
+"""References to checkpoints as users write them, and the exact commits they stand for."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from hf_tsv.untrusted import parse_yaml
 
 LONGEST_SUBFOLDER = 1000
 CARD_BYTES = 1_000_000
-"""Of a card, in which its front matter has to end."""
+"""Most bytes of a card that are read; its front matter has to end within them."""
 
 PULL_REQUEST = re.compile(r"refs/(pr|convert)/\w+")
-"""Revisions that are written as they are; in others a slash would begin a subfolder."""
+"""Pattern of revisions that are written unquoted; in others a slash would begin a subfolder."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Reference:
         text (`str`): what the user wrote, without the revision.
         repo_id (`str`, *optional*): `org/name`, for a repository.
         revision (`str`, *optional*): branch, tag, pull request or sha the user asked for.
-        subfolder (`str`): of the repository; empty for all of it.
+        subfolder (`str`): folder in the repository; empty for all of it.
     """
 
     text: str
@@ -44,18 +44,18 @@ class Reference:
 
     @property
     def is_local(self) -> bool:
-        """Whether this is a folder on this machine."""
+        """Tell whether this is a folder on this machine."""
         return self.repo_id is None
 
 
 @dataclass(frozen=True)
 class PinnedCheckpoint:
-    """A reference resolved once: everything is read at this commit.
+    """Reference that is resolved once, so that everything is read from the same commit.
 
     Args:
-        ref (`str`): repository id, with the subfolder if it is one, or folder.
+        ref (`str`): repository id with its subfolder if any, or folder.
         revision (`str`, *optional*): commit sha; None for a folder.
-        files (`Files`): where its files are read.
+        files (`Files`): files of the checkpoint.
         card (`dict[str, Any]`): front matter of its model card.
         asked_revision (`str`, *optional*): the revision the user named.
     """
@@ -68,7 +68,7 @@ class PinnedCheckpoint:
 
     @property
     def is_local(self) -> bool:
-        """Whether this is a folder on this machine."""
+        """Tell whether this is a folder on this machine."""
         return self.revision is None
 
     def __str__(self) -> str:
@@ -76,11 +76,11 @@ class PinnedCheckpoint:
 
 
 def at_revision(ref: str, revision: str | None) -> str:
-    """A reference that [`parse`] reads back.
+    """Reference with a revision, in the form that [`parse`] reads.
 
     Args:
-        ref (`str`): repository id, with its subfolder if there is one, or folder.
-        revision (`str`, *optional*): of a repository.
+        ref (`str`): repository id with its subfolder if any, or folder.
+        revision (`str`, *optional*): revision of a repository.
 
     Example:
         >>> at_revision("org/clip/vision", "v1")
@@ -95,7 +95,7 @@ def at_revision(ref: str, revision: str | None) -> str:
 
 
 def repo_id_of(ref: str) -> str:
-    """The repository that a reference on the Hub lies in.
+    """Repository of a reference on the Hub.
 
     Example:
         >>> repo_id_of("org/clip/vision")
@@ -111,16 +111,16 @@ def parse(text: str, subfolder: str | None = None) -> Reference:
 
     Args:
         text (`str`): what the user wrote.
-        subfolder (`str`, *optional*): where it lies in there, unless the text says it.
+        subfolder (`str`, *optional*): subfolder of the checkpoint, unless the text has one.
 
     Raises:
-        [`RepoError`]: it is none of these.
+        [`RepoError`]: the text is none of these.
 
     Example:
         >>> parse("org/clip-a@v1")
         Reference(text='org/clip-a', repo_id='org/clip-a', revision='v1', subfolder='')
     """
-    if not subfolder:  # as the default is in transformers
+    if not subfolder:  # transformers' default is the empty string
         subfolder = None
     if subfolder is not None and not _is_subfolder(subfolder):
         raise RepoError(f"{subfolder!r} is no subfolder.", "Name a folder inside the repository.")
@@ -163,13 +163,13 @@ def parse(text: str, subfolder: str | None = None) -> Reference:
 
 
 def _is_subfolder(text: str) -> bool:
-    """Whether it is a path inside a repository that is no file of weights."""
+    """Tell whether a text is a path inside a repository, and not of a weight file."""
     short = len(text) < LONGEST_SUBFOLDER
     return short and inside_folder(text) and "@" not in text and not text.endswith(WEIGHT_SUFFIXES)
 
 
 def local_kind(text: str) -> str | None:
-    """What a text is on this machine: "folder", "file", or None for nothing that can be read."""
+    """Kind of path that a text is here: "folder", "file", or None if it cannot be read."""
     try:
         path = Path(text).expanduser()
         return "folder" if text and path.is_dir() else "file" if path.is_file() else None
@@ -204,7 +204,7 @@ def pin(
 
 
 def _local_card(files: LocalFiles) -> dict[str, Any]:
-    """Front matter of a folder's README.md; a damaged card is no reason not to merge."""
+    """Front matter of a folder's README.md; a damaged card does not prevent a merge."""
     size = files.size("README.md")
     if size is None:
         return {}
@@ -213,6 +213,6 @@ def _local_card(files: LocalFiles) -> dict[str, Any]:
         first, *lines = text.splitlines()
         block = lines[: [line.rstrip() for line in lines].index("---")]
         data = parse_yaml("\n".join(block)) if first.rstrip() == "---" else None
-    except (CheckpointError, OverflowError, ValueError):  # without an end, too
+    except (CheckpointError, OverflowError, ValueError):  # the latter for front matter without end
         return {}
     return data if isinstance(data, dict) else {}

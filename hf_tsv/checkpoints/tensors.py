@@ -1,4 +1,4 @@
-"""What is known of a stored tensor before it is read."""
+"""Description of a stored tensor, known before the tensor is read."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_DIMENSIONS = 64  # the limit of torch
-LONGEST_NAME = 1000  # many times what any model has
+MAX_DIMENSIONS = 64  # torch's own limit
+LONGEST_NAME = 1000  # many times the longest in any model
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies and what it is.
+    """Location, dtype and shape of one tensor.
 
     Args:
         file (`str`): file in the checkpoint's folder.
-        dtype (`torch.dtype`): as stored.
+        dtype (`torch.dtype`): type in the file.
         shape (`tuple[int, ...]`): sizes of its dimensions.
         start (`int`): first byte in the file.
-        nbytes (`int`): its length in bytes.
-        transposed (`bool`): the file holds its transpose.
+        nbytes (`int`): length in bytes.
+        transposed (`bool`): whether the file holds its transpose.
     """
 
     file: str
@@ -45,5 +45,5 @@ class TensorInfo:
 
 
 def is_tensor_name(key: object) -> bool:
-    """Whether a key of a file can be the name of a tensor: short text that terminals only show."""
+    """Tell whether a key of a file can name a tensor: short text without control characters."""
     return isinstance(key, str) and len(key) <= LONGEST_NAME and key.isprintable()

@@ -1,4 +1,4 @@
-"""Writing a checkpoint shard by shard: reserve the space, fill in any order."""
+"""Writing of a checkpoint in shards, whose space is reserved first and filled in any order."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ DTYPE_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BO
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What will be written: dtype and shape of one tensor."""
+    """Data type and shape of one tensor to be written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Its size in the file."""
+        """Size of the tensor in the file, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """All output files, known to the byte before any tensor is computed.
+    """Layout of all output files, known to the byte before any tensor is computed.
 
     Args:
         headers (`Mapping[str, bytes]`): header of each file, its length prefix included.
         places (`Mapping[str, tuple[str, int]]`): file and offset of each tensor.
-        sizes (`Mapping[str, int]`): bytes of each file.
-        index (`str`, *optional*): content of the index, when there are several shards.
-        index_file (`str`): its name.
-        transposed (`frozenset[str]`): tensors that are stored the other way round.
+        sizes (`Mapping[str, int]`): size of each file, in bytes.
+        index (`str`, *optional*): content of the index, if there are several shards.
+        index_file (`str`): name of the index.
+        transposed (`frozenset[str]`): tensors that are stored transposed.
     """
 
     headers: Mapping[str, bytes]
@@ -59,7 +59,7 @@ class ShardPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all weight files together, headers included, index not."""
+        """Size of all weight files together, in bytes, headers included, index excluded."""
         return sum(self.sizes.values())
 
 
@@ -72,15 +72,15 @@ def plan_shards(
     """Lay out tensors in files, as `save_pretrained` would and byte for byte as `save_file`.
 
     Args:
-        specs (`Mapping[str, TensorSpec]`): by name.
-        max_shard_size (`int` or `str`): bytes of a file, or `"5GB"`.
+        specs (`Mapping[str, TensorSpec]`): tensors by name.
+        max_shard_size (`int` or `str`): largest size of a file in bytes, or a text like `"5GB"`.
         single (`str`): file name; shards get a number before the suffix.
         placed (`Mapping[str, Part]`, *optional*): the stored tensor that each is a part of;
             default: each is stored under its own name.
     """
     if placed is not None:
         return _plan_parts(specs, max_shard_size, single, placed)
-    # not the library's function for torch, which takes a second to load more of torch
+    # The library's own function for torch would load more of torch, which takes a second.
     split = split_state_dict_into_shards_factory(
         {name: specs[name] for name in sorted(specs)},
         get_storage_size=lambda spec: spec.nbytes,
@@ -107,7 +107,7 @@ def _plan_parts(
     single: str,
     placed: Mapping[str, Part],
 ) -> ShardPlan:
-    """Lay out the stored tensors, and find each part in them."""
+    """Lay out the stored tensors, and locate each part in them."""
     stored: dict[str, TensorSpec] = {}
     for name, part in placed.items():
         shape = specs[name].shape[::-1] if part.transposed else specs[name].shape
@@ -144,14 +144,14 @@ def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int], int
 
 
 class ShardWriter:
-    """Files of a [`ShardPlan`] in a folder, filled tensor by tensor in any order.
+    """Writer of the files of a [`ShardPlan`], filled tensor by tensor in any order.
 
-    Raises `OSError` where the disk does.
+    Failures of the disk are raised as `OSError`.
 
     Args:
-        folder (`Path`): where they lie.
-        plan ([`ShardPlan`]): what they hold.
-        create (`bool`): make them and their index; else they are there, from another writer.
+        folder (`Path`): folder of the files.
+        plan ([`ShardPlan`]): layout of the files.
+        create (`bool`): create the files and their index; otherwise another writer has done so.
     """
 
     def __init__(self, folder: Path, plan: ShardPlan, *, create: bool = True) -> None:
@@ -172,11 +172,11 @@ class ShardWriter:
             raise
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor in its place.
+        """Write one tensor in its place.
 
         Args:
-            name (`str`): as in the plan.
-            tensor (`Tensor`): of the planned dtype and shape, on any device.
+            name (`str`): name in the plan.
+            tensor (`Tensor`): tensor of the planned dtype and shape, on any device.
         """
         file, offset = self._plan.places[name]
         stored = tensor.detach().cpu()
@@ -186,10 +186,10 @@ class ShardWriter:
         _write_all(self._descriptors[file], data, offset)
 
     def read_back(self, name: str, spec: TensorSpec) -> Tensor:
-        """What stands in the place of one tensor.
+        """Read one tensor from its place.
 
         Args:
-            name (`str`): as in the plan.
+            name (`str`): name in the plan.
             spec ([`TensorSpec`]): its dtype and shape.
         """
         file, offset = self._plan.places[name]
@@ -223,7 +223,7 @@ def write_index(folder: Path, plan: ShardPlan) -> None:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Take the space now, so that a full disk is noticed before the first decomposition."""
+    """Reserve the space now, so that a full disk is noticed before the first decomposition."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)
@@ -231,7 +231,7 @@ def _reserve(descriptor: int, size: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
-    os.ftruncate(descriptor, size)  # file systems that cannot reserve
+    os.ftruncate(descriptor, size)  # for file systems that cannot reserve
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -1,4 +1,4 @@
-"""What models score on labelled images: the verb `evaluate`, and its parts for other verbs."""
+"""Accuracy of models on labelled images: the verb `evaluate`, and its parts for other verbs."""
 
 from hf_tsv.evaluation.data import EvaluationTask, LabelledImages, load
 from hf_tsv.evaluation.job import RESULTS_FILE

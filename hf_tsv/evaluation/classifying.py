@@ -1,4 +1,4 @@
-"""Models on tasks: loaded, classifying batch after batch in one or several processes, counted."""
+"""Classification of a task's images by a model, in one or several processes, and its results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Results = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Run:
-    """What every model and task of an evaluation shares."""
+    """Settings that every model and task of an evaluation shares."""
 
     job: Job
     device: str | None
@@ -42,7 +42,7 @@ class Run:
     finished: Finished
 
     def model(self, reference: str, subfolder: str | None = None) -> Loaded:
-        """A model with its tokenizer and image processor, in every process."""
+        """Load a model with its tokenizer and image processor, in every process."""
         from transformers.utils import logging
 
         from hf_tsv.models import pipeline
@@ -69,7 +69,7 @@ class Run:
         return loaded[0]
 
     def _together(self, call: Callable[[], T]) -> list[T]:
-        """What all processes make of something; the error of one is everybody's."""
+        """Results of a call in all processes; the error of one is raised in each."""
         mine: T | HfTsvError
         try:
             mine = call()
@@ -82,7 +82,7 @@ class Run:
         return found
 
     def all_scored(self, model: Loaded) -> tuple[Data, Results, dict[str, str]]:
-        """Images and results of the tasks that can be evaluated, and why others cannot."""
+        """Images and results of the tasks that can be evaluated, and the errors of the others."""
         data: Data = {}
         results: Results = {}
         errors: dict[str, str] = {}
@@ -104,7 +104,7 @@ class Run:
         return found[0]
 
     def compare(self, data: Data, results: Results, errors: dict[str, str]) -> None:
-        """Add to the results what the tasks' own fine-tunes score."""
+        """Add the accuracies of the tasks' own fine-tunes to the results."""
         for name, (task, images) in data.items():
             if ref := self.job.fine_tunes.get(name):
                 try:
@@ -118,7 +118,7 @@ class Run:
                     results[name] |= _beside(results[name], ref, own)
 
     def scored(self, model: Loaded, task: EvaluationTask, images: LabelledImages) -> dict[str, Any]:
-        """Accuracy and confusion of one model on one task, unless a run before has them."""
+        """Accuracy and confusion of one model on one task, from an earlier run if it has them."""
         key = model.key(task, images) if self.finished.kept else None
         found: dict[str, Any] | None = self.group.shared(self.finished.get(key))
         if found is not None:
@@ -131,7 +131,7 @@ class Run:
     def _classified(
         self, model: Loaded, task: EvaluationTask, images: LabelledImages
     ) -> tuple[list[int], list[int]]:
-        """The class of every image, and the one it is taken for; batches in turn by process."""
+        """True and predicted class of every image; the processes take batches in turn."""
         starts = range(0, len(images.rows), self.job.batch_size)
         own = starts[self.group.rank :: self.group.count]
         count = sum(min(self.job.batch_size, len(images.rows) - start) for start in own)
@@ -184,26 +184,26 @@ def _counted(
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its tokenizer and image processor, and a digest of its text tower."""
+    """Model with its tokenizer and image processor, and a digest of its text tower."""
 
     pipe: Any
     text: str
 
     @property
     def device(self) -> str:
-        """Type of it."""
+        """Type of device that the model is on."""
         return str(self.pipe.model.device.type)
 
     @cached_property
     def identity(self) -> str:
-        """A digest of all its weights, and of how it sees images."""
+        """Digest of the model's weights, its settings, and those of its image processor."""
         model, processor = self.pipe.model, self.pipe.image_processor
         tensors = {name: digest(t.cpu().contiguous()) for name, t in model.state_dict().items()}
         settings = model.config.to_json_string(use_diff=False) + processor.to_json_string()
         return fingerprint({**tensors, "": hashlib.sha256(settings.encode()).hexdigest()})
 
     def key(self, task: EvaluationTask, images: LabelledImages) -> str:
-        """A digest of everything that decides about its result on a task."""
+        """Digest of everything that determines the model's result on a task."""
         said = [
             self.identity,
             self._head_key(images.classes, task.templates),
@@ -217,12 +217,12 @@ class Loaded:
         return kept_heads.key_of(self.text, self.pipe.tokenizer, classes, templates, self.device)
 
     def head(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """The zero-shot head of a task."""
+        """Zero-shot head of a task."""
         key = self._head_key(classes, templates)
         return kept_heads.head(self.pipe.model, self.pipe.tokenizer, classes, templates, key)
 
 
 def _beside(found: dict[str, Any], reference: str, accuracy: float) -> dict[str, Any]:
-    """What a task's own fine-tune scores, and the share of it that is kept."""
+    """Accuracy of a task's own fine-tune, and the model's share of it."""
     beside: dict[str, Any] = {"reference": {"ref": reference, "accuracy": accuracy}}
     return beside | ({"normalised": found["accuracy"] / accuracy} if accuracy else {})

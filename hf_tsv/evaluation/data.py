@@ -18,32 +18,32 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LABELS = ("label", "labels", "fine_label", "class")
-"""Columns that are taken for the labels where none is a class label, the likeliest first."""
+"""Names of label columns where no column has class labels, the likeliest first."""
 
 SPLITS = ("test", "validation", "train")
 PARQUET = ".parquet"
 
 LIBRARIES = {"datasets": "datasets", "PIL": "pillow"}
-"""Packages by module, that every use of images needs."""
+"""Packages that every use of images needs, by the name of their module."""
 
 SEED = 0
-"""Of the images that `limit` leaves."""
+"""Seed of the random choice of images under a `limit`."""
 
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """What to classify.
+    """Classification task on a dataset.
 
     Args:
-        name (`str`): of the task.
+        name (`str`): name of the task.
         dataset (`str`): repository on the Hub (`org/name`), folder, or parquet file.
-        revision (`str`, *optional*): of a repository.
-        config (`str`, *optional*): of a repository that holds several.
+        revision (`str`, *optional*): revision of a repository.
+        config (`str`, *optional*): configuration of a repository that has several.
         split (`str`, *optional*): default: `test`, else `validation`, else `train`.
         image (`str`, *optional*): column of the images; default: the only one there is.
         label (`str`, *optional*): column of the labels; default: the only class label.
         classes (`tuple[str, ...]`): names in the order of the labels; default: the dataset's.
-        templates (`tuple[str, ...]`): of prompts, with `{}` for the name of a class.
+        templates (`tuple[str, ...]`): prompts, with `{}` for the name of a class.
     """
 
     name: str
@@ -58,7 +58,7 @@ class EvaluationTask:
 
     @property
     def shown(self) -> str:
-        """The dataset, of a folder or file without the path on this machine."""
+        """Name of the dataset, without the path of a folder or file on this machine."""
         on_hub = self.dataset.count("/") == 1 and not self.dataset.startswith((".", "/", "~"))
         return self.dataset if on_hub else Path(self.dataset).name
 
@@ -83,7 +83,7 @@ class EvaluationTask:
         """Read `NAME=DATASET`, `NAME=DATASET@REVISION` or `NAME=DATASET:CONFIG`.
 
         Args:
-            text (`str`): as on the command line.
+            text (`str`): text from the command line.
             choices: the other fields.
 
         Example:
@@ -108,12 +108,12 @@ class LabelledImages:
     """Images with the numbers and names of their classes.
 
     Args:
-        rows (`Dataset`): of Hugging Face datasets.
+        rows (`Dataset`): rows, as a Hugging Face dataset.
         image (`str`): column of the images.
         label (`str`): column of the labels.
         classes (`tuple[str, ...]`): names, in the order of the labels.
-        split (`str`): they were taken from.
-        total (`int`): images in it, of which `rows` may be a few.
+        split (`str`): split of the dataset.
+        total (`int`): number of images in the split, of which `rows` may be a few.
         revision (`str`, *optional*): commit sha of the dataset; None if it is no repository.
     """
 
@@ -127,7 +127,7 @@ class LabelledImages:
 
     @property
     def identity(self) -> str:
-        """Changes with the files they come from, and with the choice among them."""
+        """Text that changes with the source files, and with the images chosen from them."""
         return f"{self.revision} {self.split} {self.rows._fingerprint}"
 
     def batch(self, start: int, stop: int, task: str) -> tuple[list[Any], list[int]]:
@@ -135,8 +135,8 @@ class LabelledImages:
 
         Args:
             start (`int`): first row.
-            stop (`int`): after the last row.
-            task (`str`): its name, for errors.
+            stop (`int`): end, after the last row.
+            task (`str`): name of the task, for errors.
 
         Raises:
             [`DataError`]: an image cannot be read, or a label is no class.
@@ -146,7 +146,7 @@ class LabelledImages:
             try:
                 row = self.rows[i]
                 images.append(row[self.image].convert("RGB"))
-            except Exception as error:  # whatever Pillow meets in a damaged file
+            except Exception as error:  # Pillow raises many types for damaged files
                 raise DataError(
                     f"{task}: image {i} of the split {self.split} cannot be read:"
                     f" {first_line(error)}",
@@ -170,16 +170,16 @@ def listed(
     *,
     templates: Sequence[str] = (),
 ) -> list[EvaluationTask]:
-    """Tasks as users give them.
+    """Parse tasks in any of the forms that users give.
 
     Args:
         tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
             `NAME=DATASET` texts, or [`EvaluationTask`]s.
-        nothing (`str`): what to say if there is none.
-        templates (`Sequence[str]`): of those that are given as text.
+        nothing (`str`): message of the error if there is no task.
+        templates (`Sequence[str]`): prompts of tasks that are given as text.
 
     Raises:
-        [`RecipeError`]: there is none, or one is given twice.
+        [`RecipeError`]: there is no task, or a name comes twice.
     """
     named = [f"{n}={d}" for n, d in tasks.items()] if isinstance(tasks, Mapping) else tasks
     choices = {"templates": tuple(templates)} if templates else {}
@@ -196,10 +196,10 @@ def listed(
 
 
 def check_counts(**numbers: int | None) -> None:
-    """Refuse what is no number of images, by its name.
+    """Refuse a value that is no number of images.
 
     Args:
-        numbers (`int`, *optional*): by name.
+        numbers (`int`, *optional*): values by the name of their argument.
     """
     for name, number in numbers.items():
         if number is not None and (type(number) is not int or number < 1):
@@ -207,11 +207,11 @@ def check_counts(**numbers: int | None) -> None:
 
 
 def refuse_not_installed(what: str, **also: str) -> None:
-    """Refuse to go on without the libraries that read images.
+    """Refuse to continue without the libraries that read images.
 
     Args:
-        what (`str`): that needs them, for the error.
-        also (`str`): packages by the name of their module, that it needs too.
+        what (`str`): feature that needs them, for the error.
+        also (`str`): further packages that it needs, by the name of their module.
     """
     needed = {**LIBRARIES, **also}
     if missing := [package for module, package in needed.items() if find_spec(module) is None]:
@@ -229,16 +229,16 @@ def load(
     """Find the images of a task.
 
     Args:
-        task ([`EvaluationTask`]): which.
-        limit (`int`, *optional*): take so many, drawn at random, always the same.
-        token (`str`, *optional*): for private datasets.
+        task ([`EvaluationTask`]): task to load.
+        limit (`int`, *optional*): number of images to draw at random, always the same ones.
+        token (`str`, *optional*): token for private datasets.
 
     Raises:
-        [`DataError`]: no such dataset, split or column, or nothing in it.
+        [`DataError`]: there is no such dataset, split or column, or the split is empty.
     """
     import datasets
 
-    datasets.disable_progress_bars()  # ours counts images
+    datasets.disable_progress_bars()  # our own bar counts images
     revision = _commit(task, token)
     splits = _splits(task, revision or task.revision, datasets, token)
     wanted = [task.split] if task.split else [s for s in SPLITS if s in splits] or list(splits)
@@ -260,7 +260,7 @@ def load(
 
 
 def _commit(task: EvaluationTask, token: str | None) -> str | None:
-    """What the revision of a repository stands for now."""
+    """Commit sha that a repository's revision stands for now; None for local data."""
     local = local_kind(task.dataset) is not None or task.dataset.startswith((".", "/", "~"))
     if local or task.dataset.endswith(PARQUET) or task.dataset.count("/") != 1:
         return None
@@ -286,7 +286,7 @@ def _splits(
             source, options = str(Path(task.dataset).expanduser()), {}
         found: Mapping[str, Dataset] = datasets.load_dataset(source, token=token, **options)
         return found
-    except Exception as error:  # a dozen types, of several libraries
+    except Exception as error:  # several libraries raise a dozen types
         raise DataError(
             f"{task.name}: the dataset {task.dataset} cannot be read: {first_line(error)}.",
             "Check its name, or the path; if the connection broke, try again.",
@@ -301,7 +301,7 @@ def _column(
     kind: type,
     likely: Sequence[str] = (),
 ) -> str:
-    """The column of images, or of labels."""
+    """Name of the column of images, or of labels."""
     if asked is not None:
         if asked in features:
             return asked
@@ -320,7 +320,7 @@ def _column(
 
 
 def _classes(task: EvaluationTask, feature: Any, label: str) -> tuple[str, ...]:
-    """Names in the order of the labels."""
+    """Names of the classes, in the order of the labels."""
     own = tuple(getattr(feature, "names", None) or ())
     if task.classes and own and len(own) != len(task.classes):
         raise DataError(

@@ -1,8 +1,8 @@
-"""Tasks that are finished, kept beside an output that is not, so that a run that stopped goes on.
+"""Results of finished tasks, kept beside an unfinished output so that a stopped run can resume.
 
-Beside the output `results` lies `.results.hf-tsv-tasks`: a line for each task of each model, under
-a digest of everything that decides about its result. What another command has left there is not
-used, and goes when one of them ends well.
+Beside the output `results` lies `.results.hf-tsv-tasks`: a line for each task of each model, keyed
+by a digest of everything that determines its result. Lines of other commands are not used, and the
+file is removed when a command succeeds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Finished:
     """Results of tasks by their digests.
 
     Args:
-        file (`IO[str]`, *optional*): to append to; without one nothing is kept.
+        file (`IO[str]`, *optional*): file to append to; without one nothing is kept.
     """
 
     def __init__(self, file: IO[str] | None = None) -> None:
@@ -30,7 +30,7 @@ class Finished:
         self._results: dict[str, Any] = {}
         text = "" if file is None else file.read()
         for line in text.splitlines(keepends=True):
-            with suppress(ValueError, KeyError, TypeError):  # a line that was cut off
+            with suppress(ValueError, KeyError, TypeError):  # a line may be cut off
                 entry = json.loads(line)
                 self._results[entry["key"]] = entry["result"]
         if file is not None and text and not text.endswith("\n"):
@@ -41,15 +41,15 @@ class Finished:
 
     @property
     def kept(self) -> bool:
-        """Whether there is a file."""
+        """Tell whether results are kept in a file."""
         return self._file is not None
 
     def get(self, key: str | None) -> dict[str, Any] | None:
-        """The result under a digest, if there is one."""
+        """Result for a digest, or None."""
         return None if key is None else self._results.get(key)
 
     def add(self, key: str | None, result: dict[str, Any]) -> None:
-        """Keep the result of a task, where results are kept."""
+        """Keep the result of a task, if there is a file for it."""
         if key is not None and self._file is not None:
             self._results[key] = result
             self._file.write(json.dumps({"key": key, "result": result}) + "\n")
@@ -58,13 +58,13 @@ class Finished:
 
 @contextmanager
 def finished_tasks(output: Path | None) -> Iterator[Finished]:
-    """What is finished of an output; forgotten when the body ends well.
+    """Open the finished results of an output, and remove them when the body succeeds.
 
     Args:
-        output (`Path`, *optional*): the folder to be; without one nothing is kept.
+        output (`Path`, *optional*): output folder; without one nothing is kept.
 
     Raises:
-        [`OutputError`]: another process is at it, or its place cannot be written.
+        [`OutputError`]: another process holds the file, or its folder cannot be written.
     """
     if output is None:
         yield Finished()

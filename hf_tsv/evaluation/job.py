@@ -1,4 +1,4 @@
-"""What an evaluation is of, checked before any work."""
+"""Inputs and settings of an evaluation, checked before any work."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ RESULTS_FILE = "evaluation.json"
 
 @dataclass(frozen=True)
 class Job:
-    """What an evaluation is of, the same in all processes.
+    """Inputs and settings of an evaluation, the same in all processes.
 
     Args:
         ref (`str`): the model.
         revision (`str`, *optional*): commit sha; None for a folder.
-        tasks (`list[EvaluationTask]`): all of them.
-        fine_tunes (`dict[str, str]`): by task.
-        suite ([`suites.Suite`], *optional*): of tasks.
-        base_model (`str`, *optional*): of all models.
-        limit (`int`, *optional*): images of each task.
+        tasks (`list[EvaluationTask]`): all tasks.
+        fine_tunes (`dict[str, str]`): fine-tune of each task that has one.
+        suite ([`suites.Suite`], *optional*): suite of tasks.
+        base_model (`str`, *optional*): base of all models.
+        limit (`int`, *optional*): number of images per task.
         batch_size (`int`): images at a time.
-        folder (`Path`, *optional*): to write.
-        card ([`model_index.Card`], *optional*): to write.
+        folder (`Path`, *optional*): folder to write.
+        card ([`model_index.Card`], *optional*): card to write.
     """
 
     ref: str
@@ -68,7 +68,7 @@ def checked_job(
     card: bool,
     create_pr: bool,
 ) -> Job:
-    """Everything that can be refused before any work, checked."""
+    """Check everything that can be refused before any work."""
     refuse_not_installed("Evaluation", sklearn="scikit-learn")
     if create_pr and not card:
         raise RecipeError("create_pr is about the card.", "Add --card.")
@@ -85,13 +85,13 @@ def checked_job(
 
 @dataclass(frozen=True)
 class Chosen:
-    """What users say of tasks.
+    """Choice of tasks and models.
 
     Args:
-        tasks (`list[EvaluationTask]`): all of them.
-        fine_tunes (`dict[str, str]`): by task.
-        base_model (`str`, *optional*): of all models.
-        suite ([`suites.Suite`], *optional*): that some come from.
+        tasks (`list[EvaluationTask]`): all tasks.
+        fine_tunes (`dict[str, str]`): fine-tune of each task that has one.
+        base_model (`str`, *optional*): base of all models.
+        suite ([`suites.Suite`], *optional*): suite that some of the tasks come from.
     """
 
     tasks: list[EvaluationTask]
@@ -107,14 +107,14 @@ def chosen(
     base_model: str | PathLike[str] | None,
     templates: Sequence[str] = (),
 ) -> Chosen:
-    """Tasks, the fine-tune of each, and the base model, of a suite and beside it.
+    """Tasks, fine-tunes and base model of a suite and of the user's own choice.
 
     Args:
-        tasks (`Mapping[str, str]` or `Sequence`): see [`listed`].
-        suite (`str`, *optional*): that has more of them.
-        references (`Mapping[str, str]`, *optional*): default: those of the suite.
+        tasks (`Mapping[str, str]` or `Sequence`): tasks in a form that [`listed`] takes.
+        suite (`str`, *optional*): suite with further tasks.
+        references (`Mapping[str, str]`, *optional*): fine-tunes; default: those of the suite.
         base_model (`str`, *optional*): default: that of the suite.
-        templates (`Sequence[str]`): of tasks that are given as text.
+        templates (`Sequence[str]`): prompts of tasks that are given as text.
 
     Raises:
         [`RecipeError`]: there is no task, or no such suite, or a reference without its task.

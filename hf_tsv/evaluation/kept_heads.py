@@ -1,8 +1,8 @@
-"""Zero-shot heads kept in the Hub client's home, as the same text tower serves many models.
+"""Cache of zero-shot heads in the Hub client's home, since one text tower serves many models.
 
-The name of a file is a digest of everything that decides about the head: the weights and settings
-of the text tower, the tokens of all prompts, the type of device, and versions. A fine-tuned vision
-tower, and a merge of several, has the text tower of its base model, and so its heads.
+The name of a file is a digest of everything that determines the head: the weights and settings of
+the text tower, the tokens of all prompts, the type of device, and versions. Fine-tuned vision
+towers and merges of them have the text tower of their base model, and so share its heads.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ NAME = "head"
 def head(
     model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str], key: str
 ) -> Tensor:
-    """A head as [`zero_shot.head`] makes it, from a file if there is one.
+    """Head as [`zero_shot.head`] computes it, read from a file if there is one.
 
-    A file that is damaged is written again; a folder that cannot be written is no reason to fail.
+    A damaged file is written again; a folder that cannot be written does not cause a failure.
 
     Args:
         model: a `CLIPModel`.
-        tokenizer: its own.
-        classes (`Sequence[str]`): names.
-        templates (`Sequence[str]`): with `{}` for the name.
-        key (`str`): see [`key_of`].
+        tokenizer: the model's tokenizer.
+        classes (`Sequence[str]`): names of the classes.
+        templates (`Sequence[str]`): prompts with `{}` for the name.
+        key (`str`): digest from [`key_of`].
 
     Returns:
         `Tensor`: shape (classes, projection), on the model's device.
@@ -60,14 +60,14 @@ def head(
 def key_of(
     text: str, tokenizer: Any, classes: Sequence[str], templates: Sequence[str], device: str
 ) -> str:
-    """A digest of everything that decides about a head.
+    """Digest of everything that determines a head.
 
     Args:
-        text (`str`): see [`text_identity`].
-        tokenizer: of the model.
-        classes (`Sequence[str]`): names.
-        templates (`Sequence[str]`): with `{}` for the name.
-        device (`str`): type of it.
+        text (`str`): digest from [`text_identity`].
+        tokenizer: the model's tokenizer.
+        classes (`Sequence[str]`): names of the classes.
+        templates (`Sequence[str]`): prompts with `{}` for the name.
+        device (`str`): type of the device.
     """
     tokens = tokenizer(zero_shot.prompts(classes, templates), truncation=True)["input_ids"]
     said = [text, tokens, len(templates), device, torch.__version__, transformers.__version__]
@@ -75,7 +75,7 @@ def key_of(
 
 
 def text_identity(model: Any) -> str:
-    """A digest of the text tower of a `CLIPModel`."""
+    """Digest of the text tower of a `CLIPModel`."""
     tensors = {
         name: digest(tensor.cpu().contiguous())
         for name, tensor in model.state_dict().items()
@@ -86,7 +86,7 @@ def text_identity(model: Any) -> str:
 
 
 def _write(file: Path, head: Tensor) -> None:
-    """The whole file or none: others may read at the same time."""
+    """Write the whole file in one step, because other processes may read it meanwhile."""
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f"{file.stem}-{secrets.token_hex(4)}.new")
     try:

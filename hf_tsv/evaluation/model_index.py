@@ -1,4 +1,4 @@
-"""Results in the front matter of a model's card, as `model-index`; the rest stays byte for byte."""
+"""Results as `model-index` in a model card's front matter; its other bytes stay as they are."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ MESSAGE = "Add evaluation results"
 
 @dataclass(frozen=True)
 class Card:
-    """The card of a model, where it can be written.
+    """Model card and the place it is written to.
 
     Args:
-        text (`str`): as it is.
-        name (`str`): of the model.
-        path (`Path`, *optional*): of the file.
-        repo_id (`str`, *optional*): of the repository.
-        branch (`str`): of the repository.
-        commit (`str`, *optional*): of the repository that `text` was read at.
-        create_pr (`bool`): propose the change.
+        text (`str`): current text.
+        name (`str`): name of the model.
+        path (`Path`, *optional*): path of a local card.
+        repo_id (`str`, *optional*): repository of a card on the Hub.
+        branch (`str`): branch to write to.
+        commit (`str`, *optional*): commit that `text` was read at.
+        create_pr (`bool`): propose the change as a pull request.
     """
 
     text: str
@@ -54,12 +54,12 @@ class Card:
 
 
 def open_card(pinned: PinnedCheckpoint, *, token: str | None, create_pr: bool) -> Card:
-    """Find the card of a model, and refuse now what cannot be written later.
+    """Find the card of a model, and refuse now if it cannot be written later.
 
     Args:
         pinned ([`PinnedCheckpoint`]): the model.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
-        create_pr (`bool`): propose the change to a repository.
+        create_pr (`bool`): propose the change as a pull request.
 
     Raises:
         [`HfTsvError`]: there is no card, or it cannot be written.
@@ -67,7 +67,7 @@ def open_card(pinned: PinnedCheckpoint, *, token: str | None, create_pr: bool) -
     card = _local_card(pinned, create_pr) if pinned.is_local else _hub_card(
         pinned, token, create_pr
     )  # fmt: skip
-    with_results(card, [])  # raises where that is not possible
+    with_results(card, [])  # raises if results cannot be added
     return card
 
 
@@ -125,10 +125,10 @@ def _decoded(content: bytes, what: str) -> str:
 
 
 def write(card: Card, tasks: Mapping[str, Mapping[str, Any]], *, token: str | None) -> str:
-    """Put results into a card.
+    """Write results into a card.
 
     Args:
-        card ([`Card`]): see [`open_card`].
+        card ([`Card`]): card from [`open_card`].
         tasks (`Mapping[str, Mapping]`): results by task, see [`EvaluateReport`].
         token (`str`, *optional*): default: the one the Hub client is logged in with.
 
@@ -154,7 +154,7 @@ def write(card: Card, tasks: Mapping[str, Mapping[str, Any]], *, token: str | No
 
 
 def eval_result(name: str, found: Mapping[str, Any]) -> EvalResult:
-    """One task as cards have it; a path of this machine is not told."""
+    """Result of one task for a card."""
     path = Path(found["dataset"]).expanduser()
     kind = found["dataset"]
     if path.suffix == ".parquet":
@@ -178,11 +178,11 @@ def eval_result(name: str, found: Mapping[str, Any]) -> EvalResult:
 
 
 def with_results(card: Card, results: Sequence[EvalResult]) -> str:
-    """The text of a card with more results; the same ones of before are replaced.
+    """Text of a card with new results, which replace earlier ones of the same task and data.
 
     Args:
-        card ([`Card`]): what it says.
-        results (`Sequence[EvalResult]`): of tasks.
+        card ([`Card`]): card to add to.
+        results (`Sequence[EvalResult]`): results of tasks.
 
     Raises:
         [`OutputError`]: its front matter cannot be read.
@@ -211,7 +211,7 @@ def with_results(card: Card, results: Sequence[EvalResult]) -> str:
 
 
 def _merged(index: Any, name: str, results: Sequence[EvalResult]) -> list[dict[str, Any]]:
-    """The results of a `model-index` without those that come again, and these."""
+    """Results of a `model-index`, those that are measured again replaced by the new ones."""
     index = index or [{"name": name, "results": []}]
     model, *others = index
     new = [eval_results_to_model_index(name, [result])[0]["results"][0] for result in results]
@@ -225,7 +225,7 @@ def _merged(index: Any, name: str, results: Sequence[EvalResult]) -> list[dict[s
 
 
 def _same(entry: dict[str, Any], metric: dict[str, Any]) -> str:
-    """What two results that mean the same have in common: not the commit of their data."""
+    """Key that is equal for results of the same task and data, whatever the data's commit."""
     data = entry["dataset"]
     local = "/" not in data["type"]
     parts = [data["type"], data["name"] if local else None, data.get("config"), data.get("split")]

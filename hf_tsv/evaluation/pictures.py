@@ -1,4 +1,4 @@
-"""Pictures of what a model scores: bars, a radar chart, confusion matrices."""
+"""Plots of evaluation results: bars, a radar chart, confusion matrices."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAMED = 50
-"""Classes up to which a confusion matrix has their names."""
+"""Most classes of a confusion matrix that shows their names."""
 LARGE = 20
-"""Classes up to which they are written large."""
+"""Most classes whose names are written large."""
 
 Results = Mapping[str, Mapping[str, Any]]
 
 
 def of_evaluation(tasks: Results) -> list[Picture]:
-    """Every picture of an evaluation.
+    """Plots of an evaluation.
 
     Args:
         tasks (`Mapping[str, Mapping]`): results by task, see [`EvaluateReport`].
@@ -51,7 +51,7 @@ def of_evaluation(tasks: Results) -> list[Picture]:
 
 
 def of_sweep(report: Mapping[str, Any]) -> Picture:
-    """Accuracy against the share of singular values kept, of every task and on average.
+    """Plot of accuracy against the share of singular values kept, per task and on average.
 
     Args:
         report (`Mapping`): see [`SweepReport`].
@@ -78,13 +78,13 @@ def of_sweep(report: Mapping[str, Any]) -> Picture:
 
 
 def _own(found: Mapping[str, Any]) -> float | None:
-    """What the task's own fine-tune scores."""
+    """Accuracy of the task's own fine-tune, or None if unknown."""
     accuracy: float | None = found.get("reference", {}).get("accuracy")
     return accuracy
 
 
 def _accuracy(tasks: Results) -> Picture:
-    """A bar a task, and one for its fine-tune."""
+    """Plot of one bar per task, and one for its fine-tune."""
     known = {i: own for i, found in enumerate(tasks.values()) if (own := _own(found)) is not None}
     figure = new_figure(1.1 + (0.5 if known else 0.34) * len(tasks))
     axes = figure.subplots()
@@ -125,7 +125,7 @@ def _bars(
 
 
 def _radar(tasks: Results) -> Picture:
-    """An axis a task: shares of the fine-tunes' accuracy where all are known, else accuracy."""
+    """Plot of one axis per task: accuracy, divided by the fine-tunes' own where all are known."""
     normalised = all("normalised" in found for found in tasks.values())
     what = "normalised" if normalised else "accuracy"
     values = [found[what] for found in tasks.values()]
@@ -161,7 +161,7 @@ def _radar(tasks: Results) -> Picture:
 
 
 def _confusion(file: str, name: str, found: Mapping[str, Any]) -> Picture:
-    """Shares of every class that are taken for every other one."""
+    """Plot of the shares of every class that are classified as every other one."""
     counts = np.asarray(found["confusion"], dtype=float)
     size = len(counts)
     totals = counts.sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The verb `evaluate`: what a model scores on labelled images, beside each task's own fine-tune."""
+"""The verb `evaluate`: accuracy of a model on labelled images, beside each task's own fine-tune."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hf_tsv.recipe import current_versions
 
 @dataclass(frozen=True)
 class EvaluateReport:
-    """What a model scores.
+    """Accuracy of a model on tasks.
 
     Args:
         ref (`str`): the model.
@@ -34,18 +34,18 @@ class EvaluateReport:
         accuracy (`float`): top-1, 0 to 1, mean over the tasks that could be evaluated.
         normalised (`float`, *optional*): mean share of the fine-tunes' own accuracy (eq. 9), over
             the tasks that have one.
-        tasks (`dict[str, dict]`): by name: `dataset`, `revision` (the commit), `config`, `split`,
-            `images` of its `total`, `classes`, `templates`, `accuracy`, `confusion` (rows: the true
-            class), and where the fine-tune is known `reference` with its `accuracy`, and
+        tasks (`dict[str, dict]`): results by task: `dataset`, `revision` (the commit), `config`,
+            `split`, `images` of its `total`, `classes`, `templates`, `accuracy`, `confusion` (rows:
+            the true class), and where the fine-tune is known `reference` with its `accuracy`, and
             `normalised`.
-        errors (`dict[str, str]`): tasks that could not be evaluated, and why; `README.md` where
-            the card could not be written.
-        limit (`int`, *optional*): images of each task, if not all.
+        errors (`dict[str, str]`): error of each task that could not be evaluated; under `README.md`
+            the error if the card could not be written.
+        limit (`int`, *optional*): number of images per task, if not all.
         suite (`dict`, *optional*): its `name`, `tasks`, and over those that could be evaluated
-            `accuracy` and `normalised`; what its paper reports, not measured here, is `published`.
-        device (`str`): type of device computed on.
+            `accuracy` and `normalised`; `published` has the paper's own results, not measured here.
+        device (`str`): type of the device that computed.
         seconds (`float`): wall time.
-        versions (`dict[str, str]`): of hf-tsv and torch.
+        versions (`dict[str, str]`): versions of hf-tsv and torch.
     """
 
     ref: str
@@ -62,7 +62,7 @@ class EvaluateReport:
     versions: dict[str, str] = field(default_factory=current_versions)
 
     def to_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Object that `--json` prints."""
         return asdict(self)
 
 
@@ -86,13 +86,13 @@ def evaluate(
     subfolder: str | None = None,
     progress: bool | None = None,
 ) -> EvaluateReport:
-    """Classify labelled images zero-shot and count how often that is right (section 5, eq. 9).
+    """Classify labelled images zero-shot and measure the accuracy (section 5, eq. 9).
 
-    Every class is named to the text tower in prompts; an image belongs to the class whose prompts
-    lie nearest. The heads made of prompts are kept in the Hub client's home (`hf-tsv/heads`). A
-    task that cannot be read does not cost the results of the others. Processes that torchrun or
-    accelerate started share the images. With an output, the same call after a stop goes on with
-    the next task.
+    The text tower embeds prompts with the name of every class; an image is classified as the class
+    whose prompts are nearest. The heads made of prompts are kept in the Hub client's home
+    (`hf-tsv/heads`). An error in one task leaves the results of the others intact. Processes that
+    torchrun or accelerate started share the images. With an output, the same call resumes a stopped
+    one at the next task.
 
     Args:
         reference (`str`): the model: `org/name`, `org/name@revision`, `hf://…` or a folder.
@@ -101,27 +101,27 @@ def evaluate(
             folder of images, or a parquet file.
         suite (`str`, *optional*): tasks of a paper, with their base model and fine-tunes:
             `vit-b-32-8`, with b-16 or l-14, and 14 or 20 tasks; `tasks` are evaluated too.
-        references (`Mapping[str, str]`, *optional*): the fine-tune of each task, which its accuracy
-            is divided by; default: those of the suite; {} for none.
+        references (`Mapping[str, str]`, *optional*): the fine-tune of each task, by whose accuracy
+            the model's is divided; default: those of the suite; {} for none.
         output (`str` or `Path`, *optional*): folder to write `evaluation.json` to, and with
             matplotlib the pictures `accuracy.png`, `radar.png` and `confusion-….png`.
         force (`bool`): replace a folder that holds earlier results.
         card (`bool`): add the results to the model's card, as `model-index`: to the README.md of a
             folder, or by a commit to a repository.
-        create_pr (`bool`): as a pull request.
-        limit (`int`, *optional*): so many images of each task, for a quick look.
+        create_pr (`bool`): add them by a pull request.
+        limit (`int`, *optional*): number of images per task, for a quick look; default: all.
         batch_size (`int`): images at a time.
-        templates (`Sequence[str]`): of prompts, of tasks that are given as text.
-        base_model (`str`, *optional*): whose text tower and processor serve where the model has
-            none; default: that of the suite, else what the model's card names.
+        templates (`Sequence[str]`): prompts of tasks that are given as text.
+        base_model (`str`, *optional*): model whose text tower and processor are used if the model
+            has none; default: that of the suite, else the one named in the model's card.
         device (`str`, *optional*): default: the one accelerate chooses.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): of the model, where its reference has none.
+        subfolder (`str`, *optional*): subfolder of the model, unless its reference has one.
         progress (`bool`, *optional*): show bars; default: on a terminal.
 
     Returns:
-        [`EvaluateReport`]: every task that could be evaluated, and why others could not.
+        [`EvaluateReport`]: results of the tasks, and the errors of those that failed.
 
     Raises:
         [`HfTsvError`]: the model cannot be loaded, or no task can be evaluated.
@@ -201,13 +201,13 @@ def _delivered(report: EvaluateReport, job: Job, token: str | None) -> EvaluateR
         return report
     try:
         return replace(report, card=model_index.write(job.card, report.tasks, token=token))
-    except HfTsvError as error:  # what was measured is worth more
+    except HfTsvError as error:  # the measured results must not be lost
         logger.warning("%s", error)
         return replace(report, errors={**report.errors, model_index.CARD: str(error)})
 
 
 def _write(report: EvaluateReport, folder: Path) -> None:
-    """Results and pictures as a folder that appears whole."""
+    """Write results and pictures into a folder that appears only when complete."""
     drawn = plots.attempted(lambda: pictures.of_evaluation(report.tasks)) or []
     with whole_folder(folder) as staging:
         text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"

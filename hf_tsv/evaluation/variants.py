@@ -1,4 +1,4 @@
-"""Several models in one: the same images classified with weights that are set one after another."""
+"""Accuracy of several sets of weights in one model, on the same images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_tsv.evaluation.data import EvaluationTask, LabelledImages
 from hf_tsv.progress import bar
 
 IMAGES_AT_ONCE = 512
-"""That are kept while all variants classify them: 0.3 GB of 224 × 224 pixels."""
+"""Images kept in memory while all variants classify them: 0.3 GB of 224 × 224 pixels."""
 
 
 def accuracies(
@@ -26,14 +26,14 @@ def accuracies(
 
     Args:
         pipe: a zero-shot pipeline of a `CLIPModel`.
-        variants (`Sequence[Callable[[], None]]`): each puts its weights into the model.
-        task ([`EvaluationTask`]): which.
-        images ([`LabelledImages`]): of it.
+        variants (`Sequence[Callable[[], None]]`): functions that each load weights into the model.
+        task ([`EvaluationTask`]): task of the images.
+        images ([`LabelledImages`]): images of the task.
         batch_size (`int`): images at a time.
         show (`bool`): show a bar.
 
     Returns:
-        `list[float]`: of each variant, 0 to 1.
+        `list[float]`: accuracy of each variant, 0 to 1.
 
     Raises:
         [`DataError`]: an image cannot be read, or a label is no class.

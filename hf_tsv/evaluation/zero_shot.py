@@ -1,4 +1,4 @@
-"""Classifying by the text tower: a head of class prompts, and the nearest of them to each image."""
+"""Zero-shot classification: a head of class prompts, and the one nearest to each image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TEXTS_AT_ONCE = 256
 
 
 def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """What the text tower reads: of every class all templates.
+    """Texts for the text tower: every template of every class.
 
     Example:
         >>> prompts(["cat", "dog"], ["a {}.", "the {}."])
@@ -23,13 +23,13 @@ def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 @torch.inference_mode()
 def head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """One direction a class: of the mean of its prompts' embeddings, which have length 1 each.
+    """Compute one direction per class: the mean of its prompts' embeddings of length 1.
 
     Args:
         model: a `CLIPModel`.
-        tokenizer: its own.
-        classes (`Sequence[str]`): names.
-        templates (`Sequence[str]`): with `{}` for the name.
+        tokenizer: the model's tokenizer.
+        classes (`Sequence[str]`): names of the classes.
+        templates (`Sequence[str]`): prompts with `{}` for the name.
 
     Returns:
         `Tensor`: shape (classes, projection).
@@ -50,12 +50,12 @@ def head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence
 
 @torch.inference_mode()
 def classify(model: Any, directions: Tensor, pixels: Tensor) -> Tensor:
-    """The class whose direction is nearest to each image.
+    """Predict the class of each image: the one whose direction is nearest.
 
     Args:
         model: a `CLIPModel`.
-        directions (`Tensor`): see [`head`].
-        pixels (`Tensor`): of its image processor, shape (images, 3, height, width).
+        directions (`Tensor`): class directions from [`head`].
+        pixels (`Tensor`): output of its image processor, shape (images, 3, height, width).
 
     Returns:
         `Tensor`: shape (images,), on the CPU.
@@ -66,7 +66,7 @@ def classify(model: Any, directions: Tensor, pixels: Tensor) -> Tensor:
 
 
 def _features(found: Any) -> Tensor:
-    """Embeddings, which some versions of transformers wrap."""
+    """Embeddings, unwrapped where a version of transformers wraps them."""
     features: Tensor = getattr(found, "pooler_output", found)
     return features
 

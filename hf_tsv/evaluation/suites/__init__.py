@@ -1,4 +1,4 @@
-"""Suites of tasks that papers report on, with the rows they publish."""
+"""Task suites of papers, with the rows they publish."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from hf_tsv.evaluation.data import EvaluationTask
 
 FOLDER = Path(__file__).parent
 PUBLISHED = "published (paper)"
-"""What the rows of a paper are called, wherever they stand beside ours."""
+"""Label of a paper's rows beside measured ones."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks, the model they start from, and what a paper reports.
+    """Tasks, their common base model, and a paper's results.
 
     Args:
-        name (`str`): such as `vit-b-32-8`.
+        name (`str`): name such as `vit-b-32-8`.
         base_model (`str`): W0.
-        tasks (`tuple[EvaluationTask, ...]`): in the paper's order.
+        tasks (`tuple[EvaluationTask, ...]`): tasks in the paper's order.
         references (`dict[str, str]`): the fine-tune of each task.
-        published (`dict[str, dict[str, float]]`): by method `accuracy`, 0 to 1, mean over the
-            tasks, and `normalised` where the paper has it. Not measured by hf-tsv.
+        published (`dict[str, dict[str, float]]`): results by method: `accuracy`, 0 to 1, mean over
+            the tasks, and `normalised` where the paper has it. Not measured by hf-tsv.
     """
 
     name: str
@@ -43,7 +43,7 @@ def named(name: str) -> Suite:
         name (`str`): vision tower and number of tasks: `vit-b-32-8`.
 
     Raises:
-        [`RecipeError`]: there is none of this name.
+        [`RecipeError`]: there is no suite of this name.
 
     Example:
         >>> named("vit-b-32-8").base_model
