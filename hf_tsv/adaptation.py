@@ -2,9 +2,9 @@
 
 W = W0 + α Σᵢ cᵢ Mᵢ, where Mᵢ = U⊥ᵢ diag(σᵢ) V⊥hᵢ is the share of task i in a TSV-Merge, or Δᵢ / T
 where updates are averaged. The shares do not depend on c, and ∂L/∂cᵢ = α ⟨∂L/∂W, Mᵢ⟩, so an
-ordinary backward pass is all that is needed. L is the entropy of zero-shot predictions. Source:
-section D.2.7; Yang et al., "AdaMerging: Adaptive Model Merging for Multi-Task Learning", ICLR 2024
-(arXiv 2310.02575).
+ordinary backward pass suffices. L is the entropy of zero-shot predictions. Source: section D.2.7;
+Yang et al., "AdaMerging: Adaptive Model Merging for Multi-Task Learning", ICLR 2024 (arXiv
+2310.02575).
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ from hf_tsv.tsv import TaskSingularVectors
 
 WHOLE = "CLIPModel"
 LEARNED = ("vision_model.", "visual_projection.")
-"""Weights that images go through; the coefficients of others are 1."""
+"""Prefixes of the weights that images pass through; all other coefficients are 1."""
 
 WATCHED = 64
-"""Images of each task that entropy before and after is told of."""
+"""Most images of each task on which the entropy before and after is measured."""
 
 DIGITS = 6
-"""Decimals of a coefficient."""
+"""Decimals of coefficients and entropies."""
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How coefficients are learned, and on what.
+    """Settings for learning coefficients, and the result.
 
     Args:
         tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
             `NAME=DATASET` texts, or [`EvaluationTask`]s. Their labels are not used.
-        steps (`int`): of Adam.
-        learning_rate (`float`): of Adam.
+        steps (`int`): number of Adam steps.
+        learning_rate (`float`): Adam learning rate.
         batch_size (`int`): images of each task in a step.
-        seed (`int`): of the order of the images.
-        images (`tuple[int, ...]`): how many there were of each task; found while learning.
-        entropy (`tuple[float, ...]`): mean entropy of predictions before and after, in nats; found
-            while learning.
+        seed (`int`): seed of the order of the images.
+        images (`tuple[int, ...]`): number of images of each task; a result of learning.
+        entropy (`tuple[float, ...]`): mean entropy of predictions before and after, in nats; a
+            result of learning.
 
     Example:
         >>> Adaptation({"dtd": "tanganke/dtd"}).tasks[0].dataset
@@ -93,7 +93,7 @@ class Adaptation:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As a recipe holds it."""
+        """Settings and result for a recipe."""
         tasks = [
             {
                 f.name: list(value) if isinstance(value, tuple) else value
@@ -107,10 +107,10 @@ class Adaptation:
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> Adaptation:
-        """The inverse of [`to_dict`], of what has been learned.
+        """Adaptation with its result, from the form of [`to_dict`].
 
         Raises:
-            [`RecipeError`]: it is not what `to_dict` makes.
+            [`RecipeError`]: the content does not have that form.
         """
         tasks = []
         for item in content["tasks"]:
@@ -131,16 +131,16 @@ class Adaptation:
 
 @dataclass(frozen=True)
 class Layer:
-    """One weight of a model as a function of coefficients.
+    """Weight of a model as a function of the coefficients.
 
     Args:
-        label (`str`): in the plan.
-        parameters (`tuple[Tensor, ...]`): of the model, stacked along dimension 0 when several.
+        label (`str`): label in the plan.
+        parameters (`tuple[Tensor, ...]`): the model's own, stacked along dimension 0 if several.
         base (`Tensor`): W0, stacked.
-        tasks (`tuple[int, ...]`): those that change it, T' of them.
-        shares (`TaskSingularVectors` or `Tensor`): α Mᵢ of each of them: singular vectors one task
-            after the other, or matrices, shape (T', …).
-        ranks (`tuple[int, ...]`): singular vectors of each of them.
+        tasks (`tuple[int, ...]`): the T' tasks that change it.
+        shares (`TaskSingularVectors` or `Tensor`): α Mᵢ of each of them: concatenated singular
+            vectors, or matrices, shape (T', …).
+        ranks (`tuple[int, ...]`): number of singular vectors of each of them.
     """
 
     label: str
@@ -155,7 +155,7 @@ class Layer:
         """Set the parameters to W0 + α Σᵢ cᵢ Mᵢ.
 
         Args:
-            coefficients (`Tensor`): of all tasks, shape (T,).
+            coefficients (`Tensor`): coefficients of all tasks, shape (T,).
         """
         own = coefficients[list(self.tasks)].to(self.base)
         if isinstance(self.shares, TaskSingularVectors):
@@ -171,7 +171,7 @@ class Layer:
 
     @torch.no_grad()
     def gradient(self, tasks: int) -> Tensor:
-        """∂L/∂cᵢ = α ⟨∂L/∂W, Mᵢ⟩ from the gradients of the parameters.
+        """Compute ∂L/∂cᵢ = α ⟨∂L/∂W, Mᵢ⟩ from the gradients of the parameters.
 
         Args:
             tasks (`int`): T.
@@ -194,15 +194,15 @@ class Layer:
 
 
 def refuse_nothing_learned(sources: Sources, plan: MergePlan) -> None:
-    """Refuse what nothing can be learned of, before the work.
+    """Refuse, before the work, a merge in which nothing can be learned.
 
     Args:
         sources ([`Sources`]): base model and tasks.
-        plan ([`MergePlan`]): of the merge.
+        plan ([`MergePlan`]): plan of the merge.
 
     Raises:
-        [`HfTsvError`]: the base is no whole CLIP, or images go through nothing that is merged, or
-            what reads them is not installed.
+        [`HfTsvError`]: the base is no whole CLIP, no merged weight is one that images pass
+            through, or a package for reading images is missing.
     """
     refuse_not_installed("The method ada")
     check_whole_clip(sources.base, "The method ada")
@@ -228,25 +228,25 @@ def learn(
     *,
     show: bool,
 ) -> tuple[dict[str, tuple[float, ...]], Adaptation]:
-    """Find the coefficients with which predictions on images are most certain.
+    """Learn the coefficients with which predictions on images are most certain.
 
     Args:
         sources ([`Sources`]): base model and tasks.
-        plan ([`MergePlan`]): what is done with every weight.
+        plan ([`MergePlan`]): plan of the merge.
         scales (`Sequence[float]`): factor of each task's update.
-        settings ([`Settings`]): how to merge.
-        adaptation ([`Adaptation`]): how to learn, and on what.
-        device (`torch.device`): where to compute.
-        parallelism ([`Parallelism`]): of the decompositions.
+        settings ([`Settings`]): settings of the merge.
+        adaptation ([`Adaptation`]): settings for learning.
+        device (`torch.device`): device that computes.
+        parallelism ([`Parallelism`]): parallelism of the decompositions.
         show (`bool`): show bars.
 
     Returns:
         `tuple[dict[str, tuple[float, ...]], Adaptation]`: coefficients of each task by weight, and
-        the adaptation with what was found.
+        the adaptation with its result.
 
     Raises:
         [`HfTsvError`]: a dataset cannot be read, the base model has no processor, or the entropy
-            is no number.
+            is not finite.
     """
     from transformers.utils import logging
 
@@ -293,7 +293,7 @@ def learn(
 
 
 def _without_labels(images: LabelledImages) -> LabelledImages:
-    """The same images, all said to be of the first class."""
+    """Replace the labels of images by the first class."""
     rows = images.rows.remove_columns(images.label)
     return replace(images, rows=rows.add_column(images.label, [0] * len(rows)))
 
@@ -312,11 +312,11 @@ def descend(
 
     Args:
         model: a `CLIPModel` whose weights are those of coefficients 1.
-        layers (`Sequence[Layer]`): of it.
+        layers (`Sequence[Layer]`): weights of the model to learn for.
         classes (`Sequence[Tensor]`): directions (classes, projection) of each task with images.
-        batches (`_Batches`): their images.
+        batches (`_Batches`): images of these tasks.
         tasks (`int`): T, number of checkpoints.
-        adaptation ([`Adaptation`]): how to learn.
+        adaptation ([`Adaptation`]): settings for learning.
         show (`bool`): show a bar.
 
     Returns:
@@ -332,7 +332,7 @@ def descend(
     with bar("Adapting", adaptation.steps, visible=show) as advance:
         for step, parts in enumerate(batches.steps()):
             total = 0.0
-            for number, pixels in enumerate(parts):  # one by one, for memory
+            for number, pixels in enumerate(parts):  # one task at a time, to save memory
                 loss = entropy(model, classes[number], pixels).mean() / len(classes)
                 torch.autograd.backward(loss)
                 total += float(loss.detach())
@@ -350,7 +350,7 @@ def descend(
 
 
 def entropy(model: Any, classes: Tensor, pixels: Tensor) -> Tensor:
-    """Entropy of the zero-shot prediction on each image, in nats.
+    """Compute the entropy of the zero-shot prediction on each image, in nats.
 
     Args:
         model: a `CLIPModel`.
@@ -377,7 +377,7 @@ def _refuse_no_number(value: float, steps: int) -> None:
 
 @torch.no_grad()
 def _watched(model: Any, classes: Sequence[Tensor], batches: _Batches) -> float:
-    """Mean entropy over the first images of every task, each task counting the same."""
+    """Mean entropy over up to `WATCHED` images per task, in nats, with equal weight per task."""
     means = []
     for number, directions in enumerate(classes):
         found = [entropy(model, directions, pixels) for pixels in batches.first(number)]
@@ -390,9 +390,9 @@ class _Batches:
     """Pixels of images in a random order.
 
     Args:
-        image_processor: of the base model.
+        image_processor: image processor of the base model.
         adaptation ([`Adaptation`]): names, seed, sizes.
-        data (`Sequence[LabelledImages]`): of each task.
+        data (`Sequence[LabelledImages]`): images of each task.
     """
 
     image_processor: Any
@@ -400,7 +400,7 @@ class _Batches:
     data: Sequence[LabelledImages]
 
     def steps(self) -> Iterator[list[Tensor]]:
-        """One batch of every task, again and again; the next is read meanwhile."""
+        """Yield one batch of every task per step, while the next is read."""
         size, steps = self.adaptation.batch_size, self.adaptation.steps
         orders = [self._order(number, size * steps) for number in range(len(self.data))]
 
@@ -412,14 +412,14 @@ class _Batches:
             yield from stream.read_ahead(pool, read, range(steps), [1] * steps)
 
     def first(self, number: int) -> Iterator[Tensor]:
-        """The first images of a task, in batches."""
+        """Yield batches of the first images of a task in its random order."""
         size = self.adaptation.batch_size
         order = self._order(number, min(WATCHED, len(self.data[number].rows)))
         for start in range(0, len(order), size):
             yield self._pixels(number, order[start : start + size])
 
     def _order(self, number: int, count: int) -> list[int]:
-        """So many rows: all of them in one random order, then in another."""
+        """Row numbers in random order: `count` of them, each epoch shuffled anew."""
         rows = len(self.data[number].rows)
         generator = torch.Generator().manual_seed(self.adaptation.seed)
         epochs = [torch.randperm(rows, generator=generator) for _ in range(-(-count // rows))]
@@ -445,19 +445,19 @@ def layers_of(
     *,
     show: bool,
 ) -> list[Layer]:
-    """Weights that images go through; puts all that are merged into the model.
+    """Weights that images pass through; writes all merged weights into the model.
 
     Args:
         model: a `CLIPModel`, the base.
         sources ([`Sources`]): base model and tasks.
-        plan ([`MergePlan`]): what is done with every weight.
+        plan ([`MergePlan`]): plan of the merge.
         scales (`Sequence[float]`): factor of each task's update.
-        settings ([`Settings`]): how to merge.
-        device (`torch.device`): of the model.
-        parallelism ([`Parallelism`]): of the decompositions.
+        settings ([`Settings`]): settings of the merge.
+        device (`torch.device`): device of the model.
+        parallelism ([`Parallelism`]): parallelism of the decompositions.
         show (`bool`): show a bar.
     """
-    # To be averaged is to be read as one number, and shares are wanted.
+    # An averaged weight would be read as one running mean; learning needs every task's update.
     weights = [
         replace(w, treatment="combined") if w.treatment == "averaged" else w
         for w in plan.weights
@@ -483,7 +483,7 @@ def layers_of(
 
 
 def _own_names(weight: Weight) -> list[str]:
-    """Of its parameters in the model; empty where it has none."""
+    """Names of the weight's parameters in the model; empty for one it does not have."""
     return [layout.name_in_class(name, WHOLE) or "" for name in weight.names]
 
 

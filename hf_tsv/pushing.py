@@ -1,4 +1,4 @@
-"""The verb `push`: upload a finished folder, at once or after an upload that failed."""
+"""The verb `push`: upload of a finished folder, at once or after an upload that failed."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from hf_tsv.reconstruction import RECONSTRUCTION_FILE
 
 @dataclass(frozen=True)
 class PushReport:
-    """What was uploaded.
+    """Summary of an upload.
 
     Args:
-        folder (`str`): where it lies.
-        repo_id (`str`): where it went.
+        folder (`str`): uploaded folder.
+        repo_id (`str`): repository it was uploaded to.
         files (`dict[str, int]`): bytes of each file.
-        bytes (`int`): of all of them.
+        bytes (`int`): bytes of all files together.
         seconds (`float`): wall time.
         url (`str`, *optional*): commit or pull request on the Hub.
-        dry_run (`bool`): only checked.
+        dry_run (`bool`): whether the upload was only checked.
     """
 
     folder: str
@@ -48,7 +48,7 @@ class PushReport:
     dry_run: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Object that `--json` prints."""
         return asdict(self)
 
 
@@ -66,8 +66,8 @@ def push(
     """Upload a finished folder that hf-tsv wrote, as one commit.
 
     A folder that only waited for its upload is removed afterwards, others stay. Weights of an
-    earlier upload are replaced. Large files that the repository has already, as after
-    an upload that was interrupted, are not sent again.
+    earlier upload are replaced. Large files that the repository already has, as after an
+    interrupted upload, are not sent again.
 
     Args:
         folder (`str`): output of a merge, a compression or a reconstruction.
@@ -75,15 +75,15 @@ def push(
         private (`bool`, *optional*): make a new repository private.
         revision (`str`, *optional*): branch to push to.
         create_pr (`bool`): push as a pull request.
-        commit_message (`str`, *optional*): of the upload.
+        commit_message (`str`, *optional*): message of the upload's commit.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         dry_run (`bool`): check the folder and the rights only.
 
     Returns:
-        [`PushReport`]: what was uploaded.
+        [`PushReport`]: summary of the upload.
 
     Raises:
-        [`HfTsvError`]: the folder is not finished or damaged, or the upload failed.
+        [`HfTsvError`]: the folder is unfinished or damaged, or the upload failed.
 
     Example:
         >>> import hf_tsv
@@ -108,7 +108,7 @@ def push(
 
 
 def _check_finished(folder: Path) -> list[PinnedCheckpoint]:
-    """Refuse what is no whole output of ours; returns what it was made from."""
+    """Refuse a folder that is no complete output of hf-tsv; return its Hub inputs."""
     work = journal.work_of(folder)
     if any(UNDER_CONSTRUCTION.fullmatch(name) for name in (folder.name, folder.parent.name)):
         raise OutputError(
@@ -141,7 +141,7 @@ def _check_finished(folder: Path) -> list[PinnedCheckpoint]:
 
 
 def _check_weights(pinned: PinnedCheckpoint, folder: Path) -> None:
-    """Read every header: a file that is cut short shows, and one that is not there."""
+    """Read every header, which reveals missing files and files that are cut short."""
     for path in sorted(folder.rglob("*.safetensors")):
         read_header(pinned.files, path.relative_to(folder).as_posix(), str(pinned))
     if pinned.files.size(ADAPTER_CONFIG) is not None:
@@ -153,7 +153,7 @@ def _check_weights(pinned: PinnedCheckpoint, folder: Path) -> None:
 
 
 def _check_beside(folder: Path, recipe: Recipe, owner: str) -> None:
-    """Refuse a merge that has lost what belongs beside its weights."""
+    """Refuse a merge that has lost heads or masks beside its weights."""
     if recipe.settings.keep_heads and not list(folder.glob("heads/*.safetensors")):
         raise CheckpointError(f"{owner} has lost its task heads.")
     masks = len(list(folder.glob("masks/*/mask.safetensors")))
@@ -162,7 +162,7 @@ def _check_beside(folder: Path, recipe: Recipe, owner: str) -> None:
 
 
 def _made_from(pinned: PinnedCheckpoint, files: LocalFiles) -> list[Mapping[str, Any]]:
-    """What the folder says it was made from."""
+    """Inputs that the folder says it was made from."""
     owner = str(pinned)
     if files.size(RECIPE_FILE) is not None:
         text = files.read(RECIPE_FILE).decode(errors="replace")

@@ -1,4 +1,4 @@
-"""The verb `sweep`: what each fine-tune still scores with so many of its singular vectors."""
+"""The verb `sweep`: accuracy of each fine-tune with a share of its singular values."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What fine-tunes score with fewer and fewer singular vectors.
+    """Accuracy of fine-tunes with shares of their singular values.
 
     Args:
         fractions (`list[float]`): shares of k = min(d_out, d_in) kept of every matrix.
         mean (`list[float]`): top-1, 0 to 1, at each of them, mean over the tasks.
-        full (`float`): of the fine-tunes themselves.
-        stored (`list[float]`): at each of them, numbers stored of an update over those it has.
-        tasks (`dict[str, dict]`): by name: `dataset`, `split`, `images`, `reference`,
+        full (`float`): top-1 of the fine-tunes themselves, mean over the tasks.
+        stored (`list[float]`): at each share, stored numbers over the numbers of the update.
+        tasks (`dict[str, dict]`): results by task: `dataset`, `split`, `images`, `reference`,
             `base_model`, `full`, `accuracies` and `stored`.
-        errors (`dict[str, str]`): tasks that could not be measured, and why.
-        limit (`int`, *optional*): images of each task, if not all.
-        device (`str`): type of device computed on.
+        errors (`dict[str, str]`): error of each task that could not be measured.
+        limit (`int`, *optional*): number of images per task, if not all.
+        device (`str`): type of the device that computed.
         seconds (`float`): wall time.
-        versions (`dict[str, str]`): of hf-tsv and torch.
+        versions (`dict[str, str]`): versions of hf-tsv and torch.
     """
 
     fractions: list[float]
@@ -62,7 +62,7 @@ class SweepReport:
     versions: dict[str, str] = field(default_factory=current_versions)
 
     def to_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Object that `--json` prints."""
         return asdict(self)
 
 
@@ -82,10 +82,10 @@ def sweep(
     cache_dir: str | Path | None = None,
     progress: bool | None = None,
 ) -> SweepReport:
-    """Score low-rank approximations of every fine-tune on its own task (figures 2, 11, 12, 17).
+    """Measure low-rank approximations of every fine-tune on its own task (figures 2, 11, 12, 17).
 
-    Every matrix of an update is decomposed once; with each share of the singular values the model
-    is put together again in memory and classifies the same images. What is not a matrix stays.
+    Every matrix of an update is decomposed once. For each share of the singular values the model is
+    rebuilt in memory and classifies the same images. Parameters that are not matrices stay whole.
 
     Args:
         tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
@@ -94,12 +94,12 @@ def sweep(
             the suite.
         rank_fractions (`Sequence[float]`): shares of k = min(d_out, d_in).
         suite (`str`, *optional*): tasks of a paper, with their base model and fine-tunes.
-        base_model (`str`, *optional*): W0; default: that of the suite, else what the fine-tunes'
-            cards name.
+        base_model (`str`, *optional*): W0; default: that of the suite, else the one named in
+            the fine-tunes' cards.
         output (`str` or `Path`, *optional*): folder to write `sweep.json` to, and with matplotlib
             the picture `sweep.png`.
         force (`bool`): replace a folder that holds earlier results.
-        limit (`int`, *optional*): so many images of each task, for a quick look.
+        limit (`int`, *optional*): number of images per task, for a quick look; default: all.
         batch_size (`int`): images at a time.
         device (`str`, *optional*): default: the one accelerate chooses.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
@@ -107,10 +107,10 @@ def sweep(
         progress (`bool`, *optional*): show bars; default: on a terminal.
 
     Returns:
-        [`SweepReport`]: every task that could be measured, and why others could not.
+        [`SweepReport`]: results of the tasks, and the errors of those that failed.
 
     Raises:
-        [`HfTsvError`]: a share is none, a fine-tune is missing, or no task can be measured.
+        [`HfTsvError`]: a share is not in (0, 1], a fine-tune is missing, or every task failed.
 
     Example:
         >>> import hf_tsv
@@ -177,7 +177,7 @@ def _checked(fractions: Sequence[float]) -> list[float]:
 
 
 def _write(report: SweepReport, folder: Path) -> None:
-    """Results and picture as a folder that appears whole."""
+    """Write results and picture into a folder that appears only when complete."""
     picture = plots.attempted(lambda: pictures.of_sweep(report.to_dict()))
     with whole_folder(folder) as staging:
         text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
@@ -188,14 +188,14 @@ def _write(report: SweepReport, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A decomposed update, and the parameter it belongs to."""
+    """Decomposed update, with the parameter it belongs to and W0."""
 
     parameter: Tensor
     base: Tensor
     svd: linalg.SVD
 
     def put(self, fraction: float | None, fine_tuned: Tensor) -> None:
-        """Keep a share of the singular values; None for all of the update."""
+        """Set the parameter to W0 plus a share of the update; None for the fine-tuned value."""
         if fraction is None:
             self.parameter.copy_(fine_tuned)
             return
@@ -204,13 +204,13 @@ class _Matrix:
         self.parameter.copy_(self.base + update.to(self.base))
 
     def rank(self, fraction: float) -> int:
-        """⌊fraction · k⌋, at least 1."""
+        """Number of triplets for a share, ⌊fraction · k⌋, at least 1."""
         return tsv.rank_at(fraction, self.base.shape)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What every task of a sweep shares."""
+    """Settings that every task of a sweep shares."""
 
     fractions: Sequence[float]
     base_model: str | None
@@ -260,7 +260,7 @@ class _Run:
     def _decomposed(
         self, model: Any, w0: Mapping[str, Tensor], reference: str, base_ref: str
     ) -> tuple[list[float], list[_Matrix]]:
-        """The matrices that changed, and the share of numbers stored at each fraction."""
+        """Decomposed matrices that changed, and the share of numbers stored at each fraction."""
         matrices, dense = [], 0
         for name, parameter in model.named_parameters():
             base = w0[name].to(self.device)

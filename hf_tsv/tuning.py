@@ -1,4 +1,4 @@
-"""Choosing α on labelled validation images: one merge, scored at many α."""
+"""Choice of α on labelled validation images: one merge, evaluated at many α."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from hf_tsv.recipe import check_number
 
 VALIDATION = "validation"
 MOST = 1000
-"""Values of α in one search."""
+"""Most values of α in one search."""
 
 
 @dataclass(frozen=True)
 class AlphaSearch:
-    """What α is chosen from, and on which images.
+    """Candidates for α, the images to choose on, and the result.
 
     Args:
         tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
             `NAME=DATASET` texts, or [`EvaluationTask`]s. Their split `validation` is used unless
             they name another.
-        alphas (`Sequence[float]` or `str`): to try: numbers, or `"0.5,1,1.5"`, or
+        alphas (`Sequence[float]` or `str`): candidates: numbers, or `"0.5,1,1.5"`, or
             `"FIRST:LAST:STEP"`.
-        limit (`int`, *optional*): so many images of each task.
+        limit (`int`, *optional*): number of images per task; default: all.
         batch_size (`int`): images at a time.
-        images (`tuple[int, ...]`): how many there were of each task; found while searching.
-        accuracies (`dict[str, tuple[float, ...]]`): top-1 by task, 0 to 1, one for each α; found
-            while searching.
+        images (`tuple[int, ...]`): number of images of each task; a result of the search.
+        accuracies (`dict[str, tuple[float, ...]]`): top-1 by task, 0 to 1, one for each α; a
+            result of the search.
 
     Example:
         >>> AlphaSearch({"dtd": "tanganke/dtd"}, "0:1:0.25").alphas
@@ -74,19 +74,19 @@ class AlphaSearch:
 
     @property
     def means(self) -> list[float]:
-        """Mean accuracy over the tasks at each α."""
+        """Mean accuracy over the tasks, 0 to 1, for each α."""
         rows = list(self.accuracies.values())
         return [sum(column) / len(column) for column in zip(*rows, strict=True)]
 
     @property
     def alpha(self) -> float:
-        """The one of the best mean; of several the smallest."""
+        """Value of α with the best mean; the smallest of several."""
         return max(zip(self.means, self.alphas, strict=True), key=lambda pair: (pair[0], -pair[1]))[
             1
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """What a report says of it."""
+        """Result of the search for a report."""
         return {
             "alpha": self.alpha,
             "alphas": list(self.alphas),
@@ -98,10 +98,10 @@ class AlphaSearch:
 
 
 def alphas_of(text: str) -> list[float]:
-    """Read numbers and ranges `FIRST:LAST:STEP`, both ends included, with commas between.
+    """Parse numbers and ranges `FIRST:LAST:STEP`, both ends included, separated by commas.
 
     Args:
-        text (`str`): as on the command line.
+        text (`str`): text from the command line.
 
     Raises:
         [`RecipeError`]: it is something else.
@@ -137,11 +137,11 @@ def _no_alphas(text: str) -> RecipeError:
 
 
 def images_of(wanted: AlphaSearch, token: str | None) -> list[LabelledImages]:
-    """The images of every task; before the merge, so that a wrong name costs no wait.
+    """Load the images of every task, before the merge, so that a wrong name fails at once.
 
     Args:
-        wanted ([`AlphaSearch`]): names them.
-        token (`str`, *optional*): for private datasets.
+        wanted ([`AlphaSearch`]): search that names the tasks.
+        token (`str`, *optional*): token for private datasets.
     """
     refuse_not_installed("Choosing α")
     return [load(task, limit=wanted.limit, token=token) for task in wanted.tasks]
@@ -158,20 +158,20 @@ def search(
     cache_dir: str | None,
     show: bool,
 ) -> AlphaSearch:
-    """Score W0 + α (W1 − W0) at every α.
+    """Evaluate W0 + α (W1 − W0) at every α.
 
     Args:
-        wanted ([`AlphaSearch`]): which, and on what.
-        data (`Sequence[LabelledImages]`): see [`images_of`].
+        wanted ([`AlphaSearch`]): tasks and candidates.
+        data (`Sequence[LabelledImages]`): images from [`images_of`].
         merged (`Path`): W1, the merge with α = 1, in float32.
         base (`str`): W0.
-        device (`torch.device`): where to compute.
-        token (`str`, *optional*): for private datasets and models.
-        cache_dir (`str`, *optional*): of the Hub client.
+        device (`torch.device`): device that computes.
+        token (`str`, *optional*): token for private datasets and models.
+        cache_dir (`str`, *optional*): cache folder of the Hub client.
         show (`bool`): show bars.
 
     Returns:
-        [`AlphaSearch`]: with what was found.
+        [`AlphaSearch`]: the same with its results.
 
     Raises:
         [`HfTsvError`]: a dataset cannot be read, or the base model is no whole CLIP.

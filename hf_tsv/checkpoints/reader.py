@@ -71,7 +71,7 @@ class Checkpoint:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Stored names of the tensors that a merge omits."""
+        """Names, as stored, of the tensors that a merge omits."""
         return tuple(self.head)
 
     def parts(self, name: str) -> list[TensorInfo]:
