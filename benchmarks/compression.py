@@ -1,4 +1,4 @@
-"""How much accuracy compressed tasks keep: the demo's tiny CLIPs, compressed to several sizes.
+"""Accuracy kept by compressed tasks: the demo's tiny CLIPs, compressed to several sizes.
 
 `python -m benchmarks.compression` trains them if `make demo` has not, prints a table, draws a plot,
 and fails if the rank of the paper, r = k/T, keeps less than 99 % of the accuracy.
@@ -32,12 +32,12 @@ REQUIRED = 99.0
 
 @dataclass(frozen=True)
 class Point:
-    """All tasks at one size.
+    """Mean results of all tasks at one size.
 
     Args:
-        variant: how they are stored.
-        rule: what was asked for.
-        kept_bytes: mean share of a checkpoint's bytes, in per cent; None if it cannot be done.
+        variant: way of storing the tasks.
+        rule: rule for the ranks.
+        kept_bytes: mean share of a checkpoint's bytes, in per cent; None if it is not feasible.
         accuracy: mean over the tasks, in per cent.
         kept_accuracy: mean share of each fine-tune's own accuracy, in per cent.
         update_error: mean relative error of the update.
@@ -52,7 +52,7 @@ class Point:
 
 
 def accuracies(folder: Path, vision: Callable[[str], Any], seed: int) -> list[float]:
-    """Test accuracy in per cent of the vision tower of every task, beside the base's text tower."""
+    """Test accuracy, in per cent, of every task's vision tower beside the base's text tower."""
     from benchmarks.tiny_clip.evaluation import accuracy, load_model
     from benchmarks.tiny_clip.first_tasks import FIRST_TASKS
 
@@ -68,10 +68,10 @@ def measure(
     """Compress every task to every size, load it, and measure it on its test images.
 
     Args:
-        folder: with the base model and the fine-tunes.
+        folder: folder with the base model and the fine-tunes.
         fine_tuned: accuracy of every fine-tune, in per cent.
-        seed: of the images.
-        progress: gets a bar.
+        seed: seed of the images.
+        progress: progress bars to add to.
     """
     bar = progress.add_task("Compressing and measuring", total=len(VARIANTS) * (len(SHARES) + 1))
     points = []
@@ -108,7 +108,7 @@ def _point(
 
     try:
         found = accuracies(folder, vision, seed)
-    except hf_tsv.RecipeError:  # what is stored whole takes more
+    except hf_tsv.RecipeError:  # the tensors stored whole exceed the budget
         return Point(variant, rule)
     kept = [100 * a / b for a, b in zip(found, fine_tuned, strict=True)]
     return Point(
@@ -122,7 +122,7 @@ def _point(
 
 
 def table(points: Sequence[Point]) -> Table:
-    """The points as people read them."""
+    """Table of the points."""
     result = Table(
         title="Bytes and accuracy kept by compressed tasks (mean, %)",
         caption="– : what is stored whole takes more than that",
@@ -144,7 +144,7 @@ def table(points: Sequence[Point]) -> Table:
 
 
 def plot(points: Sequence[Point], file: Path) -> None:
-    """Accuracy kept over bytes kept, one line a variant."""
+    """Plot accuracy kept over bytes kept, one line per variant."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")

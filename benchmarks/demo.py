@@ -1,8 +1,8 @@
-"""What hf-tsv does, in a few minutes: tiny CLIPs trained here, merged, compressed, measured.
+"""Demo of hf-tsv in a few minutes: tiny CLIPs are trained, merged, compressed and measured.
 
-`python -m benchmarks.demo` trains a base and one fine-tune a task (cached in `.demo/`), runs
-`hf-tsv merge` with three methods, compresses every task to several sizes, measures who disturbs
-whom, and prints accuracies on test images that were not trained on.
+`python -m benchmarks.demo` trains a base and one fine-tune per task (cached in `.demo/`), runs
+`hf-tsv merge` with three methods, compresses every task to several sizes, measures the interference
+of tasks, and prints accuracies on test images that were not trained on.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def merge(folder: Path, names: Sequence[str], output: Path, *options: str) -> Pa
 
 
 def merge_all(folder: Path, names: Sequence[str], progress: Progress) -> dict[str, Path]:
-    """Every merge of the demo, two processes at a time."""
+    """Make every merge of the demo, two processes at a time."""
     wanted = {TSV: ["--method", "tsv", "--report"], AVERAGE: ["--method", "average"]}
     for alpha in ALPHAS:
         wanted[f"{ARITHMETIC} {alpha}"] = ["--method", "task-arithmetic", "--alpha", str(alpha)]
@@ -62,7 +62,7 @@ def merge_all(folder: Path, names: Sequence[str], progress: Progress) -> dict[st
 def measure(
     folder: Path, merged: dict[str, Path], seed: int, progress: Progress
 ) -> dict[str, list[float]]:
-    """Test accuracy in per cent of every row of the table, by task."""
+    """Test accuracy, in per cent, of every row of the table, by task."""
     from benchmarks.tiny_clip.evaluation import accuracy, load_model, load_vision
     from benchmarks.tiny_clip.first_tasks import FIRST_TASKS
 
@@ -103,7 +103,7 @@ def normalised(row: Sequence[float], fine_tuned: Sequence[float]) -> float:
 
 
 def table(rows: dict[str, list[float]], names: Sequence[str]) -> Table:
-    """The accuracies as people read them, a task a row; the best single model is bold."""
+    """Table of the accuracies, one row per task; the best single model is bold."""
     means = {name: sum(row) / len(row) for name, row in rows.items() if name != FINE_TUNED}
     best = max(means, key=lambda name: means[name])
     result = Table(title="Accuracy on test images (%)")

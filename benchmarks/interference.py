@@ -31,10 +31,10 @@ ABLATION = ("task-arithmetic", "low-rank", "orthogonal", "tsv")
 
 @dataclass(frozen=True)
 class Merged:
-    """Some tasks merged with every method.
+    """Group of tasks merged with every method.
 
     Args:
-        tasks: which.
+        tasks: names of the tasks.
         sti: singular task interference of the triplets that a merge of all tasks keeps.
         kept: mean share of each fine-tune's own accuracy, in per cent, by method.
     """
@@ -57,7 +57,7 @@ def report(folder: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def extremes(pairs: Sequence[Sequence[float]]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The pairs of tasks that interfere most and least."""
+    """Pairs of tasks that interfere most and least."""
     ranked = sorted(combinations(range(len(pairs)), 2), key=lambda pair: pairs[pair[0]][pair[1]])
     return ranked[-1], ranked[0]
 
@@ -107,7 +107,7 @@ def measure(
 
 
 def table(results: Sequence[Merged]) -> Table:
-    """Accuracy kept by every method, the group that interferes most first."""
+    """Table of the accuracy kept by every method, the group that interferes most first."""
     shown = Table(title="Accuracy kept by merges (% of the fine-tunes')")
     shown.add_column("tasks")
     for name in ("STI", *ABLATION):
@@ -119,7 +119,7 @@ def table(results: Sequence[Merged]) -> Table:
 
 
 def rank_correlation(results: Sequence[Merged], method: str) -> float:
-    """Of the interference of pairs with the accuracy their merge keeps (Spearman)."""
+    """Spearman correlation of the interference of pairs with the accuracy their merge keeps."""
     from scipy.stats import spearmanr
 
     pairs = [row for row in results if len(row.tasks) == 2]

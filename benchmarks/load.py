@@ -1,10 +1,10 @@
-"""Many tasks, many tensors, large models: merges under a hard limit of memory.
+"""Merges of many tasks, many tensors and large models under a hard limit of memory.
 
-`python -m benchmarks.load` makes checkpoints in `.bench/`, merges them in processes that the kernel
-gives no more than so much memory (`RLIMIT_DATA`: private memory that can be written, whether it is
-used or not), and writes tables to `benchmarks/results/`. The large model takes 30 GB of disk. Where
-a limit leaves no room for a buffer of OpenBLAS, that asks for it again for ever: hf-tsv has to be
-told of a limit, by `--max-memory`.
+`python -m benchmarks.load` makes checkpoints in `.bench/` and merges them in processes whose memory
+the kernel limits (`RLIMIT_DATA`: private writable memory, used or not). It writes tables to
+`benchmarks/results/`. The large model takes 30 GB of disk. Where a limit leaves no room for a
+buffer of OpenBLAS, OpenBLAS requests it again for ever, so hf-tsv must know the limit, by
+`--max-memory`.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ MB = 1_000_000
 
 @dataclass(frozen=True)
 class Scenario:
-    """A merge, and the memory it may take.
+    """Merge, and the memory it may take.
 
     Args:
-        what: in words.
-        tasks: how many.
-        layers: of the towers.
+        what: description.
+        tasks: number of tasks.
+        layers: number of layers of the towers.
         limit: bytes that the kernel gives a process.
-        max_memory: what hf-tsv is told it may use.
-        size: of a tower made of random numbers.
-        model: of `synthetic.MODELS`, instead.
+        max_memory: value of `--max-memory`, in bytes.
+        size: size of a tower made of random numbers.
+        model: name in `synthetic.MODELS`, instead of a size.
     """
 
     what: str
@@ -63,17 +63,17 @@ SCENARIOS: Mapping[str, Scenario] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What a merge took.
+    """Measurements of a merge.
 
     Args:
-        what: in words.
-        tensors: of each checkpoint.
-        tasks: how many.
-        input_bytes: of all checkpoints.
+        what: description.
+        tensors: number of tensors of each checkpoint.
+        tasks: number of tasks.
+        input_bytes: size of all checkpoints.
         limit: bytes that the kernel gave the process.
-        max_memory: what hf-tsv was told it may use.
-        stated: most that it said it would take, on top of its libraries.
-        peak: most that was resident, pages of files and libraries included.
+        max_memory: value of `--max-memory`, in bytes.
+        stated: peak it predicted, in bytes, on top of its libraries.
+        peak: peak of resident memory, in bytes, pages of files and libraries included.
         wall: seconds.
         cpu: seconds, of all threads.
         beside: bytes of the files beside the weights.
@@ -95,14 +95,14 @@ class Row:
 
 
 def made(scenario: Scenario, cache: Path) -> Zoo:
-    """The checkpoints of a scenario."""
+    """Make the checkpoints of a scenario."""
     if scenario.size is None:
         return synthetic.checkpoints(scenario.model, scenario.tasks, scenario.layers, folder=cache)
     return random_checkpoints(scenario.size, scenario.tasks, scenario.layers, cache)
 
 
 def random_checkpoints(size: Size, tasks: int, layers: int, cache: Path) -> Zoo:
-    """A tower of any depth and fine-tunes of it, all of random numbers: made in seconds."""
+    """Make a tower of any depth and fine-tunes of it from random numbers, in seconds."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     folder = cache / f"random-{size.hidden}-{layers}-layers-{tasks}-tasks"
@@ -141,7 +141,7 @@ def measured(scenario: Scenario, zoo: Zoo, cache: Path) -> Row:
     """Merge once, within the limit.
 
     Raises:
-        [`processes.FailedError`]: it did not suffice, or something else went wrong.
+        [`processes.FailedError`]: the memory did not suffice, or something else went wrong.
     """
     out, said = cache / "load-out", cache / "load.json"
     shutil.rmtree(out, ignore_errors=True)
@@ -171,7 +171,7 @@ def measured(scenario: Scenario, zoo: Zoo, cache: Path) -> Row:
 
 
 def limited(limit: int, said: Path, arguments: list[str]) -> None:
-    """Be hf-tsv within a limit of memory; what it prints goes into a file."""
+    """Run hf-tsv in this process within a limit of memory; its output goes into a file."""
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     from hf_tsv import cli
 
@@ -181,7 +181,7 @@ def limited(limit: int, said: Path, arguments: list[str]) -> None:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """As people read it."""
+    """Markdown table of the rows."""
     lines = [
         "# Merges under a hard limit of memory",
         "",
@@ -212,7 +212,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run the scenarios, write down what they took."""
+    """Run the scenarios and write the results."""
     if sys.argv[1:2] == ["--limited"]:
         limited(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
         return

@@ -1,7 +1,7 @@
-"""A suite of the paper from the Hub: merge its fine-tunes, evaluate, print the row beside theirs.
+"""Merge of a paper's suite from the Hub, evaluated and printed beside the published row.
 
 `python -m benchmarks.paper vit-b-32-8` downloads eight fine-tunes, the base model and the datasets;
-`--limit 500` classifies that many images of each task only. The published rows are the paper's own.
+`--limit 500` classifies only 500 images of each task. The published rows are the paper's own.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from hf_tsv.tsv import Method
 
 
 def run(name: str, method: str, limit: int | None, folder: Path) -> EvaluateReport:
-    """Merge the fine-tunes of a suite into a folder, unless that is done, and evaluate it.
+    """Merge the fine-tunes of a suite into a folder, unless that is done, and evaluate the merge.
 
     Args:
-        name: of the suite.
-        method: of the merge.
-        limit: images of each task, if not all.
-        folder: where the merged model and the results go.
+        name: name of the suite.
+        method: method of the merge.
+        limit: number of images per task, if not all.
+        folder: folder for the merged model and the results.
     """
     suite = suites.named(name)
     merged = folder / f"{name}-{method}"
@@ -43,7 +43,7 @@ def run(name: str, method: str, limit: int | None, folder: Path) -> EvaluateRepo
 
 @guarded()
 def main(words: Sequence[str] | None = None) -> None:
-    """Merge, evaluate, print; 1 if a task could not be evaluated."""
+    """Merge, evaluate, print; exit 1 if a task could not be evaluated."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("suite", help="such as vit-b-32-8")
     methods = [name for name in get_args(Method) if name not in ("ada", "tall-mask")]

@@ -1,4 +1,4 @@
-"""What every run on the tiny CLIPs begins with: a quiet console, and the models, trained once."""
+"""Common start of all runs on the tiny CLIPs: a quiet console, and the models, trained once."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ CACHE = Path(__file__).parents[1] / ".demo"
 
 
 def quiet_libraries() -> None:
-    """No bars and no reports of the libraries between ours; call before importing them."""
+    """Silence bars and reports of the libraries; call before importing them."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     warnings.filterwarnings("ignore", module="transformers")
     logging.disable(logging.WARNING)
 
 
 def bars() -> Progress:
-    """Progress of several jobs, on stderr."""
+    """Make progress bars for several jobs, on stderr."""
     columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn()
     return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
 
@@ -33,13 +33,13 @@ def bars() -> Progress:
 def trained(
     seed: int, progress: Progress, recipe: Recipe | None = None, cache: Path = CACHE
 ) -> Path:
-    """The folder with `base` and a fine-tune of every task; trains what it does not hold yet.
+    """Folder with `base` and a fine-tune of every task; trains those that are missing.
 
     Args:
-        seed: of the recipe of the quick demo, where no other recipe is given.
-        progress: where to show it.
-        recipe: what to train.
-        cache: holds one folder a recipe.
+        seed: seed of the quick demo's recipe, used if no recipe is given.
+        progress: progress bars to add to.
+        recipe: recipe of the training.
+        cache: folder that holds one folder per recipe.
     """
     from benchmarks.tiny_clip.checkpoints import cache_key, trained_base, trained_tasks
     from benchmarks.tiny_clip.tasks import TASKS

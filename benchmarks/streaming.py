@@ -1,8 +1,8 @@
 """A merge straight from the Hub against one that downloads first: bytes, disk, memory, time.
 
-`python -m benchmarks.streaming` puts eight checkpoints of a real size on a Hub on this machine (the
-one of the tests, spoken to by the real client), merges them both ways and prints a table. The Hub
-shares the cores with the merge, and its network is as fast as memory: times are of this machine.
+`python -m benchmarks.streaming` puts eight checkpoints of a real size on a local Hub (that of the
+tests, addressed by the real client), merges them both ways and prints a table. The Hub shares the
+cores with the merge, and its network is as fast as memory, so the times hold for this machine only.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ TESTS = Path(__file__).parents[1] / "tests"
 
 @contextmanager
 def watched(*folders: Path) -> Iterator[list[int]]:
-    """The most bytes that files in these folders took, looked at all the time.
+    """Measure the most bytes that files in these folders take, every 20 ms.
 
     Args:
-        folders: that may not be there yet.
+        folders: folders, which may not exist yet.
     """
     most, done = [0], threading.Event()
 
@@ -44,7 +44,7 @@ def watched(*folders: Path) -> Iterator[list[int]]:
                 for file in folder.rglob("*"):
                     try:
                         total += file.lstat().st_blocks * 512 if file.is_file() else 0
-                    except OSError:  # gone meanwhile
+                    except OSError:  # deleted meanwhile
                         continue
             most[0] = max(most[0], total)
             done.wait(0.02)
@@ -66,7 +66,7 @@ def tensor_bytes(folder: Path) -> int:
 
 
 def started(zoo: synthetic.Zoo) -> Hub:
-    """A Hub that has the base model and all fine-tunes."""
+    """Start a Hub that has the base model and all fine-tunes."""
     sys.path.insert(0, str(TESTS))
     from hub import Hub
 
@@ -79,7 +79,7 @@ def started(zoo: synthetic.Zoo) -> Hub:
 
 
 def main() -> None:
-    """Merge both ways and print what each took."""
+    """Merge both ways and print the cost of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=synthetic.MODELS, default="ViT-B/32")
     parser.add_argument("--tasks", type=int, default=8)

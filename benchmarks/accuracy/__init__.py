@@ -1,1 +1,1 @@
-"""What every method scores on tiny CLIPs that were really trained."""
+"""Accuracy of every method on tiny CLIPs trained here."""

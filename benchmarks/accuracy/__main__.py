@@ -1,8 +1,8 @@
-"""What every method scores on 8, 14 and 20 tasks, three seeds of tiny CLIPs trained here.
+"""Accuracy of every method on 8, 14 and 20 tasks, three seeds of tiny CLIPs trained here.
 
-`python -m benchmarks.accuracy` trains what is missing, runs what has not been run, and writes
-JSON, Markdown and pictures into `benchmarks/accuracy/results/`. Everything is kept in `.accuracy/`:
-a run that is stopped goes on where it was. All of it takes some hours on two cores.
+`python -m benchmarks.accuracy` trains models and runs methods unless their results exist, and
+writes JSON, Markdown and pictures into `benchmarks/accuracy/results/`. Everything is kept in
+`.accuracy/`, so that a stopped run resumes. All of it takes some hours on two cores.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TEST_IMAGES = 500
 
 
 def prepared(number: int, cache: Path) -> Seed:
-    """Models and images of one seed, made if they are not there yet."""
+    """Make the models and images of one seed, unless they exist."""
     import datasets
 
     from benchmarks.tiny_clip.datasets import write_task

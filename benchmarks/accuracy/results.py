@@ -47,17 +47,17 @@ ORDER = (
     ("orthogonal", "tsv"),
     ("consensus", "tsv"),
 )
-"""Pairs of methods of which the paper finds the second one better, or no worse."""
+"""Pairs of methods of which the paper finds the second one at least as good."""
 
 Found = dict[str, Any]
 
 
 def summary(seeds: Sequence[Seed], counts: Sequence[int]) -> Found:
-    """Everything that was measured, as one object; accuracies in per cent.
+    """Summary of everything that was measured, as one object; accuracies in per cent.
 
     Args:
-        seeds: whose runs are all there.
-        counts: of tasks merged.
+        seeds: seeds whose runs are all finished.
+        counts: numbers of tasks merged.
     """
     from benchmarks.tiny_clip.training import twenty_tasks
 
@@ -109,7 +109,7 @@ def _scores(run: Found, tasks: Sequence[str], accuracies: dict[str, float]) -> t
 
 
 def _row(kept: Sequence[Found], seeds: Sequence[Seed], count: int, name: str) -> Found:
-    """Scores of one kind of run, a number a seed."""
+    """Scores of one kind of run, one number per seed."""
     tasks = seeds[0].tasks[:count]
     found = []
     for run in kept:
@@ -148,7 +148,7 @@ def _alphas(kept: Sequence[Found], count: int) -> Found:
 
 
 def _shares(kept: Sequence[Found], count: int, name: str) -> list[float]:
-    """Bytes of all tasks, base included, over those of their checkpoints."""
+    """Bytes of all tasks, base included, over the bytes of their checkpoints."""
     return [
         run[f"{name}-{count}"]["bytes"] / run[f"factors-{count}"]["checkpoint_bytes"]
         for run in kept
@@ -165,7 +165,7 @@ def write(found: Found, folder: Path = FOLDER) -> None:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean, and standard deviation over the seeds.
+    """Format the mean, and the standard deviation over the seeds.
 
     Example:
         >>> spread([80.0, 82.0])
@@ -181,7 +181,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def main_table(found: Found) -> str:
-    """Methods by number of tasks: normalised accuracy, absolute in brackets."""
+    """Table of methods by number of tasks: normalised accuracy, absolute in brackets."""
     counts = list(found["methods"])
 
     def cells(name: str) -> list[str]:
@@ -193,7 +193,7 @@ def main_table(found: Found) -> str:
 
 
 def _claims(found: Found) -> list[list[str]]:
-    """Whether the second of two methods is no worse, with the difference of each seed."""
+    """Rows that compare two methods, with the difference and the seeds where it is not negative."""
     rows = []
     for low, high in ORDER:
         cells = []
@@ -207,7 +207,7 @@ def _claims(found: Found) -> list[list[str]]:
 
 
 def markdown(found: Found) -> str:
-    """The report."""
+    """Report in Markdown."""
     counts = list(found["methods"])
     head = ["", *(f"{count} tasks" for count in counts)]
     recipe = ", ".join(f"{key} {value}" for key, value in found["recipe"].items())
@@ -312,7 +312,7 @@ def markdown(found: Found) -> str:
 
 
 def pictures(found: Found, folder: Path) -> None:
-    """Accuracy by α, of every method."""
+    """Plot the accuracy by α of every method."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

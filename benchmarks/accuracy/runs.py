@@ -1,4 +1,4 @@
-"""The runs of one seed, through the command line of hf-tsv; each is kept once it is done."""
+"""Runs of one seed through the command line of hf-tsv; each result is kept."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 VALIDATION_IMAGES = 100
-"""Of each task, that α is chosen on."""
+"""Number of images per task on which α is chosen."""
 
 ALPHAS = "0.1:0.5:0.1,0.7:1.9:0.3"
 ADAPTATION = ("--steps", 100, "--learning-rate", 0.005)
-"""A third of the default steps, and as far in all."""
+"""Options for a third of the default steps at a larger rate, with about the same total movement."""
 
 MORE_ALPHAS = {"orthogonal": "2.2:3.1:0.3"}
-"""All vectors of all tasks in a square matrix made orthogonal are the average: α may be large."""
+"""Further α for `orthogonal`, which in square matrices averages all vectors: the best is large."""
 
 METHODS = (
     "task-arithmetic",
@@ -31,7 +31,7 @@ METHODS = (
     "iso-cts",
     "tsv",
 )
-"""Whose α is chosen on validation images."""
+"""Methods whose α is chosen on validation images."""
 
 VARIANTS = {
     "procrustes": ("--precision", "exact"),
@@ -44,16 +44,16 @@ VARIANTS = {
 }
 MERGE_RANKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.125)
 FRACTIONS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5)
-"""Of the singular values, for merges and for compression."""
+"""Shares of the singular values, for merges and for compression."""
 
 Accuracies = dict[str, float]
 
 
 def command(*words: object) -> dict[str, Any]:
-    """Run `hf-tsv WORDS --json` in this process; the object it prints.
+    """Run `hf-tsv WORDS --json` in this process, and return the object it prints.
 
     Args:
-        words: of the command line.
+        words: words of the command line.
 
     Raises:
         SystemExit: a part of it failed; a command that fails wholly ends this process.
@@ -71,14 +71,14 @@ def command(*words: object) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Seed:
-    """Models and images of one seed, and what was measured on them.
+    """Models, images and results of one seed.
 
     Args:
-        number: of it.
+        number: the seed.
         models: folder with `base` and a fine-tune of every task.
         images: folder of parquet files.
-        results: folder of JSON files, one a run.
-        tasks: their names, in order.
+        results: folder of JSON files, one per run.
+        tasks: names of the tasks, in order.
     """
 
     number: int
@@ -88,7 +88,7 @@ class Seed:
     tasks: tuple[str, ...]
 
     def kept(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What a run found, measured if that is not known yet."""
+        """Result of a run, measured unless it is already kept."""
         file = self.results / f"{name}.json"
         if not file.exists():
             found = measure()
@@ -99,20 +99,20 @@ class Seed:
         return json.loads(file.read_text(encoding="utf-8"))
 
     def options(self, tasks: Sequence[str], split: str) -> list[object]:
-        """`--task` of every one of these tasks; the names of classes are whole prompts."""
+        """Options `--task` for these tasks; the names of classes are whole prompts."""
         words: list[object] = ["--template", "{}", "--split", "test"]
         for task in tasks:
             words += ["--task", f"{task}={self.images / f'{task}-{split}.parquet'}"]
         return words
 
     def accuracies(self, model: Path, tasks: Sequence[str]) -> Accuracies:
-        """Top-1 on test images, 0 to 1."""
+        """Top-1 accuracy on test images, 0 to 1, by task."""
         base = ("--base-model", self.models / "base")
         found = command("evaluate", model, *base, "--batch-size", 250, *self.options(tasks, "test"))
         return {name: entry["accuracy"] for name, entry in found["tasks"].items()}
 
     def merged(self, tasks: Sequence[str], *options: object) -> dict[str, Any]:
-        """What a merge of some tasks scores."""
+        """Report and accuracies of a merge of some tasks."""
         output = self.results / "merged"
         models = [self.models / task for task in tasks]
         base = ("--base-model", self.models / "base")
@@ -121,13 +121,13 @@ class Seed:
 
 
 def references(seed: Seed) -> dict[str, Accuracies]:
-    """The base model, zero-shot, and every task's own fine-tune."""
+    """Accuracies of the base model, zero-shot, and of every task's own fine-tune."""
     own = {t: seed.accuracies(seed.models / t, [t])[t] for t in seed.tasks}
     return {"base": seed.accuracies(seed.models / "base", seed.tasks), "fine-tuned": own}
 
 
 def method(seed: Seed, count: int, name: str) -> dict[str, Any]:
-    """A method with α chosen on validation images."""
+    """Results of a method with α chosen on validation images."""
     tasks = seed.tasks[:count]
     images = (*seed.options(tasks, "validation"), "--limit", VALIDATION_IMAGES)
     alphas = f"{ALPHAS},{MORE_ALPHAS[name]}" if name in MORE_ALPHAS else ALPHAS
@@ -142,12 +142,12 @@ def method(seed: Seed, count: int, name: str) -> dict[str, Any]:
 
 
 def plain(seed: Seed, count: int, *options: object) -> dict[str, Any]:
-    """A merge whose settings are given."""
+    """Results of a merge with given settings."""
     return {"accuracies": seed.merged(seed.tasks[:count], *options)["accuracies"]}
 
 
 def adapted(seed: Seed, count: int) -> dict[str, Any]:
-    """TSV-Merge with coefficients learned on unlabelled validation images."""
+    """Results of TSV-Merge with coefficients learned on unlabelled validation images."""
     tasks = seed.tasks[:count]
     images = seed.options(tasks, "validation")
     found = seed.merged(tasks, "--method", "ada", *ADAPTATION, *images)
@@ -158,9 +158,9 @@ def adapted(seed: Seed, count: int) -> dict[str, Any]:
 
 
 def compressed(seed: Seed, count: int) -> dict[str, Any]:
-    """Every task as factors of rank k/T, each on its own images; and what is stored.
+    """Results and size of every task as factors of rank k/T, each on its own images.
 
-    The base model is needed too, and counted; beside it stand the checkpoints themselves.
+    The base model is needed too, and counted; the size of the checkpoints is given to compare.
     """
     output = seed.results / "factors"
     accuracies, stored, whole = {}, 0, 0
@@ -175,7 +175,7 @@ def compressed(seed: Seed, count: int) -> dict[str, Any]:
 
 
 def swept(seed: Seed) -> dict[str, Any]:
-    """Every task with fewer and fewer of its singular vectors."""
+    """Results of every task with decreasing shares of its singular vectors."""
     words = [*seed.options(seed.tasks, "test"), "--base-model", seed.models / "base"]
     for task in seed.tasks:
         words += ["--reference", f"{task}={seed.models / task}"]
@@ -185,7 +185,7 @@ def swept(seed: Seed) -> dict[str, Any]:
 
 
 def masked(seed: Seed, count: int) -> dict[str, Any]:
-    """Every task as a mask beside the sum of all updates; and what is stored."""
+    """Results and size of every task as a mask beside the sum of all updates."""
     output = seed.results / "merged"
     tasks = seed.tasks[:count]
     found = seed.merged(tasks, "--method", "tall-mask")["report"]
@@ -195,7 +195,7 @@ def masked(seed: Seed, count: int) -> dict[str, Any]:
 
 
 def _vision_bytes(folder: Path) -> int:
-    """Of the vision tower: what a fine-tune has of its own."""
+    """Bytes of the vision tower, the part that a fine-tune has of its own."""
     from safetensors import safe_open
 
     with safe_open(folder / "model.safetensors", "pt") as weights:
@@ -204,11 +204,11 @@ def _vision_bytes(folder: Path) -> int:
 
 
 def all_runs(seed: Seed, counts: Sequence[int]) -> dict[str, Callable[[], Any]]:
-    """Every run of a seed by the name it is kept under.
+    """Runs of a seed by the name they are kept under.
 
     Args:
         seed: models and images.
-        counts: of tasks merged.
+        counts: numbers of tasks merged.
     """
     runs: dict[str, Callable[[], Any]] = {"references": lambda: references(seed)}
 

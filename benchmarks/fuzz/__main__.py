@@ -10,7 +10,7 @@ from pathlib import Path
 
 WORK = Path(".fuzz")
 MEMORY_MB = 1500
-"""Of the process, of which libraries take 600; a finding is what takes more."""
+"""Memory limit of the process, in MB; libraries take 600, and more than the limit is a finding."""
 
 LONGEST_INPUT = 20_000
 MARKS = (b"[", b"]", b"{", b"}", b":", b",", b'"', b"null", b"true", b"-1", b"NaN", b"---\n", b"- ")
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def write_seeds() -> None:
-    """A file in `corpus/` for each seed."""
+    """Write a file in `corpus/` for each seed."""
     from benchmarks.fuzz import targets
 
     for name, contents in targets.seeds().items():
@@ -59,7 +59,7 @@ def write_seeds() -> None:
 
 
 def dictionary(corpus: Path) -> str:
-    """Words of the seeds for the fuzzer to put together."""
+    """Dictionary of the seeds' words for the fuzzer."""
     found = {*MARKS, b"1e999", b"18446744073709551616", b"\\ud800", b"\xe2\x80\xae"}
     for file in sorted(corpus.glob("seed-*")):
         raw = file.read_bytes()

@@ -1,4 +1,4 @@
-"""What is fuzzed: each target reads bytes as one file of a checkpoint, whose others are fine."""
+"""Fuzzing targets: each reads bytes as one file of a checkpoint whose other files are valid."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RESULT = {"dataset": "org/data", "config": None, "split": "test", "revision": No
 
 
 class MemoryFiles(LocalFiles):
-    """A folder that is only in memory."""
+    """Folder that exists only in memory."""
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         super().__init__(Path("fuzzed"))
@@ -70,7 +70,7 @@ def pinned(files: Mapping[str, bytes]) -> PinnedCheckpoint:
 
 
 def weights(**shapes: tuple[int, ...]) -> bytes:
-    """A safetensors file of zeros."""
+    """Make a safetensors file of zeros."""
     header, at = {}, 0
     for name, shape in shapes.items():
         size = 4
@@ -92,19 +92,19 @@ def read_all(found: Checkpoint) -> None:
 
 
 def header(raw: bytes) -> None:
-    """model.safetensors."""
+    """Read model.safetensors."""
     read_all(open_checkpoint(pinned({"config.json": CONFIG, "model.safetensors": raw})))
 
 
 def index(raw: bytes) -> None:
-    """The index of a checkpoint in shards."""
+    """Read the index of a checkpoint in shards."""
     files = {"a": weights(first=(2,), second=(1,)), "b": weights(third=(2, 2))}
     name = "model.safetensors.index.json"
     read_all(open_checkpoint(pinned({"config.json": CONFIG, name: raw, **files})))
 
 
 def config(raw: bytes) -> None:
-    """config.json, and what an output would make of it."""
+    """Read config.json, and derive an output's config from it."""
     found = open_checkpoint(pinned({**BASE, "config.json": raw}))
     json.dumps(companions.output_config(found, {info.dtype for info in found.tensors.values()}))
     companions.head_config(found.config, found.tensors)
@@ -112,13 +112,13 @@ def config(raw: bytes) -> None:
 
 
 def open_clip(raw: bytes) -> None:
-    """open_clip_config.json."""
+    """Read open_clip_config.json."""
     files = {OPEN_CLIP_CONFIG: raw, "open_clip_model.safetensors": weights(logit_scale=())}
     open_checkpoint(pinned(files))
 
 
 def pickle(raw: bytes) -> None:
-    """data.pkl of a file of torch.save."""
+    """Read data.pkl of a file of torch.save."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("archive/data.pkl", raw)
@@ -127,18 +127,18 @@ def pickle(raw: bytes) -> None:
 
 
 def archive(raw: bytes) -> None:
-    """A file of torch.save."""
+    """Read a file of torch.save."""
     read_pickle(MemoryFiles({"x.bin": raw}), "x.bin", "fuzzed")
 
 
 def recipe(raw: bytes) -> None:
-    """hf_tsv_recipe.yaml."""
+    """Read hf_tsv_recipe.yaml."""
     found = Recipe.from_yaml(raw.decode(errors="replace"))
     assert Recipe.from_yaml(found.to_yaml()) == found
 
 
 def factors(raw: bytes) -> None:
-    """tsv_config.json."""
+    """Read tsv_config.json."""
     stored = {f"{WEIGHT}.U": (4, 1), f"{WEIGHT}.S": (1,), f"{WEIGHT}.Vh": (1, 2)}
     files = {FACTORS_CONFIG: raw, "task_factors.safetensors": weights(**stored)}
     found = open_factors(pinned(files))
@@ -148,7 +148,7 @@ def factors(raw: bytes) -> None:
 
 
 def adapter(raw: bytes) -> None:
-    """adapter_config.json."""
+    """Read adapter_config.json."""
     module = f"base_model.model.{WEIGHT.removesuffix('.weight')}"
     stored = {f"{module}.lora_A.weight": (1, 2), f"{module}.lora_B.weight": (4, 1)}
     files = {ADAPTER_CONFIG: raw, "adapter_model.safetensors": weights(**stored)}
@@ -159,7 +159,7 @@ def adapter(raw: bytes) -> None:
 
 
 def mask(raw: bytes) -> None:
-    """hf_tsv_mask.json."""
+    """Read hf_tsv_mask.json."""
     folder = Path(tempfile.mkdtemp(prefix="hf-tsv-fuzz-"))
     try:
         task = folder / "masks" / "task"
@@ -176,7 +176,7 @@ def mask(raw: bytes) -> None:
 
 
 def head(raw: bytes) -> None:
-    """The labels of a head beside a merge, which are text in the header of its file."""
+    """Read the labels of a head beside a merge, which are text in the header of its file."""
     entries = {
         "__metadata__": {heads.CONFIG_KEY: raw.decode(errors="replace")},
         "classifier.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
@@ -189,7 +189,7 @@ def head(raw: bytes) -> None:
 
 
 def journals(raw: bytes) -> None:
-    """Lines of a run that stopped."""
+    """Read the journal of a stopped run."""
     folder = Path(tempfile.mkdtemp(prefix="hf-tsv-fuzz-"))
     try:
         (folder / journal.journal_file(0)).write_bytes(raw)
@@ -200,7 +200,7 @@ def journals(raw: bytes) -> None:
 
 
 def card(raw: bytes) -> None:
-    """README.md: of an input, and one that results are written into."""
+    """Read README.md of an input, and write results into one."""
     folder = Path(tempfile.mkdtemp(prefix="hf-tsv-fuzz-"))
     try:
         (folder / "README.md").write_bytes(raw)
@@ -213,7 +213,7 @@ def card(raw: bytes) -> None:
 
 
 def processor(raw: bytes) -> None:
-    """preprocessor_config.json, which is copied."""
+    """Copy preprocessor_config.json."""
     folder = Path(tempfile.mkdtemp(prefix="hf-tsv-fuzz-"))
     try:
         base = open_checkpoint(pinned({**BASE, "preprocessor_config.json": raw}))
@@ -235,11 +235,11 @@ def run(name: str, raw: bytes) -> str | None:
     """Read bytes as a target does.
 
     Args:
-        name: of the target.
+        name: name of the target.
         raw: content of the file.
 
     Returns:
-        What it is refused with, or None where it is read; anything else that happens is raised.
+        Message of the refusal, or None if the bytes are read; any other error is raised.
     """
     try:
         TARGETS[name](raw)
@@ -249,7 +249,7 @@ def run(name: str, raw: bytes) -> str | None:
 
 
 def seeds() -> dict[str, list[Any]]:
-    """Valid files of each target, small ones."""
+    """Small valid files for each target."""
     entry = {
         "stored": "factors", "shape": [4, 2], "dtype": "F32", "rank": 1, "numerical_rank": 2,
         "energy": 0.5, "norm": 1.5, "bytes": 28, "base_sha256": "0" * 64,

@@ -1,13 +1,13 @@
-"""SIGKILL at every step that a run takes on the disk, and at random times; then what is left.
+"""SIGKILL at every step that a run takes on the disk, and at random times; then a check.
 
 `python -m benchmarks.kills` runs merge, compress, reconstruct and push on tiny CLIPs, kills them,
-and looks at the output folder and at a Hub on this machine: either nothing, or what was there
-before, or the complete result. Then it runs the command again, sometimes to be killed again, until
-it ends, and compares every byte with those of an undisturbed run.
+and checks the output folder and a local Hub: each must hold nothing, or the earlier result, or the
+complete one. Then it repeats the command, sometimes killing it again, until it ends, and compares
+every byte with those of an undisturbed run.
 
-With `--disks` nothing is killed, but the disk is full from each step on, or small (a file system in
-memory of growing size, by `unshare`), or read-only: one error with a hint, the same of the folder,
-and the same bytes when there is space.
+With `--disks` nothing is killed. Instead the disk is full from each step on, or small (a file
+system in memory of growing size, by `unshare`), or read-only. The run must print one error with a
+hint, leave the folder in one of the same states, and write the same bytes once there is space.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ MOST_STEPS = 5000
 CONFIGS = ("config.json", "tsv_config.json", "adapter_config.json", "hf_tsv_mask.json")
 
 Content = dict[str, str]
-"""sha256 of every file, by its path in a folder or repository."""
+"""Digest (sha256) of every file, by its path in a folder or repository."""
 
 Result = tuple[Content | None, Content | None]
-"""What is in the output folder and on the Hub."""
+"""Content of the output folder and of the Hub repository; None if absent."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command, and where its result is.
+    """Command with the place of its result.
 
     Args:
-        name: for the table.
-        arguments: of hf-tsv; `OUT` is the output folder.
-        earlier: arguments of the run whose output is there before.
-        repo_id: where the result goes on the Hub.
+        name: name for the table.
+        arguments: arguments of hf-tsv; `OUT` is the output folder.
+        earlier: arguments of an earlier run whose output is already there.
+        repo_id: repository of the result on the Hub.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Scenario:
 
 @dataclass
 class Tally:
-    """What was seen of a scenario."""
+    """Observations of a scenario."""
 
     kills: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Tally:
 
 
 class WrongError(Exception):
-    """Something is there that must not be."""
+    """A state was found that must not occur."""
 
 
 @dataclass
@@ -80,9 +80,9 @@ class Place:
     """Folders of a run, and the Hub.
 
     Args:
-        root: holds everything.
-        hub: as the tests have it.
-        zygote: runs commands.
+        root: folder that holds everything.
+        hub: Hub of the tests.
+        zygote: process that runs commands.
     """
 
     root: Path
@@ -101,14 +101,14 @@ class Place:
         return (self.root / "log").read_text(errors="replace")
 
     def run(self, arguments: Sequence[str], *, step: int = 0, seconds: float = 0.0) -> bool:
-        """Run to the end, or to a kill before a step or after a time; returns whether it ended."""
+        """Run to the end, or to a kill before a step or after a time; tell whether it ended."""
         code = self._code(arguments, step, seconds)
         if code not in (0, -signal.SIGKILL if step or seconds else 0):
             raise WrongError(f"exit code {code}: {self.log()}")
         return not code
 
     def run_on_a_bad_disk(self, arguments: Sequence[str], full_from: int = 0) -> bool:
-        """Run to the end, or to one error with a hint; returns whether it ended well."""
+        """Run to the end, or to one error with a hint; tell whether it succeeded."""
         code = self._code(arguments, full_from, full=True)
         log = self.log()
         clear = log.count("Error: ") == 1 and "Hint: " in log and "Traceback" not in log
@@ -125,7 +125,7 @@ class Place:
         return self.zygote.run(Order(words, folders, log, steps, step, seconds, full))
 
     def clean(self, scenario: Scenario) -> None:
-        """As before the first run."""
+        """Restore the state before the first run."""
         for path in self.work.iterdir():
             shutil.rmtree(path)
         shutil.rmtree(self.unpushed, ignore_errors=True)
@@ -135,7 +135,7 @@ class Place:
             self.run(scenario.earlier)
 
     def there(self, scenario: Scenario) -> Result:
-        """The result in the folder and on the Hub, where it is."""
+        """Result in the folder and on the Hub, None where there is none."""
         out = self.work / "out"
         local = content_of(out) if out.exists() else None
         pushed = None
@@ -146,7 +146,7 @@ class Place:
         return local, pushed or None
 
     def finished_weights(self) -> int:
-        """Whole lines in journals."""
+        """Number of whole lines in the journals."""
         return sum(
             file.read_bytes().count(b"\n")
             for folder in (self.work, self.unpushed)
@@ -155,7 +155,7 @@ class Place:
 
 
 def content_of(folder: Path) -> Content:
-    """Digests of all files of a folder."""
+    """Digests of all files of a folder, by path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -164,10 +164,10 @@ def content_of(folder: Path) -> Content:
 
 
 def check(place: Place, scenario: Scenario, before: Result, whole: Result) -> None:
-    """Whether what a kill leaves is nothing, what was there before, or all of it.
+    """Check that a kill leaves nothing, the earlier result, or the complete one.
 
     Raises:
-        [`WrongError`]: it is something else, or could be loaded though it is not whole.
+        [`WrongError`]: it leaves something else, or an incomplete folder that could be loaded.
     """
     local, pushed = place.there(scenario)
     for found, was, should in zip((local, pushed), before, whole, strict=True):
@@ -189,10 +189,10 @@ def check(place: Place, scenario: Scenario, before: Result, whole: Result) -> No
 def finish(
     place: Place, scenario: Scenario, tally: Tally, whole: Result, again: Callable[[], bool]
 ) -> None:
-    """Run a killed command until it ends, and compare."""
+    """Run a killed command until it ends, and compare its result."""
     while True:
         if scenario.repo_id is None and place.there(scenario) == whole:
-            # It was done; what may be left beside the folder is of no use.
+            # The run was done; the folder beside the output no longer matters.
             return
         done = place.finished_weights()
         if not again():
@@ -213,7 +213,7 @@ def finish(
 
 
 def main() -> None:
-    """Kill, look, run again; print a table; exit 1 if anything was wrong."""
+    """Kill, check, run again; print a table; exit 1 if anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=200, help="at random times [default: 200]")
     parser.add_argument("--every", type=int, default=1, help="of so many steps kill at one")
@@ -254,7 +254,7 @@ def main() -> None:
 
 
 def prepared(root: Path) -> Place:
-    """Tiny checkpoints, a Hub and the process that runs the commands."""
+    """Make tiny checkpoints, a Hub and the process that runs the commands."""
     from hub import Hub
 
     hub = Hub()
@@ -284,7 +284,7 @@ def prepared(root: Path) -> Place:
 
 
 def scenarios_of(place: Place) -> list[Scenario]:
-    """What is killed."""
+    """Scenarios to kill."""
     vision, full = str(place.root / "vision"), str(place.root / "full")
     base = ("--base-model", str(place.root / "base"))
     merge = ("merge", vision, full, *base)

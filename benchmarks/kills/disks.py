@@ -1,4 +1,4 @@
-"""A file system in memory that is as large as it is told to be, in a namespace of its own."""
+"""File system in memory of a chosen size, in a namespace of its own."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 
 def in_namespace() -> bool:  # noqa: RET503
-    """Start this program again where it may mount; False where the system does not let it.
+    """Restart this program where it may mount; return False where the system does not let it.
 
-    Nobody else sees its mounts.
+    The mounts are invisible to other processes.
     """
     if "UNSHARED" in os.environ:
         return True
@@ -33,7 +33,7 @@ def in_namespace() -> bool:  # noqa: RET503
 
 @contextmanager
 def mounted(folder: Path) -> Iterator[None]:
-    """Put a large one there."""
+    """Mount a large file system at a folder."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", LARGE, "tmpfs", folder], check=True)
     try:
         yield
@@ -43,7 +43,7 @@ def mounted(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def changed(folder: Path, option: str) -> Iterator[None]:
-    """Mount it in another way meanwhile."""
+    """Remount the file system with another option during the body."""
     _remount(folder, option)
     try:
         yield
@@ -56,6 +56,6 @@ def _remount(folder: Path, option: str) -> None:
 
 
 def used(folder: Path) -> int:
-    """Bytes that are taken of it."""
+    """Bytes in use on the file system."""
     found = os.statvfs(folder)
     return found.f_frsize * (found.f_blocks - found.f_bfree)

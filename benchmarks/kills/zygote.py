@@ -1,6 +1,6 @@
-"""A process that has imported everything and forks one child a command: so a kill costs no import.
+"""Process that has imported everything and forks a child per command, so a kill costs no import.
 
-It reads one JSON object a line, [`Order`], and answers with the child's end.
+It reads one JSON object per line, [`Order`], and answers with the child's exit status.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ from pathlib import Path
 from typing import Any
 
 ON_DISK = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
-"""Steps that Python tells its audit hooks of, before it takes them."""
+"""Audit events that Python raises before steps on the disk."""
 
 FOLDERS = {"os.mkdir": 2, "os.remove": 1, "os.rmdir": 1}
-"""Which argument is the folder that a path is relative to."""
+"""Index of the event's argument that is the folder a path is relative to."""
 
 FREEING = {"os.rename", "os.remove", "os.rmdir", "os.truncate"}
-"""Steps that a full disk allows."""
+"""Steps that a full disk still allows."""
 
 CHANGING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 @dataclass(frozen=True)
 class Order:
-    """A command to run.
+    """Command to run.
 
     Args:
-        arguments: of hf-tsv.
+        arguments: arguments of hf-tsv.
         watched: folders in which steps count.
-        log: gets what the command says.
-        steps: gets how many steps were taken, if the command ends by itself.
-        last: the step before which the child kills itself; of a write, in the middle; 0: none.
-        seconds: after which it is killed, if it still runs; 0: never.
-        full: from the last step on there is no more space, instead of the kill.
+        log: file for the command's output.
+        steps: file for the number of steps, written if the command ends by itself.
+        last: step before which the child kills itself, or in the middle of which if it is a write;
+            0: none.
+        seconds: time after which it is killed if it still runs; 0: never.
+        full: from the last step on the disk is full, instead of the kill.
     """
 
     arguments: list[str]
@@ -52,10 +53,10 @@ class Order:
 
 
 class Zygote:
-    """The process, seen from the one that started it.
+    """Handle of the process in the one that started it.
 
     Args:
-        environment: of it and its children.
+        environment: environment variables of the process and its children.
     """
 
     def __init__(self, environment: dict[str, str]) -> None:
@@ -68,7 +69,7 @@ class Zygote:
         )
 
     def run(self, order: Order) -> int:
-        """Let a child run a command; returns its exit status, or minus the signal that ended it."""
+        """Run a command in a child; return its exit status, or minus the signal that ended it."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(asdict(order)) + "\n")
         self._process.stdin.flush()
@@ -102,7 +103,7 @@ def main() -> None:
 
 
 def _run(order: Order) -> None:
-    """Be the command; never returns."""
+    """Run the command in this process; never returns."""
     from hf_tsv import cli
 
     log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -126,7 +127,7 @@ def _run(order: Order) -> None:
 
 
 def _count_steps(order: Order) -> list[int]:
-    """Count steps on the disk from now on; the last one is not taken, or of a write only half."""
+    """Count steps on the disk from now on; the last one is not taken, or half if it is a write."""
     taken, pwrite = [0], os.pwrite
 
     def here(event: str, arguments: tuple[Any, ...]) -> bool:
@@ -135,7 +136,7 @@ def _count_steps(order: Order) -> list[int]:
         except TypeError:  # a descriptor
             return False
         folder = arguments[FOLDERS[event]] if event in FOLDERS else -1
-        if folder >= 0:  # as when a tree is removed
+        if folder >= 0:  # the path is relative when a tree is removed
             path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
         return any(os.path.abspath(path).startswith(folder) for folder in order.watched)
 
@@ -151,7 +152,7 @@ def _count_steps(order: Order) -> list[int]:
         if order.full and event in FREEING:
             return
         reading = event == "open" and not (arguments[2] or 0) & CHANGING
-        if reading and not os.path.isdir(arguments[0]):  # they are opened to be flushed
+        if reading and not os.path.isdir(arguments[0]):  # folders are opened to be flushed
             return
         if due():
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,8 +1,8 @@
 """The whole program against the plain algorithm, in time, memory and error.
 
 `python -m benchmarks.speed` makes checkpoints of real sizes in `.bench/`, merges them by the plain
-algorithm and by hf-tsv in turn, and writes tables to `benchmarks/speed/results/`. Only what other
-options name is measured where they are given.
+algorithm and by hf-tsv in turn, and writes tables to `benchmarks/speed/results/`. Options that name
+other measurements replace the merges.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CURVE_MODEL = "ViT-B/32"
 
 @dataclass(frozen=True)
 class Session:
-    """What was asked for, and where results go."""
+    """Options of the command line, and the results so far."""
 
     arguments: argparse.Namespace
     conditions: Conditions
@@ -45,12 +45,12 @@ class Session:
     console: Console
 
     def add(self, section: str, key: Sequence[object], row: Any) -> None:
-        """Keep a row, whatever happens afterwards."""
+        """Save a row at once, whatever happens afterwards."""
         self.found.add(section, key, row, self.facts)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Make the parser of the options."""
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     sizes = made.add_argument_group("what is merged")
     sizes.add_argument("--model", action="append", choices=MODELS, help="[default: all three]")
@@ -105,7 +105,7 @@ def _key(zoo: Zoo, conditions: Conditions) -> list[object]:
 
 
 def measure_merges(session: Session) -> None:
-    """Both programs on every set of checkpoints."""
+    """Measure both programs on every set of checkpoints."""
     conditions, interpreter = (
         session.conditions,
         merges.interpreter_bytes(session.conditions.device),
@@ -117,7 +117,7 @@ def measure_merges(session: Session) -> None:
 
 
 def measure_full_depth(session: Session) -> None:
-    """Whole towers by hf-tsv alone."""
+    """Measure merges of whole towers by hf-tsv alone."""
     conditions, interpreter = (
         session.conditions,
         merges.interpreter_bytes(session.conditions.device),
@@ -131,7 +131,7 @@ def measure_full_depth(session: Session) -> None:
 
 
 def measure_reports(session: Session) -> None:
-    """What reports on interference cost."""
+    """Measure the cost of reports on interference."""
     conditions = session.conditions
     interpreter = merges.interpreter_bytes(conditions.device)
     for zoo in _zoos(session):
@@ -141,14 +141,14 @@ def measure_reports(session: Session) -> None:
 
 
 def measure_compressions(session: Session) -> None:
-    """Compression, and merging from factors."""
+    """Measure compression, and merging from factors."""
     for zoo in _zoos(session):
         row = compressions.compare(zoo, session.conditions)
         session.add("compress", _key(zoo, session.conditions), row)
 
 
 def measure_spectra(session: Session) -> None:
-    """Errors of one weight."""
+    """Measure the errors of one weight."""
     counts = accuracy.TASKS[:1] if session.arguments.quick else accuracy.TASKS
     for name, tasks in product(SPECTRA, session.arguments.tasks or counts):
         session.console.print(f"{name}, {tasks} tasks")
@@ -158,7 +158,7 @@ def measure_spectra(session: Session) -> None:
 
 
 def measure_curves(session: Session) -> None:
-    """Time over tasks, layers, processes."""
+    """Measure the time over tasks, layers, processes."""
     model = (session.arguments.model or [CURVE_MODEL])[0]
     for measure in (curves.over_tasks, curves.over_layers, curves.over_processes):
         session.console.print(f"time {measure.__name__.replace('_', ' ')}, {model}")
@@ -167,7 +167,7 @@ def measure_curves(session: Session) -> None:
 
 
 def main() -> None:
-    """Measure what is asked for, write it down."""
+    """Run the chosen measurements and write the results."""
     chosen = parser().parse_args()
     conditions = Conditions(
         chosen.rounds or (1 if chosen.quick else 3),

@@ -1,4 +1,4 @@
-"""Errors against float64: of the merge of one weight, over all spectra, and of merged files."""
+"""Errors against float64, of the merge of one weight for all spectra, and of merged files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Errors:
     """Relative Frobenius errors of one merged update.
 
     Args:
-        plain: of the plain algorithm in float32.
-        ours: of hf-tsv.
+        plain: error of the plain algorithm in float32.
+        ours: error of hf-tsv.
     """
 
     plain: float
@@ -33,12 +33,12 @@ class Errors:
 
 @dataclass(frozen=True)
 class SpectrumErrors(Errors):
-    """The same for one spectrum.
+    """Relative Frobenius errors for one spectrum.
 
     Args:
-        spectrum: of `SPECTRA`.
-        tasks: how many.
-        ranks: triplets hf-tsv used of a task that changes something, least and most.
+        spectrum: name in `SPECTRA`.
+        tasks: number of tasks.
+        ranks: least and most triplets that hf-tsv used of a task that changes something.
     """
 
     spectrum: str
@@ -48,14 +48,15 @@ class SpectrumErrors(Errors):
 
 @dataclass(frozen=True)
 class FileErrors(Errors):
-    """Of the updates of sampled weights, the largest; and of whole files.
+    """Largest errors of the updates of sampled weights, and errors of whole files.
 
     Args:
         weights: names of the sample.
         plain_file: largest relative error of a sampled weight in the plain file, W0 included.
-        ours_file: the same in ours.
+        ours_file: the same in hf-tsv's file.
         apart: largest relative difference of any tensor between the two files.
-        agree: both files are the float64 result to rounding and the error of their updates.
+        agree: whether both files equal the float64 result up to rounding and the error of their
+            updates.
     """
 
     weights: tuple[str, ...]
@@ -68,7 +69,7 @@ class FileErrors(Errors):
 def merged(
     deltas: Sequence[Tensor], rank: int, floors: Sequence[float], device: str
 ) -> tsv.MergedUpdate:
-    """The merged update by hf-tsv, as a merge runs it: tasks that change nothing left out."""
+    """Merge updates by hf-tsv as a merge does, without the tasks that change nothing."""
     changed = [(d.to(device), f) for d, f in zip(deltas, floors, strict=True) if d.any()]
     with linalg.threads():
         return tsv.merge([d for d, _ in changed], rank, floors=[f for _, f in changed])
@@ -77,7 +78,7 @@ def merged(
 def spectrum_errors(
     name: str, tasks: int, shape: tuple[int, int] = SHAPE, device: str = "cpu"
 ) -> SpectrumErrors:
-    """Errors for a weight whose updates have a spectrum of `SPECTRA`."""
+    """Measure the errors for a weight whose updates have a spectrum of `SPECTRA`."""
     rank = plain.rank_of(shape, tasks)
     with exact.one_thread_each():
         deltas, floors = _stored(SPECTRA[name], tasks, shape)
@@ -96,7 +97,7 @@ def spectrum_errors(
 def _stored(
     spectrum: Spectrum, tasks: int, shape: tuple[int, int]
 ) -> tuple[list[Tensor], list[float]]:
-    """Updates as they come out of checkpoints, and their storage noise."""
+    """Updates as read from stored checkpoints, and their storage noise."""
     generator = torch.Generator().manual_seed(tasks)
     base = (torch.randn(shape, generator=generator) * WEIGHT_RMS).to(spectrum.dtype)
     drawn = updates(shape, tasks, spectrum, generator)
@@ -113,10 +114,10 @@ def file_errors(zoo: Zoo, plain_file: Path, ours_file: Path, device: str) -> Fil
     """Compare the files of two merges with each other, and a sample with float64.
 
     Args:
-        zoo: what was merged.
-        plain_file: by the plain algorithm.
-        ours_file: by hf-tsv.
-        device: where the updates of the sample are computed again.
+        zoo: checkpoints that were merged.
+        plain_file: file of the plain algorithm.
+        ours_file: file of hf-tsv.
+        device: device that recomputes the updates of the sample.
     """
     files = {"plain": plain_file, "ours": ours_file}
     names = _sample(zoo)
@@ -134,7 +135,7 @@ def file_errors(zoo: Zoo, plain_file: Path, ours_file: Path, device: str) -> Fil
 
 
 def _sample(zoo: Zoo) -> list[str]:
-    """A matrix of every shape, of a layer in the middle."""
+    """Names of one matrix of every shape, from a layer in the middle."""
     middle = f".layers.{zoo.layers // 2}."
     chosen: dict[tuple[int, ...], str] = {}
     with safe_open(zoo.base / plain.FILE, "pt") as file:
@@ -153,7 +154,7 @@ def _read(file: Path, name: str) -> Tensor:
 def _weight_errors(
     zoo: Zoo, name: str, files: dict[str, Path], device: str
 ) -> tuple[dict[str, float], bool]:
-    """Errors of both updates and both files, and whether the files are what they should be."""
+    """Errors of both updates and both files, and whether the files agree with float64."""
     base, *stored = (_read(file, name) for file in zoo.files())
     deltas, floors = _deltas(base, stored)
     rank = plain.rank_of(base.shape, len(deltas))

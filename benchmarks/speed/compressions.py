@@ -18,19 +18,19 @@ FACTORS, CHECKPOINTS = "from factors", "from checkpoints"
 
 @dataclass(frozen=True)
 class CompressRow:
-    """One set of tasks.
+    """Measurements of one set of tasks.
 
     Args:
-        model: its size.
-        tasks: how many.
-        layers: of the towers.
-        spectrum: of the updates.
-        rank_fraction: that is kept, 1/T.
-        conditions: how it was run.
+        model: name of its size.
+        tasks: number of tasks.
+        layers: number of layers of the towers.
+        spectrum: spectrum of the updates.
+        rank_fraction: share of the rank that is kept, 1/T.
+        conditions: conditions of the runs.
         compressing: runs of each command on one task.
         merging: runs of merges of all tasks, from factors and from checkpoints.
-        factors_bytes: of the factors of one task.
-        checkpoint_bytes: of its checkpoint.
+        factors_bytes: size of the factors of one task.
+        checkpoint_bytes: size of its checkpoint.
     """
 
     model: str
@@ -46,14 +46,14 @@ class CompressRow:
 
 
 def plain_command(zoo: Zoo, task: Path, out: Path, device: str, *options: str) -> list[Any]:
-    """The plain algorithm on one task."""
+    """Command of the plain algorithm for one task."""
     where = ("--base", zoo.base, "--out", out, "--device", device)
     share = ("--rank-fraction", _share(zoo))
     return ["benchmarks.speed.plain", "compress", *where, *share, *options, task]
 
 
 def our_command(zoo: Zoo, task: Path, out: Path, device: str) -> list[Any]:
-    """The same by hf-tsv."""
+    """Command of hf-tsv for the same."""
     where = ("-o", out, "--base-model", zoo.base, "--device", device)
     return ["hf_tsv", "compress", task, *where, "--rank-fraction", _share(zoo), "--json", "--quiet"]
 
@@ -92,7 +92,7 @@ def compare(zoo: Zoo, conditions: Conditions) -> CompressRow:
 
 
 def compressed(zoo: Zoo, device: str) -> list[Path]:
-    """Folders with the factors of all tasks of a zoo."""
+    """Compress all tasks of a zoo, and return the folders of the factors."""
     folder = merges.OUT / "factors"
     shutil.rmtree(folder, ignore_errors=True)
     made = [folder / task.name for task in zoo.tasks]

@@ -1,4 +1,4 @@
-"""How the time grows with tasks, layers and processes: measurements and figures."""
+"""Growth of the time with tasks, layers and processes: measurements and figures."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Curve:
     """Runs of some commands over one quantity.
 
     Args:
-        over: what varies.
+        over: the quantity that varies.
         model: size of the checkpoints.
-        fixed: what does not vary, in words.
-        conditions: how it was run.
-        runs: by command, then by the value of what varies.
-        missing: why there is nothing.
+        fixed: description of what does not vary.
+        conditions: conditions of the runs.
+        runs: runs by command, then by the value of the quantity.
+        missing: reason if there are no runs.
     """
 
     over: str
@@ -43,19 +43,19 @@ class Curve:
 
 
 def over_tasks(model: str, conditions: Conditions) -> Curve:
-    """Time over the number of tasks."""
+    """Measure the time over the number of tasks."""
     zoos = {tasks: synthetic.checkpoints(model, tasks, 1) for tasks in TASKS}
     return Curve("tasks", model, "1 layer", conditions, _both(zoos, conditions))
 
 
 def over_layers(model: str, conditions: Conditions) -> Curve:
-    """Time over the number of layers."""
+    """Measure the time over the number of layers."""
     zoos = {layers: synthetic.checkpoints(model, FEW_TASKS, layers) for layers in LAYERS}
     return Curve("layers", model, f"{FEW_TASKS} tasks", conditions, _both(zoos, conditions))
 
 
 def over_processes(model: str, conditions: Conditions, layers: int = 2) -> Curve:
-    """Time of hf-tsv over the number of processes of one thread each."""
+    """Measure the time of hf-tsv over the number of processes of one thread each."""
     zoo = synthetic.checkpoints(model, FEW_TASKS, layers)
     runs: dict[int, list[Run]] = {}
     missing = ""
@@ -85,19 +85,19 @@ def _both(zoos: Mapping[int, Zoo], conditions: Conditions) -> dict[str, dict[int
 
 
 def seconds(run: Mapping[str, Any]) -> float:
-    """Of a run without its start; the plain algorithm does one thing after another."""
+    """Seconds of a run without its start; the phases of the plain algorithm do not overlap."""
     said = run["seconds"]
     return float(said["whole"] if "whole" in said else sum(said.values()))
 
 
 def draw(curve: Mapping[str, Any], file: Path) -> None:
-    """Median time over what varies, with the range of the rounds, on a white card.
+    """Plot the median time over the quantity, with the range of the rounds, on a white card.
 
-    Starting an interpreter and loading libraries does not count.
+    The start of the interpreter and the loading of libraries are not counted.
 
     Args:
-        curve: a [`Curve`] as the results hold it.
-        file: to write.
+        curve: a [`Curve`] in the form of the results file.
+        file: file to write.
     """
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
-"""The merge of one weight in float64, from its definition: what errors are measured against.
+"""The merge of one weight in float64, from its definition, as the reference for errors.
 
-Nothing here imports what it checks.
+Nothing here imports the code it checks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 NULL = 1e-6
-"""Singular values of a concatenation up to this share of the largest are null directions."""
+"""Largest singular value of a null direction of a concatenation, as a share of the largest one."""
 
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Let no decomposition start threads: those that compete for busy cores are far slower."""
+    """Let decompositions start no threads; they would compete for busy cores and be far slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -29,7 +29,7 @@ def one_thread_each() -> Iterator[None]:
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, σ, Vh in float64, of the taller of matrix and transpose."""
+    """Compute U, σ, Vh in float64, of the taller of matrix and transpose."""
     if matrix.shape[0] < matrix.shape[1]:
         V, S, Uh = svd(matrix.mT)
         return Uh.mT, S, V.mT
@@ -38,7 +38,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def triplets(delta: Tensor, rank: int, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading ones: `rank` at most, those with σ above the floor."""
+    """Leading triplets: `rank` at most, and only those with σ above the floor."""
     U, S, Vh = svd(delta)
     smallest = max(floor, torch.finfo(S.dtype).eps * max(delta.shape) * float(S[0]))
     kept = min(rank, int((smallest < S).sum()))
@@ -46,19 +46,19 @@ def triplets(delta: Tensor, rank: int, floor: float = 0.0) -> tuple[Tensor, Tens
 
 
 def polar(matrix: Tensor) -> Tensor:
-    """P Qᵀ of P D Qᵀ, of minimum norm: without the null directions."""
+    """Compute P Qᵀ of P D Qᵀ, of minimum norm: without the null directions."""
     P, D, Qh = svd(matrix)
     kept = NULL * D[:1] < D
     return P[:, kept] @ Qh[kept]
 
 
 def merge(deltas: Sequence[Tensor], rank: int, floors: Sequence[float]) -> Tensor:
-    """M = U⊥ diag(σ) V⊥h of the leading triplets of every task.
+    """Compute M = U⊥ diag(σ) V⊥h of the leading triplets of every task.
 
     Args:
         deltas: Δ of every task, shape (d_out, d_in).
-        rank: triplets kept of each at most.
-        floors: singular values up to this are noise of storage.
+        rank: most triplets kept of each task.
+        floors: largest singular value of each task that is noise of storage.
     """
     with one_thread_each(), ThreadPoolExecutor(os.cpu_count()) as pool:
         tasks = list(pool.map(lambda delta, floor: triplets(delta, rank, floor), deltas, floors))
@@ -75,6 +75,6 @@ def _product(tasks: Sequence[tuple[Tensor, Tensor, Tensor]], shape: torch.Size) 
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖, Frobenius."""
+    """Compute ‖found − expected‖ / ‖expected‖, Frobenius."""
     norm = float(expected.double().norm())
     return float((found.double().cpu() - expected.double()).norm()) / (norm or 1.0)

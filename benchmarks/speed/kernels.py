@@ -34,14 +34,14 @@ class Timed:
 
 
 def deltas_of(shape: tuple[int, int], tasks: int, spectrum: str) -> list[Tensor]:
-    """Updates of one weight, as they come out of float32 checkpoints without noise."""
+    """Updates of one weight, as read from float32 checkpoints without noise."""
     generator = torch.Generator().manual_seed(tasks)
     drawn = updates((max(shape), min(shape)), tasks, SPECTRA[spectrum], generator)
     return drawn if shape[0] >= shape[1] else [delta.mT.contiguous() for delta in drawn]
 
 
 def in_turn(calls: list[Callable[[], Tensor]], rounds: int) -> list[Timed]:
-    """Time calls A B A B …"""
+    """Time calls in turn: A B A B …"""
     results: list[Tensor] = [torch.empty(0)] * len(calls)
     seconds: list[list[float]] = [[] for _ in calls]
 
@@ -55,7 +55,7 @@ def in_turn(calls: list[Callable[[], Tensor]], rounds: int) -> list[Timed]:
 
 
 def row(shape: tuple[int, int], tasks: int, spectrum: str, rounds: int) -> list[str]:
-    """Measure one weight."""
+    """Measure one weight, and return its row of the table."""
     deltas, rank = deltas_of(shape, tasks, spectrum), plain.rank_of(shape, tasks)
     floors = [0.0] * tasks
     slow, fast = in_turn(

@@ -1,4 +1,4 @@
-"""What the machine is and can do at most: its rates, and what a merge takes at those rates."""
+"""Best rates of the machine, and the time of a merge at those rates."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MATRIX = 2048
 
 @dataclass(frozen=True)
 class Rates:
-    """Best of what the machine was seen to do.
+    """Best rates that were measured on the machine.
 
     Args:
-        read: bytes a second, from the disk.
-        read_cached: bytes a second, of files read or written just before.
-        gemm: operations a second of a float64 matrix product.
+        read: bytes per second, from the disk.
+        read_cached: bytes per second, of files read or written just before.
+        gemm: operations per second of a float64 matrix product.
     """
 
     read: float
@@ -38,7 +38,7 @@ class Rates:
 
 
 def facts(command: Sequence[str], device: str) -> dict[str, Any]:
-    """Where and how something was measured."""
+    """Circumstances of a measurement: machine, command, versions."""
     import torch
 
     return {
@@ -65,7 +65,7 @@ def _cpu_name() -> str:
 
 
 def rates(zoo: Zoo, device: str) -> Rates:
-    """Measure them, reading files of a zoo."""
+    """Measure the rates, reading files of a zoo."""
     forget(zoo.files())
     cold = _read_rate(zoo.files())
     return Rates(cold, max(_read_rate(zoo.files()) for _ in range(2)), _gemm_rate(device))
@@ -103,7 +103,7 @@ def _gemm_rate(device: str) -> float:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Of one call."""
+    """Seconds of one call."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
@@ -117,9 +117,9 @@ def matrices(model: str, layers: int) -> list[tuple[int, ...]]:
 def flops(shape: Sequence[int], tasks: int) -> float:
     """Operations to merge one weight by symmetric eigenproblems, none of them avoidable.
 
-    Per task a Gram matrix, its tridiagonal form, the leading vectors of it and their images. For
-    both polar factors a Gram matrix, all its eigenvectors and its inverse root. At last the
-    products. Tridiagonalisation counts as if it ran at the rate of a matrix product.
+    Each task needs a Gram matrix, its tridiagonal form, its leading vectors and their images. Each
+    of the two polar factors needs a Gram matrix, all its eigenvectors and its inverse root. Then
+    come the products. Tridiagonalisation counts as if it ran at the rate of a matrix product.
     """
     m, n = max(shape), min(shape)
     r = plain.rank_of(shape, tasks)
@@ -131,12 +131,12 @@ def flops(shape: Sequence[int], tasks: int) -> float:
 
 
 def floor_seconds(zoo: Zoo, measured: Rates, cold: bool) -> float:
-    """What reading all files once and computing take at the rates of the machine."""
+    """Seconds of reading all files once and computing, at the rates of the machine."""
     work = sum(flops(shape, len(zoo.tasks)) for shape in matrices(zoo.model, zoo.layers))
     return zoo.bytes() / (measured.read if cold else measured.read_cached) + work / measured.gemm
 
 
 def weights_bytes(zoo: Zoo) -> int:
-    """Largest weight of the base and all tasks in float32, the least a merge has to hold."""
+    """Bytes of the largest weight of the base and all tasks in float32, the least a merge holds."""
     largest = max(math.prod(shape) for shape in synthetic.shapes(zoo.model, zoo.layers).values())
     return 4 * (len(zoo.tasks) + 1) * largest

@@ -17,19 +17,19 @@ from benchmarks.speed.synthetic import Zoo
 PLAIN, TRANSPOSED, OURS = "plain", "plain, transposed", "hf-tsv"
 OUT = synthetic.CACHE / "out"
 Command = Callable[[Path], Sequence[Any]]
-"""What follows `python -m`, told where to write."""
+"""Function from an output folder to the words after `python -m`."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """How everything is run.
+    """Conditions of all runs.
 
     Args:
-        rounds: times each command runs, in turn with the others.
-        device: where to compute.
+        rounds: number of runs of each command, in turn with the others.
+        device: device that computes.
         busy: another process keeps a core busy.
         cold: files are read from disk, not from the memory of the operating system.
-        transposed: also the plain algorithm with wide matrices transposed first.
+        transposed: also run the plain algorithm with wide matrices transposed first.
     """
 
     rounds: int = 3
@@ -41,20 +41,20 @@ class Conditions:
 
 @dataclass(frozen=True)
 class MergeRow:
-    """One set of checkpoints.
+    """Measurements of one set of checkpoints.
 
     Args:
-        model: its size.
-        tasks: how many.
-        layers: of the towers.
-        spectrum: of the updates.
-        conditions: how it was run.
-        runs: of each command, in order.
+        model: name of its size.
+        tasks: number of tasks.
+        layers: number of layers of the towers.
+        spectrum: spectrum of the updates.
+        conditions: conditions of the runs.
+        runs: runs of each command, in order.
         interpreter_bytes: peak of a merge of almost nothing.
         weights_bytes: largest weight of the base and all tasks in float32.
-        rates: of the machine, measured just before.
+        rates: rates of the machine, measured just before.
         floor: seconds at those rates.
-        errors: None where only one command ran.
+        errors: errors of the merges; None if only one command ran.
     """
 
     model: str
@@ -71,19 +71,19 @@ class MergeRow:
 
 
 def plain_command(zoo: Zoo, out: Path, device: str, *options: str) -> list[Any]:
-    """The plain algorithm on a zoo."""
+    """Command of the plain algorithm for a zoo."""
     where = ("--base", zoo.base, "--out", out, "--device", device)
     return ["benchmarks.speed.plain", "merge", *where, *options, *zoo.tasks]
 
 
 def our_command(base: Path, tasks: Sequence[Path], out: Path, device: str) -> list[Any]:
-    """The same by hf-tsv; tasks are checkpoints or factors."""
+    """Command of hf-tsv for the same; tasks are checkpoints or factors."""
     where = ("-o", out, "--base-model", base, "--device", device)
     return ["hf_tsv", "merge", *tasks, *where, "--json", "--quiet"]
 
 
 def commands(zoo: Zoo, conditions: Conditions) -> dict[str, Command]:
-    """The plain algorithm and hf-tsv on a zoo."""
+    """Commands of the plain algorithm and hf-tsv for a zoo."""
     device = conditions.device
     found: dict[str, Command] = {PLAIN: lambda out: plain_command(zoo, out, device)}
     if conditions.transposed:
@@ -98,13 +98,13 @@ def in_turn(
     files: Sequence[Path],
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, list[Run]]:
-    """Run commands A B A B …; the output of each stays in a folder of its name.
+    """Run commands in turn, A B A B …; the output of each stays in a folder of its name.
 
     Args:
-        commands: each told where to write.
-        conditions: how.
-        files: that they read.
-        environment: variables for all.
+        commands: functions from an output folder to a command.
+        conditions: conditions of the runs.
+        files: files that the commands read.
+        environment: environment variables for all.
     """
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for _ in range(conditions.rounds):
@@ -119,12 +119,12 @@ def in_turn(
 
 
 def output_of(name: str) -> Path:
-    """Where a command of this name writes."""
+    """Output folder of the command of this name."""
     return OUT / name.replace(", ", "-")
 
 
 def compare(zoo: Zoo, conditions: Conditions, rates: Rates, interpreter: int) -> MergeRow:
-    """Measure the plain algorithm and hf-tsv on a zoo, and check what they wrote."""
+    """Measure the plain algorithm and hf-tsv on a zoo, and check their outputs."""
     runs = in_turn(commands(zoo, conditions), conditions, zoo.files())
     outputs = (output_of(name) / plain.FILE for name in (PLAIN, OURS))
     errors = file_errors(zoo, *outputs, conditions.device)
@@ -132,7 +132,7 @@ def compare(zoo: Zoo, conditions: Conditions, rates: Rates, interpreter: int) ->
 
 
 def ours_alone(zoo: Zoo, conditions: Conditions, rates: Rates, interpreter: int) -> MergeRow:
-    """Measure hf-tsv only: what the plain algorithm has no memory for."""
+    """Measure hf-tsv alone, where the plain algorithm does not have enough memory."""
     command = {OURS: lambda out: our_command(zoo.base, zoo.tasks, out, conditions.device)}
     runs = in_turn(command, conditions, zoo.files())
     return row(zoo, conditions, rates, interpreter, runs)
@@ -146,7 +146,7 @@ def row(
     runs: Mapping[str, Sequence[Run]],
     errors: FileErrors | None = None,
 ) -> MergeRow:
-    """What was measured on a zoo."""
+    """Collect the measurements on a zoo."""
     return MergeRow(
         zoo.model,
         len(zoo.tasks),

@@ -1,4 +1,4 @@
-"""The plain algorithm, as a whole process: what hf-tsv is measured against.
+"""The plain algorithm as a process, with which hf-tsv is compared.
 
 `python -m benchmarks.speed.plain merge --base DIR --out DIR TASK...` merges, and
 `… plain compress --base DIR --out DIR --rank-fraction F TASK` compresses, with `torch.linalg.svd`
@@ -23,7 +23,7 @@ FILE = "model.safetensors"
 
 @dataclass
 class Seconds:
-    """What the time went to."""
+    """Seconds by activity."""
 
     reading: float = 0.0
     computing: float = 0.0
@@ -31,7 +31,7 @@ class Seconds:
 
 
 def svd(matrix: Tensor, transpose: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, Vh; `transpose`: of a wide matrix by way of its transpose, which LAPACK does faster."""
+    """Compute U, S, Vh; with `transpose` a wide matrix is transposed first, faster in LAPACK."""
     if transpose and matrix.shape[0] < matrix.shape[1]:
         V, S, Uh = torch.linalg.svd(matrix.mT.contiguous(), full_matrices=False)
         return Uh.mT, S, V.mT
@@ -51,12 +51,12 @@ def merge(deltas: Sequence[Tensor], rank: int, transpose: bool = False) -> Tenso
 
 
 def rank_of(shape: Sequence[int], tasks: int) -> int:
-    """⌊k/T⌋, at least 1."""
+    """Number of triplets per task, ⌊k/T⌋, at least 1."""
     return max(1, min(shape) // tasks)
 
 
 def task_vector(task: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Δ of every weight in float32."""
+    """Compute Δ of every weight in float32."""
     fine_tuned = load_file(task / FILE)
     return {name: fine_tuned[name].float() - w0.float() for name, w0 in base.items()}
 
@@ -70,8 +70,8 @@ def merge_checkpoints(
         base: folder of W0.
         tasks: folders of the fine-tunes.
         out: folder to write.
-        device: where to compute.
-        transpose: see [`svd`].
+        device: device that computes.
+        transpose: transpose wide matrices first, see [`svd`].
     """
     seconds, started = Seconds(), time.perf_counter()
     w0 = load_file(base / FILE)
@@ -94,14 +94,14 @@ def merge_checkpoints(
 def compress_checkpoint(
     base: Path, task: Path, out: Path, device: str, transpose: bool, rank_fraction: float
 ) -> Seconds:
-    """Write the leading singular triplets of every matrix, and Δ of everything else.
+    """Write the leading singular triplets of every matrix, and Δ of every other tensor.
 
     Args:
         base: folder of W0.
         task: folder of the fine-tune.
         out: folder to write.
-        device: where to compute.
-        transpose: see [`svd`].
+        device: device that computes.
+        transpose: transpose wide matrices first, see [`svd`].
         rank_fraction: share of min(shape) that is kept.
     """
     seconds, started = Seconds(), time.perf_counter()
@@ -123,7 +123,7 @@ def compress_checkpoint(
 
 
 def _lap(started: float) -> tuple[float, float]:
-    """Seconds since, and now."""
+    """Seconds since `started`, and the current time."""
     now = time.perf_counter()
     return now - started, now
 
@@ -134,7 +134,7 @@ def _save(state: dict[str, Tensor], out: Path) -> None:
 
 
 def main() -> None:
-    """Do it once, print the seconds."""
+    """Run once and print the seconds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("verb", choices=("merge", "compress"))
     parser.add_argument("--base", type=Path, required=True)

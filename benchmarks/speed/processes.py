@@ -1,7 +1,7 @@
-"""Running commands as processes of their own, and measuring them from outside.
+"""Commands run as processes of their own and measured from outside.
 
-What a process takes at its peak, the kernel counts from the memory of the process that started it
-on. So a small interpreter starts each command: this file, as a program.
+The kernel's peak memory of a process begins with the memory of the process that started it. So a
+small interpreter starts each command: this file, as a program.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class FailedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """One process, as seen from outside.
+    """Measurements of one process from outside.
 
     Args:
         wall: seconds from start to end.
         cpu: seconds of all its threads and children.
         peak_bytes: largest resident memory, of the largest process.
-        seconds: what it says of itself, by phase.
-        estimate_bytes: peak it says it takes beside the libraries.
+        seconds: seconds by phase, as it reports them.
+        estimate_bytes: peak that it predicts, without the libraries.
     """
 
     wall: float
@@ -56,11 +56,11 @@ def run(command: Sequence[str | Path], environment: Mapping[str, str] | None = N
     """Run a Python module with its arguments, and wait for it.
 
     Args:
-        command: what follows `python -m`.
+        command: words after `python -m`.
         environment: variables besides those of this process.
 
     Raises:
-        [`FailedError`]: with the last lines of its errors.
+        [`FailedError`]: it failed; the message has the last lines of its errors.
     """
     with tempfile.NamedTemporaryFile("r", suffix=".json") as usage:
         done = subprocess.run(
@@ -78,20 +78,20 @@ def run(command: Sequence[str | Path], environment: Mapping[str, str] | None = N
     report = _first_object(done.stdout)
     seconds = report.get("timings") or {k: v for k, v in report.items() if k.endswith("ing")}
     numbers = {name: s for name, s in seconds.items() if isinstance(s, (int, float))}
-    if "seconds" in report:  # of hf-tsv, from its first step on
+    if "seconds" in report:  # hf-tsv counts from its first step on
         numbers["whole"] = report["seconds"]
     return Run(**measured, seconds=numbers, estimate_bytes=report.get("peak_memory_bytes"))
 
 
 def _first_object(text: str) -> dict[str, Any]:
-    """The first JSON object in a program's output; nothing where there is none."""
+    """First JSON object in a program's output, or {}."""
     start = text.find("{")
     return json.JSONDecoder().raw_decode(text[start:])[0] if start >= 0 else {}
 
 
 @contextmanager
 def busy(wanted: bool) -> Iterator[None]:
-    """Keep one core busy with matrix products meanwhile."""
+    """Keep one core busy with matrix products during the body."""
     if not wanted:
         yield
         return
@@ -104,7 +104,7 @@ def busy(wanted: bool) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command in `argv[2:]`, write what it took into the file `argv[1]`."""
+    """Run the command in `argv[2:]`, and write its measurements into the file `argv[1]`."""
     started = time.perf_counter()
     process = subprocess.Popen(sys.argv[2:])
     _, status, usage = os.wait4(process.pid, 0)

@@ -1,4 +1,4 @@
-"""What a report on interference costs: beside the merge, and instead of it."""
+"""Cost of a report on interference, as a part of the merge and alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results in a file that grows from run to run, and as tables that people read."""
+"""Results in a file that grows from run to run, and as readable tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.speed.merges import OURS, PLAIN
 from benchmarks.speed.reports import INTERFERENCE, REPORT
 
 BOUND = 4
-"""Times the largest weight of all checkpoints that a merge may take."""
+"""Bound of a merge's memory, in units of the largest weight of all checkpoints."""
 
 PHASES = ("reading", "waiting", "computing", "writing")
 FOLDER = Path(__file__).parent / "results"
@@ -25,20 +25,19 @@ Runs = Sequence[Row]
 
 @dataclass(frozen=True)
 class Results:
-    """The file: sections of rows, and the circumstances each row was measured in.
+    """Results file: sections of rows, and the circumstances of each row's measurement.
 
     Args:
-        name: of the file, without suffix.
+        name: name of the file, without suffix.
         content: `circumstances`, a list, and `sections`: by section and key, one row.
-        folder: where it is.
+        folder: folder of the file.
     """
-
     name: str
     content: dict[str, Any]
     folder: Path = FOLDER
 
     def add(self, section: str, key: Sequence[object], row: Any, facts: Mapping[str, Any]) -> None:
-        """Put a row in the place of an older one of the same key, and save everything."""
+        """Replace an older row of the same key, and save everything."""
         known = self.content["circumstances"]
         if facts not in known:
             known.append(dict(facts))
@@ -59,19 +58,19 @@ class Results:
         (self.folder / f"{self.name}.md").write_text(markdown(self))
 
     def figure(self, curve: Row) -> str:
-        """Name of the file of a curve."""
+        """File name of a curve's figure."""
         return f"{self.name}-{curve['over']}.svg"
 
 
 def opened(name: str, folder: Path = FOLDER) -> Results:
-    """The results of this name so far."""
+    """Load the results of this name so far."""
     file = folder / f"{name}.json"
     empty: dict[str, Any] = {"circumstances": [], "sections": {}}
     return Results(name, json.loads(file.read_text()) if file.exists() else empty, folder)
 
 
 def markdown(results: Results) -> str:
-    """All sections as tables, then the circumstances."""
+    """Write all sections as Markdown tables, then the circumstances."""
     sections = results.content["sections"]
     writers: dict[str, Callable[[Iterable[Row]], list[str]]] = {
         "merge": _merges,
@@ -272,7 +271,7 @@ def _curves(results: Results) -> list[str]:
 
 
 def _curve(curve: Row) -> list[str]:
-    """The medians of a figure, and what they grow by, or with more processes are less by."""
+    """Table of a figure's medians, with their growth, or the speed-up by more processes."""
     lines, shared = [], curve["over"] == "processes"
     for name, by_value in curve["runs"].items():
         times = {int(v): median(map(seconds, runs)) for v, runs in by_value.items()}
@@ -297,7 +296,7 @@ def _circumstances(known: Iterable[Row]) -> list[str]:
 
 
 def _conditions(row: Row) -> str:
-    """What is not as usual."""
+    """Spectrum of a row, and its unusual conditions."""
     chosen = row["conditions"]
     words = [word for word in ("busy", "cold") if chosen[word]]
     words += [chosen["device"]] if chosen["device"] != "cpu" else []
@@ -321,7 +320,7 @@ def _walls(runs: Runs) -> list[float]:
 
 
 def _computing(runs: Runs) -> list[float]:
-    """Nothing where a program does not say it."""
+    """Seconds of computing of the runs that report them."""
     return [run["seconds"]["computing"] for run in runs if "computing" in run["seconds"]]
 
 

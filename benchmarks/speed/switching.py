@@ -1,8 +1,8 @@
-"""What switching tasks costs beside its matrix products: eight tasks of a ViT-B/32, in memory.
+"""Cost of switching tasks beside its matrix products: eight tasks of a ViT-B/32, in memory.
 
 `python -m benchmarks.speed.switching` builds the vision tower with random weights and random
-factors of rank k/10 for eight tasks, and times in turn: the products U diag(S) Vh alone, activating
-a task, restoring the base, and copying a whole state into the model as a reference.
+factors of rank k/10 for eight tasks. It times in turn the products U diag(S) Vh alone, activating a
+task, restoring the base, and copying a whole state into the model as a reference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RANK_FRACTION = 0.1
 
 
 def random_task(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Update]:
-    """Random factors for every matrix and a random update for everything else."""
+    """Make random factors for every matrix and a random update for every other tensor."""
     generator = torch.Generator().manual_seed(seed)
     updates: dict[str, Update] = {}
     for name, shape in shapes.items():

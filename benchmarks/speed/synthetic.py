@@ -1,9 +1,9 @@
-"""Checkpoints of real sizes with made-up weights: what is measured where nothing is downloaded.
+"""Synthetic checkpoints of real sizes, for measurements without downloads.
 
 `python -m benchmarks.speed.synthetic` makes a base CLIP vision tower and fine-tunes of it, and
-prints their folders. Updates have the spectra of fine-tuning: power laws, with a noise floor or
-without, whose leading directions the tasks have in part in common; besides Gaussian ones, LoRAs,
-and the cases that have no unique answer.
+prints their folders. Most updates have spectra of fine-tuning: power laws, with or without a noise
+floor, whose leading directions the tasks partly share. Others are Gaussian, LoRAs, or cases that
+have no unique answer.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ CACHE = Path(__file__).parents[2] / ".bench"
 PREFIX = "vision_model."
 WEIGHT_RMS, UPDATE_RMS = 0.02, 3e-4
 SHARED = 64
-"""Leading directions that tasks have in part in common, at most."""
+"""Most leading directions that tasks partly share."""
 CLOSE, SMALLEST_ANGLE, MIDDLE_ANGLE, LARGEST_ANGLE = 0.15, 1e-3, 0.3, 1.5
-"""Share of those that are very close to each other, and the angles in rad between them."""
+"""Share of these directions that nearly coincide, and bounds of angles between tasks, in rad."""
 NOISE = 0.1
 """Gaussian floor of a spectrum with noise, in units of the update."""
 LORA_RANK = 16
@@ -37,7 +37,7 @@ LORA_RANK = 16
 
 @dataclass(frozen=True)
 class Size:
-    """A vision tower: what its config.json says."""
+    """Size of a vision tower, in the terms of its config.json."""
 
     hidden: int
     layers: int
@@ -51,7 +51,7 @@ MODELS: Mapping[str, Size] = {
     "ViT-L/14": Size(1024, 24, 16, 14),
     "tiny": Size(64, 4, 4, 32),
 }
-"""The last is for tests of the benchmark itself."""
+"""Sizes by model name; `tiny` is for tests of the benchmark itself."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Spectrum:
     """Singular values and directions of the updates of a set of tasks.
 
     Args:
-        exponent: of σ_j = j^−exponent; None for Gaussian or low-rank updates.
-        noise: of a Gaussian floor, in units of the update.
-        rank: of a LoRA.
-        dtype: checkpoints are stored in.
-        special: `zero`: the first task changes nothing; `duplicate`: the last is the first again.
+        exponent: exponent of σ_j = j^−exponent; None for Gaussian or low-rank updates.
+        noise: size of a Gaussian floor, in units of the update.
+        rank: rank of a LoRA.
+        dtype: type of the stored checkpoints.
+        special: `zero`: the first task changes nothing; `duplicate`: the last equals the first.
     """
 
     exponent: float | None = None
@@ -88,7 +88,7 @@ DEFAULT_SPECTRUM = "power-0.5"
 
 @dataclass(frozen=True)
 class Zoo:
-    """A base and its fine-tunes on disk, and how they were made."""
+    """Base and fine-tunes on disk, with the parameters they were made with."""
 
     model: str
     layers: int
@@ -97,16 +97,16 @@ class Zoo:
     tasks: tuple[Path, ...]
 
     def files(self) -> list[Path]:
-        """All weight files."""
+        """Paths of all weight files."""
         return [folder / "model.safetensors" for folder in (self.base, *self.tasks)]
 
     def bytes(self) -> int:
-        """Of all weight files."""
+        """Size of all weight files, in bytes."""
         return sum(file.stat().st_size for file in self.files())
 
 
 def config(model: str, layers: int) -> Any:
-    """The config.json of a vision tower with so many layers."""
+    """Configuration of a vision tower with this number of layers."""
     from transformers import CLIPVisionConfig
 
     size = MODELS[model]
@@ -122,7 +122,7 @@ def config(model: str, layers: int) -> Any:
 
 
 def shapes(model: str, layers: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor, as transformers has them."""
+    """Name and shape of every tensor, as in transformers."""
     from transformers import CLIPVisionModel
 
     with torch.device("meta"):
@@ -133,13 +133,13 @@ def shapes(model: str, layers: int) -> dict[str, tuple[int, ...]]:
 def updates(
     shape: tuple[int, int], tasks: int, spectrum: Spectrum, generator: torch.Generator
 ) -> list[Tensor]:
-    """The update of one weight by every task, in float32, before it is stored.
+    """Draw the update of one weight by every task, in float32, before it is stored.
 
     Args:
         shape: (d_out, d_in), d_out >= d_in.
-        tasks: how many.
-        spectrum: of each.
-        generator: of the random numbers.
+        tasks: number of tasks.
+        spectrum: spectrum of each update.
+        generator: generator of random numbers.
     """
     if spectrum.exponent is not None:
         found = _power_law(shape, tasks, spectrum.exponent, generator)
@@ -181,13 +181,13 @@ def _related_bases(
 
 
 def _away_from(basis: Tensor, columns: int, generator: torch.Generator) -> Tensor:
-    """Random orthonormal columns, orthogonal to those of a basis."""
+    """Draw random orthonormal columns, orthogonal to those of a basis."""
     drawn = _randn((basis.shape[0], columns), generator)
     return torch.linalg.qr(drawn - basis @ (basis.mT @ drawn))[0]
 
 
 def _angles(count: int, generator: torch.Generator) -> Tensor:
-    """Between directions of a task and the common ones, in rad; the small ones log-uniform."""
+    """Draw angles between a task's and the common directions, in rad; small ones log-uniform."""
     close = torch.empty(count, dtype=torch.float64)
     close.uniform_(math.log(SMALLEST_ANGLE), math.log(MIDDLE_ANGLE), generator=generator)
     wide = torch.empty(count, dtype=torch.float64)
@@ -209,7 +209,7 @@ def _with_rms(delta: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scramble:
-    """Rows, columns and their signs permuted: another weight with the same geometry."""
+    """Permutation of rows, columns and signs, for another weight with the same geometry."""
 
     rows: Tensor
     columns: Tensor
@@ -217,13 +217,13 @@ class Scramble:
     column_signs: Tensor
 
     def __call__(self, matrix: Tensor) -> Tensor:
-        """The matrix, scrambled."""
+        """Permute a matrix."""
         picked = matrix[self.rows][:, self.columns]
         return picked.mul_(self.row_signs[:, None]).mul_(self.column_signs)
 
 
 def scramble(name: str, shape: tuple[int, int]) -> Scramble:
-    """The one of a weight, the same for all tasks."""
+    """Permutation of a weight, the same for all tasks."""
     generator = _generator(name)
     rows, columns = (torch.randperm(size, generator=generator) for size in shape)
     signs = [torch.randn(size, generator=generator).sign() for size in shape]
@@ -231,12 +231,12 @@ def scramble(name: str, shape: tuple[int, int]) -> Scramble:
 
 
 def _generator(label: str) -> torch.Generator:
-    """Random numbers that a label determines."""
+    """Generator of random numbers that a label determines."""
     return torch.Generator().manual_seed(zlib.crc32(label.encode()))
 
 
 def base_weight(name: str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of the base: scales of norms are about one, everything else has the usual size."""
+    """Draw a tensor of the base: scales of norms near one, all else of the usual size."""
     drawn = torch.randn(shape, generator=_generator(f"base {name}")) * WEIGHT_RMS
     return drawn + 1 if "norm" in name and name.endswith(".weight") else drawn
 
@@ -244,14 +244,14 @@ def base_weight(name: str, shape: tuple[int, ...]) -> Tensor:
 def checkpoints(
     model: str, tasks: int, layers: int, spectrum: str = DEFAULT_SPECTRUM, folder: Path = CACHE
 ) -> Zoo:
-    """A base and fine-tunes of it, made where the folder does not hold them yet.
+    """Make a base and fine-tunes of it, unless the folder holds them.
 
     Args:
-        model: of `MODELS`.
-        tasks: how many fine-tunes.
-        layers: how many the towers have.
-        spectrum: of `SPECTRA`.
-        folder: where they are kept.
+        model: name in `MODELS`.
+        tasks: number of fine-tunes.
+        layers: number of layers of the towers.
+        spectrum: name in `SPECTRA`.
+        folder: folder in which they are kept.
     """
     name = f"{model.replace('/', '-')}-{layers}-layers-{tasks}-tasks-{spectrum}"
     final = folder / name
@@ -298,7 +298,7 @@ def _make(folder: Path, model: str, tasks: int, layers: int, spectrum: Spectrum)
 def _vector_update(
     name: str, shape: tuple[int, ...], task: int, tasks: int, spectrum: Spectrum
 ) -> Tensor:
-    """The update of what is not a matrix; of special tasks like that of the matrices."""
+    """Draw the update of a tensor that is no matrix; special tasks are special here too."""
     if spectrum.special == "zero" and task == 0:
         return torch.zeros(shape)
     if spectrum.special == "duplicate" and task == tasks - 1:
@@ -313,7 +313,7 @@ def _save(state: dict[str, Tensor], settings: Any, folder: Path) -> None:
 
 
 def main() -> None:
-    """Make one set, print its folders."""
+    """Make one set and print its folders."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=MODELS, default="ViT-B/32")
     parser.add_argument("--tasks", type=int, default=8)

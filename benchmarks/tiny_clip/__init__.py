@@ -3,10 +3,10 @@
 `Recipe()` is the quick demo's: the first 8 tasks. `twenty_tasks` was chosen on validation images of
 seed 0, for likeness to CLIP and its fine-tunes:
 
-- MLPs four times as wide as the tower. A first recipe had two: square matrices have no room for the
-  singular vectors of all tasks at full rank, and CLIP's are not all square.
-- Captions of which 45 % name the next class: the base names half of the images right, and sees what
-  most of the others are.
+- MLPs four times as wide as the tower. In a first recipe they were twice as wide: square matrices
+  have no room for the singular vectors of all tasks at full rank, and CLIP's are not all square.
+- Captions of which 45 % name the next class: the base names half of the images right, and still
+  distinguishes most of the others.
 - A learning rate and a number of steps that move the weights by 6 to 9 %, about 70 % of it in the
   leading twentieth of the directions.
 """

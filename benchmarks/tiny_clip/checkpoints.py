@@ -34,7 +34,7 @@ SOURCES = (
 
 
 def cache_key(recipe: Recipe) -> str:
-    """Changes with every choice and every line of code that decides what is trained."""
+    """Key that changes with every setting and every line of code that affects the training."""
     digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
     for name in SOURCES:
         digest.update(Path(__file__).with_name(name).read_bytes())
@@ -42,13 +42,13 @@ def cache_key(recipe: Recipe) -> str:
 
 
 def trained_base(recipe: Recipe, folder: Path, tick: Callable[[], None]) -> Path:
-    """The pretrained CLIPModel with tokenizer and processor; trained if it is not there.
+    """Folder of the pretrained CLIPModel with tokenizer and processor; trained if absent.
 
     `tick` is called after every step.
     """
     target = folder / "base"
     if not target.exists():
-        torch.set_num_threads(1)  # two threads of our own do better: see `training`
+        torch.set_num_threads(1)  # the training runs two threads itself, which is faster
         model, processor = pretrain(recipe, tick)
         _save(target, model, processor)
     return target
@@ -57,7 +57,7 @@ def trained_base(recipe: Recipe, folder: Path, tick: Callable[[], None]) -> Path
 def trained_tasks(
     recipe: Recipe, folder: Path, tasks: Sequence[Task], done: Callable[[], None]
 ) -> list[Path]:
-    """A fine-tuned CLIPVisionModel of every task, two at a time; `done` is told of each."""
+    """Fine-tune a CLIPVisionModel on every task, two at a time; call `done` after each."""
     missing = [task.name for task in tasks if not (folder / task.name).exists()]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         jobs = [pool.submit(_train_task, recipe, folder, name) for name in missing]
@@ -82,7 +82,7 @@ def quietly(call: Callable[..., object], *args: object, **kwargs: object) -> obj
 
 
 def _save(target: Path, *parts: object) -> None:
-    """`save_pretrained` into a folder that appears whole."""
+    """Call `save_pretrained` into a folder that appears only when complete."""
     staging = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     staging.mkdir(parents=True)
     try:

@@ -1,4 +1,4 @@
-"""The images of a task as parquet files that `hf-tsv evaluate` and Hugging Face datasets read."""
+"""Images of a task as parquet files, for `hf-tsv evaluate` and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MEASURED: tuple[Split, ...] = SPLITS[1:]
 def write_task(task: Task, folder: Path, seed: int, images: int = 500) -> dict[Split, Path]:
     """Write the validation and the test images of a task, one file each.
 
-    The names of the classes are whole prompts, so that `"{}"` is the template:
+    The names of the classes are whole prompts, so the template is `"{}"`:
     `hf-tsv evaluate MODEL --task letters=letters-test.parquet --template "{}"`.
 
     Args:
-        task: whose images and prompts.
-        folder: to write `NAME-validation.parquet` and `NAME-test.parquet` to.
-        seed: of the images.
-        images: of each split.
+        task: task with images and prompts.
+        folder: folder for `NAME-validation.parquet` and `NAME-test.parquet`.
+        seed: seed of the images.
+        images: number of images per split.
 
     Returns:
         The files, by split.

@@ -28,12 +28,12 @@ def accuracy(
     """Share of images whose own class prompt is the nearest, in per cent.
 
     Args:
-        model: gives the text tower and both projections.
+        model: CLIPModel with the text tower and both projections.
         vision: the vision tower to measure.
-        processor: its tokenizer reads the prompts.
-        task: whose images and prompts.
-        split: drawn apart from the training images.
-        seed: of the images.
+        processor: processor whose tokenizer reads the prompts.
+        task: task with images and prompts.
+        split: split, drawn independently of the training images.
+        seed: seed of the images.
     """
     data = task.samples(split, TEST_IMAGES, seed)
     texts = text_embeddings(model, tokenize(processor.tokenizer, task.prompts))
@@ -43,7 +43,7 @@ def accuracy(
 
 
 def load_model(folder: Path) -> tuple[CLIPModel, CLIPProcessor]:
-    """A complete CLIPModel and its processor."""
+    """Load a complete CLIPModel and its processor."""
     model = quietly(CLIPModel.from_pretrained, folder)
     processor = CLIPProcessor.from_pretrained(folder)
     assert isinstance(model, CLIPModel)
@@ -51,7 +51,7 @@ def load_model(folder: Path) -> tuple[CLIPModel, CLIPProcessor]:
 
 
 def load_vision(folder: Path) -> CLIPVisionModel:
-    """A vision tower alone."""
+    """Load a vision tower alone."""
     model = quietly(CLIPVisionModel.from_pretrained, folder)
     assert isinstance(model, CLIPVisionModel)
     return model.eval()
