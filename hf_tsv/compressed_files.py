@@ -117,7 +117,7 @@ def _choice(item: Measured, held: int) -> Choice:
 
 
 def _fixed_bytes(measured: Sequence[Measured], job: Job) -> tuple[int, int]:
-    """Bytes of everything that has no rank to choose, and the triplets of a matrix among them."""
+    """Bytes of everything without a rank to choose, and the triplets per matrix they include."""
     if job.options.format == "factors":
         whole = (m.candidate for m in measured if m.norm and not m.candidate.limit)
         return job.head_bytes + sum(candidate.dense_bytes or 0 for candidate in whole), 0

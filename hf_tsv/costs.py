@@ -168,7 +168,7 @@ def _computing(weight: Weight, threads: int, measure: bool) -> int:
     vectors = 8 * columns * (m + n)
     one_task = 8 * (m * n + 4 * min(m, n) ** 2 + 4 * weight.rank * (m + n))
     inner = min(columns, max(m, n))
-    polar = min(threads, 2) * 8 * 5 * inner**2 + vectors  # includes the chain of products
+    polar = min(threads, 2) * 8 * 5 * inner**2 + vectors  # and the chain of products
     decomposing = min(threads, len(weight.inputs)) * one_task
     measuring = vectors + 8 * inner * (inner + 2 * ROWS) if measure else 0
     return vectors + max(decomposing, vectors + polar + result + measuring)

@@ -17,10 +17,10 @@ from hf_tsv.plan import MergePlan
 from hf_tsv.sources import Task
 
 SAME_UPDATE = 0.999
-"""Cosine of two updates from which they are one checkpoint under two names."""
+"""Cosine from which on two updates count as one checkpoint under two names."""
 
 FAR_ABOVE = 3.0
-"""Ratio of an update's norm to the median of the others from which it drowns them.
+"""Ratio of an update's norm to the median of the others, from which on it drowns them.
 
 Published tests of TSV-Merge with one task scaled up fell from 92.4 to 80.2 % normalised accuracy.
 """
@@ -29,14 +29,14 @@ COMPARABLE = 0.3
 """‖Δ‖ / ‖W0‖ from which an input is no fine-tune of this base; fine-tunes have 0.005 to 0.05."""
 
 LOW_RANK = 0.5
-"""Share of an update's squared norm in weights of few triplets from which it is low-rank."""
+"""Share of an update's squared norm in weights of few triplets, from which on it is low-rank."""
 
 FEW = 0.125
 """Largest number of triplets above a checkpoint's rounding, as a share of k, that counts as few.
 Rounding to 16 bits alone hides more than half of a full fine-tune's."""
 
 MOSTLY_ROUNDING = 0.1
-"""Ratio of the stored checkpoint's rounding to ‖Δ‖ from which a warning is given."""
+"""Ratio of the stored checkpoint's rounding to ‖Δ‖, from which on a warning is given."""
 
 ROUNDING = 0.29
 """Standard deviation of rounding to a grid, 1/√12, in units of its step."""
@@ -159,7 +159,7 @@ def _low_ranks(inputs: Sequence[Task], plan: MergePlan, findings: Findings) -> l
     found = []
     for i, item in enumerate(inputs):
         if isinstance(item, TaskFactors | Adapter):
-            continue  # the rank is no news
+            continue  # the rank is known
         if _rounded(item, i, findings)[0] >= MOSTLY_ROUNDING:
             continue  # rounding hides triplets, so their number says nothing about the rank
         low = total = 0.0

@@ -39,7 +39,7 @@ def absolute(output: Path) -> Path:
         output (`Path`): path as the user gave it; may begin with `~`.
 
     Raises:
-        [`OutputError`]: there is no such user.
+        [`OutputError`]: the user after `~` is unknown.
     """
     try:
         return output.expanduser().absolute()
@@ -206,7 +206,7 @@ def _flush(folder: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush a folder's entries; systems that cannot open or flush a folder do nothing."""
+    """Flush a folder's entries, where the system can open and flush folders."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -53,7 +53,7 @@ class _Freed:
         self.lock = threading.RLock()
 
     def take(self, size: int) -> mmap.mmap | None:
-        """Return a freed block of exactly this size; without one, free the oldest `size` bytes."""
+        """Return a freed block of this size; without one, free `size` bytes of the oldest ones."""
         with self.lock:
             for i in reversed(range(len(self.blocks))):
                 if len(self.blocks[i]) == size:

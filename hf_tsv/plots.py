@@ -155,7 +155,7 @@ def of_compression(
 
     Args:
         curves (`Mapping[str, tuple[Sequence[float], Sequence[float]]]`): by kind of layer, shares
-            of k and the share of the squared norm in so many triplets.
+            of k, and the shares of the squared norm in that many triplets.
         ranks (`Mapping[str, int]`): rank of every weight stored as factors, by name; at least one.
     """
     layers = layers_of(ranks)

@@ -26,8 +26,8 @@ class RankRule:
     Args:
         rank_fraction (`float`, *optional*): share of k = min(d_out, d_in), rounded down.
         rank (`int`, *optional*): the same number for every weight.
-        energy (`float`, *optional*): share of the sum of squared singular values, which the
-            smallest sufficient rank keeps.
+        energy (`float`, *optional*): share of the squared norm to keep; the smallest sufficient
+            rank is taken.
         budget (`str` or `int`, *optional*): bytes for everything, as a number, `"35MB"`, or `"10%"`
             of the fine-tuned checkpoint.
     """

@@ -49,7 +49,7 @@ class Options:
         factor_dtype (`str`): type of the stored updates.
         compress_conv (`bool`): decompose the patch convolution too, one row per output channel.
         format (`str`): `factors`, or `peft` for a LoRA adapter.
-        dense (`bool`): store in a LoRA adapter also what is no matrix of a linear layer.
+        dense (`bool`): store all tensors in a LoRA adapter, not only matrices of linear layers.
         model_class (`str`, *optional*): the class a LoRA adapter is for; default: that of the
             fine-tuned checkpoint.
         max_shard_size (`int` or `str`): largest size of a file in bytes, or a text like `"5GB"`.
@@ -234,7 +234,7 @@ class Job:
 
     @property
     def head_bytes(self) -> int:
-        """Size of the task head, which is kept as it is, in bytes."""
+        """Size of the task head, which is stored unchanged, in bytes."""
         return sum(info.nbytes for info in self.source.head.values())
 
     def to_json(self, device: torch.device) -> dict[str, Any]:
@@ -460,7 +460,7 @@ def _load(candidate: Candidate, job: Job) -> _Loaded:
     w0, w1 = w0.reshape(rows, columns), w1.reshape(rows, columns)
     delta, _ = stream.update_of(candidate.name, job.source, w1, w0)
     norm = linalg.frobenius_norm(delta)
-    norm = norm if norm**2 else 0.0  # a norm whose square underflows counts as none
+    norm = norm if norm**2 else 0.0  # no stored type has numbers so small
     floor = tsv.storage_noise(w0, w1, norm, overwrite=True) if candidate.limit else 0.0
     sha256 = digest(w0.reshape(candidate.shape))
     return _Loaded(candidate, delta, norm, sha256, floor, time.monotonic() - started)
@@ -476,7 +476,7 @@ def _decompose(
         return item, None
     delta = delta.to(device)
     k = min(delta.shape)
-    whole = 2 * candidate.limit > k  # one full SVD is cheaper then
+    whole = 2 * candidate.limit > k  # then one full SVD has all of them
     wanted = k if whole else candidate.limit
     with stream.named(candidate.name, [source]):
         svd = linalg.truncated_svd(

@@ -22,7 +22,7 @@ MAX_DEPTH = 100
 """Deepest nesting of lists, since readers and writers recurse and Python's stack is limited."""
 
 MOST_DIGITS = 1000
-"""Most digits of a YAML integer, because converting them takes quadratic time."""
+"""Most digits of a YAML integer; longer ones are slow to parse, or cannot be printed."""
 
 SURROGATE = re.compile(rb"\\u[dD]")
 

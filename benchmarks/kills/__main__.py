@@ -192,7 +192,7 @@ def finish(
     """Run a killed command until it ends, and compare its result."""
     while True:
         if scenario.repo_id is None and place.there(scenario) == whole:
-            # The run was done; the folder beside the output no longer matters.
+            # The run was complete; whatever is left beside the folder has no further use.
             return
         done = place.finished_weights()
         if not again():

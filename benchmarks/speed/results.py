@@ -32,6 +32,7 @@ class Results:
         content: `circumstances`, a list, and `sections`: by section and key, one row.
         folder: folder of the file.
     """
+
     name: str
     content: dict[str, Any]
     folder: Path = FOLDER

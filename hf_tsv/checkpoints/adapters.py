@@ -32,7 +32,7 @@ REPEATED_GROUP = re.compile(r"\)[*+?{]|(?:[*+}?].*){4}")
 
 WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)\.")
 PREFIXES = {"CLIPTextModel": ("text_model.", ""), "CLIPVisionModel": ("vision_model.", "")}
-"""Prefixes that a class's own names may lack of the canonical ones, the likelier first."""
+"""Prefixes that canonical names have and a class's own names lack, the likelier first."""
 
 
 @dataclass(frozen=True)

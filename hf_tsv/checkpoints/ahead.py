@@ -113,7 +113,7 @@ class AheadFiles(HubFiles):
         self._connections, self._share = connections, share
         self._pieces: list[_Piece] = []
         self._places: dict[str, list[tuple[int, int]]] = {}
-        self._read = self._begun = self._waiting = 0  # first piece not read, not asked for; bytes
+        self._read = self._begun = self._waiting = 0  # indices of the first pieces; bytes
         self._direct: Future[bytearray] | None = None
         self._closed = False
         self._lock = threading.Lock()

@@ -105,7 +105,7 @@ def layout_of(config: dict[str, Any], owner: str) -> Layout:
 
 
 def is_clip(config: Mapping[str, Any]) -> bool:
-    """Tell whether a config.json belongs to a CLIP; other models have only names and shapes.
+    """Tell whether a config.json is a CLIP's; of other models only names and shapes are known.
 
     Example:
         >>> is_clip({"model_type": "clip_vision_model"}), is_clip({"model_type": "siglip"})

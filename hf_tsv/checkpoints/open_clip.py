@@ -276,7 +276,7 @@ def _ratio(inner: int, width: int) -> float:
 
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Mean and deviation of the images that CLIP was trained on; also OpenCLIP's default."""
+"""Mean and standard deviation of CLIP's training images; also OpenCLIP's default."""
 
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """Pillow's numbers of the resampling filters."""

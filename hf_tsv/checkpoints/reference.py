@@ -31,9 +31,9 @@ class Reference:
     """A checkpoint as named by the user: a Hub repository or a local folder.
 
     Args:
-        text (`str`): what the user wrote, without the revision.
+        text (`str`): the user's text, without the revision.
         repo_id (`str`, *optional*): `org/name`, for a repository.
-        revision (`str`, *optional*): branch, tag, pull request or sha the user asked for.
+        revision (`str`, *optional*): branch, tag, pull request or sha that the user named.
         subfolder (`str`): folder in the repository; empty for all of it.
     """
 
@@ -110,7 +110,7 @@ def parse(text: str, subfolder: str | None = None) -> Reference:
     An existing folder wins over a repository of the same name, as in transformers.
 
     Args:
-        text (`str`): what the user wrote.
+        text (`str`): the user's text.
         subfolder (`str`, *optional*): subfolder of the checkpoint, unless the text has one.
 
     Raises:

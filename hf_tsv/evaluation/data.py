@@ -196,7 +196,7 @@ def listed(
 
 
 def check_counts(**numbers: int | None) -> None:
-    """Refuse a value that is no number of images.
+    """Refuse values that are not whole numbers of images from 1 on.
 
     Args:
         numbers (`int`, *optional*): values by the name of their argument.

@@ -154,7 +154,7 @@ def write(card: Card, tasks: Mapping[str, Mapping[str, Any]], *, token: str | No
 
 
 def eval_result(name: str, found: Mapping[str, Any]) -> EvalResult:
-    """Result of one task for a card."""
+    """Result of one task for a card, without paths of this machine."""
     path = Path(found["dataset"]).expanduser()
     kind = found["dataset"]
     if path.suffix == ".parquet":

@@ -200,8 +200,8 @@ def push(
             retried(lambda: client.create_repo(repo_id, private=private, exist_ok=True))
             if revision is not None and revision != "main" and not revision.startswith("refs/"):
                 retried(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True))
-        files = files_to_push(folder)  # once: another process may remove it after its own push
-        once = _once if create_pr else retried  # after a lost answer a retry opens a second one
+        files = files_to_push(folder)  # once: the folder may be gone by the next try
+        once = _once if create_pr else retried  # a retry after a lost answer would open two
         for race in range(RACES):
             head = retried(
                 lambda: client.model_info(
