@@ -15,8 +15,9 @@ from typing import get_args
 import hf_tsv
 from hf_tsv.cli.evaluate import text_of
 from hf_tsv.cli.output import guarded
-from hf_tsv.evaluation import EvaluateReport, suites
-from hf_tsv.tsv import Method
+from hf_tsv.evaluation import suites
+from hf_tsv.methods.catalogue import Method
+from hf_tsv.verbs.evaluate import EvaluateReport
 
 
 def run(name: str, method: str, limit: int | None, folder: Path) -> EvaluateReport:

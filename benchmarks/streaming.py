@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.speed import processes, synthetic
-from hf_tsv.checkpoints.files import LocalFiles
-from hf_tsv.checkpoints.headers import read_header
+from hf_tsv.checkpoints.storage.files import LocalFiles
+from hf_tsv.checkpoints.storage.headers import read_header
 
 if TYPE_CHECKING:
     from hub import Hub

@@ -6,102 +6,92 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_tsv.adaptation import Adaptation
-    from hf_tsv.compression import CompressReport, compress, export_peft
-    from hf_tsv.errors import (
-        CheckpointError,
-        DataError,
-        HfTsvError,
-        LostProcessError,
-        OutputError,
-        RecipeError,
-        RepoError,
+    from hf_tsv.models.loading import load_model as load_model
+    from hf_tsv.models.loading import pipeline as pipeline
+    from hf_tsv.models.switching import TaskSwitcher as TaskSwitcher
+    from hf_tsv.recipes.images import EvaluationTask as EvaluationTask
+    from hf_tsv.recipes.learning import Adaptation as Adaptation
+    from hf_tsv.recipes.learning import AlphaSearch as AlphaSearch
+    from hf_tsv.recipes.recipe import Recipe as Recipe
+    from hf_tsv.reports.compression import CompressReport as CompressReport
+    from hf_tsv.reports.interference import InterferenceReport as InterferenceReport
+    from hf_tsv.system.errors import (
+        CheckpointError as CheckpointError,
     )
-    from hf_tsv.evaluation import EvaluateReport, EvaluationTask, evaluate
-    from hf_tsv.factors import TaskFactors
-    from hf_tsv.inspecting import InspectReport, inspect
-    from hf_tsv.interfering import InterferenceReport, interference
-    from hf_tsv.merging import MergeReport, merge
-    from hf_tsv.models import load_model, pipeline
-    from hf_tsv.pushing import PushReport, push
-    from hf_tsv.recipe import Recipe
-    from hf_tsv.reconstruction import ReconstructReport, reconstruct
-    from hf_tsv.sweeping import SweepReport, sweep
-    from hf_tsv.switching import TaskSwitcher
-    from hf_tsv.tuning import AlphaSearch
+    from hf_tsv.system.errors import (
+        DataError as DataError,
+    )
+    from hf_tsv.system.errors import (
+        HfTsvError as HfTsvError,
+    )
+    from hf_tsv.system.errors import (
+        LostProcessError as LostProcessError,
+    )
+    from hf_tsv.system.errors import (
+        OutputError as OutputError,
+    )
+    from hf_tsv.system.errors import (
+        RecipeError as RecipeError,
+    )
+    from hf_tsv.system.errors import (
+        RepoError as RepoError,
+    )
+    from hf_tsv.system.version import __version__ as __version__
+    from hf_tsv.verbs.compress import compress as compress
+    from hf_tsv.verbs.evaluate import EvaluateReport as EvaluateReport
+    from hf_tsv.verbs.evaluate import evaluate as evaluate
+    from hf_tsv.verbs.export_peft import export_peft as export_peft
+    from hf_tsv.verbs.factors import TaskFactors as TaskFactors
+    from hf_tsv.verbs.inspect import InspectReport as InspectReport
+    from hf_tsv.verbs.inspect import inspect as inspect
+    from hf_tsv.verbs.interference import interference as interference
+    from hf_tsv.verbs.merge import MergeReport as MergeReport
+    from hf_tsv.verbs.merge import merge as merge
+    from hf_tsv.verbs.push import PushReport as PushReport
+    from hf_tsv.verbs.push import push as push
+    from hf_tsv.verbs.reconstruct import (
+        ReconstructReport as ReconstructReport,
+    )
+    from hf_tsv.verbs.reconstruct import (
+        reconstruct as reconstruct,
+    )
+    from hf_tsv.verbs.sweep import SweepReport as SweepReport
+    from hf_tsv.verbs.sweep import sweep as sweep
 
-__version__ = "0.1.0"
-
-_HOMES = {
-    "Adaptation": "adaptation",
-    "AlphaSearch": "tuning",
-    "merge": "merging",
-    "MergeReport": "merging",
-    "compress": "compression",
-    "export_peft": "compression",
-    "CompressReport": "compression",
-    "evaluate": "evaluation",
-    "EvaluateReport": "evaluation",
-    "EvaluationTask": "evaluation",
-    "inspect": "inspecting",
-    "InspectReport": "inspecting",
-    "interference": "interfering",
-    "InterferenceReport": "interfering",
-    "push": "pushing",
-    "PushReport": "pushing",
-    "reconstruct": "reconstruction",
-    "ReconstructReport": "reconstruction",
-    "TaskFactors": "factors",
-    "load_model": "models",
-    "pipeline": "models",
-    "TaskSwitcher": "switching",
-    "sweep": "sweeping",
-    "SweepReport": "sweeping",
-    "Recipe": "recipe",
-    "HfTsvError": "errors",
-    "RepoError": "errors",
-    "CheckpointError": "errors",
-    "DataError": "errors",
-    "RecipeError": "errors",
-    "OutputError": "errors",
-    "LostProcessError": "errors",
+_PUBLIC = {
+    "models.loading": ["load_model", "pipeline"],
+    "models.switching": ["TaskSwitcher"],
+    "recipes.images": ["EvaluationTask"],
+    "recipes.learning": ["Adaptation", "AlphaSearch"],
+    "recipes.recipe": ["Recipe"],
+    "reports.interference": ["InterferenceReport"],
+    "system.errors": [
+        "CheckpointError",
+        "DataError",
+        "HfTsvError",
+        "LostProcessError",
+        "OutputError",
+        "RecipeError",
+        "RepoError",
+    ],
+    "system.version": ["__version__"],
+    "reports.compression": ["CompressReport"],
+    "verbs.compress": ["compress"],
+    "verbs.evaluate": ["EvaluateReport", "evaluate"],
+    "verbs.export_peft": ["export_peft"],
+    "verbs.factors": ["TaskFactors"],
+    "verbs.inspect": ["InspectReport", "inspect"],
+    "verbs.interference": ["interference"],
+    "verbs.merge": ["MergeReport", "merge"],
+    "verbs.push": ["PushReport", "push"],
+    "verbs.reconstruct": ["ReconstructReport", "reconstruct"],
+    "verbs.sweep": ["SweepReport", "sweep"],
 }
+"""Public names, by the module that defines them."""
 
-__all__ = [
-    "Adaptation",
-    "AlphaSearch",
-    "CheckpointError",
-    "CompressReport",
-    "DataError",
-    "EvaluateReport",
-    "EvaluationTask",
-    "HfTsvError",
-    "InspectReport",
-    "InterferenceReport",
-    "LostProcessError",
-    "MergeReport",
-    "OutputError",
-    "PushReport",
-    "Recipe",
-    "RecipeError",
-    "ReconstructReport",
-    "RepoError",
-    "SweepReport",
-    "TaskFactors",
-    "TaskSwitcher",
-    "__version__",
-    "compress",
-    "evaluate",
-    "export_peft",
-    "inspect",
-    "interference",
-    "load_model",
-    "merge",
-    "pipeline",
-    "push",
-    "reconstruct",
-    "sweep",
-]
+_HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:

@@ -11,10 +11,11 @@ import resource
 import sys
 from pathlib import Path
 
+from hf_tsv.checkpoints.names import RECIPE_FILE
+from hf_tsv.checkpoints.opening import open_task
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.errors import HfTsvError
-from hf_tsv.recipe import RECIPE_FILE, Recipe
-from hf_tsv.sources import open_task
+from hf_tsv.recipes.recipe import Recipe
+from hf_tsv.system.errors import HfTsvError
 
 
 def most_memory() -> int:

@@ -19,13 +19,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import hf_tsv
-from hf_tsv import Adaptation, CheckpointError, DataError, Recipe, RecipeError, adaptation
-from hf_tsv.cli import merge as command
+from hf_tsv import Adaptation, CheckpointError, DataError, Recipe, RecipeError
+from hf_tsv.checkpoints.names import RECIPE_FILE
+from hf_tsv.cli import merge
 from hf_tsv.cli.merge import Method
-from hf_tsv.construction import prepare
-from hf_tsv.costs import Parallelism
 from hf_tsv.evaluation import data
-from hf_tsv.recipe import RECIPE_FILE, Settings
+from hf_tsv.merging.costs import Parallelism
+from hf_tsv.merging.work import prepare
+from hf_tsv.recipes.settings import Settings
+from hf_tsv.verbs.learning import descent
+from hf_tsv.verbs.learning.coefficients import layers_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
 
@@ -112,7 +115,7 @@ def test_gradients_are_those_of_differences_in_float64(
     settings = Settings(method="ada", **options)
     job = prepare([str(zoo / "vision"), str(zoo / "full")], str(zoo / "base"), [1, 0.5], settings)
     model = clips.load(CLIPModel, zoo / "base", dtype=torch.float64).eval().requires_grad_(False)
-    layers = adaptation.layers_of(
+    layers = layers_of(
         model, job.sources, job.plan, job.scales, job.settings, CPU, Parallelism(), show=False
     )
     generator = torch.Generator().manual_seed(0)
@@ -123,7 +126,7 @@ def test_gradients_are_those_of_differences_in_float64(
     def loss(coefficients: Tensor) -> Tensor:
         for layer, row in zip(layers, coefficients, strict=True):
             layer.place(row)
-        return adaptation.entropy(model, classes, pixels).mean()
+        return descent.entropy(model, classes, pixels).mean()
 
     for layer in layers:
         for parameter in layer.parameters:
@@ -148,7 +151,7 @@ def test_entropy_is_that_of_the_equation(zoo: Path) -> None:
     pixels = torch.randn(3, 3, 32, 32, generator=generator)
     classes = torch.nn.functional.normalize(torch.randn(5, 24, generator=generator))
     with torch.no_grad():
-        found = adaptation.entropy(model, classes, pixels).numpy()
+        found = descent.entropy(model, classes, pixels).numpy()
         seen = model.get_image_features(pixel_values=pixels)
         seen = getattr(seen, "pooler_output", seen).double().numpy()
         scale = np.exp(float(model.logit_scale))
@@ -242,7 +245,7 @@ def test_the_model_that_is_written_has_the_entropy_that_is_told(
         pictures, _ = data.batch(0, len(data.rows), task.name)
         pixels = pipe.image_processor(pictures, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
-            means.append(float(adaptation.entropy(pipe.model, head.clone(), pixels).mean()))
+            means.append(float(descent.entropy(pipe.model, head.clone(), pixels).mean()))
     assert abs(sum(means) / 2 - report.adaptation["entropy"][1]) < 1e-5
 
 
@@ -467,12 +470,12 @@ def test_options_that_do_not_fit_together(
     zoo: Path, tmp_path: Path, options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(RecipeError, match=said):
-        command.merge([str(zoo / "full")], str(zoo / "base"), output=tmp_path / "out", **options)
+        merge.merge([str(zoo / "full")], str(zoo / "base"), output=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
 def test_help_tells_the_defaults() -> None:
-    hints = get_type_hints(command.merge, include_extras=True)
+    hints = get_type_hints(merge.merge, include_extras=True)
     for name in ("steps", "learning_rate", "batch_size", "seed"):
         told = hints[name].__metadata__[0].help
         assert f"[default: {getattr(Adaptation, name)}" in told

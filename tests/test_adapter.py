@@ -14,17 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_tsv.adapter import (
-    Adapter,
-    bias_of,
-    is_target,
-    lora_pair,
-    pair_keys,
-    plan_adapter,
-)
 from hf_tsv.checkpoints.layout import MODEL_CLASSES
-from hf_tsv.errors import CheckpointError, RecipeError
-from hf_tsv.tsv import TaskSingularVectors, decompose
+from hf_tsv.compression.peft import Adapter, bias_of, is_target, lora_pair, pair_keys, plan_adapter
+from hf_tsv.linalg.updates import TaskSingularVectors
+from hf_tsv.methods.tsv import decompose
+from hf_tsv.system.errors import CheckpointError, RecipeError
 
 pytestmark = [
     # PEFT reads a property that transformers 5.23 has renamed,

@@ -14,16 +14,11 @@ from reference import average, generator, task_arithmetic
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_tsv.baselines import (
-    consensus_update,
-    isotropic_common_update,
-    isotropic_update,
-    mean_update,
-    sum_update,
-    ties_update,
-)
-from hf_tsv.linalg import Precision
-from hf_tsv.trimming import Sizes
+from hf_tsv.linalg.choices import Precision
+from hf_tsv.methods.isotropic import isotropic_common_update, isotropic_update
+from hf_tsv.methods.sums import mean_update, sum_update
+from hf_tsv.methods.tall_masks import consensus_update
+from hf_tsv.methods.ties import Sizes, ties_update
 
 RULES = [mean_update, sum_update]
 examples = settings(max_examples=30, derandomize=True, deadline=None)

@@ -15,21 +15,19 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_tsv.cards import (
+from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin, StoredWeight
+from hf_tsv.checkpoints.reference import card_license, task_name
+from hf_tsv.recipes.recipe import PinnedInput, Recipe
+from hf_tsv.recipes.settings import Settings
+from hf_tsv.reports.cards import (
     CardInput,
     adapter_card,
-    card_license,
-    code,
     common_license,
     factors_card,
     merge_card,
-    plain,
     reconstructed_card,
-    task_name,
-    templates,
 )
-from hf_tsv.factors import FactorsConfig, Origin, StoredWeight
-from hf_tsv.recipe import PinnedInput, Recipe, Settings
+from hf_tsv.reports.templates import code, plain, templates
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 BASE = CardInput("org/base", SHA)

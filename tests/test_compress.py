@@ -23,12 +23,13 @@ from torch import Tensor
 
 import hf_tsv as api
 from hf_tsv import CheckpointError, HfTsvError, OutputError, RecipeError
-from hf_tsv.compression import run
-from hf_tsv.delivery import Target
-from hf_tsv.progress import human_bytes
-from hf_tsv.ranks import RankRule
-from hf_tsv.spectra import Candidate, Measured, Options, energy_curves
-from hf_tsv.tsv import TaskSingularVectors, dense
+from hf_tsv.compression.candidates import Candidate, Measured
+from hf_tsv.compression.measuring import energy_curves
+from hf_tsv.linalg.updates import TaskSingularVectors, dense
+from hf_tsv.recipes.compressing import Options, RankRule
+from hf_tsv.runs.target import Target
+from hf_tsv.system.text import human_bytes
+from hf_tsv.verbs.compress import run
 
 FC1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
 
@@ -455,7 +456,7 @@ def test_the_rounding_in_updates_stored_whole_is_no_direction_of_the_task(tmp_pa
 def test_factors_need_no_decomposition(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_tsv import tsv
+    from hf_tsv.methods import tsv
 
     for kind in ("vision", "flat"):
         compress(zoo, kind, tmp_path / kind, rank=5)

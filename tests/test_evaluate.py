@@ -19,8 +19,8 @@ from sklearn.metrics import accuracy_score, confusion_matrix
 from transformers import CLIPModel
 
 import hf_tsv
-from hf_tsv.errors import DataError, HfTsvError, RecipeError
 from hf_tsv.evaluation import data
+from hf_tsv.system.errors import DataError, HfTsvError, RecipeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
 

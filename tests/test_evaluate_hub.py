@@ -14,8 +14,10 @@ from labelled import CLASSES, add_dataset, parquet
 
 import hf_tsv
 from benchmarks import paper
-from hf_tsv.errors import DataError, HfTsvError, RecipeError
-from hf_tsv.evaluation import EvaluationTask, load, suites
+from hf_tsv.evaluation import suites
+from hf_tsv.evaluation.data import load
+from hf_tsv.recipes.images import EvaluationTask
+from hf_tsv.system.errors import DataError, HfTsvError, RecipeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
 

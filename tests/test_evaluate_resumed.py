@@ -15,8 +15,11 @@ from cli import copied
 from labelled import CLASSES, make_folder, picture
 
 import hf_tsv
-from hf_tsv.errors import OutputError
-from hf_tsv.evaluation import classifying, running, zero_shot
+from hf_tsv.evaluation import classifying, zero_shot
+from hf_tsv.evaluation.finished import finished_tasks
+from hf_tsv.system.errors import OutputError
+from hf_tsv.verbs import evaluate as evaluate_
+from hf_tsv.verbs import evaluate as evaluate_module
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
 
@@ -47,15 +50,15 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     stop_after: dict[str, int] = {}
     monkeypatch.setattr(zero_shot, "classify", counting)
-    monkeypatch.setattr(running, "stop_after", stop_after, raising=False)
+    monkeypatch.setattr(evaluate_module, "stop_after", stop_after, raising=False)
     return done
 
 
 def evaluate(zoo: Path, tasks: dict[str, str], output: Path, stop: int | None = None, **more: Any):  # type: ignore[no-untyped-def]
     """Of three tasks and a fine-tune, stopped after so many batches."""
-    running.stop_after.clear()  # type: ignore[attr-defined]
+    evaluate_.stop_after.clear()  # type: ignore[attr-defined]
     if stop is not None:
-        running.stop_after["batches"] = stop  # type: ignore[attr-defined]
+        evaluate_.stop_after["batches"] = stop  # type: ignore[attr-defined]
     return hf_tsv.evaluate(zoo / "base", tasks, references={"b": zoo / "full"}, output=output,
                            base_model=zoo / "base", batch_size=BATCH, **more)  # fmt: skip
 
@@ -97,10 +100,10 @@ def test_what_another_command_has_finished_is_not_used(
     data = copied(Path(tasks["a"]), tmp_path / "data")
     task = [hf_tsv.EvaluationTask("a", str(data)), hf_tsv.EvaluationTask("b", tasks["b"])]
     output, more = tmp_path / "results", {"output": tmp_path / "results", "batch_size": BATCH}
-    running.stop_after["batches"] = 6  # type: ignore[attr-defined]
+    evaluate_.stop_after["batches"] = 6  # type: ignore[attr-defined]
     with pytest.raises(KeyboardInterrupt):
         hf_tsv.evaluate(model, task, **more)
-    running.stop_after.clear()  # type: ignore[attr-defined]
+    evaluate_.stop_after.clear()  # type: ignore[attr-defined]
     batches.clear()
     if change == "limit":
         more["limit"] = 23
@@ -127,7 +130,7 @@ def test_nothing_is_left_of_a_run_that_finished_nothing(
 
 def test_two_runs_do_not_share_an_output(zoo: Path, tasks: dict[str, str], tmp_path: Path) -> None:
     with (
-        running.finished_tasks(tmp_path / "r"),
+        finished_tasks(tmp_path / "r"),
         pytest.raises(OutputError, match="Another process is writing"),
     ):
         hf_tsv.evaluate(zoo / "base", tasks, output=tmp_path / "r")

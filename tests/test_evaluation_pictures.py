@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 from test_pictures import HOSTILE
 
-from hf_tsv.evaluation import pictures
+from hf_tsv.verbs import pictures
 
 
 def result(count: int, *, seed: int = 0, own: float | None = None, **more: Any) -> dict[str, Any]:

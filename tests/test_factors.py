@@ -25,10 +25,11 @@ from torch import Tensor
 
 import hf_tsv
 from hf_tsv import TaskFactors
+from hf_tsv.checkpoints.formats.factors import open_factors
+from hf_tsv.checkpoints.names import FACTORS_CONFIG, FACTORS_FILE
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.errors import CheckpointError, OutputError, RepoError
-from hf_tsv.factors import FACTORS_CONFIG, FACTORS_FILE, open_factors
-from hf_tsv.tsv import TaskSingularVectors
+from hf_tsv.linalg.updates import TaskSingularVectors
+from hf_tsv.system.errors import CheckpointError, OutputError, RepoError
 
 RANK = 4
 INDEX = f"{FACTORS_FILE}.index.json"

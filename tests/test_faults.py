@@ -22,9 +22,10 @@ from labelled import add_dataset
 from test_push import contents, pushed, sent
 
 import hf_tsv as api
-from hf_tsv import hub as client
-from hf_tsv.errors import HfTsvError
-from hf_tsv.hub import client as calls
+from hf_tsv.hub import client as client_module
+from hf_tsv.hub import push_file
+from hf_tsv.hub.client import translated
+from hf_tsv.system.errors import HfTsvError
 
 STORED = "/[0-9a-f]{64}/"
 """In the path of every file of the storage."""
@@ -287,7 +288,7 @@ def test_a_token_that_expires_between_the_headers_and_the_weights(world: Path, h
 def test_a_server_that_never_answers(
     world: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, pattern: str
 ) -> None:
-    monkeypatch.setattr(calls, "SILENCE", 0.1)
+    monkeypatch.setattr(client_module, "SILENCE", 0.1)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
     hub.fail(pattern, delay=60, times=math.inf)
     done = hf_tsv(*MERGE, "--stream", cwd=world)
@@ -612,11 +613,11 @@ def test_a_card_whose_answer_is_lost_is_written_once(hub: Hub) -> None:
     }  # fmt: skip
     hub.fail("/commit/", drop_after=0)
     hub.fail("/commit/", 503)
-    url = client.push_file("me/new", "README.md", new, **words)
+    url = push_file("me/new", "README.md", new, **words)
     repo = hub.repos["me/new"]
     assert len(repo.commits) == 2 and url.endswith(repo.branches["main"])
     with pytest.raises(HfTsvError, match="was changed by another commit meanwhile"):
-        client.push_file("me/new", "README.md", new + b"er", **words)
+        push_file("me/new", "README.md", new + b"er", **words)
     assert hub.files("me/new")["README.md"] == new
 
 
@@ -633,6 +634,6 @@ def test_factors_that_could_not_be_pushed_are_not_said_to_lie_where_they_do_not(
 
 def test_an_error_of_the_storage_s_own_protocol_is_one_of_the_repository() -> None:
     said = "org/a: the storage of the Hub failed: no shard at https://cas/x."
-    with pytest.raises(HfTsvError, match=said) as error, calls.translated("org/a", None):
+    with pytest.raises(HfTsvError, match=said) as error, translated("org/a", None):
         raise RuntimeError("no shard at https://cas/x?Signature=abc")
     assert "Signature" not in str(error.value)

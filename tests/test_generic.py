@@ -14,7 +14,7 @@ from cli import hf_tsv as run
 from safetensors.torch import load_file
 
 import hf_tsv
-from hf_tsv.errors import CheckpointError
+from hf_tsv.system.errors import CheckpointError
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

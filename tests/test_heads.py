@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import hf_tsv
-from hf_tsv.checkpoints.heads import file_names
-from hf_tsv.errors import CheckpointError, HfTsvError, RecipeError
+from hf_tsv.checkpoints.formats.heads import file_names
+from hf_tsv.system.errors import CheckpointError, HfTsvError, RecipeError
 
 LABELS = {"digits": ["one", "two", "three"], "animals": ["cat", "dog", "emu", "fox", "gnu"]}
 CLASSES, ZERO_SHOT = "image-classification", "zero-shot-image-classification"

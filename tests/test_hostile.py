@@ -27,18 +27,19 @@ from test_reader import CONFIG, FLOAT, INDEX_FILE, folder_of, opened, refused, s
 
 import hf_tsv
 from benchmarks.fuzz import targets
+from hf_tsv import TaskFactors
 from hf_tsv.checkpoints.base_model import named_by
 from hf_tsv.checkpoints.companions import without_code
-from hf_tsv.checkpoints.files import LocalFiles
-from hf_tsv.checkpoints.instructions import MAX_STEPS
-from hf_tsv.checkpoints.pickles import read_pickle
-from hf_tsv.checkpoints.reader import PICKLED_FILE, SINGLE_FILE
+from hf_tsv.checkpoints.names import PICKLED_FILE, RECIPE_FILE, SINGLE_FILE
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.errors import CheckpointError, RecipeError
-from hf_tsv.factors import TaskFactors
-from hf_tsv.progress import bar
-from hf_tsv.recipe import RECIPE_FILE, Recipe, check_number
-from hf_tsv.untrusted import MAX_BYTES, MAX_DEPTH, MAX_JSON_VALUES, parse_json, parse_yaml
+from hf_tsv.checkpoints.storage.files import LocalFiles
+from hf_tsv.checkpoints.storage.instructions import MAX_STEPS
+from hf_tsv.checkpoints.storage.pickles import read_pickle
+from hf_tsv.recipes.recipe import Recipe
+from hf_tsv.system.checks import check_number
+from hf_tsv.system.errors import CheckpointError, RecipeError
+from hf_tsv.system.progress import bar
+from hf_tsv.system.untrusted import MAX_BYTES, MAX_DEPTH, MAX_JSON_VALUES, parse_json, parse_yaml
 
 ALLOWED = 300_000_000
 """Bytes that a process may grow by, whatever it reads."""

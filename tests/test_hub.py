@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,22 +13,36 @@ import pytest
 from hub import Hub, Request, User
 from huggingface_hub import HfApi
 
-from hf_tsv import hub as client
-from hf_tsv.errors import RepoError
-from hf_tsv.hub import client as calls
-from hf_tsv.hub import downloads, ranges, uploads
+from hf_tsv import hub as hub_
+from hf_tsv.checkpoints.names import MARKERS, OLD_WEIGHTS
+from hf_tsv.hub import (
+    RepoSnapshot,
+    Wanted,
+    download,
+    downloads,
+    ranges,
+    read_range,
+    uncached,
+    uploads,
+    writable_repo_id,
+)
+from hf_tsv.hub import client as client_module
+from hf_tsv.hub.client import RETRY_WAITS, first_line
+from hf_tsv.system.errors import RepoError
 
 WEIGHTS = bytes(range(256)) * 40
 FILES = {"config.json": "{}", "model.safetensors": WEIGHTS}
 AT_ONCE = {"Retry-After": "0"}
 
-
-def snapshot(repo_id: str = "org/model", **kwargs: Any) -> client.RepoSnapshot:
-    return client.snapshot(repo_id, kwargs.pop("revision", None), **kwargs)
+push = partial(hub_.push, markers=MARKERS, replaced=OLD_WEIGHTS)
 
 
-def fetch(repo: client.RepoSnapshot, *names: str) -> Path:
-    (folder,) = client.download([client.Wanted(repo, None, tuple(names))], visible=False)
+def snapshot(repo_id: str = "org/model", **kwargs: Any) -> RepoSnapshot:
+    return hub_.snapshot(repo_id, kwargs.pop("revision", None), **kwargs)
+
+
+def fetch(repo: RepoSnapshot, *names: str) -> Path:
+    (folder,) = download([Wanted(repo, None, tuple(names))], visible=False)
     return folder
 
 
@@ -43,7 +58,7 @@ def result(tmp_path: Path) -> Path:
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Result\n")
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(WEIGHTS)
-    (folder / client.MARKERS[0]).write_text("hf_tsv_recipe: 1\n")
+    (folder / MARKERS[0]).write_text("hf_tsv_recipe: 1\n")
     return folder
 
 
@@ -51,21 +66,21 @@ def result(tmp_path: Path) -> Path:
 
 
 def test_a_bare_name_belongs_to_the_token_s_user(hub: Hub) -> None:
-    assert client.writable_repo_id("merged") == "me/merged"
+    assert writable_repo_id("merged") == "me/merged"
 
 
 @pytest.mark.parametrize("repo_id", ["me/new", "org/new", "me/there", "org/there"])
 def test_the_namespaces_of_the_token_can_be_written(hub: Hub, repo_id: str) -> None:
     hub.add_repo("me/there", FILES)
     hub.add_repo("org/there", FILES, private=True)
-    assert client.writable_repo_id(repo_id) == repo_id
+    assert writable_repo_id(repo_id) == repo_id
     assert asked(hub, "", "POST") == []
 
 
 def test_without_a_token_nothing_is_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploads, "get_token", lambda: None)
     with pytest.raises(RepoError, match=r"Pushing to me/new needs a token.*hf auth login"):
-        client.writable_repo_id("me/new")
+        writable_repo_id("me/new")
     assert hub.requests == []
 
 
@@ -73,28 +88,28 @@ def test_without_a_token_nothing_is_asked(hub: Hub, monkeypatch: pytest.MonkeyPa
 def test_a_read_token_is_refused(hub: Hub, create_pr: bool) -> None:
     hub.add_repo("reader/model", FILES)
     with pytest.raises(RepoError, match=r"reader/model needs a token that can write"):
-        client.writable_repo_id("reader/model", token="hf_read", create_pr=create_pr)
+        writable_repo_id("reader/model", token="hf_read", create_pr=create_pr)
 
 
 def test_a_wrong_token_is_refused(hub: Hub) -> None:
     with pytest.raises(RepoError, match="does not accept this token") as error:
-        client.writable_repo_id("me/new", token="hf_wrong")
+        writable_repo_id("me/new", token="hf_wrong")
     assert "hf_wrong" not in str(error.value)
 
 
 @pytest.mark.parametrize("private", [False, True])
 def test_a_foreign_namespace_is_refused(hub: Hub, private: bool) -> None:
     with pytest.raises(RepoError, match=r"cannot create other/new: it writes to me, org"):
-        client.writable_repo_id("other/new")
+        writable_repo_id("other/new")
     hub.add_repo("other/there", FILES, private=private)
     with pytest.raises(RepoError, match="other/there"):
-        client.writable_repo_id("other/there")
+        writable_repo_id("other/there")
 
 
 @pytest.mark.parametrize("repo_id", ["", "a/b/c", "me/a b", "me/-a", "hf://me/a", "me/a.git"])
 def test_what_is_no_repository_id_is_refused(hub: Hub, repo_id: str) -> None:
     with pytest.raises(RepoError, match="is not a repository id"):
-        client.writable_repo_id(repo_id)
+        writable_repo_id(repo_id)
 
 
 def scope(name: str, *permissions: str) -> dict[str, Any]:
@@ -107,27 +122,27 @@ def test_a_fine_grained_token_writes_where_it_says(hub: Hub) -> None:
     scopes = [scope("org", "repo.content.read", "repo.write"), scope("me", "repo.content.read")]
     hub.users["hf_fine"] = User("me", orgs=["org"], role="fineGrained", scoped=scopes)
     for repo_id in ("org/new", "org/there"):
-        assert client.writable_repo_id(repo_id, token="hf_fine") == repo_id
+        assert writable_repo_id(repo_id, token="hf_fine") == repo_id
     for repo_id in ("me/new", "new", "me/there"):
         with pytest.raises(RepoError, match="This token"):
-            client.writable_repo_id(repo_id, token="hf_fine")
+            writable_repo_id(repo_id, token="hf_fine")
 
 
 def test_a_pull_request_needs_no_right_on_the_repository(hub: Hub) -> None:
     hub.add_repo("other/there", FILES)
-    assert client.writable_repo_id("other/there", create_pr=True) == "other/there"
+    assert writable_repo_id("other/there", create_pr=True) == "other/there"
 
 
 def test_a_pull_request_needs_a_repository(hub: Hub) -> None:
     with pytest.raises(RepoError, match=r"--create-pr needs an existing repository.*me/new"):
-        client.writable_repo_id("me/new", create_pr=True)
+        writable_repo_id("me/new", create_pr=True)
 
 
 # Push
 
 
 def test_a_push_is_one_commit(hub: Hub, result: Path) -> None:
-    url = client.push(result, "me/new", commit_message="Merge two")
+    url = push(result, "me/new", commit_message="Merge two")
     commits = HfApi().list_repo_commits("me/new")
     assert [commit.title for commit in commits] == ["Merge two", "initial commit"]
     assert url == f"{hub.endpoint}/me/new/commit/{commits[0].commit_id}"
@@ -143,7 +158,7 @@ def test_a_push_replaces_the_weights_of_an_earlier_one_in_the_same_commit(
     stale = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     index = "model.safetensors.index.json"
     hub.add_repo("me/there", {**dict.fromkeys([*stale, index], "old"), "notes.txt": "kept"})
-    client.push(result, "me/there")
+    push(result, "me/there")
     found = hub.files("me/there")
     assert set(found) == {path.name for path in result.iterdir()} | {"notes.txt"}
     assert found["model.safetensors"] == WEIGHTS
@@ -154,14 +169,14 @@ def test_a_push_replaces_the_weights_of_an_earlier_one_in_the_same_commit(
 def test_a_new_repository_is_as_private_as_asked(
     hub: Hub, result: Path, private: bool | None
 ) -> None:
-    client.push(result, "me/new", private=private)
+    push(result, "me/new", private=private)
     assert hub.repos["me/new"].private is bool(private)
 
 
 def test_a_branch_is_made_for_a_push_and_main_stays(hub: Hub, result: Path) -> None:
     main = hub.add_repo("me/there", {"file.txt": "text"})
     for _ in range(2):
-        client.push(result, "me/there", revision="exp/one")
+        push(result, "me/there", revision="exp/one")
     assert hub.files("me/there", "exp/one")["model.safetensors"] == WEIGHTS
     assert hub.repos["me/there"].branches["main"] == main
     assert set(hub.repos["me/there"].branches) == {"main", "exp/one"}
@@ -169,7 +184,7 @@ def test_a_branch_is_made_for_a_push_and_main_stays(hub: Hub, result: Path) -> N
 
 def test_a_pull_request_leaves_main_alone(hub: Hub, result: Path) -> None:
     main = hub.add_repo("other/there", {"model-00001-of-00002.safetensors": "old"})
-    url = client.push(result, "other/there", create_pr=True)
+    url = push(result, "other/there", create_pr=True)
     assert url == f"{hub.endpoint}/other/there/discussions/1"
     assert hub.repos["other/there"].branches == {"main": main}
     proposed = hub.files("other/there", "refs/pr/1")
@@ -180,7 +195,7 @@ def test_a_pull_request_leaves_main_alone(hub: Hub, result: Path) -> None:
 def test_a_push_to_a_pull_request_adds_to_it(hub: Hub, result: Path) -> None:
     hub.add_repo("me/there", {"file.txt": "text"})
     HfApi().create_pull_request("me/there", "Draft")
-    client.push(result, "me/there", revision="refs/pr/1")
+    push(result, "me/there", revision="refs/pr/1")
     assert hub.files("me/there", "refs/pr/1")["model.safetensors"] == WEIGHTS
     assert set(hub.repos["me/there"].branches) == {"main"}
 
@@ -189,7 +204,7 @@ def test_a_push_without_rights_is_refused(hub: Hub, result: Path) -> None:
     hub.add_repo("other/there", {})
     for repo_id in ("other/there", "other/new"):
         with pytest.raises(RepoError, match=f"This token may not write to {repo_id}"):
-            client.push(result, repo_id)
+            push(result, repo_id)
 
 
 BROKEN_CARD = "---\nignore_metadata_errors: true\n---\n"
@@ -203,21 +218,21 @@ def test_a_card_that_the_client_cannot_read_is_no_obstacle(
     hub.add_repo("me/there", {"README.md": BROKEN_CARD})
     with pytest.raises(TypeError):
         HfApi().model_info("me/there")
-    assert client.writable_repo_id("me/there", private=private) == "me/there"
-    client.push(result, "me/there")
+    assert writable_repo_id("me/there", private=private) == "me/there"
+    push(result, "me/there")
     assert hub.files("me/there")["model.safetensors"] == WEIGHTS
 
 
 def test_a_card_that_the_hub_refuses_is_a_repo_error(hub: Hub, result: Path) -> None:
     (result / "README.md").write_text("---\nlicense: My own\n---\n")
     with pytest.raises(RepoError, match=r"me/new.*metadata"):
-        client.push(result, "me/new")
+        push(result, "me/new")
 
 
 def test_the_same_push_twice_adds_no_commit(hub: Hub, result: Path) -> None:
-    client.push(result, "me/new")
+    push(result, "me/new")
     head = hub.repos["me/new"].refs["refs/heads/main"]
-    client.push(result, "me/new")
+    push(result, "me/new")
     assert hub.repos["me/new"].refs["refs/heads/main"] == head
 
 
@@ -225,9 +240,9 @@ def test_a_failed_push_changes_nothing(hub: Hub, result: Path, sleeps: list[floa
     head = hub.add_repo("me/there", {"model-00001-of-00002.safetensors": "old"})
     hub.fail("/commit/", times=math.inf)
     with pytest.raises(RepoError, match="the Hub answered 503"):
-        client.push(result, "me/there")
+        push(result, "me/there")
     assert hub.repos["me/there"].branches == {"main": head}
-    assert len(sleeps) == len(calls.RETRY_WAITS)
+    assert len(sleeps) == len(RETRY_WAITS)
 
 
 # Download
@@ -236,11 +251,11 @@ def test_a_failed_push_changes_nothing(hub: Hub, result: Path, sleeps: list[floa
 def test_what_is_missing_is_downloaded_and_what_is_cached_is_not(hub: Hub, tmp_path: Path) -> None:
     hub.add_repo("org/model", FILES)
     repo = snapshot(cache_dir=str(tmp_path))
-    assert client.uncached(repo, list(FILES)) == list(FILES)
+    assert uncached(repo, list(FILES)) == list(FILES)
     fetch(repo, "config.json")
-    assert client.uncached(repo, list(FILES)) == ["model.safetensors"]
+    assert uncached(repo, list(FILES)) == ["model.safetensors"]
     folder = fetch(repo, *FILES)
-    assert client.uncached(repo, list(FILES)) == []
+    assert uncached(repo, list(FILES)) == []
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert hub.sent("config.json") == 2
     hub.requests.clear()
@@ -252,7 +267,7 @@ def test_the_cache_is_the_client_s(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add_repo("org/model", {**FILES, "sub/file.txt": "text"})
     theirs = HfApi().snapshot_download("org/model", cache_dir=tmp_path)
     repo = snapshot(cache_dir=str(tmp_path))
-    assert client.uncached(repo, ["sub/file.txt", *FILES]) == []
+    assert uncached(repo, ["sub/file.txt", *FILES]) == []
     ours = fetch(repo, "sub/file.txt", *FILES)
     assert ours == Path(theirs) and ours.name == sha
 
@@ -263,8 +278,8 @@ def test_another_commit_is_another_copy(hub: Hub, tmp_path: Path) -> None:
     fetch(old, *FILES)
     hub.commit("org/model", {"config.json": "new"})
     new = snapshot(cache_dir=str(tmp_path))
-    assert client.uncached(old, list(FILES)) == []
-    assert client.uncached(new, list(FILES)) == list(FILES)
+    assert uncached(old, list(FILES)) == []
+    assert uncached(new, list(FILES)) == list(FILES)
     assert (fetch(new, "config.json") / "config.json").read_text() == "new"
     assert (fetch(old, "config.json") / "config.json").read_text() == "{}"
 
@@ -282,9 +297,7 @@ def test_several_repositories_are_downloaded_together(hub: Hub, tmp_path: Path) 
     hub.add_repo("org/a", {"config.json": "a"})
     hub.add_repo("org/b", {"config.json": "b"})
     repos = [snapshot(name, cache_dir=str(tmp_path)) for name in ("org/a", "org/b")]
-    folders = client.download(
-        [client.Wanted(repo, None, ("config.json",)) for repo in repos], visible=False
-    )
+    folders = download([Wanted(repo, None, ("config.json",)) for repo in repos], visible=False)
     assert [(folder / "config.json").read_text() for folder in folders] == ["a", "b"]
 
 
@@ -321,11 +334,11 @@ def test_a_file_that_is_gone_is_a_repo_error(hub: Hub, tmp_path: Path) -> None:
 def test_a_range_is_read_without_the_rest(hub: Hub) -> None:
     hub.add_repo("org/model", FILES)
     repo = snapshot()
-    assert client.read_range(repo, "model.safetensors", 10, 300) == WEIGHTS[10:300]
-    assert client.read_range(repo, "config.json", 1, 2) == b"}"
+    assert read_range(repo, "model.safetensors", 10, 300) == WEIGHTS[10:300]
+    assert read_range(repo, "config.json", 1, 2) == b"}"
     assert hub.sent("model.safetensors") == 290
     hub.requests.clear()
-    assert client.read_range(repo, "model.safetensors", 5, 5) == b""
+    assert read_range(repo, "model.safetensors", 5, 5) == b""
     assert hub.requests == []
 
 
@@ -334,25 +347,25 @@ def test_a_range_beyond_the_end_is_an_error(hub: Hub, sleeps: list[float]) -> No
     size = len(WEIGHTS)
     for start, stop in ((size - 1, size + 1), (size, size + 1)):
         with pytest.raises(RepoError, match="org/model"):
-            client.read_range(snapshot(), "model.safetensors", start, stop)
+            read_range(snapshot(), "model.safetensors", start, stop)
 
 
 def test_a_file_that_is_not_there_is_an_error(hub: Hub) -> None:
     hub.add_repo("org/model", FILES)
     with pytest.raises(RepoError, match=r"org/model.*Check the files"):
-        client.read_range(snapshot(), "absent", 0, 1)
+        read_range(snapshot(), "absent", 0, 1)
 
 
 def test_a_server_that_ignores_ranges_gives_the_same_bytes(hub: Hub) -> None:
     hub.add_repo("org/model", FILES)
     hub.fail("model.safetensors", ignore_range=True)
-    assert client.read_range(snapshot(), "model.safetensors", 10, 300) == WEIGHTS[10:300]
+    assert read_range(snapshot(), "model.safetensors", 10, 300) == WEIGHTS[10:300]
 
 
 def test_an_answer_that_is_too_short_is_asked_for_again(hub: Hub, sleeps: list[float]) -> None:
     hub.add_repo("org/model", FILES)
     hub.fail("model.safetensors", truncate=100, times=2)
-    assert client.read_range(snapshot(), "model.safetensors", 10, 300) == WEIGHTS[10:300]
+    assert read_range(snapshot(), "model.safetensors", 10, 300) == WEIGHTS[10:300]
     assert sleeps == [1, 2]
 
 
@@ -360,7 +373,7 @@ def test_answers_that_stay_too_short_are_an_error(hub: Hub, sleeps: list[float])
     hub.add_repo("org/model", FILES)
     hub.fail("model.safetensors", truncate=100, times=9)
     with pytest.raises(RepoError, match=r"sent 100 bytes instead of 290 of model\.safetensors"):
-        client.read_range(snapshot(), "model.safetensors", 10, 300)
+        read_range(snapshot(), "model.safetensors", 10, 300)
     assert len(sleeps) == 4
 
 
@@ -370,7 +383,7 @@ def test_another_range_than_asked_for_is_an_error(hub: Hub, sleeps: list[float])
     hub.fail("model.safetensors", truncate=10**6, headers=other, times=9)
     said = rf"bytes 0-289/{len(WEIGHTS)} instead of bytes 10-299 of model\.safetensors"
     with pytest.raises(RepoError, match=said):
-        client.read_range(snapshot(), "model.safetensors", 10, 300)
+        read_range(snapshot(), "model.safetensors", 10, 300)
     assert len(sleeps) == 4
 
 
@@ -390,7 +403,7 @@ def test_answers_that_are_of_another_file_are_errors(
     hub.add_repo("org/model", FILES)
     hub.fail("/[0-9a-f]{64}/", times=99, **fault)
     with pytest.raises(RepoError, match=f"{said}.*of model.safetensors") as error:
-        client.read_range(snapshot(), "model.safetensors", 10, 300)
+        read_range(snapshot(), "model.safetensors", 10, 300)
     assert "hf auth" not in str(error.value)
     assert len(sleeps) == 4
 
@@ -402,20 +415,20 @@ def test_all_of_a_large_file_is_not_taken_for_a_part(
     hub.add_repo("org/model", FILES)
     hub.fail("model.safetensors", ignore_range=True, times=99)
     with pytest.raises(RepoError, match="serves no ranges"):
-        client.read_range(snapshot(), "model.safetensors", 10, 300)
+        read_range(snapshot(), "model.safetensors", 10, 300)
 
 
 def test_a_refused_connection_to_the_storage_is_tried_again(hub: Hub, sleeps: list[float]) -> None:
     hub.add_repo("org/model", FILES)
     repo = snapshot()
     repo.locations["model.safetensors"] = "http://127.0.0.1:9/gone"
-    assert client.read_range(repo, "model.safetensors", 10, 300) == WEIGHTS[10:300]
+    assert read_range(repo, "model.safetensors", 10, 300) == WEIGHTS[10:300]
     assert sleeps == [1]
 
 
 def test_no_signature_of_an_address_is_told() -> None:
     error = RuntimeError("404 for url 'https://s3.aws/a/b?X-Signature=SECRET&Expires=1' (x)")
-    assert calls.first_line(error) == "404 for url 'https://s3.aws/a/b' (x)"
+    assert first_line(error) == "404 for url 'https://s3.aws/a/b' (x)"
 
 
 def test_the_storage_is_asked_directly_until_it_refuses(hub: Hub) -> None:
@@ -423,12 +436,12 @@ def test_the_storage_is_asked_directly_until_it_refuses(hub: Hub) -> None:
     repo = snapshot()
     hub.requests.clear()
     for start in (0, 100, 200):
-        assert client.read_range(repo, "model.safetensors", start, start + 9)
+        assert read_range(repo, "model.safetensors", start, start + 9)
     assert [r.origin for r in hub.requests] == ["api", "cdn", "cdn", "cdn"]
     hub.requests.clear()
     hub.fail("/[0-9a-f]{64}/", status=403)  # as of an address that was signed an hour ago
     for start in (0, 100):
-        assert client.read_range(repo, "model.safetensors", start, start + 9)
+        assert read_range(repo, "model.safetensors", start, start + 9)
     assert [r.origin for r in hub.requests] == ["cdn", "api", "cdn", "cdn"]
 
 
@@ -438,10 +451,10 @@ def test_the_storage_is_asked_directly_until_it_refuses(hub: Hub) -> None:
 def test_the_token_never_reaches_the_cdn(hub: Hub, tmp_path: Path, result: Path) -> None:
     hub.add_repo("org/secret", FILES, private=True)
     repo = snapshot("org/secret", token="hf_write", cache_dir=str(tmp_path))
-    client.read_range(repo, "model.safetensors", 0, 8)
+    read_range(repo, "model.safetensors", 0, 8)
     fetch(repo, *FILES)
     (result / "model.safetensors").write_bytes(WEIGHTS + b"more")
-    client.push(result, "me/new", token="hf_write")
+    push(result, "me/new", token="hf_write")
     cdn = [request for request in hub.requests if request.origin == "cdn"]
     assert {request.method for request in cdn} == {"GET", "PUT"}
     assert {request.status for request in cdn} <= {200, 206}
@@ -453,7 +466,7 @@ def test_a_token_given_is_used_instead_of_the_one_logged_in(hub: Hub, tmp_path: 
     hub.add_repo("reader/secret", FILES, private=True)
     repo = snapshot("reader/secret", token="hf_read", cache_dir=str(tmp_path))
     fetch(repo, *FILES)
-    client.read_range(repo, "config.json", 0, 1)
+    read_range(repo, "config.json", 0, 1)
     sent = {r.headers.get("authorization") for r in hub.requests if r.origin == "api"}
     assert sent == {"Bearer hf_read"}
 
@@ -461,7 +474,7 @@ def test_a_token_given_is_used_instead_of_the_one_logged_in(hub: Hub, tmp_path: 
 def test_every_request_says_who_asks(hub: Hub, tmp_path: Path) -> None:
     hub.add_repo("org/model", FILES)
     repo = snapshot(cache_dir=str(tmp_path))
-    client.read_range(repo, "config.json", 0, 1)
+    read_range(repo, "config.json", 0, 1)
     fetch(repo, *FILES)
     assert all("hf-tsv/" in r.headers["user-agent"] for r in hub.requests if r.origin == "api")
 
@@ -474,8 +487,8 @@ def pin_it(tmp_path: Path) -> None:
 
 
 def range_it(tmp_path: Path) -> None:
-    repo = client.RepoSnapshot("org/model", "main", {}, {})
-    assert client.read_range(repo, "model.safetensors", 0, 9) == WEIGHTS[:9]
+    repo = RepoSnapshot("org/model", "main", {}, {})
+    assert read_range(repo, "model.safetensors", 0, 9) == WEIGHTS[:9]
 
 
 def fetch_it(tmp_path: Path) -> None:
@@ -484,13 +497,13 @@ def fetch_it(tmp_path: Path) -> None:
 
 
 def check_it(tmp_path: Path) -> None:
-    client.writable_repo_id("me/there")
+    writable_repo_id("me/there")
 
 
 def push_it(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(WEIGHTS)
-    (tmp_path / client.MARKERS[0]).write_text("hf_tsv_recipe: 1\n")
-    client.push(tmp_path, "me/there", revision="dev")
+    (tmp_path / MARKERS[0]).write_text("hf_tsv_recipe: 1\n")
+    push(tmp_path, "me/there", revision="dev")
 
 
 @pytest.mark.parametrize(
@@ -542,7 +555,7 @@ def test_a_connection_that_breaks_is_tried_again(
     act: Callable[[Path], None],
     pattern: str,
 ) -> None:
-    monkeypatch.setattr(calls, "RETRY_WAITS", (0.01,) * 4)
+    monkeypatch.setattr(client_module, "RETRY_WAITS", (0.01,) * 4)
     hub.add_repo("org/model", FILES)
     hub.add_repo("me/there", {"file.txt": "text"})
     hub.fail(pattern, drop_after=1 if act is not push_it else 0)
@@ -553,11 +566,11 @@ def test_a_connection_that_breaks_is_tried_again(
 def test_a_lost_answer_opens_no_second_pull_request(
     hub: Hub, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "RETRY_WAITS", (0.01,) * 4)
+    monkeypatch.setattr(client_module, "RETRY_WAITS", (0.01,) * 4)
     hub.add_repo("other/there", {"file.txt": "text"})
     hub.fail("/commit/", drop_after=0)
     try:
-        client.push(result, "other/there", create_pr=True)
+        push(result, "other/there", create_pr=True)
     except RepoError as error:
         assert "other/there" in error.message
     assert len(hub.repos["other/there"].pull_requests) == 1
@@ -588,7 +601,7 @@ def test_a_senseless_wait_is_no_crash(hub: Hub, monkeypatch: pytest.MonkeyPatch,
     def sleep(seconds: float) -> None:
         assert 0 <= seconds <= 60
 
-    monkeypatch.setattr(calls, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(client_module, "time", SimpleNamespace(sleep=sleep))
     hub.add_repo("org/model", FILES)
     hub.fail("/api/models/", status=429, headers={"Retry-After": said})
     assert snapshot().repo_id == "org/model"
@@ -606,7 +619,7 @@ def test_an_error_that_stays_is_not_repeated(hub: Hub, sleeps: list[float], stat
 def test_a_hub_that_is_down_is_noticed_at_once(hub: Hub, sleeps: list[float], result: Path) -> None:
     hub.stop()
     try:
-        for act in (lambda: client.writable_repo_id("me/a"), lambda: client.push(result, "me/a")):
+        for act in (lambda: writable_repo_id("me/a"), lambda: push(result, "me/a")):
             with pytest.raises(RepoError, match="the Hub cannot be reached"):
                 act()
     finally:

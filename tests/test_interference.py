@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import hf_tsv
 from hf_tsv.checkpoints.layout import block_and_kind
-from hf_tsv.diagnosis import COMPARABLE, FAR_ABOVE
+from hf_tsv.merging.diagnosis import COMPARABLE, FAR_ABOVE
 
 TASKS = 3
 KEYS = {

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from reference import concatenation, fine_tunes, gaussian, generator, lora, orthonormal, procrustes
 from torch import Tensor
 
-from hf_tsv import tsv
-from hf_tsv.tsv import TaskSingularVectors
+from hf_tsv.linalg.updates import TaskSingularVectors
+from hf_tsv.methods import interference, tsv
 
 SHAPES = [(24, 24), (40, 24), (24, 40)]
 
@@ -24,7 +24,7 @@ def by_definition(U: Tensor, s: Tensor, Vh: Tensor) -> float:
     return float(((U.T @ U - eye) @ s.diag() @ (Vh @ Vh.T - eye)).abs().sum())
 
 
-def measured(deltas: Sequence[Tensor], rank: int, **options: object) -> tsv.Interference:
+def measured(deltas: Sequence[Tensor], rank: int, **options: object) -> interference.Interference:
     found = tsv.merge(deltas, rank, measure=True, **options).interference  # type: ignore[arg-type]
     assert found is not None
     return found
@@ -52,7 +52,7 @@ def test_it_is_the_definition(shape: tuple[int, int], precision: str) -> None:
 @pytest.mark.parametrize("rows", [1, 5, 7])
 def test_the_product_is_computed_in_parts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     deltas = fine_tunes((30, 20), 2, 0.5, seed=2)
-    monkeypatch.setattr(tsv, "ROWS", rows)
+    monkeypatch.setattr(interference, "ROWS", rows)
     expected = by_definition(*concatenation(deltas, [9, 9]))
     assert measured(deltas, 9).sti == pytest.approx(expected, rel=1e-6)
 
@@ -162,7 +162,7 @@ def test_a_spectrum_is_noted_at_shares_of_the_rank() -> None:
     found = measured([delta, gaussian(64, 70, generator(15))], 6)
     s = torch.linalg.svdvals(delta.double())
     for share, sigma, energy in zip(
-        tsv.RANK_SHARES, found.spectra[0], found.energies[0], strict=True
+        interference.RANK_SHARES, found.spectra[0], found.energies[0], strict=True
     ):
         if (rank := share * 64).is_integer() and rank < 64:
             assert sigma == pytest.approx(float(s[int(rank)]), rel=1e-6)
@@ -212,5 +212,5 @@ def test_factors_are_what_is_given() -> None:
     """The formula itself takes any factors, orthonormal or not."""
     g = generator(14)
     U, s, Vh = gaussian(9, 5, g), torch.rand(5, generator=g).double(), gaussian(5, 7, g)
-    found = tsv.singular_task_interference(TaskSingularVectors(U, s, Vh))
+    found = interference.singular_task_interference(TaskSingularVectors(U, s, Vh))
     assert found == pytest.approx(by_definition(U, s, Vh), rel=1e-12)

@@ -22,8 +22,10 @@ from reference import (
 )
 from torch import Tensor
 
-import hf_tsv.tsv
-from hf_tsv import iterative, linalg
+import hf_tsv.methods.tsv
+from hf_tsv.linalg import iterative, polar, products
+from hf_tsv.linalg import svd as svd_module
+from hf_tsv.linalg.svd import truncated_svd, truncated_svds
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -34,7 +36,7 @@ RANK = 20
 @pytest.fixture
 def by_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU do as a GPU does."""
-    monkeypatch.setattr(linalg, "_by_products", lambda matrix: matrix.numel() > 0)
+    monkeypatch.setattr(products, "by_products", lambda matrix: matrix.numel() > 0)
 
 
 def clustered(shape: tuple[int, int], g: torch.Generator) -> Tensor:
@@ -191,7 +193,7 @@ def test_polar_parts_are_the_polar_factor(shape: tuple[int, int], condition: flo
     g = generator(3)
     P, Q = orthonormal(*shape, g), orthonormal(shape[1], shape[1], g)
     s = torch.logspace(0, -1, shape[1], dtype=torch.float64) ** torch.tensor(condition).log10()
-    parts = iterative.polar_parts(7 * P * s @ Q.T, linalg.SMALLEST_EIGENVALUE)
+    parts = iterative.polar_parts(7 * P * s @ Q.T, polar.SMALLEST_EIGENVALUE)
     assert parts is not None
     assert relative_error(parts[0] @ parts[1], P @ Q.T) < 1e-11
     for part in parts:
@@ -204,8 +206,8 @@ def test_null_directions_have_no_polar_parts(smallest: float) -> None:
     s = torch.ones(50, dtype=torch.float64)
     s[-1] = smallest
     a = orthonormal(70, 50, g) * s @ orthonormal(50, 50, g).T
-    assert iterative.polar_parts(a, linalg.SMALLEST_EIGENVALUE) is None
-    assert iterative.polar_parts(0 * a, linalg.SMALLEST_EIGENVALUE) is None
+    assert iterative.polar_parts(a, polar.SMALLEST_EIGENVALUE) is None
+    assert iterative.polar_parts(0 * a, polar.SMALLEST_EIGENVALUE) is None
 
 
 # What uses them
@@ -217,7 +219,7 @@ def test_merges_by_products_are_the_method(
     by_products: None, shape: tuple[int, int], exponent: float
 ) -> None:
     deltas = fine_tunes(shape, 8, exponent, seed=5)
-    result = hf_tsv.tsv.merge(deltas, RANK)
+    result = hf_tsv.methods.tsv.merge(deltas, RANK)
     assert relative_error(result.matrix, tsv(deltas, [RANK] * 8)) < 1e-8
     assert result.exact == 0
 
@@ -226,7 +228,7 @@ def test_merges_by_products_clamp_ranks_and_leave_null_directions_out(by_product
     g = generator(6)
     deltas = [lora((SIZE, 200), 16, 3e-4, g) for _ in range(3)]
     deltas += [deltas[0], torch.zeros(SIZE, 200).double(), gaussian(SIZE, 200, g)]
-    result = hf_tsv.tsv.merge(deltas, RANK, floors=[1e-8] * 6)
+    result = hf_tsv.methods.tsv.merge(deltas, RANK, floors=[1e-8] * 6)
     assert result.ranks == (16, 16, 16, 16, 0, RANK)
     assert result.null_directions == 16
     assert relative_error(result.matrix, tsv(deltas, result.ranks)) < 1e-8
@@ -239,7 +241,7 @@ def test_what_is_under_the_floor_need_not_converge(
     monkeypatch.setattr(iterative, "SWEEPS", 4)
     g = generator(2)
     delta = lora((200, SIZE), 16, 3e-4, g) + 1e-7 * gaussian(200, SIZE, g)
-    (svd,) = linalg.truncated_svds([delta], RANK, [1e-3 * float(delta.norm())])
+    (svd,) = truncated_svds([delta], RANK, [1e-3 * float(delta.norm())])
     U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
     assert len(svd.S) == 16
     assert relative_error(svd.U * svd.S @ svd.Vh, U[:, :16] * S[:16] @ Vh[:16]) < 1e-9
@@ -248,7 +250,7 @@ def test_what_is_under_the_floor_need_not_converge(
 def test_more_columns_than_rows_are_whitened_from_the_other_side(by_products: None) -> None:
     U, V = gaussian(20, 45, generator(14)), gaussian(60, 45, generator(15))
     S = torch.linspace(2, 1, 45, dtype=torch.float64)
-    fast, exact = (linalg.orthogonal_product(U, S, V.T, p) for p in ("fast", "exact"))
+    fast, exact = (polar.orthogonal_product(U, S, V.T, p) for p in ("fast", "exact"))
     assert fast.exact == 0
     assert relative_error(fast.matrix, exact.matrix) < 1e-10
 
@@ -259,8 +261,8 @@ def test_matrices_of_one_shape_are_decomposed_together(by_products: None, monkey
     matrices = [gaussian(*shape, g) for shape in shapes]
     solve = Mock(side_effect=iterative.leading_eigh)
     monkeypatch.setattr(iterative, "leading_eigh", solve)
-    monkeypatch.setattr(linalg, "BATCH", 3 * 60 * 40)
-    found = linalg.truncated_svds(matrices, 4, [0.0] * 8)
+    monkeypatch.setattr(svd_module, "BATCH", 3 * 60 * 40)
+    found = truncated_svds(matrices, 4, [0.0] * 8)
     assert [len(call.args[0]) for call in solve.call_args_list] == [3, 2, 2, 1]
     for svd, matrix in zip(found, matrices, strict=True):
         expected = torch.linalg.svdvals(matrix)[:4]
@@ -272,7 +274,7 @@ def test_all_singular_values_come_with_the_leading_ones(
     by_products: None, shape: tuple[int, int]
 ) -> None:
     matrix = gaussian(*shape, generator(16))
-    svd = linalg.truncated_svd(matrix, 4, 1e-3, spectrum=True)
+    svd = truncated_svd(matrix, 4, 1e-3, spectrum=True)
     assert svd.spectrum is not None and not svd.exact and svd.numerical_rank == 40
     torch.testing.assert_close(svd.spectrum, torch.linalg.svdvals(matrix), rtol=1e-10, atol=0)
 
@@ -280,12 +282,12 @@ def test_all_singular_values_come_with_the_leading_ones(
 def test_what_fails_the_certificate_takes_a_full_svd(by_products: None, monkeypatch) -> None:
     monkeypatch.setattr(iterative, "TOLERANCE", 1e-3)
     matrix = power_law((SIZE, SIZE), 0.5, generator(8))
-    (svd,) = linalg.truncated_svds([matrix], RANK, [0.0])
+    (svd,) = truncated_svds([matrix], RANK, [0.0])
     assert svd.exact
     monkeypatch.setattr(iterative, "polar_parts", lambda a, _: (a, torch.eye(24).double()))
     U, V = gaussian(50, 24, generator(9)), gaussian(36, 24, generator(10))
     S = torch.ones(24, dtype=torch.float64)
-    fast, exact = (linalg.orthogonal_product(U, S, V.T, p) for p in ("fast", "exact"))
+    fast, exact = (polar.orthogonal_product(U, S, V.T, p) for p in ("fast", "exact"))
     assert relative_error(fast.matrix, exact.matrix) < 1e-10
 
 
@@ -321,8 +323,8 @@ def test_triplets_on_a_gpu_are_those_of_the_cpu(
     shape: tuple[int, int], tasks: int, exponent: float
 ) -> None:
     deltas, rank = realistic(shape, tasks, exponent), min(shape) // tasks
-    on_cpu = linalg.truncated_svds(deltas, rank, [0.0] * tasks)
-    on_gpu = linalg.truncated_svds([d.to(GPU) for d in deltas], rank, [0.0] * tasks)
+    on_cpu = truncated_svds(deltas, rank, [0.0] * tasks)
+    on_gpu = truncated_svds([d.to(GPU) for d in deltas], rank, [0.0] * tasks)
     for found, expected in zip(on_gpu, on_cpu, strict=True):
         assert not found.exact
         assert found.U.device.type == GPU
@@ -342,7 +344,7 @@ def test_products_of_polar_factors_on_a_gpu_are_those_of_the_cpu(
     s = torch.logspace(0, -1, k, dtype=torch.float64) ** torch.tensor(condition).log10()
     P, Q = orthonormal(shape[0], k, g), orthonormal(shape[1], k, g)
     V, S = orthonormal(800, shape[1], g), torch.linspace(2, 1, shape[1], dtype=torch.float64)
-    found = linalg.orthogonal_product(*(t.to(GPU) for t in (P * s @ Q.T, S, V.T)))
+    found = polar.orthogonal_product(*(t.to(GPU) for t in (P * s @ Q.T, S, V.T)))
     assert found.exact == 0
     assert relative_error(found.matrix.cpu(), P @ Q.T * S @ V.T) < 1e-10
 
@@ -354,8 +356,8 @@ def test_merges_on_a_gpu_are_those_of_the_cpu(
     shape: tuple[int, int], tasks: int, exponent: float
 ) -> None:
     deltas, rank = realistic(shape, tasks, exponent), min(shape) // tasks
-    expected = hf_tsv.tsv.merge(deltas, rank)
-    found = hf_tsv.tsv.merge([d.to(GPU) for d in deltas], rank)
+    expected = hf_tsv.methods.tsv.merge(deltas, rank)
+    found = hf_tsv.methods.tsv.merge([d.to(GPU) for d in deltas], rank)
     assert found.exact == 0
     assert relative_error(found.matrix.cpu(), expected.matrix) < BAR
 
@@ -365,8 +367,8 @@ def test_duplicates_zeros_and_low_rank_merge_on_a_gpu_as_on_the_cpu() -> None:
     g = generator(12)
     deltas = [lora((768, 768), 16, 3e-4, g) for _ in range(3)]
     deltas += [deltas[0], torch.zeros(768, 768).double(), 3e-4 * gaussian(768, 768, g)]
-    expected = hf_tsv.tsv.merge(deltas, 96, floors=[1e-6] * 6)
-    found = hf_tsv.tsv.merge([d.to(GPU) for d in deltas], 96, floors=[1e-6] * 6)
+    expected = hf_tsv.methods.tsv.merge(deltas, 96, floors=[1e-6] * 6)
+    found = hf_tsv.methods.tsv.merge([d.to(GPU) for d in deltas], 96, floors=[1e-6] * 6)
     assert found.ranks == expected.ranks == (16, 16, 16, 16, 0, 96)
     assert found.null_directions == expected.null_directions == 16
     assert relative_error(found.matrix.cpu(), expected.matrix) < BAR
@@ -375,5 +377,5 @@ def test_duplicates_zeros_and_low_rank_merge_on_a_gpu_as_on_the_cpu() -> None:
 @pytest.mark.gpu
 def test_merges_on_a_gpu_are_the_same_in_every_run() -> None:
     deltas = [d.to(GPU) for d in realistic((768, 768), 8, 0.5)]
-    once, again = (hf_tsv.tsv.merge(deltas, 96).matrix for _ in range(2))
+    once, again = (tsv.merge(deltas, 96).matrix for _ in range(2))
     assert torch.equal(once, again)

@@ -19,14 +19,28 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import hf_tsv
-from hf_tsv import compression, construction, delivery, journal, spectra, stream
-from hf_tsv.checkpoints.files import LocalFiles
-from hf_tsv.checkpoints.writer import TensorSpec, plan_shards
-from hf_tsv.delivery import Target
-from hf_tsv.errors import CheckpointError, LostFileError, LostProcessError, OutputError, RepoError
-from hf_tsv.findings import Finding, Findings, Seconds
-from hf_tsv.recipe import Settings
-from hf_tsv.tsv import Interference
+from hf_tsv.checkpoints.storage.files import LocalFiles
+from hf_tsv.checkpoints.storage.tensors import TensorSpec
+from hf_tsv.checkpoints.storage.writer import plan_shards
+from hf_tsv.compression import candidates, measuring
+from hf_tsv.merging import building, loading, pipeline
+from hf_tsv.merging.findings import Finding, Findings
+from hf_tsv.merging.work import prepare
+from hf_tsv.methods.interference import Interference
+from hf_tsv.recipes import compressing, settings
+from hf_tsv.recipes.settings import Settings
+from hf_tsv.runs import journal
+from hf_tsv.runs import target as target_
+from hf_tsv.runs.reading import Seconds
+from hf_tsv.runs.target import Target
+from hf_tsv.system.errors import (
+    CheckpointError,
+    LostFileError,
+    LostProcessError,
+    OutputError,
+    RepoError,
+)
+from hf_tsv.verbs import compress as compress_
 
 WORK = ".out.hf-tsv"
 
@@ -70,13 +84,13 @@ def stopped(merge: Callable[..., hf_tsv.MergeReport], tmp_path: Path) -> Path:
 def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Labels of the weights that are computed."""
     labels: list[str] = []
-    merge_one = stream._merge_one
+    merge_one = pipeline._merge_one
 
-    def noting(loaded: stream.LoadedWeight, *rest: Any, **options: Any) -> Any:
+    def noting(loaded: loading.LoadedWeight, *rest: Any, **options: Any) -> Any:
         labels.append(loaded.weight.label)
         return merge_one(loaded, *rest, **options)
 
-    monkeypatch.setattr(stream, "_merge_one", noting)
+    monkeypatch.setattr(pipeline, "_merge_one", noting)
     return labels
 
 
@@ -219,7 +233,7 @@ def test_what_may_go_well_next_time_costs_no_finished_weight(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "_merge_one", failing)
+        patch.setattr(pipeline, "_merge_one", failing)
         with pytest.raises(seen):
             merge()
     assert len(lines(stopped)) == 5
@@ -312,7 +326,7 @@ def test_what_a_kill_leaves_of_a_pushed_folder_is_not_pushed(
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(delivery.shutil, "rmtree", killed)
+        patch.setattr(target_.shutil, "rmtree", killed)
         merge()
     assert list(unpushed.glob("*/x/hf_tsv_recipe.yaml"))
     merge()
@@ -365,15 +379,15 @@ def test_a_compression_that_was_finished_and_not_pushed_is_only_pushed(
     hub: Hub, zoo: Path, unpushed: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     def compress() -> dict[str, Any]:
-        options = spectra.Options(format=kind)  # type: ignore[arg-type]
+        options = compressing.Options(format=kind)  # type: ignore[arg-type]
         target = Target(push_to="me/x")
-        return compression.run(str(zoo / "full"), str(zoo / "base"), options, target).to_dict()
+        return compress_.run(str(zoo / "full"), str(zoo / "base"), options, target).to_dict()
 
     hub.fail("/commit/", 403)
     with pytest.raises(RepoError, match="complete in"):
         compress()
     with monkeypatch.context() as patch:
-        patch.setattr(spectra, "_decompose", None)
+        patch.setattr(measuring, "_decompose", None)
         second = compress()
     assert "tsv_config.json" in hub.repos["me/x"].resolve("main").files
     del hub.repos["me/x"]
@@ -384,13 +398,13 @@ def test_a_compression_that_was_finished_and_not_pushed_is_only_pushed(
 
 
 @pytest.fixture
-def compress(zoo: Path, tmp_path: Path) -> Callable[..., spectra.Measured]:
+def compress(zoo: Path, tmp_path: Path) -> Callable[..., candidates.Measured]:
     """A compression of a fine-tune into `out`, as factors or `format` says."""
 
     def run(output: str = "out", **options: Any) -> Any:
         target = Target(tmp_path / output, force=options.pop("force", False))
-        wanted = spectra.Options(**options)
-        return compression.run(str(zoo / "full"), str(zoo / "base"), wanted, target)
+        wanted = compressing.Options(**options)
+        return compress_.run(str(zoo / "full"), str(zoo / "base"), wanted, target)
 
     return run
 
@@ -400,7 +414,7 @@ def test_a_compression_goes_on_with_the_weights_that_are_missing(
     compress: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     decomposed = []
-    decompose = spectra._decompose
+    decompose = measuring._decompose
 
     def noting(loaded: Any, *rest: Any) -> Any:
         decomposed.append(loaded.candidate.name)
@@ -410,7 +424,7 @@ def test_a_compression_goes_on_with_the_weights_that_are_missing(
         compress(format=kind)
     finished = {line["label"] for line in lines(tmp_path / WORK)}
     assert len(finished) == 20 and not (tmp_path / "out").exists()
-    monkeypatch.setattr(spectra, "_decompose", noting)
+    monkeypatch.setattr(measuring, "_decompose", noting)
     compress(format=kind)
     assert decomposed and not finished & set(decomposed)
     compress("undisturbed", format=kind)
@@ -459,9 +473,9 @@ def test_another_version_does_not_go_on(
     monkeypatch: pytest.MonkeyPatch,
     library: str,
 ) -> None:
-    known = construction.current_versions()
+    known = settings.current_versions()
     versions = {**known, library: known[library] + ".1"}
-    monkeypatch.setattr(construction, "current_versions", lambda: versions)
+    monkeypatch.setattr(building, "current_versions", lambda: versions)
     with pytest.raises(OutputError, match="other inputs or settings"):
         merge()
 
@@ -515,15 +529,15 @@ def test_weights_of_other_processes_that_did_not_arrive_are_noticed(
     zoo: Path, stopped: Path
 ) -> None:
     tasks = [str(zoo / "vision"), str(zoo / "full")]
-    job = construction.prepare(tasks, str(zoo / "base"), None, Settings())
+    job = prepare(tasks, str(zoo / "base"), None, Settings())
     weights = len(job.plan.weights)
     with pytest.raises(LostProcessError, match=f"{weights - 5} weights .* have not arrived"):
-        construction._all_noted(job, stopped, 2)
+        building._all_noted(job, stopped, 2)
     file = stopped / "files" / "model.safetensors"
     os.truncate(file, 0)
     os.truncate(file, job.plan.shards.total_bytes)
     with pytest.raises(LostProcessError, match=f"{weights} weights .* have not arrived"):
-        construction._all_noted(job, stopped, 2)
+        building._all_noted(job, stopped, 2)
     job.sources.close()
 
 
@@ -533,7 +547,7 @@ def test_an_error_after_going_on_leaves_nothing(
     def failing(*_: Any, **__: Any) -> Any:
         raise CheckpointError("The disk on which it lies is gone.")
 
-    monkeypatch.setattr(stream, "_merge_one", failing)
+    monkeypatch.setattr(pipeline, "_merge_one", failing)
     with pytest.raises(CheckpointError):
         merge()
     assert not stopped.exists()

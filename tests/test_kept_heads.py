@@ -12,7 +12,7 @@ import torch
 from labelled import CLASSES
 from transformers import AutoTokenizer, CLIPModel
 
-from hf_tsv.evaluation import kept_heads, zero_shot
+from hf_tsv.evaluation import prompt_heads, zero_shot
 
 TEMPLATES = ("a {}.", "the {}.")
 
@@ -20,7 +20,7 @@ TEMPLATES = ("a {}.", "the {}.")
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home of the Hub client."""
-    monkeypatch.setattr(kept_heads.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(prompt_heads.constants, "HF_HOME", str(tmp_path))
     return tmp_path / "hf-tsv" / "heads"
 
 
@@ -43,10 +43,10 @@ def model_of(folder: Path) -> Any:
 
 
 def head_of(model: Any, tokenizer: Any, classes: Any = CLASSES, templates: Any = TEMPLATES) -> Any:
-    key = kept_heads.key_of(
-        kept_heads.text_identity(model), tokenizer, classes, templates, model.device.type
+    key = prompt_heads.key_of(
+        prompt_heads.text_identity(model), tokenizer, classes, templates, model.device.type
     )
-    return kept_heads.head(model, tokenizer, classes, templates, key)
+    return prompt_heads.head(model, tokenizer, classes, templates, key)
 
 
 def test_a_head_is_made_once_for_a_text_tower(zoo: Path, home: Path, made: list[Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from clips import clip_config, make_base, make_fine_tune, save
 from safetensors.torch import load_file
 
+from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.layout import (
     LAYOUTS,
     canonical_name,
@@ -19,9 +20,8 @@ from hf_tsv.checkpoints.layout import (
     tower_configs,
     towers,
 )
-from hf_tsv.checkpoints.reader import Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.errors import CheckpointError
+from hf_tsv.system.errors import CheckpointError
 
 
 def opened(folder: Path) -> Checkpoint:

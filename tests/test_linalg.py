@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from reference import gaussian, generator, one_thread, orthonormal, relative_error
 from torch import Tensor
 
-from hf_tsv import lanczos, lapack, linalg
+from hf_tsv.linalg import choices, lanczos, lapack, products
+from hf_tsv.linalg import svd as svd_
+from hf_tsv.linalg.polar import orthogonal_product, polar_factor, polar_factor_by_whitening
+from hf_tsv.linalg.svd import singular_values, truncated_svd, truncated_svds
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 SHAPES = [(12, 12), (30, 7), (7, 30), (1, 9), (9, 1), (1, 1)]
-POLAR = [linalg.polar_factor, linalg.polar_factor_by_whitening]
+POLAR = [polar_factor, polar_factor_by_whitening]
 examples = settings(max_examples=30, derandomize=True, deadline=None)
 
 
@@ -32,7 +35,7 @@ def svd(request: pytest.FixtureRequest) -> Triplets:
     """The truncated SVD, by either way."""
 
     def triplets(matrix: Tensor, rank: int, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        found = linalg.truncated_svd(matrix, rank, floor, request.param)
+        found = truncated_svd(matrix, rank, floor, request.param)
         assert found.exact or request.param == "fast"
         return found.U, found.S, found.Vh
 
@@ -147,7 +150,7 @@ def test_an_orthonormal_matrix_is_its_own_polar_factor(polar) -> None:
 @examples
 def test_whitening_equals_procrustes(rows: int, columns: int, seed: int) -> None:
     A = gaussian(rows, columns, generator(seed))
-    assert relative_error(linalg.polar_factor_by_whitening(A)[0], linalg.polar_factor(A)[0]) < 1e-7
+    assert relative_error(polar_factor_by_whitening(A)[0], polar_factor(A)[0]) < 1e-7
 
 
 @pytest.mark.parametrize("shape", [(20, 6), (6, 20), (6, 6)])
@@ -232,7 +235,7 @@ def test_polar_factors_of_stored_numbers_are_computed_in_float64(polar, dtype) -
 def test_triplets_by_the_gram_matrix_are_those_of_the_svd() -> None:
     matrix = gaussian(60, 40, generator(30))
     for shape in (matrix, matrix.T):
-        fast, exact = (linalg.truncated_svd(shape, 7, 0.0, p) for p in ("fast", "exact"))
+        fast, exact = (truncated_svd(shape, 7, 0.0, p) for p in ("fast", "exact"))
         assert (fast.exact, exact.exact) == (False, True)
         assert relative_error(fast.S, exact.S) < 1e-12
         assert relative_error(fast.U * fast.S @ fast.Vh, exact.U * exact.S @ exact.Vh) < 1e-12
@@ -241,7 +244,7 @@ def test_triplets_by_the_gram_matrix_are_those_of_the_svd() -> None:
 def test_what_a_gram_matrix_cannot_tell_is_left_to_the_svd() -> None:
     """Singular values eight orders of magnitude apart: squared they are beyond float64."""
     matrix = with_singular_values([1.0, 1e-2, 1e-9, 3e-10], (30, 20))
-    found = linalg.truncated_svd(matrix, 4)
+    found = truncated_svd(matrix, 4)
     assert found.exact
     expected = torch.tensor([1.0, 1e-2, 1e-9, 3e-10], dtype=torch.float64)
     torch.testing.assert_close(found.S, expected, rtol=1e-5, atol=0)
@@ -251,7 +254,7 @@ def test_what_a_gram_matrix_cannot_tell_is_left_to_the_svd() -> None:
 def test_the_product_of_polar_factors_does_not_depend_on_the_way(scale: float) -> None:
     U, V = gaussian(50, 24, generator(31)), gaussian(36, 24, generator(32))
     S = torch.linspace(2, 1, 24, dtype=torch.float64) * scale
-    fast, exact = (linalg.orthogonal_product(U, S, V.T, p) for p in ("fast", "exact"))
+    fast, exact = (orthogonal_product(U, S, V.T, p) for p in ("fast", "exact"))
     assert (fast.exact, exact.exact) == (0, 2)
     assert relative_error(fast.matrix, exact.matrix) < 1e-10
 
@@ -259,7 +262,7 @@ def test_the_product_of_polar_factors_does_not_depend_on_the_way(scale: float) -
 def test_more_columns_than_rows_are_whitened_from_the_other_side() -> None:
     U, V = gaussian(20, 45, generator(33)), gaussian(60, 45, generator(34))
     S = torch.linspace(2, 1, 45, dtype=torch.float64)
-    fast, exact = (linalg.orthogonal_product(U, S, V.T, p) for p in ("fast", "exact"))
+    fast, exact = (orthogonal_product(U, S, V.T, p) for p in ("fast", "exact"))
     assert fast.exact == 0
     assert relative_error(fast.matrix, exact.matrix) < 1e-10
 
@@ -271,7 +274,7 @@ def test_dependent_columns_are_left_to_the_svd(distance: float) -> None:
     twice = torch.cat([U, U + distance * gaussian(40, 6, generator(36))], dim=1)
     V = orthonormal(30, 12, generator(37))
     S = torch.ones(12, dtype=torch.float64)
-    fast, exact = (linalg.orthogonal_product(twice, S, V.T, p) for p in ("fast", "exact"))
+    fast, exact = (orthogonal_product(twice, S, V.T, p) for p in ("fast", "exact"))
     assert fast.exact == 1
     assert fast.null_directions == exact.null_directions == 6
     assert relative_error(fast.matrix, exact.matrix) < 1e-7
@@ -284,9 +287,9 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     found = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        with linalg.threads():
-            triplets = linalg.truncated_svds(deltas, 9, [0.0] * 4)
-            product = linalg.orthogonal_product(U, S, V.T)
+        with products.threads():
+            triplets = truncated_svds(deltas, 9, [0.0] * 4)
+            product = orthogonal_product(U, S, V.T)
         assert torch.get_num_threads() == count
         found.append([product.matrix, *(t for svd in triplets for t in (svd.U, svd.S, svd.Vh))])
     torch.set_num_threads(1)
@@ -298,10 +301,10 @@ def test_no_library_starts_threads_of_its_own() -> None:
     """In a fresh process, where SciPy is not loaded before."""
     code = """
 import torch
-from hf_tsv import linalg
+from hf_tsv.linalg import products, svd
 torch.set_num_threads(2)
-with linalg.threads():
-    linalg.truncated_svds([torch.randn(30, 20) for _ in range(2)], 3, [0.0, 0.0])
+with products.threads():
+    svd.truncated_svds([torch.randn(30, 20) for _ in range(2)], 3, [0.0, 0.0])
     from threadpoolctl import threadpool_info
     found = {i["filepath"]: i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
 assert len(found) == 2, found  # NumPy's and SciPy's
@@ -319,9 +322,9 @@ def test_singular_values_above_a_floor_are_counted(shape: tuple[int, int], floor
     values = [2.0, 0.5, 0.4, 1e-2, 1e-4, 1e-5, 5e-7, 1e-8, 1e-10]
     matrix = with_singular_values(values, shape, seed=3)
     above = sum(value > floor for value in values)
-    svd = linalg.truncated_svd(matrix, 2, floor, spectrum=True)
+    svd = truncated_svd(matrix, 2, floor, spectrum=True)
     assert (svd.numerical_rank, svd.S.numel()) == (above, min(above, 2))
-    assert linalg.truncated_svd(matrix, 2, floor).spectrum is None
+    assert truncated_svd(matrix, 2, floor).spectrum is None
 
 
 def test_counting_does_not_decompose(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,18 +333,18 @@ def test_counting_does_not_decompose(monkeypatch: pytest.MonkeyPatch) -> None:
     floor = float(torch.linalg.matrix_norm(matrix, 2)) / 2
     expected = int((floor < torch.linalg.svd(matrix).S).sum())
     assert 0 < expected < 50
-    assert linalg.truncated_svd(matrix, 4, floor, spectrum=True).numerical_rank == expected
+    assert truncated_svd(matrix, 4, floor, spectrum=True).numerical_rank == expected
 
 
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40), (30, 30)])
 @pytest.mark.parametrize("rank", [1, 4, 29, 30])
 @pytest.mark.parametrize("precision", ["fast", "exact"])
 def test_all_singular_values_come_with_the_leading_triplets(
-    shape: tuple[int, int], rank: int, precision: linalg.Precision
+    shape: tuple[int, int], rank: int, precision: choices.Precision
 ) -> None:
     matrix = 1e-3 * gaussian(*shape, generator(61))
     expected = torch.linalg.svdvals(matrix)
-    svd = linalg.truncated_svd(matrix, rank, 1e-5, precision, spectrum=True)
+    svd = truncated_svd(matrix, rank, 1e-5, precision, spectrum=True)
     assert svd.spectrum is not None
     torch.testing.assert_close(svd.spectrum, expected, rtol=1e-9, atol=0)
     torch.testing.assert_close(svd.S, expected[:rank], rtol=1e-9, atol=0)
@@ -349,7 +352,7 @@ def test_all_singular_values_come_with_the_leading_triplets(
 
 @pytest.mark.parametrize("size", [256, 768, 796, 1061, 1592, 4096])
 def test_probes_look_in_all_directions(size: int) -> None:
-    probes = linalg._probes(torch.zeros(3, size, dtype=torch.float64))
+    probes = products.probe_vectors(torch.zeros(3, size, dtype=torch.float64))
     assert probes.abs().eq(1).all()
     spread = torch.linalg.eigvalsh(probes @ probes.T / size)
     assert float(spread[0]) > 0.6 and float(spread[-1]) < 1.5
@@ -405,9 +408,9 @@ def test_an_eigensolver_that_fails_leaves_it_to_the_svd(
 ) -> None:
     matrix, rank = gaussian(60, 40, generator(82)), 40 if routine == "dsyevd" else 3
     spectrum = routine == "dsterf"
-    plain = linalg.truncated_svd(matrix, rank, spectrum=spectrum)
+    plain = truncated_svd(matrix, rank, spectrum=spectrum)
     unconverged(routine)
-    found = linalg.truncated_svd(matrix, rank, spectrum=spectrum)
+    found = truncated_svd(matrix, rank, spectrum=spectrum)
     assert (plain.exact, found.exact) == (False, True)
     assert relative_error(found.U * found.S @ found.Vh, plain.U * plain.S @ plain.Vh) < 1e-12
 
@@ -417,9 +420,9 @@ def test_an_svd_that_fails_is_left_to_qr_iterations(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
 ) -> None:
     matrix = 1e-3 * gaussian(*shape, generator(83))
-    expected = linalg.svd(matrix)
+    expected = svd_.svd(matrix)
     monkeypatch.setattr(torch.linalg, "svd", refuse)
-    found = linalg.svd(matrix)
+    found = svd_.svd(matrix)
     for part, other in zip(found, expected, strict=True):
         torch.testing.assert_close(part.abs(), other.abs(), rtol=1e-9, atol=1e-12)
 
@@ -461,7 +464,7 @@ def test_an_svd_that_is_wrong_is_noticed(
         return found
 
     monkeypatch.setattr(torch.linalg, "svd", wrong)
-    U, S, Vh = linalg.svd(matrix)
+    U, S, Vh = svd_.svd(matrix)
     torch.testing.assert_close(U * S @ Vh, matrix, rtol=0, atol=1e-12)
     torch.testing.assert_close(U.T @ U, torch.eye(len(S)).double(), rtol=0, atol=1e-12)
 
@@ -470,17 +473,17 @@ def test_singular_values_that_fail_or_are_wrong_come_from_the_svd(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     matrix = gaussian(30, 20, generator(85))
-    expected = linalg.singular_values(matrix)
+    expected = singular_values(matrix)
     for wrong in (refuse, lambda a: expected * 1.001, lambda a: expected * torch.nan):
         monkeypatch.setattr(torch.linalg, "svdvals", wrong)
-        torch.testing.assert_close(linalg.singular_values(matrix), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(singular_values(matrix), expected, rtol=1e-12, atol=0)
 
 
 def test_whitening_that_fails_is_left_to_procrustes(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = gaussian(20, 6, generator(86))
-    expected = linalg.polar_factor(matrix)
+    expected = polar_factor(matrix)
     monkeypatch.setattr(torch.linalg, "eigh", refuse)
-    found = linalg.polar_factor_by_whitening(matrix)
+    found = polar_factor_by_whitening(matrix)
     assert torch.equal(found[0], expected[0]) and found[1] == expected[1] == 0
 
 
@@ -497,24 +500,27 @@ def test_where_no_way_converges_the_matrix_is_named(
     monkeypatch.setattr(torch.linalg, "svd", third)
     for count in (1, 2):
         torch.set_num_threads(count)
-        with linalg.threads(), pytest.raises(lapack.NotConvergedError, match="no solver") as error:
-            linalg.truncated_svds(matrices, 3, [0.0] * 4, "exact")
+        with (
+            products.threads(),
+            pytest.raises(lapack.NotConvergedError, match="no solver") as error,
+        ):
+            truncated_svds(matrices, 3, [0.0] * 4, "exact")
         assert error.value.place == 1
     torch.set_num_threads(1)
     with pytest.raises(lapack.NotConvergedError) as error:
-        linalg.polar_factor(matrices[1])
+        polar_factor(matrices[1])
     assert error.value.place is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("precision", ["fast", "exact"])
-def test_what_is_no_number_is_not_decomposed(value: float, precision: linalg.Precision) -> None:
+def test_what_is_no_number_is_not_decomposed(value: float, precision: choices.Precision) -> None:
     matrix = gaussian(6, 5, generator(90))
     matrix[2, 3] = value
     with pytest.raises(lapack.NotConvergedError, match="NaN or Inf") as error:
-        linalg.truncated_svds([gaussian(6, 5, generator(91)), matrix], 2, [0.0] * 2, precision)
+        truncated_svds([gaussian(6, 5, generator(91)), matrix], 2, [0.0] * 2, precision)
     assert error.value.place == 1
-    for way in (linalg.singular_values, linalg.svd):
+    for way in (singular_values, svd_.svd):
         with pytest.raises(lapack.NotConvergedError, match="NaN or Inf"):
             way(matrix)
 
@@ -530,7 +536,7 @@ def test_a_gpu_that_fails_leaves_it_to_the_cpu(monkeypatch: pytest.MonkeyPatch, 
         return refuse() if len(calls) <= fails else real(a, **options)
 
     monkeypatch.setattr(torch.linalg, "svd", failing)
-    U, S, Vh = linalg.svd(matrix.cuda())
+    U, S, Vh = svd_.svd(matrix.cuda())
     assert {part.device.type for part in (U, S, Vh)} == {"cuda"}
     assert relative_error((U * S @ Vh).cpu(), matrix) < 1e-13
     assert calls == [("cuda", None), ("cuda", "gesvd"), ("cpu", None)][: fails + 1]
@@ -581,7 +587,7 @@ def test_an_eigenvector_that_was_missed_is_noticed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(lanczos.np.random, "default_rng", lambda seed: Start())
     values = decaying(120, 0.5)
     assert lanczos.leading_eigh(values.diag(), 4, 0.0) is None
-    svd = linalg.truncated_svd(values.diag(), 4)
+    svd = truncated_svd(values.diag(), 4)
     assert not svd.exact
     torch.testing.assert_close(svd.S, values[:4], rtol=1e-10, atol=0)
 

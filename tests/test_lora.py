@@ -15,11 +15,11 @@ from hub import Hub
 from safetensors.torch import load_file, save_file
 
 import hf_tsv
-from hf_tsv.checkpoints.adapters import Adapter
-from hf_tsv.checkpoints.reader import open_checkpoint
+from hf_tsv.checkpoints.formats.adapters import Adapter
+from hf_tsv.checkpoints.formats.whole import open_checkpoint
+from hf_tsv.checkpoints.opening import open_task
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.errors import CheckpointError
-from hf_tsv.sources import open_task
+from hf_tsv.system.errors import CheckpointError
 
 ATTENTION = ["q_proj", "v_proj"]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -14,10 +14,10 @@ from hub import Hub
 from safetensors.torch import load_file, save_file
 
 import hf_tsv
-from hf_tsv import baselines
-from hf_tsv.baselines import tall_mask
-from hf_tsv.checkpoints.masks import CONFIG_FILE, MASK_FILE, packed, unpacked
-from hf_tsv.errors import CheckpointError, HfTsvError, RecipeError
+from hf_tsv.checkpoints.formats.masks import CONFIG_FILE, MASK_FILE, packed, unpacked
+from hf_tsv.methods import tall_masks
+from hf_tsv.methods.tall_masks import tall_mask
+from hf_tsv.system.errors import CheckpointError, HfTsvError, RecipeError
 
 TASKS = ("vision", "full", "flat")
 SCALE = 0.4
@@ -129,7 +129,7 @@ def test_a_run_that_is_stopped_while_masks_are_written_goes_on(
                 raise KeyboardInterrupt
             return tall_mask(*arguments)  # type: ignore[arg-type]
 
-        patch.setattr(baselines, "tall_mask", stopping)
+        patch.setattr(tall_masks, "tall_mask", stopping)
         with pytest.raises(KeyboardInterrupt):
             merge()
     assert not (tmp_path / "m").exists()

@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_tsv import memory
-from hf_tsv.memory import empty, reused
+from hf_tsv.system import memory
+from hf_tsv.system.memory import empty, reused
 
 MB = 1 << 20
 

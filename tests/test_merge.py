@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hf_tsv
-from hf_tsv import CheckpointError, MergeReport, OutputError, RecipeError, construction
+from hf_tsv import CheckpointError, MergeReport, OutputError, RecipeError
+from hf_tsv.merging import work
 
 
 def tsv_update(deltas: list[Tensor], rank: int) -> Tensor:
@@ -474,7 +475,7 @@ print(json.dumps([planned, int(peak) * 1024]))
     largest = 4 * 512 * 2048
     (_, interpreter), (planned, peak) = peaks["tiny"], peaks["wide"]
     assert peak <= interpreter + 4 * (tasks + 1) * largest, peaks
-    assert peak <= interpreter + planned + construction.LIBRARIES, peaks
+    assert peak <= interpreter + planned + work.LIBRARIES, peaks
 
 
 def deep_checkpoints(folder: Path, layers: int, width: int = 256, tasks: int = 2) -> None:

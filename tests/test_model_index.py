@@ -14,9 +14,9 @@ from labelled import add_dataset
 
 import hf_tsv
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.errors import HfTsvError, OutputError
 from hf_tsv.evaluation import model_index
 from hf_tsv.evaluation.model_index import Card, eval_result, open_card, with_results
+from hf_tsv.system.errors import HfTsvError, OutputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
 

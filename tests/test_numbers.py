@@ -22,8 +22,10 @@ from test_baselines import as_numpy, consensus
 from torch import Tensor
 
 import hf_tsv
-from hf_tsv import lapack, linalg
-from hf_tsv.errors import CheckpointError
+from hf_tsv.linalg import lapack
+from hf_tsv.linalg import svd as svd_module
+from hf_tsv.linalg.svd import _scaled, truncated_svd
+from hf_tsv.system.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -373,14 +375,14 @@ def test_the_checkpoint_whose_update_it_is_is_named(
     """Not the first task, and among others that need no decomposition."""
     hf_tsv.compress(ordinary / "a", base_model=ordinary / "base", output=tmp_path / "f", rank=2)
     culprit = of(ordinary / "b")["wide.weight"] - of(ordinary / "base")["wide.weight"]
-    scaled = linalg._scaled
+    scaled = _scaled
 
     def refusing(matrix: Tensor, floor: float) -> Any:
         if torch.equal(matrix.float(), culprit):
             raise lapack.NotConvergedError("no solver converges")
         return scaled(matrix, floor)
 
-    monkeypatch.setattr(linalg, "_scaled", refusing)
+    monkeypatch.setattr(svd_module, "_scaled", refusing)
     done = run("merge", tmp_path / "f", ordinary / "a", ordinary / "b", "--base-model",
                ordinary / "base", "-o", tmp_path / "m")  # fmt: skip
     told(done, f"Error: {ordinary / 'b'}: wide.weight {NOT}")
@@ -425,7 +427,7 @@ def test_a_power_of_two_scales_the_singular_values_alone(
     matrix = gaussian(*shape, generator(seed)).float().double()
     scaled = torch.ldexp(matrix, torch.tensor(exponent // 2))
     scaled = torch.ldexp(scaled, torch.tensor(exponent - exponent // 2))
-    found, plain = (linalg.truncated_svd(m, 9, 0.0, precision) for m in (scaled, matrix))
+    found, plain = (truncated_svd(m, 9, 0.0, precision) for m in (scaled, matrix))
     error = abs(found.S * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2) - plain.S)
     few_bits = 2.0 ** max(-52, -1074 - exponent + 3)
     assert float(error.max() / plain.S[0]) < 10 * few_bits

@@ -21,8 +21,8 @@ from hub import Hub
 from safetensors.torch import load_file, save_file
 
 import hf_tsv
-from hf_tsv.checkpoints import open_clip
-from hf_tsv.errors import CheckpointError
+from hf_tsv.checkpoints.formats import open_clip
+from hf_tsv.system.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("open_clip_torch", "torchvision", "timm", "ftfy", "wcwidth")

@@ -17,10 +17,10 @@ from hub import Hub
 from safetensors.torch import load_file
 
 import hf_tsv
-from hf_tsv.checkpoints.files import LocalFiles
-from hf_tsv.checkpoints.pickles import read_pickle
-from hf_tsv.checkpoints.reader import read_tensor
-from hf_tsv.errors import CheckpointError
+from hf_tsv.checkpoints.storage.files import LocalFiles
+from hf_tsv.checkpoints.storage.pickles import read_pickle
+from hf_tsv.checkpoints.storage.tensors import read_tensor
+from hf_tsv.system.errors import CheckpointError
 
 
 def pickled(folder: Path, target: Path, name: str = "pytorch_model.bin", **options: Any) -> Path:

@@ -19,9 +19,10 @@ import pytest
 from PIL import Image
 
 import hf_tsv
-from hf_tsv import plots
 from hf_tsv.checkpoints.layout import block_and_kind
-from hf_tsv.interfering import InterferenceReport
+from hf_tsv.reports import drawing, pictures
+from hf_tsv.reports import pictures as plots
+from hf_tsv.reports.interference import InterferenceReport
 
 PAGES = ("#ffffff", "#0b0f19")  # of the Hub, in light and dark
 SIGHTS = {  # Machado, Oliveira and Fernandes (2009), severity 1
@@ -102,13 +103,13 @@ def seen(colour: str, sight: str) -> Any:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_colours_stand_out_from_the_page(page: str) -> None:
-    assert contrast(plots.TEXT, page) >= 4
-    assert all(contrast(colour, page) >= 3 for colour in plots.COLOURS)
+    assert contrast(drawing.TEXT, page) >= 4
+    assert all(contrast(colour, page) >= 3 for colour in drawing.COLOURS)
 
 
 @pytest.mark.parametrize("sight", SIGHTS)
 def test_colours_are_told_apart(sight: str) -> None:
-    for first, second in combinations(plots.COLOURS, 2):
+    for first, second in combinations(drawing.COLOURS, 2):
         assert np.linalg.norm(seen(first, sight) - seen(second, sight)) > 10, (first, second)
 
 
@@ -116,9 +117,9 @@ def test_colours_are_told_apart(sight: str) -> None:
 @pytest.mark.parametrize("blocks", [1, 24])
 def test_nothing_is_cut_off(measured: InterferenceReport, names: list[str], blocks: int) -> None:
     report = deeper(with_tasks(measured, names), blocks)
-    for picture in (*plots.of_interference(report), plots.of_merge(report)):
+    for picture in (*pictures.of_interference(report), pictures.of_merge(report)):
         image = Image.open(io.BytesIO(picture.png))
-        assert image.format == "PNG" and image.width == plots.WIDTH * plots.DPI
+        assert image.format == "PNG" and image.width == drawing.WIDTH * drawing.DPI
         alpha = np.asarray(image.convert("RGBA"))[:, :, 3]
         frame = [alpha[:2], alpha[-2:], alpha[:, :2].T, alpha[:, -2:].T]
         assert not any(edge.any() for edge in frame), picture.file
@@ -127,7 +128,7 @@ def test_nothing_is_cut_off(measured: InterferenceReport, names: list[str], bloc
 
 
 def test_every_picture_is_there_and_says_what_it_shows(measured: InterferenceReport) -> None:
-    drawn = {picture.file: picture for picture in plots.of_interference(measured)}
+    drawn = {picture.file: picture for picture in pictures.of_interference(measured)}
     assert set(drawn) == {"pairs.png", "blocks.png", "layers.png", "spectrum.png", "ranks.png"}
     (i, j), (_, m) = measured.extremes()
     names = [task["name"] for task in measured.tasks]
@@ -135,11 +136,11 @@ def test_every_picture_is_there_and_says_what_it_shows(measured: InterferenceRep
     assert said.startswith(f"{names[i]} and {names[j]} disturb") and f"{names[m]} least" in said
     blocks = {name: block["sti"] for name, block in measured.blocks.items()}
     worst = max(blocks, key=lambda name: blocks[name])
-    assert f"block {worst} ({plots._number(blocks[worst])})" in drawn["blocks.png"].alt
+    assert f"block {worst} ({drawing.number_text(blocks[worst])})" in drawn["blocks.png"].alt
     inside = {n: w["sti"] for n, w in measured.weights.items() if ".layers." in n}
     name = max(inside, key=lambda name: inside[name])
     block, kind = block_and_kind(name)
-    said = f"Most in {kind} of block {block}: {plots._number(inside[name])}."
+    said = f"Most in {kind} of block {block}: {drawing.number_text(inside[name])}."
     assert drawn["layers.png"].alt == said
     ranks = [rank for weight in measured.weights.values() for rank in weight["ranks"] if rank]
     assert f"{min(ranks)} to {max(ranks)} triplets" in drawn["ranks.png"].alt
@@ -156,35 +157,35 @@ def axes_of(draw: Any, report: InterferenceReport) -> Any:
 
 
 def test_the_heat_map_has_every_pair(measured: InterferenceReport) -> None:
-    axes = axes_of(plots._pairs, measured)
+    axes = axes_of(pictures._pairs, measured)
     texts = {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts}
     top = max(map(max, measured.pairs))
     for i, j in combinations(range(3), 2):
         value = measured.pairs[i][j]
         for place in ((i, j), (j, i)):
-            assert texts[place][0] == plots._number(value, top)
+            assert texts[place][0] == drawing.number_text(value, top)
             assert texts[place][1] == ("black" if value > 0.6 * top else "white")
     assert len(texts) == 6 and axes.images[0].get_array()[0, 1] == measured.pairs[0][1]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
 
 
 def test_blocks_are_drawn_before_and_after(measured: InterferenceReport) -> None:
-    axes = axes_of(plots._blocks, measured)
-    blocks = sorted(measured.blocks, key=plots._depth)
+    axes = axes_of(pictures._blocks, measured)
+    blocks = sorted(measured.blocks, key=pictures._depth)
     heights = [bar.get_height() for bar in sorted(axes.patches, key=lambda bar: bar.get_x())]
     assert heights == [measured.blocks[block]["sti"] for block in blocks]
     (after,) = axes.lines
     assert list(after.get_ydata()) == [measured.blocks[block]["sti_after"] for block in blocks]
     as_it_is = {n: {**b, "sti_after": b["sti"]} for n, b in measured.blocks.items()}
     untouched = replace(measured, total_after=measured.total, blocks=as_it_is)
-    assert not axes_of(plots._blocks, untouched).lines
-    assert "orthogonalisation" not in plots._blocks_alt(untouched)
+    assert not axes_of(pictures._blocks, untouched).lines
+    assert "orthogonalisation" not in pictures._blocks_alt(untouched)
 
 
 def figures_of(monkeypatch: pytest.MonkeyPatch, draw: Any) -> Any:
     """The figure that a picture is made of."""
     made: list[Any] = []
-    monkeypatch.setattr(plots, "to_png", lambda figure: made.append(figure) or b"")
+    monkeypatch.setattr(drawing, "to_png", lambda figure: made.append(figure) or b"")
     draw()
     return made[-1]
 
@@ -192,7 +193,7 @@ def figures_of(monkeypatch: pytest.MonkeyPatch, draw: Any) -> Any:
 def test_spectra_are_those_of_the_report(
     measured: InterferenceReport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left, right = figures_of(monkeypatch, lambda: plots._spectra(measured)).axes
+    left, right = figures_of(monkeypatch, lambda: pictures._spectra(measured)).axes
     share = measured.spectra["rank_share"]
     for task in range(3):
         sigma, energy = (measured.spectra[k][task] for k in ("singular_values", "energy"))
@@ -207,7 +208,7 @@ def test_spectra_are_those_of_the_report(
 def test_of_many_tasks_the_extremes_have_names(measured: InterferenceReport) -> None:
     report = with_tasks(measured, [f"t{i}" for i in range(8)])
     tasks = [{**task, "effective_rank": 10.0 + i} for i, task in enumerate(report.tasks)]
-    lines = plots._task_lines(replace(report, tasks=tasks))
+    lines = pictures._task_lines(replace(report, tasks=tasks))
     named = [(i, name) for i, (_, name, _) in enumerate(lines) if name]
     assert named == [(0, "t0: effective rank 10"), (7, "t7: effective rank 17")]
 
@@ -230,7 +231,7 @@ def test_bars_over_depth_are_those_of_the_report(
 def test_a_merge_has_pairs_beside_blocks(
     measured: InterferenceReport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left, right, *_ = figures_of(monkeypatch, lambda: plots.of_merge(measured)).axes
+    left, right, *_ = figures_of(monkeypatch, lambda: pictures.of_merge(measured)).axes
     assert (left.get_title(), right.get_title()) == ("STI of every two tasks", "STI by block")
 
 
@@ -253,7 +254,7 @@ print(hashlib.sha256(picture.png).hexdigest())
         [sys.executable, "-c", code], env={**os.environ, **odd}, check=True, capture_output=True,
         text=True,
     ).stdout  # fmt: skip
-    expected = plots.of_merge(measured)
+    expected = pictures.of_merge(measured)
     assert found.strip() == hashlib.sha256(expected.png).hexdigest()
 
 
@@ -265,12 +266,12 @@ def test_a_picture_that_fails_is_a_warning(
         raise RuntimeError(text)
 
     with caplog.at_level("WARNING", logger="hf_tsv"):
-        assert plots.attempted(fails) is None
+        assert drawing.attempted(fails) is None
     assert f"There are no pictures: matplotlib is installed, but it ({said}) failed" in caplog.text
 
 
 def test_pictures_are_the_same_every_time(measured: InterferenceReport) -> None:
-    assert plots.of_merge(measured).png == plots.of_merge(measured).png
+    assert pictures.of_merge(measured).png == pictures.of_merge(measured).png
 
 
 def test_a_larger_interference_is_a_higher_bar(measured: InterferenceReport) -> None:
@@ -278,9 +279,9 @@ def test_a_larger_interference_is_a_higher_bar(measured: InterferenceReport) -> 
     report = deeper(measured, 2)
     small = {"sti": 1.0, "sti_after": 0.0}
     blocks = {"vision 0": small, "vision 1": {**small, "sti": 10.0}}
-    picture = plots.of_interference(replace(report, blocks=blocks))[1]
+    picture = pictures.of_interference(replace(report, blocks=blocks))[1]
     pixels = np.asarray(Image.open(io.BytesIO(picture.png)).convert("RGBA")).astype(int)
-    blue = np.array([int(plots.COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)])
+    blue = np.array([int(drawing.COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)])
     bars = (np.abs(pixels[:, :, :3] - blue).sum(axis=2) < 30) & (pixels[:, :, 3] > 200)
     heights = bars.sum(axis=0)
     drawn = heights.nonzero()[0]
@@ -296,7 +297,7 @@ def test_layers_are_in_the_order_of_depth() -> None:
         "vision_model.encoder.layers.2.self_attn.k_proj.weight",
         "vision_model.encoder.layers.2.self_attn.q_proj.weight",
     ]  # fmt: skip
-    layers = plots.layers_of({name: float(i) for i, name in enumerate(names)})
+    layers = pictures.layers_of({name: float(i) for i, name in enumerate(names)})
     assert [layer.value for layer in layers] == [5, 4, 3, 1, 2, 0]
 
 
@@ -306,14 +307,14 @@ def test_names_lose_what_all_begin_with(measured: InterferenceReport) -> None:
         "clip-vit-base-patch32_svhn",
         "clip-vit-base-patch32_s",
     ]
-    assert plots._labels(with_tasks(measured, names)) == ["sun397", "svhn", "s"]
-    assert plots._labels(with_tasks(measured, ["sun", "sum"])) == ["sun", "sum"]
-    short = plots._labels(with_tasks(measured, ["a", "x" * 50]))[1]
-    assert len(short) == plots.LONGEST_NAME and "…" in short
+    assert pictures._labels(with_tasks(measured, names)) == ["sun397", "svhn", "s"]
+    assert pictures._labels(with_tasks(measured, ["sun", "sum"])) == ["sun", "sum"]
+    short = pictures._labels(with_tasks(measured, ["a", "x" * 50]))[1]
+    assert len(short) == drawing.LONGEST_NAME and "…" in short
     names = [f"{task}-clip-vit-base-patch32-finetuned" for task in ("sun397", "svhn")]
-    assert plots._labels(with_tasks(measured, names)) == ["sun397", "svhn"]
+    assert pictures._labels(with_tasks(measured, names)) == ["sun397", "svhn"]
     alike = [f"{'x' * 20}{middle}{'y' * 20}" for middle in "abc"]
-    assert len(set(plots._labels(with_tasks(measured, alike)))) == 3
+    assert len(set(pictures._labels(with_tasks(measured, alike)))) == 3
 
 
 @pytest.mark.parametrize(
@@ -325,7 +326,7 @@ def test_names_lose_what_all_begin_with(measured: InterferenceReport) -> None:
     ],
 )  # fmt: skip
 def test_numbers_are_short(value: float, largest: float | None, text: str) -> None:
-    assert plots._number(value, largest) == text
+    assert drawing.number_text(value, largest) == text
 
 
 def test_a_compression_is_drawn(tmp_path: Path) -> None:
@@ -333,7 +334,7 @@ def test_a_compression_is_drawn(tmp_path: Path) -> None:
     stem = "vision_model.encoder.layers"
     ranks = {f"{stem}.{i}.mlp.fc1.weight": 3 + i for i in range(12)}
     ranks[f"{stem}.0.mlp.fc2.weight"] = 4
-    picture = plots.of_compression({"mlp.fc1": curve, "mlp.fc2": curve}, ranks)
+    picture = pictures.of_compression({"mlp.fc1": curve, "mlp.fc2": curve}, ranks)
     alpha = np.asarray(Image.open(io.BytesIO(picture.png)).convert("RGBA"))[:, :, 3]
     assert picture.file == "compression.png" and 0.01 < (alpha > 0).mean() < 0.95
     assert not any(edge.any() for edge in (alpha[:2], alpha[-2:], alpha[:, :2], alpha[:, -2:]))

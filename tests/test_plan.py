@@ -12,14 +12,14 @@ import pytest
 import torch
 from clips import clip_config
 
-from hf_tsv.checkpoints.files import LocalFiles
-from hf_tsv.checkpoints.reader import Checkpoint
+from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
-from hf_tsv.checkpoints.tensors import TensorInfo
-from hf_tsv.costs import Parallelism, fitting, operations, peak_memory
-from hf_tsv.errors import CheckpointError, RecipeError
-from hf_tsv.plan import MergePlan, Weight, make_plan
-from hf_tsv.recipe import Settings
+from hf_tsv.checkpoints.storage.files import LocalFiles
+from hf_tsv.checkpoints.storage.tensors import TensorInfo
+from hf_tsv.merging.costs import Parallelism, fitting, operations, peak_memory
+from hf_tsv.merging.plan import MergePlan, Weight, make_plan
+from hf_tsv.recipes.settings import Settings
+from hf_tsv.system.errors import CheckpointError, RecipeError
 
 LAYER = "vision_model.encoder.layers.0"
 FC1 = f"{LAYER}.mlp.fc1.weight"  # 64 x 32

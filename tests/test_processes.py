@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_merge import deep_checkpoints
 
-from hf_tsv import processes
+from hf_tsv.system import processes
 
 LIMIT = 120
 

@@ -16,8 +16,9 @@ from cli import SCRIPT, copied, hf_tsv, refused
 from hub import Hub, Request, User
 
 import hf_tsv as api
-from hf_tsv.errors import CheckpointError, OutputError, RepoError
-from hf_tsv.hub import MARKERS, push
+from hf_tsv.checkpoints.names import MARKERS, OLD_WEIGHTS
+from hf_tsv.hub import push
+from hf_tsv.system.errors import CheckpointError, OutputError, RepoError
 
 KINDS = ("merge", "shards", "masks", "factors", "adapter", "reconstruction")
 
@@ -347,7 +348,7 @@ def test_a_folder_that_is_gone_removes_nothing_from_its_repository(
     api.push(folder, "me/new")
     shutil.rmtree(folder)
     with pytest.raises(OutputError, match="no finished output"):
-        push(folder, "me/new", commit_message="again")
+        push(folder, "me/new", markers=MARKERS, replaced=OLD_WEIGHTS, commit_message="again")
     assert pushed(hub) == contents(outputs / "merge")
 
 

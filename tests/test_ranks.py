@@ -12,16 +12,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_tsv.errors import RecipeError
-from hf_tsv.ranks import (
-    DEFAULT_RANK_FRACTION,
-    DENSE,
-    Choice,
-    RankRule,
-    allocate,
-    budget_bytes,
-    rank_of_energy,
-)
+from hf_tsv.compression.allocation import Choice, allocate, rank_of_energy
+from hf_tsv.compression.candidates import DENSE
+from hf_tsv.recipes.compressing import DEFAULT_RANK_FRACTION, RankRule
+from hf_tsv.system.checks import budget_bytes
+from hf_tsv.system.errors import RecipeError
 
 GIVEN: dict[str, Any] = {"rank_fraction": 0.2, "rank": 3, "energy": 0.9, "budget": "10%"}
 

@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load as library_load
 from safetensors.torch import load_file, save_file
 
-from hf_tsv.checkpoints.files import LocalFiles, inside_folder
-from hf_tsv.checkpoints.headers import FIRST_READ_BYTES, index_of
-from hf_tsv.checkpoints.reader import SINGLE_FILE, Checkpoint, open_checkpoint
+from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
+from hf_tsv.checkpoints.names import SINGLE_FILE
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.checkpoints.tensors import DTYPES
-from hf_tsv.errors import CheckpointError
+from hf_tsv.checkpoints.storage.files import LocalFiles, inside_folder
+from hf_tsv.checkpoints.storage.headers import FIRST_READ_BYTES, index_of
+from hf_tsv.checkpoints.storage.tensors import DTYPES
+from hf_tsv.system.errors import CheckpointError
 
 INDEX_FILE = index_of(SINGLE_FILE)
 

@@ -10,8 +10,10 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_tsv.errors import RecipeError
-from hf_tsv.recipe import RECIPE_FILE, PinnedInput, Recipe, Settings, current_versions
+from hf_tsv.checkpoints.names import RECIPE_FILE
+from hf_tsv.recipes.recipe import PinnedInput, Recipe
+from hf_tsv.recipes.settings import Settings, current_versions
+from hf_tsv.system.errors import RecipeError
 
 fuzz = settings(max_examples=60, deadline=None, database=None)
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -175,7 +177,7 @@ def test_what_is_no_yaml_is_refused(text: str) -> None:
     "value",
     [
         "!!python/object/apply:os.system ['exit 1']",
-        "!!python/object:hf_tsv.recipe.Settings {}",
+        "!!python/object:hf_tsv.recipes.settings.Settings {}",
         "!!python/name:os.system",
         "!!bool maybe",
         "!!int ''",

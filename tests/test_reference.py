@@ -14,12 +14,12 @@ import pytest
 from hub import Hub
 from huggingface_hub import HfApi
 
-from hf_tsv import hub as client
 from hf_tsv.checkpoints.base_model import infer, named_by
-from hf_tsv.checkpoints.files import HubFiles, LocalFiles
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, Reference, at_revision, parse, pin
-from hf_tsv.errors import CheckpointError, HfTsvError, RepoError
-from hf_tsv.hub import client as calls
+from hf_tsv.checkpoints.storage.files import HubFiles, LocalFiles
+from hf_tsv.hub import Wanted, download
+from hf_tsv.hub import client as client_module
+from hf_tsv.system.errors import CheckpointError, HfTsvError, RepoError
 
 FILES = {"config.json": "{}", "README.md": "---\nlicense: mit\n---\n", "model.safetensors": b"w"}
 
@@ -327,7 +327,7 @@ def test_a_gated_repository_is_read_by_those_let_in(hub: Hub) -> None:
 def test_a_bad_token_is_refused_as_such_and_not_repeated(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str
 ) -> None:
-    monkeypatch.setattr(calls, "RETRY_WAITS", ())
+    monkeypatch.setattr(client_module, "RETRY_WAITS", ())
     hub.add_repo("org/model", FILES)
     with pytest.raises(RepoError, match="token") as error:
         pinned("org/model", token=token)
@@ -546,9 +546,7 @@ def cached(hub: Hub, cache: Path, text: str) -> PinnedCheckpoint:
     """A repository pinned and downloaded, as a merge does it."""
     found = pinned(text, cache_dir=str(cache))
     assert isinstance(found.files, HubFiles)
-    client.download(
-        [client.Wanted(found.files.repo, found.asked_revision, tuple(FILES))], visible=False
-    )
+    download([Wanted(found.files.repo, found.asked_revision, tuple(FILES))], visible=False)
     return found
 
 
@@ -601,7 +599,7 @@ def test_hf_hub_offline_is_honoured(hub: Hub, tmp_path: Path) -> None:
     script = """
         import sys
         from hf_tsv.checkpoints.reference import parse, pin
-        from hf_tsv.errors import RepoError
+        from hf_tsv.system.errors import RepoError
 
         found = pin(parse("org/model"), cache_dir=sys.argv[1])
         print(found.revision, found.card["license"], found.files.read("model.safetensors"))

@@ -24,9 +24,9 @@ from hub import Hub, User
 from labelled import add_dataset
 
 import hf_tsv as api
-from hf_tsv import stream
-from hf_tsv.errors import HfTsvError
-from hf_tsv.progress import redacted
+from hf_tsv.merging import pipeline
+from hf_tsv.system.errors import HfTsvError
+from hf_tsv.system.text import redacted
 
 TOKEN = "hf_QmXwZvKtPyLrNsDgJbHcFqVeTuAiOxSk"
 SIGNATURE = "?X-Amz-Signature=c0ffee5157c0ffee&Expires=3600"
@@ -233,14 +233,14 @@ def test_a_run_that_fails(traces: Traces, sleeps: list[float], name: str) -> Non
 def test_what_a_run_that_stopped_goes_on_from(
     traces: Traces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge_one, calls = stream._merge_one, count()
+    merge_one, calls = pipeline._merge_one, count()
 
     def merge_some(*args: Any, **options: Any) -> Any:
         if next(calls) == 5:
             raise OSError(errno.ENOSPC, "No space left on device")
         return merge_one(*args, **options)
 
-    monkeypatch.setattr(stream, "_merge_one", merge_some)
+    monkeypatch.setattr(pipeline, "_merge_one", merge_some)
     words = ["merge", "org/vision", "org/flat", "-o", "merged", "--stream", "--token", TOKEN]
     assert "finished weights are kept in" in traces.command(*words, token=None).err
     assert (traces.place / "work" / ".merged.hf-tsv" / "job.json").is_file()

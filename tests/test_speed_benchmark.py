@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from benchmarks.speed import exact, plain, processes, results, synthetic
 from benchmarks.speed.accuracy import SpectrumErrors, spectrum_errors
-from hf_tsv import tsv
-from hf_tsv.checkpoints.reader import open_checkpoint
+from hf_tsv.checkpoints.formats.whole import open_checkpoint
 from hf_tsv.checkpoints.reference import parse, pin
+from hf_tsv.methods import tsv
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 

@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import hf_tsv
-from hf_tsv.costs import LITTLE
-from hf_tsv.stream import read_ahead
+from hf_tsv.runs.reading import LITTLE, read_ahead
 
 
 class Loads:

@@ -27,12 +27,12 @@ from test_processes import launch, one_machine
 import hf_tsv
 from benchmarks.speed import processes
 from benchmarks.streaming import tensor_bytes, watched
-from hf_tsv import hub as client
-from hf_tsv import sources
-from hf_tsv.checkpoints import ahead
-from hf_tsv.checkpoints.ahead import AHEAD_BYTES, AheadFiles, Connections
-from hf_tsv.errors import RepoError
-from hf_tsv.hub import client as calls
+from hf_tsv.checkpoints import sources
+from hf_tsv.checkpoints.storage import ahead
+from hf_tsv.checkpoints.storage.ahead import AHEAD_BYTES, AheadFiles, Connections
+from hf_tsv.hub import client as client_module
+from hf_tsv.hub import snapshot
+from hf_tsv.system.errors import RepoError
 
 SIZE = 3_000_000
 CONTENT = random.Random(0).randbytes(SIZE)
@@ -43,7 +43,7 @@ def files(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[AheadFiles]:
     """Two files of a repository; of 100 kB that wait, in pieces of 50 kB."""
     monkeypatch.setattr(ahead, "SMALLEST_PIECE", 10_000)
     hub.add_repo("org/model", {"a.safetensors": CONTENT, "b.safetensors": CONTENT[::-1]})
-    repo = client.snapshot("org/model", None)
+    repo = snapshot("org/model", None)
     hub.requests.clear()
     found = AheadFiles(repo, "", Connections(), 100_000)
     yield found
@@ -274,7 +274,7 @@ AT_ONCE = {"Retry-After": "0"}
 def test_faults_that_pass_change_nothing(
     deep: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(calls, "RETRY_WAITS", (0.0,) * 4)
+    monkeypatch.setattr(client_module, "RETRY_WAITS", (0.0,) * 4)
     for name in "ab":
         for _ in range(4 if name == "b" else 0):  # one request may meet all
             deep.fail("safetensors", times=1, **fault)
@@ -297,7 +297,7 @@ def deep(hub: Hub, tmp_path: Path) -> Hub:
 def test_a_storage_that_is_gone_ends_the_merge_and_it_goes_on_later(
     deep: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "RETRY_WAITS", (0.0,) * 4)
+    monkeypatch.setattr(client_module, "RETRY_WAITS", (0.0,) * 4)
 
     def merge(name: str) -> None:
         deep.requests.clear()

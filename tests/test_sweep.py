@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import hf_tsv
-from hf_tsv.errors import DataError, RecipeError
+from hf_tsv.system.errors import DataError, RecipeError
 
 FRACTIONS = (0.05, 0.5, 1.0)
 

@@ -24,7 +24,9 @@ from reference import (
 )
 from torch import Tensor
 
-from hf_tsv import linalg, tsv
+from hf_tsv.linalg import updates
+from hf_tsv.linalg.polar import orthogonal_product, polar_factor, polar_factor_by_whitening
+from hf_tsv.methods import tsv
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -50,7 +52,7 @@ def cases(draw: st.DrawFn, *, smallest: int = 1, explicit_rank: bool = False) ->
     rows, columns = draw(st.integers(smallest, 32)), draw(st.integers(smallest, 32))
     tasks = draw(st.integers(1, 20))
     g = generator(draw(st.integers(0, 2**32)))
-    largest = tsv.default_rank((rows, columns), tasks)
+    largest = updates.default_rank((rows, columns), tasks)
     rank = draw(st.integers(1, largest)) if explicit_rank else largest
     return Case([3e-4 * gaussian(rows, columns, g).float() for _ in range(tasks)], rank)
 
@@ -58,7 +60,7 @@ def cases(draw: st.DrawFn, *, smallest: int = 1, explicit_rank: bool = False) ->
 def related(tasks: int = 3, shape: tuple[int, int] = (24, 30), seed: int = 0) -> Case:
     """Updates of tasks that share directions partly."""
     return Case(
-        fine_tunes(shape, tasks, 0.5, seed, smallest_angle=0.1), tsv.default_rank(shape, tasks)
+        fine_tunes(shape, tasks, 0.5, seed, smallest_angle=0.1), updates.default_rank(shape, tasks)
     )
 
 
@@ -148,14 +150,14 @@ def test_a_task_is_its_leading_singular_triplets(case: Case) -> None:
 @pytest.mark.parametrize(
     ("solver", "polar"),
     [
-        ("procrustes", linalg.polar_factor),
-        ("whitening", linalg.polar_factor_by_whitening),
+        ("procrustes", polar_factor),
+        ("whitening", polar_factor_by_whitening),
     ],
 )
 def test_each_exact_solver_is_the_one_it_says(solver: str, polar) -> None:
     deltas, rank = related(3)
-    vectors = tsv.concatenate([tsv.decompose(delta, rank) for delta in deltas])
-    found = linalg.orthogonal_product(vectors.U, vectors.S, vectors.Vh, "exact", solver)
+    vectors = updates.concatenate([tsv.decompose(delta, rank) for delta in deltas])
+    found = orthogonal_product(vectors.U, vectors.S, vectors.Vh, "exact", solver)
     expected = (polar(vectors.U)[0] * vectors.S) @ polar(vectors.Vh)[0]
     assert relative_error(found.matrix, expected) < 1e-14 and found.exact == 2
 
@@ -266,7 +268,7 @@ def test_updates_that_share_no_direction_are_only_truncated_and_summed(solver: s
 @examples
 def test_one_task_is_itself(solver: str, case: Case) -> None:
     delta = case.deltas[0]
-    result = merged([delta], tsv.default_rank(delta.shape, 1), solver)
+    result = merged([delta], updates.default_rank(delta.shape, 1), solver)
     assert torch.equal(result.float(), delta)
 
 
@@ -282,7 +284,7 @@ def test_one_task_of_explicit_rank_is_truncated_only(solver: str) -> None:
 def test_the_default_rank_is_an_equal_share_of_k_but_never_zero(
     rows: int, columns: int, tasks: int
 ) -> None:
-    rank = tsv.default_rank((rows, columns), tasks)
+    rank = updates.default_rank((rows, columns), tasks)
     k = min(rows, columns)
     assert rank == (1 if tasks > k else k // tasks)
     assert tasks > k or rank * tasks <= k
@@ -293,7 +295,7 @@ def test_the_default_rank_is_an_equal_share_of_k_but_never_zero(
 def test_more_tasks_than_directions_still_merge(solver: str, shape: tuple[int, int]) -> None:
     g = generator(3)
     deltas = [gaussian(*shape, g) for _ in range(20)]
-    result = merged(deltas, tsv.default_rank(shape, 20), solver)
+    result = merged(deltas, updates.default_rank(shape, 20), solver)
     assert relative_error(result, reference.tsv(deltas, [1] * 20)) < 1e-9
 
 
@@ -301,7 +303,9 @@ def test_more_tasks_than_directions_still_merge(solver: str, shape: tuple[int, i
 def test_the_remainder_of_k_by_tasks_is_unused(solver: str) -> None:
     g = generator(4)
     deltas = [gaussian(11, 13, g) for _ in range(4)]
-    singular_values = torch.linalg.svdvals(merged(deltas, tsv.default_rank((11, 13), 4), solver))
+    singular_values = torch.linalg.svdvals(
+        merged(deltas, updates.default_rank((11, 13), 4), solver)
+    )
     assert int((singular_values > 1e-12 * singular_values[0]).sum()) == 4 * (11 // 4)
 
 
@@ -326,7 +330,9 @@ def test_a_rank_above_k_is_k(solver: str) -> None:
 @both_solvers
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_only_unchanged_tasks_give_no_update(solver: str, tasks: int) -> None:
-    result = tsv.merge([torch.zeros(4, 6)] * tasks, tsv.default_rank((4, 6), tasks), **how(solver))
+    result = tsv.merge(
+        [torch.zeros(4, 6)] * tasks, updates.default_rank((4, 6), tasks), **how(solver)
+    )
     assert not result.matrix.any()
     assert result.matrix.shape == (4, 6)
     assert result.null_directions == 0
@@ -444,7 +450,7 @@ def spectrum(
 ) -> tuple[list[Tensor], int, Tensor]:
     """Fine-tuned updates, their rank, and what they merge to."""
     deltas = fine_tunes(shape, tasks, exponent, seed=tasks, noise=noise)
-    rank = tsv.default_rank(shape, tasks)
+    rank = updates.default_rank(shape, tasks)
     return deltas, rank, reference.tsv(deltas, [rank] * tasks)
 
 
@@ -466,7 +472,7 @@ def test_gaussian_updates_are_merged_accurately(
 ) -> None:
     g = generator(8)
     deltas = [3e-4 * gaussian(*shape, g).float() for _ in range(tasks)]
-    rank = tsv.default_rank(shape, tasks)
+    rank = updates.default_rank(shape, tasks)
     expected = reference.tsv(deltas, [rank] * tasks)
     assert relative_error(merged(deltas, rank, solver), expected) < BAR
 
@@ -478,7 +484,7 @@ def test_updates_of_low_rank_are_merged_accurately(
 ) -> None:
     g = generator(9)
     deltas = [lora(shape, 3, 3e-4, g) for _ in range(tasks)]  # rank 3 to float64 rounding
-    rank = tsv.default_rank(shape, tasks)
+    rank = updates.default_rank(shape, tasks)
     result = tsv.merge(deltas, rank, **how(solver))
     assert result.ranks == (min(rank, 3),) * tasks
     assert relative_error(result.matrix, reference.tsv(deltas, result.ranks)) < BAR
@@ -491,7 +497,7 @@ def test_a_repeated_opposite_or_unchanged_task_is_merged_accurately(
     solver: str, factor: int, shape: tuple[int, int], tasks: int
 ) -> None:
     deltas, _, _ = spectrum(shape, tasks, 0.5, 0.0)
-    rank = tsv.default_rank(shape, tasks + 1)
+    rank = updates.default_rank(shape, tasks + 1)
     expected = reference.tsv([*deltas, factor * deltas[0]], [*[rank] * tasks, rank * abs(factor)])
     result = merged([*deltas, factor * deltas[0]], rank, solver)
     assert relative_error(result, expected) < BAR
@@ -504,7 +510,7 @@ def stored(base: Tensor, delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, flo
     """The task matrix of checkpoints saved in `dtype`, and its noise floor."""
     W0 = base.to(dtype)
     W1 = (W0.double() + delta).to(dtype)
-    return W1.float() - W0.float(), tsv.storage_noise(W0, W1)
+    return W1.float() - W0.float(), updates.storage_noise(W0, W1)
 
 
 every_dtype = pytest.mark.parametrize("dtype", STORED, ids=["fp32", "fp16", "bf16"])
@@ -533,7 +539,7 @@ def test_a_lora_has_its_rank_where_base_and_fine_tune_were_converted_afterwards(
     g = generator(11)
     W0, delta = base_weights("normal", (144, 192), g), lora((144, 192), 16, 3e-4, g)
     base, fine_tuned = W0.to(dtype), (W0 + delta).to(dtype)
-    floor = tsv.storage_noise(base, fine_tuned)
+    floor = updates.storage_noise(base, fine_tuned)
     assert tsv.decompose(fine_tuned.float() - base.float(), 64, floor).rank == 16
 
 
@@ -543,7 +549,7 @@ def test_the_noise_floor_of_transposed_weights_is_the_same(dtype: torch.dtype, k
     g = generator(11)
     W0 = base_weights(kind, (24, 40), g).to(dtype)
     W1 = (W0.double() + 3e-4 * gaussian(24, 40, g)).to(dtype)
-    assert tsv.storage_noise(W0.T, W1.T) == pytest.approx(tsv.storage_noise(W0, W1))
+    assert updates.storage_noise(W0.T, W1.T) == pytest.approx(updates.storage_noise(W0, W1))
 
 
 @every_dtype
@@ -587,7 +593,7 @@ def test_a_checkpoint_saved_in_another_dtype_only_is_no_task(dtype: torch.dtype,
     W0 = base_weights(kind, (96, 144), generator(15)).float()
     W1 = W0.to(dtype)
     for base, fine_tuned in ((W0, W1), (W1, W0)):
-        floor = tsv.storage_noise(base, fine_tuned)
+        floor = updates.storage_noise(base, fine_tuned)
         assert tsv.decompose(fine_tuned.float() - base.float(), 96, floor).rank == 0
 
 
@@ -596,10 +602,10 @@ def test_float64_checkpoints_are_subtracted_in_float64(kind: str) -> None:
     g = generator(16)
     W0 = base_weights(kind, (96, 96), g)
     W1 = W0 + lora((96, 96), 16, 1e-12, g)
-    delta = tsv.difference(W1, W0)
-    assert tsv.decompose(delta, 96, tsv.storage_noise(W0, W1)).rank == 16
-    assert tsv.difference(W1, W0.float()).dtype == torch.float64
-    assert tsv.difference(W1.float(), W0.half()).dtype == torch.float32
+    delta = updates.difference(W1, W0)
+    assert tsv.decompose(delta, 96, updates.storage_noise(W0, W1)).rank == 16
+    assert updates.difference(W1, W0.float()).dtype == torch.float64
+    assert updates.difference(W1.float(), W0.half()).dtype == torch.float32
 
 
 def test_weights_below_the_normal_range_of_float16_have_its_absolute_step() -> None:
@@ -616,7 +622,7 @@ def test_the_noise_floor_scales_with_the_weights(exponent: int) -> None:
     W0 = base_weights("normal", (24, 32), g).float()
     W1 = W0 + lora((24, 32), 4, 3e-4, g).float()
     c = 2.0**exponent
-    ratio = tsv.storage_noise(c * W0, c * W1) / tsv.storage_noise(W0, W1)
+    ratio = updates.storage_noise(c * W0, c * W1) / updates.storage_noise(W0, W1)
     assert ratio == pytest.approx(c, rel=1e-6, abs=0)
 
 
@@ -634,7 +640,7 @@ def test_a_full_fine_tune_loses_nothing_to_the_floor(
     base, shape = base_weights("normal", (128, 128), g), (128, 128)
     exact = [power_law(shape, exponent, g) for _ in range(tasks)]
     deltas, floors = zip(*(stored(base, delta, dtype) for delta in exact), strict=True)
-    rank = tsv.default_rank(shape, tasks)
+    rank = updates.default_rank(shape, tasks)
     result = tsv.merge(deltas, rank, floors=floors)
     assert result.ranks == (rank,) * tasks
     assert torch.equal(result.matrix, merged(deltas, rank))

@@ -13,8 +13,8 @@ from PIL import Image
 
 import hf_tsv
 from hf_tsv import AlphaSearch
-from hf_tsv.errors import DataError, RecipeError
-from hf_tsv.tuning import alphas_of
+from hf_tsv.recipes.learning import alphas_of
+from hf_tsv.system.errors import DataError, RecipeError
 
 ALPHAS = (0.0, 4.0, 12.0, 40.0)
 

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_tsv.checkpoints.headers import index_of
-from hf_tsv.checkpoints.reader import SINGLE_FILE
-from hf_tsv.checkpoints.tensors import DTYPES
-from hf_tsv.checkpoints.writer import ShardWriter, TensorSpec, plan_shards
-from hf_tsv.errors import OutputError
-from hf_tsv.folders import check_free_space, check_output_folder, whole_folder
+from hf_tsv.checkpoints.names import SINGLE_FILE
+from hf_tsv.checkpoints.storage.headers import index_of
+from hf_tsv.checkpoints.storage.tensors import DTYPES, TensorSpec
+from hf_tsv.checkpoints.storage.writer import ShardWriter, plan_shards
+from hf_tsv.system.errors import OutputError
+from hf_tsv.system.folders import check_free_space, check_output_folder, whole_folder
 
 INDEX_FILE = index_of(SINGLE_FILE)
 
@@ -249,7 +249,7 @@ def test_an_earlier_output_is_replaced_in_one_step(
 def test_a_file_system_that_cannot_exchange_folders_replaces_them_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_tsv.folders._exchange", lambda *_: False)
+    monkeypatch.setattr("hf_tsv.system.folders._exchange", lambda *_: False)
     earlier_output(tmp_path / "out")
     with whole_folder(tmp_path / "out") as staging:
         (staging / "file").write_text("new")
@@ -260,7 +260,7 @@ def test_a_rename_that_fails_leaves_the_earlier_output_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     earlier_output(tmp_path / "out")
-    monkeypatch.setattr("hf_tsv.folders._exchange", lambda *_: False)
+    monkeypatch.setattr("hf_tsv.system.folders._exchange", lambda *_: False)
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
@@ -400,9 +400,9 @@ def test_a_full_disk_is_an_output_error_and_nothing_is_left(tmp_path: Path) -> N
     script = """
         import sys, torch
         from pathlib import Path
-        from hf_tsv.checkpoints.writer import ShardWriter, TensorSpec, plan_shards
-        from hf_tsv.folders import whole_folder
-        from hf_tsv.errors import OutputError
+        from hf_tsv.checkpoints.storage.writer import ShardWriter, TensorSpec, plan_shards
+        from hf_tsv.system.folders import whole_folder
+        from hf_tsv.system.errors import OutputError
 
         specs = {name: TensorSpec(torch.float32, (30_000,)) for name in "abc"}
         try:

@@ -11,23 +11,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_tsv import journal
-from hf_tsv.cards import card_license
-from hf_tsv.checkpoints import base_model, companions, heads
-from hf_tsv.checkpoints.adapters import CONFIG_FILE as ADAPTER_CONFIG
-from hf_tsv.checkpoints.adapters import open_adapter
-from hf_tsv.checkpoints.files import LocalFiles
-from hf_tsv.checkpoints.masks import CONFIG_FILE as MASK_CONFIG
-from hf_tsv.checkpoints.masks import open_masked
-from hf_tsv.checkpoints.open_clip import CONFIG_FILE as OPEN_CLIP_CONFIG
-from hf_tsv.checkpoints.pickles import read_pickle
-from hf_tsv.checkpoints.reader import Checkpoint, open_checkpoint
-from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
-from hf_tsv.errors import CheckpointError, HfTsvError
+from hf_tsv.checkpoints import base_model, companions
+from hf_tsv.checkpoints.formats import heads
+from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from hf_tsv.checkpoints.formats.adapters import open_adapter
+from hf_tsv.checkpoints.formats.factors import open_factors
+from hf_tsv.checkpoints.formats.masks import CONFIG_FILE as MASK_CONFIG
+from hf_tsv.checkpoints.formats.masks import open_masked
+from hf_tsv.checkpoints.formats.open_clip import CONFIG_FILE as OPEN_CLIP_CONFIG
+from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
+from hf_tsv.checkpoints.names import FACTORS_CONFIG
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, card_license, parse, pin
+from hf_tsv.checkpoints.storage.files import LocalFiles
+from hf_tsv.checkpoints.storage.pickles import read_pickle
 from hf_tsv.evaluation.model_index import Card, eval_result, with_results
-from hf_tsv.factors import FACTORS_CONFIG, open_factors
-from hf_tsv.findings import Finding
-from hf_tsv.recipe import PinnedInput, Recipe, Settings
+from hf_tsv.merging.findings import Finding
+from hf_tsv.recipes.recipe import PinnedInput, Recipe
+from hf_tsv.recipes.settings import Settings
+from hf_tsv.runs import journal
+from hf_tsv.system.errors import CheckpointError, HfTsvError
 
 CORPUS = Path(__file__).with_name("corpus")
 WEIGHT = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -254,7 +256,7 @@ def seeds() -> dict[str, list[Any]]:
         "stored": "factors", "shape": [4, 2], "dtype": "F32", "rank": 1, "numerical_rank": 2,
         "energy": 0.5, "norm": 1.5, "bytes": 28, "base_sha256": "0" * 64,
     }  # fmt: skip
-    from hf_tsv.checkpoints.reader import fingerprint
+    from hf_tsv.checkpoints.storage.tensors import fingerprint
 
     described = {
         "format": "hf-tsv task factors", "format_version": 1, "hf_tsv_version": "0.1.0",

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from benchmarks.speed import exact, plain
 from benchmarks.speed.synthetic import SPECTRA, WEIGHT_RMS, Spectrum, Zoo, updates
-from hf_tsv import linalg, tsv
+from hf_tsv.linalg import products
+from hf_tsv.linalg.updates import storage_noise
+from hf_tsv.methods import catalogue, tsv
 
 SHAPE = (768, 768)
 TASKS = (8, 20)
@@ -68,10 +70,10 @@ class FileErrors(Errors):
 
 def merged(
     deltas: Sequence[Tensor], rank: int, floors: Sequence[float], device: str
-) -> tsv.MergedUpdate:
+) -> catalogue.MergedUpdate:
     """Merge updates by hf-tsv as a merge does, without the tasks that change nothing."""
     changed = [(d.to(device), f) for d, f in zip(deltas, floors, strict=True) if d.any()]
-    with linalg.threads():
+    with products.threads():
         return tsv.merge([d for d, _ in changed], rank, floors=[f for _, f in changed])
 
 
@@ -107,7 +109,7 @@ def _stored(
 
 def _deltas(base: Tensor, stored: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
     deltas = [weight.float() - base.float() for weight in stored]
-    return deltas, [tsv.storage_noise(base, weight) for weight in stored]
+    return deltas, [storage_noise(base, weight) for weight in stored]
 
 
 def file_errors(zoo: Zoo, plain_file: Path, ours_file: Path, device: str) -> FileErrors:

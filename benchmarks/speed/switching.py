@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from hf_tsv import TaskSwitcher
-from hf_tsv.tsv import TaskSingularVectors, Update
+from hf_tsv.linalg.updates import TaskSingularVectors, Update
 
 TASKS = 8
 RANK_FRACTION = 0.1

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
-from hf_tsv.checkpoints.files import read_json
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
-from hf_tsv.errors import CheckpointError, HfTsvError
-from hf_tsv.parallel import in_parallel
+from hf_tsv.checkpoints.storage.files import read_json
+from hf_tsv.system.errors import CheckpointError, HfTsvError
+from hf_tsv.system.threads import in_parallel
 
 CONFIG = ("config.json", "_name_or_path")
 LONGEST_NAME = 500

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from hf_tsv.checkpoints import layout, open_clip
-from hf_tsv.checkpoints.files import read_json
-from hf_tsv.checkpoints.reader import Checkpoint, Format
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.formats import open_clip
+from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.names import Format
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
-from hf_tsv.checkpoints.tensors import TensorInfo
-from hf_tsv.errors import CheckpointError
-from hf_tsv.progress import logger
+from hf_tsv.checkpoints.storage.files import read_json
+from hf_tsv.checkpoints.storage.tensors import TensorInfo
+from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.progress import logger
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_tsv.errors import CheckpointError
-from hf_tsv.progress import shortened
+from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.text import shortened
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,10 +14,12 @@ from huggingface_hub.errors import HfUriError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from hf_tsv import hub
-from hf_tsv.checkpoints.files import Files, HubFiles, LocalFiles, inside_folder
-from hf_tsv.errors import CheckpointError, RepoError
+from hf_tsv.checkpoints.names import CONFIGS
+from hf_tsv.checkpoints.storage.files import Files, HubFiles, LocalFiles, inside_folder
 from hf_tsv.hub import WEIGHT_SUFFIXES
-from hf_tsv.untrusted import parse_yaml
+from hf_tsv.system.errors import CheckpointError, RepoError
+from hf_tsv.system.folders import local_kind
+from hf_tsv.system.untrusted import parse_yaml
 
 LONGEST_SUBFOLDER = 1000
 CARD_BYTES = 1_000_000
@@ -168,15 +171,6 @@ def _is_subfolder(text: str) -> bool:
     return short and inside_folder(text) and "@" not in text and not text.endswith(WEIGHT_SUFFIXES)
 
 
-def local_kind(text: str) -> str | None:
-    """Kind of path that a text is here: "folder", "file", or None if it cannot be read."""
-    try:
-        path = Path(text).expanduser()
-        return "folder" if text and path.is_dir() else "file" if path.is_file() else None
-    except (OSError, ValueError, RuntimeError):  # too long, no permission, an unknown ~user
-        return None
-
-
 def pin(
     reference: Reference, *, token: str | None = None, cache_dir: str | None = None
 ) -> PinnedCheckpoint:
@@ -190,7 +184,12 @@ def pin(
         return PinnedCheckpoint(reference.text, None, local, _local_card(local))
     inside = reference.subfolder
     repo = hub.snapshot(
-        reference.repo_id, reference.revision, inside, token=token, cache_dir=cache_dir
+        reference.repo_id,
+        reference.revision,
+        inside,
+        configs=CONFIGS,
+        token=token,
+        cache_dir=cache_dir,
     )
     root = HubFiles(repo) if repo.folder is None else LocalFiles(repo.folder)
     files = root.within(inside)
@@ -216,3 +215,21 @@ def _local_card(files: LocalFiles) -> dict[str, Any]:
     except (CheckpointError, OverflowError, ValueError):  # the latter for front matter without end
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def task_name(ref: str) -> str:
+    """Short name of a task: the last part of its reference, without `-tsv`.
+
+    Example:
+        >>> task_name("me/clip-sun397-tsv@main")
+        'clip-sun397'
+    """
+    path = Path(ref)
+    name = path.resolve().name if path.exists() else Path(ref.partition("@")[0]).name
+    return name.removesuffix("-tsv") or name
+
+
+def card_license(card: Mapping[str, Any]) -> str | None:
+    """Licence in the front matter of a card, if it is one identifier."""
+    value = card.get("license")
+    return value if isinstance(value, str) else None

@@ -23,7 +23,7 @@ app = typer.Typer(
 
 def _show_version(value: bool) -> None:
     if value:
-        from hf_tsv import __version__
+        from hf_tsv.system.version import __version__
 
         print(__version__)
         raise typer.Exit

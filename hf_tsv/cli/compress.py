@@ -9,10 +9,11 @@ import typer
 
 from hf_tsv.cli import options
 from hf_tsv.cli.output import Out
-from hf_tsv.errors import RecipeError
+from hf_tsv.system.errors import RecipeError
 
 if TYPE_CHECKING:
-    from hf_tsv.compression import CompressReport
+    from hf_tsv.reports.compression import CompressReport
+
 
 EXAMPLES = """\
 **Examples**
@@ -147,15 +148,14 @@ def compress(
     everything else (TSV-Compress). Together with the base model they give the fine-tune again.
     """
     out = Out(as_json=as_json, quiet=quiet)
-    from hf_tsv import compression
-    from hf_tsv.delivery import Target
-    from hf_tsv.ranks import RankRule
-    from hf_tsv.sources import Access
-    from hf_tsv.spectra import Options
+    from hf_tsv.checkpoints.sources import Access
+    from hf_tsv.recipes.compressing import Options, RankRule
+    from hf_tsv.runs.target import Target
+    from hf_tsv.verbs.compress import run
 
     if not checkpoint:
         raise RecipeError("There is nothing to compress.", "Name a checkpoint.")
-    done = compression.run(
+    done = run(
         checkpoint,
         base_model,
         Options(
@@ -183,7 +183,7 @@ def compress(
 
 
 def _summary(report: CompressReport) -> str:
-    from hf_tsv.progress import human_bytes
+    from hf_tsv.system.text import human_bytes
 
     kinds = [weight["stored"] for weight in report.weights.values()]
     shares = (f"{T} such tasks take {100 * r:.0f} %" for T, r in report.ratio_for_tasks.items())
@@ -206,7 +206,7 @@ def _summary(report: CompressReport) -> str:
 
 
 def _preview(report: CompressReport) -> str:
-    from hf_tsv.progress import human_bytes
+    from hf_tsv.system.text import human_bytes
 
     size = "depends on the weights"
     if report.factors_bytes is not None:

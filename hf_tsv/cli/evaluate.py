@@ -9,11 +9,12 @@ import typer
 
 from hf_tsv.cli import images, options
 from hf_tsv.cli.output import Out, table
-from hf_tsv.processes import is_leader
-from hf_tsv.progress import one_line
+from hf_tsv.system.processes import is_leader
+from hf_tsv.system.text import one_line
 
 if TYPE_CHECKING:
-    from hf_tsv.evaluation import EvaluateReport
+    from hf_tsv.verbs.evaluate import EvaluateReport
+
 
 EXAMPLES = """\
 **Examples**
@@ -99,13 +100,13 @@ def evaluate(
     own accuracy that is kept. With -o a run that was stopped goes on with the next task.
     """
     out = Out(as_json=as_json, quiet=quiet)
-    from hf_tsv import evaluation
+    from hf_tsv.verbs import evaluate as evaluate_
 
     tasks = images.tasks_of(task, split, image_column, label_column, classes, template)
     references = None
     if fine_tunes or no_references:
         references = dict(map(images.named, fine_tunes or []))
-    report = evaluation.evaluate(
+    report = evaluate_.evaluate(
         reference,
         tasks,
         suite=suite,

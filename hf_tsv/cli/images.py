@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from hf_tsv.errors import RecipeError
+from hf_tsv.system.errors import RecipeError
 
 if TYPE_CHECKING:
-    from hf_tsv.evaluation.data import EvaluationTask
+    from hf_tsv.recipes.images import EvaluationTask
+
 
 PANEL = "What is classified"
 
@@ -118,7 +119,7 @@ def tasks_of(
         choices["classes"] = _names(classes, task or [])
     if not task:
         return []
-    from hf_tsv.evaluation.data import EvaluationTask  # a second, for transformers
+    from hf_tsv.recipes.images import EvaluationTask  # a second, for transformers
 
     return [EvaluationTask.parse(text, **choices) for text in task]
 

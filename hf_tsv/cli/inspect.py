@@ -11,7 +11,8 @@ from hf_tsv.cli import options
 from hf_tsv.cli.output import Out
 
 if TYPE_CHECKING:
-    from hf_tsv.inspecting import InspectReport
+    from hf_tsv.verbs.inspect import InspectReport
+
 
 EXAMPLES = """\
 **Examples**
@@ -43,14 +44,14 @@ def inspect(
     Reads the beginning of the weight files by HTTP range, and no weights.
     """
     out = Out(as_json=as_json, quiet=False)
-    from hf_tsv import inspecting
+    from hf_tsv.verbs import inspect as inspect_
 
-    report = inspecting.inspect(reference, token=token, cache_dir=cache_dir, subfolder=subfolder)
+    report = inspect_.inspect(reference, token=token, cache_dir=cache_dir, subfolder=subfolder)
     out.result(_text(report), report.to_dict())
 
 
 def _text(report: InspectReport) -> str:
-    from hf_tsv.progress import human_bytes
+    from hf_tsv.system.text import human_bytes
 
     rows = [
         (report.kind, options.pinned({"ref": report.ref, "revision": report.revision})),

@@ -9,10 +9,11 @@ import typer
 
 from hf_tsv.cli import options
 from hf_tsv.cli.output import Out
-from hf_tsv.progress import one_line
+from hf_tsv.system.text import one_line
 
 if TYPE_CHECKING:
-    from hf_tsv.interfering import InterferenceReport
+    from hf_tsv.reports.interference import InterferenceReport
+
 
 EXAMPLES = """\
 **Examples**
@@ -70,7 +71,8 @@ def interference(
     orthogonal; it is shown as it is, and as the merge leaves it.
     """
     out = Out(as_json=as_json, quiet=quiet)
-    from hf_tsv import interfering
+    from hf_tsv.checkpoints.names import REPORT_PAGE
+    from hf_tsv.verbs import interference as interference_
 
     choices: dict[str, Any] = {
         "rank": rank,
@@ -79,7 +81,7 @@ def interference(
     }
     if exclude is not None:
         choices["exclude"] = [glob for glob in exclude if glob]
-    report = interfering.interference(
+    report = interference_.interference(
         checkpoints or [],
         base_model=base_model,
         output=output,
@@ -94,7 +96,7 @@ def interference(
         progress=False if quiet else None,
     )
     if output is not None:
-        out.status(f"The report is {output / interfering.REPORT_PAGE}.")
+        out.status(f"The report is {output / REPORT_PAGE}.")
     out.result(_text(report), report.to_dict())
 
 

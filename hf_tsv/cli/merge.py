@@ -10,12 +10,12 @@ import typer
 
 from hf_tsv.cli import images, options
 from hf_tsv.cli.output import Out
-from hf_tsv.errors import RecipeError
+from hf_tsv.system.errors import RecipeError
 
 if TYPE_CHECKING:
-    from hf_tsv.adaptation import Adaptation
-    from hf_tsv.merging import MergeReport
-    from hf_tsv.tuning import AlphaSearch
+    from hf_tsv.recipes.learning import Adaptation, AlphaSearch
+    from hf_tsv.verbs.merge import MergeReport
+
 
 ADA = "With --method ada"
 
@@ -236,7 +236,7 @@ def merge(
     images with labels (`--tune-alpha`): the options of what is classified are for these.
     """
     out = Out(as_json=as_json, quiet=quiet)
-    from hf_tsv import merging
+    from hf_tsv.verbs import merge as merge_
 
     choices: dict[str, Any] = {
         "method": method.value,
@@ -271,7 +271,7 @@ def merge(
     }
     if exclude is not None:
         choices["exclude"] = [glob for glob in exclude if glob]
-    done = merging.merge(
+    done = merge_.merge(
         checkpoints or [],
         base_model=base_model,
         output=output,
@@ -316,14 +316,14 @@ def _learning(
             raise RecipeError("--limit is an option of --tune-alpha.", "Leave it out.")
         if not said:
             return {}
-        from hf_tsv.adaptation import Adaptation
+        from hf_tsv.recipes.learning import Adaptation
 
         return {"adaptation": Adaptation(tasks, **given)}
     if alphas is not None:
         if other := given.keys() - {"limit", "batch_size"}:
             option = min(other).replace("_", "-")
             raise RecipeError(f"--{option} is an option of --method ada.", "Leave it out.")
-        from hf_tsv.tuning import AlphaSearch
+        from hf_tsv.recipes.learning import AlphaSearch
 
         return {"tune_alpha": AlphaSearch(tasks, alphas, **given)}  # type: ignore[arg-type]
     if said:
@@ -344,7 +344,7 @@ def _numbers(text: str | None) -> list[float] | None:
 
 
 def _summary(report: MergeReport) -> str:
-    from hf_tsv.progress import human_bytes
+    from hf_tsv.system.text import human_bytes
 
     counts = ", ".join(f"{count} {name}" for name, count in report.weights.items())
     lines = [
@@ -366,7 +366,7 @@ def _summary(report: MergeReport) -> str:
 
 
 def _preview(report: MergeReport) -> str:
-    from hf_tsv.progress import human_bytes
+    from hf_tsv.system.text import human_bytes
 
     rows = [("base model", options.pinned(report.base_model))]
     rows += [(f"task {i}", options.pinned(entry)) for i, entry in enumerate(report.inputs, start=1)]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from hf_tsv.progress import one_line
+from hf_tsv.system.text import one_line
 
 TARGET = "Where the result goes"
 METHOD = "How to merge"
@@ -201,7 +201,6 @@ CacheDir = Annotated[
         help="Hub cache. [default: as the Hub client]", rich_help_panel=RUN, show_default=False
     ),
 ]
-
 
 Stream = Annotated[
     bool,

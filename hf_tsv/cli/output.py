@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from textwrap import dedent
 from typing import Any
 
-from hf_tsv.errors import HfTsvError
-from hf_tsv.processes import LOST, is_leader
-from hf_tsv.progress import printable, redacted
+from hf_tsv.system.errors import HfTsvError
+from hf_tsv.system.processes import LOST, is_leader
+from hf_tsv.system.text import printable, redacted
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130

@@ -10,7 +10,8 @@ from hf_tsv.cli import options
 from hf_tsv.cli.output import Out
 
 if TYPE_CHECKING:
-    from hf_tsv.pushing import PushReport
+    from hf_tsv.verbs.push import PushReport
+
 
 EXAMPLES = """\
 **Examples**
@@ -55,9 +56,9 @@ def push(
     Large files that the repository has already are not sent again.
     """
     out = Out(as_json=as_json, quiet=quiet)
-    from hf_tsv import pushing
+    from hf_tsv.verbs import push as push_
 
-    report = pushing.push(
+    report = push_.push(
         folder,
         repo_id,
         private=private,
@@ -73,7 +74,7 @@ def push(
 
 
 def _summary(report: PushReport) -> str:
-    from hf_tsv.progress import human_bytes
+    from hf_tsv.system.text import human_bytes
 
     return (
         f"Uploaded {len(report.files)} files ({human_bytes(report.bytes)}) to {report.repo_id}"
@@ -82,7 +83,7 @@ def _summary(report: PushReport) -> str:
 
 
 def _preview(report: PushReport) -> str:
-    from hf_tsv.progress import human_bytes
+    from hf_tsv.system.text import human_bytes
 
     return options.columns(
         [

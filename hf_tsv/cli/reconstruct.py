@@ -10,7 +10,8 @@ from hf_tsv.cli import options
 from hf_tsv.cli.output import Out
 
 if TYPE_CHECKING:
-    from hf_tsv.reconstruction import ReconstructReport
+    from hf_tsv.verbs.reconstruct import ReconstructReport
+
 
 EXAMPLES = """\
 **Examples**
@@ -62,9 +63,9 @@ def reconstruct(
     The result is the complete base model with the task in it, and its task head if it had one.
     """
     out = Out(as_json=as_json, quiet=quiet)
-    from hf_tsv import reconstruction
+    from hf_tsv.verbs import reconstruct as reconstruct_
 
-    report = reconstruction.reconstruct(
+    report = reconstruct_.reconstruct(
         factors,
         base_model=base_model,
         output=output,
@@ -92,7 +93,7 @@ def reconstruct(
 
 
 def _summary(report: ReconstructReport) -> str:
-    from hf_tsv.progress import human_bytes
+    from hf_tsv.system.text import human_bytes
 
     lines = [
         f"Reconstructed {options.pinned(report.source)} in {report.seconds:.1f} s:"
@@ -105,7 +106,7 @@ def _summary(report: ReconstructReport) -> str:
 
 
 def _preview(report: ReconstructReport) -> str:
-    from hf_tsv.progress import human_bytes
+    from hf_tsv.system.text import human_bytes
 
     return options.columns(
         [

@@ -9,11 +9,12 @@ import typer
 
 from hf_tsv.cli import images, options
 from hf_tsv.cli.output import Out, table
-from hf_tsv.errors import RecipeError
-from hf_tsv.progress import one_line
+from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.text import one_line
 
 if TYPE_CHECKING:
-    from hf_tsv.sweeping import SweepReport
+    from hf_tsv.verbs.sweep import SweepReport
+
 
 EXAMPLES = """\
 **Examples**
@@ -68,9 +69,9 @@ def sweep(
     of the rank: how far it can be compressed.
     """
     out = Out(as_json=as_json, quiet=quiet)
-    from hf_tsv import sweeping
+    from hf_tsv.verbs import sweep as sweep_
 
-    report = sweeping.sweep(
+    report = sweep_.sweep(
         images.tasks_of(task, split, image_column, label_column, classes, template),
         dict(map(images.named, fine_tunes)) if fine_tunes else None,
         rank_fractions=_shares(rank_fraction),

@@ -9,20 +9,22 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_tsv.checkpoints.reader import digest, fingerprint
-from hf_tsv.errors import HfTsvError, LostProcessError
-from hf_tsv.evaluation import kept_heads, zero_shot
-from hf_tsv.evaluation.data import EvaluationTask, LabelledImages, load
+from hf_tsv.checkpoints.storage.tensors import digest, fingerprint
+from hf_tsv.evaluation import prompt_heads, zero_shot
+from hf_tsv.evaluation.data import LabelledImages, load
 from hf_tsv.evaluation.finished import Finished
 from hf_tsv.evaluation.job import Job
-from hf_tsv.processes import Processes
-from hf_tsv.progress import bar, logger
-from hf_tsv.recipe import current_versions
+from hf_tsv.recipes.images import EvaluationTask
+from hf_tsv.recipes.settings import current_versions
+from hf_tsv.system.errors import HfTsvError, LostProcessError
+from hf_tsv.system.processes import Processes
+from hf_tsv.system.progress import bar, logger
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+
 ZERO_SHOT = "zero-shot-image-classification"
 
 Data = dict[str, tuple[EvaluationTask, LabelledImages]]
@@ -45,8 +47,8 @@ class Run:
         """Load a model with its tokenizer and image processor, in every process."""
         from transformers.utils import logging
 
-        from hf_tsv.models import pipeline
-        from hf_tsv.stream import pick_device
+        from hf_tsv.models.loading import pipeline
+        from hf_tsv.system.device import pick_device
 
         if not self.show:
             logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -63,7 +65,7 @@ class Run:
                 subfolder=subfolder,
                 progress=self.show,
             )
-            loaded.append(Loaded(pipe, kept_heads.text_identity(pipe.model)))
+            loaded.append(Loaded(pipe, prompt_heads.text_identity(pipe.model)))
 
         self._together(load_it)
         return loaded[0]
@@ -214,12 +216,12 @@ class Loaded:
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def _head_key(self, classes: Sequence[str], templates: Sequence[str]) -> str:
-        return kept_heads.key_of(self.text, self.pipe.tokenizer, classes, templates, self.device)
+        return prompt_heads.key_of(self.text, self.pipe.tokenizer, classes, templates, self.device)
 
     def head(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Zero-shot head of a task."""
         key = self._head_key(classes, templates)
-        return kept_heads.head(self.pipe.model, self.pipe.tokenizer, classes, templates, key)
+        return prompt_heads.head(self.pipe.model, self.pipe.tokenizer, classes, templates, key)
 
 
 def _beside(found: dict[str, Any], reference: str, accuracy: float) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from hf_tsv.folders import disk_errors, make_parents, remove_empty
-from hf_tsv.journal import locked
-from hf_tsv.progress import logger
+from hf_tsv.system.folders import disk_errors, locked, make_parents, remove_empty
+from hf_tsv.system.progress import logger
 
 
 class Finished:

@@ -8,15 +8,12 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.errors import RecipeError
 from hf_tsv.evaluation import model_index, suites
-from hf_tsv.evaluation.data import (
-    EvaluationTask,
-    check_counts,
-    listed,
-    refuse_not_installed,
-)
-from hf_tsv.folders import absolute, check_output_folder
+from hf_tsv.evaluation.data import refuse_not_installed
+from hf_tsv.recipes.images import EvaluationTask, listed
+from hf_tsv.system.checks import check_counts
+from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.folders import absolute, check_output_folder
 
 RESULTS_FILE = "evaluation.json"
 

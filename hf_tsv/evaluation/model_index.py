@@ -14,11 +14,11 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from hf_tsv import hub
-from hf_tsv.checkpoints.files import HubFiles
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
-from hf_tsv.errors import OutputError
-from hf_tsv.folders import disk_errors
-from hf_tsv.untrusted import MAX_BYTES, parse_yaml
+from hf_tsv.checkpoints.storage.files import HubFiles
+from hf_tsv.system.errors import OutputError
+from hf_tsv.system.folders import disk_errors
+from hf_tsv.system.untrusted import MAX_BYTES, parse_yaml
 
 CARD = "README.md"
 TASK = "zero-shot-image-classification"

@@ -23,9 +23,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_tsv import __version__
-from hf_tsv.errors import RepoError
-from hf_tsv.progress import logger, redacted
+from hf_tsv.system.errors import RepoError
+from hf_tsv.system.progress import logger
+from hf_tsv.system.text import redacted
+from hf_tsv.system.version import __version__
 
 T = TypeVar("T")
 

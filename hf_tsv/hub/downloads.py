@@ -12,18 +12,11 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
-from hf_tsv.errors import RepoError
-from hf_tsv.hub.client import (
-    RETRY_STATUS,
-    OtherAnswerError,
-    api,
-    retried,
-    translated,
-    whole,
-)
+from hf_tsv.hub.client import RETRY_STATUS, OtherAnswerError, api, retried, translated, whole
 from hf_tsv.hub.snapshots import RepoSnapshot
-from hf_tsv.parallel import in_parallel
-from hf_tsv.progress import bar, logger
+from hf_tsv.system.errors import RepoError
+from hf_tsv.system.progress import bar, logger
+from hf_tsv.system.threads import in_parallel
 
 DOWNLOAD_THREADS = 8
 WRONG_SIZE = "Consistency check failed"

@@ -9,9 +9,9 @@ from httpx2 import Response, TransportError
 from huggingface_hub import constants, get_session, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from hf_tsv import __version__
 from hf_tsv.hub.client import RETRY_STATUS, OtherAnswerError, retried, translated, whole
 from hf_tsv.hub.snapshots import RepoSnapshot
+from hf_tsv.system.version import __version__
 
 SMALL_FILE = 8_000_000
 """Largest file, in bytes, for which an answer with the whole file instead of a range is read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,11 @@ from httpx2 import TransportError
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import OfflineModeIsEnabled, RevisionResolutionError
 
-from hf_tsv.errors import RepoError
 from hf_tsv.hub import client
 from hf_tsv.hub.client import api, first_line, retried, translated
-from hf_tsv.progress import logger
+from hf_tsv.system.errors import RepoError
+from hf_tsv.system.progress import logger
 
-CONFIGS = ("config.json", "tsv_config.json", "open_clip_config.json", "adapter_config.json",
-           "hf_tsv_mask.json")  # fmt: skip
 CONVERTER = "SFconvertbot"
 CONVERSION = "Adding `safetensors` variant of this model"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -52,6 +51,7 @@ def snapshot(
     revision: str | None,
     subfolder: str = "",
     *,
+    configs: Sequence[str] = ("config.json",),
     token: str | None = None,
     cache_dir: str | None = None,
 ) -> RepoSnapshot:
@@ -59,6 +59,15 @@ def snapshot(
 
     Falls back to the client's cache when the Hub cannot be reached or `HF_HUB_OFFLINE=1`; the
     cache must then contain `subfolder`.
+
+    Args:
+        repo_id (`str`): `org/name`.
+        revision (`str`, *optional*): branch, tag or commit; default: main.
+        subfolder (`str`): where in the repository the checkpoint lies.
+        configs (`Sequence[str]`): files by which a copy in the cache is found, one of which every
+            checkpoint has.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str`, *optional*): default: the Hub client's cache.
 
     Raises:
         [`RepoError`]: unknown, private or gated repository, unknown revision, or not cached.
@@ -71,7 +80,7 @@ def snapshot(
                 )
             )
         except (OfflineModeIsEnabled, TransportError) as error:
-            return _cached_snapshot(repo_id, revision, subfolder, cache_dir, error)
+            return _cached_snapshot(repo_id, revision, subfolder, configs, cache_dir, error)
         except TypeError as error:  # raised by the client for some keys of a card
             raise RepoError(
                 f"The model card of {repo_id} cannot be read: {first_line(error)}",
@@ -107,7 +116,12 @@ def card_dict(data: Any) -> dict[str, Any]:
 
 
 def _cached_snapshot(
-    repo_id: str, revision: str | None, subfolder: str, cache_dir: str | None, error: Exception
+    repo_id: str,
+    revision: str | None,
+    subfolder: str,
+    configs: Sequence[str],
+    cache_dir: str | None,
+    error: Exception,
 ) -> RepoSnapshot:
     try:
         sha = (
@@ -120,11 +134,11 @@ def _cached_snapshot(
     except RevisionResolutionError:
         sha = revision or "main"
     inside = f"{subfolder}/" if subfolder else ""
-    configs = (
+    paths = (
         try_to_load_from_cache(repo_id, inside + name, cache_dir=cache_dir, revision=sha)
-        for name in CONFIGS
+        for name in configs
     )
-    config = next((path for path in configs if isinstance(path, str)), None)
+    config = next((path for path in paths if isinstance(path, str)), None)
     if config is None:
         raise RepoError(
             f"{repo_id} is not in the local cache and the Hub cannot be reached"

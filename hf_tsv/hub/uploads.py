@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from json import JSONDecodeError
@@ -19,7 +19,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from hf_tsv.errors import OutputError, RepoError
 from hf_tsv.hub.client import (
     MOVED_ON,
     RETRY_WAITS,
@@ -30,27 +29,11 @@ from hf_tsv.hub.client import (
     retried,
     translated,
 )
-from hf_tsv.progress import logger, redacted
+from hf_tsv.system.errors import OutputError, RepoError
+from hf_tsv.system.progress import logger
+from hf_tsv.system.text import redacted
 
-STEMS = ("model", "task_factors", "open_clip_model")
-WEIGHT_FILES = tuple(f"{stem}.safetensors{end}" for stem in STEMS for end in ("", ".index.json"))
-MARKERS = ("hf_tsv_recipe.yaml", "tsv_config.json", "hf_tsv_reconstruction.json")
-"""Files of which every output of hf-tsv contains one."""
-
-OLD_WEIGHTS = (
-    *WEIGHT_FILES,
-    *(f"{stem}-?????-of-?????.safetensors" for stem in STEMS),
-    *MARKERS,
-    "heads/*.safetensors",
-    "masks/*/mask.safetensors",
-    "masks/*/hf_tsv_mask.json",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "interference.json",
-    "interference.png",
-    "compression.png",
-)
-"""Patterns of an earlier upload's files that a new one replaces; all other files stay."""
+T = TypeVar("T")
 
 RACES = len(RETRY_WAITS) + 1
 """Most times that a push lists the repository, in order to commit on top of its newest state."""
@@ -148,8 +131,12 @@ def _check_visibility(info: ModelInfo, private: bool) -> None:
         )
 
 
-def files_to_push(folder: Path) -> dict[str, Path]:
+def files_to_push(folder: Path, markers: Sequence[str]) -> dict[str, Path]:
     """Files of a folder that a push uploads: all but hidden ones.
+
+    Args:
+        folder (`Path`): a finished output.
+        markers (`Sequence[str]`): names of files, one of which every finished output has.
 
     Raises:
         [`OutputError`]: the folder is absent or unfinished, or holds links that lead out of it or
@@ -158,9 +145,9 @@ def files_to_push(folder: Path) -> dict[str, Path]:
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
     hidden = {name for name in files if any(part.startswith(".") for part in name.split("/"))}
     files = {name: path for name, path in files.items() if path.is_file() and name not in hidden}
-    if not files.keys() & set(MARKERS):
+    if not files.keys() & set(markers):
         raise OutputError(
-            f"{folder} is no finished output of hf-tsv (it has no {' or '.join(MARKERS)}).",
+            f"{folder} is no finished output of hf-tsv (it has no {' or '.join(markers)}).",
             "Name the output of a merge, a compression or a reconstruction.",
         )
     root = folder.resolve()
@@ -180,6 +167,8 @@ def push(
     folder: Path,
     repo_id: str,
     *,
+    markers: Sequence[str],
+    replaced: Sequence[str],
     token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -191,6 +180,17 @@ def push(
     Large files are uploaded first, except those that the repository already has; then one commit
     makes all of them appear at once. `upload_folder` would make several commits.
 
+    Args:
+        folder (`Path`): a finished output.
+        repo_id (`str`): repository to upload to; created if needed.
+        markers (`Sequence[str]`): names of files, one of which every finished output has.
+        replaced (`Sequence[str]`): patterns of files that are deleted if the folder lacks them.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        private (`bool`, *optional*): make a new repository private.
+        revision (`str`, *optional*): branch to push to.
+        create_pr (`bool`): push as a pull request.
+        commit_message (`str`, *optional*): of the upload.
+
     Returns:
         `str`: address of the commit or pull request.
     """
@@ -200,7 +200,7 @@ def push(
             retried(lambda: client.create_repo(repo_id, private=private, exist_ok=True))
             if revision is not None and revision != "main" and not revision.startswith("refs/"):
                 retried(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True))
-        files = files_to_push(folder)  # once: the folder may be gone by the next try
+        files = files_to_push(folder, markers)  # once: the folder may be gone by the next try
         once = _once if create_pr else retried  # a retry after a lost answer would open two
         for race in range(RACES):
             head = retried(
@@ -208,7 +208,18 @@ def push(
                     repo_id, revision=revision, expand=["sha", "siblings"], timeout=SILENCE
                 )
             )
-            operations = _operations(files, repo_id, head, warn=not create_pr and race == 0)
+            there = [file.rfilename for file in head.siblings or []]
+            old = [name for name in there if any(fnmatch(name, pattern) for pattern in replaced)]
+            if old and race == 0 and not create_pr and not set(markers) & set(there):
+                logger.warning(
+                    "The upload replaces %s of %s; earlier commits keep them.",
+                    ", ".join(old),
+                    repo_id,
+                )
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [
+                *(CommitOperationDelete(name) for name in old if name not in files),
+                *(CommitOperationAdd(name, path) for name, path in files.items()),
+            ]
             try:
                 commit = once(
                     lambda: client.create_commit(
@@ -269,22 +280,6 @@ def push_file(
     return redacted(str(commit.pr_url or commit.commit_url))
 
 
-def _operations(
-    files: Mapping[str, Path], repo_id: str, head: ModelInfo, *, warn: bool
-) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Operations that replace the files of an earlier upload by those of a folder."""
-    there = [file.rfilename for file in head.siblings or []]
-    old = [name for name in there if any(fnmatch(name, pattern) for pattern in OLD_WEIGHTS)]
-    if warn and old and not set(MARKERS) & set(there):  # not an upload of hf-tsv
-        logger.warning(
-            "The upload replaces %s of %s; earlier commits keep them.", ", ".join(old), repo_id
-        )
-    return [
-        *(CommitOperationDelete(name) for name in old if name not in files),
-        *(CommitOperationAdd(name, path) for name, path in files.items()),
-    ]
-
-
 @contextmanager
 def _upload_errors(repo_id: str) -> Iterator[None]:
     """Turn errors that are not answers of the Hub into a [`RepoError`]."""
@@ -308,9 +303,6 @@ def _upload_errors(repo_id: str) -> Iterator[None]:
         else:
             said = getattr(why, "strerror", None) or first_line(why)
         raise RepoError(f"The upload to {repo_id} failed: {said}.", "Try again later.") from None
-
-
-T = TypeVar("T")
 
 
 def _once(call: Callable[[], T]) -> T:

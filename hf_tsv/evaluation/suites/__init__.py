@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from hf_tsv.errors import RecipeError
-from hf_tsv.evaluation.data import EvaluationTask
+from hf_tsv.recipes.images import EvaluationTask
+from hf_tsv.system.errors import RecipeError
 
 FOLDER = Path(__file__).parent
 PUBLISHED = "published (paper)"

@@ -1,0 +1,111 @@
+"""Whether fine-tunes fit their base: names, shapes, and what configs disagree about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.formats.task import Task, config_of
+from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.system.errors import CheckpointError
+
+
+def check_whole_clip(base: Checkpoint, what: str) -> None:
+    """Refuse to classify images with a base model that cannot.
+
+    Args:
+        base ([`Checkpoint`]): W0.
+        what (`str`): feature that classifies, for the error.
+    """
+    if not layout.is_clip(base.config) or not layout.is_full_model(base.tensors):
+        raise CheckpointError(
+            f"{what} classifies images, and the base model {base} is no CLIPModel.",
+            "Name a whole CLIPModel with --base-model.",
+        )
+
+
+def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
+    """Refuse inputs whose headers do not fit the base.
+
+    Raises:
+        [`CheckpointError`]: weights missing, extra or of another shape; all are listed.
+    """
+    if base.left_out:
+        raise CheckpointError(
+            f"The base model {base} has a task head ({base.left_out[0]}), so it is a fine-tune.",
+            "Name the CLIPModel it was fine-tuned from with --base-model.",
+        )
+    for item in inputs:
+        theirs, ours = str(config_of(item).get("model_type")), str(base.config.get("model_type"))
+        if layout.is_clip(base.config) != layout.is_clip(config_of(item)):
+            raise CheckpointError(
+                f"{item} is of another architecture than the base model {base}: {theirs!r} and"
+                f" {ours!r}.",
+                "Name the model it was fine-tuned from with --base-model.",
+            )
+    problems = [problem for item in inputs for problem in _misfits(base, item)]
+    if problems:
+        raise CheckpointError(
+            f"{len(problems)} weights do not fit the base model {base}:\n  "
+            + "\n  ".join(problems),
+            "Check that these are fine-tunes of this base model, or name another --base-model.",
+        )
+
+
+def _misfits(base: Checkpoint, item: Task) -> list[str]:
+    """One line for each weight of `item` that the base has not, or has in another shape."""
+    problems = []
+    parts = layout.towers(item.tensors)
+    encoders = parts & layout.towers(base.tensors)
+    whole_model = False
+    if layout.is_clip(base.config):
+        encoders &= {"vision_model", "text_model"}
+        whole_model = {"vision_model", "text_model"} <= parts
+    if not encoders:
+        return [f"{item}: it has no encoder in common with the base"]
+    for name, info in base.tensors.items():
+        found = item.tensors.get(name)
+        required = whole_model or name.split(".")[0] in encoders
+        if found is None:
+            if required and info.dtype.is_floating_point:
+                problems.append(f"{item}: {name} is missing")
+        elif found.shape != info.shape:
+            problems.append(
+                f"{item}: {name} has shape {list(found.shape)}, the base {list(info.shape)}"
+            )
+        elif found.dtype.is_floating_point != info.dtype.is_floating_point:
+            problems.append(f"{item}: {name} is {found.dtype}, in the base {info.dtype}")
+    extra = [
+        name
+        for name, info in item.tensors.items()
+        if name not in base.tensors and info.dtype.is_floating_point
+    ]
+    base_parts = layout.towers(base.tensors)
+    for part in sorted({name.split(".")[0] for name in extra} - base_parts):
+        of_part = [name for name in extra if name.split(".")[0] == part]
+        problems.append(f"{item}: the base has no {part} ({len(of_part)} weights)")
+    problems += [
+        f"{item}: {name} is not in the base" for name in extra if name.split(".")[0] in base_parts
+    ]
+    return problems
+
+
+def config_warnings(base: Checkpoint, inputs: Sequence[Task]) -> list[str]:
+    """Settings that change what the same weights compute, and that shapes do not show."""
+    warnings = []
+    if not layout.is_clip(base.config):
+        warnings.append(
+            f"The base model {base} is not CLIP but {base.config['model_type']!r}: generic layout,"
+            " weights are matched by name and shape alone."
+        )
+    reference = layout.tower_configs(base.config)
+    for item in inputs:
+        for tower, config in layout.tower_configs(config_of(item)).items():
+            for key in ("hidden_act", "num_attention_heads", "layer_norm_eps", "patch_size"):
+                ours, theirs = reference.get(tower, {}).get(key), config.get(key)
+                if None not in (ours, theirs) and ours != theirs:
+                    warnings.append(
+                        f"{item} has {tower}.{key} = {theirs}, the base {ours}: it is probably not"
+                        " a fine-tune of this base."
+                    )
+    return warnings

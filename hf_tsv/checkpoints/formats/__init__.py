@@ -1,0 +1,1 @@
+"""The forms a checkpoint or task is stored in, one file each."""

@@ -1,0 +1,312 @@
+"""LoRA adapters of PEFT as fine-tunes, with the weights that PEFT would merge."""
+
+from __future__ import annotations
+
+import math
+import re
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.storage.files import read_json
+from hf_tsv.checkpoints.storage.headers import read_headers
+from hf_tsv.checkpoints.storage.tensors import TensorInfo, digest, read_tensor
+from hf_tsv.linalg import svd
+from hf_tsv.linalg.updates import TaskSingularVectors
+from hf_tsv.system.errors import CheckpointError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+PART = re.compile(r"(.+)\.lora_(A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)")
+LONGEST_PATTERN = 300
+REPEATED_GROUP = re.compile(r"\)[*+?{]|(?:[*+}?].*){4}")
+"""Constructs of a regular expression that make matching exponential, or a high polynomial."""
+
+WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)\.")
+PREFIXES = {"CLIPTextModel": ("text_model.", ""), "CLIPVisionModel": ("vision_model.", "")}
+"""Prefixes that canonical names have and a class's own names lack, the likelier first."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA pair of one module: Δ = scale · B A.
+
+    Args:
+        scale (`float`): α / r, or α / √r.
+        A (`TensorInfo`): factor of shape (r, d_in), or a convolution of that kind.
+        B (`TensorInfo`): factor of shape (d_out, r).
+        bias (`TensorInfo`, *optional*): bias of B, which is scaled too.
+        magnitude (`TensorInfo`, *optional*): norm that each row of W0 + Δ is scaled to (DoRA).
+    """
+
+    scale: float
+    A: TensorInfo
+    B: TensorInfo
+    bias: TensorInfo | None = None
+    magnitude: TensorInfo | None = None
+
+
+@dataclass(frozen=True)
+class Adapter(Checkpoint):
+    """LoRA adapter on a base model, read as the checkpoint that PEFT would make of them.
+
+    Args:
+        adapter_config (`Mapping[str, Any]`): content of adapter_config.json.
+        base ([`Checkpoint`], *optional*): W0; without it no canonical name is known.
+        loras (`Mapping[str, Lora]`): pairs, by canonical name of the weight.
+        values (`Mapping[str, TensorInfo]`): tensors stored whole, by canonical name.
+        biases (`Mapping[str, Lora]`): pairs with a bias, by canonical name of that bias.
+        stored (`Mapping[str, TensorInfo]`): all tensors of the file, by the names of its class.
+    """
+
+    adapter_config: Mapping[str, Any] = field(default_factory=dict)
+    base: Checkpoint | None = None
+    loras: Mapping[str, Lora] = field(default_factory=dict)
+    values: Mapping[str, TensorInfo] = field(default_factory=dict)
+    biases: Mapping[str, Lora] = field(default_factory=dict)
+    stored: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+    @property
+    def needed_files(self) -> tuple[str, ...]:
+        """Names of the files that a run reads."""
+        return (CONFIG_FILE, *self.weight_files)
+
+    def on(self, base: Checkpoint) -> Adapter:
+        """Make the same adapter with the base model it is applied to.
+
+        Args:
+            base ([`Checkpoint`]): W0.
+
+        Raises:
+            [`CheckpointError`]: a module is not in the base, or has another shape there.
+        """
+        pairs, values = _sorted(self.stored, str(self))
+        head = {name: info for name, info in values.items() if layout.TASK_HEAD.match(name)}
+        values = {name: info for name, info in values.items() if name not in head}
+        prefix = _prefix([*(f"{m}.weight" for m in pairs), *values], base, self.adapter_config)
+        loras, biases = {}, {}
+        for module, parts in pairs.items():
+            name = f"{prefix}{module}.weight"
+            loras[name] = self._lora(module, parts, base.tensors.get(name), base)
+            if loras[name].bias is not None:
+                biases[f"{prefix}{module}.bias"] = loras[name]
+        own = {prefix + name: info for name, info in values.items()}
+        for name, shape in [*((n, i.shape) for n, i in own.items()), *((n, None) for n in biases)]:
+            there = base.tensors.get(name)
+            if there is None or (shape is not None and there.shape != shape):
+                raise _no_place(self, name, base)
+        encoders = {name.split(".")[0] for name in (*loras, *own, *biases)}
+        whole = {"vision_model", "text_model"} <= encoders or not layout.is_clip(base.config)
+        return replace(
+            self, base=base, config=base.config, loras=loras, values=own, biases=biases, head=head,
+            tensors={
+                name: info for name, info in base.tensors.items()
+                if whole or name.split(".")[0] in encoders
+            },
+        )  # fmt: skip
+
+    def changes(self, names: Iterable[str]) -> bool:
+        """Tell whether the adapter changes any of these weights.
+
+        Args:
+            names (`Iterable[str]`): canonical names.
+        """
+        return any(
+            name in held for name in names for held in (self.loras, self.values, self.biases)
+        )
+
+    def parts(self, name: str) -> list[TensorInfo]:
+        """Tensors of the adapter's files that reading one weight needs."""
+        lora, biased = self.loras.get(name), self.biases.get(name)
+        held = [lora.A, lora.B, lora.magnitude] if lora else [biased.bias] if biased else []
+        return [info for info in (*held, self.values.get(name)) if info is not None]
+
+    def read(self, name: str, *, pinned: bool = False) -> Tensor:
+        """Compute W0 + Δ of one weight, as PEFT merges it.
+
+        Args:
+            name (`str`): canonical name, or the name of a tensor of the task head.
+            pinned (`bool`): read into memory from where a GPU copies at full speed.
+        """
+        whole = self.values.get(name) or self.head.get(name)
+        if whole is not None:
+            return read_tensor(self.pinned.files, whole, name, str(self), pinned=pinned)
+        assert self.base is not None  # the names of other weights come from the base
+        w0 = self.base.read(name, pinned=pinned)
+        if not self.changes([name]):
+            return w0
+        if name in self.biases:
+            lora = self.biases[name]
+            assert lora.bias is not None
+            return (w0.float() + lora.scale * self._part(lora.bias, name)).to(w0.dtype)
+        lora = self.loras[name]
+        A, B = self._part(lora.A, name), self._part(lora.B, name)
+        delta = (B.flatten(1) @ A.flatten(1)).reshape(w0.shape) * lora.scale
+        merged = w0.float() + delta
+        if lora.magnitude is not None:
+            magnitude = self._part(lora.magnitude, name).reshape(-1)
+            rows = merged.flatten(1)
+            merged = (rows * (magnitude / rows.norm(dim=1))[:, None]).reshape(w0.shape)
+        return merged.to(w0.dtype)
+
+    def triplets(
+        self, name: str, digests: dict[str, str] | None = None
+    ) -> TaskSingularVectors | None:
+        """Singular triplets of Δ from its factors; None if Δ is not simply their product.
+
+        Args:
+            name (`str`): canonical name of a weight.
+            digests (`dict[str, str]`, *optional*): receives the digests of both factors.
+        """
+        lora = self.loras.get(name)
+        if lora is None or lora.magnitude is not None or len(lora.A.shape) != 2:
+            return None
+        halves = {"A": self._part(lora.A, name), "B": self._part(lora.B, name)}
+        if digests is not None:
+            digests.update({f"{name}.lora_{half}": digest(t) for half, t in halves.items()})
+        left, inner = torch.linalg.qr(halves["B"].double())
+        right, outer = torch.linalg.qr(halves["A"].double().mT)
+        U, S, Vh = svd.svd(lora.scale * inner @ outer.mT)
+        r = int((torch.finfo(torch.float32).eps * S[:1] < S).sum())
+        return TaskSingularVectors((left @ U)[:, :r], S[:r], (Vh @ right.mT)[:r])
+
+    def _part(self, info: TensorInfo, name: str) -> Tensor:
+        return read_tensor(self.pinned.files, info, name, str(self)).float()
+
+    def _lora(
+        self,
+        module: str,
+        parts: Mapping[str, TensorInfo],
+        weight: TensorInfo | None,
+        base: Checkpoint,
+    ) -> Lora:
+        """Pair of a module, after a check that both factors fit each other and the weight."""
+        if weight is None:
+            raise _no_place(self, f"{module}.weight", base)
+        A, B = parts["A.weight"], parts["B.weight"]
+        if len(A.shape) != len(weight.shape) or _shape(parts) != weight.shape:
+            raise _no_place(self, f"{module}.weight", base)
+        rows = math.prod(B.shape[:1])
+        odd = [
+            name for name, info in parts.items()
+            if not info.dtype.is_floating_point
+            or (name in ("B.bias", "magnitude") and math.prod(info.shape) != rows)
+        ]  # fmt: skip
+        if odd or self.adapter_config.get("fan_in_fan_out"):
+            raise CheckpointError(
+                f"{self}: {odd[0] if odd else 'fan_in_fan_out'} of {module} is not as PEFT writes"
+                " it for such a layer.",
+                "Merge it into its base with PEFT (merge_and_unload) and save the model.",
+            )
+        scale = self._scale(module, A.shape[0])
+        return Lora(scale, A, B, parts.get("B.bias"), parts.get("magnitude"))
+
+    def _scale(self, module: str, r: int) -> float:
+        config = self.adapter_config
+        alpha = _of_pattern(
+            config.get("alpha_pattern"), module, config.get("lora_alpha", 8), str(self)
+        )
+        try:
+            if isinstance(alpha, bool) or not math.isfinite(float(alpha)) or r == 0:
+                raise ValueError
+            return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
+        except (TypeError, ValueError, OverflowError):
+            raise CheckpointError(
+                f"{self}: the scale of {module} is no number.",
+                f"Correct lora_alpha and alpha_pattern in its {CONFIG_FILE}.",
+            ) from None
+
+
+def is_adapter(pinned: PinnedCheckpoint) -> bool:
+    """Tell whether a repository or folder holds an adapter of PEFT."""
+    return pinned.files.size(CONFIG_FILE) is not None
+
+
+def open_adapter(pinned: PinnedCheckpoint) -> Adapter:
+    """Read configuration and headers of an adapter; canonical names come with [`Adapter.on`].
+
+    Raises:
+        [`CheckpointError`]: not a LoRA adapter, or damaged.
+    """
+    owner = str(pinned)
+    config = read_json(pinned.files, CONFIG_FILE, owner)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(
+            f"{owner} is an adapter of type {reprlib.repr(kind)}, and only LORA is read.",
+            "Merge it into its base with PEFT (merge_and_unload) and save the model.",
+        )
+    single = next((name for name in WEIGHTS if pinned.files.size(name) is not None), WEIGHTS[0])
+    stored, files = read_headers(pinned.files, single, owner)
+    stored = {name.removeprefix(PREFIX): info for name, info in stored.items()}
+    return Adapter(pinned, {}, {}, files, adapter_config=config, stored=stored)
+
+
+def _sorted(
+    stored: Mapping[str, TensorInfo], owner: str
+) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
+    """Split tensors into the parts of each module's pair, and those stored whole."""
+    pairs: dict[str, dict[str, TensorInfo]] = {}
+    values: dict[str, TensorInfo] = {}
+    for name, info in stored.items():
+        if found := PART.fullmatch(name):
+            part = "magnitude" if found[2].startswith("magnitude") else found[2]
+            pairs.setdefault(found[1], {})[part] = info
+        elif ".lora_" in name:
+            raise CheckpointError(
+                f"{owner}: {name} is a kind of LoRA that is not read.",
+                "Merge it into its base with PEFT (merge_and_unload) and save the model.",
+            )
+        else:
+            values[WRAPPER.sub(".", name)] = info
+    for module, parts in pairs.items():
+        if not {"A.weight", "B.weight"} <= parts.keys():
+            raise CheckpointError(f"{owner}: of {module} one half is missing.", "Save it again.")
+    return pairs, values
+
+
+def _prefix(wanted: Sequence[str], base: Checkpoint, config: Mapping[str, Any]) -> str:
+    """Prefix with which most names of the adapter are canonical names of the base."""
+    mapping = config.get("auto_mapping")
+    model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    prefixes = PREFIXES.get(str(model_class), ("", "vision_model.", "text_model."))
+    return max(prefixes, key=lambda prefix: sum(prefix + name in base.tensors for name in wanted))
+
+
+def _shape(parts: Mapping[str, TensorInfo]) -> tuple[int, ...]:
+    """Shape of the product of both factors, or () if they do not multiply."""
+    A, B = parts["A.weight"].shape, parts["B.weight"].shape
+    if len(A) < 2 or len(A) != len(B) or B[1] != A[0] or math.prod(B[2:]) != 1:
+        return ()
+    return (B[0], *A[1:])
+
+
+def _no_place(owner: object, name: str, base: Checkpoint) -> CheckpointError:
+    return CheckpointError(
+        f"{owner}: {name} is not in the base model {base}, or of another shape.",
+        "Name the base model that the adapter was trained on with --base-model.",
+    )
+
+
+def _of_pattern(patterns: object, module: str, default: Any, owner: str) -> Any:
+    """Value of the first pattern that ends a module's name, as PEFT looks it up."""
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        if max(len(pattern), len(module)) > LONGEST_PATTERN or REPEATED_GROUP.search(pattern):
+            raise CheckpointError(
+                f"{owner}: the pattern {pattern[:60]!r} is not read: it may take for ever.",
+                f"Write names of modules into its {CONFIG_FILE}.",
+            )
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error:
+            continue
+    return default

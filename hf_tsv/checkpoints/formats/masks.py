@@ -1,0 +1,196 @@
+"""TALL-masks: tasks of one bit per weight, beside a merge that holds the sum of all updates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
+from hf_tsv.checkpoints.storage.files import Files, HubFiles, LocalFiles, read_json
+from hf_tsv.checkpoints.storage.headers import read_header
+from hf_tsv.checkpoints.storage.tensors import TensorInfo, digest, read_tensor
+from hf_tsv.system.errors import CheckpointError
+
+FOLDER = "masks"
+"""Folder beside the weights of a merge, with a folder for each task."""
+
+MASK_FILE = "mask.safetensors"
+CONFIG_FILE = "hf_tsv_mask.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Masked(Checkpoint):
+    """Task of a merge: the merged value where its bit is set, the base model's elsewhere.
+
+    Args:
+        masks (`Mapping[str, TensorInfo]`): packed bits by canonical name; a weight without a mask
+            has no bit set.
+        base_ref (`str`): the base model it was made with, without its revision.
+        base_revision (`str`, *optional*): commit sha of that model; None for a folder.
+        digests (`Mapping[str, str]`): digests of that model's tensors.
+        base ([`Checkpoint`], *optional*): W0; without it nothing can be read.
+    """
+
+    masks: Mapping[str, TensorInfo] = field(default_factory=dict)
+    base_ref: str = ""
+    base_revision: str | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+    base: Checkpoint | None = None
+
+    def on(self, base: Checkpoint) -> Masked:
+        """Make the same task with the base model it is read with."""
+        return replace(self, base=base)
+
+    def parts(self, name: str) -> list[TensorInfo]:
+        """Tensors of the files that reading one weight needs, besides the base model's."""
+        return [self.tensors[name], self.masks[name]] if name in self.masks else []
+
+    def read(self, name: str, *, pinned: bool = False) -> Tensor:
+        """Read one weight of the task.
+
+        Args:
+            name (`str`): canonical name.
+            pinned (`bool`): read into memory from where a GPU copies at full speed.
+
+        Raises:
+            [`CheckpointError`]: the base model is another one, or a file is damaged.
+        """
+        if name in self.head:
+            return super().read(name, pinned=pinned)
+        assert self.base is not None  # set before any read
+        w0 = self.base.read(name, pinned=pinned)
+        if self.digests.get(name) != digest(w0):
+            made_with = at_revision(self.base_ref, self.base_revision)
+            raise CheckpointError(
+                f"{self}: {name} of the base model {self.base} is not what the mask was made with.",
+                f"It was made with {made_with}; name that with --base-model.",
+            )
+        if name not in self.masks:
+            return w0.to(self.tensors[name].dtype)
+        merged = super().read(name, pinned=pinned)
+        packed = read_tensor(self.pinned.files, self.masks[name], name, str(self))
+        return torch.where(unpacked(packed, w0.shape), merged, w0.to(merged.dtype))
+
+
+def packed_shape(shape: tuple[int, ...]) -> tuple[int]:
+    """Shape of the packed bits of a weight, eight to a byte.
+
+    Example:
+        >>> packed_shape((3, 3))
+        (2,)
+    """
+    return (-(-prod(shape) // 8),)
+
+
+def packed(mask: Tensor) -> Tensor:
+    """Pack a mask into bits, eight to a byte, the first one highest.
+
+    Example:
+        >>> packed(torch.tensor([[True, False], [True, True]])).tolist()
+        [176]
+    """
+    return torch.from_numpy(np.packbits(mask.reshape(-1).numpy()))
+
+
+def unpacked(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Unpack a mask into the shape of its weight."""
+    flat = np.unpackbits(bits.numpy(), count=prod(shape))
+    return torch.from_numpy(flat).bool().reshape(shape)
+
+
+def is_masked(pinned: PinnedCheckpoint) -> bool:
+    """Tell whether this is the folder of one task beside a merge."""
+    return pinned.files.size(CONFIG_FILE) is not None
+
+
+def write_config(
+    folder: Path, task: str, base: PinnedCheckpoint, digests: Mapping[str, str], scale: float
+) -> None:
+    """Write the file that says what a mask belongs to.
+
+    Args:
+        folder (`Path`): folder of the task.
+        task (`str`): the fine-tune it was made from.
+        base ([`PinnedCheckpoint`]): the base model.
+        digests (`Mapping[str, str]`): digests of the base model's tensors.
+        scale (`float`): λ.
+    """
+    content = {
+        "hf_tsv_mask": FORMAT_VERSION,
+        "task": task,
+        "base_model": {"ref": base.ref, "revision": base.revision},
+        "mask_scale": scale,
+        "base_digests": dict(digests),
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def open_masked(pinned: PinnedCheckpoint) -> Masked:
+    """Read the headers of a merge and of one of its masks.
+
+    Args:
+        pinned ([`PinnedCheckpoint`]): folder of the task.
+
+    Raises:
+        [`CheckpointError`]: the folder is not beside a merge, or is damaged.
+    """
+    owner = str(pinned)
+    config = read_json(pinned.files, CONFIG_FILE, owner)
+    base, digests = config.get("base_model"), config.get("base_digests")
+    if config.get("hf_tsv_mask") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{owner}: {CONFIG_FILE} is of another version of hf-tsv.", "Use that version."
+        )
+    if not (isinstance(digests, dict) and isinstance(base, dict) and _is_origin(base)):
+        raise CheckpointError(
+            f"{owner}: {CONFIG_FILE} does not say what the mask belongs to.", "Merge again."
+        )
+    there, within = _beside(pinned.files, owner)
+    merged = open_checkpoint(replace(pinned, files=there))
+    file = f"{within}/{MASK_FILE}"
+    masks = read_header(there, file, owner)
+    for name, info in masks.items():
+        weight = merged.tensors.get(name)
+        if weight is None or (info.dtype, info.shape) != (torch.uint8, packed_shape(weight.shape)):
+            raise CheckpointError(
+                f"{owner}: the mask of {name} does not fit the merge it lies beside.",
+                "Download both again, or merge again.",
+            )
+    files = (*merged.weight_files, file, f"{within}/{CONFIG_FILE}")
+    return Masked(
+        merged.pinned, merged.config, merged.tensors, files, format=merged.format, masks=masks,
+        base_ref=base["ref"], base_revision=base.get("revision"), digests=digests,
+    )  # fmt: skip
+
+
+def _is_origin(value: dict[str, Any]) -> bool:
+    ref, revision = value.get("ref"), value.get("revision")
+    return isinstance(ref, str) and (revision is None or isinstance(revision, str))
+
+
+def _beside(files: Files, owner: str) -> tuple[Files, str]:
+    """Files of the merge, and the path of the task's folder in them."""
+    place = PurePosixPath(files.root.absolute()) if isinstance(files, LocalFiles) else None
+    if isinstance(files, HubFiles):
+        place = PurePosixPath(files.subfolder)
+    if place is None or place.parent.name != FOLDER:
+        raise CheckpointError(
+            f"{owner} does not lie beside the merge it belongs to.",
+            f"Name it there: MERGE/{FOLDER}/{owner.rpartition('/')[2]}.",
+        )
+    within = f"{FOLDER}/{place.name}"
+    if isinstance(files, HubFiles):
+        above = str(place.parent.parent)
+        return HubFiles(files.repo, "" if above == "." else above), within
+    return LocalFiles(Path(place.parent.parent)), within

@@ -1,0 +1,290 @@
+"""Conversion from and to OpenCLIP's names, stacked attention and config.
+
+OpenCLIP keeps q, k and v of an attention in one tensor, and both projections transposed. The rows
+of a tensor lie together in a file, so each canonical tensor is read and written in its place.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hf_tsv.checkpoints.storage.tensors import Part
+from hf_tsv.system.errors import CheckpointError
+
+CONFIG_FILE = "open_clip_config.json"
+SINGLE_FILE = "open_clip_model.safetensors"
+PICKLED_FILE = "open_clip_pytorch_model.bin"
+
+TOP = {
+    "logit_scale": "logit_scale",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+}
+PROJECTIONS = {
+    "visual.proj": "visual_projection.weight",
+    "text_projection": "text_projection.weight",
+}
+"""Canonical names of the projections, which OpenCLIP stores transposed."""
+
+IN_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d{1,4})\.(.+)")
+CANONICAL_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+STACKED = "self_attn.{}_proj"
+OTHER_TEXT = "text."
+"""Prefix of the text tower in OpenCLIP's class for towers of several kinds."""
+
+HEAD_WIDTH = 64
+MLP_RATIO = 4.0
+
+
+def parts_of(stored: str, shape: tuple[int, ...], owner: str) -> list[Part]:
+    """Canonical tensors that a stored tensor holds.
+
+    Args:
+        stored (`str`): its name in the file.
+        shape (`tuple[int, ...]`): its shape.
+        owner (`str`): name of the checkpoint, for the error.
+
+    Raises:
+        [`CheckpointError`]: a CLIP of transformers has no such tensor.
+
+    Example:
+        >>> parts_of("visual.proj", (768, 512), "me/model")[0].name
+        'visual_projection.weight'
+    """
+    name = stored.removeprefix(OTHER_TEXT)
+    if name in TOP:
+        return [Part(TOP[name], stored)]
+    if name in PROJECTIONS and len(shape) == 2:
+        return [Part(PROJECTIONS[name], stored, transposed=True)]
+    found = BLOCK.fullmatch(name)
+    if found is not None:
+        tower = "vision" if found[1] else "text"
+        prefix = f"{tower}_model.encoder.layers.{int(found[2])}"
+        if found[3] in ("attn.in_proj_weight", "attn.in_proj_bias") and shape and shape[0] % 3 == 0:
+            kind = found[3].rpartition("_")[2]
+            named = (f"{prefix}.{STACKED.format(letter)}.{kind}" for letter in "qkv")
+            return [Part(name, stored, i, 3) for i, name in enumerate(named)]
+        module, _, kind = found[3].rpartition(".")
+        if module in IN_BLOCK and kind in ("weight", "bias"):
+            return [Part(f"{prefix}.{IN_BLOCK[module]}.{kind}", stored)]
+    raise CheckpointError(
+        f"{owner}: {stored} has no place in the CLIP of transformers.",
+        "Of OpenCLIP the ViT models are supported that have one, such as ViT-B-32 or ViT-H-14.",
+    )
+
+
+def placed(names: Iterable[str]) -> dict[str, Part]:
+    """Place of each canonical tensor in OpenCLIP's tensors.
+
+    Args:
+        names (`Iterable[str]`): canonical names, buffers excluded.
+
+    Raises:
+        [`CheckpointError`]: OpenCLIP has no place for one.
+    """
+    top = {canonical: stored for stored, canonical in TOP.items()}
+    projections = {canonical: stored for stored, canonical in PROJECTIONS.items()}
+    in_block = {canonical: stored for stored, canonical in IN_BLOCK.items()}
+    stacked = {STACKED.format(letter): i for i, letter in enumerate("qkv")}
+    result = {}
+    for name in names:
+        found = CANONICAL_BLOCK.fullmatch(name)
+        if name in top:
+            result[name] = Part(name, top[name])
+        elif name in projections:
+            result[name] = Part(name, projections[name], transposed=True)
+        elif found is not None and found[3] in (*in_block, *stacked):
+            prefix = f"{'visual.' if found[1] == 'vision' else ''}transformer.resblocks.{found[2]}"
+            if found[3] in stacked:
+                stored = f"{prefix}.attn.in_proj_{found[4]}"
+                result[name] = Part(name, stored, stacked[found[3]], 3)
+            else:
+                result[name] = Part(name, f"{prefix}.{in_block[found[3]]}.{found[4]}")
+        else:
+            raise CheckpointError(f"OpenCLIP has no place for {name}.", "Leave --out-format out.")
+    return result
+
+
+def transformers_config(content: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Configuration of the same model in transformers.
+
+    Args:
+        content (`Mapping[str, Any]`): content of open_clip_config.json.
+        owner (`str`): name of the checkpoint, for the error.
+
+    Raises:
+        [`CheckpointError`]: transformers' CLIP has no such architecture, or a value is missing.
+    """
+    model = content.get("model_cfg")
+    try:
+        vision, text = (dict(model[key]) for key in ("vision_cfg", "text_cfg"))  # type: ignore[index]
+        _check_supported(model, vision, text, owner)  # type: ignore[arg-type]
+        act = "quick_gelu" if model.get("quick_gelu") else "gelu"  # type: ignore[union-attr]
+        embed = int(model["embed_dim"])  # type: ignore[index]
+        processor_config(content)  # refuses before any work what cannot be converted
+        size = vision["image_size"]
+        if isinstance(size, list) and (len(size) != 2 or size[0] != size[1]):
+            raise ValueError(f"image_size is {size}")
+        width, text_width = int(vision["width"]), int(text["width"])
+        heads = width // int(vision.get("head_width", HEAD_WIDTH)), int(text["heads"])
+        for side, count in ((width, heads[0]), (text_width, heads[1])):
+            if count < 1 or side % count:
+                raise ValueError(f"{count} heads in a width of {side}")
+        return {
+            "architectures": ["CLIPModel"],
+            "model_type": "clip",
+            "projection_dim": embed,
+            "logit_scale_init_value": 2.6592,
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_act": act,
+                "hidden_size": width,
+                "intermediate_size": int(width * vision.get("mlp_ratio", MLP_RATIO)),
+                "num_hidden_layers": int(vision["layers"]),
+                "num_attention_heads": heads[0],
+                "image_size": int(size[0] if isinstance(size, list) else size),
+                "patch_size": int(vision["patch_size"]),
+                "projection_dim": embed,
+            },
+            "text_config": {
+                "model_type": "clip_text_model",
+                "hidden_act": act,
+                "hidden_size": text_width,
+                "intermediate_size": int(text_width * text.get("mlp_ratio", MLP_RATIO)),
+                "num_hidden_layers": int(text["layers"]),
+                "num_attention_heads": heads[1],
+                "max_position_embeddings": int(text.get("context_length", 77)),
+                "vocab_size": int(text.get("vocab_size", 49408)),
+                "projection_dim": embed,
+                "bos_token_id": int(text.get("vocab_size", 49408)) - 2,
+                "eos_token_id": int(text.get("vocab_size", 49408)) - 1,
+                "pad_token_id": 0,
+            },
+        }
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{owner}: {CONFIG_FILE} does not describe a model ({type(error).__name__}: {error}).",
+            "OpenCLIP writes it when it pushes a model.",
+        ) from None
+
+
+UNSUPPORTED = {
+    "vision_cfg": (
+        "timm_model_name", "ls_init_value", "no_ln_pre", "attentional_pool", "patch_dropout_only",
+        "final_ln_after_pool", "pos_embed_type", "norm_kwargs", "act_kwargs", "block_type",
+    ),
+    "text_cfg": (
+        "hf_model_name", "ls_init_value", "embed_cls", "no_causal_mask", "final_ln_after_pool",
+        "proj_bias", "norm_kwargs", "act_kwargs", "block_type",
+    ),
+}  # fmt: skip
+"""Settings of OpenCLIP that, unless they are off, make an architecture transformers lacks."""
+
+
+def _check_supported(
+    model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any], owner: str
+) -> None:
+    parts = {"vision_cfg": vision, "text_cfg": text}
+    odd = [f"{part}.{key}" for part, keys in UNSUPPORTED.items() for key in keys
+           if parts[part].get(key) not in (None, False, "default", "learnable")]  # fmt: skip
+    odd += [] if vision.get("pool_type", "tok") == "tok" else ["vision_cfg.pool_type"]
+    odd += [] if text.get("pool_type", "argmax") == "argmax" else ["text_cfg.pool_type"]
+    odd += ["vision_cfg.layers"] if isinstance(vision.get("layers"), list) else []
+    if odd:
+        raise CheckpointError(
+            f"{owner} is an OpenCLIP model that transformers' CLIP is not: it has {odd[0]}.",
+            "Of OpenCLIP the plain ViT models are supported, such as ViT-B-32 or ViT-H-14.",
+        )
+
+
+def open_clip_config(config: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of open_clip_config.json for a `CLIPModel`.
+
+    Args:
+        config (`Mapping[str, Any]`): its config.json, complete as transformers fills it in.
+        processor (`Mapping[str, Any]`): its image processor's config; may be empty.
+    """
+    vision, text = config["vision_config"], config["text_config"]
+    model: dict[str, Any] = {
+        "embed_dim": config["projection_dim"],
+        "vision_cfg": {
+            "image_size": vision["image_size"],
+            "layers": vision["num_hidden_layers"],
+            "width": vision["hidden_size"],
+            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+            "mlp_ratio": _ratio(vision["intermediate_size"], vision["hidden_size"]),
+            "patch_size": vision["patch_size"],
+        },
+        "text_cfg": {
+            "context_length": text["max_position_embeddings"],
+            "vocab_size": text["vocab_size"],
+            "width": text["hidden_size"],
+            "heads": text["num_attention_heads"],
+            "layers": text["num_hidden_layers"],
+            "mlp_ratio": _ratio(text["intermediate_size"], text["hidden_size"]),
+        },
+    }
+    if vision["hidden_act"] == "quick_gelu":
+        model["quick_gelu"] = True
+    preprocess = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    given = {key: value for key, value in preprocess.items() if value is not None}
+    return {"model_cfg": model, "preprocess_cfg": given}
+
+
+def _ratio(inner: int, width: int) -> float:
+    """Ratio for which int(width · ratio), as OpenCLIP computes it, is the inner size again."""
+    ratio = inner / width
+    return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
+
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Mean and standard deviation of CLIP's training images; also OpenCLIP's default."""
+
+RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+"""Pillow's numbers of the resampling filters."""
+
+
+def processor_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of preprocessor_config.json that treats images as OpenCLIP does.
+
+    Args:
+        content (`Mapping[str, Any]`): content of open_clip_config.json.
+    """
+    given = content.get("preprocess_cfg")
+    images: Mapping[str, Any] = given if isinstance(given, dict) else {}
+    size = images.get("size") or content["model_cfg"]["vision_cfg"]["image_size"]
+    height, width = (int(s) for s in (size if isinstance(size, list) else (size, size)))
+    squash = images.get("resize_mode") == "squash"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": height, "width": width} if squash else {"shortest_edge": height},
+        "resample": RESAMPLING.get(str(images.get("interpolation", "bicubic")), 3),
+        "do_center_crop": not squash,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [float(value) for value in images.get("mean", MEAN)],
+        "image_std": [float(value) for value in images.get("std", STD)],
+    }

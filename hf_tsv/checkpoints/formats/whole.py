@@ -1,0 +1,201 @@
+"""Lazy reading of checkpoints: all headers first, then one tensor at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.formats import open_clip
+from hf_tsv.checkpoints.names import CONFIG_FILE, PICKLED_FILE, SINGLE_FILE, Format
+from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.storage.files import Files, read_json
+from hf_tsv.checkpoints.storage.headers import VARIANT, index_of, read_headers
+from hf_tsv.checkpoints.storage.pickles import SUFFIXES
+from hf_tsv.checkpoints.storage.tensors import TensorInfo, read_tensor
+from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.text import quoted
+
+VARIANT_INDEX = re.compile(r"model\.safetensors\.index\.([A-Za-z0-9_]+)\.json")
+
+WEIGHTS: tuple[tuple[str, Format], ...] = (
+    (SINGLE_FILE, "transformers"),
+    (open_clip.SINGLE_FILE, "open_clip"),
+    (PICKLED_FILE, "transformers"),
+    (open_clip.PICKLED_FILE, "open_clip"),
+)
+"""Names of weight files with their layouts, in order of preference."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Headers of a pinned checkpoint.
+
+    Args:
+        pinned ([`PinnedCheckpoint`]): commit or folder.
+        config (`dict[str, Any]`): its config.json; for OpenCLIP, the equivalent one.
+        tensors (`Mapping[str, TensorInfo]`): tensors by canonical name.
+        weight_files (`tuple[str, ...]`): files of these tensors, index included.
+        head (`Mapping[str, TensorInfo]`): its task head, by stored name; no base has one.
+        format (`str`): file layout.
+    """
+
+    pinned: PinnedCheckpoint
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    weight_files: tuple[str, ...]
+    head: Mapping[str, TensorInfo] = field(default_factory=dict)
+    format: Format = "transformers"
+
+    def __str__(self) -> str:
+        return str(self.pinned)
+
+    @property
+    def needed_files(self) -> tuple[str, ...]:
+        """Names of the files that a run reads."""
+        config = open_clip.CONFIG_FILE if self.format == "open_clip" else CONFIG_FILE
+        return (config, *self.weight_files)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names, as stored, of the tensors that a merge omits."""
+        return tuple(self.head)
+
+    def parts(self, name: str) -> list[TensorInfo]:
+        """Tensors of the files that reading one weight needs."""
+        return [self.tensors[name]]
+
+    def reading_from(self, files: Files) -> Checkpoint:
+        """Make the same checkpoint, read from a copy of its files."""
+        return replace(self, pinned=replace(self.pinned, files=files))
+
+    def read(self, name: str, *, pinned: bool = False) -> Tensor:
+        """Read one tensor as stored.
+
+        Args:
+            name (`str`): canonical name.
+            pinned (`bool`): read into memory from where a GPU copies at full speed.
+
+        Raises:
+            [`CheckpointError`]: the file is truncated, or a value is NaN or Inf.
+        """
+        info = self.tensors[name] if name in self.tensors else self.head[name]
+        return read_tensor(self.pinned.files, info, name, str(self), pinned=pinned)
+
+
+def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
+    """Read the config and all headers of a checkpoint, and nothing else.
+
+    Raises:
+        [`CheckpointError`]: no model, no weights, or a damaged file or index.
+    """
+    owner, there = str(pinned), pinned.files
+    named = _weights_in(there, [file for file, _ in WEIGHTS])
+    single = named or _only_variant(there, owner) or _only_pickle(there) or SINGLE_FILE
+    kind_of = dict(WEIGHTS).get(single)
+    if kind_of is None and there.size(CONFIG_FILE) is None:
+        kind_of = "open_clip"
+    if kind_of == "open_clip" and there.size(open_clip.CONFIG_FILE) is not None:
+        return _open_open_clip(pinned, single, owner)
+    config = read_json(there, CONFIG_FILE, owner)
+    kind = layout.layout_of(config, owner)
+    if isinstance(quantised := config.get("quantization_config"), dict):
+        method = quoted(quantised.get("quant_method"))
+        raise CheckpointError(
+            f"{owner} is quantised ({method}), and that cannot be merged.",
+            "Dequantise it (model.dequantize() in transformers), and save it again.",
+        )
+    stored, files = read_headers(there, single, owner)
+    tensors: dict[str, TensorInfo] = {}
+    head: dict[str, TensorInfo] = {}
+    for name, info in sorted(stored.items()):
+        canonical = layout.canonical_name(name, kind)
+        if canonical is None:
+            head[name] = info
+        elif canonical in tensors:
+            raise CheckpointError(f"{owner}: {canonical} is stored twice, once without its prefix.")
+        else:
+            tensors[canonical] = info
+    return Checkpoint(pinned, config, tensors, files, head)
+
+
+def _weights_in(files: Files, singles: Sequence[str]) -> str | None:
+    """First of these files that exists, whole or as shards."""
+    return next(
+        (s for s in singles if any(files.size(name) is not None for name in (s, index_of(s)))), None
+    )
+
+
+def _only_variant(files: Files, owner: str) -> str | None:
+    """Name of weights in another precision, saved by `save_pretrained(variant=…)`, or None.
+
+    Raises:
+        [`CheckpointError`]: there are several.
+    """
+    found = {
+        match[1]
+        for name in files.names()
+        for match in (VARIANT.fullmatch(name), VARIANT_INDEX.fullmatch(name))
+        if match
+    }
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{owner} has only variants of its weights, and several: {', '.join(sorted(found))}.",
+            "Load the one you mean with transformers (variant=…) and save it.",
+        )
+    return f"model.{found.pop()}.safetensors" if found else None
+
+
+def _only_pickle(files: Files) -> str | None:
+    """Name of the only state dict, whatever it is called, or None."""
+    found = [n for n in files.names() if n.endswith(SUFFIXES) and "/" not in n]
+    return found[0] if len(found) == 1 else None
+
+
+def _open_open_clip(pinned: PinnedCheckpoint, single: str, owner: str) -> Checkpoint:
+    config = open_clip.transformers_config(
+        read_json(pinned.files, open_clip.CONFIG_FILE, owner), owner
+    )
+    stored, files = read_headers(pinned.files, single, owner)
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in sorted(stored.items()):
+        for part in open_clip.parts_of(name, info.shape, owner):
+            shape = info.shape[::-1] if part.transposed else info.shape
+            if part.of > 1:
+                shape = (shape[0] // part.of, *shape[1:])
+            size = info.nbytes // part.of
+            start = info.start + part.index * size
+            turned = part.transposed != info.transposed
+            if info.transposed and part.of > 1:
+                raise CheckpointError(
+                    f"{owner}: the rows of {name} do not lie together.", "Save it as safetensors."
+                )
+            if part.name == "logit_scale" and info.nbytes == info.dtype.itemsize:
+                shape = ()  # some files hold a list of one
+            if part.name in tensors:
+                raise CheckpointError(f"{owner}: {part.name} is stored twice, once as {name}.")
+            tensors[part.name] = TensorInfo(info.file, info.dtype, shape, start, size, turned)
+    _check_sizes(config, tensors, owner)
+    return Checkpoint(pinned, config, tensors, files, format="open_clip")
+
+
+def _check_sizes(config: dict[str, Any], tensors: Mapping[str, TensorInfo], owner: str) -> None:
+    """Refuse a config that does not describe the weights, since nobody could load the output."""
+    for tower, embedding in (("vision", "class_embedding"), ("text", "token_embedding.weight")):
+        said = config[f"{tower}_config"]
+        blocks = {
+            n.split(".")[3] for n in tensors if n.startswith(f"{tower}_model.encoder.layers.")
+        }
+        there = tensors.get(f"{tower}_model.embeddings.{embedding}")
+        width = there.shape[-1] if there is not None and there.shape else 0
+        if (len(blocks), width) != (said["num_hidden_layers"], said["hidden_size"]):
+            raise CheckpointError(
+                f"{owner}: its config says {said['num_hidden_layers']} layers of width"
+                f" {said['hidden_size']} in the {tower} tower, its weights {len(blocks)} of"
+                f" {width}.",
+                f"Correct its {open_clip.CONFIG_FILE}.",
+            )

@@ -1,0 +1,50 @@
+"""Every file name that is read or written, in one table."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+SINGLE_FILE = "model.safetensors"
+PICKLED_FILE = "pytorch_model.bin"
+CONFIG_FILE = "config.json"
+
+Format = Literal["transformers", "open_clip"]
+"""File layout of a checkpoint: the library whose names, shapes and config it has."""
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+FACTORS_CONFIG = "tsv_config.json"
+FACTORS_FILE = "task_factors.safetensors"
+
+CONFIGS = ("config.json", "tsv_config.json", "open_clip_config.json", "adapter_config.json",
+           "hf_tsv_mask.json")  # fmt: skip
+
+STEMS = ("model", "task_factors", "open_clip_model")
+WEIGHT_FILES = tuple(f"{stem}.safetensors{end}" for stem in STEMS for end in ("", ".index.json"))
+MARKERS = ("hf_tsv_recipe.yaml", "tsv_config.json", "hf_tsv_reconstruction.json")
+"""Files of which every output of hf-tsv contains one."""
+
+OLD_WEIGHTS = (
+    *WEIGHT_FILES,
+    *(f"{stem}-?????-of-?????.safetensors" for stem in STEMS),
+    *MARKERS,
+    "heads/*.safetensors",
+    "masks/*/mask.safetensors",
+    "masks/*/hf_tsv_mask.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "interference.json",
+    "interference.png",
+    "compression.png",
+)
+"""Patterns of an earlier upload's files that a new one replaces; all other files stay."""
+
+REPORT_FILE = "interference.json"
+REPORT_PAGE = "interference.html"
+
+COMPRESSION = "compression.png"
+
+RECIPE_FILE = "hf_tsv_recipe.yaml"
+
+RECONSTRUCTION_FILE = "hf_tsv_reconstruction.json"
+"""Says what a checkpoint was made of."""

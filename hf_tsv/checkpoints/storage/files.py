@@ -1,0 +1,217 @@
+"""Files of a checkpoint, read from a folder or from a Hub repository by HTTP range."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import weakref
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from hf_tsv import hub
+from hf_tsv.system.errors import CheckpointError, LostFileError
+from hf_tsv.system.untrusted import MAX_BYTES, parse_json
+
+CACHED = re.compile(r"(models|datasets)--.+")
+"""Folder name of a repository in the Hub client's cache; its snapshots link to its `blobs`."""
+
+
+class Files(Protocol):
+    """Random access to the files of one checkpoint."""
+
+    def names(self) -> list[str]:
+        """Names of all files, in order; in a folder only those directly in it."""
+
+    def within(self, subfolder: str) -> Files:
+        """Files of a subfolder, which may be absent."""
+
+    def size(self, name: str) -> int | None:
+        """Size of a file in bytes, or None if there is none."""
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Tell whether a file is a symbolic link that leaves the folder.
+
+        Copying it would publish a file that the user, but not the checkpoint's author, can read.
+        """
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Read bytes `start` … `stop` − 1; exactly that many or an error."""
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `start` on, completely or with an error."""
+
+    def close(self) -> None:
+        """Release the resources of reading; the files can still be read again."""
+
+
+class LocalFiles:
+    """Local folder, read into the caller's buffer: mapped pages would count as resident memory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._descriptors)
+
+    def within(self, subfolder: str) -> LocalFiles:
+        return LocalFiles(self.root / subfolder)
+
+    def names(self) -> list[str]:
+        try:
+            return sorted(path.name for path in self.root.iterdir() if path.is_file())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CheckpointError(f"{self.root} cannot be read: {error.strerror}.") from None
+
+    def size(self, name: str) -> int | None:
+        try:
+            path = self.root / name
+            return path.stat().st_size if path.is_file() else None
+        except (OSError, ValueError):  # no file can have such a name
+            return None
+
+    def is_elsewhere(self, name: str) -> bool:
+        try:
+            place = (self.root / name).resolve()
+            inside = place.is_relative_to(self.root.resolve())
+        except (OSError, RuntimeError, ValueError):  # a link to itself, or an impossible name
+            return False
+        cached = place.parent.name == "blobs" and CACHED.fullmatch(place.parent.parent.name)
+        return not inside and not cached
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        buffer = bytearray((self._existing_size(name) if stop is None else stop) - start)
+        self.read_into(name, start, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        descriptor = self._descriptor(name)
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(descriptor, [buffer[done:]], start + done)
+            except OSError as error:
+                raise _lost(self.root / name, error) from None
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.root / name} is truncated: it ends before byte {start + len(buffer)}.",
+                    "Download or save it again.",
+                )
+            done += count
+
+    def close(self) -> None:
+        """Close the opened files."""
+        with self._lock:
+            _close_all(self._descriptors)
+
+    def _existing_size(self, name: str) -> int:
+        size = self.size(name)
+        if size is None:
+            raise CheckpointError(f"{self.root} has no {name}.", "Download or save it again.")
+        return size
+
+    def _descriptor(self, name: str) -> int:
+        with self._lock:
+            if name not in self._descriptors:
+                try:
+                    self._descriptors[name] = os.open(self.root / name, os.O_RDONLY)
+                except OSError as error:
+                    raise _lost(self.root / name, error) from None
+            return self._descriptors[name]
+
+
+def _lost(path: Path, error: OSError) -> LostFileError:
+    return LostFileError(
+        f"{path} cannot be read: {error.strerror}.",
+        "Restore it, or download it again; the same command goes on then.",
+    )
+
+
+def _close_all(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
+
+
+class HubFiles:
+    """Hub repository at one commit, read by HTTP range without a copy on disk.
+
+    Args:
+        repo ([`RepoSnapshot`]): repository and commit.
+        subfolder (`str`): folder of the files; empty for the whole repository.
+    """
+
+    def __init__(self, repo: hub.RepoSnapshot, subfolder: str = "") -> None:
+        self.repo, self.subfolder = repo, subfolder
+
+    def within(self, subfolder: str) -> HubFiles:
+        return HubFiles(self.repo, self.path(subfolder))
+
+    def path(self, name: str) -> str:
+        """Name of a file in the repository."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+    def names(self) -> list[str]:
+        start = self.path("")
+        return sorted(n.removeprefix(start) for n in self.repo.sizes if n.startswith(start))
+
+    def size(self, name: str) -> int | None:
+        return self.repo.sizes.get(self.path(name))
+
+    def is_elsewhere(self, name: str) -> bool:
+        return False
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        if stop is None:
+            stop = self.size(name)
+            if stop is None:
+                raise CheckpointError(f"{self.repo.repo_id} has no {name}.")
+        return bytes(hub.read_range(self.repo, self.path(name), start, stop))
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        buffer[:] = hub.read_range(self.repo, self.path(name), start, start + len(buffer))
+
+    def close(self) -> None:
+        pass
+
+
+def read_json(files: Files, name: str, owner: str) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint.
+
+    Args:
+        files (`Files`): files of the checkpoint.
+        name (`str`): file name.
+        owner (`str`): name of the checkpoint, for errors.
+
+    Raises:
+        [`CheckpointError`]: the file is missing, too large, or not a JSON object.
+    """
+    size = files.size(name)
+    if size is None:
+        raise CheckpointError(
+            f"{owner} has no {name}.",
+            "A checkpoint saved by transformers' save_pretrained has one.",
+        )
+    try:
+        value = parse_json(files.read(name, 0, min(size, MAX_BYTES + 1)))
+    except OverflowError:
+        raise CheckpointError(
+            f"{owner}: {name} says more than any {name} does, and is not read.",
+            "Do not use this checkpoint; no library saves such files.",
+        ) from None
+    except ValueError:
+        raise CheckpointError(f"{owner}: {name} is not valid JSON.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{owner}: {name} is not a JSON object.")
+    return value
+
+
+def inside_folder(name: object) -> bool:
+    """Tell whether a file name from an index stays inside the checkpoint's folder."""
+    if not isinstance(name, str) or not name.isprintable() or "\\" in name:
+        return False
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        return False
+    return ":" not in path.parts[0]

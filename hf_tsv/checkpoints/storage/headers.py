@@ -1,0 +1,236 @@
+"""Headers of weight files, fully checked before any tensor is read."""
+
+from __future__ import annotations
+
+import math
+import re
+import reprlib
+from typing import Any
+
+from hf_tsv.checkpoints.storage.files import Files, inside_folder, read_json
+from hf_tsv.checkpoints.storage.pickles import SUFFIXES, read_pickle
+from hf_tsv.checkpoints.storage.tensors import DTYPES, MAX_DIMENSIONS, TensorInfo, is_tensor_name
+from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.text import quoted
+from hf_tsv.system.threads import in_parallel
+from hf_tsv.system.untrusted import MAX_BYTES, parse_json
+
+VARIANT = re.compile(r"model\.([A-Za-z0-9_]+)\.safetensors")
+FIRST_READ_BYTES = 100_000  # holds the whole header of most checkpoints: one request instead of two
+
+
+def index_of(single: str) -> str:
+    """Name of the index that replaces `single` when the weights are split into shards.
+
+    Example:
+        >>> index_of("model.safetensors"), index_of("model.fp16.safetensors")
+        ('model.safetensors.index.json', 'model.safetensors.index.fp16.json')
+    """
+    variant = VARIANT.fullmatch(single)
+    return f"model.safetensors.index.{variant[1]}.json" if variant else f"{single}.index.json"
+
+
+def read_headers(
+    files: Files, single: str, owner: str
+) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
+    """Parse and check the header of a single file, or of all shards that its index names.
+
+    Args:
+        files (`Files`): files of the checkpoint.
+        single (`str`): name of the weight file if it is not split.
+        owner (`str`): name of the checkpoint, for errors.
+
+    Returns:
+        `tuple[dict[str, TensorInfo], tuple[str, ...]]`: tensors by stored name, and the names of
+        their files, index included.
+
+    Raises:
+        [`CheckpointError`]: a file is missing, damaged, or disagrees with the index.
+    """
+    shards, weight_map = _weight_files(files, single, owner)
+    headers = in_parallel(lambda name: read_file(files, name, owner), shards)
+    stored: dict[str, TensorInfo] = {}
+    for header in headers:
+        if twice := sorted(stored.keys() & header.keys()):
+            raise CheckpointError(f"{owner}: {twice[0]} is stored in two files.")
+        stored.update(header)
+    index = index_of(single)
+    _check_index(shards, weight_map, stored, index, owner)
+    return stored, (*shards, *([index] if weight_map else []))
+
+
+def read_file(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
+    """Tensors of one weight file, by stored name, from [`read_header`] or [`read_pickle`]."""
+    reader = read_pickle if name.endswith(SUFFIXES) else read_header
+    return reader(files, name, owner)
+
+
+def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
+    """Parse and check the header of one safetensors file.
+
+    Every tensor must have a known dtype and as many bytes as its shape needs. Together the tensors
+    must fill the file without gap or overlap, as the format demands.
+
+    Args:
+        files (`Files`): files of the checkpoint.
+        name (`str`): file name.
+        owner (`str`): name of the checkpoint, for errors.
+
+    Returns:
+        `dict[str, TensorInfo]`: tensors by stored name.
+
+    Raises:
+        [`CheckpointError`]: the file is missing, truncated or not safetensors.
+    """
+    entries, start, size = _entries(files, name, owner)
+    entries.pop("__metadata__", None)
+    if strange := [key for key in entries if not is_tensor_name(key)]:
+        raise _damaged(owner, name, f"{strange[0][:100]!r} is no name of a tensor")
+    infos = {key: _tensor_info(key, entry, name, start, owner) for key, entry in entries.items()}
+    position = start
+    for key, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if info.start != position:
+            raise _damaged(owner, name, f"{key} does not start where the tensor before it ends")
+        position += info.nbytes
+    if position > size:
+        raise CheckpointError(
+            f"{owner}: {name} is truncated: {position} bytes expected, {size} found.",
+            "Download or save it again.",
+        )
+    if position < size:
+        raise _damaged(owner, name, f"{size - position} bytes follow its last tensor")
+    return infos
+
+
+def read_metadata(files: Files, name: str, owner: str) -> dict[str, str]:
+    """Metadata that a safetensors file carries.
+
+    Args:
+        files (`Files`): files of the checkpoint.
+        name (`str`): file name.
+        owner (`str`): name of the checkpoint, for errors.
+    """
+    found: dict[str, str] = _entries(files, name, owner)[0].get("__metadata__", {})
+    return found
+
+
+def _entries(files: Files, name: str, owner: str) -> tuple[dict[str, Any], int, int]:
+    """Header of a safetensors file, offset of its data, and size of the file."""
+    size = files.size(name)
+    if size is None:
+        raise _missing(owner, name)
+    first = files.read(name, 0, min(size, FIRST_READ_BYTES))
+    length = int.from_bytes(first[:8], "little")
+    if size < 8 or 8 + length > size:
+        raise _damaged(owner, name, "its header is longer than the file")
+    if length > MAX_BYTES:
+        raise _too_large(owner, name)
+    raw = first[8 : 8 + length]
+    if len(raw) < length:
+        raw += files.read(name, 8 + len(raw), 8 + length)
+    try:
+        entries = parse_json(raw, unique=True)
+    except OverflowError:
+        raise _too_large(owner, name) from None
+    except ValueError:
+        raise _damaged(owner, name, "its header is not valid JSON") from None
+    if not isinstance(entries, dict):
+        raise _damaged(owner, name, "its header is not a JSON object")
+    metadata = entries.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(owner, name, "its __metadata__ is malformed")
+    return entries, 8 + length, size
+
+
+def _tensor_info(key: str, entry: Any, file: str, data_start: int, owner: str) -> TensorInfo:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        well_typed = isinstance(dtype, str) and isinstance(shape, list)
+        if not well_typed or len(shape) > MAX_DIMENSIONS:
+            raise ValueError
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop)):
+            raise ValueError
+        if math.prod(n for n in shape if n) >= 2**63:  # even with a zero among them
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(owner, file, f"the entry of {key} is malformed") from None
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"{owner}: {key} has dtype {quoted(dtype)}, which cannot be merged.",
+            "Dequantise the checkpoint first (float32, float16 or bfloat16).",
+        )
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if nbytes != stop - start:
+        raise _damaged(
+            owner, file, f"{key} has {stop - start} bytes where its shape needs {nbytes}"
+        )
+    return TensorInfo(file, DTYPES[dtype], tuple(shape), data_start + start, nbytes)
+
+
+def _outside(owner: str, index: str, name: object) -> CheckpointError:
+    return CheckpointError(
+        f"{owner}: {index} points outside its folder: {reprlib.repr(name)}.",
+        "Do not use this checkpoint; its index is not one that transformers writes.",
+    )
+
+
+def _missing(owner: str, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{owner} has no {name}, which its index names.", "Download or save it again."
+    )
+
+
+def _too_large(owner: str, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{owner}: the header of {name} describes more than any model has.",
+        "Do not use this checkpoint; no library saves such files.",
+    )
+
+
+def _damaged(owner: str, name: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{owner}: {name} is not a valid safetensors file: {why}.", "Download or save it again."
+    )
+
+
+def _weight_files(files: Files, single: str, owner: str) -> tuple[list[str], dict[str, str]]:
+    """Shards of a checkpoint, and the file of each tensor if there is an index."""
+    if files.size(single) is not None:
+        return [single], {}
+    index = index_of(single)
+    if files.size(index) is None:
+        raise CheckpointError(
+            f"{owner} has no {single} and no {index}.",
+            "Name a repository or folder with the weights of a model.",
+        )
+    weight_map = read_json(files, index, owner).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{owner}: {index} has no weight_map.")
+    if outside := [name for name in weight_map.values() if not inside_folder(name)]:
+        raise _outside(owner, index, outside[0])
+    shards = sorted(set(weight_map.values()))
+    for name in shards:  # a separate loop before any read: there may be a million
+        if files.size(name) is None:
+            raise _missing(owner, name)
+        if files.is_elsewhere(name):
+            raise _outside(owner, index, name)
+    return shards, weight_map
+
+
+def _check_index(
+    shards: list[str],
+    weight_map: dict[str, str],
+    stored: dict[str, TensorInfo],
+    index: str,
+    owner: str,
+) -> None:
+    empty = set(shards) - {info.file for info in stored.values()}
+    if empty or not stored:
+        raise CheckpointError(f"{owner}: {min(empty, default=shards[0])} holds no tensors.")
+    said = set(weight_map.items())
+    held = {(key, info.file) for key, info in stored.items()}
+    if weight_map and said != held:
+        raise CheckpointError(
+            f"{owner}: {index} and the shards disagree about {quoted(min(said ^ held)[0])}.",
+            "Download or save it again.",
+        )

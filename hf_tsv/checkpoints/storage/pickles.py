@@ -1,0 +1,267 @@
+"""Locations of the tensors in a PyTorch file, read from its index without loading any of them.
+
+A file of `torch.save` is an uncompressed archive of one pickle that describes the content, and one
+entry per tensor. The pickle is never unpickled, but interpreted by [`instructions`]. The tensors
+are then read in place like those of any other file.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hf_tsv.checkpoints.storage.files import Files
+from hf_tsv.checkpoints.storage.instructions import SavedTensor, described
+from hf_tsv.checkpoints.storage.tensors import (
+    DTYPE_NAMES,
+    MAX_DIMENSIONS,
+    TensorInfo,
+    is_tensor_name,
+)
+from hf_tsv.hub import WEIGHT_SUFFIXES
+from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.text import quoted
+from hf_tsv.system.threads import in_parallel
+
+SUFFIXES = tuple(suffix for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors")
+MAX_PICKLE_BYTES = 32_000_000
+MAX_DIRECTORY_BYTES = 10_000_000
+"""Largest directory of an archive, in bytes; 50,000 tensors need 3.2 million."""
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Keys under which training scripts save the state dict among other values."""
+
+PREFIXES = ("module.", "model.")
+"""Prefixes that wrappers around the model add to every name."""
+
+BLOCK_BYTES = 2**16
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""Header of an entry: signature, and the lengths of name and extra field before the data."""
+
+
+def read_pickle(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
+    """Find the tensors of a PyTorch file.
+
+    Args:
+        files (`Files`): files of the checkpoint.
+        name (`str`): file name.
+        owner (`str`): name of the checkpoint, for errors.
+
+    Returns:
+        `dict[str, TensorInfo]`: tensors by stored name.
+
+    Raises:
+        [`CheckpointError`]: missing, damaged, of an old format, or holding more than tensors.
+    """
+    size = files.size(name)
+    if size is None:
+        raise CheckpointError(f"{owner} has no {name}.", "Download or save it again.")
+    convert = "Save it as safetensors: model.save_pretrained(…) in transformers does."
+    try:
+        raw, entries = _archive(files, name, size)
+    except (zipfile.BadZipFile, struct.error, ArithmeticError, EOFError, LookupError, OSError,
+            RuntimeError, ValueError):  # fmt: skip
+        raise CheckpointError(
+            f"{owner}: {name} is no archive that torch.save writes since version 1.6.", convert
+        ) from None
+    if raw is None:
+        raise CheckpointError(f"{owner}: {name} is not as torch.save writes it.", convert)
+    try:
+        state = _state(described(raw))
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{owner}: {name} is a pickle of more than tensors, and is not loaded: it could run"
+            " code.",
+            "Load it where you trust it and save model.state_dict(), as safetensors if possible.",
+        ) from None
+    except OverflowError:
+        raise CheckpointError(
+            f"{owner}: {name} describes more than any model has.", "Do not use this checkpoint."
+        ) from None
+    except (LookupError, RecursionError, TypeError, ValueError):
+        raise CheckpointError(f"{owner}: {name} cannot be read: it is damaged.", convert) from None
+    tensors = {key: value for key, value in state.items() if isinstance(value, SavedTensor)}
+    if not tensors:
+        raise CheckpointError(f"{owner}: {name} holds no state dict.", convert)
+    if strange := [key for key in tensors if not is_tensor_name(key)]:
+        raise CheckpointError(f"{owner}: {name}: {str(strange[0])[:100]!r} is no name of a tensor.")
+    used = {tensor.key for tensor in tensors.values()}
+    starts = _starts(files, name, size, {key: entries[key] for key in used if key in entries})
+    result = {}
+    for key, tensor in tensors.items():
+        entry, start = entries.get(tensor.key), starts.get(tensor.key)
+        if entry is None or start is None or start + entry.file_size > size:
+            raise CheckpointError(
+                f"{owner}: {name} is damaged: the values of {key} are not in it.",
+                "Download or save it again.",
+            )
+        result[key] = _info(key, tensor, name, start, entry.file_size, owner)
+    return result
+
+
+def _archive(files: Files, name: str, size: int) -> tuple[bytes | None, dict[str, zipfile.ZipInfo]]:
+    """Pickle of an archive, None unless torch.save wrote it, and its entries of values, by key."""
+    file = _RangeFile(files, name, size)
+    with zipfile.ZipFile(file) as archive:
+        file.most = MAX_PICKLE_BYTES
+        infos = {info.filename: info for info in archive.infolist()}
+        root = next(iter(infos), "").partition("/")[0]
+        index = infos.get(f"{root}/data.pkl")
+        stored = all(info.compress_type == zipfile.ZIP_STORED for info in infos.values())
+        if index is None or not stored or index.file_size > MAX_PICKLE_BYTES:
+            return None, {}
+        order = infos.get(f"{root}/byteorder")
+        if order is not None and (order.file_size > 9 or archive.read(order) != b"little"):
+            return None, {}
+        values = f"{root}/data/"
+        entries = {n.removeprefix(values): i for n, i in infos.items() if n.startswith(values)}
+        return archive.read(index), entries
+
+
+def _starts(
+    files: Files, name: str, size: int, entries: Mapping[str, zipfile.ZipInfo]
+) -> dict[str, int]:
+    """Offsets of the entries' values, behind headers whose length the archive does not list."""
+    groups: list[list[tuple[int, str]]] = []
+    places = sorted((info.header_offset, key) for key, info in entries.items())
+    for place in places:
+        if not 0 <= place[0] <= size - LOCAL_HEADER.size:
+            continue
+        if not groups or place[0] - groups[-1][0][0] > BLOCK_BYTES:
+            groups.append([])
+        groups[-1].append(place)
+
+    def starts(group: Sequence[tuple[int, str]]) -> dict[str, int]:
+        first = group[0][0]
+        raw = files.read(name, first, group[-1][0] + LOCAL_HEADER.size)
+        found = {}
+        for offset, key in group:
+            signature, *lengths = LOCAL_HEADER.unpack_from(raw, offset - first)
+            if signature == b"PK\3\4":
+                found[key] = offset + LOCAL_HEADER.size + sum(lengths)
+        return found
+
+    return {key: start for found in in_parallel(starts, groups) for key, start in found.items()}
+
+
+def _state(content: Any) -> Mapping[Any, Any]:
+    """State dict in the saved object, with the names that the model itself uses."""
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    state: dict[Any, Any] = dict(content) if isinstance(content, Mapping) else {}
+    for prefix in PREFIXES:
+        if all(isinstance(key, str) and key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _info(
+    key: str, tensor: SavedTensor, file: str, start: int, size: int, owner: str
+) -> TensorInfo:
+    """Location of a tensor within an entry of `size` bytes that begins at `start`."""
+    dtype = tensor.dtype
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPE_NAMES:
+        raise CheckpointError(
+            f"{owner}: {key} has dtype {quoted(str(dtype).removeprefix('torch.'))}, which cannot be"
+            " merged.",
+            "Dequantise the checkpoint first (float32, float16 or bfloat16).",
+        )
+    shape, stride = tensor.shape, tensor.stride
+    if not _is_size(shape) or not _is_size(stride) or len(shape) != len(stride):
+        raise CheckpointError(
+            f"{owner}: {file} is damaged: {key} has no shape.", "Download or save it again."
+        )
+    contiguous = _is_contiguous(shape, stride)
+    turned = len(shape) == 2 and _is_contiguous(shape[::-1], stride[::-1])
+    if not (tensor.as_stored and (contiguous or turned)):
+        raise CheckpointError(
+            f"{owner}: the values of {key} do not lie together in {file}.",
+            "Save it as safetensors.",
+        )
+    nbytes = math.prod(shape) * dtype.itemsize
+    skipped = tensor.offset * dtype.itemsize if type(tensor.offset) is int else -1
+    if not 0 <= skipped <= skipped + nbytes <= size:
+        raise CheckpointError(
+            f"{owner}: {file} is truncated: {key} ends after it.", "Download or save it again."
+        )
+    return TensorInfo(file, dtype, shape, start + skipped, nbytes, turned and not contiguous)
+
+
+def _is_size(value: object) -> bool:
+    """Tell whether a value can be the sizes or strides of a tensor."""
+    return (
+        isinstance(value, tuple)
+        and len(value) <= MAX_DIMENSIONS
+        and all(type(n) is int and 0 <= n < 2**63 for n in value)
+        and math.prod(n for n in value if n) < 2**127
+    )
+
+
+def _is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Tell whether these strides are contiguous, by torch's definition."""
+    expected = 1
+    for length, step in zip(reversed(shape), reversed(stride), strict=True):
+        if length != 1 and step != expected:
+            return 0 in shape
+        expected *= length
+    return True
+
+
+class _RangeFile(io.RawIOBase):
+    """Seekable view of a checkpoint's file.
+
+    Args:
+        files (`Files`): files of the checkpoint.
+        name (`str`): file name.
+        size (`int`): size in bytes.
+    """
+
+    def __init__(self, files: Files, name: str, size: int) -> None:
+        self._files, self._name, self._size = files, name, size
+        self._position = 0
+        self._blocks: dict[int, bytes] = {}
+        self.most = MAX_DIRECTORY_BYTES  # the directory is read first
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if start + offset < 0:
+            raise ValueError("before the beginning")
+        self._position = start + offset
+        return self._position
+
+    def read(self, count: int = -1) -> bytes:
+        stop = self._size if count < 0 else min(self._position + count, self._size)
+        start = min(self._position, stop)
+        if stop - start > self.most:
+            raise ValueError("more than an index has")
+        self._position = stop
+        if stop - start > BLOCK_BYTES:
+            return self._files.read(self._name, start, stop)
+        first = start // BLOCK_BYTES
+        raw = b"".join(map(self._block, range(first, -(-stop // BLOCK_BYTES))))
+        return raw[start - first * BLOCK_BYTES : stop - first * BLOCK_BYTES]
+
+    def _block(self, index: int) -> bytes:
+        """Block of a few kilobytes, read once, because every read from the Hub is a request."""
+        if index not in self._blocks:
+            start = index * BLOCK_BYTES
+            stop = min(start + BLOCK_BYTES, self._size)
+            self._blocks[index] = self._files.read(self._name, start, stop)
+        return self._blocks[index]

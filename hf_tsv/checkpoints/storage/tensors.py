@@ -1,0 +1,145 @@
+"""Description of a stored tensor, known before the tensor is read."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints.storage.files import Files
+from hf_tsv.linalg.products import largest_entry
+from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.memory import empty
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_DIMENSIONS = 64  # torch's own limit
+LONGEST_NAME = 1000  # many times the longest in any model
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Location, dtype and shape of one tensor.
+
+    Args:
+        file (`str`): file in the checkpoint's folder.
+        dtype (`torch.dtype`): type in the file.
+        shape (`tuple[int, ...]`): sizes of its dimensions.
+        start (`int`): first byte in the file.
+        nbytes (`int`): length in bytes.
+        transposed (`bool`): whether the file holds its transpose.
+    """
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+    transposed: bool = False
+
+
+def is_tensor_name(key: object) -> bool:
+    """Tell whether a key of a file can name a tensor: short text without control characters."""
+    return isinstance(key, str) and len(key) <= LONGEST_NAME and key.isprintable()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Canonical tensor as a part of a stored one.
+
+    Args:
+        name (`str`): canonical name.
+        stored (`str`): name in the file.
+        index (`int`): its number among the equal parts that are stacked along dimension 0.
+        of (`int`): number of these parts.
+        transposed (`bool`): whether the file holds its transpose.
+    """
+
+    name: str
+    stored: str
+    index: int = 0
+    of: int = 1
+    transposed: bool = False
+
+
+def read_tensor(
+    files: Files, info: TensorInfo, name: str, owner: str, *, pinned: bool = False
+) -> Tensor:
+    """Read one tensor as stored.
+
+    Args:
+        files (`Files`): files of the checkpoint.
+        info ([`TensorInfo`]): location of the tensor.
+        name (`str`): name of the tensor, for the error.
+        owner (`str`): name of the checkpoint, for the error.
+        pinned (`bool`): read into memory from where a GPU copies at full speed.
+
+    Raises:
+        [`CheckpointError`]: the file is truncated, or a value is NaN or Inf.
+    """
+    raw = empty(info.nbytes, dtype=torch.uint8, pinned=pinned)
+    if info.nbytes:
+        files.read_into(info.file, info.start, byte_view(raw))
+    tensor = raw.view(info.dtype).reshape(info.shape[::-1] if info.transposed else info.shape)
+    if info.transposed:
+        tensor = tensor.mT.contiguous()
+    if tensor.is_floating_point() and tensor.numel() and not math.isfinite(largest_entry(tensor)):
+        count = int(tensor.numel() - tensor.isfinite().sum())
+        raise CheckpointError(
+            f"{owner}: {count} of {tensor.numel()} values of {name} are NaN or Inf.",
+            "The checkpoint is damaged; leave it out or save it again.",
+        )
+    return tensor
+
+
+def digest(tensor: Tensor) -> str:
+    """Compute the sha256 of one tensor: its type and shape as text, then its bytes.
+
+    Example:
+        >>> digest(torch.zeros(2))[:12]
+        '46b46b5d4b1b'
+    """
+    result = hashlib.sha256(f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} ".encode())
+    result.update(byte_view(tensor))
+    return result.hexdigest()
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """Compute the sha256 over names and digests of tensors, in the order of the names."""
+    lines = (f"{name} {value}\n" for name, value in sorted(digests.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """Bytes of a contiguous CPU tensor, without a copy."""
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Data type and shape of one tensor to be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor in the file, in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize

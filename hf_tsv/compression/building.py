@@ -1,0 +1,158 @@
+"""The folder of a compression: measured, written, and resumed after a stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_tsv.checkpoints import companions, layout
+from hf_tsv.checkpoints.fit import check_fit, config_warnings
+from hf_tsv.checkpoints.formats.description import ADAPTER_FORMAT, FORMAT, FactorsConfig, Origin
+from hf_tsv.checkpoints.formats.task import equals_base
+from hf_tsv.checkpoints.names import FACTORS_CONFIG
+from hf_tsv.checkpoints.sources import Sources
+from hf_tsv.compression.allocation import choose_ranks
+from hf_tsv.compression.candidates import Candidate, Job, Measured, Spool, candidates_of
+from hf_tsv.compression.files import write_adapter, write_factors
+from hf_tsv.compression.measuring import measure
+from hf_tsv.linalg.updates import matrix_shape
+from hf_tsv.recipes.compressing import Options, RankRule
+from hf_tsv.runs import journal
+from hf_tsv.runs.reading import Seconds
+from hf_tsv.runs.target import Target
+from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.progress import bar, logger
+
+
+def prepare(sources: Sources, options: Options) -> Job:
+    job = Job(sources, options, (), ())
+    base, source = sources.base, job.source
+    check_fit(base, [source])
+    warnings = [*sources.warnings, *config_warnings(base, [source])]
+    if options.format == "peft" and base.format == "open_clip":
+        raise CheckpointError(
+            f"The base model {base} is in OpenCLIP's format, which PEFT does not load.",
+            "Leave --format out: task factors serve every format.",
+        )
+    if options.format == "peft" and not layout.is_clip(base.config):
+        raise CheckpointError(
+            f"The base model {base} is not CLIP, and adapters are made for CLIP only.",
+            "Leave --format out: task factors serve every model.",
+        )
+    if options.format == "peft" and source.head:
+        warnings.append(f"An adapter has no place for the task head {', '.join(source.head)}.")
+    for warning in warnings:
+        logger.warning(warning)
+    return replace(job, candidates=candidates_of(job), warnings=tuple(warnings))
+
+
+Describe = Callable[[Path, Job, Target, FactorsConfig, Sequence[Measured]], None]
+"""Writes the card of a compression, and what it shows."""
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What was written, how many full SVDs it took, and how long."""
+
+    config: FactorsConfig
+    output_bytes: int
+    exact: int
+    seconds: Seconds
+
+
+def construct(
+    final: Path,
+    identity: dict[str, Any],
+    job: Job,
+    target: Target,
+    device: torch.device,
+    show: bool,
+    describe: Describe,
+) -> _Done:
+    """Make the folder that is wanted, or the rest of it."""
+    with journal.under_construction(
+        final, identity, force=target.force, until_pushed=target.output is None
+    ) as (work, resumed):
+        candidates = {candidate.name: candidate for candidate in job.candidates}
+        noted = journal.read(work, lambda entry: _noted(entry, candidates)).values()
+        with Spool(work / journal.SPOOL, list(noted)) as spool:
+            journal.rewrite(work, (item.to_entry() for item in spool.held))
+            if resumed:
+                logger.info("%d of %d weights are there already.", len(spool.held), len(candidates))
+            with journal.Journal(work) as notes:
+                return _compress_into(
+                    work / journal.FILES, job, target, spool, notes, device, show, describe
+                )
+
+
+def _noted(entry: dict[str, Any], candidates: Mapping[str, Candidate]) -> Measured:
+    return Measured.from_entry(entry, candidates[entry["label"]])
+
+
+def _compress_into(
+    folder: Path,
+    job: Job,
+    target: Target,
+    spool: Spool,
+    notes: journal.Journal,
+    device: torch.device,
+    show: bool,
+    describe: Describe,
+) -> _Done:
+    """Write a complete result into `folder`: tensors, description, card."""
+    source, base, options = job.source, job.sources.base, job.options
+    left = len(job.candidates) - len(spool.held)
+    logger.info("Compressing %d weights of %s on %s.", left, source, device.type)
+    with bar("Decomposing", left, visible=show) as advance:
+        measured, seconds = measure(job, spool, notes, device, advance)
+    if not any(item.norm for item in measured):
+        raise equals_base(str(source), str(base))
+    started = time.monotonic()
+    ranks = choose_ranks(measured, job)
+    write = write_factors if options.format == "factors" else write_adapter
+    written = write(folder, job, spool, measured, ranks)
+    seconds += Seconds(writing=time.monotonic() - started)
+    total = sum(item.norm**2 for item in measured)
+    lost = sum((1 - item.energy) * item.norm**2 for item in written.weights.values())
+    config = FactorsConfig(
+        base_model=Origin.of(base.pinned),
+        source=Origin.of(source.pinned),
+        rank_rule=options.rule.to_dict(),
+        factor_dtype=options.dtype,
+        compress_conv=options.compress_conv,
+        checkpoint_bytes=job.checkpoint_bytes,
+        base_bytes=job.base_bytes,
+        factors_bytes=written.tensor_bytes,
+        update_error=math.sqrt((lost + written.rounding) / total),
+        weights=written.weights,
+        task_head=tuple(source.head) if options.format == "factors" else (),
+        model_config=companions.without_code(source.config),
+        format=FORMAT if options.format == "factors" else ADAPTER_FORMAT,
+        left_out=written.left_out,
+    )
+    (folder / FACTORS_CONFIG).write_text(config.to_json(), encoding="utf-8")
+    describe(folder, job, target, config, measured)
+    exact = sum(item.exact for item in measured)
+    return _Done(config, written.file_bytes, exact, seconds)
+
+
+def disk_bytes(job: Job) -> int:
+    """The spool at its largest, and the result at its largest."""
+    spool = sum(item.limit * 4 * sum(matrix_shape(item.shape)) for item in job.candidates)
+    return (
+        spool + sum(most_bytes(item, job.options.rule) for item in job.candidates) + job.head_bytes
+    )
+
+
+def most_bytes(item: Candidate, rule: RankRule) -> int:
+    """Bytes of a weight if nothing of it is frozen or of lower rank."""
+    factors = item.limit * item.triplet_bytes
+    wanted = rule.rank_before(min(matrix_shape(item.shape)))
+    fits = wanted is not None and wanted <= item.limit
+    return factors if fits else max(factors, item.dense_bytes or 0)

@@ -1,0 +1,280 @@
+"""The weights that may be stored as triplets, and what is known of each."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.formats.factors import Factors
+from hf_tsv.checkpoints.formats.task import identity_entry
+from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.sources import Sources
+from hf_tsv.checkpoints.storage.tensors import byte_view
+from hf_tsv.compression import peft
+from hf_tsv.linalg import updates
+from hf_tsv.linalg.updates import TaskSingularVectors, matrix_shape
+from hf_tsv.recipes.compressing import Options
+from hf_tsv.recipes.settings import current_versions
+from hf_tsv.system.errors import CheckpointError
+
+DENSE = -1
+"""Value in place of a rank for a weight whose update itself is stored."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Limits of what may be kept of one weight, known from its header.
+
+    Args:
+        name (`str`): canonical name.
+        shape (`tuple[int, ...]`): shape of the weight.
+        dtype (`torch.dtype`): type in the fine-tuned checkpoint.
+        limit (`int`): most triplets that may be kept; 0: only the update itself.
+        triplet_bytes (`int`): size of one triplet.
+        dense_bytes (`int`, *optional*): size of the update itself; None if it may not be kept.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    limit: int
+    triplet_bytes: int
+    dense_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Weight after its decomposition.
+
+    Args:
+        candidate ([`Candidate`]): limits from its header.
+        base_sha256 (`str`): digest of W0.
+        norm (`float`): ‖Δ‖, Frobenius.
+        singular_values (`Tensor`): those that may be kept, float64, descending.
+        numerical_rank (`int`): number of singular values above storage rounding.
+        place (`int`): offset of its vectors in the spool.
+        sha256 (`str`): digest of the bytes there.
+        exact (`bool`): whether they are from a full SVD.
+    """
+
+    candidate: Candidate
+    base_sha256: str
+    norm: float
+    singular_values: Tensor
+    numerical_rank: int = 0
+    place: int = 0
+    sha256: str = ""
+    exact: bool = False
+
+    def to_entry(self) -> dict[str, Any]:
+        """Entry for a journal."""
+        return {
+            "label": self.candidate.name,
+            "base_sha256": self.base_sha256,
+            "norm": self.norm,
+            "singular_values": self.singular_values.tolist(),
+            "numerical_rank": self.numerical_rank,
+            "place": self.place,
+            "sha256": self.sha256,
+            "exact": self.exact,
+        }
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any], candidate: Candidate) -> Measured:
+        """Weight from an entry of [`to_entry`].
+
+        Args:
+            entry (`Mapping[str, Any]`): entry of a journal.
+            candidate ([`Candidate`]): limits of the weight.
+        """
+        values = torch.tensor(entry["singular_values"], dtype=torch.float64)
+        rest = {k: v for k, v in entry.items() if k != "label"}
+        return cls(candidate, **{**rest, "singular_values": values})
+
+    def energy(self, rank: int) -> float:
+        """Share of the squared norm that the leading `rank` triplets keep."""
+        if rank == DENSE or self.norm == 0:
+            return 1.0
+        return min(1.0, float(self.singular_values[:rank].square().sum()) / self.norm**2)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Compression whose references are resolved and whose headers fit."""
+
+    sources: Sources
+    options: Options
+    candidates: tuple[Candidate, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def source(self) -> Checkpoint:
+        """Fine-tuned checkpoint."""
+        (item,) = self.sources.inputs
+        if isinstance(item, Factors):
+            raise CheckpointError(
+                f"{item} holds task factors already.",
+                "Compress the fine-tuned checkpoint; `hf-tsv reconstruct` makes one of factors.",
+            )
+        return item
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of all tensors of the fine-tuned checkpoint, in bytes."""
+        held = (*self.source.tensors.values(), *self.source.head.values())
+        return sum(info.nbytes for info in held)
+
+    @property
+    def base_bytes(self) -> int:
+        """Size of the same weights in the base model, in bytes."""
+        base = self.sources.base.tensors
+        return sum(info.nbytes for name, info in base.items() if name in self.source.tensors)
+
+    @property
+    def head_bytes(self) -> int:
+        """Size of the task head, which is stored unchanged, in bytes."""
+        return sum(info.nbytes for info in self.source.head.values())
+
+    def to_json(self, device: torch.device) -> dict[str, Any]:
+        """Everything that determines the bytes of the result."""
+        return {
+            "base_model": identity_entry(self.sources.base),
+            "source": identity_entry(self.source),
+            "options": asdict(self.options),
+            "tensors": {c.name: [str(c.dtype), c.shape, c.limit] for c in self.candidates},
+            "versions": current_versions(),
+            "device": device.type,
+        }
+
+    def delta(self, name: str) -> Tensor:
+        """Compute Δ of one weight."""
+        return updates.difference(self.source.read(name), self.sources.base.read(name))
+
+
+def candidates_of(job: Job) -> tuple[Candidate, ...]:
+    """Candidates for all weights that base and fine-tuned checkpoint share."""
+    base, source, options = job.sources.base, job.source, job.options
+    make = _candidate if options.format == "factors" else _adapter_candidate
+    return tuple(
+        make(name, source, options)
+        for name, info in sorted(base.tensors.items())
+        if name in source.tensors and info.dtype.is_floating_point and info.nbytes
+    )
+
+
+def _candidate(name: str, source: Checkpoint, options: Options) -> Candidate:
+    info = source.tensors[name]
+    dense_bytes = math.prod(info.shape) * options.dtype.itemsize
+    only_dense = Candidate(name, info.shape, info.dtype, 0, 0, dense_bytes)
+    if len(info.shape) != 2 and not (options.compress_conv and len(info.shape) == 4):
+        return only_dense
+    rows, columns = matrix_shape(info.shape)
+    triplet_bytes = (rows + 1 + columns) * options.dtype.itemsize
+    most = min(rows, columns, (dense_bytes - 1) // triplet_bytes)  # eq. 10
+    wanted = options.rule.rank_before(min(rows, columns))
+    if most == 0:
+        return only_dense
+    limit = most if wanted is None else min(wanted, most)
+    return Candidate(name, info.shape, info.dtype, limit, triplet_bytes, dense_bytes)
+
+
+def _adapter_candidate(name: str, source: Checkpoint, options: Options) -> Candidate:
+    """Candidate for an adapter: any rank for a linear layer, else the value itself or nothing."""
+    info = source.tensors[name]
+    if layout.name_in_class(name, options.model_class or layout.saved_class(source.config)) is None:
+        return Candidate(name, info.shape, info.dtype, 0, 0, 0)
+    if peft.is_target(name):
+        rows, columns = info.shape
+        k = min(rows, columns)
+        limit = options.rule.rank_before(k) or k
+        triplet_bytes = (rows + columns) * options.dtype.itemsize
+        return Candidate(name, info.shape, info.dtype, limit, triplet_bytes, None)
+    nbytes = info.nbytes
+    if peft.is_bias(name):  # its change is stored, in the dtype of the pairs
+        nbytes = math.prod(info.shape) * options.dtype.itemsize
+    return Candidate(name, info.shape, info.dtype, 0, 0, nbytes if options.dense else 0)
+
+
+class Spool:
+    """File of singular vectors of all weights, until the ranks to keep are known.
+
+    Args:
+        file (`Path`): path of the file, created if absent.
+        measured (`Sequence[Measured]`): weights whose vectors it may hold already.
+    """
+
+    def __init__(self, file: Path, measured: Sequence[Measured] = ()) -> None:
+        self._file = file.open("r+b" if file.exists() else "w+b")
+        self.held = [item for item in measured if self._holds(item)]
+        """Weights whose vectors are in the file; a power failure may have lost some."""
+        self._end = max((item.place + _spooled_bytes(item) for item in self.held), default=0)
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _holds(self, item: Measured) -> bool:
+        if not len(item.singular_values):
+            return True
+        try:
+            rows = self._rows(item, len(item.singular_values))
+        except OSError:
+            return False
+        return hashlib.sha256(byte_view(rows)).hexdigest() == item.sha256
+
+    def put(self, item: Measured, vectors: TaskSingularVectors) -> Measured:
+        """Append Uᵀ and Vh in float32, triplet by triplet, so that a prefix is a truncation.
+
+        Args:
+            item ([`Measured`]): the weight.
+            vectors ([`TaskSingularVectors`]): all triplets that may be kept of it.
+
+        Returns:
+            [`Measured`]: the weight with the place and digest of its vectors.
+        """
+        start = self._end
+        rows = torch.cat([vectors.U.mT, vectors.Vh], dim=1)
+        data = byte_view(rows.to("cpu", torch.float32).contiguous())
+        self._file.seek(start)
+        self._file.write(data)
+        self._file.flush()
+        self._end += len(data)
+        return replace(item, place=start, sha256=hashlib.sha256(data).hexdigest())
+
+    def get(self, item: Measured, rank: int) -> TaskSingularVectors:
+        """Leading triplets of one weight.
+
+        Args:
+            item ([`Measured`]): the weight.
+            rank (`int`): number of triplets.
+        """
+        d_out = matrix_shape(item.candidate.shape)[0]
+        rows = self._rows(item, rank)
+        S = item.singular_values[:rank].float()
+        return TaskSingularVectors(rows[:, :d_out].mT, S, rows[:, d_out:])
+
+    def _rows(self, item: Measured, rank: int) -> Tensor:
+        rows = torch.empty(rank, sum(matrix_shape(item.candidate.shape)))
+        view, done = byte_view(rows), 0
+        while done < len(view):
+            got = os.preadv(self._file.fileno(), [view[done:]], item.place + done)
+            if not got:
+                raise OSError(errno.EIO, "the file of singular vectors was cut short")
+            done += got
+        return rows
+
+
+def _spooled_bytes(item: Measured) -> int:
+    return 4 * len(item.singular_values) * sum(matrix_shape(item.candidate.shape))

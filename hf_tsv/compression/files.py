@@ -1,0 +1,206 @@
+"""Choice of the triplets to keep of a task, and writing of its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.formats.description import StoredWeight, tensor_specs
+from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.names import ADAPTER_FILE, FACTORS_FILE
+from hf_tsv.checkpoints.storage.tensors import TensorSpec
+from hf_tsv.checkpoints.storage.writer import ShardWriter, plan_shards
+from hf_tsv.compression import peft
+from hf_tsv.compression.candidates import DENSE, Job, Measured, Spool
+from hf_tsv.linalg import products
+from hf_tsv.linalg.updates import TaskSingularVectors
+from hf_tsv.system.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Written:
+    """Content of the weight files.
+
+    Args:
+        weights (`Mapping[str, StoredWeight]`): stored form of each weight, by canonical name.
+        rounding (`float`): squared error of rounding to the factor dtype.
+        tensor_bytes (`int`): size of all tensors, without headers.
+        file_bytes (`int`): size of the files.
+        left_out (`tuple[str, ...]`): changed tensors that the format cannot hold.
+    """
+
+    weights: Mapping[str, StoredWeight]
+    rounding: float
+    tensor_bytes: int
+    file_bytes: int
+    left_out: tuple[str, ...] = ()
+
+
+def _stored(item: Measured, rank: int) -> StoredWeight:
+    candidate = item.candidate
+    stored = "dense" if rank == DENSE else "factors" if rank else "none"
+    sizes = {"dense": candidate.dense_bytes or 0, "factors": rank * candidate.triplet_bytes}
+    return StoredWeight(
+        stored=stored,
+        shape=candidate.shape,
+        dtype=candidate.dtype,
+        rank=max(rank, 0),
+        numerical_rank=item.numerical_rank if stored == "factors" else 0,
+        energy=item.energy(rank),
+        norm=item.norm,
+        bytes=sizes.get(stored, 0),
+        base_sha256=item.base_sha256,
+    )
+
+
+@products.threads(1)  # errors are sums, whose last digits depend on how many add them up
+def write_factors(
+    folder: Path, job: Job, spool: Spool, measured: Sequence[Measured], ranks: Sequence[int]
+) -> Written:
+    head = job.source.head
+    weights = {
+        item.candidate.name: _stored(item, rank) for item, rank in zip(measured, ranks, strict=True)
+    }
+    specs = tensor_specs(weights, job.options.dtype, head)
+    plan = plan_shards(specs, job.options.max_shard_size, FACTORS_FILE)
+    rounding = 0.0
+    writer = ShardWriter(folder, plan)
+    try:
+        for item in measured:
+            rounding += _write_update(writer, job, spool, item, weights[item.candidate.name])
+        for name in head:
+            writer.write(f"{name}.value", job.source.read(name))
+        writer.close()
+    finally:
+        writer.abandon()
+    tensor_bytes = sum(item.bytes for item in weights.values()) + job.head_bytes
+    return Written(weights, rounding, tensor_bytes, plan.total_bytes)
+
+
+def _write_update(
+    writer: ShardWriter, job: Job, spool: Spool, item: Measured, weight: StoredWeight
+) -> float:
+    """Write the update of one weight, and return the squared error of rounding it."""
+    name, dtype = item.candidate.name, job.options.dtype
+    if weight.stored == "none":
+        return 0.0
+    if weight.stored == "dense":
+        delta = job.delta(name)
+        rounded = cast(delta, dtype, name)
+        writer.write(f"{name}.delta", rounded)
+        return _squared(products.in_working_precision(delta) - rounded)
+    vectors = spool.get(item, weight.rank)
+    stored = TaskSingularVectors(
+        *(cast(part, dtype, name) for part in (vectors.U, vectors.S, vectors.Vh))
+    )
+    for part in ("U", "S", "Vh"):
+        writer.write(f"{name}.{part}", getattr(stored, part))
+    return 0.0 if dtype == torch.float32 else _squared(vectors.matrix() - stored.matrix())
+
+
+@products.threads(1)
+def write_adapter(
+    folder: Path, job: Job, spool: Spool, measured: Sequence[Measured], ranks: Sequence[int]
+) -> Written:
+    dtype, base = job.options.dtype, job.sources.base
+    by_name = {item.candidate.name: item for item in measured}
+    kept = {
+        item.candidate.name: rank
+        for item, rank in zip(measured, ranks, strict=True)
+        if item.candidate.limit
+    }
+    plan = plan_adapter(job, measured, kept)
+    specs: dict[str, TensorSpec] = {}
+    for name, module in plan.pairs.items():
+        (d_out, d_in), r = base.tensors[name].shape, max(1, kept[name])
+        key_a, key_b = peft.pair_keys(module)
+        specs |= {key_a: TensorSpec(dtype, (r, d_in)), key_b: TensorSpec(dtype, (d_out, r))}
+    for name, key in plan.biases.items():
+        specs[key] = TensorSpec(dtype, base.tensors[name].shape)
+    values = {name: holder_of(job, name) for name in plan.values}
+    for name, key in plan.values.items():
+        info = values[name].tensors[name]
+        specs[key] = TensorSpec(info.dtype, info.shape)
+    shards = plan_shards(specs, 2**62, ADAPTER_FILE)  # PEFT reads a single file
+    rounding = 0.0
+    writer = ShardWriter(folder, shards)
+    try:
+        for name, module in plan.pairs.items():
+            vectors = spool.get(by_name[name], kept[name])
+            pair = peft.lora_pair(vectors)
+            A, B = (cast(factor, dtype, name) for factor in pair)
+            for key, factor in zip(peft.pair_keys(module), (A, B), strict=True):
+                writer.write(key, factor)
+            if dtype != torch.float32:
+                rounding += _squared(vectors.matrix() - B.double() @ A.double())
+        for name, key in plan.biases.items():
+            delta = job.delta(name) if name in job.source.tensors else base.read(name).float() * 0
+            rounded = cast(delta, dtype, name)
+            writer.write(key, rounded)
+            rounding += _squared(delta.double() - rounded)
+        for name, key in plan.values.items():
+            writer.write(key, values[name].read(name))
+        writer.close()
+    finally:
+        writer.abandon()
+    (folder / "adapter_config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
+    keys = {name: list(peft.pair_keys(module)) for name, module in plan.pairs.items()}
+    keys |= {name: [key] for name, key in (plan.biases | plan.values).items()}
+    weights = {}
+    for name, item in by_name.items():
+        whole = name in keys and name not in kept and item.norm > 0
+        weight = _stored(item, DENSE if whole else kept.get(name, 0))
+        stored_bytes = sum(specs[key].nbytes for key in keys.get(name, ()))
+        weights[name] = replace(weight, bytes=stored_bytes)
+    left_out = (*plan.left_out, *job.source.head)
+    return Written(
+        weights, rounding, sum(spec.nbytes for spec in specs.values()), shards.total_bytes, left_out
+    )
+
+
+def plan_adapter(job: Job, measured: Sequence[Measured], ranks: Mapping[str, int]) -> peft.Adapter:
+    base = job.sources.base
+    return peft.plan_adapter(
+        ranks,
+        {item.candidate.name for item in measured if item.norm},
+        [name for name, info in base.tensors.items() if info.dtype.is_floating_point],
+        model_class_of(job),
+        dense=job.options.dense,
+        base_model=base.pinned.ref,
+        revision=base.pinned.revision,
+    )
+
+
+def model_class_of(job: Job) -> str:
+    """Name of the model class that an adapter is for."""
+    return job.options.model_class or layout.saved_class(job.source.config)
+
+
+def holder_of(job: Job, name: str) -> Checkpoint:
+    """Checkpoint with the fine-tuned value of a weight: the base where the task has none."""
+    return job.source if name in job.source.tensors else job.sources.base
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Round an update to the type it is stored in.
+
+    Raises:
+        [`CheckpointError`]: a value is too large for the type.
+    """
+    rounded = tensor.to(dtype)
+    if not rounded.isfinite().all():
+        raise CheckpointError(
+            f"The update of {name} does not fit into {str(dtype).removeprefix('torch.')}.",
+            "Use --factor-dtype bfloat16, whose range is that of float32.",
+        )
+    return rounded
+
+
+def _squared(error: Tensor) -> float:
+    return float(torch.linalg.vector_norm(error, dtype=torch.float64)) ** 2

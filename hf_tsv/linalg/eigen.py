@@ -1,0 +1,106 @@
+"""Leading eigenpairs of symmetric matrices, with a certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from hf_tsv.linalg import iterative, lanczos, lapack
+from hf_tsv.linalg.lapack import NotConvergedError
+from hf_tsv.linalg.products import by_products
+
+TILE = 128
+"""Rows and columns that are mirrored at a time."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A matrix `a` (m, n), m >= n, of entries up to 1, its floor, and what to undo afterwards."""
+
+    a: Tensor
+    floor: float
+    scale: float
+    wide: bool
+
+
+@dataclass(frozen=True)
+class Eigen:
+    """Leading eigenvalues of a Gram matrix, descending, and eigenvectors as rows.
+
+    Args:
+        values (`Tensor`): shape (r,).
+        vectors (`Tensor`): shape (r, n).
+        all_values (`Tensor`, *optional*): shape (n,).
+    """
+
+    values: Tensor
+    vectors: Tensor
+    all_values: Tensor | None = None
+
+
+def leading_eighs(items: Sequence[Scaled], rank: int, spectrum: bool) -> Sequence[Eigen | None]:
+    """What [`_leading_eigh`] finds of each."""
+    rank = min(rank, items[0].a.shape[1])
+    if not by_products(items[0].a):
+        return [leading_eigh(item.a, rank, item.floor, spectrum) for item in items]
+    grams = torch.stack([item.a.mT @ item.a for item in items])
+    floors = torch.tensor([item.floor for item in items], dtype=grams.dtype, device=grams.device)
+    try:
+        values, vectors = iterative.leading_eigh(grams, rank, floors)
+        every = torch.linalg.eigvalsh(grams).flip(-1) if spectrum else [None] * len(items)
+    except LinAlgError:
+        return [None] * len(items)
+    proved = iterative.nothing_missed(grams, values, vectors, floors).tolist()
+    found = zip(values, vectors, strict=True)
+    return [
+        Eigen(*pair, all_values) if ok else None
+        for pair, ok, all_values in zip(found, proved, every, strict=True)
+    ]
+
+
+def leading_eigh(a: Tensor, rank: int, floor: float = 0.0, spectrum: bool = False) -> Eigen | None:
+    """Largest eigenvalues of aᵀa and their eigenvectors; None where that is no use.
+
+    Args:
+        a (`Tensor`): shape (m, n).
+        rank (`int`): how many at most.
+        floor (`float`): singular values up to this are not wanted.
+        spectrum (`bool`): find all eigenvalues too.
+    """
+    if a.dtype != torch.float64 or not a.numel():
+        return None
+    gram = gram_matrix(a)
+    try:
+        if a.device.type != "cpu":
+            values, vectors = torch.linalg.eigh(gram)
+            values, vectors = values.flip(0), vectors.mT.flip(0)
+            return Eigen(values[:rank], vectors[:rank], values)
+        if rank == a.shape[1]:
+            values, vectors = lapack.eigh(gram)
+            return Eigen(values.flip(0), vectors.flip(0), values.flip(0))
+        found = None if spectrum else lanczos.leading_eigh(gram, rank, floor**2)
+        if found:
+            return Eigen(*found)
+        return Eigen(*lapack.leading_eigh(gram, rank, spectrum=spectrum))
+    except (NotConvergedError, LinAlgError):
+        return None
+
+
+def gram_matrix(a: Tensor) -> Tensor:
+    """aᵀa; on the CPU its upper triangle."""
+    return lapack.gram(a) if a.device.type == "cpu" else a.mT @ a
+
+
+def symmetric(gram: Tensor) -> Tensor:
+    """A Gram matrix from [`_gram`] with its lower triangle filled in, in the same memory."""
+    n = gram.shape[0]
+    for start in range(0, n if gram.device.type == "cpu" else 0, TILE):
+        stop = min(start + TILE, n)
+        corner = gram[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).mT)
+        gram[stop:, start:stop] = gram[start:stop, stop:].mT
+    return gram

@@ -1,0 +1,270 @@
+"""Symmetric routines of SciPy's LAPACK and BLAS that torch does not offer.
+
+They are called through the function pointers that SciPy publishes for Cython, with ctypes, which
+lets go of the interpreter lock: SciPy's own wrappers hold it, so that threads would wait for one
+another. All matrices are float64, on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_tsv.system.memory import empty
+
+Vector = NDArray[np.float64]
+
+BLOCK = 64
+"""Block size that workspaces are made for; LAPACK uses what fits."""
+
+PAGE, PADDING = 512, 24
+"""Doubles of a page, and those that a row of as many gets more: tridiagonal form takes a tenth
+less."""
+
+
+class NotConvergedError(ArithmeticError):
+    """A decomposition gave up.
+
+    Args:
+        reason (`str`): what happened.
+        place (`int`, *optional*): of the matrix, where there were several.
+    """
+
+    def __init__(self, reason: str, place: int | None = None) -> None:
+        super().__init__(reason)
+        self.place = place
+
+
+@functools.cache
+def _routine(name: str, arguments: int, quick: bool) -> Callable[..., None]:
+    from scipy.linalg import cython_blas, cython_lapack
+
+    api = ctypes.pythonapi
+    api.PyCapsule_GetName.restype = ctypes.c_char_p
+    api.PyCapsule_GetName.argtypes = [ctypes.py_object]
+    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    modules: tuple[ModuleType, ...] = (cython_lapack, cython_blas)
+    capsule = next(m.__pyx_capi__[name] for m in modules if name in m.__pyx_capi__)
+    signature = api.PyCapsule_GetName(capsule)
+    if signature.count(b",") + 1 != arguments or b"int *" not in signature:
+        raise ImportError(f"SciPy's {name} is not the one known here: {signature.decode()}")
+    address = api.PyCapsule_GetPointer(capsule, signature)
+    kind = ctypes.PYFUNCTYPE if quick else ctypes.CFUNCTYPE
+    return kind(None, *[ctypes.c_void_p] * arguments)(address)
+
+
+def prepared(name: str, *arguments: Any, quick: bool = False) -> Callable[[], None]:
+    """A call of a Fortran routine to make many times: everything by reference.
+
+    Args:
+        name (`str`): of the routine.
+        arguments (`Any`): strings of one character, numbers, and tensors; or objects of ctypes,
+            whose values can be changed between the calls, a `c_void_p` for an array.
+        quick (`bool`): it keeps the interpreter lock. Letting go of it and getting it back from
+            another thread takes ten microseconds.
+    """
+    held = [
+        ctypes.c_char(a.encode()) if isinstance(a, str)
+        else ctypes.c_int(a) if isinstance(a, int)
+        else ctypes.c_double(a) if isinstance(a, float)
+        else a
+        for a in arguments
+    ]  # fmt: skip
+    references = [
+        a.data_ptr() if isinstance(a, Tensor)
+        else a if isinstance(a, ctypes.c_void_p)
+        else ctypes.byref(a)
+        for a in held
+    ]  # fmt: skip
+    routine = _routine(name, len(arguments), quick)
+    return lambda held=held: routine(*references)  # type: ignore[misc]
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a Fortran routine once."""
+    prepared(name, *arguments)()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """No threads inside BLAS and LAPACK of NumPy and SciPy while callers use their own."""
+    from scipy.linalg import cython_blas, cython_lapack  # noqa: F401  (only what is loaded is held)
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+def gram(a: Tensor) -> Tensor:
+    """aᵀ a of a matrix (m, n), in the upper triangle (n, n); the rest is anything.
+
+    The matrix is contiguous, or its transpose is.
+    """
+    m, n = a.shape
+    result = _square(n)
+    if a.is_contiguous():
+        _call("dsyrk", "L", "N", n, m, 1.0, a, n, 0.0, result, result.stride(0))
+    else:
+        a = a.mT.contiguous()
+        _call("dsyrk", "L", "T", n, m, 1.0, a, m, 0.0, result, result.stride(0))
+    return result
+
+
+def _square(n: int) -> Tensor:
+    """Room for a matrix (n, n); rows that start at the same place of a page displace each other
+    from the cache."""
+    wide = n + (PADDING if n % PAGE == 0 else 0)
+    return _doubles(n, wide)[:, :n]
+
+
+def is_positive_definite(upper: Tensor) -> bool:
+    """Whether all eigenvalues of a symmetric matrix are positive, by Cholesky's method.
+
+    Args:
+        upper (`Tensor`): shape (n, n); its upper triangle counts, and is overwritten.
+    """
+    n, info = upper.shape[0], ctypes.c_int(0)
+    _call("dpotrf", "L", n, upper, upper.stride(0), info)
+    return info.value == 0
+
+
+def tridiagonal_eigh(diagonal: Vector, beside: Vector, count: int) -> tuple[Vector, Vector]:
+    """The largest eigenvalues of a symmetric tridiagonal matrix and their eigenvectors.
+
+    Args:
+        diagonal (`numpy.ndarray`): shape (n,).
+        beside (`numpy.ndarray`): shape (n − 1,).
+        count (`int`): how many.
+
+    Returns:
+        `tuple[numpy.ndarray, numpy.ndarray]`: eigenvalues descending (count,), eigenvectors as rows
+        (count, n).
+
+    Raises:
+        [`NotConvergedError`]: LAPACK's `dstemr` failed.
+    """
+    padded = np.append(beside, 0.0)
+    values, vectors = _tridiagonal(torch.tensor(diagonal), torch.tensor(padded), count)
+    return values[:count].flip(0).numpy(), vectors.flip(0).numpy()
+
+
+def _tridiagonal(diagonal: Tensor, beside: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Ascending, the values of room for n; both arguments are overwritten."""
+    n = diagonal.numel()
+    values, vectors = _doubles(n), _doubles(count, n)
+    work, iwork = _doubles(18 * n), torch.empty(10 * n, dtype=torch.int32)
+    support = torch.empty(2 * count, dtype=torch.int32)
+    found, info, relative = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(1)
+    _call(
+        "dstemr", "V", "I", n, diagonal, beside, 0.0, 0.0, n - count + 1, n, found, values,
+        vectors, n, count, support, relative, work, work.numel(), iwork, iwork.numel(), info,
+    )  # fmt: skip
+    if info.value or found.value != count:
+        raise NotConvergedError(f"dstemr: info {info.value}, {found.value} of {count} eigenvalues")
+    return values, vectors
+
+
+def leading_eigh(
+    upper: Tensor, count: int, *, spectrum: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The largest eigenvalues of a symmetric matrix and their eigenvectors.
+
+    By tridiagonal form and multiple relatively robust representations. LAPACK's driver for both,
+    `dsyevr`, takes bisection and inverse iteration for a part of the spectrum: a quarter slower.
+
+    Args:
+        upper (`Tensor`): shape (n, n); its upper triangle counts, and is overwritten.
+        count (`int`): how many.
+        spectrum (`bool`): find all eigenvalues.
+
+    Returns:
+        `tuple[Tensor, Tensor, Tensor | None]`: eigenvalues descending (count,), eigenvectors as
+        rows (count, n), and all eigenvalues descending (n,).
+
+    Raises:
+        [`NotConvergedError`]: LAPACK's `dstemr` failed.
+    """
+    n = upper.shape[0]
+    diagonal, beside, reflectors = _doubles(n), _doubles(n), _doubles(n)
+    work, info = _doubles(BLOCK * n), ctypes.c_int(0)
+    wide = upper.stride(0)
+    _call("dsytrd", "L", n, upper, wide, diagonal, beside, reflectors, work, work.numel(), info)
+    every = _all_eigenvalues(diagonal.clone(), beside.clone()) if spectrum else None
+    values, vectors = _tridiagonal(diagonal, beside, count)
+    _call(
+        "dormtr", "L", "L", "N", n, count, upper, wide, reflectors, vectors, n, work, work.numel(),
+        info,
+    )  # fmt: skip
+    return values[:count].flip(0), vectors.flip(0), every
+
+
+def _all_eigenvalues(diagonal: Tensor, beside: Tensor) -> Tensor:
+    """Of a tridiagonal matrix, descending; both arguments are overwritten."""
+    info = ctypes.c_int(0)
+    _call("dsterf", diagonal.numel(), diagonal, beside, info)
+    if info.value:
+        raise NotConvergedError(f"dsterf: info {info.value}")
+    return diagonal.flip(0)
+
+
+def eigh(upper: Tensor) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of a symmetric matrix, ascending, and eigenvectors as rows.
+
+    Args:
+        upper (`Tensor`): shape (n, n); its upper triangle counts, and is overwritten.
+
+    Raises:
+        [`NotConvergedError`]: LAPACK's `dsyevd` failed.
+    """
+    n = upper.shape[0]
+    if 1 + 6 * n + 2 * n * n >= 2**31:
+        raise NotConvergedError(f"{n} rows are more than 32-bit sizes allow")
+    values, info = _doubles(n), ctypes.c_int(0)
+    work, iwork = _doubles(1 + 6 * n + 2 * n * n), torch.empty(3 + 5 * n, dtype=torch.int32)
+    wide = upper.stride(0)
+    _call(
+        "dsyevd", "V", "L", n, upper, wide, values, work, work.numel(), iwork, iwork.numel(), info
+    )
+    if info.value:
+        raise NotConvergedError(f"dsyevd: info {info.value}")
+    return values, upper
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All singular triplets, by QR iterations: slower than to divide and conquer, and surer.
+
+    Args:
+        matrix (`Tensor`): float64, on the CPU, shape (m, n).
+
+    Returns:
+        `tuple[Tensor, Tensor, Tensor]`: U (m, k), singular values descending (k,), and Vh (k, n).
+
+    Raises:
+        [`NotConvergedError`]: LAPACK's `dgesvd` failed.
+    """
+    m, n = matrix.shape
+    k = min(m, n)
+    U, S, Vh = _doubles(m, k), _doubles(k), _doubles(k, n)
+    if k:
+        a, info = matrix.clone(memory_format=torch.contiguous_format), ctypes.c_int(0)
+        work = _doubles(max(3 * k + max(m, n), 5 * k) + BLOCK * (m + n))
+        _call(  # of the transpose: LAPACK counts along columns
+            "dgesvd", "S", "S", n, m, a, n, S, Vh, n, U, k, work, work.numel(), info
+        )
+        if info.value:
+            raise NotConvergedError(f"dgesvd: info {info.value}")
+    return U, S, Vh
+
+
+def _doubles(*shape: int) -> Tensor:
+    return empty(*shape, dtype=torch.float64)

@@ -1,0 +1,171 @@
+"""Norms, threads and matrix products."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_tsv.linalg import lapack
+from hf_tsv.system.memory import empty
+
+T = TypeVar("T")
+
+S = TypeVar("S")
+
+PROBES = 8
+"""Vectors that residuals are estimated with: ten times too small once in ten million."""
+
+SMALL = 1e-12
+"""Entries up to which, and from the inverse of which, squares are summed after scaling."""
+
+COLUMNS = 384
+"""Columns a product is computed in at a time; the same for every number of threads."""
+
+
+def in_working_precision(matrix: Tensor) -> Tensor:
+    """Return `matrix` in the dtype decompositions run in: float64, or float32 on MPS."""
+    return matrix.to(torch.float32 if matrix.device.type == "mps" else torch.float64)
+
+
+@contextmanager
+def threads(count: int | None = None) -> Iterator[None]:
+    """Let the functions here use the threads that torch has, one task each.
+
+    Within the context no call of torch or LAPACK starts threads of its own.
+
+    Args:
+        count (`int`, *optional*): default: those torch has.
+    """
+    own = torch.get_num_threads()
+    workers = count or own
+    torch.set_num_threads(1)
+    try:
+        with lapack.one_thread(), ThreadPoolExecutor(workers, "hf-tsv-compute") as pool:
+            token = _POOL.set(pool if workers > 1 else None)
+            try:
+                yield
+            finally:
+                _POOL.reset(token)
+    finally:
+        torch.set_num_threads(own)
+
+
+_POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
+"""Threads for independent parts; none in those threads themselves."""
+
+
+def largest_entry(matrix: Tensor) -> float:
+    """Largest absolute value of a matrix that has entries; NaN or Inf if it has one."""
+    low, high = torch.aminmax(matrix)
+    return float(torch.maximum(-low, high))
+
+
+def norms(matrix: Tensor) -> tuple[float, float, float]:
+    """Frobenius norm, and the largest norms of a row and of a column.
+
+    Args:
+        matrix (`Tensor`): shape (m, n), float32 or float64.
+    """
+    a, scale = _with_safe_squares(matrix)
+    rows = _squares(a, 0)
+    columns = _squares(a, 1)
+    zero = rows.new_zeros(1)
+    squares = rows.double().sum(), torch.cat([rows, zero]).max(), torch.cat([columns, zero]).max()
+    whole, row, column = (scale * math.sqrt(s) for s in squares)
+    return whole, row, column
+
+
+def frobenius_norm(matrix: Tensor) -> float:
+    """Root of the sum of all squares.
+
+    Args:
+        matrix (`Tensor`): shape (m, n), or a vector; float32 or float64.
+    """
+    a, scale = _with_safe_squares(matrix)
+    if a.dim() < 2:
+        return scale * float(torch.linalg.vector_norm(a))
+    return scale * math.sqrt(_squares(a, 0).double().sum())
+
+
+def _with_safe_squares(matrix: Tensor) -> tuple[Tensor, float]:
+    """The matrix, divided by its largest entry where squares would leave the range of float32."""
+    largest = largest_entry(matrix) if matrix.numel() else 0.0
+    if SMALL < largest < 1 / SMALL or not largest:
+        return matrix, 1.0
+    return matrix / largest, largest
+
+
+def _squares(a: Tensor, kept: int) -> Tensor:
+    """Sums of squares along the other dimension."""
+    if a.device.type != "cpu":
+        return a.square().sum(dim=1 - kept)
+    n = a.numpy()  # torch takes twenty times as long for the columns
+    return torch.as_tensor(np.einsum(f"ij,ij->{'ij'[kept]}", n, n))
+
+
+def by_products(matrix: Tensor) -> bool:
+    """Whether products are so much faster than LAPACK's ways there that iterations pay."""
+    return matrix.device.type not in ("cpu", "mps") and matrix.numel() > 0
+
+
+def probe_vectors(a: Tensor) -> Tensor:
+    """Rows (PROBES, n) of random signs, the same in every run, for a (m, n)."""
+    return _signs(a.shape[1]).to(a.device, a.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _signs(n: int) -> Tensor:
+    numbers = torch.rand(PROBES, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return numbers.sub_(0.5).sign_()
+
+
+def chain(factors: Sequence[Tensor]) -> Tensor:
+    """Their product, multiplied in the order that takes fewest operations."""
+    factors = list(factors)
+    while len(factors) > 1:
+        # greedy is optimal where it matters: few factors, one inner size
+        costs = [a.shape[0] * a.shape[1] * b.shape[1] for a, b in pairwise(factors)]
+        i = costs.index(min(costs))
+        factors[i : i + 2] = [product(factors[i], factors[i + 1])]
+    return factors[0]
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, on the CPU by columns in several threads.
+
+    Args:
+        a (`Tensor`): shape (m, k).
+        b (`Tensor`): shape (k, n).
+    """
+    if a.device.type != "cpu" or a.dtype != torch.float64:
+        return a @ b
+    n = b.shape[1]
+    result = empty(a.shape[0], n, dtype=a.dtype)
+    parts = max(1, -(-n // COLUMNS))
+    bounds = [n * i // parts for i in range(parts + 1)]
+    left, right, out = a.numpy(), b.numpy(), result.numpy()
+
+    def multiply(span: tuple[int, int]) -> None:
+        columns = slice(*span)
+        np.matmul(left, right[:, columns], out=out[:, columns])
+
+    for_each(multiply, list(pairwise(bounds)))
+    return result
+
+
+def for_each(call: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    """Results of a call on every item, several at a time inside [`threads`]."""
+    pool = _POOL.get()
+    if pool is None or len(items) < 2:
+        return [call(item) for item in items]
+    return list(pool.map(call, items))

@@ -1,0 +1,150 @@
+"""Cost of a weight, in operations and in memory, and the parallelism that memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from hf_tsv.methods.interference import ROWS
+from hf_tsv.runs.reading import LITTLE
+from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.text import human_bytes
+
+if TYPE_CHECKING:
+    from hf_tsv.merging.plan import Weight
+
+
+EIGH = 9.0
+"""Factor of n³ in the operations of a full symmetric eigendecomposition. Leading pairs take 4/3 n³
+at a third of the speed of a matrix product, hence 4 n³ in `operations`."""
+
+PER_VALUE = 200.0
+"""Operations that reading, checking and adding one value count for."""
+
+NOTED, NOTED_PAIR = 8_000, 64
+"""Bytes held per weight for the whole run (header entry, plan, finding, line of the report), and
+per pair of tasks in it. Measured: 7,700 with two tasks."""
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """Amount of work that runs in parallel.
+
+    Args:
+        threads (`int`): threads of the computation.
+        ahead (`bool`): read the next weight meanwhile.
+    """
+
+    threads: int = 1
+    ahead: bool = True
+
+
+def operations(weight: Weight) -> float:
+    """Floating-point operations of a weight, approximately.
+
+    Args:
+        weight ([`Weight`]): plan of the weight.
+    """
+    tasks = len(weight.inputs)
+    values = PER_VALUE * prod(weight.shape) * (tasks + 1)
+    if weight.treatment != "decomposed":
+        return values
+    (m, n), columns = weight.shape, weight.rank * tasks
+    short, inner = min(m, n), min(columns, max(m, n))
+    truncation = m * n * short + 4 * short**3 + 4 * m * n * weight.rank
+    sides = sum(d * inner * min(d, inner) + EIGH * min(d, inner) ** 3 for d in (m, n))
+    return values + tasks * truncation + sides + 4 * m * n * columns
+
+
+def peak_memory(
+    weights: Sequence[Weight], parallelism: Parallelism, *, measure: bool = False
+) -> int:
+    """Most bytes in use at a time, on top of the interpreter and its libraries.
+
+    Args:
+        weights (`Sequence[Weight]`): weights in the order of the work.
+        parallelism ([`Parallelism`]): amount of parallel work.
+        measure (`bool`): measure their interference too.
+    """
+    largest = max((held(weight) for weight in weights), default=0)
+    most_read = max(map(_reading, weights), default=0)
+    peak = 0
+    for i, weight in enumerate(weights):
+        computing = _computing(weight, parallelism.threads, measure)
+        now = held(weight) + max(computing, _reading(weight))
+        if i:  # the previous weight is still being written
+            now += 4 * prod(weights[i - 1].shape)
+        if parallelism.ahead and i + 1 < len(weights):
+            now += int(largest * (1 + LITTLE)) + most_read
+        peak = max(peak, now)
+    return peak
+
+
+def noted_bytes(weights: Sequence[Weight]) -> int:
+    """Bytes that findings and plan of all weights take until the end.
+
+    Args:
+        weights (`Sequence[Weight]`): weights of the plan.
+    """
+    return sum(NOTED + NOTED_PAIR * len(weight.inputs) ** 2 for weight in weights)
+
+
+def held(weight: Weight) -> int:
+    """Bytes of W0 and the updates held together; means and sums hold one task at a time.
+
+    Args:
+        weight ([`Weight`]): plan of the weight.
+    """
+    together = weight.treatment in ("decomposed", "combined")
+    tasks = len(weight.inputs) if together else 1
+    return 4 * prod(weight.shape) * (tasks + 1)
+
+
+def fitting(
+    weights: Sequence[Weight], threads: int, most: int | None, used: int, *, measure: bool = False
+) -> Parallelism:
+    """Largest parallelism whose memory fits.
+
+    Args:
+        weights (`Sequence[Weight]`): weights in the order of the work.
+        threads (`int`): number of threads available.
+        most (`int`, *optional*): bytes the whole process may use.
+        used (`int`): bytes it uses already.
+        measure (`bool`): measure their interference too.
+
+    Raises:
+        [`RecipeError`]: not even one thread fits.
+    """
+    choices = [Parallelism(threads), *(Parallelism(n, ahead=False) for n in range(threads, 0, -1))]
+    for choice in choices:
+        needed = used + peak_memory(weights, choice, measure=measure)
+        if most is None or needed <= most:
+            return choice
+    raise RecipeError(
+        f"About {human_bytes(needed)} of memory are needed, more than --max-memory allows.",
+        f"Give at least {human_bytes(needed)}.",
+    )
+
+
+def _reading(weight: Weight) -> int:
+    """Bytes for reading one checkpoint's weight: its own values, and the same in float32."""
+    return 0 if weight.treatment == "copied" else 4 * 2 * prod(weight.shape)
+
+
+def _computing(weight: Weight, threads: int, measure: bool) -> int:
+    """Bytes for computing a weight, mostly in float64, besides the updates."""
+    result = (8 + 4) * prod(weight.shape)  # update, cast
+    if weight.treatment == "combined":  # trims or votes on all updates side by side
+        return result + 4 * prod(weight.shape) * (len(weight.inputs) + 3)
+    if weight.treatment != "decomposed":
+        return result
+    (m, n), columns = weight.shape, weight.rank * len(weight.inputs)
+    vectors = 8 * columns * (m + n)
+    one_task = 8 * (m * n + 4 * min(m, n) ** 2 + 4 * weight.rank * (m + n))
+    inner = min(columns, max(m, n))
+    polar = min(threads, 2) * 8 * 5 * inner**2 + vectors  # and the chain of products
+    decomposing = min(threads, len(weight.inputs)) * one_task
+    measuring = vectors + 8 * inner * (inner + 2 * ROWS) if measure else 0
+    return vectors + max(decomposing, vectors + polar + result + measuring)

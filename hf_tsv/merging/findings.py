@@ -1,0 +1,148 @@
+"""Findings of a run, collected weight by weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints.storage.tensors import fingerprint
+from hf_tsv.methods.interference import Interference
+from hf_tsv.runs.reading import Seconds
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Findings about one weight.
+
+    Args:
+        label (`str`): label of the weight in the plan.
+        ranks (`tuple[int, ...]`): number of triplets used of each changed task.
+        null_directions (`int`): number of directions that tasks share exactly.
+        exact (`int`): number of decompositions that took a full SVD.
+        frozen (`bool`): planned to change, but equal to the base in every checkpoint.
+        tasks (`tuple[int, ...]`): tasks that changed it.
+        norms (`tuple[float, ...]`): ‖Δ‖, Frobenius, of each of them.
+        base_norm (`float`): ‖W0‖.
+        interference ([`Interference`], *optional*): interference of these tasks, if measured.
+        likeness (`tuple[tuple[float, ...], ...]`): inner products of their sampled updates.
+        digests (`dict[int, dict[str, str]]`): sha256 of each tensor read, by local input;
+            −1 is the base.
+        written (`dict[str, str]`): sha256 of each tensor written.
+        seconds ([`Seconds`]): time spent on the weight.
+    """
+
+    label: str
+    ranks: tuple[int, ...] = ()
+    null_directions: int = 0
+    exact: int = 0
+    frozen: bool = False
+    tasks: tuple[int, ...] = ()
+    norms: tuple[float, ...] = ()
+    base_norm: float = 0.0
+    interference: Interference | None = None
+    likeness: tuple[tuple[float, ...], ...] = ()
+    digests: dict[int, dict[str, str]] = field(default_factory=dict)
+    written: dict[str, str] = field(default_factory=dict)
+    seconds: Seconds = field(default_factory=Seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Finding as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Finding:
+        """Finding from the JSON form of [`to_dict`]."""
+        return cls(**{
+            **entry,
+            "ranks": tuple(entry["ranks"]),
+            "tasks": tuple(entry["tasks"]),
+            "norms": tuple(entry["norms"]),
+            "interference": _interference(entry["interference"]),
+            "likeness": _tuples(entry["likeness"]),
+            "digests": {int(index): found for index, found in entry["digests"].items()},
+            "seconds": Seconds(**entry["seconds"]),
+        })  # fmt: skip
+
+
+def _interference(entry: dict[str, Any] | None) -> Interference | None:
+    if entry is None:
+        return None
+    return Interference(**{name: _tuples(value) for name, value in entry.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """Turn lists into tuples, at any depth."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Findings about all weights.
+
+    Args:
+        inputs (`int`): number of tasks, T.
+        weights (`Sequence[Finding]`): findings in the order of the plan.
+    """
+
+    inputs: int
+    weights: Sequence[Finding]
+
+    @property
+    def ranks(self) -> dict[str, tuple[int, ...]]:
+        """Number of triplets used of each changed task, by decomposed weight."""
+        return {found.label: found.ranks for found in self.weights if found.ranks}
+
+    @property
+    def null_directions(self) -> dict[str, int]:
+        """Number of directions that tasks share exactly, by weight that has any."""
+        found = {found.label: found.null_directions for found in self.weights}
+        return {label: count for label, count in found.items() if count}
+
+    @property
+    def exact(self) -> int:
+        """Number of decompositions that took a full SVD."""
+        return sum(found.exact for found in self.weights)
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Weights planned to change, but equal to the base in every checkpoint."""
+        return frozenset(found.label for found in self.weights if found.frozen)
+
+    @property
+    def seconds(self) -> Seconds:
+        """Time spent on all weights."""
+        return sum((found.seconds for found in self.weights), Seconds())
+
+    def norms(self) -> list[float]:
+        """‖Δ‖ of every task over all weights."""
+        squares = [0.0] * self.inputs
+        for found in self.weights:
+            for task, norm in zip(found.tasks, found.norms, strict=True):
+                squares[task] += norm * norm
+        return [math.sqrt(square) for square in squares]
+
+    def cosines(self) -> Tensor:
+        """Cosines between the updates of all pairs of tasks, from the samples, shape (T, T)."""
+        likeness = torch.zeros(self.inputs, self.inputs, dtype=torch.float64)
+        for found in self.weights:
+            if found.likeness:
+                index = torch.tensor(found.tasks)
+                likeness[index[:, None], index] += torch.tensor(found.likeness, dtype=torch.float64)
+        norms = likeness.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+        return likeness / norms / norms[:, None]
+
+    def fingerprint(self, index: int) -> str | None:
+        """Compute the sha256 of one local input's tensors; None for a repository.
+
+        Args:
+            index (`int`): index of the input; −1 is the base.
+        """
+        digests = [found.digests[index] for found in self.weights if index in found.digests]
+        if not digests:
+            return None
+        return fingerprint({name: value for part in digests for name, value in part.items()})

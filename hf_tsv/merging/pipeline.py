@@ -1,0 +1,214 @@
+"""The pipeline: read the next weight while this one is computed and the last one is written.
+
+Memory holds the weight being computed, about as much again of the next ones, and the result being
+written, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints.formats.task import Task
+from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.storage.tensors import digest
+from hf_tsv.checkpoints.storage.writer import ShardWriter
+from hf_tsv.linalg import products
+from hf_tsv.linalg.products import largest_entry
+from hf_tsv.linalg.updates import matrix_of
+from hf_tsv.merging import costs
+from hf_tsv.merging.costs import Parallelism
+from hf_tsv.merging.findings import Finding
+from hf_tsv.merging.loading import LoadedWeight, Reader, by_name, expect_all
+from hf_tsv.merging.plan import MergePlan, Weight
+from hf_tsv.methods import isotropic, sums, tall_masks, ties, tsv
+from hf_tsv.methods.catalogue import MergedUpdate
+from hf_tsv.recipes.settings import Settings
+from hf_tsv.runs.reading import named, read_ahead, stop_fetching
+from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.memory import empty, reused, share_one_heap
+
+
+def merge_weights(
+    weights: Sequence[Weight],
+    plan: MergePlan,
+    base: Checkpoint,
+    inputs: Sequence[Task],
+    scales: Sequence[float],
+    settings: Settings,
+    writer: ShardWriter | None,
+    *,
+    device: torch.device,
+    done: Callable[[Finding], None],
+    parallelism: Parallelism,
+    thresholds: Sequence[float] = (),
+    coefficients: Mapping[str, Sequence[float]] | None = None,
+    measure: bool = False,
+) -> None:
+    """Read, merge and write weights of a plan, one at a time.
+
+    Args:
+        weights (`Sequence[Weight]`): which.
+        plan ([`MergePlan`]): what to do.
+        base ([`Checkpoint`]): W0.
+        inputs (`Sequence[Checkpoint | Factors]`): the tasks.
+        scales (`Sequence[float]`): factor of each task's update.
+        settings ([`Settings`]): how to merge.
+        writer ([`ShardWriter`], *optional*): takes the result.
+        device (`torch.device`): where to compute.
+        done (`Callable[[Finding], None]`): told after each weight is written, in another thread.
+        parallelism ([`Parallelism`]): how much goes on at a time.
+        thresholds (`Sequence[float]`): of each task, see [`thresholds_of`]; for TIES.
+        coefficients (`Mapping[str, Sequence[float]]`, *optional*): of each task, by weight; 1
+            where there are none.
+        measure (`bool`): find who disturbs whom.
+    """
+    share_one_heap()
+    expect_all(weights, base, inputs)
+    reader = Reader(base, inputs, scales, device, coefficients or {})
+    with (
+        reused(),
+        products.threads(parallelism.threads),
+        ThreadPoolExecutor(1, "hf-tsv-read") as reading,
+        ThreadPoolExecutor(1, "hf-tsv-write") as writing,
+    ):
+        written: Future[None] | None = None
+        try:
+            sizes = [costs.held(weight) for weight in weights]
+            loads = read_ahead(reading, reader.load, weights, sizes, ahead=parallelism.ahead)
+            while True:
+                started = time.monotonic()
+                loaded = next(loads, None)
+                if loaded is None:
+                    break
+                waited = time.monotonic() - started
+                started = time.monotonic()
+                with named(loaded.weight.label, [inputs[i] for i in loaded.floors]):
+                    result, finding = _merge_one(
+                        loaded, plan, settings, len(inputs), thresholds,
+                        reader.coefficients.get(loaded.weight.label),
+                        measure=measure, writes=writer is not None,
+                    )  # fmt: skip
+                computed = time.monotonic() - started
+                started = time.monotonic()
+                if written is not None:
+                    written.result()
+                waited += time.monotonic() - started
+                seconds = replace(finding.seconds, waiting=waited, computing=computed)
+                written = writing.submit(
+                    _write, writer, loaded.weight, result, base, replace(finding, seconds=seconds),
+                    done,
+                )  # fmt: skip
+                del loaded, result
+            if written is not None:
+                written.result()
+        except BaseException:
+            stop_fetching([base, *inputs])  # else the reading thread would wait for the Hub
+            raise
+        finally:
+            reading.shutdown(cancel_futures=True)
+
+
+def _combine(
+    loaded: LoadedWeight,
+    settings: Settings,
+    tasks: int,
+    thresholds: Sequence[float],
+    coefficients: Sequence[float] | None,
+    *,
+    measure: bool,
+) -> MergedUpdate:
+    """One weight by the rule of the method; lets go of the updates."""
+    deltas = [loaded.deltas.pop(i) for i in loaded.floors]
+    floors = list(loaded.floors.values())
+    if settings.method in ("tsv", "ada", "low-rank", "orthogonal"):
+        return tsv.merge(
+            deltas,
+            loaded.weight.rank,
+            floors=floors,
+            orthogonal=settings.method != "low-rank",
+            solver=settings.orthogonalizer,
+            precision=settings.precision,
+            measure=measure,
+            coefficients=coefficients and [coefficients[i] for i in loaded.floors],
+        )
+    whole = [matrix_of(delta) for delta in deltas]
+    if settings.method == "ties":
+        return MergedUpdate(ties.ties_update(whole, [thresholds[i] for i in loaded.floors]))
+    if settings.method == "tall-mask":
+        return MergedUpdate(sums.sum_update(whole))
+    if settings.method == "consensus":
+        return MergedUpdate(tall_masks.consensus_update(whole, tasks))
+    if settings.method == "iso-c":
+        return isotropic.isotropic_update(whole, floors, settings.precision)
+    return isotropic.isotropic_common_update(whole, floors, tasks, settings.precision)
+
+
+def _merge_one(
+    loaded: LoadedWeight,
+    plan: MergePlan,
+    settings: Settings,
+    tasks: int,
+    thresholds: Sequence[float],
+    coefficients: Sequence[float] | None,
+    *,
+    measure: bool,
+    writes: bool,
+) -> tuple[Tensor, Finding]:
+    """The merged weight, in the dtype it will be stored in."""
+    weight, finding = loaded.weight, loaded.finding
+    dtype = plan.specs[weight.names[0]].dtype
+    update = loaded.update
+    if loaded.deltas:
+        merged = _combine(loaded, settings, tasks, thresholds, coefficients, measure=measure)
+        update = merged.matrix
+        finding = replace(
+            finding,
+            ranks=merged.ranks,
+            null_directions=merged.null_directions,
+            exact=merged.exact,
+            interference=merged.interference,
+        )
+    if not writes:
+        return loaded.base, finding
+    if update is None:
+        return _cast(loaded.base, dtype, weight), finding
+    update = products.in_working_precision(update)
+    return _cast(update.mul_(settings.alpha).add_(loaded.base), dtype, weight), finding
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, weight: Weight) -> Tensor:
+    stored = empty(*tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
+    finite = not dtype.is_floating_point or not stored.numel() or largest_entry(stored) < math.inf
+    if not finite:
+        raise CheckpointError(
+            f"Merged values of {weight.label} do not fit into {str(dtype).removeprefix('torch.')}.",
+            "Use --dtype float32 or a smaller --alpha.",
+        )
+    return stored
+
+
+def _write(
+    writer: ShardWriter | None,
+    weight: Weight,
+    result: Tensor,
+    base: Checkpoint,
+    finding: Finding,
+    done: Callable[[Finding], None],
+) -> None:
+    started = time.monotonic()
+    written = {}
+    for name, part in by_name(weight, result, base):
+        if writer is None:
+            break
+        stored = part.cpu().contiguous()
+        writer.write(name, stored)
+        written[name] = digest(stored)
+    seconds = replace(finding.seconds, writing=time.monotonic() - started)
+    done(replace(finding, written=written, seconds=seconds))

@@ -1,0 +1,294 @@
+"""Which weight gets which treatment: decided from headers alone, before anything is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Literal
+
+import torch
+
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.fit import check_fit, config_warnings
+from hf_tsv.checkpoints.formats import open_clip
+from hf_tsv.checkpoints.formats.factors import Factors
+from hf_tsv.checkpoints.formats.task import Task
+from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.storage.tensors import TensorInfo, TensorSpec
+from hf_tsv.checkpoints.storage.writer import ShardPlan, plan_shards
+from hf_tsv.linalg import updates
+from hf_tsv.recipes.settings import AVERAGED_BY_DEFAULT, Qkv, Settings
+from hf_tsv.system.errors import CheckpointError
+
+NEGLIGIBLE_ENERGY = 1e-9
+"""Share of an update too small to warn of."""
+
+Treatment = Literal["decomposed", "averaged", "summed", "combined", "copied"]
+"""`combined`: entry by entry, of all tasks at once."""
+
+ENTRYWISE = ("ties", "consensus", "tall-mask")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One unit of work: a tensor, or the stacked q, k, v projections of one attention.
+
+    Args:
+        names (`tuple[str, ...]`): canonical names, stacked along dimension 0 when several.
+        shape (`tuple[int, ...]`): of the stack.
+        treatment (`str`): what is done with it.
+        reason (`str`): why it is not decomposed; empty otherwise.
+        rank (`int`): triplets kept of each task; 0 unless decomposed.
+        inputs (`tuple[int, ...]`): which checkpoints hold it.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    treatment: Treatment
+    reason: str = ""
+    rank: int = 0
+    inputs: tuple[int, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Its name; stacked projections share one."""
+        if len(self.names) == 1:
+            return self.names[0]
+        return self.names[0].replace("q_proj", "{q,k,v}_proj")
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that is known before the first weight is read.
+
+    Args:
+        weights (`tuple[Weight, ...]`): in the order they are worked on.
+        shards ([`ShardPlan`]): the output files.
+        specs (`dict[str, TensorSpec]`): dtype and shape of every output tensor.
+        warnings (`tuple[str, ...]`): what the user should know.
+    """
+
+    weights: tuple[Weight, ...]
+    shards: ShardPlan
+    specs: dict[str, TensorSpec]
+    warnings: tuple[str, ...]
+
+    def counts(self, frozen: frozenset[str] = frozenset()) -> dict[str, int]:
+        """Tensors per treatment; those in `frozen` turned out unchanged and were copied."""
+        count = Counter({"decomposed": 0, "averaged": 0, "copied": 0})
+        for weight in self.weights:
+            added = weight.treatment in ("summed", "combined")
+            treatment = "averaged" if added else weight.treatment
+            if weight.label in frozen:
+                treatment = "copied"
+            count[treatment] += len(weight.names)
+        return dict(count)
+
+
+def make_plan(base: Checkpoint, inputs: Sequence[Task], settings: Settings) -> MergePlan:
+    """Compare all headers and choose a treatment for every tensor of the base.
+
+    Args:
+        base ([`Checkpoint`]): W0.
+        inputs (`Sequence[Checkpoint | Factors]`): the tasks.
+        settings ([`Settings`]): how to merge, [`resolved`].
+
+    Raises:
+        [`CheckpointError`]: weights missing, extra or of another shape; all are listed.
+    """
+    check_fit(base, inputs)
+    written = list(base.tensors)
+    if settings.out_format == "open_clip":
+        written = [name for name in written if not name.endswith(layout.BUFFER)]
+    weights = tuple(
+        _treat(names, base, inputs, settings) for names in _group(written, settings.qkv)
+    )
+    specs = {name: _spec(base.tensors[name], settings) for name in written}
+    warnings = [*config_warnings(base, inputs), *_rank_warnings(weights, len(inputs), settings)]
+    warnings += _exclude_warnings(base, settings)
+    if len(inputs) > 1:  # one task alone is reconstructed, not merged
+        warnings += _energy_warnings(weights, inputs)
+    return MergePlan(
+        weights,
+        lay_out(specs, base, settings),
+        specs,
+        tuple(warnings),
+    )
+
+
+def lay_out(specs: dict[str, TensorSpec], base: Checkpoint, settings: Settings) -> ShardPlan:
+    """The output files.
+
+    Args:
+        specs (`dict[str, TensorSpec]`): by canonical name.
+        base ([`Checkpoint`]): W0.
+        settings ([`Settings`]): how to merge.
+    """
+    if settings.out_format != "open_clip":
+        return plan_shards(specs, settings.max_shard_size)
+    if not layout.is_full_model(base.tensors):
+        raise CheckpointError(
+            f"The base model {base} is one tower, and OpenCLIP stores whole models.",
+            "Leave --out-format out.",
+        )
+    placed = open_clip.placed(specs)
+    return plan_shards(specs, settings.max_shard_size, open_clip.SINGLE_FILE, placed)
+
+
+def resolved(base: Checkpoint, settings: Settings) -> Settings:
+    """The settings with what depends on the base model: its format, and how it stores attention.
+
+    Args:
+        base ([`Checkpoint`]): W0.
+        settings ([`Settings`]): how to merge.
+    """
+    stored: Qkv = "fused" if base.format == "open_clip" else "split"
+    return replace(
+        settings, qkv=settings.qkv or stored, out_format=settings.out_format or base.format
+    )
+
+
+def treatments(checkpoint: Checkpoint, settings: Settings) -> tuple[Weight, ...]:
+    """What a merge would do with every tensor of a checkpoint, as far as its headers say.
+
+    Args:
+        checkpoint ([`Checkpoint`]): a base model, or a fine-tune.
+        settings ([`Settings`]): how to merge.
+    """
+    settings = resolved(checkpoint, settings)
+    groups = _group(checkpoint.tensors, settings.qkv)
+    return tuple(_treat(names, checkpoint, [checkpoint], settings) for names in groups)
+
+
+def _group(tensors: object, qkv: str | None) -> list[tuple[str, ...]]:
+    """Names in order, with the q, k, v weights of an attention together when they are fused."""
+    names = sorted(tensors)  # type: ignore[call-overload]
+    if qkv != "fused":
+        return [(name,) for name in names]
+    present = set(names)
+    groups: list[tuple[str, ...]] = []
+    for name in names:
+        attention = layout.qkv_group(name)
+        if attention is None:
+            groups.append((name,))
+            continue
+        stack = tuple(f"{attention[0]}.{letter}_proj.weight" for letter in "qkv")
+        if not present.issuperset(stack):
+            groups.append((name,))
+        elif attention[1] == "q":
+            groups.append(stack)
+    return groups
+
+
+def _treat(
+    names: tuple[str, ...], base: Checkpoint, inputs: Sequence[Task], settings: Settings
+) -> Weight:
+    infos = [base.tensors[name] for name in names]
+    shape = infos[0].shape
+    if len(infos) > 1:
+        shape = (sum(info.shape[0] for info in infos), *shape[1:])
+    holders = tuple(
+        i for i, item in enumerate(inputs) if any(name in item.tensors for name in names)
+    )
+
+    def weight(treatment: Treatment, reason: str = "", rank: int = 0) -> Weight:
+        return Weight(names, shape, treatment, reason, rank, holders)
+
+    if not infos[0].dtype.is_floating_point:
+        return weight("copied", "not a floating-point tensor")
+    if not holders:
+        return weight("copied", "no checkpoint has it")
+    if not prod(shape):
+        return weight("copied", "empty")
+    if settings.method == "average":
+        return weight("averaged")
+    summing, entrywise = settings.method == "task-arithmetic", settings.method in ENTRYWISE
+    # The default exclusion says what is not decomposed; these decompose nothing.
+    default = (summing or entrywise) and settings.exclude == AVERAGED_BY_DEFAULT
+    exclude = () if default else settings.exclude
+    if any(fnmatchcase(name, glob) for name in names for glob in exclude):
+        return weight("averaged", "excluded")
+    if summing or entrywise:
+        return weight("summed" if summing else "combined")
+    if len(shape) != 2:
+        return weight("averaged", "not a matrix")
+    tasks = len(inputs)
+    if settings.method in ("tsv", "ada", "low-rank") and tasks > min(shape):
+        return weight("averaged", f"{tasks} tasks do not fit into {min(shape)} directions")
+    return weight("decomposed", rank=_rank(shape, tasks, settings))
+
+
+def _rank(shape: tuple[int, ...], tasks: int, settings: Settings) -> int:
+    k = min(shape)
+    if settings.method == "orthogonal":
+        return k
+    wanted = updates.default_rank(shape, tasks)
+    if settings.rank is not None:
+        wanted = min(settings.rank, k)
+    elif settings.rank_fraction is not None:
+        wanted = updates.rank_at(settings.rank_fraction, shape)
+    if settings.method in ("tsv", "ada"):  # T·r orthonormal directions must fit into k
+        return min(wanted, updates.default_rank(shape, tasks))
+    return wanted
+
+
+def _spec(info: TensorInfo, settings: Settings) -> TensorSpec:
+    dtype = info.dtype
+    if settings.dtype is not None and dtype.is_floating_point:
+        dtype = getattr(torch, settings.dtype)
+    return TensorSpec(dtype, info.shape)
+
+
+def _rank_warnings(weights: Sequence[Weight], tasks: int, settings: Settings) -> list[str]:
+    chosen = settings.rank is not None or settings.rank_fraction is not None
+    if settings.method not in ("tsv", "ada") or not chosen:
+        return []
+    wanted = Settings(method="low-rank", rank=settings.rank, rank_fraction=settings.rank_fraction)
+    lowered = [
+        w for w in weights if w.treatment == "decomposed" and w.rank < _rank(w.shape, tasks, wanted)
+    ]
+    if not lowered:
+        return []
+    return [
+        f"The rank was lowered to ⌊k/{tasks}⌋ in {len(lowered)} weights: more directions of"
+        f" {tasks} tasks cannot be orthogonal."
+    ]
+
+
+def _exclude_warnings(base: Checkpoint, settings: Settings) -> list[str]:
+    return [
+        f"--exclude {glob!r} matches no weight."
+        for glob in settings.exclude
+        if glob not in AVERAGED_BY_DEFAULT
+        and not any(fnmatchcase(name, glob) for name in base.tensors)
+    ]
+
+
+def _energy_warnings(weights: Sequence[Weight], inputs: Sequence[Task]) -> list[str]:
+    """What is missing in factors that keep fewer triplets than this merge uses."""
+    warnings = []
+    for i, item in enumerate(inputs):
+        if not isinstance(item, Factors):
+            continue
+        short, missing, total = 0, 0.0, 0.0
+        for weight in weights:
+            alone = weight.treatment == "decomposed" and len(weight.names) == 1
+            for name in weight.names if i in weight.inputs else ():
+                kept = item.tensors[name]
+                total += kept.norm**2
+                needed = min(weight.rank, kept.numerical_rank) if alone else kept.numerical_rank
+                if kept.stored == "dense" or (kept.stored == "factors" and kept.rank >= needed):
+                    continue
+                lost = (1 - kept.energy) * kept.norm**2
+                missing += lost
+                short += lost > 0
+        if missing > NEGLIGIBLE_ENERGY * total:
+            warnings.append(
+                f"{item} keeps fewer singular vectors than this merge uses in {short} weights:"
+                f" {100 * missing / total:.2g} % of the energy of its update is missing."
+                " Compress with a larger rank for the exact merge."
+            )
+    return warnings

@@ -1,0 +1,1 @@
+"""Merging methods: a rule for one weight, one file each."""

@@ -1,0 +1,74 @@
+"""AdaMerging on TSV-M: W0 + α Σ cᵢ Mᵢ of one weight, and its gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_tsv.linalg.updates import TaskSingularVectors
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weight of a model as a function of the coefficients.
+
+    Args:
+        label (`str`): label in the plan.
+        parameters (`tuple[Tensor, ...]`): the model's own, stacked along dimension 0 if several.
+        base (`Tensor`): W0, stacked.
+        tasks (`tuple[int, ...]`): the T' tasks that change it.
+        shares (`TaskSingularVectors` or `Tensor`): α Mᵢ of each of them: concatenated singular
+            vectors, or matrices, shape (T', …).
+        ranks (`tuple[int, ...]`): number of singular vectors of each of them.
+    """
+
+    label: str
+    parameters: tuple[Tensor, ...]
+    base: Tensor
+    tasks: tuple[int, ...]
+    shares: TaskSingularVectors | Tensor
+    ranks: tuple[int, ...] = ()
+
+    @torch.no_grad()
+    def place(self, coefficients: Tensor) -> None:
+        """Set the parameters to W0 + α Σᵢ cᵢ Mᵢ.
+
+        Args:
+            coefficients (`Tensor`): coefficients of all tasks, shape (T,).
+        """
+        own = coefficients[list(self.tasks)].to(self.base)
+        if isinstance(self.shares, TaskSingularVectors):
+            ranks = torch.tensor(self.ranks, device=own.device)
+            scaled = self.shares.S * own.repeat_interleave(ranks)
+            weight = torch.addmm(self.base, self.shares.U * scaled, self.shares.Vh)
+        else:
+            weight = self.base + torch.tensordot(own, self.shares, dims=1)
+        stacked = len(self.parameters) > 1
+        parts = torch.split(weight, [p.shape[0] for p in self.parameters]) if stacked else [weight]
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.copy_(part)
+
+    @torch.no_grad()
+    def gradient(self, tasks: int) -> Tensor:
+        """Compute ∂L/∂cᵢ = α ⟨∂L/∂W, Mᵢ⟩ from the gradients of the parameters.
+
+        Args:
+            tasks (`int`): T.
+
+        Returns:
+            `Tensor`: shape (T,), on the CPU; 0 for tasks that do not change the weight.
+        """
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        found = self.base.new_zeros(tasks)
+        if len(gradients) < len(self.parameters):  # the loss does not depend on them
+            return found.cpu()
+        G = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
+        if isinstance(self.shares, TaskSingularVectors):
+            slopes = (self.shares.U * (G @ self.shares.Vh.mT)).sum(dim=0) * self.shares.S
+            own = torch.stack([part.sum() for part in torch.split(slopes, list(self.ranks))])
+        else:
+            own = self.shares.flatten(1) @ G.flatten()
+        found[list(self.tasks)] = own
+        return found.cpu()

@@ -1,0 +1,58 @@
+"""The other rules, for one weight: mean and sum of task updates, and what followed them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hf_tsv.system.memory import empty
+
+
+def mean_update(deltas: Iterable[Tensor]) -> Tensor:
+    """Mean task update as a running mean (Knuth), for everything that is not decomposed.
+
+    Args:
+        deltas (`Iterable[Tensor]`): Δ of each task, any shape.
+
+    Returns:
+        `Tensor`: mean_i(Δi) in float32, same shape. W0 + mean is weight averaging.
+    """
+    mean: Tensor | None = None
+    counts = itertools.count(1)  # enumerate() would keep each update until the next one is there
+    for delta in deltas:
+        count = next(counts)
+        if mean is None:
+            mean = _copy(delta, torch.float32)
+        else:
+            apart = _copy(delta, torch.result_type(delta, mean)).sub_(mean).div_(count)
+            mean += apart
+            del apart
+        del delta  # before the next one is made
+    if mean is None:
+        raise ValueError("mean_update needs at least one task")
+    return mean
+
+
+def sum_update(deltas: Iterable[Tensor]) -> Tensor:
+    """Sum of task updates: task arithmetic (Ilharco et al., ICLR 2023, arXiv 2212.04089).
+
+    Args:
+        deltas (`Iterable[Tensor]`): Δ of each task, any shape.
+
+    Returns:
+        `Tensor`: Σ_i Δi in float32, same shape.
+    """
+    total: Tensor | None = None
+    for delta in deltas:
+        total = _copy(delta, torch.float32) if total is None else total.add_(delta)
+        del delta  # before the next one is made
+    if total is None:
+        raise ValueError("sum_update needs at least one task")
+    return total
+
+
+def _copy(delta: Tensor, dtype: torch.dtype) -> Tensor:
+    return empty(*delta.shape, dtype=dtype, device=delta.device).copy_(delta)

@@ -1,0 +1,223 @@
+"""Building transformers models from what checkpoints and configs say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints import companions, layout
+from hf_tsv.checkpoints.formats import heads
+from hf_tsv.checkpoints.formats.adapters import Adapter
+from hf_tsv.checkpoints.formats.factors import Factors
+from hf_tsv.checkpoints.formats.task import Task, config_of
+from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.storage.tensors import digest
+from hf_tsv.linalg import products, updates
+from hf_tsv.system.device import pick_device
+from hf_tsv.system.errors import CheckpointError, HfTsvError
+from hf_tsv.system.text import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+ZERO_SHOT = "zero-shot-image-classification"
+PIPELINES = {
+    ZERO_SHOT: "CLIPModel",
+    "image-feature-extraction": "CLIPVisionModel",
+    "image-classification": "CLIPForImageClassification",
+}
+"""Kinds of transformers pipelines that CLIP supports, and the class for each."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Local checkpoint or factors, the base if needed, and the model class."""
+
+    item: Task
+    base: Checkpoint | None
+    model_class: str
+    processor: Path | None = None
+
+
+def default_class(item: Task) -> str:
+    """Class a checkpoint was saved as; for factors without a task head, that of the base."""
+    if isinstance(item, Factors):
+        return PIPELINES["image-classification"] if item.head else "base"
+    return layout.saved_class(item.config)
+
+
+def missing_parts(item: Checkpoint, model_class: str) -> set[str]:
+    return set(layout.MODEL_CLASSES[model_class].parts) - layout.towers(item.tensors)
+
+
+def check_clip(item: Task) -> None:
+    """Refuse models other than CLIP, whose classes are unknown here."""
+    if isinstance(item, Adapter):
+        raise CheckpointError(
+            f"{item} is an adapter.", "Load it with PEFT: PeftModel.from_pretrained(base, …)."
+        )
+    config = config_of(item)
+    if not layout.is_clip(config):
+        whole = "`hf-tsv reconstruct` it, then load" if isinstance(item, Factors) else "Load"
+        raise CheckpointError(
+            f"{item} is not CLIP but {config.get('model_type')!r}.",
+            f"{whole} it with transformers' AutoModel.",
+        )
+
+
+def check_head(item: Task, model_class: str) -> None:
+    """Refuse a classifier whose head would be random."""
+    if model_class == "CLIPForImageClassification" and not item.head:
+        kept = heads.tasks_of(item) if isinstance(item, Checkpoint) else []
+        raise CheckpointError(
+            f"{item} has no classification head, which image-classification needs.",
+            f"Choose one of its tasks with task=…: {', '.join(kept)}."
+            if kept
+            else "Use zero-shot-image-classification with candidate_labels.",
+        )
+
+
+def check_parts(items: Sequence[Task], model_class: str) -> None:
+    """Refuse a class for which transformers would have to invent weights."""
+    held = set[str]().union(*(layout.towers(item.tensors) for item in items))
+    missing = [part for part in layout.MODEL_CLASSES[model_class].parts if part not in held]
+    if missing:
+        raise CheckpointError(
+            f"{model_class} needs {missing[0]}, which {' and '.join(map(str, items))} lack.",
+            "Use another task, or a base model that is a whole CLIPModel.",
+        )
+
+
+def close(item: Task) -> None:
+    """Close the files of a checkpoint that has been read."""
+    item.pinned.files.close()
+
+
+def build(
+    found: Found, dtype: torch.dtype | None, device: str | torch.device | None
+) -> PreTrainedModel:
+    """Build the transformers model in evaluation mode, and close its files.
+
+    Args:
+        found ([`Found`]): checkpoint or factors, base, and class.
+        dtype (`torch.dtype`, *optional*): default: the stored type, or one that holds all of them.
+        device (`str`, *optional*): default: cpu.
+    """
+    import transformers
+
+    state = {}
+    names = dict.fromkeys([*(found.base.tensors if found.base else ()), *found.item.tensors])
+    for name in names:
+        own_name = layout.name_in_class(name, found.model_class)
+        if own_name is not None:
+            state[own_name] = _value(name, found)
+    if found.model_class == "CLIPForImageClassification":
+        state |= {name: found.item.read(name) for name in found.item.head}
+    if dtype is None:
+        stored = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+        dtype = reduce(torch.promote_types, stored)
+    cls = getattr(transformers, found.model_class)
+    model: PreTrainedModel
+    with understood(found.item):
+        config = cls.config_class.from_dict(_class_config(found))
+        _check_described(config, found)
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"{found.item} lacks {min(info['missing_keys'])} of {found.model_class}.",
+            "Download or save it again.",
+        )
+    model.name_or_path = str(found.item)
+    for item in (found.item, found.base):
+        if item is not None:
+            close(item)
+    if device is not None:
+        torch.nn.Module.to(model, pick_device(str(device)))
+    return model
+
+
+@contextmanager
+def understood(item: object) -> Iterator[None]:
+    """Turn errors of transformers into one that names the files."""
+    try:
+        yield
+    except (HfTsvError, MemoryError):
+        raise
+    except Exception as error:  # strange configurations raise a dozen types
+        raise CheckpointError(
+            f"{item} cannot be loaded with transformers: {first_line(error)}",
+            "Its configuration does not describe it; save it again.",
+        ) from error
+
+
+def _check_described(config: PreTrainedConfig, found: Found) -> None:
+    """Refuse a config that describes more than the weights: building it can take any memory."""
+    tensors: dict[str, Any] = {**(found.base.tensors if found.base else {}), **found.item.tensors}
+    for part, said in layout.tower_configs(config.to_dict()).items():
+        tower = part.replace("_config", "_model")
+        if tower not in layout.MODEL_CLASSES[found.model_class].parts:
+            continue
+        blocks = {n.split(".")[3] for n in tensors if n.startswith(f"{tower}.encoder.layers.")}
+        there = tensors.get(f"{tower}.embeddings.position_embedding.weight")
+        positions = there.shape[0] if there is not None and there.shape else 0
+        wanted = said.get("max_position_embeddings", 0)
+        if part == layout.VISION:
+            wanted = (said["image_size"] // said["patch_size"]) ** 2 + 1
+        if said["num_hidden_layers"] > len(blocks) or wanted > positions:
+            raise CheckpointError(
+                f"The config.json of {found.item} describes {said['num_hidden_layers']} layers and"
+                f" {wanted} positions in the {part.removesuffix('_config')} tower; its weights are"
+                f" {len(blocks)} layers and {positions} positions.",
+                "Correct its config.json, or save it again.",
+            )
+
+
+def _value(name: str, found: Found) -> Tensor:
+    """Weight of the model: from the checkpoint, the base, or the base and the task's update."""
+    item, base = found.item, found.base
+    if isinstance(item, Checkpoint):
+        if name in item.tensors:
+            return item.read(name)
+        assert base is not None  # a name that the item lacks comes from the base
+        return base.read(name)
+    assert base is not None  # factors always have one
+    w0 = base.read(name)
+    if name not in item.tensors:
+        return w0
+    item.check_base(name, digest(w0), str(base))
+    update = item.update(name)
+    if update is None:
+        return w0
+    weight = (products.in_working_precision(w0) + updates.dense(update)).to(w0.dtype)
+    if not weight.isfinite().all():
+        raise CheckpointError(f"{item}: {name} does not fit into {w0.dtype} with its update.")
+    return weight
+
+
+def _class_config(found: Found) -> dict[str, Any]:
+    """Configuration for the class: of one tower, or of both."""
+    item, base = found.item, found.base
+    config = companions.without_code(dict(config_of(item)))
+    parts = layout.MODEL_CLASSES[found.model_class].config_part
+    if parts is not None:
+        towers = layout.tower_configs(config)
+        if parts not in towers and base is not None:
+            towers = layout.tower_configs(base.config)
+        return {**towers[parts], "architectures": [found.model_class]}
+    if config.get("model_type") != "clip" and base is not None:
+        config = base.config
+    if found.model_class == PIPELINES["image-classification"]:
+        labels = ("id2label", "label2id", "num_labels")
+        config = {key: value for key, value in config.items() if key not in labels}
+        config |= companions.head_config(config_of(item), item.head)
+    return {**config, "architectures": [found.model_class]}

@@ -1,0 +1,273 @@
+"""Several tasks in one base model, whose weights are exchanged in place."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.fit import check_fit
+from hf_tsv.checkpoints.formats.factors import Factors
+from hf_tsv.checkpoints.formats.task import Task
+from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.reference import task_name
+from hf_tsv.checkpoints.sources import Access, open_sources
+from hf_tsv.checkpoints.storage.tensors import digest
+from hf_tsv.linalg.updates import TaskSingularVectors, Update
+from hf_tsv.models.building import (
+    Found,
+    build,
+    check_clip,
+    check_head,
+    check_parts,
+    close,
+    default_class,
+)
+from hf_tsv.system.errors import CheckpointError, RecipeError
+from hf_tsv.system.progress import visible_by_default
+from hf_tsv.system.text import one_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+Keep = Literal["memory", "disk"]
+
+
+class TaskSwitcher:
+    """Base model in memory whose weights become those of one task after another.
+
+    [`activate`] writes W0 + U diag(σ) Vh into the model's own parameters, in their dtype;
+    [`deactivate`] restores W0 bit for bit. Both hold a lock, so several threads may call them. A
+    forward pass at the same time would see weights of two tasks, so callers must not overlap them.
+
+    Args:
+        model (`transformers.PreTrainedModel`): the base model.
+        tasks (`Mapping[str, Mapping[str, Update]]`): updates by task and canonical name.
+        model_class (`str`): class of the model.
+        base ([`Checkpoint`], *optional*): checkpoint from which W0 is read again; without it a copy
+            is kept of every weight that a task changes.
+
+    Example:
+        >>> tasks = TaskSwitcher.from_pretrained(["me/a-tsv", "me/b-tsv"])  # doctest: +SKIP
+        >>> tasks.activate("a")  # doctest: +SKIP
+        >>> tasks.model.get_image_features(pixel_values)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tasks: Mapping[str, Mapping[str, Update]],
+        model_class: str,
+        base: Checkpoint | None = None,
+    ) -> None:
+        self.model = model
+        self.active: str | None = None
+        parameters = dict(model.named_parameters())
+        changed = dict.fromkeys(name for updates in tasks.values() for name in updates)
+        self._parameters = {
+            name: parameters[str(layout.name_in_class(name, model_class))] for name in changed
+        }
+        self._tasks = {
+            task: {name: self._prepared(name, update) for name, update in updates.items()}
+            for task, updates in tasks.items()
+        }
+        self._base = base
+        self._copies = (
+            {} if base else {name: p.detach().clone() for name, p in self._parameters.items()}
+        )
+        self._touched: set[str] = set()
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        references: Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]],
+        *,
+        base_model: str | PathLike[str] | None = None,
+        model_class: str | None = None,
+        keep: Keep = "memory",
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> TaskSwitcher:
+        """Load the base model once, and the factors of every task.
+
+        Args:
+            references (`Sequence[str]` or `Mapping[str, str]`): task factors, with the names of the
+                tasks; default names: those of the repositories, without `-tsv`.
+            base_model (`str`, *optional*): default: the one the factors were made from.
+            model_class (`str`, *optional*): for example `CLIPVisionModel`; default: that of the
+                base model.
+            keep (`str`): source of the restored W0: a copy in `"memory"` of what tasks change, or
+                the base model's file on `"disk"`, slower and without the copy.
+            dtype (`torch.dtype`, *optional*): default: that of the stored base.
+            device (`str`, *optional*): default: cpu.
+            token (`str`, *optional*): default: the one the Hub client is logged in with.
+            cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+            progress (`bool`, *optional*): show a bar; default: on a terminal.
+
+        Raises:
+            [`HfTsvError`]: not task factors, or of different base models.
+        """
+        named = _named(references)
+        if keep not in ("memory", "disk"):
+            raise RecipeError(f"keep is {keep!r}.", "Choose memory or disk.")
+        sources = open_sources(
+            [fspath(ref) for ref in named.values()],
+            None if base_model is None else fspath(base_model),
+            Access.of(token, cache_dir),
+        )
+        check_clip(sources.base)
+        check_fit(sources.base, sources.inputs)
+        show = visible_by_default() if progress is None else progress
+        sources = sources.within_reach(visible=show)
+        items, base = sources.inputs, sources.base
+        model_class = model_class or default_class(base)
+        if model_class not in layout.MODEL_CLASSES:
+            raise RecipeError(
+                f"There is no CLIP class {model_class!r}.",
+                f"Choose {one_of(layout.MODEL_CLASSES)}.",
+            )
+        check_head(base, model_class)
+        check_parts([base], model_class)
+        digests: dict[str, str] = {}
+        tasks = {
+            name: _updates(item, base, model_class, digests)
+            for name, item in zip(named, items, strict=True)
+        }
+        model = build(Found(base, None, model_class), dtype, device)
+        switcher = cls(model, tasks, model_class, base if keep == "disk" else None)
+        for item in items:
+            close(item)
+        return switcher
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tasks."""
+        return list(self._tasks)
+
+    @torch.no_grad()
+    def activate(self, task: str) -> None:
+        """Write the weights of a task into the model.
+
+        Args:
+            task (`str`): one of `names`.
+
+        Raises:
+            [`RecipeError`]: there is no such task.
+        """
+        if task not in self._tasks:
+            raise RecipeError(f"There is no task {task!r}.", f"Choose {one_of(self.names)}.")
+        with self._lock:
+            if self.active == task:
+                return
+            self.active = None
+            wanted = self._tasks[task]
+            self._restore(self._touched - wanted.keys())
+            for name, update in wanted.items():
+                self._touched.add(name)
+                _add(self._parameters[name].data, self._original(name), update)
+            self.active = task
+
+    @torch.no_grad()
+    def deactivate(self) -> None:
+        """Restore the weights of the base model, bit for bit."""
+        with self._lock:
+            self.active = None
+            self._restore(set(self._touched))
+
+    def _restore(self, names: set[str]) -> None:
+        for name in names:
+            self._parameters[name].data.copy_(self._original(name))
+            self._touched.discard(name)
+
+    def _original(self, name: str) -> Tensor:
+        data = self._parameters[name].data  # not cached, because the model may have been moved
+        original = self._copies[name] if self._base is None else self._base.read(name)
+        return original.to(data.device, data.dtype)
+
+    def _prepared(self, name: str, update: Update) -> Tensor | _Product:
+        """Update on the device and in the dtype it is added in; σ is multiplied into U once."""
+        data = self._parameters[name]
+        dtype = torch.float32 if data.dtype.itemsize < 4 else data.dtype
+        if isinstance(update, TaskSingularVectors):
+            update = update.to(data.device).to(dtype)
+            return _Product(update.U * update.S, update.Vh)
+        return update.to(data.device, dtype)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Product U diag(σ) Vh, with σ in the left factor."""
+
+    left: Tensor
+    right: Tensor
+
+    def to(self, device: torch.device) -> _Product:
+        return _Product(self.left.to(device), self.right.to(device))
+
+
+def _add(target: Tensor, base: Tensor, update: Tensor | _Product) -> None:
+    """Set target = W0 + update, without a temporary matrix where the dtypes agree."""
+    update = update.to(target.device)  # a copy only if the model was moved
+    if isinstance(update, _Product):
+        if update.left.dtype == target.dtype:
+            torch.addmm(base, update.left, update.right, out=target)
+        else:
+            target.copy_(torch.addmm(base.to(update.left.dtype), update.left, update.right))
+    elif update.dtype == target.dtype:
+        torch.add(base, update, out=target)
+    else:
+        target.copy_(base.to(update.dtype) + update)
+
+
+def _updates(
+    item: Task, base: Checkpoint, model_class: str, digests: dict[str, str]
+) -> dict[str, Update]:
+    """Updates of a task in a model class, after a check of the base; reads each weight once."""
+    if not isinstance(item, Factors):
+        raise CheckpointError(
+            f"{item} is a checkpoint, not task factors.", "Make factors with `hf-tsv compress`."
+        )
+    updates: dict[str, Update] = {}
+    for name in item.tensors:
+        if layout.name_in_class(name, model_class) is None:
+            continue
+        if name not in digests:
+            digests[name] = digest(base.read(name))
+        item.check_base(name, digests[name], str(base))
+        update = item.update(name)
+        if update is not None:
+            updates[name] = update
+    return updates
+
+
+def _named(
+    references: Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]],
+) -> dict[str, str | PathLike[str]]:
+    if isinstance(references, str | PathLike):
+        references = [references]
+    if not references:
+        raise RecipeError("There are no tasks to switch between.", "Name at least one.")
+    if isinstance(references, Mapping):
+        return dict(references)
+    named: dict[str, str | PathLike[str]] = {}
+    for reference in references:
+        name = task_name(fspath(reference))
+        if name in named:
+            raise RecipeError(
+                f"{named[name]} and {reference} are both called {name!r}.",
+                "Give names: TaskSwitcher.from_pretrained({'a': …, 'b': …}).",
+            )
+        named[name] = reference
+    return named

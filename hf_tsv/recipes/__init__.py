@@ -1,0 +1,1 @@
+"""Every choice of a run, checked; to YAML and back."""

@@ -1,0 +1,127 @@
+"""Choices of a compression: which triplets are kept, and how they are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+from hf_tsv.checkpoints import layout
+from hf_tsv.recipes.settings import Dtype, Settings
+from hf_tsv.system.checks import budget_bytes, check_number, check_shard_size
+from hf_tsv.system.errors import RecipeError
+
+DEFAULT_RANK_FRACTION = 0.1
+
+Format = Literal["factors", "peft"]
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """Rule for the ranks, one of four; `rank_fraction` 0.1 if none is given.
+
+    Args:
+        rank_fraction (`float`, *optional*): share of k = min(d_out, d_in), rounded down.
+        rank (`int`, *optional*): the same number for every weight.
+        energy (`float`, *optional*): share of the squared norm to keep; the smallest sufficient
+            rank is taken.
+        budget (`str` or `int`, *optional*): bytes for everything, as a number, `"35MB"`, or `"10%"`
+            of the fine-tuned checkpoint.
+    """
+
+    rank_fraction: float | None = None
+    rank: int | None = None
+    energy: float | None = None
+    budget: str | int | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in RankRule.__annotations__ if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise RecipeError(f"{' and '.join(given)} exclude each other.", "Give one of them.")
+        if not given:
+            object.__setattr__(self, "rank_fraction", DEFAULT_RANK_FRACTION)
+        for name in ("rank_fraction", "energy"):
+            value = getattr(self, name)
+            if value is not None:
+                check_number(name, value)
+                object.__setattr__(self, name, float(value))
+                if not 0 < value <= 1:
+                    raise RecipeError(f"{name} is {value}.", "Give a number above 0 and up to 1.")
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise RecipeError(f"rank is {self.rank!r}.", "Give a whole number from 1 on.")
+        if self.budget is not None:
+            budget_bytes(self.budget, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Value of the one rule that applies, by its name."""
+        return {k: v for k, v in vars(self).items() if v is not None}
+
+    def rank_before(self, k: int) -> int | None:
+        """Rank of a weight, or None if it depends on the singular values.
+
+        Args:
+            k (`int`): min(d_out, d_in).
+        """
+        if self.rank is not None:
+            return min(self.rank, k)
+        if self.rank_fraction is not None:
+            return max(1, int(self.rank_fraction * k + 1e-9))
+        return None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a compression.
+
+    Args:
+        rule ([`RankRule`]): rule for the triplets to keep.
+        factor_dtype (`str`): type of the stored updates.
+        compress_conv (`bool`): decompose the patch convolution too, one row per output channel.
+        format (`str`): `factors`, or `peft` for a LoRA adapter.
+        dense (`bool`): store all tensors in a LoRA adapter, not only matrices of linear layers.
+        model_class (`str`, *optional*): the class a LoRA adapter is for; default: that of the
+            fine-tuned checkpoint.
+        max_shard_size (`int` or `str`): largest size of a file in bytes, or a text like `"5GB"`.
+        report (`bool`): add a table and a picture of what is kept to the card.
+    """
+
+    rule: RankRule = field(default_factory=RankRule)
+    factor_dtype: Dtype = "float32"
+    compress_conv: bool = False
+    format: Format = "factors"
+    dense: bool = True
+    model_class: str | None = None
+    max_shard_size: int | str = Settings.max_shard_size
+    report: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("factor_dtype", get_args(Dtype)), ("format", get_args(Format))):
+            if getattr(self, name) not in kinds:
+                raise RecipeError(
+                    f"{name} is {getattr(self, name)!r}.", f"Choose one of {', '.join(kinds)}."
+                )
+        check_shard_size(self.max_shard_size)
+        adapter_only = not self.dense or self.model_class is not None
+        if self.format == "factors" and adapter_only:
+            raise RecipeError(
+                "dense=False and model_class (--no-dense, --model-class) are about an adapter.",
+                "Add --format peft.",
+            )
+        if self.format == "peft" and self.compress_conv:
+            raise RecipeError(
+                "A LoRA adapter stores the patch convolution whole.", "Leave --compress-conv out."
+            )
+        if self.format == "peft" and self.max_shard_size != Settings.max_shard_size:
+            raise RecipeError("A LoRA adapter is a single file.", "Leave --max-shard-size out.")
+        if self.model_class is not None and self.model_class not in layout.MODEL_CLASSES:
+            raise RecipeError(
+                f"There is no CLIP class {self.model_class!r}.",
+                f"Choose one of {', '.join(layout.MODEL_CLASSES)}.",
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the stored updates."""
+        dtype: torch.dtype = getattr(torch, self.factor_dtype)
+        return dtype

@@ -1,0 +1,116 @@
+"""Choices of images: the data set, split and classes of each task."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.folders import local_kind
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """Classification task on a dataset.
+
+    Args:
+        name (`str`): name of the task.
+        dataset (`str`): repository on the Hub (`org/name`), folder, or parquet file.
+        revision (`str`, *optional*): revision of a repository.
+        config (`str`, *optional*): configuration of a repository that has several.
+        split (`str`, *optional*): default: `test`, else `validation`, else `train`.
+        image (`str`, *optional*): column of the images; default: the only one there is.
+        label (`str`, *optional*): column of the labels; default: the only class label.
+        classes (`tuple[str, ...]`): names in the order of the labels; default: the dataset's.
+        templates (`tuple[str, ...]`): prompts, with `{}` for the name of a class.
+    """
+
+    name: str
+    dataset: str
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+    image: str | None = None
+    label: str | None = None
+    classes: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+
+    @property
+    def shown(self) -> str:
+        """Name of the dataset, without the path of a folder or file on this machine."""
+        on_hub = self.dataset.count("/") == 1 and not self.dataset.startswith((".", "/", "~"))
+        return self.dataset if on_hub else Path(self.dataset).name
+
+    def __post_init__(self) -> None:
+        try:
+            f"{self.name}{self.dataset}".encode()
+        except UnicodeEncodeError:
+            raise RecipeError(
+                f"{self.dataset!r} is not valid text.", "Rename it: results are UTF-8."
+            ) from None
+        if not self.name.isprintable() or not self.name.strip() or not self.dataset.strip():
+            raise RecipeError(f"The task {self.name!r} is incomplete.", "Write NAME=DATASET.")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise RecipeError(
+                    f"The template {template!r} of {self.name} has no single {{}}.",
+                    "Write {} where the name of the class goes.",
+                )
+
+    @staticmethod
+    def parse(text: str, **choices: Any) -> EvaluationTask:
+        """Read `NAME=DATASET`, `NAME=DATASET@REVISION` or `NAME=DATASET:CONFIG`.
+
+        Args:
+            text (`str`): text from the command line.
+            choices: the other fields.
+
+        Example:
+            >>> EvaluationTask.parse("dtd=tanganke/dtd@main").revision
+            'main'
+        """
+        name, equals, dataset = text.partition("=")
+        if not equals:
+            raise RecipeError(f"The task {text!r} names no dataset.", "Write NAME=DATASET.")
+        if local_kind(dataset) is not None:
+            return EvaluationTask(name, dataset, **choices)
+        found = re.fullmatch(r"([^@:]+)(?::([^@]+))?(?:@(.+))?", dataset)
+        if found is None:
+            raise RecipeError(
+                f"{dataset!r} is neither a path nor a dataset.", "Write org/name or a path."
+            )
+        return EvaluationTask(name, found[1], found[3], found[2], **choices)
+
+
+def listed(
+    tasks: Mapping[str, str] | Sequence[str | EvaluationTask],
+    nothing: str,
+    *,
+    templates: Sequence[str] = (),
+) -> list[EvaluationTask]:
+    """Parse tasks in any of the forms that users give.
+
+    Args:
+        tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
+            `NAME=DATASET` texts, or [`EvaluationTask`]s.
+        nothing (`str`): message of the error if there is no task.
+        templates (`Sequence[str]`): prompts of tasks that are given as text.
+
+    Raises:
+        [`RecipeError`]: there is no task, or a name comes twice.
+    """
+    named = [f"{n}={d}" for n, d in tasks.items()] if isinstance(tasks, Mapping) else tasks
+    choices = {"templates": tuple(templates)} if templates else {}
+    found = [
+        task if isinstance(task, EvaluationTask) else EvaluationTask.parse(task, **choices)
+        for task in named
+    ]
+    names = [task.name for task in found]
+    if not names:
+        raise RecipeError(nothing, "Name a task: --task NAME=DATASET.")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RecipeError(f"The task {twice} is given twice.", "Give each its own name.")
+    return found

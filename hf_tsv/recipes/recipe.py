@@ -1,0 +1,234 @@
+"""Every choice and every pinned input of a merge, as YAML and back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from hf_tsv.checkpoints.names import RECIPE_FILE
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
+from hf_tsv.recipes.settings import Settings, current_versions
+from hf_tsv.system.checks import check_number
+from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.text import shortened
+from hf_tsv.system.untrusted import MAX_BYTES, parse_yaml
+
+if TYPE_CHECKING:
+    from hf_tsv.recipes.learning import Adaptation
+
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PinnedInput:
+    """One checkpoint of a recipe.
+
+    Args:
+        ref (`str`): repository id or folder.
+        revision (`str`, *optional*): commit sha, for a repository.
+        fingerprint (`str`, *optional*): sha256 of the weights used, for a folder.
+        weight (`float`): factor of this task's update.
+    """
+
+    ref: str
+    revision: str | None = None
+    fingerprint: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("ref", "revision", "fingerprint"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "ref"):
+                raise RecipeError(
+                    f"The {name} of an input is {shortened(value)}.", "Write a string."
+                )
+        check_number(f"The weight of {self.ref}", self.weight)
+        object.__setattr__(self, "weight", float(self.weight))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merge that can be repeated to the byte, on the same type of device and versions.
+
+    Args:
+        base_model ([`PinnedInput`]): W0.
+        inputs (`tuple[PinnedInput, ...]`): the tasks.
+        settings ([`Settings`]): every choice.
+        device (`str`): type of device the weights were computed on.
+        versions (`dict[str, str]`): of hf-tsv and torch.
+        coefficients (`dict[str, tuple[float, ...]]`): of each input, by weight, for the method
+            `ada`; 1 in weights that are not named.
+        adaptation ([`Adaptation`], *optional*): how they were learned.
+    """
+
+    base_model: PinnedInput
+    inputs: tuple[PinnedInput, ...]
+    settings: Settings
+    device: str = "cpu"
+    versions: dict[str, str] = field(default_factory=current_versions)
+    coefficients: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    adaptation: Adaptation | None = None
+
+    def __post_init__(self) -> None:
+        method, learned = self.settings.method, bool(self.coefficients or self.adaptation)
+        if method == "ada" and not self.coefficients:
+            raise RecipeError(
+                "A recipe of the method ada has no coefficients.", "Use the one it was written as."
+            )
+        if method != "ada" and learned:
+            raise RecipeError(
+                f"A recipe of the method {method} has coefficients.", "Only the method ada does."
+            )
+        for label, row in self.coefficients.items():
+            if len(row) != len(self.inputs):
+                raise RecipeError(
+                    f"{shortened(label)} has {len(row)} coefficients for {len(self.inputs)}"
+                    " inputs.",
+                    "Give one for each input.",
+                )
+            for value in row:
+                check_number(f"A coefficient of {shortened(label)}", value)
+                if value < 0:
+                    raise RecipeError(
+                        f"A coefficient of {shortened(label)} is {value}.", "Give 0 or more."
+                    )
+
+    def to_yaml(self, *, coefficients: bool = True) -> str:
+        """The recipe as written into every output.
+
+        Args:
+            coefficients (`bool`): all of it; without them it is only to be read.
+        """
+        content: dict[str, Any] = {
+            "hf_tsv_recipe": FORMAT_VERSION,
+            **asdict(self.settings),
+            "exclude": list(self.settings.exclude),
+            "base_model": _pinned_dict(self.base_model, with_weight=False),
+            "inputs": [_pinned_dict(item, with_weight=True) for item in self.inputs],
+            "device": self.device,
+            "versions": self.versions,
+        }
+        if self.adaptation is not None:
+            content["adaptation"] = self.adaptation.to_dict()
+        if self.coefficients and coefficients:
+            content["coefficients"] = {n: _Row(row) for n, row in self.coefficients.items()}
+        text = _dumped(content, allow_unicode=True)
+        if any(mark in text for mark in "\x85\u2028\u2029\ufeff"):  # lost on the way back
+            text = _dumped(content, allow_unicode=False)
+        return text
+
+    @staticmethod
+    def load(path: str | Path) -> Recipe:
+        """Read a recipe file, or the recipe of an output folder.
+
+        Raises:
+            [`RecipeError`]: the file is missing, or not a recipe this version understands.
+        """
+        file = Path(path)
+        try:
+            file = file.expanduser()
+            if file.is_dir():
+                file /= RECIPE_FILE
+            with file.open("rb") as opened:  # which may have no end
+                text = opened.read(MAX_BYTES + 1).decode()
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            if isinstance(error, UnicodeDecodeError):
+                reason = "not UTF-8"
+            raise RecipeError(
+                f"The recipe {file} cannot be read: {reason}.", "Check the path."
+            ) from None
+        return Recipe.from_yaml(text, str(file))
+
+    @staticmethod
+    def from_yaml(text: str, source: str = "recipe") -> Recipe:
+        """Parse a recipe; unknown keys are errors, so that no choice is dropped silently.
+
+        Args:
+            text (`str`): content of a recipe file.
+            source (`str`): its name, for errors.
+        """
+        try:
+            content = parse_yaml(text)
+        except OverflowError:
+            raise RecipeError(f"{source} is larger than any recipe, and is not read.") from None
+        except ValueError as error:
+            raise RecipeError(f"{source} is {error}.") from None
+        if not isinstance(content, dict) or "hf_tsv_recipe" not in content:
+            raise RecipeError(
+                f"{source} is not an hf-tsv recipe.", f"Every output holds one as {RECIPE_FILE}."
+            )
+        version = content.pop("hf_tsv_recipe")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise RecipeError(
+                f"{source} has a recipe format this version does not know.", "Update hf-tsv."
+            )
+        try:
+            names = {f.name for f in fields(Settings)}
+            settings = Settings(**{key: content.pop(key) for key in list(content) if key in names})
+            base = PinnedInput(**content.pop("base_model"))
+            inputs = tuple(PinnedInput(**item) for item in content.pop("inputs"))
+            device = content.pop("device", "cpu")
+            versions = content.pop("versions", {})
+            coefficients = {n: tuple(row) for n, row in content.pop("coefficients", {}).items()}
+            adaptation = _adaptation(content.pop("adaptation", None))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RecipeError(f"{source} is incomplete or malformed: {error}.") from None
+        if not inputs:
+            raise RecipeError(f"{source} names no inputs.")
+        if base.weight != 1:
+            raise RecipeError(f"{source} gives base_model a weight; only inputs have one.")
+        if not isinstance(device, str):
+            raise RecipeError(f"device is {shortened(device)}.", "Write a string.")
+        if not isinstance(versions, dict) or not all(
+            isinstance(text, str) for item in versions.items() for text in item
+        ):
+            raise RecipeError(f"versions is {shortened(versions)}.", "Write names with versions.")
+        if content:
+            raise RecipeError(f"{source} has an unknown key: {min(map(str, content))}.")
+        return Recipe(base, inputs, settings, device, versions, coefficients, adaptation)
+
+
+class _Row(list[float]):
+    """Numbers that YAML has in one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes [`_Row`]s in one line."""
+
+
+_Dumper.add_representer(
+    _Row,
+    lambda dumper, row: dumper.represent_sequence("tag:yaml.org,2002:seq", row, flow_style=True),
+)
+
+
+def _dumped(content: dict[str, Any], *, allow_unicode: bool) -> str:
+    text: str = yaml.dump(
+        content, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=1000
+    )
+    return text
+
+
+def _adaptation(content: dict[str, Any] | None) -> Adaptation | None:
+    if content is None:
+        return None
+    from hf_tsv.recipes.learning import Adaptation
+
+    return Adaptation.from_dict(content)
+
+
+def _pinned_dict(item: PinnedInput, *, with_weight: bool) -> dict[str, Any]:
+    content = {key: value for key, value in asdict(item).items() if value is not None}
+    if not with_weight:
+        content.pop("weight")
+    return content
+
+
+def pinned_text(item: PinnedInput | PinnedCheckpoint) -> str:
+    """The reference of a commit, or a folder."""
+    return at_revision(item.ref, item.revision)

@@ -1,0 +1,104 @@
+"""Settings of a merge, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Literal, get_args
+
+from hf_tsv.checkpoints.names import Format
+from hf_tsv.linalg.choices import Orthogonalizer, Precision
+from hf_tsv.methods.catalogue import DEFAULT_ALPHA, Method
+from hf_tsv.system.checks import check_number, check_one_of, check_shard_size
+from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.text import shortened
+from hf_tsv.system.version import __version__
+
+Qkv = Literal["split", "fused"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+AVERAGED_BY_DEFAULT = ("text_projection.weight",)
+"""The paper's code averages the text projection although it is a matrix; so do we."""
+
+
+def current_versions() -> dict[str, str]:
+    """Versions that decide about the bytes of a result."""
+    names = ("torch", "numpy", "scipy")
+    return {"hf_tsv": __version__, **{name: version(name) for name in names}}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to merge.
+
+    Args:
+        method (`str`): `tsv`, or one of its ablations and of the methods to compare with.
+        orthogonalizer (`str`): `procrustes` (SVD) or `whitening` (eigendecomposition).
+        alpha (`float`): α, scale of the merged update; default: 1, of plain sums
+            [`DEFAULT_ALPHA`].
+        rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
+        rank_fraction (`float`, *optional*): the same as a share of k.
+        exclude (`tuple[str, ...]`): globs of canonical names that are averaged instead.
+        qkv (`str`, *optional*): `split` decomposes the attention projections one by one, `fused`
+            stacked; default as the base stores them.
+        dtype (`str`, *optional*): of the output; default as the base.
+        max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
+        precision (`str`): `fast`: by Gram matrices, each result checked; `exact`: full SVDs.
+        out_format (`str`, *optional*): of the output, `transformers` or `open_clip`; default as the
+            base.
+        keep_heads (`bool`): write the task heads beside the merged encoder.
+    """
+
+    method: Method = "tsv"
+    orthogonalizer: Orthogonalizer = "procrustes"
+    alpha: float = None  # type: ignore[assignment]  # a number once it is made
+    rank: int | None = None
+    rank_fraction: float | None = None
+    exclude: tuple[str, ...] = AVERAGED_BY_DEFAULT
+    qkv: Qkv | None = None
+    dtype: Dtype | None = None
+    max_shard_size: int | str = "5GB"
+    precision: Precision = "fast"
+    out_format: Format | None = None
+    keep_heads: bool = False
+
+    def __post_init__(self) -> None:
+        check_one_of("method", self.method, get_args(Method))
+        check_one_of("orthogonalizer", self.orthogonalizer, get_args(Orthogonalizer))
+        check_one_of("precision", self.precision, get_args(Precision))
+        check_one_of("qkv", self.qkv, (None, *get_args(Qkv)))
+        check_one_of("out_format", self.out_format, (None, *get_args(Format)))
+        check_one_of("dtype", self.dtype, (None, *get_args(Dtype)))
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", DEFAULT_ALPHA.get(self.method, 1.0))
+        check_number("alpha", self.alpha)
+        object.__setattr__(self, "alpha", float(self.alpha))  # of NumPy or a whole number
+        if self.method == "tall-mask" and self.alpha != 1:
+            raise RecipeError("The method tall-mask has no alpha.", "Leave alpha out.")
+        ranked = self.rank is not None or self.rank_fraction is not None
+        if ranked and self.method in ("ties", "consensus", "iso-c", "iso-cts", "tall-mask"):
+            raise RecipeError(
+                f"The method {self.method} keeps no ranks to choose.",
+                "Leave rank and rank_fraction out.",
+            )
+        if self.rank is not None and self.rank_fraction is not None:
+            raise RecipeError("rank and rank_fraction exclude each other.", "Give one of them.")
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise RecipeError(f"rank is {shortened(self.rank)}.", "Give a whole number from 1 on.")
+        if self.rank_fraction is not None:
+            check_number("rank_fraction", self.rank_fraction)
+            object.__setattr__(self, "rank_fraction", float(self.rank_fraction))
+            if not 0 < self.rank_fraction <= 1:
+                raise RecipeError(
+                    f"rank_fraction is {self.rank_fraction}.", "Give a number above 0 and up to 1."
+                )
+        if not isinstance(self.exclude, list | tuple) or not all(
+            isinstance(glob, str) for glob in self.exclude
+        ):
+            raise RecipeError("exclude is not a list of globs.", "Write a list of names or globs.")
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        check_shard_size(self.max_shard_size)
+        if type(self.keep_heads) is not bool:
+            raise RecipeError(
+                f"keep_heads is {shortened(self.keep_heads)}.", "Write true or false."
+            )

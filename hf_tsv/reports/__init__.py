@@ -1,0 +1,1 @@
+"""Cards, pictures and pages: what people look at."""

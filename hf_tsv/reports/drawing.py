@@ -1,0 +1,169 @@
+"""The drawing kit: figures, axes, colours and names that every picture shares."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hf_tsv.system.progress import logger
+from hf_tsv.system.text import first_line, one_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+T = TypeVar("T")
+
+MISSING = "There are no pictures without matplotlib: pip install 'hf-tsv[plots]'."
+
+BROKEN = "There are no pictures: matplotlib is installed, but {} failed."
+TEXT = "#7a7a7a"
+"""Text colour half way between white and black, as the background is transparent."""
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c46fa0", "#3d9bd6", TEXT)
+"""Colours after Okabe and Ito: distinct for any colour vision, contrast ≥ 3 on white and black."""
+
+HEAT = "cividis"
+WIDTH = 8.0  # inches, about as wide as a card on a screen
+DPI = 200
+
+HALF = 10
+LONGEST_NAME = 2 * HALF + 1
+NUMBERED = 10
+"""Most tasks of a heat map that shows its numbers."""
+NAMED = len(COLOURS)
+"""Most tasks for which every line of a plot has a colour of its own."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Picture of a report.
+
+    Args:
+        file (`str`): file name.
+        title (`str`): title.
+        alt (`str`): description for readers who cannot see it.
+        png (`bytes`): content of the file.
+    """
+
+    file: str
+    title: str
+    alt: str
+    png: bytes
+
+
+def attempted(draw: Callable[[], T]) -> T | None:
+    """Draw, or warn that there is no picture, so that the computed result is not lost.
+
+    Args:
+        draw (`Callable`): one of the functions below.
+
+    Returns:
+        The result of `draw`, or None.
+    """
+    try:
+        with _plain_style():
+            return draw()
+    except ImportError:
+        logger.warning(MISSING if find_spec("matplotlib") is None else BROKEN.format("it"))
+    except Exception as error:  # fonts, settings and versions of the user's can fail in any way
+        logger.warning(BROKEN.format(f"it ({first_line(error)})"))
+    return None
+
+
+@contextmanager
+def _plain_style() -> Iterator[None]:
+    """Use matplotlib's defaults, whatever the user has set for other plots."""
+    backend = os.environ.pop("MPLBACKEND", None)  # set by notebooks; may not even be installed
+    try:
+        import matplotlib
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            yield
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+
+
+# Appearance
+
+
+def new_figure(height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def png_of(draw: Callable[[Axes, Any], None], report: Any, height: float) -> bytes:
+    figure = new_figure(height)
+    draw(figure.subplots(), report)
+    return to_png(figure)
+
+
+def to_png(figure: Figure) -> bytes:
+    """PNG of the figure with a transparent background, which suits any page."""
+    for axes in figure.axes:
+        axes.xaxis.label.set_color(TEXT)
+        axes.yaxis.label.set_color(TEXT)
+        axes.tick_params(colors=TEXT)
+        axes.spines[:].set_color(TEXT)
+        axes.patch.set_alpha(0)
+    out = io.BytesIO()
+    with warnings.catch_warnings():  # the font lacks some scripts
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(out, dpi=DPI, transparent=True, metadata={"Software": None})
+    return out.getvalue()
+
+
+def frame_axes(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=TEXT, alpha=0.25, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8.5)
+
+
+def percent_text(axes: Axes) -> None:
+    frame_axes(axes)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.xaxis.set_major_formatter("{x:.0%}")
+
+
+def plain_name(name: str) -> str:
+    """Name from an untrusted source, on one line."""
+    return one_line(name)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names without common beginnings and ends, shortened, all distinct."""
+    names = [plain_name(name) for name in names]
+    for turn in (slice(None), slice(None, None, -1)):
+        turned = [name[turn] for name in names]
+        common = re.match(r".*[-_/. ]|", os.path.commonprefix(turned))  # noqa: RUF071
+        shared = len(common[0]) if common and len(names) > 1 else 0
+        names = [(name[shared:] or name)[turn] for name in turned]
+    half = LONGEST_NAME // 2
+    names = [
+        n if len(n) <= LONGEST_NAME else f"{n[:half]}…{n[half + 1 - LONGEST_NAME :]}" for n in names
+    ]
+    return [f"{i + 1}: {n}" if names.count(n) > 1 else n for i, n in enumerate(names)]
+
+
+def number_text(value: float, largest: float | None = None) -> str:
+    """Number with about three digits; with `largest`, as many decimals as that number has."""
+    size = abs(value if largest is None else largest)
+    if value == 0:
+        return "0"
+    if not 1e-3 <= size < 1e5:
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+    if size >= 1e4:
+        return f"{value / 1e3:.1f}k"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"

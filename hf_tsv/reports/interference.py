@@ -1,0 +1,70 @@
+"""The report of `hf_tsv.interference`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+
+@dataclass(frozen=True)
+class InterferenceReport:
+    """Who disturbs whom.
+
+    Args:
+        tasks (`list[dict]`): of every task its name, `ref` and `revision`, `norm` of its update and
+            `relative_norm` to that of the base weights it changed, `effective_rank` (of factors:
+            of the triplets they keep) and `energy` in the triplets used, means over its decomposed
+            weights by squared norm, and its `share` of what all pairs of tasks interfere.
+        base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
+        total (`float`): singular task interference, sum over all decomposed weights.
+        total_after (`float`): the same after orthogonalisation.
+        pairs (`list[list[float]]`): of every two tasks alone, sum over all weights, T × T.
+        weights (`dict[str, dict]`): per decomposed weight `sti`, `sti_after`, `rank`, `pairs`,
+            `shape`, and `ranks`: the triplets used of each task, fewer where its update has no
+            more.
+        blocks (`dict[str, dict]`): `sti` and `sti_after` per block of a tower.
+        kinds (`dict[str, dict]`): the same per kind of layer.
+        spectra (`dict[str, list]`): at every `rank_share` of k, of each task its `singular_values`
+            (root mean square over its weights, 1 at the first) and the `energy` kept up to there.
+        diagnoses (`list[dict]`): what is odd about the inputs: `kind`, `text`, `value`, the
+            `threshold` from which it is said, and `tasks`, by place.
+        warnings (`list[str]`): what the user should know, these included.
+        seconds (`float`): wall time; beside a merge, of its computation.
+        timings (`dict[str, float]`): seconds `reading`, `waiting` for reads and writes,
+            `computing` and `writing`, over all weights.
+        device (`str`): type of device computed on.
+    """
+
+    tasks: list[dict[str, Any]]
+    base_model: dict[str, str | None]
+    total: float
+    total_after: float
+    pairs: list[list[float]]
+    weights: dict[str, dict[str, Any]]
+    blocks: dict[str, dict[str, float]]
+    kinds: dict[str, dict[str, float]]
+    spectra: dict[str, list[Any]]
+    diagnoses: list[dict[str, Any]]
+    warnings: list[str]
+    seconds: float
+    timings: dict[str, float]
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """The content of `interference.json`."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    def extremes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The pairs of tasks that interfere most and least, of those that take part."""
+        taking_part = [i for i, task in enumerate(self.tasks) if task["effective_rank"]]
+        ranked = sorted(
+            combinations(taking_part if len(taking_part) > 1 else range(len(self.tasks)), 2),
+            key=lambda pair: self.pairs[pair[0]][pair[1]],
+        )
+        return ranked[-1], ranked[0]

@@ -1,0 +1,1 @@
+"""The life of a run: how it reads, resumes and delivers."""

@@ -1,0 +1,181 @@
+"""Reading ahead of the computation, within a limit of memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import TypeVar
+
+from torch import Tensor
+
+from hf_tsv.checkpoints.formats.task import Task
+from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.storage.ahead import AheadFiles
+from hf_tsv.linalg import updates
+from hf_tsv.linalg.lapack import NotConvergedError
+from hf_tsv.linalg.products import largest_entry
+from hf_tsv.linalg.updates import Update
+from hf_tsv.system.errors import CheckpointError
+
+T = TypeVar("T")
+
+S = TypeVar("S")
+
+LITTLE = 0.05
+"""Memory of biases and norms, as a share of the largest weight."""
+
+LARGEST_UPDATE = 1e30
+"""Entries beyond it are no update, and sums of their squares would overflow."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall time, in seconds, by activity; reading, computing and writing run in parallel.
+
+    Args:
+        reading (`float`): seconds of reading and subtracting.
+        waiting (`float`): seconds the computation stood still for a read or a write.
+        computing (`float`): seconds of decomposing, orthogonalising, adding up.
+        writing (`float`): seconds of writing into the output files.
+    """
+
+    reading: float = 0.0
+    waiting: float = 0.0
+    computing: float = 0.0
+    writing: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def rounded(self) -> dict[str, float]:
+        """Seconds by activity, rounded to the millisecond."""
+        return {name: round(value, 3) for name, value in asdict(self).items()}
+
+
+@contextmanager
+def named(label: str, tasks: Sequence[object]) -> Iterator[None]:
+    """Say whose weight it is that cannot be decomposed.
+
+    Args:
+        label (`str`): of the weight.
+        tasks (`Sequence`): whose updates of it are decomposed, in order.
+
+    Raises:
+        [`CheckpointError`]: a decomposition failed.
+    """
+    try:
+        yield
+    except NotConvergedError as error:
+        whose = tasks if error.place is None else [tasks[error.place]]
+        raise CheckpointError(
+            f"{', '.join(map(str, whose))}: {label} cannot be decomposed: {error}.",
+            "Leave the checkpoint out or save it again; a merge can also average the weight, with"
+            f" --exclude '{label.replace('{q,k,v}', '?')}'.",
+        ) from None
+
+
+def stop_fetching(items: Iterable[Task]) -> None:
+    """End every wait for the Hub: the run is over."""
+    for item in items:
+        if isinstance(item.pinned.files, AheadFiles):
+            item.pinned.files.close()
+
+
+def expect(item: Task, names: Iterable[str]) -> None:
+    """Begin to fetch what is not on this machine.
+
+    Args:
+        item (`Checkpoint | Factors`): what will be read.
+        names (`Iterable[str]`): canonical names of weights, in the order they will be read.
+    """
+    if isinstance(item.pinned.files, AheadFiles):
+        parts = (info for name in names for info in item.parts(name))
+        item.pinned.files.expect((info.file, info.start, info.nbytes) for info in parts)
+
+
+def read_ahead(
+    pool: ThreadPoolExecutor,
+    load: Callable[[S], T],
+    items: Sequence[S],
+    sizes: Sequence[int],
+    *,
+    ahead: bool = True,
+) -> Iterator[T]:
+    """Load items in order; those that the caller will want next meanwhile.
+
+    As many as the largest item takes, and a little more: between two large weights lie small ones,
+    during whose computation the next large one could not be read.
+
+    Args:
+        pool (`ThreadPoolExecutor`): does the loading.
+        load (`Callable`): of one item.
+        items (`Sequence`): its arguments.
+        sizes (`Sequence[int]`): bytes that each takes.
+        ahead (`bool`): without it each is loaded when it is asked for.
+    """
+    most = max(sizes, default=0) * (1 + LITTLE)
+    pending: deque[tuple[Future[T], int]] = deque()
+    todo = deque(zip(items, sizes, strict=True))
+    taken = 0  # by what is pending
+
+    def submit() -> None:
+        nonlocal taken
+        item, size = todo.popleft()
+        pending.append((pool.submit(load, item), size))
+        taken += size
+
+    while todo or pending:
+        if not pending:
+            submit()
+        future, size = pending.popleft()
+        taken -= size
+        while ahead and todo and taken + todo[0][1] <= most:
+            submit()
+        yield future.result()
+
+
+def update_of(
+    name: str, source: Checkpoint, fine_tuned: Tensor, base: Tensor
+) -> tuple[Tensor, float]:
+    """Δ of one weight, and its largest absolute entry.
+
+    Args:
+        name (`str`): of the weight, for the error.
+        source ([`Checkpoint`]): the fine-tune, for the error.
+        fine_tuned (`Tensor`): W1 as stored.
+        base (`Tensor`): W0 as stored.
+
+    Raises:
+        [`CheckpointError`]: it overflows.
+    """
+    update = updates.difference(fine_tuned, base)
+    return update, refuse_huge(name, source, update)
+
+
+def refuse_huge(name: str, source: Task, update: Update, scale: float | None = None) -> float:
+    """Refuse an update of entries that are none, before it is scaled or after.
+
+    Returns:
+        `float`: its largest absolute entry; of triplets the largest singular value.
+    """
+    if scale is not None and abs(scale) <= 1:  # as it was before
+        return 0.0
+    if isinstance(update, Tensor):
+        largest = largest_entry(update) if update.numel() else 0.0
+    else:
+        largest = float(update.S[0]) if update.rank else 0.0
+    if largest * abs(scale or 1.0) < LARGEST_UPDATE:
+        return largest
+    if scale is not None:
+        raise CheckpointError(
+            f"{source}: the update of {name} times {scale:g}, the weight of the task, is more than"
+            f" {LARGEST_UPDATE:g}.",
+            "Give it a smaller weight.",
+        )
+    raise CheckpointError(
+        f"{source}: {name} differs from the base model by more than {LARGEST_UPDATE:g}.",
+        "The checkpoint is damaged; leave it out or save it again.",
+    )

@@ -1,0 +1,219 @@
+"""Delivery of a result: a complete folder, a Hub repository, or both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+
+from hf_tsv import hub
+from hf_tsv.checkpoints.names import MARKERS, OLD_WEIGHTS
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
+from hf_tsv.system import folders
+from hf_tsv.system.errors import OutputError, RepoError
+from hf_tsv.system.folders import absolute, check_output_folder, disk_errors
+from hf_tsv.system.progress import logger
+
+UNPUSHED = Path(constants.HF_HOME) / "hf-tsv" / "unpushed"
+"""Folder of results that are only to be uploaded, until their upload succeeds."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Destination of a result, as the user asked.
+
+    Args:
+        output (`Path`, *optional*): folder to write.
+        push_to (`str`, *optional*): repository to upload to.
+        force (`bool`): replace an output folder that hf-tsv wrote.
+        private (`bool`, *optional*): make a new repository private.
+        revision (`str`, *optional*): branch to push to.
+        create_pr (`bool`): push as a pull request.
+        commit_message (`str`, *optional*): message of the upload's commit.
+    """
+
+    output: Path | None = None
+    push_to: str | None = None
+    force: bool = False
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+
+    def checked(self, token: str | None, *, dry_run: bool) -> Target:
+        """Refuse now what would fail after the work: a taken folder, a token that cannot write.
+
+        Args:
+            token (`str`, *optional*): default: the one the client is logged in with.
+            dry_run (`bool`): accept a target without a folder or repository.
+
+        Returns:
+            [`Target`]: the same with an absolute folder and a full repository id.
+        """
+        only_pushing = [
+            self.private is not None,
+            self.revision,
+            self.create_pr,
+            self.commit_message,
+        ]
+        if self.push_to is None and any(only_pushing):
+            raise OutputError(
+                "--private, --revision, --create-pr and --commit-message are about an upload.",
+                "Add --push-to REPO_ID; to read a revision of an input write org/name@revision.",
+            )
+        if self.create_pr and self.revision not in (None, "main"):
+            raise OutputError(
+                "A pull request cannot start from a revision.", "Give --create-pr or --revision."
+            )
+        if self.output is None and self.push_to is None and not dry_run:
+            raise OutputError(
+                "There is no place for the result.", "Add -o DIR or --push-to REPO_ID."
+            )
+        target = self
+        if self.output is not None:
+            output = absolute(self.output)
+            try:
+                check_output_folder(output, MARKERS, force=self.force)
+            except OutputError as error:
+                if self.push_to and any((output / name).is_file() for name in MARKERS):
+                    later = self.push_command(output)
+                    error.hint = f"{error.hint} To upload what is there: `{later}`."
+                raise
+            target = replace(target, output=output)
+        if self.push_to is not None:
+            repo_id = hub.writable_repo_id(
+                self.push_to, token=token, private=self.private, create_pr=self.create_pr
+            )
+            target = replace(target, push_to=repo_id)
+        return target
+
+    def refuse_inputs(self, inputs: Sequence[PinnedCheckpoint]) -> None:
+        """Refuse to replace an input: a folder that is or contains it, or its repository.
+
+        Args:
+            inputs (`Sequence[PinnedCheckpoint]`): checkpoints that are read.
+        """
+        for item in inputs:
+            if item.is_local and self.output is not None:
+                output, path = self.output.resolve(), Path(item.ref).expanduser().resolve()
+                links = [p.resolve() for p in path.iterdir()] if path.is_dir() else []
+                if any(output in (p, *p.parents) for p in (path, *links)):
+                    raise OutputError(
+                        f"The output folder {self.output} would replace the input {item.ref}.",
+                        "Choose another one with -o.",
+                    )
+                continue
+            same = not item.is_local and repo_id_of(item.ref) == self.push_to
+            if same and not self.create_pr and self._replaces(item):
+                raise OutputError(
+                    f"Pushing to {self.push_to} would replace the input {item}.",
+                    "Choose another repository, a branch with --revision, or --create-pr.",
+                )
+
+    def _replaces(self, item: PinnedCheckpoint) -> bool:
+        """Tell whether an input was, or may have been, read from the branch that is pushed to."""
+        branch, asked = self.revision or "main", item.asked_revision or "main"
+        return branch == asked or (asked == item.revision and branch == "main")
+
+    def push_command(self, folder: Path) -> str:
+        """Command that uploads a finished folder to this target."""
+        words = ["hf-tsv", "push", str(folder), str(self.push_to)]
+        if self.private is not None:
+            words.append("--private" if self.private else "--no-private")
+        words += ["--revision", self.revision] if self.revision else []
+        words += ["--create-pr"] if self.create_pr else []
+        words += ["--commit-message", self.commit_message] if self.commit_message else []
+        return shlex.join(words)
+
+
+def final_folder(target: Target, job: Mapping[str, Any]) -> Path:
+    """Folder in which to assemble the result: the output, or one that the same job finds again.
+
+    Args:
+        target ([`Target`]): destination of the result.
+        job (`Mapping[str, Any]`): everything that determines the result.
+    """
+    if target.output is not None:
+        return target.output
+    text = json.dumps([target.push_to, job], sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    name = (target.push_to or "merge").rsplit("/", 1)[-1]
+    return UNPUSHED / key / name
+
+
+@contextmanager
+def waiting(folder: Path) -> Iterator[None]:
+    """Lock a folder that only waits for its upload, and remove it when the body succeeds.
+
+    Other folders stay as they are.
+
+    Args:
+        folder (`Path`): folder from [`final_folder`].
+
+    Raises:
+        [`OutputError`]: another process is writing or uploading it.
+    """
+    if folder.parent.parent != UNPUSHED:
+        yield
+        return
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.parent / "lock"
+        with folders.locked(lock, folder):
+            try:
+                yield
+            except BaseException:
+                if list(folder.parent.iterdir()) == [lock]:
+                    shutil.rmtree(folder.parent, ignore_errors=True)
+                raise
+            shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def push(folder: Path, target: Target, token: str | None) -> str | None:
+    """Upload a finished folder, if the target is a repository.
+
+    Returns:
+        `str` or `None`: address of the commit or pull request.
+
+    Raises:
+        [`RepoError`]: with the command that uploads the folder later.
+    """
+    if target.push_to is None:
+        return None
+    later = f"The result is complete in {folder}; upload it with `{target.push_command(folder)}`."
+    try:
+        return upload(folder, target, token)
+    except RepoError as error:
+        error.hint = f"{later} {error.hint or ''}".rstrip()
+        raise
+    except BaseException:
+        logger.warning(later)
+        raise
+
+
+def upload(folder: Path, target: Target, token: str | None) -> str:
+    """Upload a folder to the repository of a target.
+
+    Returns:
+        `str`: address of the commit or pull request.
+    """
+    logger.info("Uploading to %s.", target.push_to)
+    return hub.push(
+        folder,
+        str(target.push_to),
+        markers=MARKERS,
+        replaced=OLD_WEIGHTS,
+        token=token,
+        private=target.private,
+        revision=target.revision,
+        create_pr=target.create_pr,
+        commit_message=target.commit_message,
+    )

@@ -1,0 +1,28 @@
+"""The device a run computes on."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_tsv.system import processes
+from hf_tsv.system.errors import RecipeError
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device accelerate chooses (cuda, xpu, mps, else cpu), or the one asked for.
+
+    Raises:
+        [`RecipeError`]: it does not exist here.
+    """
+    if name is None and not torch.accelerator.is_available():
+        return torch.device("cpu")  # a second before accelerate is loaded
+    if name is None or (name == "cuda" and processes.launched() > 1):
+        from accelerate import PartialState
+
+        return torch.device(PartialState().device)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise RecipeError(f"There is no device {name!r} here.", "Leave --device out.") from None
+    return device

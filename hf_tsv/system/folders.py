@@ -1,0 +1,278 @@
+"""Output folders: checked before the work, and afterwards complete or absent."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from hf_tsv.system.errors import OutputError
+from hf_tsv.system.text import first_line, human_bytes
+
+UNDER_CONSTRUCTION = re.compile(r"\..+\.hf-tsv(-[0-9a-f]{8}(-old)?)?")
+"""Pattern of the names of temporary folders in which a result is assembled."""
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn failures of the file system into an [`OutputError`] that names `folder`."""
+    try:
+        yield
+    except OSError as error:
+        hint = "Choose another folder with -o."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            hint = "Free some space or choose another disk with -o."
+        why = error.strerror or first_line(error)
+        raise OutputError(f"Cannot write to {folder}: {why}.", hint) from None
+
+
+def absolute(output: Path) -> Path:
+    """Make a path absolute.
+
+    Args:
+        output (`Path`): path as the user gave it; may begin with `~`.
+
+    Raises:
+        [`OutputError`]: the user after `~` is unknown.
+    """
+    try:
+        return output.expanduser().absolute()
+    except RuntimeError as error:
+        raise OutputError(f"{output}: {error}", "Write the path out.") from None
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Refuse early when a disk has less than `needed` bytes left.
+
+    Args:
+        folder (`Path`): output folder; need not exist yet.
+        needed (`int`): bytes.
+    """
+    with disk_errors(folder):
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"No space for {folder}: {human_bytes(needed)} are needed and {human_bytes(free)} are"
+            " free.",
+            "Free some space or choose another disk with -o.",
+        )
+
+
+def check_output_folder(folder: Path, markers: Sequence[str], *, force: bool) -> None:
+    """Refuse an output folder that would overwrite something.
+
+    Args:
+        folder (`Path`): output folder; may be absent or empty.
+        markers (`Sequence[str]`): file names, one of which is in every folder that hf-tsv wrote;
+            only such a folder is replaced.
+        force (`bool`): the user asked to replace it.
+    """
+    with disk_errors(folder):
+        _check_output_folder(folder, markers, force=force)
+
+
+def _check_output_folder(folder: Path, markers: Sequence[str], *, force: bool) -> None:
+    if UNDER_CONSTRUCTION.fullmatch(folder.name):
+        raise OutputError(
+            f"{folder} is named like what a run works in.", "Choose another name with -o."
+        )
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise OutputError(f"{folder} exists and is not a folder.", "Choose another one with -o.")
+    current = folder.exists() and folder.samefile(Path.cwd())
+    if current or os.path.ismount(folder):
+        what = "the current folder" if current else "a mount point"
+        raise OutputError(
+            f"{folder} is {what} and cannot be replaced by the result.",
+            "Name a new folder inside it with -o.",
+        )
+    parent = next(path for path in folder.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"Cannot write to {folder}: {parent} takes no new folder.",
+            "Choose another folder with -o.",
+        )
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not force:
+        raise OutputError(
+            f"The output folder {folder} exists.", "Choose another one with -o, or add --force."
+        )
+    if not any((folder / marker).is_file() for marker in markers):
+        raise OutputError(
+            f"{folder} was not written by hf-tsv (it has no {' or '.join(markers)}), so --force"
+            " does not replace it.",
+            "Remove it yourself or choose another one with -o.",
+        )
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Make a temporary sibling folder that becomes `target`, or is removed when the body fails.
+
+    Args:
+        target (`Path`): final place; an existing folder there is replaced.
+
+    Yields:
+        `Path`: the folder to write into.
+    """
+    staging = target.parent / f".{target.name}.hf-tsv-{secrets.token_hex(4)}"
+    with disk_errors(target):
+        before, made = identity(target), make_parents(target)
+        staging.mkdir()
+        try:
+            yield staging
+            replace_folder(target, staging, before)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            remove_empty(made)
+            raise
+
+
+def make_parents(folder: Path) -> list[Path]:
+    """Make the parent folders of a folder, and return the new ones, innermost first."""
+    made = [path for path in folder.parents if not path.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, unless something was put into them."""
+    for path in folders:
+        with suppress(OSError):
+            path.rmdir()
+
+
+def identity(folder: Path) -> object:
+    """Value that changes when a folder appears, is replaced, or gains or loses an entry."""
+    try:
+        stat = folder.lstat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns
+
+
+def replace_folder(target: Path, new: Path, before: object) -> None:
+    """Put a finished folder in its place; until then the old folder, if any, stays there.
+
+    Args:
+        target (`Path`): the place; a folder there is removed.
+        new (`Path`): the finished folder, on the same file system.
+        before (`object`): [`identity`] of the target when the work began.
+
+    Raises:
+        [`OutputError`]: the target has changed since then.
+    """
+    if identity(target) != before:
+        raise OutputError(
+            f"{target} was changed by something else in the meantime.",
+            "Move it away and give the same command again, or choose another folder with -o.",
+        )
+    _flush(new)
+    if not target.exists():
+        new.rename(target)
+        _flush_folder(target.parent)
+        return
+    old = new
+    if not _exchange(new, target):
+        old = new.with_name(new.name + "-old")
+        target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+    _flush_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Flush everything in a folder to the disk before the folder gets its final name."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            _flush_folder(path)
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush a folder's entries, where the system can open and flush folders."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step; return False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:  # not Linux
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if not rename(here, os.fsencode(first), here, os.fsencode(second), exchange):
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):  # not this kernel or file system
+        return False
+    raise OSError(error, os.strerror(error))
+
+
+def local_kind(text: str) -> str | None:
+    """Kind of path that a text is here: "folder", "file", or None if it cannot be read."""
+    try:
+        path = Path(text).expanduser()
+        return "folder" if text and path.is_dir() else "file" if path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # too long, no permission, an unknown ~user
+        return None
+
+
+@contextmanager
+def _unless_unknown() -> Iterator[None]:
+    """Ignore the error of network file systems that have no locks."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+
+
+@contextmanager
+def locked(path: Path, target: Path) -> Iterator[IO[str]]:
+    """Open a file and lock it for this process, where the system has locks.
+
+    Args:
+        path (`Path`): path of the file, which is made if absent; read it, or append.
+        target (`Path`): output named in the error.
+
+    Raises:
+        [`OutputError`]: another process holds the lock.
+    """
+    with path.open("a+", encoding="utf-8", errors="replace") as file:
+        try:
+            import fcntl
+
+            with _unless_unknown():
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                raise BlockingIOError  # the holder has finished and removed it just now
+        except ImportError:
+            pass  # Windows
+        except BlockingIOError:
+            raise OutputError(
+                f"Another process is writing {target}.", "Wait for it, or choose another output."
+            ) from None
+        file.seek(0)
+        yield file

@@ -1,0 +1,216 @@
+"""Processes that share one run: started by torchrun or accelerate, on one or more machines.
+
+The first process leads: it resolves inputs, makes decisions, writes descriptions and uploads. All
+processes compute weights and write them into the same files. They exchange a few messages over
+gloo, also on GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from hf_tsv.system.errors import HfTsvError, LostProcessError, RecipeError
+
+PATIENCE = timedelta(days=1)
+"""Longest time processes wait for one another, such as for downloads of the first one; a dead
+process is noticed at once."""
+
+LOST = "A process of this run is gone."
+AGAIN = "Run the same command again; it goes on with what is finished."
+
+
+def launched() -> int:
+    """Number of processes that a launcher started, or 1 without a launcher."""
+    text = os.environ.get("WORLD_SIZE", "")
+    return int(text) if text.isdecimal() else 1
+
+
+def is_leader() -> bool:
+    """Tell whether this process is the first one, which alone prints."""
+    return launched() < 2 or os.environ.get("RANK", "0") == "0"
+
+
+@dataclass
+class Processes:
+    """The processes of this run.
+
+    Args:
+        rank (`int`): rank of this process.
+        count (`int`): number of processes.
+        connection (`Any`): process group for messages.
+        listening (`bool`): whether the others wait for a message of the first process.
+    """
+
+    rank: int = 0
+    count: int = 1
+    connection: Any = None
+    listening: bool = True
+
+    def send(self, message: Any) -> None:
+        """Send a message to all others; only the first process calls this."""
+        if self.count > 1:
+            import torch.distributed as dist
+
+            self.listening = False
+            with _noticing():
+                dist.broadcast_object_list([message], group=self.connection)
+
+    def receive(self) -> Any:
+        """Receive the next message of the first process.
+
+        Raises:
+            [`LostProcessError`]: the first process failed, and has printed why.
+        """
+        import torch.distributed as dist
+
+        box: list[Any] = [None]
+        with _noticing():
+            dist.broadcast_object_list(box, group=self.connection)
+        if isinstance(box[0], _Failure):
+            raise LostProcessError("The first process failed.", "See its message.")
+        return box[0]
+
+    def shared(self, value: Any) -> Any:
+        """Return the first process's value in all processes.
+
+        Args:
+            value: value to share; ignored in all processes but the first.
+        """
+        if self.rank:
+            return self.receive()
+        self.send(value)
+        return value
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Values of all processes, by rank; every process waits for all others.
+
+        Args:
+            value: value of this process.
+        """
+        if self.count == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.count
+        with _noticing():
+            dist.all_gather_object(values, value, group=self.connection)
+        return values
+
+    def agree(self, error: HfTsvError | None = None) -> None:
+        """Wait for all processes, and raise in each of them the error that one has met.
+
+        Args:
+            error ([`HfTsvError`], *optional*): the error this process has met.
+        """
+        met = self.gathered(error and (type(error), error.message, error.hint))
+        # a cause comes before the LostProcessErrors that follow from it
+        failures = sorted(filter(None, met), key=lambda failure: failure[0] is LostProcessError)
+        for kind, message, hint in failures:
+            raise kind(message, hint)
+        self.listening = True
+
+    def dismiss(self, message: Any) -> None:
+        """Send the last message; a process that has already left is no error, the work is done."""
+        with suppress(LostProcessError):
+            self.send(message)
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Tell the others when the first process fails while they wait for it."""
+        try:
+            yield
+        except BaseException:
+            if self.listening:
+                with suppress(LostProcessError):
+                    self.send(_Failure())
+            raise
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Message that stands for a failure of the first process."""
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Connect the processes that a launcher started; without a launcher there is only this one.
+
+    Every process has to call this.
+
+    Raises:
+        [`RecipeError`]: they cannot connect.
+    """
+    if launched() < 2:
+        yield Processes()
+        return
+    import torch.distributed as dist
+
+    own = not dist.is_initialized()
+    connection = None
+    try:
+        if own:
+            dist.init_process_group("gloo", timeout=PATIENCE)
+        else:  # the caller's group may be NCCL, which gives up after ten minutes
+            connection = dist.new_group(backend="gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(
+            f"The {launched()} processes of WORLD_SIZE do not meet: {str(error).splitlines()[0]}",
+            "Start them with torchrun or accelerate launch, or unset WORLD_SIZE.",
+        ) from None
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), connection)
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def alone(command: str) -> None:
+    """Refuse a launcher for a command that one process does alone.
+
+    Raises:
+        [`RecipeError`]: a launcher started more than one process.
+    """
+    if launched() > 1:
+        raise RecipeError(
+            f"`hf-tsv {command}` runs in one process.", "Run it without torchrun or accelerate."
+        )
+
+
+def shares(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Split work into shares whose largest is nearly as small as possible.
+
+    The costliest piece goes to the share with the least so far (Graham, 1969); each share keeps
+    the order of its pieces.
+
+    Args:
+        costs (`Sequence[float]`): cost of each piece.
+        count (`int`): number of shares.
+
+    Returns:
+        `list[list[int]]`: indices of the pieces of each share.
+
+    Example:
+        >>> shares([3.0, 1.0, 2.0, 2.0], 2)
+        [[0, 1], [2, 3]]
+    """
+    found: list[list[int]] = [[] for _ in range(count)]
+    loads = [0.0] * count
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        found[least].append(index)
+        loads[least] += costs[index]
+    return [sorted(share) for share in found]
+
+
+@contextmanager
+def _noticing() -> Iterator[None]:
+    """Turn a broken connection into a [`LostProcessError`]."""
+    try:
+        yield
+    except RuntimeError:
+        raise LostProcessError(LOST, AGAIN) from None

@@ -1,0 +1,71 @@
+"""Progress bars on stderr, the logger of status lines and warnings, and readable text."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from hf_tsv.system.text import one_line
+
+logger = logging.getLogger("hf_tsv")
+
+
+def visible_by_default() -> bool:
+    """Tell whether bars are shown by default: on a terminal, unless the Hub client's are off."""
+    disabled = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {
+        "1",
+        "ON",
+        "YES",
+        "TRUE",
+    }
+    return sys.stderr.isatty() and not disabled
+
+
+@contextmanager
+def bar(
+    description: str, total: int, *, in_bytes: bool = False, visible: bool = True
+) -> Iterator[Callable[..., None]]:
+    """Show one bar while the body runs.
+
+    Args:
+        description (`str`): current activity.
+        total (`int`): number of steps, or bytes.
+        in_bytes (`bool`): show sizes and speed.
+        visible (`bool`): show the bar at all.
+
+    Yields:
+        `Callable[[int, str], None]`: function to call with the number of steps done, and with a
+            new description if it changes; safe from any thread.
+    """
+    if not visible or total == 0:
+        yield lambda steps, description=None: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    amount = [DownloadColumn(), TransferSpeedColumn()] if in_bytes else [MofNCompleteColumn()]
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        *amount,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+        task = progress.add_task(one_line(description), total=total)
+        yield lambda steps, description=None: progress.update(
+            task, advance=steps, description=description and one_line(description)
+        )

@@ -1,0 +1,76 @@
+"""Text for people: bytes, one line, quoting, redaction."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+
+ADDRESS = re.compile(r"(https?://)(?:[^\s/'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?")
+
+
+def one_of(names: Mapping[str, object] | Sequence[str]) -> str:
+    """List of names as text.
+
+    Example:
+        >>> one_of(["a", "b", "c"])
+        'a, b or c'
+    """
+    return (
+        " or ".join([", ".join(list(names)[:-1]), list(names)[-1]])
+        if len(names) > 1
+        else str(next(iter(names)))
+    )
+
+
+def human_bytes(size: float) -> str:
+    """Size in bytes as readable text, in powers of 1000 like the Hub.
+
+    Example:
+        >>> human_bytes(605_157_884)
+        '605.2 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def printable(text: str) -> str:
+    """Text with its control characters escaped, except line breaks."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    """Text with its control characters escaped and line breaks replaced by spaces."""
+    return printable(text).replace("\n", " ")
+
+
+def redacted(text: str) -> str:
+    """Text without the secrets in its addresses: passwords, and signatures in queries.
+
+    Example:
+        >>> redacted("GET http://me:secret@proxy/a?Signature=abc failed")
+        'GET http://proxy/a failed'
+    """
+    return ADDRESS.sub(r"\1\2", text)
+
+
+def quoted(value: object) -> str:
+    """Untrusted value for an error message: a plain word as it is, the rest cut and quoted."""
+    plain = isinstance(value, str) and len(value) < 100 and re.fullmatch(r"[\w.-]+", value)
+    return str(value) if plain else shortened(value)
+
+
+def shortened(value: object) -> str:
+    """Untrusted value as Python prints it, cut to a short length."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python refuses to print very long integers
+        return "a number of very many digits"
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error of a library, cut short; its type if it has no message."""
+    return next(iter(redacted(str(error)).splitlines()), "")[:200] or type(error).__name__

@@ -1,0 +1,1 @@
+"""The verbs: one file each, the public function and its report."""

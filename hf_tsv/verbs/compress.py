@@ -1,0 +1,307 @@
+"""The verb `compress`: one fine-tuned checkpoint becomes low-rank task factors (TSV-Compress)."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_tsv.checkpoints.formats.description import FactorsConfig, StoredWeight
+from hf_tsv.checkpoints.formats.task import pinned_entry
+from hf_tsv.checkpoints.reference import parse, pin
+from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, open_sources
+from hf_tsv.compression.building import construct, disk_bytes, most_bytes, prepare
+from hf_tsv.compression.candidates import Job, Measured
+from hf_tsv.compression.files import model_class_of
+from hf_tsv.compression.measuring import energy_curves
+from hf_tsv.recipes.compressing import Options, RankRule
+from hf_tsv.recipes.settings import Settings
+from hf_tsv.reports import cards, drawing, pictures
+from hf_tsv.reports.compression import CompressReport
+from hf_tsv.runs import journal
+from hf_tsv.runs.target import Target, final_folder, push, waiting
+from hf_tsv.system import processes
+from hf_tsv.system.checks import budget_bytes
+from hf_tsv.system.device import pick_device
+from hf_tsv.system.folders import check_free_space
+from hf_tsv.system.progress import logger, visible_by_default
+from hf_tsv.verbs.factors import TaskFactors
+
+TASK_COUNTS = (8, 14, 20)
+"""Numbers of tasks that the paper reports."""
+
+
+def compress(
+    checkpoint: str | PathLike[str],
+    *,
+    base_model: str | PathLike[str] | None = None,
+    output: str | Path | None = None,
+    push_to: str | None = None,
+    rank_fraction: float | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    budget: str | int | None = None,
+    factor_dtype: str = "float32",
+    compress_conv: bool = False,
+    max_shard_size: int | str = Settings.max_shard_size,
+    device: str | None = None,
+    force: bool = False,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    stream: bool = False,
+    report: bool = False,
+    progress: bool | None = None,
+) -> TaskFactors:
+    """Compress a fine-tuned CLIP checkpoint into task factors (TSV-Compress, section 4.3).
+
+    Args:
+        checkpoint (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
+        base_model (`str`, *optional*): W0; default: the one the checkpoint's card names.
+        output (`str` or `Path`, *optional*): folder to write; without it the factors live in a
+            temporary folder until they are no longer used.
+        push_to (`str`, *optional*): repository to upload to.
+        rank_fraction (`float`, *optional*): share of k = min(d_out, d_in) kept; default 0.1.
+        rank (`int`, *optional*): triplets kept of every weight instead.
+        energy (`float`, *optional*): share of the squared singular values kept instead.
+        budget (`str` or `int`, *optional*): bytes spent instead: `"10%"`, `"35MB"` or a number.
+        factor_dtype (`str`): `float32`, `bfloat16` or `float16`.
+        compress_conv (`bool`): decompose the patch convolution as well.
+        max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
+        device (`str`, *optional*): default: the one accelerate chooses.
+        force (`bool`): replace an output folder that hf-tsv wrote.
+        private (`bool`, *optional*): make a new repository private.
+        revision (`str`, *optional*): branch to push to.
+        create_pr (`bool`): push as a pull request.
+        commit_message (`str`, *optional*): of the upload.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): where the checkpoint lies in its repository or folder, unless
+            it says so itself: `org/name/subfolder`.
+        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
+        report (`bool`): put table and picture of what is kept into the card.
+        progress (`bool`, *optional*): show bars; default: on a terminal.
+
+    Returns:
+        [`TaskFactors`]: with a [`CompressReport`] as `report`.
+
+    Raises:
+        [`HfTsvError`]: with the reason and what to do; nothing is written or pushed then.
+
+    Example:
+        >>> import hf_tsv
+        >>> factors = hf_tsv.compress("org/clip-a", rank_fraction=0.1)  # doctest: +SKIP
+        >>> factors.report.ratio  # doctest: +SKIP
+        0.13
+    """
+    options = Options(
+        RankRule(rank_fraction, rank, energy, budget),
+        factor_dtype,  # type: ignore[arg-type]
+        compress_conv,
+        max_shard_size=max_shard_size,
+        report=report,
+    )
+    owned = None
+    if output is None:
+        owned = Path(tempfile.mkdtemp(prefix="hf-tsv-"))
+        output = owned / "factors"
+    target = Target(Path(output), push_to, force, private, revision, create_pr, commit_message)
+    try:
+        done = run(
+            fspath(checkpoint),
+            None if base_model is None else fspath(base_model),
+            options,
+            target,
+            device=device,
+            access=Access.of(token, cache_dir, subfolder, stream=stream),
+            progress=progress,
+        )
+    except BaseException:
+        if owned is not None and not Path(output).exists():  # else the upload failed: kept
+            shutil.rmtree(owned, ignore_errors=True)
+        raise
+    if owned is not None:
+        done = replace(done, output=None)
+    factors = TaskFactors.opened(pin(parse(str(Path(output).expanduser().absolute()))), done)
+    if owned is not None:
+        weakref.finalize(factors.pinned.files, shutil.rmtree, owned, ignore_errors=True)
+    return factors
+
+
+def run(
+    checkpoint: str,
+    base_model: str | None,
+    options: Options,
+    target: Target,
+    *,
+    device: str | None = None,
+    access: Access = DEFAULT_ACCESS,
+    dry_run: bool = False,
+    progress: bool | None = None,
+) -> CompressReport:
+    """Compress in any format; see [`compress`].
+
+    Args:
+        checkpoint (`str`): the fine-tune.
+        base_model (`str`, *optional*): W0.
+        options ([`Options`]): how to compress.
+        target ([`Target`]): where the result goes.
+        device (`str`, *optional*): default: the one accelerate chooses.
+        access ([`Access`]): how checkpoints are reached.
+        dry_run (`bool`): plan only; touches neither disk nor Hub.
+        progress (`bool`, *optional*): show bars; default: on a terminal.
+    """
+    started = time.monotonic()
+    processes.alone("compress")
+    show = visible_by_default() if progress is None else progress
+    target = target.checked(access.token, dry_run=dry_run)
+    sources = open_sources([checkpoint], base_model, access)
+    job = prepare(sources, options)
+    target.refuse_inputs([item.pinned for item in sources.all()])
+    download_bytes = sources.download_bytes()
+    report = _report(job, target, download_bytes)
+    if dry_run:
+        return replace(report, seconds=round(time.monotonic() - started, 3), dry_run=True)
+    place = pick_device(device)
+    identity = job.to_json(place)
+    final = final_folder(target, identity)
+    check_free_space(final, disk_bytes(job) - journal.begun_bytes(final))
+    job = replace(job, sources=job.sources.within_reach(visible=show))
+    try:
+        with waiting(final):
+            done = construct(final, identity, job, target, place, show, _describe)
+            url = push(final, target, access.token)
+    finally:
+        job.sources.close()
+    config = done.config
+    report = _measured_report(report, config)
+    if config.factors_bytes >= config.checkpoint_bytes:
+        report.warnings.append(_too_large(report))
+        logger.warning(report.warnings[-1])
+    return replace(
+        report,
+        output_bytes=done.output_bytes,
+        exact_decompositions=done.exact,
+        timings=done.seconds.rounded(),
+        seconds=round(time.monotonic() - started, 3),
+        device=place.type,
+        url=url,
+    )
+
+
+def _describe(
+    folder: Path, job: Job, target: Target, config: FactorsConfig, measured: Sequence[Measured]
+) -> None:
+    """Write the card, and the picture it shows."""
+    kept = _kept(folder, config, measured) if job.options.report else ""
+    if job.options.format == "factors":
+        card = cards.factors_card(config, target.push_to, kept)
+    else:
+        card = cards.adapter_card(
+            config, target.push_to, model_class_of(job), dense=job.options.dense, kept=kept
+        )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _kept(folder: Path, config: FactorsConfig, measured: Sequence[Measured]) -> str:
+    """Draw what is kept, and say it for the card."""
+    ranks = {name: item.rank for name, item in config.weights.items() if item.stored == "factors"}
+    picture = None
+    if ranks:
+        picture = drawing.attempted(lambda: pictures.of_compression(energy_curves(measured), ranks))
+    if picture is not None:
+        (folder / picture.file).write_bytes(picture.png)
+    return cards.kept_section(config, None if picture is None else picture.file)
+
+
+def _report(job: Job, target: Target, download_bytes: int) -> CompressReport:
+    """What is known before any weight is read: the sizes are upper bounds."""
+    options, source = job.options, job.source
+    sizes = [most_bytes(item, options.rule) for item in job.candidates]
+    most = sum(sizes) + (job.head_bytes if options.format == "factors" else 0)
+    if options.rule.budget is not None:
+        most = min(most, budget_bytes(options.rule.budget, job.checkpoint_bytes))
+    total = None if options.rule.energy is not None else most
+    known = options.rule.energy is None and options.rule.budget is None
+    weights = {
+        item.name: {
+            "stored": "factors" if item.limit else "dense" if item.dense_bytes else "none",
+            "shape": list(item.shape),
+            **({"rank": item.limit, "bytes": size} if known else {"most_rank": item.limit}),
+        }
+        for item, size in zip(job.candidates, sizes, strict=True)
+    }
+    largest = max((math.prod(item.shape) for item in job.candidates), default=0)
+    return CompressReport(
+        output=None if target.output is None else str(target.output),
+        base_model=pinned_entry(job.sources.base),
+        source=pinned_entry(source),
+        format=options.format,
+        rank_rule=options.rule.to_dict(),
+        factor_dtype=options.factor_dtype,
+        factors_bytes=total,
+        checkpoint_bytes=job.checkpoint_bytes,
+        ratio=None if total is None else total / job.checkpoint_bytes,
+        base_bytes=job.base_bytes,
+        ratio_for_tasks={}
+        if total is None
+        else tasks_ratio(total, job.base_bytes, job.checkpoint_bytes),
+        update_error=None,
+        weights=weights,
+        left_out=[],
+        output_bytes=None,
+        seconds=0.0,
+        warnings=list(job.warnings),
+        download_bytes=download_bytes,
+        peak_memory_bytes=job.sources.waiting_bytes()
+        + largest * (4 * 4 + torch.get_num_threads() * (4 + 4 * 8)),
+    )
+
+
+def _measured_report(report: CompressReport, config: FactorsConfig) -> CompressReport:
+    def entry(weight: StoredWeight) -> dict[str, Any]:
+        content = weight.to_dict()
+        return {k: content[k] for k in ("stored", "shape", "rank", "energy", "norm", "bytes")}
+
+    return replace(
+        report,
+        factors_bytes=config.factors_bytes,
+        ratio=config.factors_bytes / config.checkpoint_bytes,
+        ratio_for_tasks=tasks_ratio(
+            config.factors_bytes, config.base_bytes, config.checkpoint_bytes
+        ),
+        update_error=config.update_error,
+        weights={name: entry(weight) for name, weight in config.weights.items()},
+        left_out=list(config.left_out),
+    )
+
+
+def _too_large(report: CompressReport) -> str:
+    narrow = " or --factor-dtype bfloat16" if report.factor_dtype == "float32" else ""
+    return (
+        f"The result is {100 * (report.ratio or 0):.0f} % of the checkpoint's size;"
+        f" keep less{narrow} to make it smaller."
+    )
+
+
+def tasks_ratio(factors_bytes: int, base_bytes: int, checkpoint_bytes: int) -> dict[str, float]:
+    """Base and factors of T such tasks, over T checkpoints.
+
+    Example:
+        >>> tasks_ratio(35, 350, 350)["8"]
+        0.225
+    """
+    return {str(T): (base_bytes + T * factors_bytes) / (T * checkpoint_bytes) for T in TASK_COUNTS}

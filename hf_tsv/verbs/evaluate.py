@@ -1,0 +1,218 @@
+"""The verb `evaluate`: accuracy of a model on labelled images, beside each task's own fine-tune."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from hf_tsv.checkpoints.reference import at_revision
+from hf_tsv.evaluation import model_index, suites
+from hf_tsv.evaluation.classifying import Results, Run
+from hf_tsv.evaluation.finished import Finished, finished_tasks
+from hf_tsv.evaluation.job import RESULTS_FILE, Job, checked_job
+from hf_tsv.recipes.images import EvaluationTask
+from hf_tsv.recipes.settings import current_versions
+from hf_tsv.reports import drawing
+from hf_tsv.system import processes
+from hf_tsv.system.errors import DataError, HfTsvError
+from hf_tsv.system.folders import whole_folder
+from hf_tsv.system.progress import logger, visible_by_default
+from hf_tsv.verbs import pictures
+
+
+@dataclass(frozen=True)
+class EvaluateReport:
+    """Accuracy of a model on tasks.
+
+    Args:
+        ref (`str`): the model.
+        revision (`str`, *optional*): commit sha; None for a folder.
+        accuracy (`float`): top-1, 0 to 1, mean over the tasks that could be evaluated.
+        normalised (`float`, *optional*): mean share of the fine-tunes' own accuracy (eq. 9), over
+            the tasks that have one.
+        tasks (`dict[str, dict]`): results by task: `dataset`, `revision` (the commit), `config`,
+            `split`, `images` of its `total`, `classes`, `templates`, `accuracy`, `confusion` (rows:
+            the true class), and where the fine-tune is known `reference` with its `accuracy`, and
+            `normalised`.
+        errors (`dict[str, str]`): error of each task that could not be evaluated; under `README.md`
+            the error if the card could not be written.
+        limit (`int`, *optional*): number of images per task, if not all.
+        suite (`dict`, *optional*): its `name`, `tasks`, and over those that could be evaluated
+            `accuracy` and `normalised`; `published` has the paper's own results, not measured here.
+        device (`str`): type of the device that computed.
+        seconds (`float`): wall time.
+        versions (`dict[str, str]`): versions of hf-tsv and torch.
+    """
+
+    ref: str
+    revision: str | None
+    accuracy: float
+    normalised: float | None
+    tasks: dict[str, dict[str, Any]]
+    errors: dict[str, str]
+    limit: int | None
+    device: str
+    seconds: float
+    card: str | None = None
+    suite: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=current_versions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Object that `--json` prints."""
+        return asdict(self)
+
+
+def evaluate(
+    reference: str | PathLike[str],
+    tasks: Mapping[str, str] | Sequence[str | EvaluationTask] = (),
+    *,
+    suite: str | None = None,
+    references: Mapping[str, str | PathLike[str]] | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
+    card: bool = False,
+    create_pr: bool = False,
+    limit: int | None = None,
+    batch_size: int = 64,
+    templates: Sequence[str] = (),
+    base_model: str | PathLike[str] | None = None,
+    device: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    progress: bool | None = None,
+) -> EvaluateReport:
+    """Classify labelled images zero-shot and measure the accuracy (section 5, eq. 9).
+
+    The text tower embeds prompts with the name of every class; an image is classified as the class
+    whose prompts are nearest. The heads made of prompts are kept in the Hub client's home
+    (`hf-tsv/heads`). An error in one task leaves the results of the others intact. Processes that
+    torchrun or accelerate started share the images. With an output, the same call resumes a stopped
+    one at the next task.
+
+    Args:
+        reference (`str`): the model: `org/name`, `org/name@revision`, `hf://…` or a folder.
+        tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
+            `NAME=DATASET` texts, or [`EvaluationTask`]s. A dataset is a repository on the Hub, a
+            folder of images, or a parquet file.
+        suite (`str`, *optional*): tasks of a paper, with their base model and fine-tunes:
+            `vit-b-32-8`, with b-16 or l-14, and 14 or 20 tasks; `tasks` are evaluated too.
+        references (`Mapping[str, str]`, *optional*): the fine-tune of each task, by whose accuracy
+            the model's is divided; default: those of the suite; {} for none.
+        output (`str` or `Path`, *optional*): folder to write `evaluation.json` to, and with
+            matplotlib the pictures `accuracy.png`, `radar.png` and `confusion-….png`.
+        force (`bool`): replace a folder that holds earlier results.
+        card (`bool`): add the results to the model's card, as `model-index`: to the README.md of a
+            folder, or by a commit to a repository.
+        create_pr (`bool`): add them by a pull request.
+        limit (`int`, *optional*): number of images per task, for a quick look; default: all.
+        batch_size (`int`): images at a time.
+        templates (`Sequence[str]`): prompts of tasks that are given as text.
+        base_model (`str`, *optional*): model whose text tower and processor are used if the model
+            has none; default: that of the suite, else the one named in the model's card.
+        device (`str`, *optional*): default: the one accelerate chooses.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): subfolder of the model, unless its reference has one.
+        progress (`bool`, *optional*): show bars; default: on a terminal.
+
+    Returns:
+        [`EvaluateReport`]: results of the tasks, and the errors of those that failed.
+
+    Raises:
+        [`HfTsvError`]: the model cannot be loaded, or no task can be evaluated.
+
+    Example:
+        >>> import hf_tsv
+        >>> hf_tsv.evaluate("me/merged", {"dtd": "tanganke/dtd"}).accuracy  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    cache = None if cache_dir is None else str(cache_dir)
+    with processes.joined() as group, ExitStack() as stack:
+        job, finished = None, Finished()
+        if not group.rank:
+            stack.enter_context(group.leading())
+            job = checked_job(
+                fspath(reference), tasks, suite, references, templates, base_model, output,
+                limit, batch_size, token, cache, subfolder,
+                force=force, card=card, create_pr=create_pr,
+            )  # fmt: skip
+            finished = stack.enter_context(finished_tasks(job.folder))
+        job = group.shared(job)
+        show = not group.rank and (visible_by_default() if progress is None else progress)
+        run = Run(job, device, token, cache, show, group, finished)
+        model = run.model(at_revision(job.ref, job.revision))
+        where = model.device
+        data, results, errors = run.all_scored(model)
+        del model
+        run.compare(data, results, errors)
+        if not results:
+            first = next(iter(errors.values()))
+            raise DataError(
+                f"No task could be evaluated; the first: {first}", "Correct that, and run it again."
+            )
+        group.agree()
+        if group.rank:
+            done: EvaluateReport = group.receive()
+            return done
+        report = EvaluateReport(
+            ref=job.ref,
+            revision=job.revision,
+            accuracy=_mean(results, "accuracy") or 0.0,
+            normalised=_mean(results, "normalised"),
+            tasks=results,
+            errors=errors,
+            limit=limit,
+            device=where,
+            seconds=round(time.monotonic() - started, 3),
+            suite=None if job.suite is None else _of_suite(job.suite, results),
+        )
+        report = _delivered(report, job, token)
+        group.dismiss(report)
+        return report
+
+
+def _mean(results: Results, what: str) -> float | None:
+    values = [found[what] for found in results.values() if what in found]
+    return sum(values) / len(values) if values else None
+
+
+def _of_suite(suite: suites.Suite, results: Results) -> dict[str, Any]:
+    names = [task.name for task in suite.tasks]
+    own = {name: found for name, found in results.items() if name in names}
+    return {
+        "name": suite.name,
+        "tasks": names,
+        "accuracy": _mean(own, "accuracy"),
+        "normalised": _mean(own, "normalised"),
+        "published": suite.published,
+    }
+
+
+def _delivered(report: EvaluateReport, job: Job, token: str | None) -> EvaluateReport:
+    """Write folder and card, as asked."""
+    if job.folder is not None:
+        _write(report, job.folder)
+    if job.card is None:
+        return report
+    try:
+        return replace(report, card=model_index.write(job.card, report.tasks, token=token))
+    except HfTsvError as error:  # the measured results must not be lost
+        logger.warning("%s", error)
+        return replace(report, errors={**report.errors, model_index.CARD: str(error)})
+
+
+def _write(report: EvaluateReport, folder: Path) -> None:
+    """Write results and pictures into a folder that appears only when complete."""
+    drawn = drawing.attempted(lambda: pictures.of_evaluation(report.tasks)) or []
+    with whole_folder(folder) as staging:
+        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        (staging / RESULTS_FILE).write_text(text, encoding="utf-8")
+        for picture in drawn:
+            (staging / picture.file).write_bytes(picture.png)

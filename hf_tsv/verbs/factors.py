@@ -1,0 +1,145 @@
+"""`hf_tsv.TaskFactors`: the handle on a compressed task that users hold, with what publishes it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hf_tsv.checkpoints.formats.factors import Factors, is_factors, open_factors
+from hf_tsv.checkpoints.names import COMPRESSION, FACTORS_CONFIG
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
+from hf_tsv.checkpoints.storage.files import HubFiles, LocalFiles
+from hf_tsv.hub import Wanted, download
+from hf_tsv.reports import cards
+from hf_tsv.reports.compression import CompressReport
+from hf_tsv.runs.target import Target, upload
+from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.folders import whole_folder
+from hf_tsv.system.progress import visible_by_default
+
+
+@dataclass(frozen=True)
+class TaskFactors(Factors):
+    """A compressed task: a handle on its files, which are read one weight at a time.
+
+    Args:
+        pinned ([`PinnedCheckpoint`]): which commit or folder.
+        config ([`FactorsConfig`]): base, source, and what is stored of each weight.
+        stored (`Mapping[str, TensorInfo]`): where the tensors lie.
+        weight_files (`tuple[str, ...]`): the files they lie in, index included.
+        report ([`CompressReport`], *optional*): of the compression that made them just now.
+
+    Example:
+        >>> factors = TaskFactors.from_pretrained("me/clip-sun397-tsv")  # doctest: +SKIP
+        >>> factors.update("visual_projection.weight").rank  # doctest: +SKIP
+        51
+    """
+
+    report: CompressReport | None = None
+
+    def __str__(self) -> str:
+        return str(self.pinned)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        reference: str | Path,
+        *,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> TaskFactors:
+        """Open factors from the Hub (downloaded into the client's cache) or from a folder.
+
+        Args:
+            reference (`str` or `Path`): `org/name`, `org/name@revision`, `hf://…` or a folder.
+            token (`str`, *optional*): default: the one the Hub client is logged in with.
+            cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+            progress (`bool`, *optional*): show a bar; default: on a terminal.
+
+        Raises:
+            [`HfTsvError`]: unknown repository, no factors, or damaged ones.
+        """
+        cache = None if cache_dir is None else str(cache_dir)
+        pinned = pin(parse(str(reference)), token=token, cache_dir=cache)
+        if not is_factors(pinned):
+            raise CheckpointError(
+                f"{pinned} has no {FACTORS_CONFIG}, so it holds no task factors.",
+                "Make some with `hf-tsv compress`.",
+            )
+        factors = cls.opened(pinned)
+        if not isinstance(pinned.files, HubFiles):
+            return factors
+        names = tuple(map(pinned.files.path, factors.needed_files))
+        wanted = Wanted(pinned.files.repo, pinned.asked_revision, names)
+        show = visible_by_default() if progress is None else progress
+        (folder,) = download([wanted], visible=show)
+        local = LocalFiles(folder / pinned.files.subfolder)
+        return replace(factors, pinned=replace(pinned, files=local))
+
+    @classmethod
+    def opened(cls, pinned: PinnedCheckpoint, report: CompressReport | None = None) -> TaskFactors:
+        """The factors of a commit or folder, with the report of the run that made them."""
+        found = open_factors(pinned)
+        return cls(found.pinned, found.config, found.stored, found.weight_files, report)
+
+    def save_pretrained(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write the files and their card into a folder that appears whole.
+
+        Args:
+            folder (`str` or `Path`): must not exist, or be empty.
+            force (`bool`): replace a folder that hf-tsv wrote.
+        """
+        target = Target(Path(folder), force=force).checked(None, dry_run=False)
+        target.refuse_inputs([self.pinned])
+        assert target.output is not None  # checked above
+        self._copy(target.output, None)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the files and their card as one commit.
+
+        Args:
+            repo_id (`str`): `org/name`; created if needed.
+            private (`bool`, *optional*): make a new repository private.
+            revision (`str`, *optional*): branch to push to.
+            create_pr (`bool`): push as a pull request.
+            commit_message (`str`, *optional*): of the upload.
+            token (`str`, *optional*): default: the one the Hub client is logged in with.
+
+        Returns:
+            `str`: address of the commit or pull request.
+        """
+        target = Target(None, repo_id, False, private, revision, create_pr, commit_message)
+        target = target.checked(token, dry_run=False)
+        for origin in (self.config.source, self.config.base_model):
+            if origin.revision is not None:
+                made_from = replace(self.pinned, ref=origin.ref, revision=origin.revision)
+                target.refuse_inputs([replace(made_from, asked_revision=None)])
+        with tempfile.TemporaryDirectory(prefix="hf-tsv-") as parent:
+            folder = Path(parent) / "factors"
+            self._copy(folder, target.push_to)
+            return upload(folder, target, token)
+
+    def _copy(self, folder: Path, repo_id: str | None) -> None:
+        if not isinstance(self.pinned.files, LocalFiles):
+            raise CheckpointError(f"{self} is not downloaded.", "Use TaskFactors.from_pretrained.")
+        with whole_folder(folder) as staging:
+            for name in self.needed_files:
+                shutil.copyfile(self.pinned.files.root / name, staging / name)
+            files, kept = self.pinned.files, ""
+            if files.size(COMPRESSION) is not None and not files.is_elsewhere(COMPRESSION):
+                shutil.copyfile(files.root / COMPRESSION, staging / COMPRESSION)
+                kept = cards.kept_section(self.config, COMPRESSION)
+            card = cards.factors_card(self.config, repo_id, kept)
+            (staging / "README.md").write_text(card, encoding="utf-8")

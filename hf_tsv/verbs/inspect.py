@@ -1,0 +1,297 @@
+"""The verb `inspect`: content of a reference, from headers and small files alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from hf_tsv.checkpoints import base_model, layout
+from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from hf_tsv.checkpoints.formats.factors import Factors, is_factors, open_factors
+from hf_tsv.checkpoints.formats.heads import tasks_of
+from hf_tsv.checkpoints.formats.masks import Masked, is_masked, open_masked
+from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
+from hf_tsv.checkpoints.names import CONFIG_FILE, RECIPE_FILE
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, card_license, parse, pin
+from hf_tsv.checkpoints.storage.files import read_json
+from hf_tsv.checkpoints.storage.headers import read_header
+from hf_tsv.checkpoints.storage.tensors import DTYPE_NAMES, TensorInfo
+from hf_tsv.hub import WEIGHT_SUFFIXES
+from hf_tsv.merging.plan import treatments
+from hf_tsv.recipes.recipe import Recipe
+from hf_tsv.recipes.settings import Settings
+from hf_tsv.system.errors import CheckpointError, HfTsvError
+
+SAFETENSORS = ".safetensors"
+RECIPE_BYTES = 1_000_000
+OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT = "open_clip_config.json", "visual.conv1.weight"
+
+LONGEST_TEXT = 200
+"""Most characters shown of a value from a configuration."""
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """Content of a checkpoint, a merge, or task factors.
+
+    Args:
+        ref (`str`): repository id or folder.
+        revision (`str`, *optional*): commit sha; None for a folder.
+        kind (`str`): `checkpoint`, `merge`, `mask`, `factors`, `adapter`, or `other`.
+        model_class (`str`, *optional*): class that saved its config.json.
+        model_type (`str`, *optional*): `model_type` of its config.json.
+        layout (`str`, *optional*): naming scheme of its tensors: `transformers`, `open_clip`,
+            `peft`, or `task factors`.
+        base_model (`list[str]`): models it says it was fine-tuned or made from.
+        license (`str`, *optional*): license in its card.
+        files (`dict[str, int]`): bytes of each weight file.
+        parameters (`int`): number of values in all tensors.
+        dtypes (`dict[str, dict[str, int]]`): `tensors` and `bytes` by type.
+        parts (`dict[str, dict[str, int]]`): `tensors`, `parameters` and `bytes` by tower or
+            projection.
+        tensors (`dict[str, dict]`): `shape`, `dtype` and `bytes`; for checkpoints the treatment by
+            `merge` and its `reason`; for factors how it is `stored`, `rank`, `numerical_rank` and
+            `energy`.
+        recipe (`dict`, *optional*): inputs and settings of a merge.
+        factors (`dict`, *optional*): origin, rule, type, bytes and error of task factors.
+        heads (`list[str]`): tasks whose heads lie beside a merge.
+        unknown (`list[str]`): facts that headers cannot tell.
+    """
+
+    ref: str
+    revision: str | None
+    kind: str
+    model_class: str | None = None
+    model_type: str | None = None
+    layout: str | None = None
+    base_model: list[str] = field(default_factory=list)
+    license: str | None = None
+    files: dict[str, int] = field(default_factory=dict)
+    parameters: int = 0
+    dtypes: dict[str, dict[str, int]] = field(default_factory=dict)
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
+    factors: dict[str, Any] | None = None
+    heads: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Object that `--json` prints."""
+        return asdict(self)
+
+
+def inspect(
+    reference: str | PathLike[str],
+    *,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+) -> InspectReport:
+    """Describe the content of a reference from headers and small files, without its weights.
+
+    Args:
+        reference (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): folder in the repository; same as `org/name/subfolder`.
+
+    Returns:
+        [`InspectReport`]: known facts, and a list of unknown ones.
+
+    Raises:
+        [`HfTsvError`]: there is no such repository or folder.
+
+    Example:
+        >>> import hf_tsv
+        >>> hf_tsv.inspect("org/clip-a").dtypes  # doctest: +SKIP
+    """
+    cache = None if cache_dir is None else str(cache_dir)
+    pinned = pin(parse(fspath(reference), subfolder), token=token, cache_dir=cache)
+    files = pinned.files
+    with closing(files):
+        if is_factors(pinned) and files.size(ADAPTER_CONFIG) is None:
+            return _of_factors(pinned, open_factors(pinned))
+        try:
+            opened = open_masked(pinned) if is_masked(pinned) else open_checkpoint(pinned)
+        except CheckpointError as error:
+            return _of_other(pinned, error)
+        return _of_checkpoint(pinned, opened)
+
+
+def _of_checkpoint(pinned: PinnedCheckpoint, opened: Checkpoint) -> InspectReport:
+    tensors: dict[str, dict[str, Any]] = {}
+    for weight in treatments(opened, Settings()):
+        info = opened.tensors[weight.names[0]]
+        tensors[weight.label] = {**_described(info), "merge": weight.treatment}
+        if weight.reason:
+            tensors[weight.label]["reason"] = weight.reason
+    for name, info in opened.head.items():
+        tensors[name] = {**_described(info), "merge": "left out", "reason": "a task head"}
+    recipe, unknown = _recipe(pinned)
+    origin = _origin(pinned)
+    if isinstance(opened, Masked):
+        origin["base_model"] = [opened.base_ref]
+    clip = layout.is_clip(opened.config)
+    if not clip:
+        unknown.append(f"Not CLIP but {opened.config['model_type']!r}: generic layout.")
+    return InspectReport(
+        **origin,
+        kind="mask" if isinstance(opened, Masked) else "merge" if recipe else "checkpoint",
+        model_class=layout.saved_class(opened.config) if clip else _architecture(opened.config),
+        model_type=_text(opened.config.get("model_type")),
+        layout=opened.format,
+        **_sizes(pinned, {**opened.tensors, **opened.head}),
+        tensors=tensors,
+        recipe=recipe,
+        heads=tasks_of(opened),
+        unknown=unknown,
+    )
+
+
+def _of_factors(pinned: PinnedCheckpoint, opened: Factors) -> InspectReport:
+    config = opened.config
+    kept = sum(weight.bytes for weight in config.weights.values())
+    tensors = {
+        name: {
+            "shape": list(weight.shape),
+            "dtype": DTYPE_NAMES[weight.dtype],
+            "bytes": weight.bytes,
+            "stored": weight.stored,
+            "rank": weight.rank,
+            "numerical_rank": weight.numerical_rank,
+            "energy": weight.energy,
+        }
+        for name, weight in config.weights.items()
+    }
+    infos = {
+        name: TensorInfo("", w.dtype, w.shape, 0, w.bytes) for name, w in config.weights.items()
+    }
+    return InspectReport(
+        **{**_origin(pinned), "base_model": [config.base_model.ref]},
+        kind="factors",
+        model_class=layout.saved_class(config.model_config),
+        model_type=_text(config.model_config.get("model_type")),
+        layout="task factors",
+        **_sizes(pinned, infos),
+        tensors=tensors,
+        factors={
+            "source": {"ref": config.source.ref, "revision": config.source.revision},
+            "base_model": {"ref": config.base_model.ref, "revision": config.base_model.revision},
+            "rank_rule": dict(config.rank_rule),
+            "factor_dtype": DTYPE_NAMES[config.factor_dtype],
+            "bytes": kept,
+            "checkpoint_bytes": config.checkpoint_bytes,
+            "ratio": kept / config.checkpoint_bytes if config.checkpoint_bytes else 0.0,
+            "update_error": config.update_error,
+            "task_head": list(config.task_head),
+        },
+    )
+
+
+def _of_other(pinned: PinnedCheckpoint, error: CheckpointError) -> InspectReport:
+    """Report on anything hf-tsv cannot open, from safetensors headers; pickles stay unknown."""
+    adapter = pinned.files.size(ADAPTER_CONFIG) is not None
+    unknown = ["What it changes depends on its base model."] if adapter else [error.message]
+    infos: dict[str, TensorInfo] = {}
+    config: dict[str, Any] = {}
+    if pinned.files.size(CONFIG_FILE) is not None:
+        try:
+            config = read_json(pinned.files, CONFIG_FILE, str(pinned))
+        except CheckpointError as broken:
+            unknown.append(broken.message)
+    for name in _weight_files(pinned):
+        if not name.endswith(SAFETENSORS):
+            unknown.append(
+                f"{name} is a pickle: only loading it would tell what it holds, and it is not"
+                " loaded here."
+            )
+            continue
+        try:
+            for key, info in read_header(pinned.files, name, str(pinned)).items():
+                infos[f"{key} in {name}" if key in infos else key] = info
+        except CheckpointError as broken:
+            unknown.append(broken.message)
+    open_clip = pinned.files.size(OPEN_CLIP_CONFIG) is not None or OPEN_CLIP_WEIGHT in infos
+    return InspectReport(
+        **_origin(pinned),
+        kind="adapter" if adapter else "other",
+        model_type=_text(config.get("model_type")),
+        layout="peft" if adapter else "open_clip" if open_clip else None,
+        **_sizes(pinned, infos),
+        tensors={name: _described(info) for name, info in sorted(infos.items())},
+        unknown=list(dict.fromkeys(unknown)),
+    )
+
+
+def _origin(pinned: PinnedCheckpoint) -> dict[str, Any]:
+    return {
+        "ref": pinned.ref,
+        "revision": pinned.revision,
+        "base_model": base_model.named_by(pinned),
+        "license": card_license(pinned.card),
+    }
+
+
+def _weight_files(pinned: PinnedCheckpoint) -> Sequence[str]:
+    return [name for name in pinned.files.names() if name.endswith(WEIGHT_SUFFIXES)]
+
+
+def _sizes(pinned: PinnedCheckpoint, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """Sizes by file, type and part, and the number of parameters."""
+    dtypes: dict[str, dict[str, int]] = {}
+    parts: dict[str, dict[str, int]] = {}
+    for name, info in infos.items():
+        values = math.prod(info.shape)
+        by_type = dtypes.setdefault(DTYPE_NAMES[info.dtype], {"tensors": 0, "bytes": 0})
+        by_part = parts.setdefault(
+            name.partition(".")[0], {"tensors": 0, "parameters": 0, "bytes": 0}
+        )
+        for counts in (by_type, by_part):
+            counts["tensors"] += 1
+            counts["bytes"] += info.nbytes
+        by_part["parameters"] += values
+    return {
+        "files": {name: pinned.files.size(name) or 0 for name in _weight_files(pinned)},
+        "parameters": sum(part["parameters"] for part in parts.values()),
+        "dtypes": dtypes,
+        "parts": parts,
+    }
+
+
+def _described(info: TensorInfo) -> dict[str, Any]:
+    return {
+        "shape": list(info.shape),
+        "dtype": DTYPE_NAMES[info.dtype],
+        "bytes": info.nbytes,
+    }
+
+
+def _recipe(pinned: PinnedCheckpoint) -> tuple[dict[str, Any] | None, list[str]]:
+    """Recipe beside the weights, or None and the problem with it."""
+    size = pinned.files.size(RECIPE_FILE)
+    if size is None:
+        return None, []
+    if size > RECIPE_BYTES:
+        return None, [f"{RECIPE_FILE} has {size} bytes and is not read."]
+    try:
+        text = pinned.files.read(RECIPE_FILE).decode()
+        return asdict(Recipe.from_yaml(text, RECIPE_FILE)), []
+    except UnicodeDecodeError:
+        return None, [f"{RECIPE_FILE} is not UTF-8."]
+    except HfTsvError as error:
+        return None, [error.message]
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    named = config.get("architectures")
+    return _text(named[0]) if isinstance(named, list) and named else None
+
+
+def _text(value: object) -> str | None:
+    return value[:LONGEST_TEXT] if isinstance(value, str) else None

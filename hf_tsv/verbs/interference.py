@@ -1,0 +1,287 @@
+"""The verb `interference`: who disturbs whom, in which layer, before anything is merged."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints.formats.task import distinct_names, pinned_entry
+from hf_tsv.checkpoints.layout import block_and_kind
+from hf_tsv.checkpoints.names import REPORT_FILE, REPORT_PAGE
+from hf_tsv.checkpoints.sources import Access
+from hf_tsv.merging import diagnosis
+from hf_tsv.merging.findings import Finding, Findings
+from hf_tsv.merging.pipeline import merge_weights
+from hf_tsv.merging.work import Job, prepare, refuse_unchanged, warned
+from hf_tsv.methods.interference import RANK_SHARES
+from hf_tsv.recipes.settings import Settings
+from hf_tsv.reports import drawing
+from hf_tsv.reports.interference import InterferenceReport
+from hf_tsv.reports.page import interference_page
+from hf_tsv.reports.pictures import of_interference
+from hf_tsv.runs.target import Target
+from hf_tsv.system import processes
+from hf_tsv.system.checks import memory_size
+from hf_tsv.system.device import pick_device
+from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.folders import absolute, check_output_folder, whole_folder
+from hf_tsv.system.progress import bar, logger, visible_by_default
+
+
+def interference(
+    checkpoints: Sequence[str | PathLike[str]],
+    *,
+    base_model: str | PathLike[str] | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
+    rank: int | None = None,
+    rank_fraction: float | None = None,
+    exclude: str | Sequence[str] = Settings.exclude,
+    qkv: str | None = Settings.qkv,
+    device: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    stream: bool = False,
+    max_memory: int | str | None = None,
+    progress: bool | None = None,
+) -> InterferenceReport:
+    """Measure who disturbs whom in a merge, layer by layer (section 3.2).
+
+    Args:
+        checkpoints (`Sequence[str]`): `org/name`, `org/name@revision`, `hf://…` or folders, of
+            whole checkpoints or of task factors.
+        base_model (`str`, *optional*): W0; default: the one the checkpoints' cards agree on.
+        output (`str` or `Path`, *optional*): folder to write the report to: `interference.json`,
+            pictures, and all of it in one page, `interference.html`.
+        force (`bool`): replace a folder that holds an earlier report.
+        rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
+        rank_fraction (`float`, *optional*): the same as a share of k.
+        exclude (`Sequence[str]`): globs of weights that a merge would average.
+        qkv (`str`, *optional*): `split` or `fused` attention projections; default: as the base
+            stores them.
+        device (`str`, *optional*): default: the one accelerate chooses.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): where the checkpoints lie in their repositories or folders,
+            unless they say it themselves: `org/name/subfolder`.
+        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
+        max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
+            on at a time then.
+        progress (`bool`, *optional*): show bars; default: on a terminal.
+
+    Returns:
+        [`InterferenceReport`]: all of it.
+
+    Raises:
+        [`HfTsvError`]: with the reason and what to do.
+
+    Example:
+        >>> import hf_tsv
+        >>> hf_tsv.interference(["org/clip-a", "org/clip-b"]).total  # doctest: +SKIP
+    """
+    if processes.launched() > 1:
+        raise RecipeError(
+            "The interference is measured by one process.", "Run it without torchrun."
+        )
+    started = time.monotonic()
+    show = visible_by_default() if progress is None else progress
+    globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    settings = Settings(rank=rank, rank_fraction=rank_fraction, exclude=globs, qkv=qkv)  # type: ignore[arg-type]
+    references = [fspath(reference) for reference in checkpoints]
+    if len(references) < 2:
+        raise RecipeError(
+            "One task alone disturbs nobody.", "Name at least two fine-tunes of one base model."
+        )
+    folder = None if output is None else absolute(Path(output))
+    if folder is not None:
+        check_output_folder(folder, [REPORT_PAGE], force=force)
+    base_ref = None if base_model is None else fspath(base_model)
+    access = Access.of(token, cache_dir, subfolder, stream=stream)
+    job = prepare(references, base_ref, None, settings, access, writes=False)
+    refuse_nothing_decomposed(job)
+    Target(folder).refuse_inputs([item.pinned for item in job.sources.all()])
+    job = replace(job, measure=True).within(memory_size(max_memory))
+    where = pick_device(device)
+    job = replace(job, sources=job.sources.within_reach(visible=show))
+    weights = job.plan.weights
+    logger.info(
+        "Measuring %d weights of %d tasks on %s.", len(weights), len(references), where.type
+    )
+    noted: list[Finding] = []
+    try:
+        refuse_unchanged(job)
+        with bar("Measuring", len(weights), visible=show) as advance:
+
+            def done(finding: Finding) -> None:
+                noted.append(finding)
+                advance(1)
+
+            merge_weights(
+                weights, job.plan, job.sources.base, job.sources.inputs, job.scales, job.settings,
+                None, device=where, done=done, parallelism=job.parallelism,
+                measure=job.measure,
+            )  # fmt: skip
+    finally:
+        job.sources.close()
+    findings = Findings(len(references), noted)
+    warnings = [*job.warnings, *warned(job, findings)]
+    report = summary(job, findings, warnings, where, time.monotonic() - started)
+    if folder is not None:
+        with whole_folder(folder) as staging:
+            write_report(staging, report)
+    return report
+
+
+def refuse_nothing_decomposed(job: Job) -> None:
+    """Refuse to report on a merge in which no weight is decomposed, or of one task alone.
+
+    Args:
+        job ([`Job`]): what is to be measured.
+    """
+    if len(job.sources.inputs) < 2:
+        raise RecipeError("One task alone disturbs nobody.", "Leave --report out.")
+    if all(weight.treatment != "decomposed" for weight in job.plan.weights):
+        why = Counter(weight.reason for weight in job.plan.weights if weight.reason)
+        raise RecipeError(
+            f"No weight would be decomposed ({why.most_common(1)[0][0]}), so there is no"
+            " interference to report on.",
+            "Exclude less, or name fewer tasks.",
+        )
+
+
+def write_report(folder: Path, report: InterferenceReport) -> None:
+    """Write a report as JSON, pictures and a page.
+
+    Args:
+        folder (`Path`): to write into.
+        report ([`InterferenceReport`]): what was measured.
+    """
+    pictures = drawing.attempted(lambda: of_interference(report)) or []
+    for picture in pictures:
+        (folder / picture.file).write_bytes(picture.png)
+    (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+    (folder / REPORT_PAGE).write_text(interference_page(report, pictures), encoding="utf-8")
+
+
+def summary(
+    job: Job, findings: Findings, warnings: list[str], device: torch.device, seconds: float
+) -> InterferenceReport:
+    """The report on what was measured.
+
+    Args:
+        job ([`Job`]): what was done.
+        findings ([`Findings`]): of every weight, with their interference.
+        warnings (`list[str]`): what the user should know.
+        device (`torch.device`): computed on.
+        seconds (`float`): wall time.
+    """
+    measured = {w.label: w for w in findings.weights if w.interference is not None}
+    planned = {weight.label: weight for weight in job.plan.weights}
+    pairs = torch.zeros(findings.inputs, findings.inputs, dtype=torch.float64)
+    weights: dict[str, dict[str, Any]] = {}
+    blocks: dict[str, dict[str, float]] = defaultdict(_nothing)
+    kinds: dict[str, dict[str, float]] = defaultdict(_nothing)
+    for label, weight in measured.items():
+        own = weight.interference
+        assert own is not None
+        index = torch.tensor(weight.tasks)
+        here = torch.zeros_like(pairs)
+        here[index[:, None], index] = torch.tensor(own.pairs, dtype=torch.float64)
+        pairs += here
+        used = dict(zip(weight.tasks, weight.ranks, strict=True))
+        weights[label] = {
+            "sti": own.sti,
+            "sti_after": own.sti_after,
+            "shape": list(planned[label].shape),
+            "rank": planned[label].rank,
+            "ranks": [used.get(task, 0) for task in range(findings.inputs)],
+            "pairs": here.tolist(),
+        }
+        block, kind = block_and_kind(label)
+        for part in (blocks[block], kinds[kind]):
+            part["sti"] += own.sti
+            part["sti_after"] += own.sti_after
+    return InterferenceReport(
+        tasks=_tasks(job, findings, pairs),
+        base_model=pinned_entry(job.sources.base),
+        total=sum(entry["sti"] for entry in weights.values()),
+        total_after=sum(entry["sti_after"] for entry in weights.values()),
+        pairs=pairs.tolist(),
+        weights=weights,
+        blocks=dict(blocks),
+        kinds=dict(kinds),
+        spectra=_spectra(list(measured.values()), job.scales),
+        diagnoses=[
+            asdict(found)
+            for found in diagnosis.diagnoses(job.sources.inputs, job.scales, job.plan, findings)
+        ],
+        warnings=warnings,
+        seconds=round(seconds, 3),
+        timings=findings.seconds.rounded(),
+        device=device.type,
+    )
+
+
+def _spectra(weights: Sequence[Finding], scales: Sequence[float]) -> dict[str, list[Any]]:
+    """Of each task over all weights, as shares of its largest and of its whole energy.
+
+    Of factors the triplets that they do not keep count as energy, and are not known.
+    """
+    sigmas, energies = np.zeros((2, len(scales), len(RANK_SHARES)))
+    whole = np.zeros((len(scales), 1))
+    for weight in weights:
+        assert weight.interference is not None
+        own = list(weight.tasks)
+        sigmas[own] += np.square(weight.interference.spectra)
+        energies[own] += weight.interference.energies
+        whole[own, 0] += np.square(np.multiply(weight.norms, [scales[i] for i in own]))
+    tiny = np.finfo(float).tiny
+    return {
+        "rank_share": list(RANK_SHARES),
+        "singular_values": np.sqrt(sigmas / np.maximum(sigmas[:, :1], tiny)).tolist(),
+        "energy": np.minimum(energies / np.maximum(whole, tiny), 1.0).tolist(),
+    }
+
+
+def _nothing() -> dict[str, float]:
+    return {"sti": 0.0, "sti_after": 0.0}
+
+
+def _tasks(job: Job, findings: Findings, pairs: Tensor) -> list[dict[str, Any]]:
+    """What is said of each task."""
+    whole = float(pairs.sum()) or 1.0
+    entries = []
+    inputs = job.sources.inputs
+    named = zip(inputs, distinct_names([item.pinned for item in inputs]), strict=True)
+    for i, ((item, name), norm) in enumerate(zip(named, findings.norms(), strict=True)):
+        own, base_norm = diagnosis.norms(findings, i)
+        energy = kept = effective = 0.0
+        for weight in findings.weights:
+            if weight.interference is not None and i in weight.tasks:
+                place = weight.tasks.index(i)
+                square = (weight.norms[place] * job.scales[i]) ** 2
+                energy += square
+                kept += weight.interference.kept[place]
+                effective += square * weight.interference.effective_ranks[place]
+        entries.append(
+            {
+                "name": name,
+                **pinned_entry(item),
+                "norm": norm,
+                "relative_norm": own / base_norm if base_norm else 0.0,
+                "effective_rank": effective / energy if energy else 0.0,
+                "energy": min(1.0, kept / energy) if energy else 0.0,
+                "share": float(pairs[i].sum()) / whole,
+            }
+        )
+    return entries

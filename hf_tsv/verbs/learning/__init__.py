@@ -1,0 +1,1 @@
+"""What is learned from images before a merge: α and coefficients."""

@@ -1,0 +1,250 @@
+"""Coefficients of the tasks in each weight, learned on images without labels (method `ada`).
+
+W = W0 + α Σᵢ cᵢ Mᵢ, where Mᵢ = U⊥ᵢ diag(σᵢ) V⊥hᵢ is the share of task i in a TSV-Merge, or Δᵢ / T
+where updates are averaged. The shares do not depend on c, and ∂L/∂cᵢ = α ⟨∂L/∂W, Mᵢ⟩, so an
+ordinary backward pass suffices. L is the entropy of zero-shot predictions. Source: section D.2.7;
+Yang et al., "AdaMerging: Adaptive Model Merging for Multi-Task Learning", ICLR 2024 (arXiv
+2310.02575).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.fit import check_whole_clip
+from hf_tsv.checkpoints.reference import at_revision
+from hf_tsv.checkpoints.sources import Sources
+from hf_tsv.evaluation import zero_shot
+from hf_tsv.evaluation.data import LabelledImages, load, refuse_not_installed
+from hf_tsv.linalg import products, updates
+from hf_tsv.linalg.updates import TaskSingularVectors
+from hf_tsv.merging import loading
+from hf_tsv.merging.costs import Parallelism
+from hf_tsv.merging.plan import MergePlan, Weight
+from hf_tsv.merging.work import Job
+from hf_tsv.methods import tsv
+from hf_tsv.methods.ada import Layer
+from hf_tsv.models.building import ZERO_SHOT
+from hf_tsv.models.loading import pipeline
+from hf_tsv.recipes.learning import Adaptation
+from hf_tsv.recipes.settings import Settings
+from hf_tsv.runs import reading
+from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.progress import bar, logger
+from hf_tsv.verbs.learning.descent import DIGITS, Batches, descend
+
+WHOLE = "CLIPModel"
+LEARNED = ("vision_model.", "visual_projection.")
+"""Prefixes of the weights that images pass through; all other coefficients are 1."""
+
+
+def refuse_nothing_learned(sources: Sources, plan: MergePlan) -> None:
+    """Refuse, before the work, a merge in which nothing can be learned.
+
+    Args:
+        sources ([`Sources`]): base model and tasks.
+        plan ([`MergePlan`]): plan of the merge.
+
+    Raises:
+        [`HfTsvError`]: the base is no whole CLIP, no merged weight is one that images pass
+            through, or a package for reading images is missing.
+    """
+    refuse_not_installed("The method ada")
+    check_whole_clip(sources.base, "The method ada")
+    if not any(map(_changes, plan.weights)):
+        raise CheckpointError(
+            "The method ada learns from images, and no checkpoint has a vision tower.",
+            "Use --method tsv.",
+        )
+
+
+def _changes(weight: Weight) -> bool:
+    return weight.treatment != "copied" and weight.label.startswith(LEARNED)
+
+
+def learn(
+    sources: Sources,
+    plan: MergePlan,
+    scales: Sequence[float],
+    settings: Settings,
+    adaptation: Adaptation,
+    device: torch.device,
+    parallelism: Parallelism,
+    *,
+    show: bool,
+) -> tuple[dict[str, tuple[float, ...]], Adaptation]:
+    """Learn the coefficients with which predictions on images are most certain.
+
+    Args:
+        sources ([`Sources`]): base model and tasks.
+        plan ([`MergePlan`]): plan of the merge.
+        scales (`Sequence[float]`): factor of each task's update.
+        settings ([`Settings`]): settings of the merge.
+        adaptation ([`Adaptation`]): settings for learning.
+        device (`torch.device`): device that computes.
+        parallelism ([`Parallelism`]): parallelism of the decompositions.
+        show (`bool`): show bars.
+
+    Returns:
+        `tuple[dict[str, tuple[float, ...]], Adaptation]`: coefficients of each task by weight, and
+        the adaptation with its result.
+
+    Raises:
+        [`HfTsvError`]: a dataset cannot be read, the base model has no processor, or the entropy
+            is not finite.
+    """
+    from transformers.utils import logging
+
+    token = sources.access.token
+    data = [_without_labels(load(task, token=token)) for task in adaptation.tasks]
+    pinned = sources.base.pinned
+    if not show:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    pipe: Any = pipeline(
+        ZERO_SHOT,
+        at_revision(pinned.ref, pinned.revision),
+        dtype=torch.float32,
+        device=str(device),
+        token=token,
+        cache_dir=sources.access.cache_dir,
+        progress=show,
+    )
+    pipe.model.requires_grad_(False)
+    layers = layers_of(pipe.model, sources, plan, scales, settings, device, parallelism, show=show)
+    if not layers:
+        raise CheckpointError(
+            "No checkpoint changes the vision tower: there is nothing to learn from images.",
+            "Use --method tsv.",
+        )
+    classes = [
+        zero_shot.head(pipe.model, pipe.tokenizer, images.classes, task.templates).clone()
+        for task, images in zip(adaptation.tasks, data, strict=True)
+    ]
+    batches = Batches(pipe.image_processor, adaptation, data)
+    found, told = descend(
+        pipe.model, layers, classes, batches, len(sources.inputs), adaptation, show=show
+    )
+    logger.info("Mean entropy of predictions: %.3f before, %.3f after.", *told)
+    tasks = tuple(
+        replace(task, split=images.split)
+        for task, images in zip(adaptation.tasks, data, strict=True)
+    )
+    counts = tuple(len(images.rows) for images in data)
+    learned = {
+        layer.label: tuple(round(c, DIGITS) for c in row)
+        for layer, row in zip(layers, found.tolist(), strict=True)
+    }
+    return learned, replace(adaptation, tasks=tasks, images=counts, entropy=told)
+
+
+def _without_labels(images: LabelledImages) -> LabelledImages:
+    """Replace the labels of images by the first class."""
+    rows = images.rows.remove_columns(images.label)
+    return replace(images, rows=rows.add_column(images.label, [0] * len(rows)))
+
+
+def layers_of(
+    model: Any,
+    sources: Sources,
+    plan: MergePlan,
+    scales: Sequence[float],
+    settings: Settings,
+    device: torch.device,
+    parallelism: Parallelism,
+    *,
+    show: bool,
+) -> list[Layer]:
+    """Weights that images pass through; writes all merged weights into the model.
+
+    Args:
+        model: a `CLIPModel`, the base.
+        sources ([`Sources`]): base model and tasks.
+        plan ([`MergePlan`]): plan of the merge.
+        scales (`Sequence[float]`): factor of each task's update.
+        settings ([`Settings`]): settings of the merge.
+        device (`torch.device`): device of the model.
+        parallelism ([`Parallelism`]): parallelism of the decompositions.
+        show (`bool`): show a bar.
+    """
+    # An averaged weight would be read as one running mean; learning needs every task's update.
+    weights = [
+        replace(w, treatment="combined") if w.treatment == "averaged" else w
+        for w in plan.weights
+        if w.treatment != "copied"
+    ]
+    parameters = dict(model.named_parameters())
+    ones = torch.ones(len(sources.inputs))
+    found = []
+    with (
+        products.threads(parallelism.threads),
+        bar("Orthogonalising", len(weights), visible=show) as advance,
+    ):
+        for loaded in loading.read_weights(weights, sources.base, sources.inputs, scales, device):
+            if loaded.deltas and parameters.keys() >= set(_own_names(loaded.weight)):
+                tasks = [sources.inputs[i] for i in loaded.floors]
+                with reading.named(loaded.weight.label, tasks):
+                    layer = _layer(loaded, parameters, settings, len(sources.inputs))
+                layer.place(ones)
+                if layer.label.startswith(LEARNED):
+                    found.append(layer)
+            advance(1)
+    return found
+
+
+def _own_names(weight: Weight) -> list[str]:
+    """Names of the weight's parameters in the model; empty for one it does not have."""
+    return [layout.name_in_class(name, WHOLE) or "" for name in weight.names]
+
+
+def _layer(
+    loaded: loading.LoadedWeight, parameters: Mapping[str, Tensor], settings: Settings, tasks: int
+) -> Layer:
+    weight = loaded.weight
+    own = tuple(parameters[name] for name in _own_names(weight))
+    dtype = own[0].dtype
+    shares: TaskSingularVectors | Tensor
+    ranks: tuple[int, ...] = ()
+    if weight.treatment == "decomposed":
+        vectors, ranks = tsv.orthonormal_vectors(
+            [loaded.deltas[i] for i in loaded.floors],
+            weight.rank,
+            floors=list(loaded.floors.values()),
+            solver=settings.orthogonalizer,
+            precision=settings.precision,
+        )
+        shares = replace(vectors, S=vectors.S * settings.alpha).to(dtype)
+    else:
+        dense = [updates.dense(delta) for delta in loaded.deltas.values()]
+        shares = (torch.stack(dense) * (settings.alpha / tasks)).to(dtype)
+    return Layer(weight.label, own, loaded.base.to(dtype), tuple(loaded.floors), shares, ranks)
+
+
+def adapted(job: Job, adaptation: Adaptation, device: torch.device, *, show: bool) -> Job:
+    """The same job with coefficients, learned from images."""
+    images = f"{len(adaptation.tasks)} task{'s' * (len(adaptation.tasks) != 1)}"
+    logger.info("Learning coefficients on images of %s.", images)
+    coefficients, found = learn(
+        job.sources, job.plan, job.scales, job.settings, adaptation, device, job.parallelism,
+        show=show,
+    )  # fmt: skip
+    return replace(job, coefficients=coefficients, adaptation=found)
+
+
+def adapting(job: Job, adaptation: Adaptation) -> Job:
+    """The same job that will learn coefficients first."""
+    refuse_nothing_learned(job.sources, job.plan)
+    warnings = list(job.warnings)
+    tasks, images = len(job.sources.inputs), len(adaptation.tasks)
+    if images < tasks:
+        warnings.append(
+            f"There are images of {images} task{'s' * (images != 1)} for {tasks} checkpoints: what"
+            " is learned favours those."
+        )
+        logger.warning(warnings[-1])
+    return replace(job, warnings=warnings, adaptation=adaptation)

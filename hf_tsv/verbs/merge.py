@@ -1,0 +1,407 @@
+"""The verb `merge`: from references to a merged checkpoint in a folder or on the Hub."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_tsv.checkpoints import companions, layout
+from hf_tsv.checkpoints.formats import heads
+from hf_tsv.checkpoints.formats.description import Origin
+from hf_tsv.checkpoints.formats.task import Task, config_of, pinned_entry
+from hf_tsv.checkpoints.names import RECIPE_FILE, REPORT_FILE
+from hf_tsv.checkpoints.sources import Access
+from hf_tsv.merging.building import Outcome, execute, follow
+from hf_tsv.merging.costs import noted_bytes, peak_memory
+from hf_tsv.merging.findings import Findings
+from hf_tsv.merging.masking import mask_bytes, mask_folders, write_masks
+from hf_tsv.merging.work import Job, job_of_recipe, kept_heads, prepare, recipe_of, refuse_no_heads
+from hf_tsv.recipes.recipe import Recipe
+from hf_tsv.recipes.settings import Settings
+from hf_tsv.reports import cards, drawing, pictures
+from hf_tsv.reports.interference import InterferenceReport
+from hf_tsv.runs.target import Target
+from hf_tsv.system import processes
+from hf_tsv.system.checks import memory_size
+from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.progress import logger, visible_by_default
+from hf_tsv.verbs.interference import refuse_nothing_decomposed, summary
+
+if TYPE_CHECKING:
+    from hf_tsv.recipes.learning import Adaptation, AlphaSearch
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, or with `dry_run` would do.
+
+    Args:
+        output (`str`, *optional*): the folder written, if it is kept.
+        base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
+        inputs (`list[dict[str, str | None]]`): the same of every task.
+        weights (`dict[str, int]`): tensors `decomposed`, `averaged` (or summed), `copied`.
+        output_bytes (`int`): size of the weight files.
+        seconds (`float`): wall time.
+        warnings (`list[str]`): what the user should know.
+        method (`str`): see [`Settings`].
+        treatments (`dict[str, dict]`): per weight its treatment, rank and reason.
+        left_out (`dict[str, list[str]]`): task heads not kept, by checkpoint.
+        heads (`dict[str, str]`): files of the task heads that are kept, and of which checkpoint.
+        masks (`dict[str, str]`): folders of the TALL-masks, and of which checkpoint.
+        mask_bytes (`int`): of all of them; before the weights are read, at most.
+        tuning (`dict`, *optional*): the accuracies that α was chosen by.
+        adaptation (`dict`, *optional*): how the coefficients in `treatments` were learned, and on
+            which images; for the method `ada`.
+        download_bytes (`int`): fetched from the Hub; what the cache held does not count.
+        exact_decompositions (`int`): that took a full SVD: all with `precision="exact"`, else those
+            that failed the check.
+        peak_memory_bytes (`int`): estimate, on top of the interpreter and its libraries.
+        timings (`dict[str, float]`): seconds `reading`, `waiting` for reads and writes,
+            `computing` and `writing`, over all weights; those of each are in `treatments`.
+        device (`str`, *optional*): type of device computed on.
+        url (`str`, *optional*): commit or pull request on the Hub.
+        dry_run (`bool`): nothing was written.
+    """
+
+    output: str | None
+    base_model: dict[str, str | None]
+    inputs: list[dict[str, str | None]]
+    weights: dict[str, int]
+    output_bytes: int
+    seconds: float
+    warnings: list[str]
+    method: str
+    treatments: dict[str, dict[str, Any]]
+    left_out: dict[str, list[str]]
+    heads: dict[str, str]
+    masks: dict[str, str]
+    mask_bytes: int
+    download_bytes: int
+    peak_memory_bytes: int
+    tuning: dict[str, Any] | None = None
+    adaptation: dict[str, Any] | None = None
+    exact_decompositions: int = 0
+    timings: dict[str, float] = field(default_factory=dict)
+    device: str | None = None
+    url: str | None = None
+    dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return asdict(self)
+
+
+def merge(
+    checkpoints: str | PathLike[str] | Sequence[str | PathLike[str]] = (),
+    *,
+    base_model: str | PathLike[str] | None = None,
+    output: str | Path | None = None,
+    push_to: str | None = None,
+    recipe: str | Path | Recipe | None = None,
+    method: str = Settings.method,
+    adaptation: Adaptation | None = None,
+    orthogonalizer: str = Settings.orthogonalizer,
+    precision: str = Settings.precision,
+    alpha: float | None = None,
+    tune_alpha: AlphaSearch | None = None,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    rank_fraction: float | None = None,
+    exclude: str | Sequence[str] = Settings.exclude,
+    qkv: str | None = Settings.qkv,
+    dtype: str | None = None,
+    max_shard_size: int | str = Settings.max_shard_size,
+    out_format: str | None = None,
+    keep_heads: bool = False,
+    device: str | None = None,
+    force: bool = False,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    stream: bool = False,
+    max_memory: int | str | None = None,
+    report: bool = False,
+    dry_run: bool = False,
+    progress: bool | None = None,
+) -> MergeReport:
+    """Merge fine-tuned CLIP checkpoints into one multi-task checkpoint (TSV-Merge).
+
+    Args:
+        checkpoints (`Sequence[str]`): `org/name`, `org/name@revision`, `hf://…` or folders, of
+            whole checkpoints or of task factors, which need no decomposition.
+        base_model (`str`, *optional*): W0; default: the one the checkpoints' cards agree on.
+        output (`str` or `Path`, *optional*): folder to write.
+        push_to (`str`, *optional*): repository to upload to.
+        recipe (`str`, `Path` or [`Recipe`], *optional*): repeat a merge; instead of
+            `checkpoints`, `base_model` and the settings.
+        method (`str`): `tsv`, `ada`, `low-rank`, `orthogonal`, `task-arithmetic`, `average`,
+            `ties`, `consensus`, `iso-c`, `iso-cts`, or `tall-mask`, whose tasks are loaded one by
+            one.
+        adaptation ([`Adaptation`], *optional*): images that the method `ada` learns a coefficient
+            of each task in each weight on, and how.
+        orthogonalizer (`str`): `procrustes` or `whitening`; the same result up to rounding, and
+            with `precision="fast"` the same computation.
+        precision (`str`): `fast`: by Gram matrices in float64, each result checked, with a full SVD
+            of what fails the check; `exact`: full float64 SVDs only.
+        alpha (`float`, *optional*): α, scale of the merged update; default: 1, and 0.3 for the
+            sums `task-arithmetic`, `low-rank` and `consensus`.
+        tune_alpha ([`AlphaSearch`], *optional*): choose α on validation images instead.
+        weights (`Sequence[float]`, *optional*): factor of each task's update.
+        rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
+        rank_fraction (`float`, *optional*): the same as a share of k.
+        exclude (`Sequence[str]`): globs of weights that are averaged instead.
+        qkv (`str`, *optional*): `split` or `fused` attention projections; default: as the base
+            stores them.
+        dtype (`str`, *optional*): of the output; default as the base.
+        max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
+        out_format (`str`, *optional*): `transformers` or `open_clip`; default: as the base.
+        keep_heads (`bool`): write the task heads beside the merged encoder, one file each, for
+            `hf_tsv.pipeline("image-classification", output, task=…)`.
+        device (`str`, *optional*): default: the one accelerate chooses.
+        force (`bool`): replace an output folder that hf-tsv wrote.
+        private (`bool`, *optional*): make a new repository private.
+        revision (`str`, *optional*): branch to push to.
+        create_pr (`bool`): push as a pull request.
+        commit_message (`str`, *optional*): of the upload.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): where the checkpoints lie in their repositories or folders,
+            unless they say it themselves: `org/name/subfolder`.
+        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
+        max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
+            on at a time then.
+        report (`bool`): measure who disturbs whom too, from the same decompositions; table and
+            picture in the card, and all of it in `interference.json` beside the weights.
+        dry_run (`bool`): plan only; touches neither disk nor Hub.
+        progress (`bool`, *optional*): show bars; default: on a terminal.
+
+    Returns:
+        [`MergeReport`]: what was done; the same in every process of a launch.
+
+    Raises:
+        [`HfTsvError`]: with the reason and what to do; nothing is written or pushed then.
+
+    Example:
+        >>> import hf_tsv
+        >>> hf_tsv.merge(["org/clip-a", "org/clip-b"], output="merged")  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    access = Access.of(token, cache_dir, subfolder, stream=stream)
+    with processes.joined() as group:
+        if group.rank:
+            done: MergeReport = follow(group, device, access)
+            return done
+        with group.leading():
+            show = visible_by_default() if progress is None else progress
+            references = _listed(checkpoints)
+            base_ref = None if base_model is None else fspath(base_model)
+            target = Target(
+                None if output is None else Path(output),
+                push_to, force, private, revision, create_pr, commit_message,
+            )  # fmt: skip
+            settings = Settings(
+                method, orthogonalizer, alpha, rank, rank_fraction,  # type: ignore[arg-type]
+                tuple(_listed(exclude)), qkv, dtype, max_shard_size, precision,  # type: ignore[arg-type]
+                out_format, keep_heads,  # type: ignore[arg-type]
+            )  # fmt: skip
+            named = references or base_ref is not None or weights is not None or subfolder
+            chosen = settings != Settings() or adaptation is not None or tune_alpha is not None
+            if recipe is not None and (named or chosen):
+                raise RecipeError(
+                    "A recipe already names the checkpoints and every setting.",
+                    "Give a recipe, or checkpoints and settings.",
+                )
+            if recipe is not None and not isinstance(recipe, Recipe):
+                recipe = Recipe.load(recipe)
+            target = target.checked(token, dry_run=dry_run)
+            if recipe is not None:
+                job = job_of_recipe(recipe, access)
+            else:
+                if tune_alpha is not None:
+                    from hf_tsv.verbs.learning.alpha import refuse_no_search, tuned
+
+                    refuse_no_search(settings, alpha, group)
+                _refuse_no_images(settings, adaptation)
+                job = prepare(references, base_ref, weights, settings, access)
+                if tune_alpha is not None:
+                    from hf_tsv.checkpoints.fit import check_whole_clip
+
+                    check_whole_clip(job.sources.base, "Choosing α")
+                if adaptation is not None:
+                    from hf_tsv.verbs.learning.coefficients import adapting
+
+                    job = adapting(job, adaptation)
+            refuse_no_heads(job)
+            if report and job.settings.method not in ("tsv", "ada", "low-rank", "orthogonal"):
+                raise RecipeError(
+                    f"The method {job.settings.method} has no singular vectors of tasks to report"
+                    " on.",
+                    "Leave --report out, or use `hf-tsv interference`.",
+                )
+            if report:
+                refuse_nothing_decomposed(job)
+            job = replace(job, measure=report).within(memory_size(max_memory))
+            if tune_alpha is not None and not dry_run:
+                job = tuned(job, tune_alpha, target, device, group, show=show)
+            outcome = execute(
+                job, target, device, group, _describe, before=_learned, show=show, dry_run=dry_run
+            )
+            done = _report(outcome, target, started)
+            group.dismiss(done)
+            return done
+
+
+def _refuse_no_images(settings: Settings, adaptation: Adaptation | None) -> None:
+    """The method ada learns from images, and no other does."""
+    if settings.method == "ada" and adaptation is None:
+        raise RecipeError(
+            "The method ada learns from images, and there are none.",
+            "Name some for each task: --task NAME=DATASET.",
+        )
+    if settings.method != "ada" and adaptation is not None:
+        raise RecipeError(
+            f"The method {settings.method} does not learn from images.", "Use --method ada."
+        )
+
+
+def _learned(job: Job, device: torch.device, *, show: bool) -> Job:
+    """The same job with coefficients, where its method learns them."""
+    if job.adaptation is None or job.coefficients:
+        return job
+    from hf_tsv.verbs.learning.coefficients import adapted
+
+    return adapted(job, job.adaptation, device, show=show)
+
+
+def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
+    """A single name where a list is expected is a list of one."""
+    return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names)]
+
+
+def _describe(
+    folder: Path,
+    job: Job,
+    target: Target,
+    findings: Findings,
+    warnings: Sequence[str],
+    device: torch.device,
+) -> None:
+    """Write recipe and card of a merge."""
+    recipe = recipe_of(job, findings, device)
+    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    for file, item in kept_heads(job).items():
+        tensors = {name: item.read(name) for name in item.head}
+        heads.write(folder, file, tensors, companions.head_config(config_of(item), item.head))
+    if job.settings.method == "tall-mask":
+        logger.info("Finding what each task needs.")
+        write_masks(folder, job, findings.frozen)
+    measured = picture = None
+    if job.measure:
+        measured = found = summary(
+            job, findings, list(warnings), device, findings.seconds.computing
+        )
+        (folder / REPORT_FILE).write_text(measured.to_json(), encoding="utf-8")
+        picture = drawing.attempted(lambda: pictures.of_merge(found))
+        if picture is not None:
+            (folder / picture.file).write_bytes(picture.png)
+    card = _card(job, target, recipe, findings, warnings, measured, picture)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _card(
+    job: Job,
+    target: Target,
+    recipe: Recipe,
+    findings: Findings,
+    warnings: Sequence[str],
+    measured: InterferenceReport | None,
+    picture: drawing.Picture | None,
+) -> str:
+    def card_input(item: Task, scale: float = 1.0) -> cards.CardInput:
+        origin = Origin.of(item.pinned)
+        return cards.CardInput(origin.ref, origin.revision, origin.license, scale)
+
+    return cards.merge_card(
+        recipe,
+        card_input(job.sources.base),
+        [card_input(*pair) for pair in zip(job.sources.inputs, job.scales, strict=True)],
+        model_type=str(job.sources.base.config["model_type"]),
+        full_model=layout.is_full_model(job.sources.base.tensors),
+        out_format=job.settings.out_format or job.sources.base.format,
+        repo_id=target.push_to,
+        counts=job.plan.counts(findings.frozen),
+        left_out={
+            card_input(item).name: item.left_out
+            for item in job.sources.inputs
+            if item.left_out and not job.settings.keep_heads
+        },
+        heads=[Path(file).stem for file in kept_heads(job)],
+        masks=mask_folders(job),
+        tuning=job.tuning,
+        warnings=warnings,
+        interference=measured,
+        picture=picture,
+    )
+
+
+def _report(outcome: Outcome, target: Target, started: float) -> MergeReport:
+    job, findings = outcome.job, outcome.findings
+    ranks = {} if findings is None else findings.ranks
+    frozen = frozenset() if findings is None else findings.frozen
+    seconds = {found.label: found.seconds for found in findings.weights} if findings else {}
+    treatments: dict[str, dict[str, Any]] = {}
+    for weight in job.plan.weights:
+        entry: dict[str, Any] = {"treatment": weight.treatment}
+        if weight.label in frozen:
+            entry = {"treatment": "copied", "reason": "equal to the base in every checkpoint"}
+        elif weight.treatment == "decomposed":
+            entry["rank"] = weight.rank
+            if weight.label in ranks:
+                entry["ranks"] = list(ranks[weight.label])
+        elif weight.reason:
+            entry["reason"] = weight.reason
+        if weight.label in job.coefficients:
+            entry["coefficients"] = list(job.coefficients[weight.label])
+        if weight.label in seconds:
+            entry["seconds"] = seconds[weight.label].rounded()
+        treatments[weight.label] = entry
+    return MergeReport(
+        output=None if target.output is None else str(target.output),
+        base_model=pinned_entry(job.sources.base),
+        inputs=[pinned_entry(item) for item in job.sources.inputs],
+        weights=job.plan.counts(frozen),
+        output_bytes=job.plan.shards.total_bytes,
+        seconds=round(time.monotonic() - started, 3),
+        warnings=outcome.warnings,
+        method=job.settings.method,
+        treatments=treatments,
+        left_out={
+            str(item): list(item.left_out)
+            for item in job.sources.inputs
+            if item.left_out and not job.settings.keep_heads
+        },
+        heads={file: str(item) for file, item in kept_heads(job).items()},
+        masks=dict(zip(mask_folders(job), map(str, job.sources.inputs), strict=False)),
+        mask_bytes=mask_bytes(job, frozen),
+        tuning=None if job.tuning is None else job.tuning.to_dict(),
+        adaptation=None if job.adaptation is None else job.adaptation.to_dict(),
+        download_bytes=outcome.download_bytes,
+        peak_memory_bytes=job.sources.waiting_bytes()
+        + noted_bytes(job.plan.weights)
+        + peak_memory(job.plan.weights, job.parallelism, measure=job.measure),
+        exact_decompositions=0 if findings is None else findings.exact,
+        timings={} if findings is None else findings.seconds.rounded(),
+        device=outcome.device,
+        url=outcome.url,
+        dry_run=findings is None,
+    )

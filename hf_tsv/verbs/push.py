@@ -1,0 +1,182 @@
+"""The verb `push`: upload of a finished folder, at once or after an upload that failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from hf_tsv import hub
+from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from hf_tsv.checkpoints.formats.factors import open_factors
+from hf_tsv.checkpoints.formats.whole import open_checkpoint
+from hf_tsv.checkpoints.names import (
+    ADAPTER_FILE,
+    FACTORS_CONFIG,
+    MARKERS,
+    RECIPE_FILE,
+    RECONSTRUCTION_FILE,
+)
+from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.storage.files import LocalFiles, read_json
+from hf_tsv.checkpoints.storage.headers import read_header
+from hf_tsv.recipes.recipe import Recipe
+from hf_tsv.runs import journal
+from hf_tsv.runs import target as target_
+from hf_tsv.runs.target import Target, waiting
+from hf_tsv.system.errors import CheckpointError, OutputError
+from hf_tsv.system.folders import UNDER_CONSTRUCTION, absolute
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """Summary of an upload.
+
+    Args:
+        folder (`str`): uploaded folder.
+        repo_id (`str`): repository it was uploaded to.
+        files (`dict[str, int]`): bytes of each file.
+        bytes (`int`): bytes of all files together.
+        seconds (`float`): wall time.
+        url (`str`, *optional*): commit or pull request on the Hub.
+        dry_run (`bool`): whether the upload was only checked.
+    """
+
+    folder: str
+    repo_id: str
+    files: dict[str, int]
+    bytes: int
+    seconds: float
+    url: str | None = None
+    dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Object that `--json` prints."""
+        return asdict(self)
+
+
+def push(
+    folder: str | PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    dry_run: bool = False,
+) -> PushReport:
+    """Upload a finished folder that hf-tsv wrote, as one commit.
+
+    A folder that only waited for its upload is removed afterwards, others stay. Weights of an
+    earlier upload are replaced. Large files that the repository already has, as after an
+    interrupted upload, are not sent again.
+
+    Args:
+        folder (`str`): output of a merge, a compression or a reconstruction.
+        repo_id (`str`): repository to upload to; created if needed.
+        private (`bool`, *optional*): make a new repository private.
+        revision (`str`, *optional*): branch to push to.
+        create_pr (`bool`): push as a pull request.
+        commit_message (`str`, *optional*): message of the upload's commit.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        dry_run (`bool`): check the folder and the rights only.
+
+    Returns:
+        [`PushReport`]: summary of the upload.
+
+    Raises:
+        [`HfTsvError`]: the folder is unfinished or damaged, or the upload failed.
+
+    Example:
+        >>> import hf_tsv
+        >>> hf_tsv.push("merged", "me/clip-abc")  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    place = absolute(Path(fspath(folder)))
+    inputs = _check_finished(place)
+    target = Target(
+        push_to=repo_id, private=private, revision=revision, create_pr=create_pr,
+        commit_message=commit_message,
+    ).checked(token, dry_run=dry_run)  # fmt: skip
+    target.refuse_inputs(inputs)
+    sizes = {name: path.stat().st_size for name, path in hub.files_to_push(place, MARKERS).items()}
+    url = None
+    if not dry_run:
+        with waiting(place):
+            url = target_.push(place, target, token)
+    seconds = round(time.monotonic() - started, 3)
+    total = sum(sizes.values())
+    return PushReport(str(place), str(target.push_to), sizes, total, seconds, url, dry_run)
+
+
+def _check_finished(folder: Path) -> list[PinnedCheckpoint]:
+    """Refuse a folder that is no complete output of hf-tsv; return its Hub inputs."""
+    work = journal.work_of(folder)
+    if any(UNDER_CONSTRUCTION.fullmatch(name) for name in (folder.name, folder.parent.name)):
+        raise OutputError(
+            f"{folder} is under construction.", "Finish it with the command it is of."
+        )
+    if not folder.is_dir() and work.is_dir():
+        raise OutputError(
+            f"{folder} is not finished.", "The command that began it goes on where it stopped."
+        )
+    if not folder.is_dir():
+        raise OutputError(f"There is no folder {folder}.", "Check the path.")
+    files = LocalFiles(folder)
+    if not any(files.size(marker) is not None for marker in MARKERS):
+        raise OutputError(
+            f"{folder} was not written by hf-tsv (it has no {' or '.join(MARKERS)}).",
+            "Name the output of a merge, a compression or a reconstruction.",
+        )
+    pinned = PinnedCheckpoint(str(folder), None, files, {})
+    with closing(files):
+        try:
+            _check_weights(pinned, folder)
+            return [
+                replace(pinned, ref=str(entry["ref"]), revision=str(entry["revision"]))
+                for entry in _made_from(pinned, files)
+                if entry.get("revision") is not None
+            ]
+        except CheckpointError as error:
+            error.hint = "Nothing was uploaded; make the folder again."
+            raise
+
+
+def _check_weights(pinned: PinnedCheckpoint, folder: Path) -> None:
+    """Read every header, which reveals missing files and files that are cut short."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        read_header(pinned.files, path.relative_to(folder).as_posix(), str(pinned))
+    if pinned.files.size(ADAPTER_CONFIG) is not None:
+        read_header(pinned.files, ADAPTER_FILE, str(pinned))
+    elif pinned.files.size(FACTORS_CONFIG) is not None:
+        open_factors(pinned)
+    else:
+        open_checkpoint(pinned)
+
+
+def _check_beside(folder: Path, recipe: Recipe, owner: str) -> None:
+    """Refuse a merge that has lost heads or masks beside its weights."""
+    if recipe.settings.keep_heads and not list(folder.glob("heads/*.safetensors")):
+        raise CheckpointError(f"{owner} has lost its task heads.")
+    masks = len(list(folder.glob("masks/*/mask.safetensors")))
+    if recipe.settings.method == "tall-mask" and masks < len(recipe.inputs):
+        raise CheckpointError(f"{owner} has {masks} masks of {len(recipe.inputs)}.")
+
+
+def _made_from(pinned: PinnedCheckpoint, files: LocalFiles) -> list[Mapping[str, Any]]:
+    """Inputs that the folder says it was made from."""
+    owner = str(pinned)
+    if files.size(RECIPE_FILE) is not None:
+        text = files.read(RECIPE_FILE).decode(errors="replace")
+        recipe = Recipe.from_yaml(text, f"{owner}/{RECIPE_FILE}")
+        _check_beside(files.root, recipe, owner)
+        return [vars(item) for item in (*recipe.inputs, recipe.base_model)]
+    factors = files.size(FACTORS_CONFIG) is not None
+    content = read_json(files, FACTORS_CONFIG if factors else RECONSTRUCTION_FILE, owner)
+    entries = [content.get(key) for key in ("source" if factors else "factors", "base_model")]
+    return [entry for entry in entries if isinstance(entry, dict) and "ref" in entry]

@@ -1,0 +1,218 @@
+"""The verb `reconstruct`: task factors and their base model become a whole checkpoint again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.formats.factors import Factors
+from hf_tsv.checkpoints.formats.task import pinned_entry
+from hf_tsv.checkpoints.names import RECONSTRUCTION_FILE
+from hf_tsv.checkpoints.sources import Access
+from hf_tsv.checkpoints.storage.tensors import TensorSpec
+from hf_tsv.merging.building import Outcome, execute, follow
+from hf_tsv.merging.costs import noted_bytes, peak_memory
+from hf_tsv.merging.findings import Findings
+from hf_tsv.merging.plan import lay_out
+from hf_tsv.merging.work import Job, prepare
+from hf_tsv.recipes.settings import Settings
+from hf_tsv.reports import cards
+from hf_tsv.runs.target import Target
+from hf_tsv.system import processes
+from hf_tsv.system.checks import memory_size
+from hf_tsv.system.progress import visible_by_default
+from hf_tsv.system.version import __version__
+
+
+@dataclass(frozen=True)
+class ReconstructReport:
+    """What a reconstruction did, or with `dry_run` would do.
+
+    Args:
+        output (`str`, *optional*): the folder written, if it is kept.
+        base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
+        factors (`dict[str, str | None]`): the same of the task factors.
+        source (`dict[str, str | None]`): the same of the checkpoint that was compressed.
+        update_error (`float`): ‖Δ − stored‖ / ‖Δ‖ of the factors.
+        output_bytes (`int`): size of the weight files.
+        seconds (`float`): wall time.
+        warnings (`list[str]`): what the user should know.
+        download_bytes (`int`): fetched from the Hub; what the cache held does not count.
+        peak_memory_bytes (`int`): estimate, on top of the interpreter and its libraries.
+        device (`str`, *optional*): type of device computed on.
+        url (`str`, *optional*): commit or pull request on the Hub.
+        dry_run (`bool`): nothing was written.
+    """
+
+    output: str | None
+    base_model: dict[str, str | None]
+    factors: dict[str, str | None]
+    source: dict[str, str | None]
+    update_error: float
+    output_bytes: int
+    seconds: float
+    warnings: list[str]
+    download_bytes: int
+    peak_memory_bytes: int
+    device: str | None = None
+    url: str | None = None
+    dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return asdict(self)
+
+
+def reconstruct(
+    factors: str | PathLike[str],
+    *,
+    base_model: str | PathLike[str] | None = None,
+    output: str | Path | None = None,
+    push_to: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | str = Settings.max_shard_size,
+    device: str | None = None,
+    force: bool = False,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    stream: bool = False,
+    max_memory: int | str | None = None,
+    dry_run: bool = False,
+    progress: bool | None = None,
+) -> ReconstructReport:
+    """Make a whole checkpoint of task factors: W0 + U diag(σ) Vh, weight by weight.
+
+    The result is the complete base model with the task in it, and the task head if there was one.
+
+    Args:
+        factors (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
+        base_model (`str`, *optional*): W0; default: the one the factors were made from.
+        output (`str` or `Path`, *optional*): folder to write.
+        push_to (`str`, *optional*): repository to upload to.
+        dtype (`str`, *optional*): of the output; default as the base.
+        max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
+        device (`str`, *optional*): default: the one accelerate chooses.
+        force (`bool`): replace an output folder that hf-tsv wrote.
+        private (`bool`, *optional*): make a new repository private.
+        revision (`str`, *optional*): branch to push to.
+        create_pr (`bool`): push as a pull request.
+        commit_message (`str`, *optional*): of the upload.
+        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
+        subfolder (`str`, *optional*): where the factors lie in their repository or folder, unless
+            they say it themselves: `org/name/subfolder`.
+        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
+        max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
+            on at a time then.
+        dry_run (`bool`): plan only; touches neither disk nor Hub.
+        progress (`bool`, *optional*): show bars; default: on a terminal.
+
+    Returns:
+        [`ReconstructReport`]: what was done.
+
+    Raises:
+        [`HfTsvError`]: with the reason and what to do; nothing is written or pushed then.
+
+    Example:
+        >>> import hf_tsv
+        >>> hf_tsv.reconstruct("me/clip-sun397-tsv", output="full")  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    access = Access.of(token, cache_dir, subfolder, stream=stream)
+    with processes.joined() as group:
+        if group.rank:
+            report: ReconstructReport = follow(group, device, access)
+            return report
+        with group.leading():
+            show = visible_by_default() if progress is None else progress
+            target = Target(
+                None if output is None else Path(output),
+                push_to, force, private, revision, create_pr, commit_message,
+            )  # fmt: skip
+            settings = Settings(exclude=(), dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
+            target = target.checked(token, dry_run=dry_run)
+            base_ref = None if base_model is None else fspath(base_model)
+            job = prepare([fspath(factors)], base_ref, None, settings, access, only_factors=True)
+            (item,) = job.sources.inputs
+            assert isinstance(item, Factors)  # checked by prepare
+            job = _with_head(job, item).within(memory_size(max_memory))
+            outcome = execute(job, target, device, group, _describe, show=show, dry_run=dry_run)
+            report = _report(outcome, item, target, started)
+            group.dismiss(report)
+            return report
+
+
+def _report(outcome: Outcome, item: Factors, target: Target, started: float) -> ReconstructReport:
+    plan = outcome.job.plan
+    return ReconstructReport(
+        output=None if target.output is None else str(target.output),
+        base_model=pinned_entry(outcome.job.sources.base),
+        factors=pinned_entry(item),
+        source={"ref": item.config.source.ref, "revision": item.config.source.revision},
+        update_error=item.config.update_error,
+        output_bytes=plan.shards.total_bytes,
+        seconds=round(time.monotonic() - started, 3),
+        warnings=outcome.warnings,
+        download_bytes=outcome.download_bytes,
+        peak_memory_bytes=outcome.job.sources.waiting_bytes()
+        + noted_bytes(plan.weights)
+        + peak_memory(plan.weights, outcome.job.parallelism),
+        device=outcome.device,
+        url=outcome.url,
+        dry_run=outcome.findings is None,
+    )
+
+
+def _with_head(job: Job, factors: Factors) -> Job:
+    """The same job with a place for the task head in its output files."""
+    wanted = None if job.settings.dtype is None else getattr(torch, job.settings.dtype)
+    specs = dict(job.plan.specs)
+    for name, info in factors.head.items():
+        dtype = wanted if wanted is not None and info.dtype.is_floating_point else info.dtype
+        specs[name] = TensorSpec(dtype, info.shape)
+    shards = lay_out(specs, job.sources.base, job.settings)
+    plan = replace(job.plan, specs=specs, shards=shards)
+    return replace(job, plan=plan, head=factors, verb="Reconstructing")
+
+
+def _describe(
+    folder: Path,
+    job: Job,
+    target: Target,
+    findings: Findings,
+    warnings: Sequence[str],
+    device: torch.device,
+) -> None:
+    """Write origin and card of a reconstruction."""
+    (item,), base = job.sources.inputs, job.sources.base
+    assert isinstance(item, Factors)  # checked by reconstruct
+    fingerprint = findings.fingerprint(0) if item.pinned.is_local else None
+    origin = {
+        "hf_tsv_version": __version__,
+        "factors": {**pinned_entry(item), "fingerprint": fingerprint},
+        "base_model": pinned_entry(base),
+        "source": {"ref": item.config.source.ref, "revision": item.config.source.revision},
+        "dtype": job.settings.dtype,
+    }
+    text = json.dumps(origin, indent=2, ensure_ascii=False) + "\n"
+    (folder / RECONSTRUCTION_FILE).write_text(text, encoding="utf-8")
+    made_from = cards.CardInput(item.pinned.ref, item.pinned.revision)
+    full_model = layout.is_full_model(base.tensors)
+    card = cards.reconstructed_card(
+        item.config, made_from, target.push_to,
+        full_model=full_model, out_format=job.settings.out_format or base.format,
+    )  # fmt: skip
+    (folder / "README.md").write_text(card, encoding="utf-8")
