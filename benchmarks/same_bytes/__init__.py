@@ -14,7 +14,7 @@ with, are compared there too.
     merge-tsv                       same        12 files,   305,664 bytes
     inspect-factors                 DIFFERENT   stdout: factors.energy: 0.91 / 0.90
     ...
-    81 commands: 80 the same, 1 different
+    142 commands, 1 different (154 s): inspect-factors
 
 It exits with 1 if anything differs, or if a command of BEFORE does not end as the list says (that
 is BROKEN: a command that fails on both sides proves nothing). `--only GLOB` runs some commands and

@@ -5,86 +5,30 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import os
-import re
-import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks import same_bytes
-from benchmarks.same_bytes.commands import OUTPUT, Command, all_commands, selected
-from benchmarks.same_bytes.compare import Difference, compared
-from benchmarks.same_bytes.inputs import CARD, OPEN_CLIP
+from benchmarks.same_bytes.commands import Command, all_commands, selected
+from benchmarks.same_bytes.compare import compared
+from benchmarks.same_bytes.sides import (
+    CHECKOUT,
+    BrokenError,
+    Side,
+    at_work,
+    carried_out,
+    make_inputs,
+)
 
-if TYPE_CHECKING:
-    from hub import Hub
-
-HERE = Path(__file__).parent
-CHECKOUT = HERE.parents[1]
-TRIES = 5
-"""Runs that may end before they could be killed."""
-
-CONVERT = """
-import hf_tsv, json, sys, torch
-from pathlib import Path
-from safetensors.torch import load_file
-for name, (source, alpha) in json.loads(sys.argv[1]).items():
-    hf_tsv.merge([source], base_model="base", alpha=alpha, method="task-arithmetic", output=name,
-                 out_format="open_clip", progress=False)
-Path("oc-bin").mkdir()
-config = Path("oc-1/open_clip_config.json").read_bytes()
-Path("oc-bin/open_clip_config.json").write_bytes(config)
-weights = load_file("oc-1/open_clip_model.safetensors")
-torch.save(weights, "oc-bin/open_clip_pytorch_model.bin")
-"""
-"""A program that writes OpenCLIP's files in the current folder."""
-
-
-class BrokenError(Exception):
-    """A command did not end as it must for a comparison to mean anything."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """A checkout at work.
-
-    Args:
-        checkout: its folder.
-        root: of its outputs; the names of both sides are equally long.
-        inputs: common to both.
-        hub: of its own.
-        worker: runs its commands.
-    """
-
-    checkout: Path
-    root: Path
-    inputs: Path
-    hub: Hub
-    worker: subprocess.Popen[str]
-
-    def folder(self, command: Command) -> Path:
-        return self.root / command.name
-
-    def words(self, command: Command) -> list[str]:
-        """Arguments with the names of folders in them, relative where they are outputs."""
-        words = [re.sub(OUTPUT, "../", word) for word in command.words]
-        return [re.sub(r"%([\w-]+)", rf"{self.inputs}/\1", word) for word in words]
-
-    def fork(self, command: Command, kill_after: int = 0) -> int:
-        """Run a command in a child of the worker; its exit status, or minus a signal."""
-        order = {"folder": str(self.folder(command)), "arguments": self.words(command)}
-        assert self.worker.stdin is not None and self.worker.stdout is not None
-        print(json.dumps({**order, "kill_after": kill_after}), file=self.worker.stdin, flush=True)
-        return int(self.worker.stdout.readline())
+HOME = Command("home/hf-tsv", ())
+"""Not a command but what all of them have left beside the Hub client's cache."""
 
 
 def main() -> None:
@@ -125,8 +69,8 @@ def main() -> None:
         seconds = time.monotonic() - started
     wrong = [result["name"] for result in results if result["outcome"] != "same"]
     print(
-        f"{len(results)} commands: {len(results) - len(wrong)} the same, {len(wrong)} different"
-        f" ({seconds:.0f} s)" + (f": {', '.join(wrong)}" if wrong else "")
+        f"{len(commands)} commands, {len(wrong)} different ({seconds:.0f} s)"
+        + (f": {', '.join(wrong)}" if wrong else "")
     )
     if arguments.json:
         names = {"before": str(checkouts[0]), "after": str(checkouts[1])}
@@ -147,25 +91,29 @@ def run(
             stack.enter_context(at_work(checkout, root / name, root / "inputs"))
             for checkout, name in zip(checkouts, ("side-1", "side-2"), strict=True)
         ]
-        for number, command in enumerate(commands, start=1):
-            print(f"{number}/{len(commands)} {command.name}", file=sys.stderr)
+        for number, command in enumerate((*commands, HOME), start=1):
+            print(f"{number}/{len(commands) + 1} {command.name}", file=sys.stderr)
             began = time.monotonic()
-            codes = list(pool.map(attempt, sides, [command] * 2))
+            codes = [0, 0] if command is HOME else list(pool.map(attempt, sides, [command] * 2))
             result = judged(command, sides, codes)
-            result["seconds"] = round(time.monotonic() - began, 2)
-            found = result["differences"]
-            told = f"{result['files']:>3} files, {result['bytes']:>9,} bytes"
-            more = f" (and {len(found) - 1} files more)" if len(found) > 1 else ""
-            told = found[0] + more if found else told
-            print(f"{command.name:<24} {result['outcome']:<10} {told}", flush=True)
-            yield result
+            print(line_of(result), flush=True)
+            yield {**result, "seconds": round(time.monotonic() - began, 2)}
+
+
+def line_of(result: dict[str, Any]) -> str:
+    """What is printed of a command."""
+    found = result["differences"]
+    told = f"{result['files']:>3} files, {result['bytes']:>9,} bytes"
+    if found:
+        told = found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+    return f"{result['name']:<24} {result['outcome']:<10} {told}"
 
 
 def attempt(side: Side, command: Command) -> int | str:
     """The exit code of a command, or why there is none that counts."""
     try:
         return carried_out(side, command)
-    except BrokenError as error:
+    except (BrokenError, subprocess.TimeoutExpired) as error:
         return str(error)
 
 
@@ -177,156 +125,25 @@ def judged(command: Command, sides: Sequence[Side], codes: Sequence[int | str]) 
     if codes[0] != codes[1]:
         found.append(f"exit code: {codes[0]} / {codes[1]}")
     found += map(str, compared(folders[0], folders[1], roots))
-    outcome = "DIFFERENT" if found else "same"
     if command.like:
         for side, when in zip(sides, ("before", "after"), strict=True):
-            other = side.root / command.like / "out"
-            inner: list[Difference] = [
-                difference
-                for difference in compared(other, side.folder(command) / "out", roots)
+            other, own = side.root / command.like / "out", side.folder(command) / "out"
+            found += [
+                f"{when}, beside {command.like}: {difference}"
+                for difference in compared(other, own, roots)
                 if Path(difference.file).name != "README.md"
             ]
-            found += [f"{when}, beside {command.like}: {difference}" for difference in inner]
-            outcome = "DIFFERENT" if inner else outcome
+    outcome = "DIFFERENT" if found else "same"
     if codes[0] != command.code:
         outcome = "BROKEN"
-        errors = (folders[0] / "stderr").read_text(errors="replace").strip().splitlines()
-        found.insert(0, f"ended with {codes[0]}: {errors[-1] if errors else ''}")
+        said = folders[0] / "stderr"
+        lines = said.read_text(errors="replace").strip().splitlines() if said.exists() else []
+        found.insert(0, f"ended with {codes[0]}: {lines[-1] if lines else ''}")
     files = [path for path in folders[1].rglob("*") if path.is_file()]
     return {
         "name": command.name, "outcome": outcome, "differences": found, "files": len(files),
         "bytes": sum(path.stat().st_size for path in files),
     }  # fmt: skip
-
-
-def carried_out(side: Side, command: Command) -> int:
-    """Run a command, to its end or killed and again; keep what it pushed beside its output."""
-    folder = side.folder(command)
-    folder.mkdir()
-    heads = heads_of(side.hub)
-    if command.processes:
-        code = launched(side, command)
-    else:
-        if command.kill_after:
-            interrupted(side, command)
-        code = side.fork(command)
-    for key, head in heads_of(side.hub).items():
-        if heads.get(key) != head:
-            for name, content in side.hub.files(key[0], head).items():
-                target = folder / "pushed" / key[0] / key[1] / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content)
-    (folder / "left").write_text("\n".join(sorted(path.name for path in folder.iterdir())))
-    return code
-
-
-def interrupted(side: Side, command: Command) -> None:
-    """Kill a command when it has finished some weights.
-
-    Raises:
-        [`BrokenError`]: it was done before, each time.
-    """
-    for _ in range(TRIES):
-        code = side.fork(command, command.kill_after)
-        if code == -signal.SIGKILL and not (side.folder(command) / "out").exists():
-            return
-        if code not in (0, -signal.SIGKILL):
-            raise BrokenError(f"ended with {code} before it could be killed")
-        shutil.rmtree(side.folder(command))
-        side.folder(command).mkdir()
-    raise BrokenError("was done before it could be killed")
-
-
-def launched(side: Side, command: Command) -> int:
-    """Run a command by torchrun."""
-    folder = side.folder(command)
-    launcher = ["--standalone", f"--nproc-per-node={command.processes}", "-m", "hf_tsv"]
-    with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
-        return subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", *launcher, *side.words(command)],
-            cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err, check=False, timeout=300,
-            env=environment(side.checkout, side.root, side.hub),
-        ).returncode  # fmt: skip
-
-
-def heads_of(hub: Hub) -> dict[tuple[str, str], str]:
-    """Commits of all branches and pull requests, by repository and name."""
-    return {
-        (key, ref.removeprefix("refs/").replace("/", "-")): sha
-        for key, repo in hub.repos.items()
-        for ref, sha in repo.refs.items()
-    }
-
-
-def make_inputs(folder: Path, checkout: Path) -> None:
-    """Inputs as `inputs.py` makes them, and OpenCLIP's files by a checkout."""
-    folder.mkdir()
-    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    variables = {**os.environ, **quiet, "HF_HOME": str(folder / "home")}
-    with_hf_tsv = {**variables, "PYTHONPATH": str(checkout)}
-    for arguments, env in (
-        ([str(HERE / "inputs.py"), str(folder)], variables),
-        (["-c", CONVERT, json.dumps(OPEN_CLIP)], with_hf_tsv),
-    ):
-        done = subprocess.run(
-            [sys.executable, *arguments], env=env, cwd=folder, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        if done.returncode:
-            sys.exit(f"the inputs could not be made:\n{done.stderr}")
-    for name in OPEN_CLIP:  # no trace of the merge
-        for file in ("README.md", "hf_tsv_recipe.yaml"):
-            (folder / name / file).unlink(missing_ok=True)
-
-
-def environment(checkout: Path, root: Path, hub: Hub) -> dict[str, str]:
-    """Variables of the processes of one side."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE_"))}
-    return {
-        **kept,
-        "PYTHONPATH": str(checkout), "HF_HOME": str(root / "home"), "HF_ENDPOINT": hub.endpoint,
-        "HF_TOKEN": "hf_write", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONHASHSEED": "0",
-    }  # fmt: skip
-
-
-@contextmanager
-def at_work(checkout: Path, root: Path, inputs: Path) -> Iterator[Side]:
-    """A side with its Hub and worker."""
-    root.mkdir()
-    hub = filled_hub(inputs)
-    worker = subprocess.Popen(
-        [sys.executable, str(HERE / "worker.py"), str(checkout)], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(checkout, root, hub),
-    )  # fmt: skip
-    assert worker.stdin is not None and worker.stdout is not None
-    try:
-        if worker.stdout.readline() != "ready\n":
-            sys.exit(f"{checkout} cannot be imported")
-        yield Side(checkout, root, inputs, hub, worker)
-    finally:
-        worker.stdin.close()
-        worker.wait()
-        hub.stop()
-
-
-def filled_hub(inputs: Path) -> Hub:
-    """The tests' loopback Hub, wherever in their folder it is, with checkpoints and a dataset."""
-    (package,) = {path.parents[1] for path in (CHECKOUT / "tests").rglob("hub/wire.py")}
-    if str(package) not in sys.path:
-        sys.path.insert(0, str(package))
-    from hub import Hub
-
-    hub = Hub()
-    hub.start()
-    hub.add_repo("org/base", inputs / "base")
-    for name in ("vision", "full"):
-        files = {path.name: path for path in (inputs / name).iterdir()}
-        hub.add_repo(f"org/{name}", {**files, "README.md": CARD})
-    rows = {"data/test-00000-of-00001.parquet": inputs / "pets.parquet"}
-    hub.add_repo("org/data", rows, kind="datasets")
-    return hub
 
 
 if __name__ == "__main__":
