@@ -25,6 +25,8 @@ from clips import CARD
 from hub import Hub, User
 from safetensors.torch import load_file, save_file
 
+from hf_tsv.cli.output import table
+
 
 def edited(folder: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
     """A copy of a checkpoint with its tensors changed."""
@@ -375,6 +377,15 @@ def test_an_interrupted_merge_goes_on_where_it_stopped(
     for name in ("model.safetensors", "hf_tsv_recipe.yaml", "config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (whole / name).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_columns_are_aligned_whatever_characters_are_in_them() -> None:
+    rows = [("a", "5"), ("\N{CJK UNIFIED IDEOGRAPH-732B}\n\x1b", "12.5")]
+    assert table(rows) == "a        5\n\N{CJK UNIFIED IDEOGRAPH-732B} \\x1b  12.5"
+    assert table(rows, ("task", "n"), ("mean", "8")) == (
+        "task        n\n─────────────\na           5\n\N{CJK UNIFIED IDEOGRAPH-732B} \\x1b  12.5\n"
+        "─────────────\nmean        8"
+    )
 
 
 def test_an_unknown_option_is_a_usage_error(world: Path) -> None:

@@ -494,8 +494,8 @@ def test_the_command_prints_who_disturbs_whom(tasks: Path) -> None:
     assert done.code == 0, done.err
     rows = done.out.splitlines()
     assert rows[0].split()[:2] == ["task", "share"]
-    assert [row.split()[0] for row in rows[1:4]] == ["a", "b", "c"]
-    said = {row.split()[0]: row for row in rows[5:]}
+    assert [row.split()[0] for row in rows[2:5]] == ["a", "b", "c"]
+    said = {row.split()[0]: row for row in rows[6:]}
     assert {"interference", "most", "least"} <= set(said)
     found = report(tasks)
     most = {found.tasks[i]["name"] for i in found.extremes()[0]}

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from hf_tsv.compression.allocation import Choice, allocate, rank_of_energy
 from hf_tsv.compression.candidates import DENSE
 from hf_tsv.recipes.compressing import DEFAULT_RANK_FRACTION, RankRule
-from hf_tsv.system.checks import budget_bytes
 from hf_tsv.system.errors import RecipeError
 
 GIVEN: dict[str, Any] = {"rank_fraction": 0.2, "rank": 3, "energy": 0.9, "budget": "10%"}
@@ -89,63 +88,6 @@ def test_a_share_of_the_rank_is_rounded_down_and_keeps_one_triplet(percent: int,
 @pytest.mark.parametrize("rule", [RankRule(energy=0.5), RankRule(budget=1000)])
 def test_a_rank_that_depends_on_singular_values_is_not_known_before(rule: RankRule) -> None:
     assert rule.rank_before(32) is None
-
-
-# Bytes of a budget
-
-
-@pytest.mark.parametrize(
-    ("budget", "expected"),
-    [
-        (1, 1),
-        (12_345_678, 12_345_678),
-        ("12345678", 12_345_678),
-        ("7B", 7),
-        ("35kb", 35_000),
-        ("35MB", 35_000_000),
-        ("1.5 MB", 1_500_000),
-        (" 2GB ", 2_000_000_000),
-        ("0.25tb", 250_000_000_000),
-    ],
-)
-def test_a_size_is_read_with_decimal_units(budget: str | int, expected: int) -> None:
-    assert budget_bytes(budget, 10) == expected
-
-
-@pytest.mark.parametrize(
-    ("budget", "expected"), [("10%", 350), ("12.5 %", 437), ("100%", 3500), ("0.01%", 0)]
-)
-def test_a_percentage_is_of_the_checkpoint(budget: str, expected: int) -> None:
-    assert budget_bytes(budget, 3500) == expected
-
-
-@given(tenths=st.integers(1, 1000), size=st.integers(0, 10**9))
-@example(tenths=646, size=500)  # 500 · 64.6 / 100 = 322.99999999999994
-def test_a_percentage_is_rounded_down_to_whole_bytes(tenths: int, size: int) -> None:
-    assert budget_bytes(f"{tenths / 10}%", size) == tenths * size // 1000
-
-
-BAD_BUDGETS = [
-    *("", " ", "ten", "%", "MB", "-5MB", "+5MB", "5 M", "5KiB", "5 MB/s", "1e6", "1,5MB", "1.MB"),
-    *("0", "0%", "0.0MB", "100.1%", "101%", "nan", "inf", "5%%", "0x10"),
-    *(0, -1, 1.5, True, float("nan"), ["10%"], b"10%"),
-]
-
-
-@pytest.mark.parametrize("budget", BAD_BUDGETS)
-def test_what_is_no_budget_is_refused_with_an_example(budget: Any) -> None:
-    with pytest.raises(RecipeError, match=r"budget is .*10%.*35MB"):
-        budget_bytes(budget, 1000)
-    with pytest.raises(RecipeError, match="budget is "):
-        RankRule(budget=budget)
-
-
-@pytest.mark.parametrize(
-    "budget", ["9" * 400, "9" * 400 + "MB", "9" * 308 + "TB", 10**400], ids=lambda b: str(b)[-3:]
-)
-def test_a_budget_beyond_all_numbers_is_refused(budget: str | int) -> None:
-    with pytest.raises(RecipeError, match="budget is "):
-        RankRule(budget=budget)
 
 
 # Rank of a share of the energy

@@ -59,7 +59,7 @@ all_settings = st.builds(
     exclude=st.lists(texts, max_size=3).map(tuple),
     qkv=st.sampled_from(["split", "fused"]),
     dtype=st.sampled_from([None, "float32", "float16", "bfloat16"]),
-    max_shard_size=st.sampled_from(["5GB", "300MB"]) | st.integers(1, 10**12),
+    max_shard_size=st.sampled_from(["5GB", "300MB", "5", " 2 gib"]) | st.integers(1, 10**12),
 )
 
 
@@ -205,7 +205,7 @@ WRONG = {
     "qkv": ["fuse", "", False],
     "out_format": ["openclip", "", True],
     "dtype": ["float64", "bf16", "torch.float32", 16, []],
-    "max_shard_size": [0, -1, 1.5, "5", "5gb", "5GiB", "0GB", "-5GB", "5 GB", "5GB\n", None, True],
+    "max_shard_size": [0, -1, 1.5, "", "0GB", "0.5", "-5GB", "5 XB", "5%", None, True],
     "device": [3, None, ["cpu"]],
     "versions": [3, ["torch"], "2.0"],
 }

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def facts(command: Sequence[str], device: str) -> dict[str, Any]:
     import torch
 
     return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "command": " ".join(["python -m benchmarks.speed", *command]),
         "cpu": _cpu_name(),
         "cpus": os.cpu_count(),

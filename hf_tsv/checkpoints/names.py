@@ -9,7 +9,7 @@ PICKLED_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
 
 Format = Literal["transformers", "open_clip"]
-"""File layout of a checkpoint: the library whose names, shapes and config it has."""
+"""Whose names, shapes and config the files of a checkpoint have."""
 
 ADAPTER_FILE = "adapter_model.safetensors"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from hf_tsv.cli import compress, evaluate, inspect, interference, merge, push, reconstruct, sweep
+from hf_tsv.cli.groups import flattened
 from hf_tsv.cli.output import guarded
 
 app = typer.Typer(
@@ -40,7 +41,7 @@ def _root(
 
 for module in (merge, compress, reconstruct, push, interference, inspect, evaluate, sweep):
     name = module.__name__.rpartition(".")[2]
-    command = guarded()(getattr(module, name))
+    command = guarded()(flattened(getattr(module, name)))
     app.command(name, no_args_is_help=True, epilog=module.EXAMPLES)(command)
 
 

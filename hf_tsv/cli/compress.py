@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Optional
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from hf_tsv.cli import options
-from hf_tsv.cli.output import Out
+from hf_tsv.cli.groups import Only
+from hf_tsv.cli.output import Out, pinned, table, timings
+from hf_tsv.recipes.compressing import FactorFormat
+from hf_tsv.recipes.settings import Dtype
 from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.text import human_bytes
 
 if TYPE_CHECKING:
     from hf_tsv.reports.compression import CompressReport
@@ -26,15 +30,64 @@ EXAMPLES = """\
 
 `hf-tsv compress ./clip-c --base-model openai/clip-vit-base-patch32 --energy 0.95 -o factors`
 """
-RANKS = "How much is kept (give one)"
-FORMAT = "How it is stored"
 
 
-class Format(str, Enum):
-    """Values of `--format`."""
+@dataclass(frozen=True)
+class KeepOptions:
+    """Rule for how much is kept of every matrix; one of four."""
 
-    factors = "factors"
-    peft = "peft"
+    PANEL: ClassVar[str] = "How much is kept (give one)"
+
+    rank_fraction: Annotated[
+        float | None, typer.Option(help="Share of min(shape) of every matrix. [default: 0.1]")
+    ] = None
+    rank: Annotated[int | None, typer.Option(help="Singular vectors of every matrix.")] = None
+    energy: Annotated[
+        float | None, typer.Option(help="Share of the squared singular values of every matrix.")
+    ] = None
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Bytes for everything, spent where they keep most: 10% of the checkpoint, 35MB.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Form of the compressed task."""
+
+    PANEL: ClassVar[str] = "How it is stored"
+
+    factor_dtype: Annotated[Dtype, typer.Option(help="Type of the stored updates.")] = "float32"
+    compress_conv: Annotated[
+        bool,
+        typer.Option(
+            "--compress-conv",
+            help="Decompose the patch convolution too (otherwise it is the largest tensor stored"
+            " whole).",
+        ),
+    ] = False
+    format: Annotated[
+        FactorFormat,
+        typer.Option(help="Task factors, or a LoRA adapter that PEFT loads without hf-tsv."),
+    ] = "factors"
+    dense: Annotated[
+        bool,
+        typer.Option(
+            "--dense/--no-dense",
+            help="With peft: also biases, norms and embeddings. Without, PEFT can combine it with"
+            " other adapters.",
+        ),
+    ] = True
+    model_class: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLASS",
+            help="With peft: the class it is for, such as CLIPModel. [default: the checkpoint's]",
+        ),
+    ] = None
 
 
 def compress(
@@ -43,89 +96,14 @@ def compress(
         typer.Argument(
             metavar="CHECKPOINT",
             help="Fine-tune to compress: org/name, org/name@revision, or a local folder.",
-            show_default=False,
         ),
     ],
-    base_model: options.BaseModel = None,
-    subfolder: options.Subfolder = None,
-    rank_fraction: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            help="Share of min(shape) of every matrix. [default: 0.1]",
-            rich_help_panel=RANKS,
-            show_default=False,
-        ),
-    ] = None,
-    rank: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            help="Singular vectors of every matrix.", rich_help_panel=RANKS, show_default=False
-        ),
-    ] = None,
-    energy: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            help="Share of the squared singular values of every matrix.",
-            rich_help_panel=RANKS,
-            show_default=False,
-        ),
-    ] = None,
-    budget: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            metavar="SIZE",
-            help="Bytes for everything, spent where they keep most: 10% of the checkpoint, 35MB.",
-            rich_help_panel=RANKS,
-            show_default=False,
-        ),
-    ] = None,
-    factor_dtype: Annotated[
-        options.Dtype,
-        typer.Option(help="Type of the stored updates.", rich_help_panel=FORMAT),
-    ] = options.Dtype.float32,
-    compress_conv: Annotated[
-        bool,
-        typer.Option(
-            "--compress-conv",
-            help="Decompose the patch convolution too, the largest part stored whole.",
-            rich_help_panel=FORMAT,
-        ),
-    ] = False,
-    file_format: Annotated[
-        Format,
-        typer.Option(
-            "--format",
-            help="Task factors, or a LoRA adapter that PEFT loads without hf-tsv.",
-            rich_help_panel=FORMAT,
-        ),
-    ] = Format.factors,
-    dense: Annotated[
-        bool,
-        typer.Option(
-            "--dense/--no-dense",
-            help="With peft: also biases, norms and embeddings. Without, PEFT can combine it with"
-            " other adapters.",
-            rich_help_panel=FORMAT,
-        ),
-    ] = True,
-    model_class: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            metavar="CLASS",
-            help="With peft: the class it is for, such as CLIPModel. [default: the checkpoint's]",
-            rich_help_panel=FORMAT,
-            show_default=False,
-        ),
-    ] = None,
-    output: options.Output = None,
-    force: options.Force = False,
-    push_to: options.PushTo = None,
-    private: options.Private = None,
-    revision: options.Revision = None,
-    create_pr: options.CreatePr = False,
-    commit_message: options.CommitMessage = None,
-    max_shard_size: options.MaxShardSize = "5GB",
-    device: options.Device = None,
+    *,
+    source: options.SourceOptions,
+    keep: KeepOptions,
+    store: StoreOptions,
+    target: options.TargetOptions,
+    files: Annotated[options.FileOptions, Only("max_shard_size")],
     report: Annotated[
         bool,
         typer.Option(
@@ -134,57 +112,44 @@ def compress(
             rich_help_panel=options.TARGET,
         ),
     ] = False,
-    timings: options.Timings = False,
-    dry_run: options.DryRun = False,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    token: options.Token = None,
-    cache_dir: options.CacheDir = None,
-    stream: options.Stream = False,
+    compute: Annotated[options.ComputeOptions, Only("device")],
+    run: options.RunOptions,
+    access: options.AccessOptions,
 ) -> None:
     """Compress a fine-tuned CLIP checkpoint into small task factors.
 
     Keeps the leading singular vectors of the update of every matrix, and the update itself of
     everything else (TSV-Compress). Together with the base model they give the fine-tune again.
     """
-    out = Out(as_json=as_json, quiet=quiet)
+    out = Out(as_json=run.as_json, quiet=run.quiet)
     from hf_tsv.checkpoints.sources import Access
     from hf_tsv.recipes.compressing import Options, RankRule
     from hf_tsv.runs.target import Target
-    from hf_tsv.verbs.compress import run
+    from hf_tsv.verbs import compress as compress_
 
     if not checkpoint:
         raise RecipeError("There is nothing to compress.", "Name a checkpoint.")
-    done = run(
+    done = compress_.run(
         checkpoint,
-        base_model,
+        source.base_model,
         Options(
-            RankRule(rank_fraction, rank, energy, budget),
-            factor_dtype.value,
-            compress_conv,
-            file_format.value,
-            dense,
-            model_class,
-            options.shard_size(max_shard_size),
-            report,
+            RankRule(**vars(keep)), **vars(store), max_shard_size=files.shard_size, report=report
         ),
-        Target(output, push_to, force, private, revision, create_pr, commit_message),
-        device=device,
-        access=Access.of(token, cache_dir, subfolder, stream=stream),
-        dry_run=dry_run,
-        progress=False if quiet else None,
+        Target(**vars(target)),
+        device=compute.device,
+        access=Access.of(access.token, access.cache_dir, source.subfolder, stream=access.stream),
+        dry_run=run.dry_run,
+        progress=run.progress,
     )
-    if not dry_run:
+    if not run.dry_run:
         out.status(_summary(done))
-        if timings:
-            out.status(options.timings(done.timings, {}))
-    text = _preview(done) if dry_run else (done.output or done.url or "")
+        if run.timings:
+            out.status(timings(done.timings, {}))
+    text = _preview(done) if run.dry_run else (done.output or done.url or "")
     out.result(text, done.to_dict())
 
 
 def _summary(report: CompressReport) -> str:
-    from hf_tsv.system.text import human_bytes
-
     kinds = [weight["stored"] for weight in report.weights.values()]
     shares = (f"{T} such tasks take {100 * r:.0f} %" for T, r in report.ratio_for_tasks.items())
     lines = [
@@ -206,18 +171,16 @@ def _summary(report: CompressReport) -> str:
 
 
 def _preview(report: CompressReport) -> str:
-    from hf_tsv.system.text import human_bytes
-
     size = "depends on the weights"
     if report.factors_bytes is not None:
         share = 100 * (report.ratio or 0)
         size = f"at most {human_bytes(report.factors_bytes)}, {share:.1f} % of the checkpoint"
     kinds = [weight["stored"] for weight in report.weights.values()]
     rule = ", ".join(f"{name} {value}" for name, value in report.rank_rule.items())
-    return options.columns(
+    return table(
         [
-            ("base model", options.pinned(report.base_model)),
-            ("task", options.pinned(report.source)),
+            ("base model", pinned(report.base_model)),
+            ("task", pinned(report.source)),
             ("rule", rule),
             ("low-rank", f"{kinds.count('factors')} weights"),
             ("whole", f"{kinds.count('dense')} weights"),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_tsv.cli import images, options
+from hf_tsv.cli import options
+from hf_tsv.cli.groups import Only
+from hf_tsv.cli.images import ImageOptions, notes
 from hf_tsv.cli.output import Out, table
 from hf_tsv.system.processes import is_leader
-from hf_tsv.system.text import one_line
 
 if TYPE_CHECKING:
     from hf_tsv.verbs.evaluate import EvaluateReport
@@ -33,45 +34,20 @@ def evaluate(
     reference: Annotated[
         str,
         typer.Argument(
-            metavar="REF",
-            help="The model: org/name, org/name@revision, or a local folder.",
-            show_default=False,
+            metavar="REF", help="The model: org/name, org/name@revision, or a local folder."
         ),
     ],
-    task: images.Tasks = None,
-    suite: images.Suite = None,
-    fine_tunes: images.FineTunes = None,
-    no_references: Annotated[
-        bool,
-        typer.Option(
-            "--no-references",
-            help="Leave the fine-tunes of the suite out.",
-            rich_help_panel=images.PANEL,
-        ),
-    ] = False,
-    split: images.Split = None,
-    image_column: images.ImageColumn = None,
-    label_column: images.LabelColumn = None,
-    classes: images.Classes = None,
-    template: images.Template = None,
-    limit: images.Limit = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Images at a time.", rich_help_panel=options.RUN)
-    ] = 64,
-    base_model: options.BaseModel = None,
-    subfolder: options.Subfolder = None,
+    *,
+    images: ImageOptions,
+    compute: Annotated[options.ComputeOptions, Only("batch_size", "device")],
+    source: options.SourceOptions,
     output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="DIR",
-            help="Folder for the results: evaluation.json, and pictures with the extra `plots`.",
-            rich_help_panel=options.TARGET,
-            show_default=False,
+        Path | None,
+        options.folder(
+            "Folder for the results: evaluation.json, and pictures with the extra `plots`."
         ),
     ] = None,
-    force: options.Force = False,
+    target: Annotated[options.TargetOptions, Only("force")],
     card: Annotated[
         bool,
         typer.Option(
@@ -83,46 +59,36 @@ def evaluate(
     create_pr: Annotated[
         bool,
         typer.Option(
-            "--create-pr",
-            help="Commit the card as a pull request.",
-            rich_help_panel=options.TARGET,
+            "--create-pr", help="Commit the card as a pull request.", rich_help_panel=options.TARGET
         ),
     ] = False,
-    device: options.Device = None,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    token: options.Token = None,
-    cache_dir: options.CacheDir = None,
+    run: Annotated[options.RunOptions, Only("as_json", "quiet")],
+    access: Annotated[options.AccessOptions, Only("token", "cache_dir")],
 ) -> None:
     """Measure what a model scores on labelled images, zero-shot.
 
     Top-1 accuracy of every task and confusion matrices; with the fine-tunes, the share of their
     own accuracy that is kept. With -o a run that was stopped goes on with the next task.
     """
-    out = Out(as_json=as_json, quiet=quiet)
+    out = Out(as_json=run.as_json, quiet=run.quiet)
     from hf_tsv.verbs import evaluate as evaluate_
 
-    tasks = images.tasks_of(task, split, image_column, label_column, classes, template)
-    references = None
-    if fine_tunes or no_references:
-        references = dict(map(images.named, fine_tunes or []))
     report = evaluate_.evaluate(
         reference,
-        tasks,
-        suite=suite,
-        references=references,
+        images.tasks,
+        suite=images.suite,
+        references=images.references,
         output=output,
-        force=force,
+        force=target.force,
         card=card,
         create_pr=create_pr,
-        limit=limit,
-        batch_size=batch_size,
-        base_model=base_model,
-        device=device,
-        token=token,
-        cache_dir=cache_dir,
-        subfolder=subfolder,
-        progress=False if quiet else None,
+        limit=images.limit,
+        batch_size=compute.batch_size,
+        **vars(source),
+        device=compute.device,
+        token=access.token,
+        cache_dir=access.cache_dir,
+        progress=run.progress,
     )
     if report.card is not None:
         out.status(f"The results are in {report.card}.")
@@ -145,14 +111,10 @@ def text_of(report: EvaluateReport) -> str:
     if compared:
         known = [found["reference"]["accuracy"] for found in own if "reference" in found]
         mean += [_share(sum(known) / len(known)), _share(report.normalised)]
-    parts = [table(head, rows, mean)]
+    parts = [table(rows, head, mean)]
     if report.suite is not None:
         parts.append(_beside_the_paper(report))
-    notes = []
-    if report.limit is not None:
-        notes.append(("of each task", f"{report.limit} images at most: a quick look"))
-    notes += [("failed", f"{name}: {why}") for name, why in report.errors.items()]
-    return "\n\n".join([*parts, *([options.columns(notes)] if notes else [])])
+    return "\n\n".join([*parts, *notes(report.limit, report.errors)])
 
 
 def _beside_the_paper(report: EvaluateReport) -> str:
@@ -171,11 +133,11 @@ def _beside_the_paper(report: EvaluateReport) -> str:
     if report.limit is not None:
         ours.append(f"{report.limit} images of each")
     means = _share(suite["accuracy"]), _share(suite["normalised"])
-    return table((PUBLISHED, "accuracy", "kept"), rows, (", ".join(ours), *means))
+    return table(rows, (PUBLISHED, "accuracy", "kept"), (", ".join(ours), *means))
 
 
 def _row(name: str, found: dict[str, Any], compared: bool) -> list[str]:
-    cells = [one_line(name), str(found["images"]), _share(found["accuracy"])]
+    cells = [name, str(found["images"]), _share(found["accuracy"])]
     if compared:
         own = found.get("reference", {}).get("accuracy")
         cells += [_share(own), _share(found.get("normalised"))]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from hf_tsv.cli.output import table
 from hf_tsv.system.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -16,115 +18,129 @@ if TYPE_CHECKING:
 
 PANEL = "What is classified"
 
-# `Optional` because typer reads the annotations at run time on Python 3.10.
-Tasks = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option(
-        metavar="NAME=DATASET",
-        help="Labelled images: a dataset on the Hub (org/name, org/name:config@revision), a folder"
-        " of images, or a parquet file; repeatable.",
-        rich_help_panel=PANEL,
-        show_default=False,
-    ),
-]
-Suite = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        metavar="NAME",
-        help="Tasks, base model and fine-tunes of a paper, beside the rows it reports:"
-        " vit-b-32-8; b-16 or l-14, 14 or 20 tasks.",
-        rich_help_panel=PANEL,
-        show_default=False,
-    ),
-]
-FineTunes = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option(
-        "--reference",
-        metavar="NAME=REF",
-        help="The fine-tune of a task, which accuracy is compared with; repeatable."
-        " [default: those of the suite]",
-        rich_help_panel=PANEL,
-        show_default=False,
-    ),
-]
-Split = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        help="Of the datasets of --task. [default: test, else validation, else train]",
-        rich_help_panel=PANEL,
-        show_default=False,
-    ),
-]
-ImageColumn = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        metavar="COLUMN",
-        help="Images of --task. [default: the only column of images]",
-        rich_help_panel=PANEL,
-        show_default=False,
-    ),
-]
-LabelColumn = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        metavar="COLUMN",
-        help="Labels of --task. [default: the only column of class labels]",
-        rich_help_panel=PANEL,
-        show_default=False,
-    ),
-]
-Classes = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        metavar="FILE",
-        help="Names of the classes of a single --task, one a line, in the order of the labels."
-        " [default: those of the dataset]",
-        rich_help_panel=PANEL,
-        show_default=False,
-    ),
-]
-Template = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option(
-        help="Prompt of --task, with {} for the name of a class; repeatable."
-        " [default: a photo of a {}.]",
-        rich_help_panel=PANEL,
-        show_default=False,
-    ),
-]
 Limit = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option(
-        help="So many images of each task, for a quick look.",
-        rich_help_panel=PANEL,
-        show_default=False,
+        help="Use only this many images of each task, for a quick look.", rich_help_panel=PANEL
     ),
 ]
 
 
-def tasks_of(
-    task: Sequence[str] | None,
-    split: str | None,
-    image_column: str | None,
-    label_column: str | None,
-    classes: Path | None,
-    template: Sequence[str] | None,
-) -> list[EvaluationTask]:
-    """What `--task` names, with the options that say more of it."""
-    choices: dict[str, Any] = {"split": split, "image": image_column, "label": label_column}
-    if template:
-        choices["templates"] = tuple(template)
-    if classes is not None:
-        choices["classes"] = _names(classes, task or [])
-    if not task:
-        return []
-    from hf_tsv.recipes.images import EvaluationTask  # a second, for transformers
+@dataclass(frozen=True)
+class DatasetOptions:
+    """Parts of the datasets of `--task`: split, columns, classes and prompts."""
 
-    return [EvaluationTask.parse(text, **choices) for text in task]
+    PANEL: ClassVar[str] = PANEL
+
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split of every dataset to use. [default: test, else validation, else train]"
+        ),
+    ] = None
+    image_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Column of the images of --task. [default: the only column of images]",
+        ),
+    ] = None
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Column of the labels of --task. [default: the only column of class labels]",
+        ),
+    ] = None
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Names of the classes of a single --task, one a line, in the order of the labels."
+            " [default: those of the dataset]",
+        ),
+    ] = None
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Prompt of --task, with {} for the name of a class; repeatable."
+            " [default: a photo of a {}.]"
+        ),
+    ] = None
 
 
-def named(text: str) -> tuple[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """Images, and models to compare with on them."""
+
+    PANEL: ClassVar[str] = PANEL
+
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DATASET",
+            help="Labelled images: a dataset on the Hub (org/name, org/name:config@revision), a"
+            " folder of images, or a parquet file; repeatable.",
+        ),
+    ] = None
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Tasks, base model and fine-tunes of a paper, beside the rows it reports:"
+            " vit-b-32-8; b-16 or l-14, 14 or 20 tasks.",
+        ),
+    ] = None
+    fine_tunes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reference",
+            metavar="NAME=REF",
+            help="The fine-tune of a task, which accuracy is compared with; repeatable."
+            " [default: those of the suite]",
+        ),
+    ] = None
+    no_references: Annotated[
+        bool, typer.Option("--no-references", help="Leave the fine-tunes of the suite out.")
+    ] = False
+    datasets: DatasetOptions
+    limit: Limit = None
+
+    @property
+    def tasks(self) -> list[EvaluationTask]:
+        """Tasks that `--task` names, with the options that say more of them."""
+        given = self.datasets
+        choices: dict[str, Any] = {
+            "split": given.split,
+            "image": given.image_column,
+            "label": given.label_column,
+        }
+        if given.template:
+            choices["templates"] = tuple(given.template)
+        if given.classes is not None:
+            choices["classes"] = _lines(given.classes, self.task or [])
+        if not self.task:
+            return []
+        from hf_tsv.recipes.images import EvaluationTask  # a second, for transformers
+
+        return [EvaluationTask.parse(text, **choices) for text in self.task]
+
+    @property
+    def references(self) -> dict[str, str] | None:
+        """The fine-tunes by the name of their task; None: those of the suite."""
+        if not self.fine_tunes and not self.no_references:
+            return None
+        return dict(map(_named, self.fine_tunes or []))
+
+
+def notes(limit: int | None, errors: Mapping[str, str]) -> list[str]:
+    """A table of what limits results on images; empty where nothing does."""
+    rows = [] if limit is None else [("of each task", f"{limit} images at most: a quick look")]
+    rows += [("failed", f"{name}: {why}") for name, why in errors.items()]
+    return [table(rows)] if rows else []
+
+
+def _named(text: str) -> tuple[str, str]:
     """A `--reference`: the name of its task, and the checkpoint."""
     name, equals, ref = text.partition("=")
     if not equals or not name or not ref:
@@ -132,8 +148,8 @@ def named(text: str) -> tuple[str, str]:
     return name, ref
 
 
-def _names(file: Path, tasks: Sequence[str]) -> tuple[str, ...]:
-    """Lines of a file."""
+def _lines(file: Path, tasks: Sequence[str]) -> tuple[str, ...]:
+    """Names of classes, a line each."""
     if len(tasks) != 1:
         raise RecipeError("--classes is for a single --task.", "Name one task at a time.")
     try:

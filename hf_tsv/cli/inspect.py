@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_tsv.cli import options
-from hf_tsv.cli.output import Out
+from hf_tsv.cli.groups import Only
+from hf_tsv.cli.output import Out, pinned, table
+from hf_tsv.system.text import human_bytes
 
 if TYPE_CHECKING:
     from hf_tsv.verbs.inspect import InspectReport
@@ -27,34 +29,29 @@ EXAMPLES = """\
 
 def inspect(
     reference: Annotated[
-        str,
-        typer.Argument(
-            metavar="REF",
-            help="org/name, org/name@revision, or a local folder.",
-            show_default=False,
-        ),
+        str, typer.Argument(metavar="REF", help="org/name, org/name@revision, or a local folder.")
     ],
-    subfolder: options.Subfolder = None,
-    as_json: options.AsJson = False,
-    token: options.Token = None,
-    cache_dir: options.CacheDir = None,
+    *,
+    source: Annotated[options.SourceOptions, Only("subfolder")],
+    run: Annotated[options.RunOptions, Only("as_json")],
+    access: Annotated[options.AccessOptions, Only("token", "cache_dir")],
 ) -> None:
     """Say what a checkpoint, a merge or task factors hold, from headers alone.
 
     Reads the beginning of the weight files by HTTP range, and no weights.
     """
-    out = Out(as_json=as_json, quiet=False)
+    out = Out(as_json=run.as_json)
     from hf_tsv.verbs import inspect as inspect_
 
-    report = inspect_.inspect(reference, token=token, cache_dir=cache_dir, subfolder=subfolder)
+    report = inspect_.inspect(
+        reference, token=access.token, cache_dir=access.cache_dir, subfolder=source.subfolder
+    )
     out.result(_text(report), report.to_dict())
 
 
 def _text(report: InspectReport) -> str:
-    from hf_tsv.system.text import human_bytes
-
     rows = [
-        (report.kind, options.pinned({"ref": report.ref, "revision": report.revision})),
+        (report.kind, pinned({"ref": report.ref, "revision": report.revision})),
         ("class", report.model_class or report.model_type or "unknown"),
         ("layout", report.layout or "unknown"),
         ("base model", ", ".join(report.base_model) or "not said"),
@@ -72,8 +69,8 @@ def _text(report: InspectReport) -> str:
     if report.recipe is not None:
         inputs = report.recipe["inputs"]
         rows.append(("made by", f"{report.recipe['settings']['method']} of {len(inputs)} tasks"))
-        rows += [("task", options.pinned(entry)) for entry in inputs]
-        rows.append(("from", options.pinned(report.recipe["base_model"])))
+        rows += [("task", pinned(entry)) for entry in inputs]
+        rows.append(("from", pinned(report.recipe["base_model"])))
     if report.heads:
         rows.append(("heads", ", ".join(report.heads)))
     if report.factors is not None:
@@ -82,7 +79,7 @@ def _text(report: InspectReport) -> str:
         ranks = [entry["rank"] for entry in report.tensors.values() if entry["rank"]]
         energies = [e["energy"] for e in report.tensors.values() if e["rank"]] or [1.0]
         rows += [
-            ("task", options.pinned(found["source"])),
+            ("task", pinned(found["source"])),
             ("stored", ", ".join(f"{count} {name}" for name, count in stored.items())),
             ("ranks", f"{min(ranks)} … {max(ranks)}" if ranks else "none"),
             ("energy", f"{min(energies):.1%} … {max(energies):.1%} of an update kept"),
@@ -90,4 +87,4 @@ def _text(report: InspectReport) -> str:
             ("error", f"{found['update_error']:.3g} of the update"),
         ]
     rows += [("unknown", text) for text in report.unknown]
-    return options.columns(rows)
+    return table(rows)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hf_tsv.cli import options
-from hf_tsv.cli.output import Out
-from hf_tsv.system.text import one_line
+from hf_tsv.cli.groups import Only
+from hf_tsv.cli.output import Out, table
 
 if TYPE_CHECKING:
     from hf_tsv.reports.interference import InterferenceReport
@@ -31,85 +31,63 @@ SHOWN = 5
 
 def interference(
     checkpoints: Annotated[
-        Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
+        list[str] | None,
         typer.Argument(
             metavar="CHECKPOINTS...",
             help="Fine-tunes of one base model, whole or as task factors: org/name,"
             " org/name@revision, or a local folder.",
-            show_default=False,
         ),
     ] = None,
-    base_model: options.BaseModel = None,
-    subfolder: options.Subfolder = None,
+    *,
+    source: options.SourceOptions,
     output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="DIR",
-            help="Folder for the report: interference.html, pictures and interference.json.",
-            rich_help_panel=options.TARGET,
-            show_default=False,
-        ),
+        Path | None,
+        options.folder("Folder for the report: interference.html, pictures and interference.json."),
     ] = None,
-    force: options.Force = False,
-    rank: options.Rank = None,
-    rank_fraction: options.RankFraction = None,
-    exclude: options.Exclude = None,
-    qkv: options.QkvForm = None,
-    device: options.Device = None,
-    max_memory: options.MaxMemory = None,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    token: options.Token = None,
-    cache_dir: options.CacheDir = None,
-    stream: options.Stream = False,
+    target: Annotated[options.TargetOptions, Only("force")],
+    ranks: options.RankOptions,
+    compute: Annotated[options.ComputeOptions, Only("device", "max_memory")],
+    run: Annotated[options.RunOptions, Only("as_json", "quiet")],
+    access: options.AccessOptions,
 ) -> None:
     """Measure who disturbs whom, layer by layer, before merging.
 
     Singular task interference is 0 where the leading singular vectors of different tasks are
     orthogonal; it is shown as it is, and as the merge leaves it.
     """
-    out = Out(as_json=as_json, quiet=quiet)
-    from hf_tsv.checkpoints.names import REPORT_PAGE
+    out = Out(as_json=run.as_json, quiet=run.quiet)
+    from hf_tsv.checkpoints import names
     from hf_tsv.verbs import interference as interference_
 
-    choices: dict[str, Any] = {
-        "rank": rank,
-        "rank_fraction": rank_fraction,
-        "qkv": None if qkv is None else qkv.value,
-    }
-    if exclude is not None:
-        choices["exclude"] = [glob for glob in exclude if glob]
     report = interference_.interference(
         checkpoints or [],
-        base_model=base_model,
+        **vars(source),
         output=output,
-        force=force,
-        **choices,
-        device=device,
-        token=token,
-        cache_dir=cache_dir,
-        subfolder=subfolder,
-        stream=stream,
-        max_memory=max_memory,
-        progress=False if quiet else None,
+        force=target.force,
+        **ranks.arguments(),
+        device=compute.device,
+        max_memory=compute.max_memory,
+        **vars(access),
+        progress=run.progress,
     )
     if output is not None:
-        out.status(f"The report is {output / REPORT_PAGE}.")
+        out.status(f"The report is {output / names.REPORT_PAGE}.")
     out.result(_text(report), report.to_dict())
 
 
 def _text(report: InterferenceReport) -> str:
-    names = [one_line(task["name"]) for task in report.tasks]
-    width = max(map(len, ["task", *names]))
-    lines = [f"{'task':<{width}}  share   update  of base  effective rank  energy kept"]
-    for name, task in zip(names, report.tasks, strict=True):
-        lines.append(
-            f"{name:<{width}}  {task['share']:>5.1%}  {task['norm']:>7.3g}"
-            f"  {task['relative_norm']:>7.2%}  {task['effective_rank']:>14.1f}"
-            f"  {task['energy']:>11.1%}"
+    tasks = [
+        (
+            task["name"],
+            f"{task['share']:.1%}",
+            f"{task['norm']:.3g}",
+            f"{task['relative_norm']:.2%}",
+            f"{task['effective_rank']:.1f}",
+            f"{task['energy']:.1%}",
         )
+        for task in report.tasks
+    ]
+    head = ("task", "share", "update", "of base", "effective rank", "energy kept")
     most, least = report.extremes()
     worst = sorted(report.weights.items(), key=lambda entry: -entry[1]["sti"])[:SHOWN]
     rows = [
@@ -118,7 +96,7 @@ def _text(report: InterferenceReport) -> str:
         *([("least", _pair(report, least))] if most != least else []),
         *((f"{entry['sti']:.4g}", label) for label, entry in worst),
     ]
-    return "\n".join([*lines, "", options.columns(rows)])
+    return f"{table(tasks, head)}\n\n{table(rows)}"
 
 
 def _pair(report: InterferenceReport, pair: tuple[int, int]) -> str:

@@ -1,242 +1,208 @@
-"""Options that several commands share, and how their values are read."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import re
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, ClassVar
 
 import typer
 
-from hf_tsv.system.text import one_line
+from hf_tsv.recipes.settings import Dtype, Qkv
+from hf_tsv.system.errors import RecipeError
 
 TARGET = "Where the result goes"
 METHOD = "How to merge"
 RUN = "How to run"
 
 
-class Dtype(str, Enum):
-    """Types that weights are written in."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
+def folder(content: str) -> Any:
+    """The option `-o` of a command that writes a folder of its own."""
+    return typer.Option("-o", "--output", metavar="DIR", help=content, rich_help_panel=TARGET)
 
 
-class Qkv(str, Enum):
-    """Values of `--qkv`."""
-
-    split = "split"  # type: ignore[assignment]
-    fused = "fused"
-
-
-class OutFormat(str, Enum):
-    """Values of `--out-format`."""
-
-    transformers = "transformers"
-    open_clip = "open_clip"
-
-
-# `Optional` because typer reads the annotations at run time on Python 3.10.
-BaseModel = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        metavar="REF",
-        help="What was fine-tuned. [default: what model cards and factors say]",
-        show_default=False,
-    ),
-]
-Output = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        "-o",
-        "--output",
-        metavar="DIR",
-        help="Folder to write.",
-        rich_help_panel=TARGET,
-        show_default=False,
-    ),
-]
-Force = Annotated[
-    bool,
-    typer.Option(
-        "--force", help="Replace an output folder that hf-tsv wrote.", rich_help_panel=TARGET
-    ),
-]
-PushTo = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        metavar="REPO_ID",
-        help="Hub repository to upload to; created if needed.",
-        rich_help_panel=TARGET,
-        show_default=False,
-    ),
-]
-Private = Annotated[
-    Optional[bool],  # noqa: UP045
-    typer.Option(
-        "--private/--no-private",
-        help="Make a new repository private.",
-        rich_help_panel=TARGET,
-        show_default=False,
-    ),
-]
-Revision = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        metavar="BRANCH",
-        help="Branch to push to; created if needed.",
-        rich_help_panel=TARGET,
-        show_default=False,
-    ),
-]
-CreatePr = Annotated[
-    bool, typer.Option("--create-pr", help="Push as a pull request.", rich_help_panel=TARGET)
-]
-CommitMessage = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        metavar="TEXT",
-        help="Summary of the commit.",
-        rich_help_panel=TARGET,
-        show_default=False,
-    ),
-]
-Rank = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(
-        help="Singular vectors kept of each task. [default: min(shape) / number of tasks]",
-        rich_help_panel=METHOD,
-        show_default=False,
-    ),
-]
-RankFraction = Annotated[
-    Optional[float],  # noqa: UP045
-    typer.Option(
-        help="The same as a share of min(shape).", rich_help_panel=METHOD, show_default=False
-    ),
-]
-Exclude = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option(
-        metavar="GLOB",
-        help="Weights to average instead of decomposing; repeatable, replaces the default."
-        " [default: text_projection.weight]",
-        rich_help_panel=METHOD,
-        show_default=False,
-    ),
-]
-QkvForm = Annotated[
-    Optional[Qkv],  # noqa: UP045
-    typer.Option(
-        help="Decompose attention projections one by one, or stacked as OpenCLIP stores them."
-        " [default: as the base model stores them]",
-        rich_help_panel=METHOD,
-        show_default=False,
-    ),
-]
-Subfolder = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        metavar="DIR",
-        help="Where the checkpoints lie in their repositories or folders; the same as"
-        " org/name/DIR. Not of the base model.",
-        show_default=False,
-    ),
-]
-MaxShardSize = Annotated[
-    str, typer.Option(metavar="SIZE", help="Largest output file.", rich_help_panel=TARGET)
-]
-Device = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        metavar="NAME",
-        help="cpu, cuda, … [default: the best there is]",
-        rich_help_panel=RUN,
-        show_default=False,
-    ),
-]
-MaxMemory = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        metavar="SIZE",
-        help="Memory each process may use: 2GB. Less goes on at a time then. [default: no limit]",
-        rich_help_panel=RUN,
-        show_default=False,
-    ),
-]
-Timings = Annotated[
-    bool,
-    typer.Option(
-        "--timings",
-        help="Show the seconds spent reading, waiting, computing and writing.",
-        rich_help_panel=RUN,
-    ),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run",
-        help="Show what would be done; reads headers only, writes nothing.",
-        rich_help_panel=RUN,
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=RUN)]
-Quiet = Annotated[
-    bool,
-    typer.Option("-q", "--quiet", help="No progress, no status.", rich_help_panel=RUN),
-]
-Token = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        help="Hub token. [default: HF_TOKEN, or the one of `hf auth login`]",
-        rich_help_panel=RUN,
-        show_default=False,
-    ),
-]
-CacheDir = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        help="Hub cache. [default: as the Hub client]", rich_help_panel=RUN, show_default=False
-    ),
-]
-
-Stream = Annotated[
-    bool,
-    typer.Option(
-        "--stream",
-        help="Read tensors from the Hub when they are needed, without a copy on disk.",
-        rich_help_panel=RUN,
-    ),
+OutputDtype = Annotated[
+    Dtype | None, typer.Option(help="Type of the written weights. [default: as the base model]")
 ]
 
 
-def shard_size(text: str) -> int | str:
-    """Bytes, if it is a plain number; else a size such as 5GB, checked where it is used."""
-    return int(text) if re.fullmatch("[0-9]+", text) else text
+@dataclass(frozen=True)
+class SourceOptions:
+    """Origin of the checkpoints."""
+
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REF",
+            help="Model before fine-tuning. [default: what model cards and factors say]",
+        ),
+    ] = None
+    subfolder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the checkpoints lie in their repositories or folders; the same as"
+            " org/name/DIR. Does not apply to the base model.",
+        ),
+    ] = None
 
 
-def timings(seconds: dict[str, float], treatments: dict[str, dict[str, Any]]) -> str:
-    """Seconds by what was done, and the weights that took longest."""
-    slowest = sorted(
-        ((entry["seconds"], name) for name, entry in treatments.items() if "seconds" in entry),
-        key=lambda pair: -pair[0]["computing"],
+@dataclass(frozen=True)
+class TargetOptions:
+    """Place of the result: a folder, a repository, or both."""
+
+    PANEL: ClassVar[str] = TARGET
+
+    output: Annotated[Path | None, folder("Folder to write.")] = None
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an output folder that hf-tsv wrote.")
+    ] = False
+    push_to: Annotated[
+        str | None,
+        typer.Option(metavar="REPO_ID", help="Hub repository to upload to; created if needed."),
+    ] = None
+    private: Annotated[
+        bool | None, typer.Option("--private/--no-private", help="Make a new repository private.")
+    ] = None
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="Branch to push to; created if needed.")
+    ] = None
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Push as a pull request.")] = False
+    commit_message: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Summary of the commit.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """Form of the files of the result."""
+
+    PANEL: ClassVar[str] = TARGET
+
+    dtype: OutputDtype = None
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest output file.")] = (
+        "5GB"
     )
-    rows = [(name, f"{value:.2f} s") for name, value in seconds.items()]
-    rows += [(f"{found['computing']:.2f} s", name) for found, name in slowest[:3]]
-    return columns(rows)
+
+    @property
+    def shard_size(self) -> int | str:
+        """Size as given; a plain number as a number, which is how recipes hold it."""
+        text = self.max_shard_size
+        return int(text) if re.fullmatch("[0-9]{1,19}", text) else text
 
 
-def pinned(entry: dict[str, str | None]) -> str:
-    """A checkpoint of a report, as one reference."""
-    from hf_tsv.checkpoints.reference import at_revision
+@dataclass(frozen=True)
+class RankOptions:
+    """Choice of the weights that are decomposed, and of the singular vectors kept."""
 
-    return at_revision(str(entry["ref"]), entry["revision"])
+    PANEL: ClassVar[str] = METHOD
+
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Singular vectors kept of each task. [default: min(shape) / number of tasks]"
+        ),
+    ] = None
+    rank_fraction: Annotated[
+        float | None, typer.Option(help="The same as a share of min(shape).")
+    ] = None
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Weights to average instead of decomposing; repeatable, replaces the default."
+            " [default: text_projection.weight]",
+        ),
+    ] = None
+    qkv: Annotated[
+        Qkv | None,
+        typer.Option(
+            help="Decompose attention projections one by one, or stacked as OpenCLIP stores them."
+            " [default: as the base model stores them]"
+        ),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of a function; those not given are left out, for its own defaults."""
+        found = {name: value for name, value in vars(self).items() if value is not None}
+        if self.exclude is not None:
+            found["exclude"] = [glob for glob in self.exclude if glob]
+        return found
 
 
-def columns(rows: list[tuple[str, str]]) -> str:
-    """Names and values as two aligned columns, one line each."""
-    rows = [(one_line(name), one_line(value)) for name, value in rows]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+@dataclass(frozen=True)
+class ComputeOptions:
+    """Device, memory and batches of the computation."""
+
+    PANEL: ClassVar[str] = RUN
+
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, … [default: the best there is]")
+    ] = None
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory limit per process, such as 2GB; fewer weights are held at once to stay"
+            " below it. [default: no limit]",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Work that is done, and messages that are printed."""
+
+    PANEL: ClassVar[str] = RUN
+
+    timings: Annotated[
+        bool,
+        typer.Option(
+            "--timings", help="Show the seconds spent reading, waiting, computing and writing."
+        ),
+    ] = False
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Show what would be done; reads headers only, writes nothing."
+        ),
+    ] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no status.")] = False
+
+    @property
+    def progress(self) -> bool | None:
+        """False hides progress bars; None shows them on a terminal."""
+        return False if self.quiet else None
+
+
+@dataclass(frozen=True)
+class AccessOptions:
+    """Access to the Hub."""
+
+    PANEL: ClassVar[str] = RUN
+
+    token: Annotated[
+        str | None,
+        typer.Option(help="Hub token. [default: HF_TOKEN, or the one of `hf auth login`]"),
+    ] = None
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Hub cache. [default: as the Hub client]")
+    ] = None
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read tensors from the Hub when they are needed, without a copy on disk.",
+        ),
+    ] = False
+
+
+def numbers(option: str, text: str, example: str) -> list[float]:
+    """Numbers between commas, as an option has them."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"{option} is {text!r}.", f"Write numbers: {option} {example}.") from None

@@ -1,4 +1,4 @@
-"""What a command prints: data on stdout, everything else on stderr; and how it ends."""
+"""Output of a command: data on stdout, everything else on stderr; and its end."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from textwrap import dedent
+from itertools import chain
 from typing import Any
 
 from hf_tsv.system.errors import HfTsvError
 from hf_tsv.system.processes import LOST, is_leader
-from hf_tsv.system.text import printable, redacted
+from hf_tsv.system.text import one_line, printable, redacted
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -67,32 +67,50 @@ class Out:
             _print_stderr(text)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], footer: Sequence[str] = ()) -> str:
-    """Columns as text, the first to the left and the others to the right.
+def table(
+    rows: Sequence[Sequence[str]], head: Sequence[str] = (), footer: Sequence[str] = ()
+) -> str:
+    """Text in aligned columns, a line for each row.
 
     Args:
-        head (`Sequence[str]`): names of the columns.
-        rows (`Sequence[Sequence[str]]`): cells, as they are: no markup.
-        footer (`Sequence[str]`): a last row below a line.
+        rows (`Sequence[Sequence[str]]`): cells.
+        head (`Sequence[str]`): names of the columns. All but the first are numbers then, and stand
+            to the right; without names all are text, and stand to the left.
+        footer (`Sequence[str]`): a last row, below a line.
     """
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from rich.cells import cell_len
 
-    drawn = Table(box=SIMPLE, pad_edge=False, padding=(0, 1), show_footer=bool(footer))
-    for i, name in enumerate(head):
-        drawn.add_column(
-            name,
-            footer=Text(footer[i]) if footer else "",
-            justify="right" if i else "left",
-            no_wrap=True,
-        )
-    for row in rows:
-        drawn.add_row(*map(Text, row))
-    out = io.StringIO()
-    Console(file=out, width=10_000, color_system=None).print(drawn)
-    return dedent("\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip()))
+    parts = [[list(map(one_line, row)) for row in part if row] for part in ([head], rows, [footer])]
+    widths = [max(map(cell_len, column)) for column in zip(*chain(*parts), strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        gaps = [" " * (width - cell_len(cell)) for cell, width in zip(cells, widths, strict=True)]
+        pairs = [
+            gap + cell if head and i else cell + gap
+            for i, (cell, gap) in enumerate(zip(cells, gaps, strict=True))
+        ]
+        return "  ".join(pairs).rstrip()
+
+    rule = "\n" + "─" * (sum(widths) + 2 * len(widths) - 2) + "\n"
+    return rule.join("\n".join(map(line, part)) for part in parts if part)
+
+
+def pinned(entry: Mapping[str, str | None]) -> str:
+    """A checkpoint of a report, as one reference."""
+    from hf_tsv.checkpoints.reference import at_revision
+
+    return at_revision(str(entry["ref"]), entry["revision"])
+
+
+def timings(seconds: Mapping[str, float], treatments: Mapping[str, Mapping[str, Any]]) -> str:
+    """Seconds by what was done, and the weights that took longest."""
+    slowest = sorted(
+        ((entry["seconds"], name) for name, entry in treatments.items() if "seconds" in entry),
+        key=lambda pair: -pair[0]["computing"],
+    )
+    rows = [(name, f"{value:.2f} s") for name, value in seconds.items()]
+    rows += [(f"{found['computing']:.2f} s", name) for found, name in slowest[:3]]
+    return table(rows)
 
 
 class _Redacting(logging.Filter):

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_tsv.cli import options
-from hf_tsv.cli.output import Out
+from hf_tsv.cli.groups import Only
+from hf_tsv.cli.output import Out, table
+from hf_tsv.system.text import human_bytes
 
 if TYPE_CHECKING:
     from hf_tsv.verbs.push import PushReport
@@ -31,51 +33,42 @@ def push(
             metavar="DIR",
             help="Finished folder that hf-tsv wrote: a merge, task factors, an adapter, or a"
             " reconstruction.",
-            show_default=False,
         ),
     ],
     repo_id: Annotated[
         str,
-        typer.Argument(
-            metavar="REPO_ID",
-            help="Hub repository to upload to; created if needed.",
-            show_default=False,
-        ),
+        typer.Argument(metavar="REPO_ID", help="Hub repository to upload to; created if needed."),
     ],
-    private: options.Private = None,
-    revision: options.Revision = None,
-    create_pr: options.CreatePr = False,
-    commit_message: options.CommitMessage = None,
-    dry_run: options.DryRun = False,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    token: options.Token = None,
+    *,
+    target: Annotated[
+        options.TargetOptions, Only("private", "revision", "create_pr", "commit_message")
+    ],
+    run: Annotated[options.RunOptions, Only("dry_run", "as_json", "quiet")],
+    access: Annotated[options.AccessOptions, Only("token")],
 ) -> None:
     """Upload a finished folder as one commit, at once or after an upload that failed.
 
     Large files that the repository has already are not sent again.
     """
-    out = Out(as_json=as_json, quiet=quiet)
+    out = Out(as_json=run.as_json, quiet=run.quiet)
     from hf_tsv.verbs import push as push_
 
     report = push_.push(
         folder,
         repo_id,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message,
-        token=token,
-        dry_run=dry_run,
+        private=target.private,
+        revision=target.revision,
+        create_pr=target.create_pr,
+        commit_message=target.commit_message,
+        token=access.token,
+        dry_run=run.dry_run,
     )
-    if not dry_run:
+    if not run.dry_run:
         out.status(_summary(report))
-    out.result(_preview(report) if dry_run else (report.url or ""), report.to_dict())
+    out.result(_preview(report) if run.dry_run else (report.url or ""), report.to_dict())
 
 
 def _summary(report: PushReport) -> str:
-    from hf_tsv.system.text import human_bytes
-
     return (
         f"Uploaded {len(report.files)} files ({human_bytes(report.bytes)}) to {report.repo_id}"
         f" in {report.seconds:.1f} s."
@@ -83,9 +76,7 @@ def _summary(report: PushReport) -> str:
 
 
 def _preview(report: PushReport) -> str:
-    from hf_tsv.system.text import human_bytes
-
-    return options.columns(
+    return table(
         [
             ("folder", report.folder),
             ("repository", report.repo_id),

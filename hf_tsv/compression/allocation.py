@@ -14,7 +14,6 @@ from hf_tsv.compression.candidates import DENSE, Job, Measured
 from hf_tsv.compression.files import holder_of, plan_adapter
 from hf_tsv.linalg.updates import matrix_shape
 from hf_tsv.recipes.compressing import Options, RankRule
-from hf_tsv.system.checks import budget_bytes
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.text import human_bytes
 
@@ -129,7 +128,7 @@ def choose_ranks(measured: Sequence[Measured], job: Job) -> list[int]:
     """Rank of every weight by the rule, or [`DENSE`]."""
     rule = job.options.rule
     if rule.budget is not None:
-        return _within_budget(measured, job, budget_bytes(rule.budget, job.checkpoint_bytes))
+        return _within_budget(measured, job, rule.budget_bytes(job.checkpoint_bytes))
     return [_rank(item, rule) for item in measured]
 
 

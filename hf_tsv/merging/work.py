@@ -22,7 +22,7 @@ from hf_tsv.merging.plan import MergePlan, make_plan, resolved
 from hf_tsv.recipes.recipe import PinnedInput, Recipe, pinned_text
 from hf_tsv.recipes.settings import Settings, current_versions
 from hf_tsv.system import memory
-from hf_tsv.system.checks import check_number
+from hf_tsv.system.checks import check_number, size_in_bytes
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.progress import logger
 
@@ -74,8 +74,10 @@ class Job:
     adaptation: Adaptation | None = None
     tuning: AlphaSearch | None = None
 
-    def within(self, max_memory: int | None) -> Job:
+    def within(self, max_memory: int | str | None) -> Job:
         """The same job with as much parallelism as memory allows."""
+        if max_memory is not None:
+            max_memory = size_in_bytes(max_memory, name="max_memory (--max-memory)")
         used = memory.resident() + LIBRARIES + self.sources.waiting_bytes()
         used += noted_bytes(self.plan.weights)
         threads = torch.get_num_threads()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from hf_tsv.methods.interference import Interference
+    from hf_tsv.methods.interference import Interference
 
 Method = Literal[
     "tsv",
@@ -22,6 +23,7 @@ Method = Literal[
     "iso-cts",
     "tall-mask",
 ]
+METHODS: tuple[str, ...] = get_args(Method)
 
 DEFAULT_ALPHA: dict[Method, float] = {"task-arithmetic": 0.3, "low-rank": 0.3, "consensus": 0.3}
 """Of sums in which tasks add up where they agree: what task arithmetic takes without validation

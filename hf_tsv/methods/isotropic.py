@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hf_tsv.linalg import choices, polar, products
+from hf_tsv.linalg import polar, products
+from hf_tsv.linalg.choices import Precision
 from hf_tsv.linalg.svd import truncated_svd, truncated_svds
 from hf_tsv.linalg.updates import TaskSingularVectors, concatenate
 from hf_tsv.methods.catalogue import MergedUpdate
@@ -18,7 +19,7 @@ COMMON_SHARE = 0.8
 
 
 def isotropic_update(
-    deltas: Sequence[Tensor], floors: Sequence[float], precision: choices.Precision = "fast"
+    deltas: Sequence[Tensor], floors: Sequence[float], precision: Precision = "fast"
 ) -> MergedUpdate:
     """Iso-C: the sum of updates with all singular values equal (Marczak et al., arXiv 2502.04959).
 
@@ -46,7 +47,7 @@ def isotropic_common_update(
     deltas: Sequence[Tensor],
     floors: Sequence[float],
     tasks: int | None = None,
-    precision: choices.Precision = "fast",
+    precision: Precision = "fast",
 ) -> MergedUpdate:
     """Iso-CTS: [`isotropic_update`], with room for what each task has of its own.
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.recipes.settings import Dtype, Settings
-from hf_tsv.system.checks import budget_bytes, check_number, check_shard_size
+from hf_tsv.system.checks import check_choice, check_counts, check_number, size_in_bytes
 from hf_tsv.system.errors import RecipeError
 
-DEFAULT_RANK_FRACTION = 0.1
+if TYPE_CHECKING:
+    import torch
 
-Format = Literal["factors", "peft"]
+FactorFormat = Literal["factors", "peft"]
+"""Form in which the update of one task is stored."""
+
+DEFAULT_RANK_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,18 @@ class RankRule:
                 object.__setattr__(self, name, float(value))
                 if not 0 < value <= 1:
                     raise RecipeError(f"{name} is {value}.", "Give a number above 0 and up to 1.")
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
-            raise RecipeError(f"rank is {self.rank!r}.", "Give a whole number from 1 on.")
+        check_counts(rank=self.rank)
         if self.budget is not None:
-            budget_bytes(self.budget, 1)
+            self.budget_bytes(1)
+
+    def budget_bytes(self, checkpoint_bytes: int) -> int:
+        """Bytes that the budget stands for.
+
+        Args:
+            checkpoint_bytes (`int`): size of the fine-tuned checkpoint.
+        """
+        assert self.budget is not None
+        return size_in_bytes(self.budget, checkpoint_bytes, name="budget")
 
     def to_dict(self) -> dict[str, Any]:
         """Value of the one rule that applies, by its name."""
@@ -89,19 +99,16 @@ class Options:
     rule: RankRule = field(default_factory=RankRule)
     factor_dtype: Dtype = "float32"
     compress_conv: bool = False
-    format: Format = "factors"
+    format: FactorFormat = "factors"
     dense: bool = True
     model_class: str | None = None
     max_shard_size: int | str = Settings.max_shard_size
     report: bool = False
 
     def __post_init__(self) -> None:
-        for name, kinds in (("factor_dtype", get_args(Dtype)), ("format", get_args(Format))):
-            if getattr(self, name) not in kinds:
-                raise RecipeError(
-                    f"{name} is {getattr(self, name)!r}.", f"Choose one of {', '.join(kinds)}."
-                )
-        check_shard_size(self.max_shard_size)
+        check_choice("factor_dtype", self.factor_dtype, get_args(Dtype))
+        check_choice("format", self.format, get_args(FactorFormat))
+        most = size_in_bytes(self.max_shard_size, name="max_shard_size")
         adapter_only = not self.dense or self.model_class is not None
         if self.format == "factors" and adapter_only:
             raise RecipeError(
@@ -112,7 +119,7 @@ class Options:
             raise RecipeError(
                 "A LoRA adapter stores the patch convolution whole.", "Leave --compress-conv out."
             )
-        if self.format == "peft" and self.max_shard_size != Settings.max_shard_size:
+        if self.format == "peft" and most != size_in_bytes(Settings.max_shard_size):
             raise RecipeError("A LoRA adapter is a single file.", "Leave --max-shard-size out.")
         if self.model_class is not None and self.model_class not in layout.MODEL_CLASSES:
             raise RecipeError(
@@ -123,5 +130,7 @@ class Options:
     @property
     def dtype(self) -> torch.dtype:
         """Data type of the stored updates."""
+        import torch
+
         dtype: torch.dtype = getattr(torch, self.factor_dtype)
         return dtype

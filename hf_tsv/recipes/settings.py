@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from hf_tsv.checkpoints.names import Format
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
 from hf_tsv.methods.catalogue import DEFAULT_ALPHA, Method
-from hf_tsv.system.checks import check_number, check_one_of, check_shard_size
+from hf_tsv.system.checks import check_choice, check_counts, check_number, size_in_bytes
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.text import shortened
 from hf_tsv.system.version import __version__
@@ -63,12 +63,12 @@ class Settings:
     keep_heads: bool = False
 
     def __post_init__(self) -> None:
-        check_one_of("method", self.method, get_args(Method))
-        check_one_of("orthogonalizer", self.orthogonalizer, get_args(Orthogonalizer))
-        check_one_of("precision", self.precision, get_args(Precision))
-        check_one_of("qkv", self.qkv, (None, *get_args(Qkv)))
-        check_one_of("out_format", self.out_format, (None, *get_args(Format)))
-        check_one_of("dtype", self.dtype, (None, *get_args(Dtype)))
+        check_choice("method", self.method, get_args(Method))
+        check_choice("orthogonalizer", self.orthogonalizer, get_args(Orthogonalizer))
+        check_choice("precision", self.precision, get_args(Precision))
+        check_choice("qkv", self.qkv, (None, *get_args(Qkv)))
+        check_choice("out_format", self.out_format, (None, *get_args(Format)))
+        check_choice("dtype", self.dtype, (None, *get_args(Dtype)))
         if self.alpha is None:
             object.__setattr__(self, "alpha", DEFAULT_ALPHA.get(self.method, 1.0))
         check_number("alpha", self.alpha)
@@ -83,8 +83,7 @@ class Settings:
             )
         if self.rank is not None and self.rank_fraction is not None:
             raise RecipeError("rank and rank_fraction exclude each other.", "Give one of them.")
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
-            raise RecipeError(f"rank is {shortened(self.rank)}.", "Give a whole number from 1 on.")
+        check_counts(rank=self.rank)
         if self.rank_fraction is not None:
             check_number("rank_fraction", self.rank_fraction)
             object.__setattr__(self, "rank_fraction", float(self.rank_fraction))
@@ -97,7 +96,7 @@ class Settings:
         ):
             raise RecipeError("exclude is not a list of globs.", "Write a list of names or globs.")
         object.__setattr__(self, "exclude", tuple(self.exclude))
-        check_shard_size(self.max_shard_size)
+        size_in_bytes(self.max_shard_size, name="max_shard_size")
         if type(self.keep_heads) is not bool:
             raise RecipeError(
                 f"keep_heads is {shortened(self.keep_heads)}.", "Write true or false."

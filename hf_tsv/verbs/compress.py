@@ -30,7 +30,6 @@ from hf_tsv.reports.compression import CompressReport
 from hf_tsv.runs import journal
 from hf_tsv.runs.target import Target, final_folder, push, waiting
 from hf_tsv.system import processes
-from hf_tsv.system.checks import budget_bytes
 from hf_tsv.system.device import pick_device
 from hf_tsv.system.folders import check_free_space
 from hf_tsv.system.progress import logger, visible_by_default
@@ -233,7 +232,7 @@ def _report(job: Job, target: Target, download_bytes: int) -> CompressReport:
     sizes = [most_bytes(item, options.rule) for item in job.candidates]
     most = sum(sizes) + (job.head_bytes if options.format == "factors" else 0)
     if options.rule.budget is not None:
-        most = min(most, budget_bytes(options.rule.budget, job.checkpoint_bytes))
+        most = min(most, options.rule.budget_bytes(job.checkpoint_bytes))
     total = None if options.rule.energy is not None else most
     known = options.rule.energy is None and options.rule.budget is None
     weights = {

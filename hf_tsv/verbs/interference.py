@@ -30,7 +30,6 @@ from hf_tsv.reports.page import interference_page
 from hf_tsv.reports.pictures import of_interference
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.checks import memory_size
 from hf_tsv.system.device import pick_device
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.folders import absolute, check_output_folder, whole_folder
@@ -110,7 +109,7 @@ def interference(
     job = prepare(references, base_ref, None, settings, access, writes=False)
     refuse_nothing_decomposed(job)
     Target(folder).refuse_inputs([item.pinned for item in job.sources.all()])
-    job = replace(job, measure=True).within(memory_size(max_memory))
+    job = replace(job, measure=True).within(max_memory)
     where = pick_device(device)
     job = replace(job, sources=job.sources.within_reach(visible=show))
     weights = job.plan.weights

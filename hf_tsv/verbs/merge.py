@@ -28,7 +28,6 @@ from hf_tsv.reports import cards, drawing, pictures
 from hf_tsv.reports.interference import InterferenceReport
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.checks import memory_size
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.progress import logger, visible_by_default
 from hf_tsv.verbs.interference import refuse_nothing_decomposed, summary
@@ -250,7 +249,7 @@ def merge(
                 )
             if report:
                 refuse_nothing_decomposed(job)
-            job = replace(job, measure=report).within(memory_size(max_memory))
+            job = replace(job, measure=report).within(max_memory)
             if tune_alpha is not None and not dry_run:
                 job = tuned(job, tune_alpha, target, device, group, show=show)
             outcome = execute(

@@ -27,7 +27,6 @@ from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import cards
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.checks import memory_size
 from hf_tsv.system.progress import visible_by_default
 from hf_tsv.system.version import __version__
 
@@ -148,7 +147,7 @@ def reconstruct(
             job = prepare([fspath(factors)], base_ref, None, settings, access, only_factors=True)
             (item,) = job.sources.inputs
             assert isinstance(item, Factors)  # checked by prepare
-            job = _with_head(job, item).within(memory_size(max_memory))
+            job = _with_head(job, item).within(max_memory)
             outcome = execute(job, target, device, group, _describe, show=show, dry_run=dry_run)
             report = _report(outcome, item, target, started)
             group.dismiss(report)

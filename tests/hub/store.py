@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -120,7 +120,7 @@ class Commit:
     @property
     def date(self) -> str:
         """A date that tests can rely on: one minute after the parent's."""
-        date = datetime(2024, 1, 1, tzinfo=timezone.utc) + timedelta(minutes=self.depth)
+        date = datetime(2024, 1, 1, tzinfo=UTC) + timedelta(minutes=self.depth)
         return date.strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
     def folders(self) -> set[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_tsv.checkpoints.names import SINGLE_FILE
 from hf_tsv.checkpoints.storage.headers import index_of
 from hf_tsv.checkpoints.storage.tensors import DTYPE_NAMES, Part, TensorSpec, byte_view
+from hf_tsv.system.checks import size_in_bytes
 from hf_tsv.system.memory import empty
 
 # The library sorts by dtype, in this order, and then by name.
@@ -70,7 +71,7 @@ def plan_shards(
         {name: specs[name] for name in sorted(specs)},
         get_storage_size=lambda spec: spec.nbytes,
         filename_pattern=single.replace(".safetensors", "{suffix}.safetensors"),
-        max_shard_size=max_shard_size,
+        max_shard_size=size_in_bytes(max_shard_size, name="max_shard_size"),
     )
     headers: dict[str, bytes] = {}
     places: dict[str, tuple[str, int]] = {}

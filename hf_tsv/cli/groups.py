@@ -1,0 +1,103 @@
+"""Options of a command as dataclasses: a parameter annotated with one stands for its fields."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import is_dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from typer.models import OptionInfo
+
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
+
+
+class Only:
+    """Fields of a group that a command takes, in this order; the others keep their defaults.
+
+    Args:
+        names (`str`): of the fields, in `Annotated[Group, Only("a", "b")]`.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
+def flattened(command: Callable[..., None]) -> Callable[..., None]:
+    """A command as typer reads it: with one parameter for each field of its groups.
+
+    A group is a dataclass whose fields are annotated with their options, or are groups themselves.
+    Its `PANEL` is where the help shows options that name no panel.
+
+    Args:
+        command (`Callable`): takes the groups.
+
+    Raises:
+        `TypeError`: two options have the same name.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    given = inspect.signature(command).parameters
+    options = [o for name in given for o in _options(name, hints[name], given[name].default)]
+    flags = Counter(flag for option in options for flag in _flags(option))
+    if twice := [flag for flag, count in flags.items() if count > 1]:
+        raise TypeError(f"{command.__name__} declares {', '.join(twice)} twice.")
+
+    @functools.wraps(command)
+    def called(**values: Any) -> None:
+        command(**{name: _collected(name, hints[name], values) for name in given})
+
+    called.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    return called
+
+
+@functools.cache
+def _fields(group: type) -> dict[str, tuple[Any, Any]]:
+    """Annotation and default of each field."""
+    hints = get_type_hints(group, include_extras=True)
+    given = inspect.signature(group).parameters
+    return {name: (hints[name], field.default) for name, field in given.items()}
+
+
+def _group(hint: Any) -> tuple[Any, tuple[str, ...]]:
+    """The dataclass that an annotation names, and which of its fields; None for an option."""
+    kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    if not is_dataclass(kind):
+        return None, ()
+    chosen = [note.names for note in notes if isinstance(note, Only)]
+    return kind, chosen[0] if chosen else tuple(_fields(kind))  # type: ignore[arg-type]
+
+
+def _options(
+    name: str, hint: Any, default: Any, panel: str | None = None
+) -> Iterator[inspect.Parameter]:
+    """Parameters that one parameter or field stands for."""
+    group, names = _group(hint)
+    for field in names:
+        yield from _options(field, *_fields(group)[field], getattr(group, "PANEL", None))
+    if group is None:
+        kind, info = get_args(hint)
+        info = copy(info)
+        info.rich_help_panel = info.rich_help_panel or panel
+        hint = Annotated[kind, info]
+        yield inspect.Parameter(name, KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _flags(option: inspect.Parameter) -> list[str]:
+    """Names of an option on the command line; none of an argument."""
+    _, info = get_args(option.annotation)
+    if not isinstance(info, OptionInfo):
+        return []
+    first = [] if info.default is ... else [str(info.default)]  # where typer leaves a first name
+    named = [flag for text in (*first, *(info.param_decls or ())) for flag in text.split("/")]
+    return named or [f"--{option.name.replace('_', '-')}"]
+
+
+def _collected(name: str, hint: Any, values: dict[str, Any]) -> Any:
+    """The value of a parameter or field, of those that typer has read."""
+    group, names = _group(hint)
+    if group is None:
+        return values[name]
+    return group(**{field: _collected(field, _fields(group)[field][0], values) for field in names})
