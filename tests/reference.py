@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-NULL = 1e-6
+NULL = 1e-11
 """Singular values of a concatenation up to this share of the largest are null directions."""
+
+NULL_SQUARE = 1e-12
+"""Eigenvalues of a sum of projectors up to this share of the largest are rounding of zeros."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def procrustes(X: Tensor) -> Tensor:
 def inverse_root(gram: Tensor) -> Tensor:
     """G^(−1/2), the pseudo-inverse root of a sum of projectors."""
     eigenvalues, Q = torch.linalg.eigh(gram)
-    keep = eigenvalues > NULL**2 * eigenvalues[-1]
+    keep = eigenvalues > NULL_SQUARE * eigenvalues[-1]
     return Q[:, keep] / eigenvalues[keep].sqrt() @ Q[:, keep].T
 
 
@@ -109,6 +112,45 @@ def average(deltas: Sequence[Tensor]) -> Tensor:
 
 
 # Task matrices
+
+
+def ill_conditioned(
+    sizes: tuple[int, int], rank: int, tasks: int, angle: float, g: torch.Generator
+) -> list[Tensor]:
+    """Float64 updates whose leading vectors are independent, but one of the last by an angle only.
+
+    The smallest singular value of both concatenations is about `angle` times the largest. Singular
+    values are 2 to 1 up to the rank and 0.5 to 0.1 beyond, so that vectors are known to 1e-15.
+
+    Args:
+        sizes: (d_out, d_in); square concatenations where it is (rank · tasks, rank · tasks).
+        rank: leading vectors of each task.
+        tasks: how many.
+        angle: in rad, of the last task's last vector to what all others span.
+        g: of the random directions.
+    """
+    left, right = (_nearly_dependent_bases(size, rank, tasks, angle, g) for size in sizes)
+    k = min(sizes)
+    s = torch.cat([torch.linspace(2, 1, rank), torch.linspace(0.5, 0.1, k - rank)]).double()
+    return [U[:, :k] * s @ V[:, :k].T for U, V in zip(left, right, strict=True)]
+
+
+def _nearly_dependent_bases(
+    size: int, rank: int, tasks: int, angle: float, g: torch.Generator
+) -> list[Tensor]:
+    """Orthonormal (size, size) of each task, whose leading columns are of [`ill_conditioned`]."""
+    bases = [orthonormal(size, size, g) for _ in range(tasks)]
+    others = torch.cat([U[:, :rank] for U in bases], dim=1)[:, :-1]
+    spanned, away = torch.linalg.qr(others, mode="complete")[0].tensor_split([others.shape[1]], 1)
+    weights = gaussian(spanned.shape[1] - rank + 1, 1, g)  # not of the last task's own
+    inside = others[:, : len(weights)] @ weights
+    own = others[:, len(weights) :]
+    inside -= own @ (own.T @ inside)
+    last = inside / inside.norm() * math.cos(angle) + away[:, :1] * math.sin(angle)
+    leading = torch.cat([own, last], dim=1)
+    beyond = torch.linalg.qr(leading, mode="complete")[0][:, rank:]
+    bases[-1] = torch.cat([leading, beyond], dim=1)
+    return bases
 
 
 def generator(seed: int) -> torch.Generator:

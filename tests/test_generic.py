@@ -11,7 +11,7 @@ import reference
 import torch
 from cli import copied
 from cli import hf_tsv as run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hf_tsv
 from hf_tsv.system.errors import CheckpointError
@@ -134,3 +134,24 @@ def test_what_does_not_agree_is_listed(family: Path, zoo: Path, tmp_path: Path) 
     adapter = run("compress", family / "a", "--base-model", family / "base", "--format", "peft",
                   "-o", tmp_path / "l")  # fmt: skip
     assert adapter.code == 1 and "not CLIP" in adapter.err and not (tmp_path / "l").exists()
+
+
+def test_a_weight_that_is_ill_conditioned_by_chance_has_nothing_in_common(tmp_path: Path) -> None:
+    """Eight random tasks fill a square matrix; one direction is nearly that of the others."""
+    g = reference.generator(3937)
+    deltas = [3e-4 * reference.gaussian(48, 48, g).float() for _ in range(8)]
+    _, _, Vh = reference.concatenation(deltas, [6] * 8)
+    values = torch.linalg.svdvals(Vh)
+    assert 1e-10 < float(values[-1] / values[0]) < 1e-6
+    folders = [tmp_path / str(i) for i in range(9)]
+    for folder, weight in zip(folders, [torch.zeros(48, 48), *deltas], strict=True):
+        folder.mkdir()
+        save_file({"layer.weight": weight}, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text('{"model_type": "vit"}')
+    report = hf_tsv.merge(
+        folders[1:], base_model=folders[0], output=tmp_path / "m", alpha=1.0, progress=False
+    )
+    assert not any("in common" in text or "merged once" in text for text in report.warnings)
+    merged = load_file(tmp_path / "m" / "model.safetensors")["layer.weight"]
+    expected = reference.tsv(deltas, [6] * 8)
+    assert reference.relative_error(merged, expected) < 1e-6

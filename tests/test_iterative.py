@@ -13,6 +13,7 @@ from reference import (
     fine_tunes,
     gaussian,
     generator,
+    ill_conditioned,
     lora,
     one_thread,
     orthonormal,
@@ -222,6 +223,29 @@ def test_merges_by_products_are_the_method(
     result = hf_tsv.methods.tsv.merge(deltas, RANK)
     assert relative_error(result.matrix, tsv(deltas, [RANK] * 8)) < 1e-8
     assert result.exact == 0
+
+
+@pytest.mark.parametrize("angle", [1e-5, 1e-6, 1e-7, 1e-8, 1e-9])
+@pytest.mark.parametrize("shape", [(SIZE, SIZE), (SIZE, 200)])
+def test_ill_conditioned_merges_by_products_are_the_method(
+    by_products: None, shape: tuple[int, int], angle: float
+) -> None:
+    deltas = ill_conditioned(shape, RANK, 8, angle, generator(17))
+    result = hf_tsv.tsv.merge(deltas, RANK)
+    assert result.null_directions == 0
+    assert relative_error(result.matrix, tsv(deltas, [RANK] * 8)) < 1e-6
+
+
+@pytest.mark.parametrize("factor", [1.0, -1.0, 2.5])
+def test_multiples_of_tasks_merged_by_products_are_merged_once(
+    by_products: None, factor: float
+) -> None:
+    deltas = fine_tunes((SIZE, 200), 4, 0.5, seed=18)
+    deltas.append(factor * deltas[0])
+    result = hf_tsv.tsv.merge(deltas, RANK)
+    expected = tsv([d.double() for d in deltas[:-1]] + [factor * deltas[0].double()], [RANK] * 5)
+    assert result.null_directions == RANK
+    assert relative_error(result.matrix, expected) < 1e-6
 
 
 def test_merges_by_products_clamp_ranks_and_leave_null_directions_out(by_products: None) -> None:

@@ -16,6 +16,7 @@ from reference import (
     fine_tunes,
     gaussian,
     generator,
+    ill_conditioned,
     lora,
     one_thread,
     orthonormal,
@@ -24,7 +25,7 @@ from reference import (
 )
 from torch import Tensor
 
-from hf_tsv.linalg import updates
+from hf_tsv.linalg import eigen, svd, updates
 from hf_tsv.linalg.polar import orthogonal_product, polar_factor, polar_factor_by_whitening
 from hf_tsv.methods import tsv
 
@@ -395,11 +396,12 @@ def test_a_multiple_of_a_task_shares_all_its_directions(
     solver: str, solver_of_reference: str
 ) -> None:
     (delta, other), _ = related(2)
-    deltas = [delta, 2.5 * delta, other]
-    result = tsv.merge(deltas, 4, **how(solver))
-    expected = reference.tsv(deltas, [4] * 3, solver_of_reference)
-    assert relative_error(result.matrix, expected) < 1e-9
-    assert result.null_directions == 4
+    exact = [delta.double(), 2.5 * delta.double(), other.double()]
+    expected = reference.tsv(exact, [4] * 3, solver_of_reference)
+    for deltas in (exact, [delta, 2.5 * delta, other]):  # the multiple is rounded in float32
+        result = tsv.merge(deltas, 4, **how(solver))
+        assert relative_error(result.matrix, expected) < 1e-7
+        assert result.null_directions == 4
 
 
 @both_solvers
@@ -437,6 +439,142 @@ def test_the_solvers_agree_however_near_two_tasks_are(angle: float) -> None:
     results = [tsv.merge(deltas, 10, **how(solver)) for solver in SOLVERS]
     assert relative_error(results[1].matrix, results[0].matrix) < BAR
     assert results[1].null_directions == results[0].null_directions
+
+
+# Ill-conditioned concatenations, whose directions are independent all the same
+
+SIZES_OF_ILL = [(48, 48), (60, 60), (48, 72), (72, 48), (90, 72)]
+
+
+def conditions(deltas: Sequence[Tensor], rank: int) -> list[float]:
+    """Smallest singular value relative to the largest of both concatenations."""
+    U, _, Vh = reference.concatenation(deltas, [rank] * len(deltas))
+    values = [torch.linalg.svdvals(X) for X in (U, Vh)]
+    return [float(s[-1] / s[0]) for s in values]
+
+
+@both_solvers
+@pytest.mark.parametrize("sizes", SIZES_OF_ILL)
+@pytest.mark.parametrize("angle", [1e-5, 3e-6, 1e-6, 1e-7, 1e-8, 1e-9])
+def test_ill_conditioned_tasks_follow_the_equations(
+    solver: str, angle: float, sizes: tuple[int, int]
+) -> None:
+    deltas = ill_conditioned(sizes, 6, 8, angle, generator(20))
+    assert all(0.1 * angle < ratio < angle for ratio in conditions(deltas, 6))
+    result = tsv.merge(deltas, 6, **how(solver))
+    assert relative_error(result.matrix, reference.tsv(deltas, [6] * 8)) < 1e-6
+    assert result.null_directions == 0
+    vectors, ranks = tsv.orthonormal_vectors(deltas, 6, **how(solver))
+    assert relative_error(vectors.matrix(), result.matrix) < 1e-6
+    assert ranks == (6,) * 8
+
+
+@both_solvers
+@pytest.mark.parametrize("seed", [1635, 3937])
+def test_gaussian_tasks_that_are_ill_conditioned_by_chance_follow_the_equations(
+    solver: str, seed: int
+) -> None:
+    g = generator(seed)
+    deltas = [3e-4 * gaussian(48, 48, g).float() for _ in range(8)]
+    assert 1e-10 < min(conditions(deltas, 6)) < 1e-6  # two of the first four thousand seeds
+    result = tsv.merge(deltas, 6, **how(solver))
+    assert relative_error(result.matrix, reference.tsv(deltas, [6] * 8)) < 1e-6
+    assert result.null_directions == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "angle", "again"), [(48, 1e-6, False), (48, 1e-8, True), (60, 1e-6, True)]
+)
+def test_one_small_singular_value_of_a_square_factor_is_no_reason_to_decompose_anew(
+    size: int, angle: float, again: bool
+) -> None:
+    """It happens by chance, to one factor in a hundred of tasks that share a subspace."""
+    deltas = ill_conditioned((size, size), 6, 8, angle, generator(27))
+    result = tsv.merge(deltas, 6)
+    assert result.exact == (12 if again else 2)
+    assert relative_error(result.matrix, reference.tsv(deltas, [6] * 8)) < 1e-6
+
+
+def test_vectors_that_are_too_rough_for_an_ill_conditioned_factor_are_found_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As rough as the certificate of the fast kernels allows."""
+    deltas = ill_conditioned((60, 60), 6, 8, 1e-8, generator(21))
+    expected = reference.tsv(deltas, [6] * 8)
+    real = eigen.leading_eigh
+
+    def rough(a: Tensor, *args: Any) -> Any:
+        found = real(a, *args)
+        noise = 1e-9 * gaussian(*found.vectors.shape, generator(22))
+        return eigen.Eigen(found.values, torch.linalg.qr((found.vectors + noise).mT)[0].mT)
+
+    monkeypatch.setattr(eigen, "leading_eigh", rough)
+    assert not svd.truncated_svd(deltas[0], 6).exact
+    result = tsv.merge(deltas, 6)
+    assert relative_error(result.matrix, expected) < 1e-6
+    assert result.exact == 12  # eight tasks, and two polar factors twice
+
+
+@both_solvers
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_pair_in_an_ill_conditioned_merge_is_merged_once_and_no_more_is_left_out(
+    solver: str, sign: int
+) -> None:
+    deltas = ill_conditioned((60, 60), 6, 8, 1e-8, generator(23))
+    deltas.append(sign * deltas[0])
+    result = tsv.merge(deltas, 6, **how(solver))
+    assert result.null_directions == 6
+    assert relative_error(result.matrix, reference.tsv(deltas, [6] * 9)) < 1e-6
+
+
+@both_solvers
+@pytest.mark.parametrize("dtype", STORED, ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_tasks_given_twice_by_stored_factors_are_merged_once(
+    solver: str, sign: int, dtype: torch.dtype
+) -> None:
+    """Vectors that are orthonormal to the rounding of their storage only."""
+    first, second = (tsv.decompose(delta, 6).to(dtype) for delta in related(2)[0])
+    again = updates.TaskSingularVectors(sign * first.U, 0.3 * first.S, first.Vh)
+    result = tsv.merge([first, second, again], 6, **how(solver))
+    assert result.null_directions == 6
+    double = [t.to(torch.float64) for t in (first, second, again)]
+    U, S, Vh = (getattr(updates.concatenate(double), name) for name in ("U", "S", "Vh"))
+    expected = reference.procrustes(U) * S @ reference.procrustes(Vh.T).T
+    assert relative_error(result.matrix, expected) < 1e-6
+
+
+@both_solvers
+def test_a_task_beside_its_own_factors_is_merged_once(solver: str) -> None:
+    g = generator(24)
+    delta, other = lora((60, 72), 6, 3e-4, g).float(), lora((60, 72), 6, 3e-4, g).float()
+    factors = tsv.decompose(delta, 6).to(torch.float32)
+    result = tsv.merge([delta, other, factors], 6, **how(solver))
+    expected = reference.tsv([delta, other, delta], [6] * 3)
+    assert result.null_directions == 6
+    assert relative_error(result.matrix, expected) < 1e-6
+
+
+@both_solvers
+def test_adapters_on_one_frozen_half_share_it(solver: str) -> None:
+    g = generator(25)
+    A = gaussian(6, 72, g)
+    deltas = [gaussian(60, 6, g) @ A for _ in range(4)]
+    result = tsv.merge(deltas, 6, **how(solver))
+    assert result.null_directions == 18
+    assert relative_error(result.matrix, reference.tsv(deltas, [6] * 4)) < 1e-6
+
+
+@both_solvers
+@pytest.mark.parametrize("distance", [1e-4, 1e-5, 1e-6])
+def test_what_is_more_than_storage_rounding_tells_tasks_apart(solver: str, distance: float) -> None:
+    """A pair that is ill-conditioned and not the same: floors and float32 are far below it."""
+    g = generator(26)
+    first, other = gaussian(40, 60, g), gaussian(40, 60, g)
+    deltas = [first.float(), (first + distance * other).float()]
+    result = tsv.merge(deltas, 5, floors=[1e-9] * 2, **how(solver))
+    assert result.null_directions == 0
+    assert relative_error(result.matrix, reference.tsv(deltas, [5, 5])) < 1e-6
 
 
 # Accuracy on the spectra of fine-tuning

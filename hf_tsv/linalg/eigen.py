@@ -14,7 +14,7 @@ from hf_tsv.linalg.lapack import NotConvergedError
 from hf_tsv.linalg.products import by_products
 
 TILE = 128
-"""Rows and columns that are mirrored at a time."""
+"""Number of rows and columns that are mirrored at a time."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Eigen:
 
 
 def leading_eighs(items: Sequence[Scaled], rank: int, spectrum: bool) -> Sequence[Eigen | None]:
-    """What [`_leading_eigh`] finds of each."""
+    """Leading eigenvectors of the Gram matrix of each, as of [`_leading_eigh`]."""
     rank = min(rank, items[0].a.shape[1])
     if not by_products(items[0].a):
         return [leading_eigh(item.a, rank, item.floor, spectrum) for item in items]

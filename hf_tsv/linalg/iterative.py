@@ -14,29 +14,34 @@ from torch import Tensor
 from hf_tsv.linalg import lanczos
 
 TOLERANCE = 1e-11
-"""Residual of a singular triplet, relative to the largest singular value, to stop at."""
+"""Largest residual of a singular triplet, relative to the largest singular value, to stop at."""
 
 SLACK = 10.0
-"""What the residual of an eigenvector may be more than that of the columns it is made of."""
+"""Factor by which the residual of a Ritz vector may exceed the largest residual of the columns it
+combines."""
 
 ROUNDING = 8 * torch.finfo(torch.float64).eps
 """Residual of an eigenvector, relative to the largest eigenvalue, that is no more than rounding."""
 
 FIRST_GROWTH, GROWTH = 1e5, 1e10
-"""How much more a filter may amplify the leading eigenvector than the last one of the block.
+"""Largest ratio by which one filter may amplify the leading over the last wanted direction.
 
-Columns that are in order have lost the leading ones to rounding, so that Cholesky's method, which
-squares, still tells them apart afterwards; those of the first filter are not in order yet.
+After the first sweep the columns are sorted, later columns hold almost nothing of the leading
+directions, and Cholesky's method can still separate them at 1e10; the first, unsorted block allows
+only 1e5.
 """
 
 SMALLEST_PIVOT = 1e-6
-"""Of Cholesky's method on columns of norm 1; under about 1e-8 twice is not enough."""
+"""Smallest pivot of Cholesky's method on columns of norm 1 that is accepted.
+
+Under about 1e-8 two passes would not make them orthonormal.
+"""
 
 DEGREE = 20
 """Largest degree of a filter."""
 
 SWEEPS = 32
-"""Filters until a matrix is left to the eigensolver; a power law takes 6 to 11."""
+"""Number of filters until a matrix is left to the eigensolver; a power law takes 6 to 11."""
 
 
 def leading_eigh(grams: Tensor, count: int, floors: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +98,7 @@ def leading_eigh(grams: Tensor, count: int, floors: Tensor) -> tuple[Tensor, Ten
 def nothing_missed(grams: Tensor, values: Tensor, vectors: Tensor, floors: Tensor) -> Tensor:
     """Whether matrices have no other eigenvalues above the last of these and above their floors.
 
-    By Cholesky's method, as [`hf_tsv.lanczos`] does it.
+    Cholesky's method shows it, as in [`hf_tsv.lanczos`].
 
     Args:
         grams (`Tensor`): shape (T, n, n).
@@ -118,11 +123,11 @@ def nothing_missed(grams: Tensor, values: Tensor, vectors: Tensor, floors: Tenso
 def polar_parts(a: Tensor, smallest: float) -> tuple[Tensor, Tensor] | None:
     """Polar factor of a matrix, as a product of two with orthonormal columns.
 
-    Q R by Cholesky's method, twice, then the polar factor of R by Newton–Schulz steps. Each is
-    stretched so that it brings the interval of singular values as near to 1 as a cubic can, hence
-    their number depends on `smallest` only. Nothing is lost to squaring: a condition of 1e5 costs
-    1e-11. Source: Chen and Chow, "A stable scaling of Newton-Schulz for improving the sign function
-    computation of a Hermitian matrix" (2014).
+    Cholesky's method, twice, gives Q R; Newton–Schulz steps give the polar factor of R. Each step
+    is stretched so that it brings the interval of singular values as near to 1 as a cubic can,
+    hence their number depends on `smallest` only. Nothing is lost to squaring: a condition of 1e5
+    costs 1e-11. Source: Chen and Chow, "A stable scaling of Newton-Schulz for improving the sign
+    function computation of a Hermitian matrix" (2014).
 
     Args:
         a (`Tensor`): float64, shape (m, n), m >= n.
@@ -212,7 +217,7 @@ def _filtered(
 
 
 def _rate(x: Tensor) -> Tensor:
-    """Logarithm of what a degree more multiplies a Chebyshev polynomial by, at x > 1."""
+    """Logarithm of the factor by which a degree more multiplies a Chebyshev polynomial at x > 1."""
     return x.clamp_min(1 + 1e-3).acosh()
 
 

@@ -18,33 +18,46 @@ from hf_tsv.linalg import lapack
 from hf_tsv.linalg.lapack import Vector, prepared
 
 FEW = 12
-"""Of so many vectors at most one is wanted where this pays."""
+"""Least ratio of the size to the number of eigenvectors for which Lanczos' method is used.
+
+Above n / 12 eigenvectors the tridiagonal form is faster.
+"""
 
 FIRST, MORE, GROWTH = 2, 20, 1.06
-"""Steps before the first look: so many times the vectors wanted, and more; then in ratio."""
+"""Steps before a test of convergence.
+
+The first comes after 2 · count + 20 steps, each later one after 1.06 times as many.
+"""
 
 MOST = 0.4
-"""Steps to give up after, as a share of the size."""
+"""Largest number of steps, as a share of the size, before the method gives up."""
 
 TOLERANCE = 1e-10
-"""Residual of an eigenvector, relative to the geometric mean of its eigenvalue and the largest."""
+"""Largest residual of an eigenvector that is accepted.
+
+It is relative to the geometric mean of its eigenvalue and the largest.
+"""
 
 MARGIN = 1e-6
-"""By which an eigenvalue that was missed may be larger than the last one found."""
+"""Share by which an eigenvalue that was missed may be larger than the last one found."""
 
 QUICK = 1 << 16
-"""Entries of the basis that are read within ten microseconds."""
+"""Number of entries of the basis that are read within ten microseconds."""
 
 EXHAUSTED = 1e-14
-"""What is left of a step, relative to the largest eigenvalue, where the space holds everything."""
+"""Largest rest of a step, relative to the largest eigenvalue, that is taken for nothing.
+
+The space holds all eigenvectors then that the start has a share in.
+"""
 
 
 def leading_eigh(upper: Tensor, count: int, floor: float) -> tuple[Tensor, Tensor] | None:
     """The largest eigenvalues of a positive semi-definite matrix and their eigenvectors.
 
-    Full reorthogonalisation; a start that is the same in every run. That no larger eigenvalue was
-    missed is proved by Cholesky's method: without what was found, the matrix is less than the
-    smallest of them. Source: Parlett, "The Symmetric Eigenvalue Problem" (1998), chapter 13.
+    Every step is orthogonalised against the whole basis, and the start is the same in every run.
+    Cholesky's method proves that no larger eigenvalue was missed: without what was found, the
+    matrix is less than the smallest of them. Source: Parlett, "The Symmetric Eigenvalue Problem"
+    (1998), chapter 13.
 
     Args:
         upper (`Tensor`): shape (n, n); its upper triangle counts.
@@ -86,10 +99,10 @@ def leading_eigh(upper: Tensor, count: int, floor: float) -> tuple[Tensor, Tenso
 def _extend(
     upper: Tensor, basis: Vector, diagonal: Vector, beside: Vector, done: int, steps: int
 ) -> int | None:
-    """Lanczos steps `done` to `steps`; the step after which nothing was left, if there was one.
+    """Take Lanczos steps `done` to `steps`; return the step after which nothing was left, if any.
 
-    What is quick keeps the interpreter lock: with NumPy's calls two threads took three times as
-    long as one.
+    Quick calls keep the interpreter lock: with NumPy's calls two threads took three times as long
+    as one.
     """
     n, width = basis.shape[1], basis.strides[0]
     first, last, next_ = (ctypes.c_void_p() for _ in range(3))

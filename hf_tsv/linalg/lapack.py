@@ -27,8 +27,11 @@ BLOCK = 64
 """Block size that workspaces are made for; LAPACK uses what fits."""
 
 PAGE, PADDING = 512, 24
-"""Doubles of a page, and those that a row of as many gets more: tridiagonal form takes a tenth
-less."""
+"""Doubles of a page, and doubles that a row is padded by.
+
+A row whose length is a multiple of 512 doubles (one page) is padded by 24: otherwise rows map to
+the same cache sets, and `dsytrd` takes 10 % longer.
+"""
 
 
 class NotConvergedError(ArithmeticError):
@@ -36,7 +39,7 @@ class NotConvergedError(ArithmeticError):
 
     Args:
         reason (`str`): what happened.
-        place (`int`, *optional*): of the matrix, where there were several.
+        place (`int`, *optional*): index of the matrix, where there were several.
     """
 
     def __init__(self, reason: str, place: int | None = None) -> None:
@@ -67,7 +70,7 @@ def prepared(name: str, *arguments: Any, quick: bool = False) -> Callable[[], No
     """A call of a Fortran routine to make many times: everything by reference.
 
     Args:
-        name (`str`): of the routine.
+        name (`str`): name of the routine.
         arguments (`Any`): strings of one character, numbers, and tensors; or objects of ctypes,
             whose values can be changed between the calls, a `c_void_p` for an array.
         quick (`bool`): it keeps the interpreter lock. Letting go of it and getting it back from
@@ -97,7 +100,7 @@ def _call(name: str, *arguments: Any) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """No threads inside BLAS and LAPACK of NumPy and SciPy while callers use their own."""
+    """Keep BLAS and LAPACK of NumPy and SciPy from starting threads while callers use their own."""
     from scipy.linalg import cython_blas, cython_lapack  # noqa: F401  (only what is loaded is held)
     from threadpoolctl import threadpool_limits
 
@@ -121,8 +124,7 @@ def gram(a: Tensor) -> Tensor:
 
 
 def _square(n: int) -> Tensor:
-    """Room for a matrix (n, n); rows that start at the same place of a page displace each other
-    from the cache."""
+    """Room for a matrix (n, n), whose rows are padded, see [`PADDING`]."""
     wide = n + (PADDING if n % PAGE == 0 else 0)
     return _doubles(n, wide)[:, :n]
 
@@ -159,7 +161,10 @@ def tridiagonal_eigh(diagonal: Vector, beside: Vector, count: int) -> tuple[Vect
 
 
 def _tridiagonal(diagonal: Tensor, beside: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Ascending, the values of room for n; both arguments are overwritten."""
+    """Largest eigenvalues, ascending, in room for n, and eigenvectors as rows.
+
+    Both arguments are overwritten.
+    """
     n = diagonal.numel()
     values, vectors = _doubles(n), _doubles(count, n)
     work, iwork = _doubles(18 * n), torch.empty(10 * n, dtype=torch.int32)
@@ -179,8 +184,9 @@ def leading_eigh(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The largest eigenvalues of a symmetric matrix and their eigenvectors.
 
-    By tridiagonal form and multiple relatively robust representations. LAPACK's driver for both,
-    `dsyevr`, takes bisection and inverse iteration for a part of the spectrum: a quarter slower.
+    The ways are tridiagonal form and multiple relatively robust representations. LAPACK's driver
+    for both, `dsyevr`, takes bisection and inverse iteration for a part of the spectrum, which is a
+    quarter slower.
 
     Args:
         upper (`Tensor`): shape (n, n); its upper triangle counts, and is overwritten.
@@ -209,7 +215,7 @@ def leading_eigh(
 
 
 def _all_eigenvalues(diagonal: Tensor, beside: Tensor) -> Tensor:
-    """Of a tridiagonal matrix, descending; both arguments are overwritten."""
+    """All eigenvalues of a tridiagonal matrix, descending; both arguments are overwritten."""
     info = ctypes.c_int(0)
     _call("dsterf", diagonal.numel(), diagonal, beside, info)
     if info.value:
@@ -241,7 +247,7 @@ def eigh(upper: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular triplets, by QR iterations: slower than to divide and conquer, and surer.
+    """All singular triplets by QR iterations, which are slower and surer than divide and conquer.
 
     Args:
         matrix (`Tensor`): float64, on the CPU, shape (m, n).

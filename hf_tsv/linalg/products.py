@@ -23,13 +23,16 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 PROBES = 8
-"""Vectors that residuals are estimated with: ten times too small once in ten million."""
+"""Number of vectors that residuals are estimated with.
+
+With eight an estimate is ten times too small once in ten million.
+"""
 
 SMALL = 1e-12
-"""Entries up to which, and from the inverse of which, squares are summed after scaling."""
+"""Largest entry up to which, and from the inverse of which, squares are summed after scaling."""
 
 COLUMNS = 384
-"""Columns a product is computed in at a time; the same for every number of threads."""
+"""Number of columns of a product that are computed at a time, whatever the number of threads."""
 
 
 def in_working_precision(matrix: Tensor) -> Tensor:

@@ -48,18 +48,19 @@ three orders of magnitude; a float32 SVD leaves 5e-7.
 """
 
 SINGLE_CERTIFICATE = 1e-4
-"""The same in float32, the working precision of MPS."""
+"""[`CERTIFICATE`] in float32, the working precision of MPS."""
 
 SMALLEST_SQUARE = 0.1
-"""Of a singular value, relative to the largest eigenvalue of a Gram matrix, in units of its
-precision and size: below it there may be nothing but rounding. Measured: 0.03 where half of the
-spectrum is flat and the rest zero."""
+"""Square of a singular value, in units of n · eps · λ_max, that may be rounding of a Gram matrix.
+
+Measured: 0.03 for a spectrum of which half is flat and half zero.
+"""
 
 BATCH = 1 << 26
-"""Entries of the matrices decomposed at a time, 0.5 GB; eigenvectors take several times that."""
+"""Entries of the matrices decomposed at a time: 0.5 GB. Eigenvectors take several times that."""
 
 EXPONENTS = 1022
-"""Of powers of two that matrices are divided by."""
+"""Largest exponent of the powers of two that matrices are divided by: their inverse is a number."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,10 @@ def _is_svd(a: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> bool:
 
 
 def _singular_values(a: Tensor) -> Tensor:
-    """All of them; their squares make up that of the Frobenius norm, or a full SVD finds them."""
+    """All singular values of `a`.
+
+    A full SVD finds them where their squares do not add up to that of the Frobenius norm.
+    """
     try:
         values: Tensor = torch.linalg.svdvals(a)
     except LinAlgError:
@@ -222,7 +226,7 @@ def _batches(items: Sequence[tuple[Tensor, float]]) -> list[list[tuple[Tensor, f
 
 
 def _scaled(matrix: Tensor, floor: float) -> Scaled:
-    """Divided by a power of two, so that squares neither underflow nor overflow."""
+    """The matrix divided by a power of two, so that squares neither underflow nor overflow."""
     largest = largest_entry(matrix) if matrix.numel() else 0.0
     if not math.isfinite(largest):
         raise NotConvergedError("it holds NaN or Inf")
@@ -244,7 +248,7 @@ def _svds(
     spectrum: bool,
     start: int | None = None,
 ) -> list[SVD]:
-    """Of matrices of one shape; errors count them from `start` on."""
+    """Leading triplets of matrices of one shape; errors count the matrices from `start` on."""
     done = 0
     try:
         items = []

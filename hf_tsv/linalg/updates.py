@@ -13,7 +13,7 @@ from hf_tsv.linalg import products
 from hf_tsv.system.memory import empty
 
 ROUNDING_SPREAD = 0.3
-"""Standard deviation of rounding to the floating-point grid, in units of eps · |w|; upper bound.
+"""Upper bound of the standard deviation of rounding to floating point, in units of eps · |w|.
 
 Uniform rounding gives at most 1/√12 = 0.289. Measured spectral norms of the rounding of Gaussian,
 Laplace, Student-t and outlier-column weights in float32, float16 and bfloat16, 96x96 to 1024x4096,
@@ -166,7 +166,7 @@ def storage_noise(
         change = products.frobenius_norm(difference(fine_tuned, base)) if norm is None else norm
         most = min(change / math.sqrt(base.numel()) / (ROUNDING_SPREAD * eps), most)
     size = fine_tuned.to(dtype, copy=not overwrite).abs_().clamp_(min(tiny, most), most)
-    return _noise(size, eps)
+    return noise(size, eps)
 
 
 def rounding_noise(matrix: Tensor, dtype: torch.dtype) -> float:
@@ -176,11 +176,11 @@ def rounding_noise(matrix: Tensor, dtype: torch.dtype) -> float:
         matrix (`Tensor`): shape (d_out, d_in).
         dtype (`torch.dtype`): it was rounded to.
     """
-    return _noise(matrix.to(torch.float32), torch.finfo(dtype).eps)
+    return noise(matrix.to(torch.float32), torch.finfo(dtype).eps)
 
 
-def _noise(size: Tensor, eps: float) -> float:
-    """Of entries of this size."""
+def noise(size: Tensor, eps: float) -> float:
+    """Spectral norm of the rounding of entries of this size."""
     _, row, column = products.norms(size)
     return ROUNDING_SPREAD * eps * (row + column)
 

@@ -26,8 +26,10 @@ Method = Literal[
 METHODS: tuple[str, ...] = get_args(Method)
 
 DEFAULT_ALPHA: dict[Method, float] = {"task-arithmetic": 0.3, "low-rank": 0.3, "consensus": 0.3}
-"""Of sums in which tasks add up where they agree: what task arithmetic takes without validation
-images (Ilharco et al., ICLR 2023); 1 for all others."""
+"""α of methods that sum tasks, which add up where they agree; 1 for all others.
+
+It is what task arithmetic takes without validation images (Ilharco et al., ICLR 2023).
+"""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class MergedUpdate:
     Args:
         matrix (`Tensor`): M, shape (d_out, d_in), before α.
         ranks (`tuple[int, ...]`): triplets used of each task.
-        null_directions (`int`): directions the tasks have in common so exactly that
-            orthogonalisation left them out (equal or opposite tasks).
+        null_directions (`int`): directions that orthogonalisation left out because the tasks have
+            them in common but for rounding (equal or opposite tasks).
         exact (`int`): decompositions that took a full float64 SVD.
         interference ([`Interference`], *optional*): where it was asked for.
     """

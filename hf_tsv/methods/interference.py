@@ -14,10 +14,10 @@ from hf_tsv.linalg import products, svd
 from hf_tsv.linalg.updates import TaskSingularVectors, Update
 
 RANK_SHARES = tuple((i / 32) ** 2 for i in range(33))
-"""Ranks, as a share of k, at which a spectrum is noted; closer together where it is steep."""
+"""Ranks, as a share of k, at which a spectrum is noted; they are closer where it is steep."""
 
 ROWS = 512
-"""Of a product of Gram matrices computed at a time."""
+"""Number of rows of a product of Gram matrices that are computed at a time."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def profile(S: Tensor, k: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def interference_alone(delta: Update, k: int) -> Interference:
-    """Of a task that is the only one, and kept whole."""
+    """Interference of a task that is the only one, and kept whole."""
     S = delta.S if isinstance(delta, TaskSingularVectors) else svd.singular_values(delta)
     sigma, energy = profile(S, k)
     return Interference(
@@ -148,7 +148,7 @@ def interference_alone(delta: Update, k: int) -> Interference:
 def interference(
     tasks: Sequence[TaskSingularVectors], vectors: TaskSingularVectors, spectra: Sequence[Tensor]
 ) -> Interference:
-    """Of the truncated factors; as if nothing were done about it."""
+    """Interference of the truncated factors, as if nothing were done about it."""
     sti = singular_task_interference(vectors)
     sigmas, energies = zip(*(profile(S, min(vectors.shape)) for S in spectra), strict=True)
     return Interference(

@@ -76,6 +76,8 @@ def isotropic_common_update(
     vectors = concatenate(parts)
     sigma = vectors.S.mean().expand(len(vectors.S))
     product = polar.orthogonal_product(vectors.U, sigma, vectors.Vh, precision)
+    if product.ill_conditioned and precision == "fast":
+        return isotropic_common_update(deltas, floors, tasks, "exact")
     exact = product.exact + sum(svd.exact for svd in (*found, shared))
     return MergedUpdate(product.matrix, (), product.null_directions, exact)
 

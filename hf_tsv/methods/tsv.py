@@ -18,6 +18,7 @@ from hf_tsv.linalg.svd import truncated_svd, truncated_svds
 from hf_tsv.linalg.updates import TaskSingularVectors, Update, concatenate, dense
 from hf_tsv.methods.catalogue import MergedUpdate
 from hf_tsv.methods.interference import interference, interference_alone, singular_task_interference
+from hf_tsv.methods.multiples import with_shared_vectors
 
 
 def decompose(
@@ -85,20 +86,16 @@ def merge(
         matrix = dense(deltas[0])
         matrix = matrix if coefficients is None else matrix * coefficients[0]
         return MergedUpdate(matrix, (kept,), interference=alone)
-    tasks, spectra, exact = _leading(
-        deltas, rank, floors or [0.0] * len(deltas), precision, measure
-    )
-    ranks = tuple(task.rank for task in tasks)
-    vectors = concatenate(tasks)
+    floors = floors or [0.0] * len(deltas)
+    tasks, spectra, exact = _leading(deltas, rank, floors, precision, measure)
+    vectors, ranks = concatenate(tasks), tuple(task.rank for task in tasks)
     found = interference(tasks, vectors, spectra) if measure else None
-    del deltas, tasks  # the last references, when the caller has let go of them
-    if coefficients is not None:
-        factors = [c for c, r in zip(coefficients, ranks, strict=True) for _ in range(r)]
-        vectors = replace(vectors, S=vectors.S * vectors.S.new_tensor(factors))
+    del tasks  # whose vectors are in memory twice now
     if not orthogonal or not vectors.rank:
-        return MergedUpdate(vectors.matrix(), ranks, exact=exact, interference=found)
-    product = polar.orthogonal_product(
-        vectors.U, vectors.S, vectors.Vh, precision, solver, form=measure
+        matrix = _weighted(vectors, ranks, coefficients).matrix()
+        return MergedUpdate(matrix, ranks, exact=exact, interference=found)
+    vectors, ranks, product = _orthogonalised(
+        deltas, vectors, ranks, rank, floors, solver, precision, coefficients, form=measure
     )
     if found is not None and product.factors is not None:
         U, Vh = product.factors
@@ -130,15 +127,70 @@ def orthonormal_vectors(
     Returns:
         `tuple[TaskSingularVectors, tuple[int, ...]]`: of all tasks, and how many are of each.
     """
-    tasks, _, _ = _leading(deltas, rank, floors or [0.0] * len(deltas), precision, False)
+    floors = floors or [0.0] * len(deltas)
+    tasks, _, _ = _leading(deltas, rank, floors, precision, False)
     vectors, ranks = concatenate(tasks), tuple(task.rank for task in tasks)
     if vectors.rank:
-        product = polar.orthogonal_product(
-            vectors.U, vectors.S, vectors.Vh, precision, solver, form=True
+        vectors, ranks, product = _orthogonalised(
+            deltas, vectors, ranks, rank, floors, solver, precision, None, form=True
         )
         assert product.factors is not None  # they were asked for
         vectors = replace(vectors, U=product.factors[0], Vh=product.factors[1])
     return vectors, ranks
+
+
+def _orthogonalised(
+    deltas: Sequence[Update],
+    vectors: TaskSingularVectors,
+    ranks: tuple[int, ...],
+    rank: int,
+    floors: Sequence[float],
+    solver: Orthogonalizer,
+    precision: Precision,
+    coefficients: Sequence[float] | None,
+    *,
+    form: bool,
+) -> tuple[TaskSingularVectors, tuple[int, ...], polar.OrthogonalProduct]:
+    """Product of polar factors and singular values, with a second look if it is ill-conditioned.
+
+    An ill-conditioned polar factor amplifies whatever is wrong with its columns. Then only, the
+    task matrices are decomposed anew by full float64 SVDs, and tasks that are the same update but
+    for rounding get the same vectors, see [`_with_shared_vectors`]. What is dependent then is
+    dependent to the rounding of float64, and merged once; the rest follows the equations.
+
+    Args:
+        deltas (`Sequence[Tensor | TaskSingularVectors]`): as in [`merge`], like all not named here.
+        vectors ([`TaskSingularVectors`]): of all tasks.
+        ranks (`tuple[int, ...]`): how many are of each task.
+        form (`bool`): form the polar factors too.
+
+    Returns:
+        `tuple[TaskSingularVectors, tuple[int, ...], OrthogonalProduct]`: the vectors and ranks that
+        were used, and the product; its `exact` counts the SVDs of the second look too.
+    """
+    vectors = _weighted(vectors, ranks, coefficients)
+    product = polar.orthogonal_product(
+        vectors.U, vectors.S, vectors.Vh, precision, solver, form=form
+    )
+    if not product.ill_conditioned:
+        return vectors, ranks, product
+    exact = product.exact
+    tasks, _, decomposed = _leading(deltas, rank, floors, "exact", False)
+    tasks = with_shared_vectors(tasks, deltas, floors)
+    ranks = tuple(task.rank for task in tasks)
+    vectors = _weighted(concatenate(tasks), ranks, coefficients)
+    product = polar.orthogonal_product(vectors.U, vectors.S, vectors.Vh, "exact", solver, form=form)
+    return vectors, ranks, replace(product, exact=exact + decomposed + product.exact)
+
+
+def _weighted(
+    vectors: TaskSingularVectors, ranks: Sequence[int], coefficients: Sequence[float] | None
+) -> TaskSingularVectors:
+    """Vectors of all tasks, the singular values of each times its coefficient."""
+    if coefficients is None:
+        return vectors
+    factors = [c for c, r in zip(coefficients, ranks, strict=True) for _ in range(r)]
+    return replace(vectors, S=vectors.S * vectors.S.new_tensor(factors))
 
 
 def _leading(
