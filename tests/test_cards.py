@@ -20,12 +20,13 @@ from hf_tsv.checkpoints.reference import card_license, task_name
 from hf_tsv.recipes.recipe import PinnedInput, Recipe
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports.cards import (
+    AdapterCard,
     CardInput,
-    adapter_card,
+    FactorsCard,
+    MergeCard,
+    ReconstructedCard,
     common_license,
-    factors_card,
-    merge_card,
-    reconstructed_card,
+    render,
 )
 from hf_tsv.reports.templates import code, plain, templates
 
@@ -56,28 +57,23 @@ def card_of(
     base: CardInput = BASE,
     *,
     choice: Settings | None = None,
-    full_model: bool = True,
-    repo_id: str | None = None,
-    left_out: dict[str, list[str]] | None = None,
-    warnings: Sequence[str] = (),
+    **said: Any,
 ) -> str:
+    """Card of a merge of a whole CLIP; `said` is what else there is to say."""
     recipe = Recipe(
         PinnedInput(base.ref, base.revision),
         tuple(PinnedInput(item.ref, item.revision, weight=item.weight) for item in inputs),
         choice or Settings(),
     )
-    return merge_card(
-        recipe,
-        base,
-        inputs,
-        model_type="clip",
-        full_model=full_model,
-        out_format="transformers",
-        repo_id=repo_id,
-        counts={"decomposed": 12, "averaged": 3, "copied": 5},
-        left_out=left_out or {},
-        warnings=warnings,
-    )
+    fields: dict[str, Any] = {
+        "repo_id": None,
+        "model_type": "clip",
+        "full_model": True,
+        "out_format": "transformers",
+        "counts": {"decomposed": 12, "averaged": 3, "copied": 5},
+        "left_out": {},
+    }
+    return render(MergeCard(recipe=recipe, base=base, inputs=inputs, **(fields | said)))
 
 
 def hub(*names: str, license: str | None = None) -> list[CardInput]:
@@ -248,18 +244,23 @@ def described(
     )  # fmt: skip
 
 
-def made_from(config: FactorsConfig) -> CardInput:
-    return CardInput(config.source.ref, config.source.revision)
-
-
 def compressed_cards(config: FactorsConfig, repo_id: str | None = None) -> dict[str, str]:
+    said: dict[str, Any] = {"config": config, "repo_id": repo_id}
     return {
-        "factors": factors_card(config, repo_id),
-        "adapter": adapter_card(config, repo_id, "CLIPModel", dense=True),
-        "reconstructed": reconstructed_card(
-            config, made_from(config), repo_id, full_model=True, out_format="transformers"
-        ),
+        "factors": render(FactorsCard(**said)),
+        "adapter": render(AdapterCard(**said, model_class="CLIPModel", dense=True)),
+        "reconstructed": reconstruction(config, repo_id=repo_id),
     }
+
+
+def reconstruction(config: FactorsConfig, **said: Any) -> str:
+    fields: dict[str, Any] = {
+        "repo_id": None,
+        "factors": CardInput.of(config.source),
+        "full_model": True,
+        "out_format": "transformers",
+    }
+    return render(ReconstructedCard(config=config, **(fields | said)))
 
 
 def test_the_front_matter_of_compressed_tasks() -> None:
@@ -303,16 +304,13 @@ def test_the_front_matter_of_compressed_tasks() -> None:
 def test_a_reconstruction_names_the_pipeline_that_it_fits(
     head: list[str], full_model: bool, pipeline: str
 ) -> None:
-    card = reconstructed_card(
-        described(head=head), CardInput("me/a-tsv", SHA), None,
-        full_model=full_model, out_format="transformers",
-    )  # fmt: skip
+    card = reconstruction(described(head=head), full_model=full_model)
     assert front_matter(card)["pipeline_tag"] == pipeline
     assert ("CLIPForImageClassification" in card) == bool(head)
 
 
 def test_the_card_of_factors_says_what_is_kept() -> None:
-    card = factors_card(described(head=["classifier.weight"]), None)
+    card = compressed_cards(described(head=["classifier.weight"]))["factors"]
     assert "| size | 1.4 kB, 14.2 % of the checkpoint's 10.0 kB |" in card
     assert "1 matrices as factors, 1 tensors whole, 1 unchanged or left out, in float32" in card
     assert "| `fc1.0.weight` | 64 × 32 | factors | 3 | 50.00 % |" in card
@@ -322,8 +320,8 @@ def test_the_card_of_factors_says_what_is_kept() -> None:
 
 
 def test_the_card_of_factors_lists_the_largest_updates_only() -> None:
-    assert "All updates, as in" in factors_card(described(weights=8), None)
-    card = factors_card(described(weights=40), None)
+    assert "All updates, as in" in compressed_cards(described(weights=8))["factors"]
+    card = compressed_cards(described(weights=40))["factors"]
     assert "The largest updates" in card and card.count("| 64 × 32 |") == 10
 
 

@@ -21,7 +21,8 @@ def test_the_wheel_installs_and_works_in_an_empty_environment(zoo: Path, tmp_pat
     names = zipfile.ZipFile(wheel).namelist()
     cards = {path.name for path in (ROOT / "model_cards").iterdir()}  # and the page's parts
     assert {f"hf_tsv/model_cards/{name}" for name in cards} <= set(names)
-    assert len(cards) == 7 and "hf_tsv/py.typed" in names
+    assert {"merge.md.jinja", "_citation.jinja", "sortable.js"} <= cards
+    assert "hf_tsv/py.typed" in names
     suites = {f"hf_tsv/evaluation/suites/{name}.yaml" for name in ("suites", "tasks")}
     assert suites <= set(names)
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
@@ -32,9 +33,10 @@ def test_the_wheel_installs_and_works_in_an_empty_environment(zoo: Path, tmp_pat
            "--no-compile"]  # fmt: skip
     subprocess.run([*pip, "-c", ROOT / "constraints.txt", wheel], check=True, capture_output=True)
     code = """
-from hf_tsv import TaskSwitcher, cards, compress, load_model, merge, reconstruct
-assert (cards.templates() / "merge.md.jinja").is_file()
-assert "site-packages" in str(cards.templates()), cards.templates()
+from hf_tsv import TaskSwitcher, compress, load_model, merge, reconstruct
+from hf_tsv.reports.templates import templates
+assert (templates() / "merge.md.jinja").is_file()
+assert "site-packages" in str(templates()), templates()
 """
     subprocess.run([python, "-c", code], check=True, cwd=tmp_path)
     script = python.with_name("hf-tsv")

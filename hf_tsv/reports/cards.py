@@ -1,31 +1,35 @@
-"""Model cards of what is written, from the templates in `model_cards/`."""
+"""Model cards of what is written: one frozen dataclass a card, rendered by its template.
+
+Fields and properties of a card are the variables of its template in `model_cards/`. To say more in
+a card, change three places: the field here, the verb that makes the card, and the template.
+"""
 
 from __future__ import annotations
 
-import json
 import shlex
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import Template
 
-from hf_tsv.checkpoints.layout import block_and_kind, is_clip, kind_order
+from hf_tsv.checkpoints.layout import is_clip
 from hf_tsv.checkpoints.reference import at_revision, repo_id_of
-from hf_tsv.recipes.recipe import Recipe
-from hf_tsv.reports.templates import cell, code, fence, plain, templates
-from hf_tsv.system.text import human_bytes
+from hf_tsv.reports.templates import cell, environment, plain
 
 if TYPE_CHECKING:
-    from hf_tsv.checkpoints.formats.description import FactorsConfig, StoredWeight
+    from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin, StoredWeight
     from hf_tsv.checkpoints.names import Format
     from hf_tsv.recipes.learning import AlphaSearch
+    from hf_tsv.recipes.recipe import Recipe
+    from hf_tsv.recipes.settings import Settings
     from hf_tsv.reports.drawing import Picture
     from hf_tsv.reports.interference import InterferenceReport
+    from hf_tsv.reports.kept import KeptSection
 
 
 LARGEST_SHOWN = 10
@@ -34,7 +38,7 @@ LARGEST_SHOWN = 10
 
 @dataclass(frozen=True)
 class CardInput:
-    """What a card says of one checkpoint.
+    """One checkpoint that a card names.
 
     Args:
         ref (`str`): repository id, with its subfolder if there is one, or folder.
@@ -48,6 +52,11 @@ class CardInput:
     license: str | None = None
     weight: float = 1.0
 
+    @classmethod
+    def of(cls, origin: Origin, weight: float = 1.0) -> CardInput:
+        """Checkpoint that an origin names."""
+        return cls(origin.ref, origin.revision, origin.license, weight)
+
     @property
     def name(self) -> str:
         """Short name: the last part of the repository id or path."""
@@ -55,12 +64,12 @@ class CardInput:
 
     @property
     def repo_id(self) -> str:
-        """The repository it lies in."""
+        """Repository that it lies in."""
         return repo_id_of(self.ref)
 
     @property
     def subfolder(self) -> str:
-        """Where it lies in the repository; empty for all of it."""
+        """Folder that it lies in, inside its repository; empty for all of it."""
         return self.ref[len(self.repo_id) + 1 :]
 
     @property
@@ -74,269 +83,287 @@ class CardInput:
         return f"[{cell(self.ref)}]({url}) at {cell(self.revision[:12])}"
 
 
-def merge_card(
-    recipe: Recipe,
-    base: CardInput,
-    inputs: Sequence[CardInput],
-    *,
-    model_type: str,
-    full_model: bool,
-    out_format: Format,
-    repo_id: str | None,
-    counts: Mapping[str, int],
-    left_out: Mapping[str, Sequence[str]],
-    heads: Sequence[str] = (),
-    masks: Sequence[str] = (),
-    tuning: AlphaSearch | None = None,
-    warnings: Sequence[str],
-    interference: InterferenceReport | None = None,
-    picture: Picture | None = None,
-) -> str:
-    """Card of a merged checkpoint.
+@dataclass(frozen=True, kw_only=True)
+class Card(ABC):
+    """Fields that all cards have.
 
     Args:
-        recipe ([`Recipe`]): how it was made.
-        base ([`CardInput`]): W0.
-        inputs (`Sequence[CardInput]`): the tasks.
-        model_type (`str`): of the base model's config.json.
-        full_model (`bool`): both towers of it, not one.
-        out_format (`str`): whose files its weights are.
-        repo_id (`str`, *optional*): where it will be pushed.
-        counts (`Mapping[str, int]`): tensors per treatment.
-        left_out (`Mapping[str, Sequence[str]]`): task heads not kept, by checkpoint.
-        heads (`Sequence[str]`): tasks whose heads are kept.
-        masks (`Sequence[str]`): folders of TALL-masks.
-        tuning ([`AlphaSearch`], *optional*): how α was chosen.
-        warnings (`Sequence[str]`): of the run.
-        interference ([`InterferenceReport`], *optional*): who disturbs whom.
-        picture ([`Picture`], *optional*): of it, in a file beside the card.
+        repo_id (`str`, *optional*): repository that it will be pushed to.
+    """
+
+    template: ClassVar[str]
+    repo_id: str | None
+
+    @property
+    @abstractmethod
+    def front_matter(self) -> ModelCardData:
+        """Metadata for the Hub; as text it is YAML."""
+
+    @property
+    def place(self) -> str:
+        """Place to load from, as Python and the shell name it: the repository or this folder."""
+        return self.repo_id or "."
+
+    @property
+    def place_note(self) -> str:
+        """Comment that explains the place where a reader may not know it."""
+        return "" if self.repo_id else '  # "." is this folder'
+
+
+def render(card: Card) -> str:
+    """Text of a card.
+
+    Args:
+        card ([`Card`]): card to write.
 
     Returns:
         `str`: Markdown with YAML front matter, ending in a newline.
     """
-    on_hub = [item.repo_id for item in (base, *inputs) if item.revision is not None]
-    data = ModelCardData(
-        base_model=list(dict.fromkeys(on_hub)) or None,
-        base_model_relation="merge" if on_hub else None,
-        library_name=out_format,
-        pipeline_tag="zero-shot-image-classification" if full_model else "image-feature-extraction",
-        tags=["merge", "task-singular-vectors", "hf-tsv", _family(model_type)],
-        license=common_license(inputs),
-    )
-    shown = recipe.to_yaml(coefficients=False)
-    return _rendered(
-        "merge.md.jinja",
-        data,
-        title=_title([item.name for item in inputs]),
-        base=base,
-        inputs=inputs,
-        settings=recipe.settings,
-        adaptation=recipe.adaptation,
-        coefficients=len(recipe.coefficients),
-        recipe=shown,
-        fence=fence(shown),
-        repo_id=repo_id,
-        clip=_family(model_type) == "clip",
-        full_model=full_model,
-        out_format=out_format,
-        counts=counts,
-        left_out=left_out,
-        heads=heads,
-        masks=masks,
-        tuning=tuning,
-        quoted=json.dumps,
-        warnings=warnings,
-        interference=interference,
-        picture=picture,
-    )
+    names = [name for name in dir(card) if not name.startswith("_")]
+    template = environment().get_template(card.template)
+    text = template.render({name: getattr(card, name) for name in names})
+    return str(ModelCard(text)).rstrip("\n") + "\n"
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a card says of the changed weights of one kind.
+@dataclass(frozen=True, kw_only=True)
+class MergeCard(Card):
+    """Card of a merged checkpoint.
 
     Args:
-        kind (`str`): such as `mlp.fc1`.
-        weights (`int`): how many.
-        rank (`str`): triplets of one, least to most, and how many are stored otherwise.
-        energy (`float`): share of their squared norm.
-        bytes (`int`): of what is stored of them.
+        recipe ([`Recipe`]): recipe of the merge.
+        base ([`CardInput`]): W0.
+        inputs (`Sequence[CardInput]`): tasks, in the order of the recipe.
+        model_type (`str`): architecture that the base model's config.json names.
+        full_model (`bool`): it has both towers of CLIP, not one.
+        out_format (`str`): library whose files its weights are.
+        counts (`Mapping[str, int]`): number of tensors by treatment.
+        left_out (`Mapping[str, Sequence[str]]`): task heads not kept, by checkpoint.
+        heads (`Sequence[str]`): tasks whose heads are kept.
+        masks (`Sequence[str]`): folders of TALL-masks.
+        tuning ([`AlphaSearch`], *optional*): search that chose α.
+        warnings (`Sequence[str]`): warnings of the run.
+        interference ([`InterferenceReport`], *optional*): report on who disturbs whom.
+        picture ([`Picture`], *optional*): picture of that report, in a file beside the card.
     """
 
-    kind: str
-    weights: int
-    rank: str
-    energy: float
-    bytes: int
+    template: ClassVar[str] = "merge.md.jinja"
+    recipe: Recipe
+    base: CardInput
+    inputs: Sequence[CardInput]
+    model_type: str
+    full_model: bool
+    out_format: Format
+    counts: Mapping[str, int]
+    left_out: Mapping[str, Sequence[str]]
+    heads: Sequence[str] = ()
+    masks: Sequence[str] = ()
+    tuning: AlphaSearch | None = None
+    warnings: Sequence[str] = ()
+    interference: InterferenceReport | None = None
+    picture: Picture | None = None
 
-    @classmethod
-    def of(cls, kind: str, weights: Sequence[StoredWeight]) -> Kept:
-        """The sum of several weights."""
-        stored = Counter(weight.stored for weight in weights)
-        ranks = [weight.rank for weight in weights if weight.stored == "factors"]
-        said = [str(min(ranks))] if ranks else []
-        if ranks and max(ranks) > min(ranks):
-            said = [f"{min(ranks)} to {max(ranks)}"]
-        said += [f"{stored['dense']} whole"] if stored["dense"] else []
-        said += [f"{stored['none']} not kept"] if stored["none"] else []
-        total = sum(weight.norm**2 for weight in weights) or 1.0
-        return cls(
-            kind,
-            len(weights),
-            ", ".join(said),
-            sum(weight.energy * weight.norm**2 for weight in weights) / total,
-            sum(weight.bytes for weight in weights),
+    @property
+    def front_matter(self) -> ModelCardData:
+        """Metadata for the Hub: the merge goes back to all checkpoints that lie there."""
+        on_hub = [item.repo_id for item in (self.base, *self.inputs) if item.revision is not None]
+        return ModelCardData(
+            base_model=list(dict.fromkeys(on_hub)) or None,
+            base_model_relation="merge" if on_hub else None,
+            library_name=self.out_format,
+            pipeline_tag=_pipeline_tag(self.full_model),
+            tags=["merge", "task-singular-vectors", "hf-tsv", _family(self.model_type)],
+            license=common_license(self.inputs),
         )
 
+    @property
+    def title(self) -> str:
+        """Heading: the names of the inputs, of many the first three."""
+        names = [plain(item.name) for item in self.inputs]
+        if len(names) == 1:
+            return f"Merge of {names[0]} alone"
+        if len(names) > 4:
+            return f"Merge of {', '.join(names[:3])} and {len(names) - 3} more"
+        return f"Merge of {', '.join(names[:-1])} and {names[-1]}"
 
-def kept_section(config: FactorsConfig, picture: str | None) -> str:
-    """The part of a card on what is kept of which kind of layer.
+    @property
+    def settings(self) -> Settings:
+        """Choices of the recipe."""
+        return self.recipe.settings
+
+    @property
+    def recipe_text(self) -> str:
+        """Recipe as YAML, without the coefficients, which are many."""
+        return self.recipe.to_yaml(coefficients=False)
+
+    @property
+    def clip(self) -> bool:
+        """Whether it is CLIP or a tower of it."""
+        return _family(self.model_type) == "clip"
+
+    @property
+    def model_class(self) -> str:
+        """Class of transformers that loads it."""
+        return "CLIPModel" if self.full_model and self.clip else "AutoModel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedCard(Card):
+    """Fields that the cards of a compressed task and of its reconstruction share.
 
     Args:
-        config ([`FactorsConfig`]): what is stored.
-        picture (`str`, *optional*): file beside the card that shows it.
+        config ([`FactorsConfig`]): description of the task.
     """
-    kinds: dict[str, list[StoredWeight]] = {}
-    others: list[StoredWeight] = []
-    for name, weight in config.weights.items():
-        if weight.norm:
-            matrix = len(weight.shape) == 2 or weight.stored == "factors"
-            (kinds.setdefault(block_and_kind(name)[1], []) if matrix else others).append(weight)
-    template = Template((templates() / "kept.md.jinja").read_text(encoding="utf-8"))
-    section: str = template.render(
-        rows=[Kept.of(kind, kinds[kind]) for kind in sorted(kinds, key=kind_order)],
-        others=Kept.of("", others) if others else None,
-        picture=picture,
-        cell=cell,
-        human_bytes=human_bytes,
-    )
-    return f"{section.strip()}\n\n"
+
+    config: FactorsConfig
+
+    @property
+    def base(self) -> CardInput:
+        """Base model W0."""
+        return CardInput.of(self.config.base_model)
+
+    @property
+    def source(self) -> CardInput:
+        """Fine-tuned checkpoint."""
+        return CardInput.of(self.config.source)
+
+    @property
+    def family(self) -> str:
+        """Tag of the architecture."""
+        return _family(str(self.config.model_config.get("model_type", "clip")))
+
+    def _data(
+        self, relation: str, library: str, tags: list[str], pipeline_tag: str | None = None
+    ) -> ModelCardData:
+        """Metadata with the base model, if it lies on the Hub, and the licence of the source."""
+        on_hub = bool(self.base.revision)
+        return ModelCardData(
+            base_model=self.base.repo_id if on_hub else None,
+            base_model_relation=relation if on_hub else None,
+            library_name=library,
+            pipeline_tag=pipeline_tag,
+            tags=tags,
+            license=self.source.license,
+        )
+
+    def _compress_command(self, *options: str) -> str:
+        """Command that makes the same files again."""
+        config = self.config
+        source, base = (at_revision(item.ref, item.revision) for item in (self.source, self.base))
+        words = ["hf-tsv", "compress", source, "--base-model", base]
+        for key, value in config.rank_rule.items():
+            words += [f"--{key.replace('_', '-')}", str(value)]
+        words += ["--compress-conv"] if config.compress_conv else []
+        words += ["--factor-dtype", _dtype_name(config)]
+        return shlex.join([*words, *options, "-o", "compressed"])
 
 
-def factors_card(config: FactorsConfig, repo_id: str | None, kept: str = "") -> str:
+@dataclass(frozen=True, kw_only=True)
+class FactorsCard(CompressedCard):
     """Card of task factors.
 
     Args:
-        config ([`FactorsConfig`]): what they are.
-        repo_id (`str`, *optional*): where they will be pushed.
-        kept (`str`): see [`kept_section`].
+        kept ([`KeptSection`], *optional*): section on the kinds of layers.
     """
-    base = CardInput(config.base_model.ref, config.base_model.revision)
-    source = CardInput(config.source.ref, config.source.revision)
-    data = ModelCardData(
-        base_model=base.repo_id if base.revision else None,
-        base_model_relation="adapter" if base.revision else None,
-        library_name="hf-tsv",
-        tags=["task-singular-vectors", "task-factors", "hf-tsv", _family_of(config)],
-        license=config.source.license,
-    )
-    command = _compress_command(config)
-    kinds = Counter(weight.stored for weight in config.weights.values())
-    return _rendered(
-        "factors.md.jinja",
-        data,
-        config=config,
-        base=base,
-        source=source,
-        repo_id=repo_id,
-        kinds=kinds,
-        largest=sorted(config.weights.items(), key=lambda item: -item[1].norm)[:LARGEST_SHOWN],
-        command=command,
-        fence=fence(command),
-        dtype=str(config.factor_dtype).removeprefix("torch."),
-        kept=kept,
-    )
+
+    template: ClassVar[str] = "factors.md.jinja"
+    kept: KeptSection | None = None
+
+    @property
+    def front_matter(self) -> ModelCardData:
+        """Metadata for the Hub."""
+        tags = ["task-singular-vectors", "task-factors", "hf-tsv", self.family]
+        return self._data("adapter", "hf-tsv", tags)
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """Number of weights by how they are stored."""
+        return Counter(weight.stored for weight in self.config.weights.values())
+
+    @property
+    def largest(self) -> list[tuple[str, StoredWeight]]:
+        """Weights with the largest updates, and their names."""
+        weights = sorted(self.config.weights.items(), key=lambda item: -item[1].norm)
+        return weights[:LARGEST_SHOWN]
+
+    @property
+    def dtype(self) -> str:
+        """Type of the stored numbers."""
+        return _dtype_name(self.config)
+
+    @property
+    def command(self) -> str:
+        """Command that makes the same files again."""
+        return self._compress_command()
 
 
-def adapter_card(
-    config: FactorsConfig, repo_id: str | None, model_class: str, *, dense: bool, kept: str = ""
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class AdapterCard(CompressedCard):
     """Card of a LoRA adapter made from a compressed task.
 
     Args:
-        config ([`FactorsConfig`]): what is in it.
-        repo_id (`str`, *optional*): where it will be pushed.
-        model_class (`str`): the transformers class it fits.
+        model_class (`str`): class of transformers that it fits.
         dense (`bool`): it holds more than matrices.
-        kept (`str`): see [`kept_section`].
+        kept ([`KeptSection`], *optional*): section on the kinds of layers.
     """
-    base = CardInput(config.base_model.ref, config.base_model.revision)
-    data = ModelCardData(
-        base_model=base.repo_id if base.revision else None,
-        base_model_relation="adapter" if base.revision else None,
-        library_name="peft",
-        tags=["lora", "task-singular-vectors", "hf-tsv", "clip"],
-        license=config.source.license,
-    )
-    flags = ["--format", "peft", "--model-class", model_class, *([] if dense else ["--no-dense"])]
-    command = _compress_command(config, *flags)
-    return _rendered(
-        "adapter.md.jinja",
-        data,
-        config=config,
-        base=base,
-        source=CardInput(config.source.ref, config.source.revision),
-        repo_id=repo_id,
-        model_class=model_class,
-        dense=dense,
-        ranks=[weight.rank for weight in config.weights.values() if weight.rank],
-        command=command,
-        fence=fence(command),
-        quoted=json.dumps,
-        kept=kept,
-    )
+
+    template: ClassVar[str] = "adapter.md.jinja"
+    model_class: str
+    dense: bool
+    kept: KeptSection | None = None
+
+    @property
+    def front_matter(self) -> ModelCardData:
+        """Metadata for the Hub."""
+        return self._data("adapter", "peft", ["lora", "task-singular-vectors", "hf-tsv", "clip"])
+
+    @property
+    def ranks(self) -> list[int]:
+        """Ranks of all matrices in it."""
+        return [weight.rank for weight in self.config.weights.values() if weight.rank]
+
+    @property
+    def command(self) -> str:
+        """Command that makes the same files again."""
+        dense = [] if self.dense else ["--no-dense"]
+        return self._compress_command("--format", "peft", "--model-class", self.model_class, *dense)
 
 
-def _compress_command(config: FactorsConfig, *options: str) -> str:
-    """The command that makes the same files again."""
-    made_from = [
-        at_revision(item.ref, item.revision) for item in (config.source, config.base_model)
-    ]
-    words = ["hf-tsv", "compress", made_from[0], "--base-model", made_from[1]]
-    for key, value in config.rank_rule.items():
-        words += [f"--{key.replace('_', '-')}", str(value)]
-    dtype = str(config.factor_dtype).removeprefix("torch.")
-    words += ["--compress-conv"] if config.compress_conv else []
-    return shlex.join([*words, "--factor-dtype", dtype, *options, "-o", "compressed"])
-
-
-def reconstructed_card(
-    config: FactorsConfig,
-    factors: CardInput,
-    repo_id: str | None,
-    *,
-    full_model: bool,
-    out_format: Format,
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class ReconstructedCard(CompressedCard):
     """Card of a checkpoint made from task factors.
 
     Args:
-        config ([`FactorsConfig`]): of the factors.
-        factors ([`CardInput`]): the factors it was made from.
-        repo_id (`str`, *optional*): where it will be pushed.
-        full_model (`bool`): a whole `CLIPModel`, not one tower.
-        out_format (`str`): whose files its weights are.
+        factors ([`CardInput`]): factors that it was made from.
+        full_model (`bool`): it has both towers of CLIP, not one.
+        out_format (`str`): library whose files its weights are.
     """
-    zero_shot = "zero-shot-image-classification" if full_model else "image-feature-extraction"
-    base = CardInput(config.base_model.ref, config.base_model.revision)
-    data = ModelCardData(
-        base_model=base.repo_id if base.revision else None,
-        base_model_relation="finetune" if base.revision else None,
-        library_name=out_format,
-        pipeline_tag="image-classification" if config.task_head else zero_shot,
-        tags=["task-singular-vectors", "hf-tsv", _family_of(config)],
-        license=config.source.license,
-    )
-    return _rendered(
-        "reconstructed.md.jinja",
-        data,
-        config=config,
-        base=base,
-        source=CardInput(config.source.ref, config.source.revision),
-        factors=factors,
-        repo_id=repo_id,
-        out_format=out_format,
-    )
+
+    template: ClassVar[str] = "reconstructed.md.jinja"
+    factors: CardInput
+    full_model: bool
+    out_format: Format
+
+    @property
+    def front_matter(self) -> ModelCardData:
+        """Metadata for the Hub."""
+        head = bool(self.config.task_head)
+        return self._data(
+            "finetune",
+            self.out_format,
+            ["task-singular-vectors", "hf-tsv", self.family],
+            "image-classification" if head else _pipeline_tag(self.full_model),
+        )
+
+    @property
+    def model_class(self) -> str:
+        """Class of transformers that loads it."""
+        return "CLIPForImageClassification" if self.config.task_head else "AutoModel"
+
+
+def common_license(inputs: Sequence[CardInput]) -> str | None:
+    """Licence, only if every input names one and all are the same."""
+    licenses = {item.license for item in inputs}
+    return next(iter(licenses)) if len(licenses) == 1 else None
 
 
 def _family(model_type: str) -> str:
@@ -344,33 +371,11 @@ def _family(model_type: str) -> str:
     return "clip" if is_clip({"model_type": model_type}) else model_type
 
 
-def _family_of(config: FactorsConfig) -> str:
-    return _family(str(config.model_config.get("model_type", "clip")))
+def _pipeline_tag(full_model: bool) -> str:
+    """Task of a model without a head of its own."""
+    return "zero-shot-image-classification" if full_model else "image-feature-extraction"
 
 
-def _rendered(template: str, data: ModelCardData, **variables: Any) -> str:
-    card = ModelCard.from_template(
-        data,
-        template_path=str(templates() / template),
-        code=code,
-        cell=cell,
-        plain=plain,
-        human_bytes=human_bytes,
-        **variables,
-    )
-    return str(card).rstrip("\n") + "\n"
-
-
-def common_license(inputs: Sequence[CardInput]) -> str | None:
-    """The licence, only if every input names one and all are the same."""
-    licenses = {item.license for item in inputs}
-    return next(iter(licenses)) if len(licenses) == 1 else None
-
-
-def _title(names: Sequence[str]) -> str:
-    shown = [plain(name) for name in names]
-    if len(shown) == 1:
-        return f"Merge of {shown[0]} alone"
-    if len(shown) > 4:
-        return f"Merge of {', '.join(shown[:3])} and {len(shown) - 3} more"
-    return f"Merge of {', '.join(shown[:-1])} and {shown[-1]}"
+def _dtype_name(config: FactorsConfig) -> str:
+    """Type of the stored numbers, without the module's name."""
+    return str(config.factor_dtype).removeprefix("torch.")

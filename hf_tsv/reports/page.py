@@ -7,12 +7,11 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.reports.drawing import MISSING, Picture
-from hf_tsv.reports.templates import templates
+from hf_tsv.reports.templates import environment, templates
 from hf_tsv.system.text import one_line, printable
 from hf_tsv.system.version import __version__
 
@@ -33,23 +32,22 @@ def interference_page(report: InterferenceReport, pictures: Sequence[Picture]) -
     Returns:
         `str`: HTML.
     """
-    folder = templates()
-    script = (folder / "sortable.js").read_text(encoding="utf-8")
+    script = (templates() / "sortable.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    ).get_template("interference.html.jinja")
     images = [(p, base64.b64encode(p.png).decode()) for p in pictures]
-    return page.render(
-        report=report,
-        plain=one_line,
-        names=[one_line(task["name"]) for task in report.tasks],
-        weights=_weights(report),
-        images=images,
-        missing=MISSING,
-        script=Markup(script),  # noqa: S704  (a file of this package)
-        script_digest=digest,
-        version=__version__,
+    return (
+        environment()
+        .get_template("interference.html.jinja")
+        .render(
+            report=report,
+            names=[one_line(task["name"]) for task in report.tasks],
+            weights=_weights(report),
+            images=images,
+            missing=MISSING,
+            script=Markup(script),  # noqa: S704  (a file of this package)
+            script_digest=digest,
+            version=__version__,
+        )
     )
 
 

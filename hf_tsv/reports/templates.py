@@ -1,16 +1,42 @@
-"""One environment for every template: escaping and filters for text from repositories."""
+"""One environment for every template: where they lie, escaping, filters for foreign text."""
 
 from __future__ import annotations
 
+import json
 import re
+from functools import cache
 from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from hf_tsv.system.text import human_bytes, one_line
 
 
 def templates() -> Path:
-    """Folder of the card templates: inside the installed package, or beside it in the source."""
+    """Folder of the templates: inside the installed package, or beside it in the source."""
     package = Path(__file__).parents[1]
     installed = package / "model_cards"
     return installed if installed.is_dir() else package.parent / "model_cards"
+
+
+@cache
+def environment() -> Environment:
+    """Environment of the Markdown cards and the HTML page; only HTML is escaped by itself."""
+    made = Environment(
+        loader=FileSystemLoader(templates()),
+        autoescape=select_autoescape(["html.jinja"], default=False),
+        undefined=StrictUndefined,
+    )
+    made.filters |= {
+        "plain": plain,
+        "code": code,
+        "cell": cell,
+        "fenced": fenced,
+        "quoted": json.dumps,
+        "human_bytes": human_bytes,
+        "one_line": one_line,
+    }
+    return made
 
 
 def plain(text: object) -> str:
@@ -22,7 +48,7 @@ def plain(text: object) -> str:
 def code(text: object) -> str:
     """Text from elsewhere as inline code, whatever it contains."""
     line = " ".join(str(text).split())
-    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    fence = _longer_than_inside(line, 1)
     pad = " " if line.startswith("`") or line.endswith("`") else ""
     return f"{fence}{pad}{line}{pad}{fence}"
 
@@ -32,5 +58,13 @@ def cell(text: object) -> str:
     return code(text).replace("|", r"\|")
 
 
-def fence(text: str) -> str:
-    return "`" * max(3, max(map(len, re.findall("`+", text)), default=0) + 1)
+def fenced(text: str, language: str) -> str:
+    """Lines from elsewhere as a block of code, whatever they contain."""
+    fence = _longer_than_inside(text, 3)
+    lines = text.removesuffix("\n")
+    return f"{fence}{language}\n{lines}\n{fence}"
+
+
+def _longer_than_inside(text: str, least: int) -> str:
+    """Backticks, at least so many, that do not occur in the text."""
+    return "`" * max(least, max(map(len, re.findall("`+", text)), default=0) + 1)

@@ -27,6 +27,7 @@ from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import cards, drawing, pictures
 from hf_tsv.reports.compression import CompressReport
+from hf_tsv.reports.kept import KeptSection
 from hf_tsv.runs import journal
 from hf_tsv.runs.target import Target, final_folder, push, waiting
 from hf_tsv.system import processes
@@ -205,25 +206,30 @@ def _describe(
     folder: Path, job: Job, target: Target, config: FactorsConfig, measured: Sequence[Measured]
 ) -> None:
     """Write the card, and the picture it shows."""
-    kept = _kept(folder, config, measured) if job.options.report else ""
+    kept = _kept(folder, config, measured) if job.options.report else None
+    card: cards.Card
     if job.options.format == "factors":
-        card = cards.factors_card(config, target.push_to, kept)
+        card = cards.FactorsCard(repo_id=target.push_to, config=config, kept=kept)
     else:
-        card = cards.adapter_card(
-            config, target.push_to, model_class_of(job), dense=job.options.dense, kept=kept
+        card = cards.AdapterCard(
+            repo_id=target.push_to,
+            config=config,
+            model_class=model_class_of(job),
+            dense=job.options.dense,
+            kept=kept,
         )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(cards.render(card), encoding="utf-8")
 
 
-def _kept(folder: Path, config: FactorsConfig, measured: Sequence[Measured]) -> str:
-    """Draw what is kept, and say it for the card."""
+def _kept(folder: Path, config: FactorsConfig, measured: Sequence[Measured]) -> KeptSection:
+    """Draw what is kept, and sum it up for the card."""
     ranks = {name: item.rank for name, item in config.weights.items() if item.stored == "factors"}
     picture = None
     if ranks:
         picture = drawing.attempted(lambda: pictures.of_compression(energy_curves(measured), ranks))
     if picture is not None:
         (folder / picture.file).write_bytes(picture.png)
-    return cards.kept_section(config, None if picture is None else picture.file)
+    return KeptSection.of(config, None if picture is None else picture.file)
 
 
 def _report(job: Job, target: Target, download_bytes: int) -> CompressReport:

@@ -14,6 +14,7 @@ from hf_tsv.checkpoints.storage.files import HubFiles, LocalFiles
 from hf_tsv.hub import Wanted, download
 from hf_tsv.reports import cards
 from hf_tsv.reports.compression import CompressReport
+from hf_tsv.reports.kept import KeptSection
 from hf_tsv.runs.target import Target, upload
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.folders import whole_folder
@@ -137,9 +138,9 @@ class TaskFactors(Factors):
         with whole_folder(folder) as staging:
             for name in self.needed_files:
                 shutil.copyfile(self.pinned.files.root / name, staging / name)
-            files, kept = self.pinned.files, ""
+            files, kept = self.pinned.files, None
             if files.size(COMPRESSION) is not None and not files.is_elsewhere(COMPRESSION):
                 shutil.copyfile(files.root / COMPRESSION, staging / COMPRESSION)
-                kept = cards.kept_section(self.config, COMPRESSION)
-            card = cards.factors_card(self.config, repo_id, kept)
-            (staging / "README.md").write_text(card, encoding="utf-8")
+                kept = KeptSection.of(self.config, COMPRESSION)
+            card = cards.FactorsCard(repo_id=repo_id, config=self.config, kept=kept)
+            (staging / "README.md").write_text(cards.render(card), encoding="utf-8")

@@ -314,7 +314,7 @@ def _describe(
         if picture is not None:
             (folder / picture.file).write_bytes(picture.png)
     card = _card(job, target, recipe, findings, warnings, measured, picture)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(cards.render(card), encoding="utf-8")
 
 
 def _card(
@@ -325,19 +325,18 @@ def _card(
     warnings: Sequence[str],
     measured: InterferenceReport | None,
     picture: drawing.Picture | None,
-) -> str:
+) -> cards.MergeCard:
     def card_input(item: Task, scale: float = 1.0) -> cards.CardInput:
-        origin = Origin.of(item.pinned)
-        return cards.CardInput(origin.ref, origin.revision, origin.license, scale)
+        return cards.CardInput.of(Origin.of(item.pinned), scale)
 
-    return cards.merge_card(
-        recipe,
-        card_input(job.sources.base),
-        [card_input(*pair) for pair in zip(job.sources.inputs, job.scales, strict=True)],
+    return cards.MergeCard(
+        repo_id=target.push_to,
+        recipe=recipe,
+        base=card_input(job.sources.base),
+        inputs=[card_input(*pair) for pair in zip(job.sources.inputs, job.scales, strict=True)],
         model_type=str(job.sources.base.config["model_type"]),
         full_model=layout.is_full_model(job.sources.base.tensors),
         out_format=job.settings.out_format or job.sources.base.format,
-        repo_id=target.push_to,
         counts=job.plan.counts(findings.frozen),
         left_out={
             card_input(item).name: item.left_out

@@ -208,10 +208,11 @@ def _describe(
     }
     text = json.dumps(origin, indent=2, ensure_ascii=False) + "\n"
     (folder / RECONSTRUCTION_FILE).write_text(text, encoding="utf-8")
-    made_from = cards.CardInput(item.pinned.ref, item.pinned.revision)
-    full_model = layout.is_full_model(base.tensors)
-    card = cards.reconstructed_card(
-        item.config, made_from, target.push_to,
-        full_model=full_model, out_format=job.settings.out_format or base.format,
-    )  # fmt: skip
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    card = cards.ReconstructedCard(
+        repo_id=target.push_to,
+        config=item.config,
+        factors=cards.CardInput(item.pinned.ref, item.pinned.revision),
+        full_model=layout.is_full_model(base.tensors),
+        out_format=job.settings.out_format or base.format,
+    )
+    (folder / "README.md").write_text(cards.render(card), encoding="utf-8")

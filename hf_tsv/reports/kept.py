@@ -1,0 +1,81 @@
+"""How much a compression keeps of each kind of layer: a section that its cards share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_tsv.checkpoints.layout import block_and_kind, kind_order
+
+if TYPE_CHECKING:
+    from hf_tsv.checkpoints.formats.description import FactorsConfig, StoredWeight
+
+
+@dataclass(frozen=True)
+class KeptKind:
+    """Sum over the changed weights of one kind of layer.
+
+    Args:
+        kind (`str`): such as `mlp.fc1`.
+        weights (`int`): number of weights.
+        rank (`str`): triplets of one, least to most, and how many are stored otherwise.
+        energy (`float`): share of their squared norm that is kept.
+        bytes (`int`): size of what is stored of them.
+    """
+
+    kind: str
+    weights: int
+    rank: str
+    energy: float
+    bytes: int
+
+    @classmethod
+    def of(cls, kind: str, weights: Sequence[StoredWeight]) -> KeptKind:
+        """Sum over several weights."""
+        stored = Counter(weight.stored for weight in weights)
+        ranks = [weight.rank for weight in weights if weight.stored == "factors"]
+        said = [str(min(ranks))] if ranks else []
+        if ranks and max(ranks) > min(ranks):
+            said = [f"{min(ranks)} to {max(ranks)}"]
+        said += [f"{stored['dense']} whole"] if stored["dense"] else []
+        said += [f"{stored['none']} not kept"] if stored["none"] else []
+        total = sum(weight.norm**2 for weight in weights) or 1.0
+        return cls(
+            kind,
+            len(weights),
+            ", ".join(said),
+            sum(weight.energy * weight.norm**2 for weight in weights) / total,
+            sum(weight.bytes for weight in weights),
+        )
+
+
+@dataclass(frozen=True)
+class KeptSection:
+    """Part of a card that says how much is kept of which kind of layer.
+
+    Args:
+        kinds (`Sequence[KeptKind]`): matrices, by kind.
+        others ([`KeptKind`], *optional*): weights that are no matrices.
+        picture (`str`, *optional*): file of the picture beside the card.
+    """
+
+    kinds: Sequence[KeptKind]
+    others: KeptKind | None
+    picture: str | None
+
+    @classmethod
+    def of(cls, config: FactorsConfig, picture: str | None) -> KeptSection:
+        """Section on all changed weights of a compressed task."""
+        kinds: dict[str, list[StoredWeight]] = {}
+        others: list[StoredWeight] = []
+        for name, weight in config.weights.items():
+            if weight.norm:
+                matrix = len(weight.shape) == 2 or weight.stored == "factors"
+                (kinds.setdefault(block_and_kind(name)[1], []) if matrix else others).append(weight)
+        return cls(
+            [KeptKind.of(kind, kinds[kind]) for kind in sorted(kinds, key=kind_order)],
+            KeptKind.of("", others) if others else None,
+            picture,
+        )
