@@ -25,7 +25,6 @@ from torch import Tensor
 
 import hf_tsv
 from hf_tsv import TaskFactors
-from hf_tsv.checkpoints.formats.factors import open_factors
 from hf_tsv.checkpoints.names import FACTORS_CONFIG, FACTORS_FILE
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.linalg.updates import TaskSingularVectors
@@ -593,7 +592,7 @@ def test_factors_that_are_not_downloaded_cannot_be_saved(
     hub: Hub, made: Path, tmp_path: Path
 ) -> None:
     hub.add_repo("org/factors", made)
-    factors = open_factors(pin(parse("org/factors"), cache_dir=str(tmp_path)))
+    factors = TaskFactors.opened(pin(parse("org/factors"), cache_dir=str(tmp_path)))
     with pytest.raises(CheckpointError, match=r"org/factors is not downloaded.*from_pretrained"):
         factors.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
