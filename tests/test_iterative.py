@@ -231,7 +231,7 @@ def test_ill_conditioned_merges_by_products_are_the_method(
     by_products: None, shape: tuple[int, int], angle: float
 ) -> None:
     deltas = ill_conditioned(shape, RANK, 8, angle, generator(17))
-    result = hf_tsv.tsv.merge(deltas, RANK)
+    result = hf_tsv.methods.tsv.merge(deltas, RANK)
     assert result.null_directions == 0
     assert relative_error(result.matrix, tsv(deltas, [RANK] * 8)) < 1e-6
 
@@ -242,7 +242,7 @@ def test_multiples_of_tasks_merged_by_products_are_merged_once(
 ) -> None:
     deltas = fine_tunes((SIZE, 200), 4, 0.5, seed=18)
     deltas.append(factor * deltas[0])
-    result = hf_tsv.tsv.merge(deltas, RANK)
+    result = hf_tsv.methods.tsv.merge(deltas, RANK)
     expected = tsv([d.double() for d in deltas[:-1]] + [factor * deltas[0].double()], [RANK] * 5)
     assert result.null_directions == RANK
     assert relative_error(result.matrix, expected) < 1e-6
@@ -401,5 +401,5 @@ def test_duplicates_zeros_and_low_rank_merge_on_a_gpu_as_on_the_cpu() -> None:
 @pytest.mark.gpu
 def test_merges_on_a_gpu_are_the_same_in_every_run() -> None:
     deltas = [d.to(GPU) for d in realistic((768, 768), 8, 0.5)]
-    once, again = (tsv.merge(deltas, 96).matrix for _ in range(2))
+    once, again = (hf_tsv.methods.tsv.merge(deltas, 96).matrix for _ in range(2))
     assert torch.equal(once, again)

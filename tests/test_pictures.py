@@ -21,7 +21,6 @@ from PIL import Image
 import hf_tsv
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.reports import drawing, pictures
-from hf_tsv.reports import pictures as plots
 from hf_tsv.reports.interference import InterferenceReport
 
 PAGES = ("#ffffff", "#0b0f19")  # of the Hub, in light and dark
@@ -185,7 +184,8 @@ def test_blocks_are_drawn_before_and_after(measured: InterferenceReport) -> None
 def figures_of(monkeypatch: pytest.MonkeyPatch, draw: Any) -> Any:
     """The figure that a picture is made of."""
     made: list[Any] = []
-    monkeypatch.setattr(drawing, "to_png", lambda figure: made.append(figure) or b"")
+    for module in (drawing, pictures):
+        monkeypatch.setattr(module, "to_png", lambda figure: made.append(figure) or b"")
     draw()
     return made[-1]
 
@@ -219,7 +219,7 @@ def test_bars_over_depth_are_those_of_the_report(
 ) -> None:
     unequal = {n: {**w, "ranks": [2, 5, 3]} for n, w in measured.weights.items()}
     measured = replace(measured, weights=unequal)
-    figure = figures_of(monkeypatch, lambda: getattr(plots, draw)(measured))
+    figure = figures_of(monkeypatch, lambda: getattr(pictures, draw)(measured))
     assert len(figure.axes) == 2  # a row a tower, and none for the few beside
     for axes, tower in zip(figure.axes, ("vision", "text"), strict=True):
         weights = [n for n in measured.weights if n.startswith(f"{tower}_model.encoder")]
@@ -239,10 +239,10 @@ def test_settings_of_the_user_change_nothing(measured: InterferenceReport, tmp_p
     """Neither a backend that is not there nor the fonts of a matplotlibrc."""
     code = f"""
 import pickle, hashlib, sys
-from hf_tsv import plots
+from hf_tsv.reports import drawing, pictures
 from hf_tsv.checkpoints.layout import block_and_kind
 report = pickle.load(open({str(tmp_path / "report")!r}, "rb"))
-picture = plots.attempted(lambda: plots.of_merge(report))
+picture = drawing.attempted(lambda: pictures.of_merge(report))
 print(hashlib.sha256(picture.png).hexdigest())
 """
     (tmp_path / "report").write_bytes(pickle.dumps(measured))

@@ -151,10 +151,11 @@ def test_an_upload_that_the_storage_refuses(traces: Traces) -> None:
 def test_an_error_that_nobody_knows(traces: Traces) -> None:
     code = f"""
 import sys
-from hf_tsv import cli, delivery
+from hf_tsv import cli
+from hf_tsv.runs import target
 def upload(folder, target, token):
     raise ZeroDivisionError("unforeseen")
-delivery.upload = upload
+target.upload = upload
 words = ["merge", "org/vision", "--push-to", "me/new", "--stream"]
 sys.argv = ["hf-tsv", *words, "--token", {TOKEN!r}]
 cli.main()

@@ -177,15 +177,16 @@ def test_means_and_sums_hold_one_task_at_a_time(tmp_path: Path, method: str, sca
         save_file({name: tensor}, tmp_path / folder / "model.safetensors")
     code = f"""
 import torch
-from hf_tsv import construction, costs, memory, stream
-from hf_tsv.recipe import Settings
+from hf_tsv.merging import costs, loading, work
+from hf_tsv.recipes.settings import Settings
+from hf_tsv.system import memory
 torch.set_num_threads(1)
 memory.share_one_heap()
 tasks = [{str(tmp_path)!r} + "/" + name for name in "abcd"]
 settings = Settings(method={method!r})
-job = construction.prepare(tasks, {str(tmp_path / "base")!r}, [{scale}] * 4, settings)
+job = work.prepare(tasks, {str(tmp_path / "base")!r}, [{scale}] * 4, settings)
 (weight,) = job.plan.weights
-reader = stream._Reader(job.sources.base, job.sources.inputs, job.scales, torch.device("cpu"))
+reader = loading.Reader(job.sources.base, job.sources.inputs, job.scales, torch.device("cpu"))
 memory.empty(1000, 1000, dtype=torch.float64).zero_()
 def peak(key="VmHWM"):
     lines = open("/proc/self/status").read().splitlines()

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from hf_tsv.linalg import iterative, lanczos, lapack
+from hf_tsv.linalg import iterative, lanczos, lapack, products
 from hf_tsv.linalg.lapack import NotConvergedError
-from hf_tsv.linalg.products import by_products
 
 TILE = 128
 """Number of rows and columns that are mirrored at a time."""
@@ -45,7 +44,7 @@ class Eigen:
 def leading_eighs(items: Sequence[Scaled], rank: int, spectrum: bool) -> Sequence[Eigen | None]:
     """Leading eigenvectors of the Gram matrix of each, as of [`_leading_eigh`]."""
     rank = min(rank, items[0].a.shape[1])
-    if not by_products(items[0].a):
+    if not products.by_products(items[0].a):
         return [leading_eigh(item.a, rank, item.floor, spectrum) for item in items]
     grams = torch.stack([item.a.mT @ item.a for item in items])
     floors = torch.tensor([item.floor for item in items], dtype=grams.dtype, device=grams.device)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from hf_tsv.linalg import iterative
+from hf_tsv.linalg import iterative, products
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
 from hf_tsv.linalg.eigen import gram_matrix, leading_eigh, symmetric
 from hf_tsv.linalg.products import (
     PROBES,
-    by_products,
     chain,
     for_each,
     in_working_precision,
@@ -182,7 +181,7 @@ def _polar(matrix: Tensor, precision: Precision, solver: Orthogonalizer) -> _Pol
         a = in_working_precision(matrix)
         wide = a.shape[0] < a.shape[1]
         tall = a.mT if wide else a
-        parts = _polar_parts(tall) if by_products(tall) else None
+        parts = _polar_parts(tall) if products.by_products(tall) else None
         if parts is not None:
             return _Polar([f.mT for f in reversed(parts)] if wide else [*parts], 0, exact=False)
         root = _inverse_root(tall)

@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from hf_tsv.linalg import lapack
+from hf_tsv.linalg import lapack, products
 from hf_tsv.linalg.choices import Precision
 from hf_tsv.linalg.eigen import Eigen, Scaled, leading_eighs
 from hf_tsv.linalg.lapack import NotConvergedError
 from hf_tsv.linalg.products import (
     PROBES,
-    by_products,
     for_each,
     in_working_precision,
     largest_entry,
@@ -170,7 +169,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _ways(a: Tensor) -> Iterator[Callable[[], tuple[Tensor, Tensor, Tensor]]]:
     """Routines for all singular triplets, the fastest first; the last ones on the CPU."""
     usual = functools.partial(torch.linalg.svd, full_matrices=False)
-    if by_products(a):
+    if products.by_products(a):
         yield lambda: usual(a)
     if a.device.type == "cuda":
         yield lambda: usual(a, driver="gesvd")
@@ -217,7 +216,7 @@ def _batches(items: Sequence[tuple[Tensor, float]]) -> list[list[tuple[Tensor, f
     batches: list[list[tuple[Tensor, float]]] = []
     for matrix, floor in items:
         last = batches[-1] if batches else []
-        fits = last and by_products(matrix) and matrix.shape == last[0][0].shape
+        fits = last and products.by_products(matrix) and matrix.shape == last[0][0].shape
         if fits and (len(last) + 1) * matrix.numel() <= BATCH:
             last.append((matrix, floor))
         else:
