@@ -1,4 +1,4 @@
-"""The command line: in this process, or as the console script in one of its own."""
+"""The command line: in this process, in one of its own, or as the console script."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Fork, fork
 from hub import Hub
 
 SCRIPT = Path(sys.executable).with_name("hf-tsv")
@@ -43,12 +44,11 @@ class Result:
         return json.loads(self.out)
 
 
-def hf_tsv_process(*args: str | Path, cwd: Path | None = None, **environment: str | None) -> Result:
-    """Run the console script; an environment variable given as None is unset."""
+def hf_tsv_script(*args: str | Path, cwd: Path | None = None) -> Result:
+    """Run the console script, as a user does."""
     done = subprocess.run(
         [str(SCRIPT), *map(str, args)],
         cwd=cwd,
-        env={k: v for k, v in {**os.environ, **environment}.items() if v is not None},
         capture_output=True,
         check=False,
         text=True,
@@ -56,6 +56,21 @@ def hf_tsv_process(*args: str | Path, cwd: Path | None = None, **environment: st
         stdin=subprocess.DEVNULL,
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def hf_tsv_process(*args: str | Path, cwd: Path | None = None, **environment: str | None) -> Result:
+    """Run what the console script runs, forked; a variable given as None is unset."""
+    changed = {**os.environ, **environment}
+    return ended(
+        fork(*args, cwd=cwd, environment={k: v for k, v in changed.items() if v is not None})
+    )
+
+
+def ended(process: Fork) -> Result:
+    """How a process ends."""
+    out, err = process.communicate()
+    assert process.returncode is not None
+    return Result(process.returncode, out, err)
 
 
 def hf_tsv(*args: str | Path, cwd: Path | None = None, **environment: str | None) -> Result:

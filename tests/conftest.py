@@ -37,14 +37,20 @@ for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "HF_DEB
 # A shell's background jobs ignore it, and so would what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import clips  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
+
+FIRST = ("test_wheel.py", "test_kills.py", "test_open_clip.py", "test_processes.py",
+         "test_streaming.py", "test_faults.py", "test_determinism.py", "test_models.py",
+         "test_compress.py", "test_cli.py", "test_numbers.py", "test_merge.py")  # fmt: skip
+"""Files that take longest, and so begin; their fixtures are made by one process."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what needs a GPU or browser where there is none; begin with what takes longest."""
-    items.sort(key=lambda item: item.path.name != "test_wheel.py")
+    import torch  # which the process that only hands out the tests does without
+
+    order = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))
     missing = {
         "gpu": not torch.cuda.is_available(),
         "browser": shutil.which("chromium") is None and "CI" not in os.environ,
@@ -60,6 +66,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of checkpoints made by transformers: `base`, and one fine-tune of every kind."""
+    import clips
+
     folder = tmp_path_factory.mktemp("zoo")
     clips.make_base(folder / "base")
     for seed, kind in enumerate(clips.KINDS, start=1):
@@ -80,6 +88,8 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture
 def world(hub: Hub, zoo: Path, tmp_path: Path) -> Path:
     """A Hub with a base and fine-tunes of it, and an empty folder to work in."""
+    import clips
+
     hub.add_repo("org/base", zoo / "base")
     for kind in ("vision", "flat", "full"):
         files = {file.name: file for file in (zoo / kind).iterdir()}

@@ -1,7 +1,7 @@
 """What the real OpenCLIP does, as a program of its own that is asked by lines of JSON.
 
-Each is `["make", folder, options]` or `["features", folder, inputs, output]`; the answer is a line
-too, an empty text or what went wrong.
+Each is `["make", folder, options]`, `["features", folder, inputs, output]` or `["run", folder,
+code]`; the answer is a line too, an empty text or what went wrong.
 
 Its torchvision is built for CUDA. Without it two operators are not there that OpenCLIP never calls;
 torchvision only asks for their names. It runs in a process of its own because transformers, which
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -99,6 +100,9 @@ if __name__ == "__main__":
             with contextlib.redirect_stdout(sys.stderr):
                 if command == "make":
                     make(Path(folder), **arguments[0])
+                elif command == "run":
+                    os.chdir(folder)
+                    exec(arguments[0], {})
                 else:
                     features(Path(folder), *map(Path, arguments))
         except Exception:

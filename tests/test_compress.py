@@ -7,15 +7,14 @@ import io
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import clips
 import pytest
 import torch
-from cli import SCRIPT, copied, hf_tsv, hf_tsv_process, refused
+from cli import copied, ended, hf_tsv, hf_tsv_process, refused
+from forks import fork
 from hub import Hub
 from safetensors.torch import load_file, save_file
 from test_merge import deep_checkpoints, relative_error, state
@@ -325,10 +324,7 @@ hf_tsv.compress({str(folder / "t1")!r}, base_model={str(folder / "base")!r},
 hf_tsv.reconstruct({str(folder / "factors")!r}, output={str(folder / "full")!r})
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """
-        done = subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True
-        )
-        peaks[layers] = int(done.stdout) * 1024
+        peaks[layers] = int(ended(fork("-c", code)).out) * 1024
     grown_files = (tmp_path / "24" / "base" / "model.safetensors").stat().st_size * 11 / 12
     assert 3 * grown_files > 190e6
     assert peaks[24] - peaks[2] < 60e6, peaks
@@ -765,9 +761,9 @@ def test_the_snippet_of_the_card_of_an_adapter_runs_without_hf_tsv(world: Path, 
     files = hub.files("me/lora")
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files.keys()
     code = "import sys; sys.modules['hf_tsv'] = None\n" + snippet_of(files["README.md"].decode())
-    python = SCRIPT.with_name("python")
-    done_code = code + "\nassert type(merged).__name__ == 'CLIPModel'"
-    subprocess.run([str(python), "-c", done_code], check=True, capture_output=True, cwd=world)
+    code += "\nassert type(merged).__name__ == 'CLIPModel'"
+    ran = ended(fork("-c", code, cwd=world, freezing=True))
+    assert ran.code == 0, ran.err
 
 
 def test_the_snippet_of_the_card_of_a_reconstruction_runs(

@@ -10,9 +10,9 @@ from typing import Any
 import clips
 import pytest
 import torch
-from cli import copied
+from cli import copied, ended
 from cli import hf_tsv as run
-from cli import hf_tsv_process as run_process
+from forks import fork
 from labelled import CLASSES, make_folder, picture
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix
@@ -153,7 +153,7 @@ def test_a_quick_look_is_always_the_same_and_says_so(zoo: Path, pets: Path) -> N
 
 def test_results_are_written_whole(zoo: Path, pets: Path, tmp_path: Path) -> None:
     words = ["evaluate", zoo / "base", "--task", f"pets={pets}", "-o", tmp_path / "results"]
-    done = run_process(*words, "--json")
+    done = ended(fork(*words, "--json", freezing=True))
     assert done.code == 0, done.err
     assert json.loads((tmp_path / "results" / "evaluation.json").read_text()) == done.json
     files = {path.name for path in (tmp_path / "results").iterdir()}

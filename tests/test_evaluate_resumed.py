@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli import copied
 from labelled import CLASSES, make_folder, picture
+from test_processes import ends, ranks
 
 import hf_tsv
 from hf_tsv.evaluation import classifying, zero_shot
@@ -139,15 +137,6 @@ def test_two_runs_do_not_share_an_output(zoo: Path, tasks: dict[str, str], tmp_p
 # Several processes
 
 
-def launched(count: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "hf_tsv", "evaluate", *map(str, words)],
-        capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
 def test_three_processes_find_what_one_finds(
     zoo: Path, tasks: dict[str, str], tmp_path: Path
 ) -> None:
@@ -158,9 +147,11 @@ def test_three_processes_find_what_one_finds(
              "--batch-size", str(BATCH), "--json"]  # fmt: skip
     for name, path in {"a": tasks["a"], "bad": bad, "c": tasks["c"]}.items():
         words += ["--task", f"{name}={path}"]
-    done = launched(3, *words, "-o", tmp_path / "three")
-    assert done.returncode == 1, done.stderr
-    found = json.loads(done.stdout)  # one of them speaks
+    words = ["evaluate", *words, "-o", tmp_path / "three"]
+    first, *others = ends(ranks(*words, count=3, cwd=tmp_path, freezing=True))
+    assert [first.code, *(other.code for other in others)] == [1, 0, 0], (first, others)
+    assert not any(other.out for other in others)
+    found = first.json
     assert found == json.loads((tmp_path / "three" / "evaluation.json").read_text())
     expected = hf_tsv.evaluate(
         zoo / "base",
@@ -170,12 +161,13 @@ def test_three_processes_find_what_one_finds(
     )
     assert found["tasks"] == expected.tasks and found["normalised"] == expected.normalised
     assert "bad: image" in found["errors"]["bad"]
-    assert done.stderr.count("bad: image") == 1
+    assert "".join(done.err for done in (first, *others)).count("bad: image") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"bad", "three"}
 
 
 def test_bad_input_of_several_processes_is_said_once(zoo: Path, tmp_path: Path) -> None:
-    done = launched(2, zoo / "base", "--task", "a=org/x", "--limit", "0", "-o", tmp_path / "r")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count("Error: limit is 0") == 1, done.stderr
+    words = ["evaluate", zoo / "base", "--task", "a=org/x", "--limit", "0", "-o", tmp_path / "r"]
+    first, second = ends(ranks(*words, count=2, cwd=tmp_path, freezing=True))
+    assert (first.code, second.code) == (1, 1) and first.out + second.out == ""
+    assert (first.err + second.err).count("Error: limit is 0") == 1, (first, second)
     assert not list(tmp_path.iterdir())

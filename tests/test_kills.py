@@ -27,7 +27,7 @@ def outcome(*options: str) -> list[list[str]]:
 def test_a_run_killed_anywhere_leaves_nothing_or_all_and_goes_on() -> None:
     names = ["merge, replacing", "merge, pushed again", "compress", "push"]
     only = [word for name in names for word in ("--only", name)]
-    rows = outcome(*only, "--every", "50", "--kills", "8")
+    rows = outcome(*only, "--every", "100", "--kills", "8")
     assert [row[0] for row in rows] == names
     assert all(int(kills) >= 1 and int(wrong) == 0 for _, _, kills, _, wrong in rows), rows
     assert sum(int(resumed) for _, _, _, resumed, _ in rows) >= 2

@@ -53,19 +53,21 @@ def calls(work: Callable[[], None]) -> int:
 
 
 @pytest.mark.parametrize("verb", [merge, compress, interference])
-def test_eight_times_the_tensors_take_about_eight_times_the_work(
+def test_every_tensor_more_takes_as_much_work_as_the_last(
     tmp_path: Path, verb: Callable[[Zoo, Path], None]
 ) -> None:
-    few, many = (random_checkpoints(TINY, 2, layers, tmp_path) for layers in (15, 120))
-    verb(few, tmp_path / "warm")
-    short, long = (
-        calls(lambda zoo=zoo: verb(zoo, tmp_path / f"out-{zoo.layers}")) for zoo in (few, many)
+    """Whatever is done once for all of them does not count."""
+    zoos = [random_checkpoints(TINY, 2, layers, tmp_path) for layers in (4, 22, 40)]
+    verb(zoos[0], tmp_path / "warm")
+    few, some, many = (
+        calls(lambda zoo=zoo: verb(zoo, tmp_path / f"out-{zoo.layers}")) for zoo in zoos
     )
-    assert long < 10 * short, (short, long)  # 64 times as long if every tensor saw all others
+    # 2.4 times as much if every tensor saw all others
+    assert many - some < 1.1 * (some - few), (few, some, many)
 
 
 def test_four_times_the_tasks_take_about_four_times_the_work(tmp_path: Path) -> None:
-    few, many = (random_checkpoints(TINY, tasks, 5, tmp_path) for tasks in (10, 40))
+    few, many = (random_checkpoints(TINY, tasks, 3, tmp_path) for tasks in (10, 40))
     merge(few, tmp_path / "warm")
     short, long = (
         calls(lambda zoo=zoo: merge(zoo, tmp_path / f"out-{len(zoo.tasks)}")) for zoo in (few, many)

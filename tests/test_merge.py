@@ -12,6 +12,8 @@ from typing import Any
 import clips
 import pytest
 import torch
+from cli import ended
+from forks import fork
 from hub import Hub
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -282,7 +284,8 @@ image = Image.fromarray(numpy.zeros((40, 50, 3), dtype="uint8"))
 answer = pipe(image, candidate_labels=["a cat", "a dog"])
 assert {{a["label"] for a in answer}} == {{"a cat", "a dog"}}, answer
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    done = ended(fork("-c", code, freezing=True))
+    assert done.code == 0, done.err
 
 
 def test_a_vision_only_base_gives_a_vision_model(zoo: Path, tmp_path: Path) -> None:
@@ -442,10 +445,8 @@ hf_tsv.merge([{str(folder / "t1")!r}, {str(folder / "t2")!r}], base_model={str(f
              output={str(folder / "out")!r}, exclude=["*.mlp.*", "*.[qkv]_proj.*"])
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """
-        done = subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True
-        )
-        peaks[layers] = int(done.stdout) * 1024
+        done = ended(fork("-c", code))
+        peaks[layers] = int(done.out) * 1024
     grown_files = (folder / "base" / "model.safetensors").stat().st_size * 11 / 12 * 4
     assert grown_files > 250e6
     assert peaks[24] - peaks[2] < 60e6, peaks
@@ -468,10 +469,7 @@ hf_tsv.merge({inputs}, **options, output={str(tmp_path / name / "out")!r})
 peak = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
 print(json.dumps([planned, int(peak) * 1024]))
 """
-        done = subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True
-        )
-        peaks[name] = json.loads(done.stdout)
+        peaks[name] = ended(fork("-c", code)).json
     largest = 4 * 512 * 2048
     (_, interpreter), (planned, peak) = peaks["tiny"], peaks["wide"]
     assert peak <= interpreter + 4 * (tasks + 1) * largest, peaks

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,8 @@ from typing import Any, Literal
 import clips
 import pytest
 import torch
+from cli import ended
+from forks import fork
 from hub import Hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -430,14 +431,8 @@ save_file(model.state_dict(), {str(tmp_path / "offline.safetensors")!r})
 hf_tsv.pipeline("zero-shot-image-classification", "me/vision-tsv")
 hf_tsv.TaskSwitcher.from_pretrained(["me/vision-tsv"]).activate("vision")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = ended(fork("-c", code, environment={**os.environ, "HF_HUB_OFFLINE": "1"}))
+    assert done.code == 0, done.err
     assert (
         differing(load_file(tmp_path / "offline.safetensors"), stored(made.whole["vision"])) == []
     )

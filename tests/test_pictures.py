@@ -6,8 +6,6 @@ import hashlib
 import io
 import os
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import Any
 import clips
 import numpy as np
 import pytest
+from cli import ended
+from forks import fork
 from PIL import Image
 
 import hf_tsv
@@ -112,8 +112,9 @@ def test_colours_are_told_apart(sight: str) -> None:
         assert np.linalg.norm(seen(first, sight) - seen(second, sight)) > 10, (first, second)
 
 
-@pytest.mark.parametrize("names", [["a", "b"], [f"clip-{i}" for i in range(20)], HOSTILE])
-@pytest.mark.parametrize("blocks", [1, 24])
+@pytest.mark.parametrize(
+    ("names", "blocks"), [(["a", "b"], 1), ([f"clip-{i}" for i in range(20)], 24), (HOSTILE, 1)]
+)
 def test_nothing_is_cut_off(measured: InterferenceReport, names: list[str], blocks: int) -> None:
     report = deeper(with_tasks(measured, names), blocks)
     for picture in (*pictures.of_interference(report), pictures.of_merge(report)):
@@ -250,12 +251,9 @@ print(hashlib.sha256(picture.png).hexdigest())
         "axes.labelsize: 30\nsavefig.bbox: tight\ntext.usetex: True\n"
     )
     odd = {"MPLBACKEND": "module://nowhere.at_all", "MATPLOTLIBRC": str(tmp_path)}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **odd}, check=True, capture_output=True,
-        text=True,
-    ).stdout  # fmt: skip
+    done = ended(fork("-c", code, environment={**os.environ, **odd}))
     expected = pictures.of_merge(measured)
-    assert found.strip() == hashlib.sha256(expected.png).hexdigest()
+    assert done.out.strip() == hashlib.sha256(expected.png).hexdigest()
 
 
 @pytest.mark.parametrize(("text", "said"), [("no font\nof this", "no font"), ("", "RuntimeError")])

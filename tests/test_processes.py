@@ -1,4 +1,4 @@
-"""Several processes that share one merge, really launched: torchrun with gloo, on loopback."""
+"""Several processes that share one merge over gloo, on loopback; one test launches torchrun."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from cli import hf_tsv
+from cli import Result, ended, hf_tsv
+from forks import Fork, fork
 from hypothesis import given
 from hypothesis import strategies as st
 from test_merge import deep_checkpoints
@@ -23,18 +24,22 @@ from hf_tsv.system import processes
 LIMIT = 120
 
 
-def launch(*arguments: str | Path, launcher: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
-    """Start `python -m hf_tsv` by torchrun."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "hf_tsv",
-         *map(str, arguments)],
-        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def ranks(*words: str | Path, count: int, cwd: Path, freezing: bool = False) -> list[Fork]:
+    """Processes with what a launcher tells them, on one machine or several."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    return [
+        fork(*words, cwd=cwd, environment={**os.environ, **shared, "RANK": str(rank)},
+             freezing=freezing)
+        for rank in range(count)
+    ]  # fmt: skip
 
 
-def one_machine(count: int) -> list[str]:
-    return ["--standalone", f"--nproc-per-node={count}"]
+def ends(processes: Sequence[Fork]) -> list[Result]:
+    """How they end, by rank."""
+    return [ended(process) for process in processes]
 
 
 def assert_same(folder: Path, expected: Path) -> None:
@@ -50,7 +55,7 @@ def assert_same(folder: Path, expected: Path) -> None:
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, two fine-tunes and what one process makes of them."""
     folder = tmp_path_factory.mktemp("deep")
-    deep_checkpoints(folder, 8)
+    deep_checkpoints(folder, 6)
     done = hf_tsv(*command(folder, "one"), cwd=folder)
     assert done.code == 0, done.err
     return folder
@@ -62,66 +67,49 @@ def command(deep: Path, output: str, *more: str) -> list[str]:
 
 
 def test_several_processes_write_the_same_bytes_as_one(deep: Path) -> None:
-    process = launch(*command(deep, "by4"), launcher=one_machine(4), cwd=deep)
-    out, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, err
-    assert out == f"{deep / 'by4'}\n"  # one of them speaks
-    assert "cpu, 4 processes" in err
+    first, *others = ends(ranks(*command(deep, "by4"), count=4, cwd=deep))
+    assert [first.code, *(other.code for other in others)] == [0] * 4, (first, others)
+    assert first.out == f"{deep / 'by4'}\n" and not any(other.out for other in others)
+    assert "cpu, 4 processes" in first.err
     assert_same(deep / "by4", deep / "one")
     assert not list(deep.glob(".by*"))
 
 
-def test_all_processes_measure_who_disturbs_whom(deep: Path) -> None:
+def test_all_processes_of_torchrun_measure_who_disturbs_whom(deep: Path) -> None:
     done = hf_tsv(*command(deep, "told", "--report"), cwd=deep)
     assert done.code == 0, done.err
-    process = launch(*command(deep, "told2", "--report"), launcher=one_machine(2), cwd=deep)
-    _, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, err
-    assert "cpu, 2 processes" in err
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two = subprocess.run(
+        [sys.executable, *torchrun, "-m", "hf_tsv", *command(deep, "told2", "--report")],
+        cwd=deep, capture_output=True, text=True, check=False, timeout=LIMIT,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    assert two.stdout == f"{deep / 'told2'}\n"  # one of them speaks
+    assert "cpu, 2 processes" in two.stderr
     files = [file.name for file in (deep / "one").glob("*.safetensors*")]
     assert len(files) > 2
     for name in files:
         assert (deep / "told2" / name).read_bytes() == (deep / "one" / name).read_bytes()
-    one, two = (
+    alone, shared = (
         json.loads((deep / name / "interference.json").read_text()) for name in ("told", "told2")
     )
-    assert two["weights"] == one["weights"] and len(one["weights"]) > 8
-    assert two["total"] == one["total"]
-
-
-def test_two_machines_share_a_merge(deep: Path) -> None:
-    """Two launchers that meet at one address, as on two nodes with a common file system."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = [
-        launch(
-            *command(deep, "nodes"),
-            launcher=["--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1",
-                      "--master-addr=127.0.0.1", f"--master-port={port}"],
-            cwd=deep,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    ends = [node.communicate(timeout=LIMIT) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], ends
-    assert [out for out, _ in ends] == [f"{deep / 'nodes'}\n", ""]
-    assert_same(deep / "nodes", deep / "one")
+    assert shared["weights"] == alone["weights"] and len(alone["weights"]) > 8
+    assert shared["total"] == alone["total"]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_run_which_goes_on_later(deep: Path, victim: int) -> None:
     output = f"dying{victim}"
-    process = launch(*command(deep, output), launcher=one_machine(2), cwd=deep)
+    processes = ranks(*command(deep, output), count=2, cwd=deep)
     work = deep / f".{output}.hf-tsv"
     journal = work / f"done.{victim}.jsonl"
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline and not (journal.exists() and journal.stat().st_size):
         time.sleep(0.005)
-    os.kill(rank_of(process.pid, victim), signal.SIGKILL)
-    _, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 1
-    assert "Terminated." in err or "A process of this run is gone." in err or victim == 0, err
+    processes[victim].send_signal(signal.SIGKILL)
+    dead, other = ends([processes[victim], processes[1 - victim]])
+    assert (dead.code, other.code) == (-signal.SIGKILL, 1)
+    assert other.err.count("Error: A process of this run is gone.") == 1, other.err
     assert not (deep / output).exists() and (work / "job.json").exists()
     again = hf_tsv(*command(deep, output), cwd=deep)
     assert again.code == 0 and "are there already" in again.err, again.err
@@ -129,32 +117,20 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_later(deep: Path, victim
     assert not work.exists()
 
 
-def rank_of(launcher: int, rank: int) -> int:
-    """Process id of one rank."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    for child in children:
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        if f"RANK={rank}".encode() in environment:
-            return int(child)
-    raise AssertionError(f"no rank {rank} among {children}")
-
-
 def test_bad_input_is_said_once(deep: Path) -> None:
-    process = launch(*command(deep, "bad", "--rank", "0"), launcher=one_machine(2), cwd=deep)
-    out, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 1
-    assert out == "" and err.count("Error: rank is 0") == 1, err
+    first, second = ends(ranks(*command(deep, "bad", "--rank", "0"), count=2, cwd=deep))
+    assert (first.code, second.code) == (1, 1)
+    assert first.out + second.out == ""
+    assert (first.err + second.err).count("Error: rank is 0") == 1, (first, second)
     assert not list(deep.glob("*bad*"))
 
 
 def test_compressing_is_for_one_process(deep: Path) -> None:
-    process = launch(
-        "compress", deep / "t1", "--base-model", deep / "base", "-o", "small",
-        launcher=one_machine(2), cwd=deep,
-    )  # fmt: skip
-    _, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 1
-    assert err.count("Error: `hf-tsv compress` runs in one process.") == 1, err
+    words = ["compress", deep / "t1", "--base-model", deep / "base", "-o", "small"]
+    first, second = ends(ranks(*words, count=2, cwd=deep))
+    assert (first.code, second.code) == (1, 1)
+    said = "Error: `hf-tsv compress` runs in one process."
+    assert (first.err + second.err).count(said) == 1, (first, second)
 
 
 @given(st.lists(st.floats(0, 1e12), max_size=60), st.integers(1, 7))

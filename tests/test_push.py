@@ -7,12 +7,12 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from cli import SCRIPT, copied, hf_tsv, refused
+from cli import copied, hf_tsv, refused
+from forks import fork
 from hub import Hub, Request, User
 
 import hf_tsv as api
@@ -273,10 +273,7 @@ def test_a_push_that_is_killed_leaves_no_commit_and_goes_on(hub: Hub, outputs: P
     hub.add_repo("me/new", {"notes.txt": "kept"})
     before = hub.repos["me/new"].branches["main"]
     hub.fail("/upload/", delay=60, method="PUT", after=2)
-    process = subprocess.Popen(
-        [str(SCRIPT), "push", str(outputs / "shards"), "me/new"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = fork("push", outputs / "shards", "me/new")
     deadline = time.monotonic() + 120
     while len(hub.repos["me/new"].lfs) < 2 and process.poll() is None:
         assert time.monotonic() < deadline, [(r.method, r.path, r.status) for r in hub.requests]

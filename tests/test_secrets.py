@@ -9,8 +9,6 @@ import importlib
 import math
 import os
 import pkgutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -18,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import SCRIPT, Result, hf_tsv
+from cli import Result, ended, hf_tsv
 from conftest import HF_HOME
+from forks import fork
 from hub import Hub, User
 from labelled import add_dataset
 
@@ -56,14 +55,11 @@ class Traces:
         return {**os.environ, "HF_TOKEN": TOKEN, "HF_HOME": home, "TMPDIR": temporary}
 
     def process(self, *words: str | Path, **environment: str) -> Result:
-        """Run the console script, or with `-c` Python."""
-        program = [sys.executable] if words[0] == "-c" else [str(SCRIPT)]
-        done = subprocess.run(
-            [*program, *map(str, words)], cwd=self.place / "work", capture_output=True, text=True,
-            check=False, env={**self.environment, **environment}, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        self.said += [done.stdout, done.stderr]
-        return Result(done.returncode, done.stdout, done.stderr)
+        """Run hf-tsv, or with `-c` Python, in a process of its own."""
+        variables = {**self.environment, **environment}
+        done = ended(fork(*words, cwd=self.place / "work", environment=variables))
+        self.said += [done.out, done.err]
+        return done
 
     def command(self, *words: str | Path, token: str | None = TOKEN) -> Result:
         """The same in this process."""

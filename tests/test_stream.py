@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 import time
@@ -13,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from cli import ended
 from cli import hf_tsv as run
-from cli import hf_tsv_process as run_process
+from forks import fork
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -85,7 +85,8 @@ def merged(zoo: Path, folder: Path, *options: str, threads: int | None = None) -
     """A merge in this process, or in one of its own with so many threads."""
     command = ["merge", str(zoo / "vision"), str(zoo / "full"), "--base-model", str(zoo / "base")]
     command += ["-o", str(folder), *options]
-    done = run_process(*command, OMP_NUM_THREADS=str(threads)) if threads else run(*command)
+    code = f"import torch; from hf_tsv import cli; torch.set_num_threads({threads}); cli.main()"
+    done = ended(fork("-c", code, *command)) if threads else run(*command)
     assert done.code == 0, done.err
     return done
 
@@ -197,5 +198,5 @@ with memory.reused():
     reader.load(weight)
 print((peak() - before) / (costs.held(weight) + costs._reading(weight)))
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert 0.5 < float(done.stdout) < 1.15, done.stdout  # one more would be 1.25
+    done = ended(fork("-c", code))
+    assert 0.5 < float(done.out) < 1.15, done  # one more would be 1.25

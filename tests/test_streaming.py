@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,11 +16,12 @@ import pytest
 import torch
 from cli import hf_tsv as run
 from conftest import HF_HOME
+from forks import fork
 from hub import Hub
 from safetensors.torch import load_file
 from test_lora import trained
 from test_merge import deep_checkpoints
-from test_processes import launch, one_machine
+from test_processes import ends, ranks
 
 import hf_tsv
 from benchmarks.speed import processes
@@ -272,25 +271,44 @@ AT_ONCE = {"Retry-After": "0"}
     ],
 )
 def test_faults_that_pass_change_nothing(
-    deep: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any]
-) -> None:
+    deep: Hub, undisturbed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    fault: dict[str, Any],
+) -> None:  # fmt: skip
     monkeypatch.setattr(client_module, "RETRY_WAITS", (0.0,) * 4)
-    for name in "ab":
-        for _ in range(4 if name == "b" else 0):  # one request may meet all
-            deep.fail("safetensors", times=1, **fault)
-        hf_tsv.merge(["org/t1", "org/t2"], base_model="org/base", output=tmp_path / name,
-                     stream=True)  # fmt: skip
+    for _ in range(4):  # one request may meet all
+        deep.fail("safetensors", times=1, **fault)
+    streamed(tmp_path / "m")
     assert not deep._faults[-1].times
-    a, b = (tmp_path / name / "model.safetensors" for name in "ab")
-    assert a.read_bytes() == b.read_bytes()
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == undisturbed
+
+
+def streamed(output: Path) -> None:
+    """The mean of two fine-tunes: all is read, and nothing decomposed."""
+    hf_tsv.merge(["org/t1", "org/t2"], base_model="org/base", output=output, stream=True,
+                 method="average")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and two fine-tunes of 13 MB each."""
+    folder = tmp_path_factory.mktemp("deep")
+    deep_checkpoints(folder, 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(checkpoints: Path) -> bytes:
+    """What the same merge makes of folders."""
+    base, *tasks = (checkpoints / name for name in ("base", "t1", "t2"))
+    hf_tsv.merge(tasks, base_model=base, output=checkpoints / "m", method="average")
+    return (checkpoints / "m" / "model.safetensors").read_bytes()
 
 
 @pytest.fixture
-def deep(hub: Hub, tmp_path: Path) -> Hub:
-    """A base and two fine-tunes of 13 MB each."""
-    deep_checkpoints(tmp_path / "deep", 4)
+def deep(hub: Hub, checkpoints: Path) -> Hub:
+    """The same on the Hub."""
     for name in ("base", "t1", "t2"):
-        hub.add_repo(f"org/{name}", tmp_path / "deep" / name)
+        hub.add_repo(f"org/{name}", checkpoints / name)
     return hub
 
 
@@ -338,8 +356,7 @@ def test_a_signal_ends_a_merge_that_waits_for_the_hub(
     before = 2  # its header, and a weight to see that it is not the base
     deep.fail("/org/t1/.*safetensors", delay=60, truncate=10**9, times=99, after=before)
     words = ["merge", "org/t1", "org/t2", "--base-model", "org/base", "--stream", "-o", "m"]
-    command = [sys.executable, "-m", "hf_tsv", *words]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = fork(*words, cwd=tmp_path)
     limit = time.monotonic() + 60
     while not deep.sent("/org/t2/") > 200_000:
         assert time.monotonic() < limit, "no weights are read"
@@ -368,9 +385,7 @@ def test_several_processes_stream_their_shares(world: Path, hub: Hub) -> None:
     words = ["merge", "org/vision", "org/full", "--stream", "-o"]
     done = run(*words, "one", cwd=world)
     assert done.code == 0, done.err
-    process = launch(*words, "two", launcher=one_machine(2), cwd=world)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    assert [done.code for done in ends(ranks(*words, "two", count=2, cwd=world))] == [0, 0]
     one, two = (world / name / "model.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
 
