@@ -10,13 +10,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import hf_tsv
 from hf_tsv.cli.evaluate import text_of
 from hf_tsv.cli.output import guarded
 from hf_tsv.evaluation import suites
-from hf_tsv.methods.catalogue import Method
+from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.verbs.evaluate import EvaluateReport
 
 
@@ -47,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Merge, evaluate, print; exit 1 if a task could not be evaluated."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("suite", help="such as vit-b-32-8")
-    methods = [name for name in get_args(Method) if name not in ("ada", "tall-mask")]
+    methods = [name for name, row in METHODS.items() if not (row.learns or row.beside)]
     parser.add_argument("--method", choices=methods, default="tsv")
     parser.add_argument("--limit", type=int, help="so many images of each task")
     parser.add_argument("--folder", type=Path, default=Path(".bench"), help="for what it makes")

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -454,12 +455,20 @@ def test_factors_need_no_decomposition(
 ) -> None:
     from hf_tsv.methods import tsv
 
+    decomposed = tsv.truncated_svds
     for kind in ("vision", "flat"):
         compress(zoo, kind, tmp_path / kind, rank=5)
-    seen = []
-    monkeypatch.setattr(tsv, "decompose", lambda *args: seen.append(args))
+    seen: list[Tensor] = []
+
+    def noting(matrices: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        seen.extend(matrices)
+        return decomposed(matrices, *args, **kwargs)
+
+    monkeypatch.setattr(tsv, "truncated_svds", noting)
     api.merge([tmp_path / "vision", tmp_path / "flat"], output=tmp_path / "out", rank=4)
     assert seen == []
+    api.merge([zoo / "vision", tmp_path / "flat"], output=tmp_path / "mixed", rank=4)
+    assert seen
 
 
 def test_too_small_factors_merge_with_a_warning_that_says_what_is_missing(

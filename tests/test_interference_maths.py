@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import concatenation, fine_tunes, gaussian, generator, lora, orthonormal, procrustes
+from rules import decompose, merge
 from torch import Tensor
 
 from hf_tsv.linalg.updates import TaskSingularVectors
-from hf_tsv.methods import interference, tsv
+from hf_tsv.methods import interference
 
 SHAPES = [(24, 24), (40, 24), (24, 40)]
 
@@ -25,7 +26,7 @@ def by_definition(U: Tensor, s: Tensor, Vh: Tensor) -> float:
 
 
 def measured(deltas: Sequence[Tensor], rank: int, **options: object) -> interference.Interference:
-    found = tsv.merge(deltas, rank, measure=True, **options).interference  # type: ignore[arg-type]
+    found = interference.measured(merge(deltas, rank, keep=True, **options))  # type: ignore[arg-type]
     assert found is not None
     return found
 
@@ -173,7 +174,7 @@ def test_a_spectrum_is_noted_at_shares_of_the_rank() -> None:
 
 def test_what_factors_do_not_keep_is_no_energy() -> None:
     delta = gaussian(32, 40, generator(16)).double()
-    found = measured([tsv.decompose(delta, 8), gaussian(32, 40, generator(17))], 4)
+    found = measured([decompose(delta, 8), gaussian(32, 40, generator(17))], 4)
     s = torch.linalg.svdvals(delta)[:8]
     assert found.energies[0][-1] == pytest.approx(float(s.square().sum()), rel=1e-9)
     assert found.spectra[0][16] == pytest.approx(0.0, abs=1e-12)  # rank 8 of 32
@@ -181,7 +182,7 @@ def test_what_factors_do_not_keep_is_no_energy() -> None:
 
 def test_stored_triplets_are_measured_like_the_update() -> None:
     deltas = [delta.double() for delta in fine_tunes((24, 30), 2, 0.5, seed=10)]
-    stored = [tsv.decompose(delta, 7) for delta in deltas]
+    stored = [decompose(delta, 7) for delta in deltas]
     first, second = measured(deltas, 7), measured(stored, 7)
     assert second.sti == pytest.approx(first.sti, rel=1e-9)
     assert second.sti_after < 1e-8 * second.sti
@@ -189,8 +190,8 @@ def test_stored_triplets_are_measured_like_the_update() -> None:
 
 def test_measuring_changes_no_bit_of_the_merge() -> None:
     deltas = fine_tunes((40, 24), 3, 0.5, seed=11)
-    plain, with_report = (tsv.merge(deltas, 8, measure=flag) for flag in (False, True))
-    assert torch.equal(plain.matrix, with_report.matrix) and plain.interference is None
+    plain, with_report = (merge(deltas, 8, keep=flag) for flag in (False, True))
+    assert torch.equal(plain.matrix, with_report.matrix) and plain.measurable is None
 
 
 @pytest.mark.parametrize("rank", [4, 10])
@@ -198,7 +199,7 @@ def test_one_task_alone_interferes_with_nobody(rank: int) -> None:
     delta = gaussian(10, 12, generator(12))
     found = measured([delta], rank)
     assert found.pairs == ((0.0,),) and found.sti < 1e-12
-    plain, told = (tsv.merge([delta], rank, floors=[1.0], measure=m) for m in (False, True))
+    plain, told = (merge([delta], rank, floors=[1.0], keep=m) for m in (False, True))
     assert torch.equal(plain.matrix, told.matrix) and plain.ranks == told.ranks
 
 

@@ -21,9 +21,9 @@ from reference import (
     relative_error,
     tsv,
 )
+from rules import merge
 from torch import Tensor
 
-import hf_tsv.methods.tsv
 from hf_tsv.linalg import iterative, polar, products
 from hf_tsv.linalg import svd as svd_module
 from hf_tsv.linalg.svd import truncated_svd, truncated_svds
@@ -220,7 +220,7 @@ def test_merges_by_products_are_the_method(
     by_products: None, shape: tuple[int, int], exponent: float
 ) -> None:
     deltas = fine_tunes(shape, 8, exponent, seed=5)
-    result = hf_tsv.methods.tsv.merge(deltas, RANK)
+    result = merge(deltas, RANK)
     assert relative_error(result.matrix, tsv(deltas, [RANK] * 8)) < 1e-8
     assert result.exact == 0
 
@@ -231,7 +231,7 @@ def test_ill_conditioned_merges_by_products_are_the_method(
     by_products: None, shape: tuple[int, int], angle: float
 ) -> None:
     deltas = ill_conditioned(shape, RANK, 8, angle, generator(17))
-    result = hf_tsv.methods.tsv.merge(deltas, RANK)
+    result = merge(deltas, RANK)
     assert result.null_directions == 0
     assert relative_error(result.matrix, tsv(deltas, [RANK] * 8)) < 1e-6
 
@@ -242,7 +242,7 @@ def test_multiples_of_tasks_merged_by_products_are_merged_once(
 ) -> None:
     deltas = fine_tunes((SIZE, 200), 4, 0.5, seed=18)
     deltas.append(factor * deltas[0])
-    result = hf_tsv.methods.tsv.merge(deltas, RANK)
+    result = merge(deltas, RANK)
     expected = tsv([d.double() for d in deltas[:-1]] + [factor * deltas[0].double()], [RANK] * 5)
     assert result.null_directions == RANK
     assert relative_error(result.matrix, expected) < 1e-6
@@ -252,7 +252,7 @@ def test_merges_by_products_clamp_ranks_and_leave_null_directions_out(by_product
     g = generator(6)
     deltas = [lora((SIZE, 200), 16, 3e-4, g) for _ in range(3)]
     deltas += [deltas[0], torch.zeros(SIZE, 200).double(), gaussian(SIZE, 200, g)]
-    result = hf_tsv.methods.tsv.merge(deltas, RANK, floors=[1e-8] * 6)
+    result = merge(deltas, RANK, floors=[1e-8] * 6)
     assert result.ranks == (16, 16, 16, 16, 0, RANK)
     assert result.null_directions == 16
     assert relative_error(result.matrix, tsv(deltas, result.ranks)) < 1e-8
@@ -380,8 +380,8 @@ def test_merges_on_a_gpu_are_those_of_the_cpu(
     shape: tuple[int, int], tasks: int, exponent: float
 ) -> None:
     deltas, rank = realistic(shape, tasks, exponent), min(shape) // tasks
-    expected = hf_tsv.methods.tsv.merge(deltas, rank)
-    found = hf_tsv.methods.tsv.merge([d.to(GPU) for d in deltas], rank)
+    expected = merge(deltas, rank)
+    found = merge([d.to(GPU) for d in deltas], rank)
     assert found.exact == 0
     assert relative_error(found.matrix.cpu(), expected.matrix) < BAR
 
@@ -391,8 +391,8 @@ def test_duplicates_zeros_and_low_rank_merge_on_a_gpu_as_on_the_cpu() -> None:
     g = generator(12)
     deltas = [lora((768, 768), 16, 3e-4, g) for _ in range(3)]
     deltas += [deltas[0], torch.zeros(768, 768).double(), 3e-4 * gaussian(768, 768, g)]
-    expected = hf_tsv.methods.tsv.merge(deltas, 96, floors=[1e-6] * 6)
-    found = hf_tsv.methods.tsv.merge([d.to(GPU) for d in deltas], 96, floors=[1e-6] * 6)
+    expected = merge(deltas, 96, floors=[1e-6] * 6)
+    found = merge([d.to(GPU) for d in deltas], 96, floors=[1e-6] * 6)
     assert found.ranks == expected.ranks == (16, 16, 16, 16, 0, 96)
     assert found.null_directions == expected.null_directions == 16
     assert relative_error(found.matrix.cpu(), expected.matrix) < BAR
@@ -401,5 +401,5 @@ def test_duplicates_zeros_and_low_rank_merge_on_a_gpu_as_on_the_cpu() -> None:
 @pytest.mark.gpu
 def test_merges_on_a_gpu_are_the_same_in_every_run() -> None:
     deltas = [d.to(GPU) for d in realistic((768, 768), 8, 0.5)]
-    once, again = (hf_tsv.methods.tsv.merge(deltas, 96).matrix for _ in range(2))
+    once, again = (merge(deltas, 96).matrix for _ in range(2))
     assert torch.equal(once, again)

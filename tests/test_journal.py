@@ -475,7 +475,7 @@ def test_another_version_does_not_go_on(
 ) -> None:
     known = settings.current_versions()
     versions = {**known, library: known[library] + ".1"}
-    monkeypatch.setattr(building, "current_versions", lambda: versions)
+    monkeypatch.setattr(settings, "current_versions", lambda: versions)
     with pytest.raises(OutputError, match="other inputs or settings"):
         merge()
 

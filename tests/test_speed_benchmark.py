@@ -10,13 +10,13 @@ import pytest
 import reference
 import torch
 from reference import one_thread
+from rules import decompose
 from safetensors.torch import load_file
 
 from benchmarks.speed import exact, plain, processes, results, synthetic
 from benchmarks.speed.accuracy import SpectrumErrors, spectrum_errors
 from hf_tsv.checkpoints.formats.whole import open_checkpoint
 from hf_tsv.checkpoints.reference import parse, pin
-from hf_tsv.methods import tsv
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -160,7 +160,7 @@ def test_plain_compression_keeps_the_leading_triplets(zoo: synthetic.Zoo, tmp_pa
     name = "vision_model.encoder.layers.0.mlp.fc2.weight"
     delta = load_file(zoo.tasks[0] / plain.FILE)[name] - base[name]
     found = kept[f"{name}.U"] * kept[f"{name}.S"] @ kept[f"{name}.Vh"]
-    expected = tsv.decompose(delta, 16).matrix()
+    expected = decompose(delta, 16).matrix()
     assert exact.relative_error(found, expected) < 1e-4
 
 

@@ -23,11 +23,13 @@ from reference import (
     power_law,
     relative_error,
 )
+from rules import decompose, merge, updates_of
 from torch import Tensor
 
 from hf_tsv.linalg import eigen, svd, updates
 from hf_tsv.linalg.polar import orthogonal_product, polar_factor, polar_factor_by_whitening
 from hf_tsv.methods import tsv
+from hf_tsv.methods.ada import orthonormal_vectors
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -66,7 +68,7 @@ def related(tasks: int = 3, shape: tuple[int, int] = (24, 30), seed: int = 0) ->
 
 
 def merged(deltas: Sequence[Tensor], rank: int, solver: str = "fast", **kwargs) -> Tensor:
-    return tsv.merge(deltas, rank, **how(solver), **kwargs).matrix
+    return merge(deltas, rank, **how(solver), **kwargs).matrix
 
 
 def how(solver: str) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def test_merge_is_the_method(solver: str, case: Case) -> None:
 @examples
 def test_merge_takes_any_smaller_rank(solver: str, case: Case) -> None:
     expected = reference.tsv(case.deltas, [case.rank] * len(case.deltas), of_reference(solver))
-    result = tsv.merge(*case, **how(solver))
+    result = merge(*case, **how(solver))
     assert relative_error(result.matrix, expected) < 1e-8
     assert result.ranks == (case.rank,) * len(case.deltas)
 
@@ -113,7 +115,7 @@ def test_merge_is_the_sum_of_truncated_updates_whitened_by_projectors(
 @examples
 def test_without_orthogonalisation_the_truncated_updates_are_summed(case: Case) -> None:
     expected = reference.low_rank(case.deltas, [case.rank] * len(case.deltas))
-    assert relative_error(merged(*case, orthogonal=False), expected) < 1e-12
+    assert relative_error(merged(*case, rule=tsv.low_rank), expected) < 1e-12
 
 
 @both_solvers
@@ -132,14 +134,14 @@ def test_without_truncation_every_task_is_orthogonalised_at_full_rank(
 def test_with_neither_the_updates_are_summed(case: Case) -> None:
     k = min(case.deltas[0].shape)
     expected = reference.task_arithmetic(case.deltas)
-    assert relative_error(merged(case.deltas, k, orthogonal=False), expected) < 1e-12
+    assert relative_error(merged(case.deltas, k, rule=tsv.low_rank), expected) < 1e-12
 
 
 @given(cases())
 @examples
 def test_a_task_is_its_leading_singular_triplets(case: Case) -> None:
     delta = case.deltas[0]
-    task = tsv.decompose(delta, case.rank)
+    task = decompose(delta, case.rank)
     expected = reference.low_rank_approximation(delta, case.rank)
     assert relative_error(task.matrix(), expected) < 1e-12
     assert task.rank == case.rank
@@ -157,7 +159,7 @@ def test_a_task_is_its_leading_singular_triplets(case: Case) -> None:
 )
 def test_each_exact_solver_is_the_one_it_says(solver: str, polar) -> None:
     deltas, rank = related(3)
-    vectors = updates.concatenate([tsv.decompose(delta, rank) for delta in deltas])
+    vectors = updates.concatenate([decompose(delta, rank) for delta in deltas])
     found = orthogonal_product(vectors.U, vectors.S, vectors.Vh, "exact", solver)
     expected = (polar(vectors.U)[0] * vectors.S) @ polar(vectors.Vh)[0]
     assert relative_error(found.matrix, expected) < 1e-14 and found.exact == 2
@@ -211,7 +213,7 @@ def test_updates_at_the_ends_of_float32_neither_underflow_nor_overflow(
 ) -> None:
     g = generator(0)
     deltas = [(scale * gaussian(9, 7, g)).float() for _ in range(3)]
-    result = tsv.merge(deltas, 2, **how(solver))
+    result = merge(deltas, 2, **how(solver))
     assert relative_error(result.matrix / scale, reference.tsv(deltas, [2] * 3) / scale) < 1e-11
     assert result.ranks == (2, 2, 2)
 
@@ -322,7 +324,7 @@ def test_the_smallest_matrices_merge(solver: str, shape: tuple[int, int]) -> Non
 @both_solvers
 def test_a_rank_above_k_is_k(solver: str) -> None:
     deltas, _ = related(3, (6, 8))
-    assert tsv.merge(deltas, 100, **how(solver)).ranks == (6, 6, 6)
+    assert merge(deltas, 100, **how(solver)).ranks == (6, 6, 6)
 
 
 # Zero and constant updates
@@ -331,9 +333,7 @@ def test_a_rank_above_k_is_k(solver: str) -> None:
 @both_solvers
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_only_unchanged_tasks_give_no_update(solver: str, tasks: int) -> None:
-    result = tsv.merge(
-        [torch.zeros(4, 6)] * tasks, updates.default_rank((4, 6), tasks), **how(solver)
-    )
+    result = merge([torch.zeros(4, 6)] * tasks, updates.default_rank((4, 6), tasks), **how(solver))
     assert not result.matrix.any()
     assert result.matrix.shape == (4, 6)
     assert result.null_directions == 0
@@ -343,7 +343,7 @@ def test_only_unchanged_tasks_give_no_update(solver: str, tasks: int) -> None:
 def test_an_unchanged_task_contributes_nothing(solver: str) -> None:
     (first, second, _), rank = related(3)
     zero = torch.zeros_like(first)
-    result = tsv.merge([zero, first, zero, second], rank, **how(solver))
+    result = merge([zero, first, zero, second], rank, **how(solver))
     assert relative_error(result.matrix, merged([first, second], rank, solver)) < 1e-13
     assert result.ranks == (0, rank, 0, rank)
     assert result.null_directions == 0
@@ -351,7 +351,7 @@ def test_an_unchanged_task_contributes_nothing(solver: str) -> None:
 
 @both_solvers
 def test_constant_matrices_merge_at_their_only_direction(solver: str) -> None:
-    result = tsv.merge([torch.full((4, 6), 1.0), torch.full((4, 6), -3.0)], 2, **how(solver))
+    result = merge([torch.full((4, 6), 1.0), torch.full((4, 6), -3.0)], 2, **how(solver))
     torch.testing.assert_close(result.matrix, torch.full((4, 6), -1.0).double(), rtol=1e-12, atol=0)
     assert result.ranks == (1, 1)
     assert result.null_directions == 1
@@ -364,7 +364,7 @@ def test_constant_matrices_merge_at_their_only_direction(solver: str) -> None:
 @pytest.mark.parametrize("copies", [2, 3, 5])
 def test_equal_tasks_merge_to_the_one_they_are(solver: str, copies: int) -> None:
     (delta,), _ = related(1)
-    result = tsv.merge([delta] * copies, 4, **how(solver))
+    result = merge([delta] * copies, 4, **how(solver))
     assert relative_error(result.matrix, reference.low_rank_approximation(delta, 4)) < 1e-12
     assert result.null_directions == 4 * (copies - 1)
 
@@ -372,7 +372,7 @@ def test_equal_tasks_merge_to_the_one_they_are(solver: str, copies: int) -> None
 @both_solvers
 def test_opposite_tasks_cancel(solver: str) -> None:
     (delta,), _ = related(1)
-    result = tsv.merge([delta, -delta], 4, **how(solver))
+    result = merge([delta, -delta], 4, **how(solver))
     assert float(result.matrix.norm() / delta.norm()) < 1e-12
     assert result.null_directions == 4
 
@@ -385,7 +385,7 @@ def test_a_pair_among_others_takes_the_minimum_norm_factor(
 ) -> None:
     (a, b, c), _ = related(3, shape)
     deltas = [a, b, c, sign * a]
-    result = tsv.merge(deltas, 6, **how(solver))
+    result = merge(deltas, 6, **how(solver))
     assert relative_error(result.matrix, reference.tsv_by_projectors(deltas, [6] * 4)) < 1e-7
     assert result.null_directions == 6
 
@@ -399,7 +399,7 @@ def test_a_multiple_of_a_task_shares_all_its_directions(
     exact = [delta.double(), 2.5 * delta.double(), other.double()]
     expected = reference.tsv(exact, [4] * 3, solver_of_reference)
     for deltas in (exact, [delta, 2.5 * delta, other]):  # the multiple is rounded in float32
-        result = tsv.merge(deltas, 4, **how(solver))
+        result = merge(deltas, 4, **how(solver))
         assert relative_error(result.matrix, expected) < 1e-7
         assert result.null_directions == 4
 
@@ -407,7 +407,7 @@ def test_a_multiple_of_a_task_shares_all_its_directions(
 @both_solvers
 def test_equal_directions_are_counted_where_they_cancel_exactly(solver: str) -> None:
     delta = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
-    result = tsv.merge([delta, delta], 2, **how(solver))
+    result = merge([delta, delta], 2, **how(solver))
     assert result.null_directions == 2
     assert relative_error(result.matrix, torch.diag(torch.tensor([4.0, 3.0, 0.0, 0.0]))) < 1e-15
 
@@ -418,7 +418,7 @@ def test_nearly_equal_tasks_stay_two_tasks(solver: str, distance: float) -> None
     g = generator(6)
     delta, other = gaussian(20, 30, g), gaussian(20, 30, g)
     deltas = [delta, delta + distance * other]
-    result = tsv.merge(deltas, 5, **how(solver))
+    result = merge(deltas, 5, **how(solver))
     assert relative_error(result.matrix, reference.tsv(deltas, [5, 5])) < BAR
     assert result.null_directions == 0
 
@@ -436,7 +436,7 @@ def test_the_solvers_agree_however_near_two_tasks_are(angle: float) -> None:
         @ (V * angles.cos() + away_V * angles.sin()).T
     )
     deltas = [first * s @ V.T, second]
-    results = [tsv.merge(deltas, 10, **how(solver)) for solver in SOLVERS]
+    results = [merge(deltas, 10, **how(solver)) for solver in SOLVERS]
     assert relative_error(results[1].matrix, results[0].matrix) < BAR
     assert results[1].null_directions == results[0].null_directions
 
@@ -461,10 +461,10 @@ def test_ill_conditioned_tasks_follow_the_equations(
 ) -> None:
     deltas = ill_conditioned(sizes, 6, 8, angle, generator(20))
     assert all(0.1 * angle < ratio < angle for ratio in conditions(deltas, 6))
-    result = tsv.merge(deltas, 6, **how(solver))
+    result = merge(deltas, 6, **how(solver))
     assert relative_error(result.matrix, reference.tsv(deltas, [6] * 8)) < 1e-6
     assert result.null_directions == 0
-    vectors, ranks = tsv.orthonormal_vectors(deltas, 6, **how(solver))
+    vectors, ranks = orthonormal_vectors(updates_of(deltas, 6, **how(solver)))
     assert relative_error(vectors.matrix(), result.matrix) < 1e-6
     assert ranks == (6,) * 8
 
@@ -477,7 +477,7 @@ def test_gaussian_tasks_that_are_ill_conditioned_by_chance_follow_the_equations(
     g = generator(seed)
     deltas = [3e-4 * gaussian(48, 48, g).float() for _ in range(8)]
     assert 1e-10 < min(conditions(deltas, 6)) < 1e-6  # two of the first four thousand seeds
-    result = tsv.merge(deltas, 6, **how(solver))
+    result = merge(deltas, 6, **how(solver))
     assert relative_error(result.matrix, reference.tsv(deltas, [6] * 8)) < 1e-6
     assert result.null_directions == 0
 
@@ -490,7 +490,7 @@ def test_one_small_singular_value_of_a_square_factor_is_no_reason_to_decompose_a
 ) -> None:
     """It happens by chance, to one factor in a hundred of tasks that share a subspace."""
     deltas = ill_conditioned((size, size), 6, 8, angle, generator(27))
-    result = tsv.merge(deltas, 6)
+    result = merge(deltas, 6)
     assert result.exact == (12 if again else 2)
     assert relative_error(result.matrix, reference.tsv(deltas, [6] * 8)) < 1e-6
 
@@ -510,7 +510,7 @@ def test_vectors_that_are_too_rough_for_an_ill_conditioned_factor_are_found_anew
 
     monkeypatch.setattr(eigen, "leading_eigh", rough)
     assert not svd.truncated_svd(deltas[0], 6).exact
-    result = tsv.merge(deltas, 6)
+    result = merge(deltas, 6)
     assert relative_error(result.matrix, expected) < 1e-6
     assert result.exact == 12  # eight tasks, and two polar factors twice
 
@@ -522,7 +522,7 @@ def test_a_pair_in_an_ill_conditioned_merge_is_merged_once_and_no_more_is_left_o
 ) -> None:
     deltas = ill_conditioned((60, 60), 6, 8, 1e-8, generator(23))
     deltas.append(sign * deltas[0])
-    result = tsv.merge(deltas, 6, **how(solver))
+    result = merge(deltas, 6, **how(solver))
     assert result.null_directions == 6
     assert relative_error(result.matrix, reference.tsv(deltas, [6] * 9)) < 1e-6
 
@@ -534,9 +534,9 @@ def test_tasks_given_twice_by_stored_factors_are_merged_once(
     solver: str, sign: int, dtype: torch.dtype
 ) -> None:
     """Vectors that are orthonormal to the rounding of their storage only."""
-    first, second = (tsv.decompose(delta, 6).to(dtype) for delta in related(2)[0])
+    first, second = (decompose(delta, 6).to(dtype) for delta in related(2)[0])
     again = updates.TaskSingularVectors(sign * first.U, 0.3 * first.S, first.Vh)
-    result = tsv.merge([first, second, again], 6, **how(solver))
+    result = merge([first, second, again], 6, **how(solver))
     assert result.null_directions == 6
     double = [t.to(torch.float64) for t in (first, second, again)]
     U, S, Vh = (getattr(updates.concatenate(double), name) for name in ("U", "S", "Vh"))
@@ -548,8 +548,8 @@ def test_tasks_given_twice_by_stored_factors_are_merged_once(
 def test_a_task_beside_its_own_factors_is_merged_once(solver: str) -> None:
     g = generator(24)
     delta, other = lora((60, 72), 6, 3e-4, g).float(), lora((60, 72), 6, 3e-4, g).float()
-    factors = tsv.decompose(delta, 6).to(torch.float32)
-    result = tsv.merge([delta, other, factors], 6, **how(solver))
+    factors = decompose(delta, 6).to(torch.float32)
+    result = merge([delta, other, factors], 6, **how(solver))
     expected = reference.tsv([delta, other, delta], [6] * 3)
     assert result.null_directions == 6
     assert relative_error(result.matrix, expected) < 1e-6
@@ -560,7 +560,7 @@ def test_adapters_on_one_frozen_half_share_it(solver: str) -> None:
     g = generator(25)
     A = gaussian(6, 72, g)
     deltas = [gaussian(60, 6, g) @ A for _ in range(4)]
-    result = tsv.merge(deltas, 6, **how(solver))
+    result = merge(deltas, 6, **how(solver))
     assert result.null_directions == 18
     assert relative_error(result.matrix, reference.tsv(deltas, [6] * 4)) < 1e-6
 
@@ -572,7 +572,7 @@ def test_what_is_more_than_storage_rounding_tells_tasks_apart(solver: str, dista
     g = generator(26)
     first, other = gaussian(40, 60, g), gaussian(40, 60, g)
     deltas = [first.float(), (first + distance * other).float()]
-    result = tsv.merge(deltas, 5, floors=[1e-9] * 2, **how(solver))
+    result = merge(deltas, 5, floors=[1e-9] * 2, **how(solver))
     assert result.null_directions == 0
     assert relative_error(result.matrix, reference.tsv(deltas, [5, 5])) < 1e-6
 
@@ -623,7 +623,7 @@ def test_updates_of_low_rank_are_merged_accurately(
     g = generator(9)
     deltas = [lora(shape, 3, 3e-4, g) for _ in range(tasks)]  # rank 3 to float64 rounding
     rank = updates.default_rank(shape, tasks)
-    result = tsv.merge(deltas, rank, **how(solver))
+    result = merge(deltas, rank, **how(solver))
     assert result.ranks == (min(rank, 3),) * tasks
     assert relative_error(result.matrix, reference.tsv(deltas, result.ranks)) < BAR
 
@@ -666,7 +666,7 @@ def test_a_lora_of_rank_16_has_rank_16_however_it_was_saved(
     g = generator(11)
     shape = (144, 192)
     delta, floor = stored(base_weights(kind, shape, g), lora(shape, 16, rms, g), dtype)
-    assert tsv.decompose(delta, 64, floor).rank == 16
+    assert decompose(delta, 64, floor).rank == 16
 
 
 @every_dtype
@@ -678,7 +678,7 @@ def test_a_lora_has_its_rank_where_base_and_fine_tune_were_converted_afterwards(
     W0, delta = base_weights("normal", (144, 192), g), lora((144, 192), 16, 3e-4, g)
     base, fine_tuned = W0.to(dtype), (W0 + delta).to(dtype)
     floor = updates.storage_noise(base, fine_tuned)
-    assert tsv.decompose(fine_tuned.float() - base.float(), 64, floor).rank == 16
+    assert decompose(fine_tuned.float() - base.float(), 64, floor).rank == 16
 
 
 @every_dtype
@@ -694,7 +694,7 @@ def test_the_noise_floor_of_transposed_weights_is_the_same(dtype: torch.dtype, k
 def test_without_the_floor_a_saved_lora_has_full_rank(dtype: torch.dtype) -> None:
     g = generator(12)
     delta, _ = stored(base_weights("normal", (96, 96), g), lora((96, 96), 16, 3e-4, g), dtype)
-    assert tsv.decompose(delta, 96).rank == 96
+    assert decompose(delta, 96).rank == 96
 
 
 @every_dtype
@@ -722,7 +722,7 @@ def test_a_lora_under_a_tenth_of_a_storage_step_is_lost(dtype: torch.dtype, rms:
     shape = (144, 192)
     delta, floor = stored(base_weights("normal", shape, g), lora(shape, 16, rms, g), dtype)
     assert float((delta == 0).float().mean()) > 0.85
-    assert tsv.decompose(delta, 64, floor).rank < 16
+    assert decompose(delta, 64, floor).rank < 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -732,7 +732,7 @@ def test_a_checkpoint_saved_in_another_dtype_only_is_no_task(dtype: torch.dtype,
     W1 = W0.to(dtype)
     for base, fine_tuned in ((W0, W1), (W1, W0)):
         floor = updates.storage_noise(base, fine_tuned)
-        assert tsv.decompose(fine_tuned.float() - base.float(), 96, floor).rank == 0
+        assert decompose(fine_tuned.float() - base.float(), 96, floor).rank == 0
 
 
 @every_kind
@@ -741,7 +741,7 @@ def test_float64_checkpoints_are_subtracted_in_float64(kind: str) -> None:
     W0 = base_weights(kind, (96, 96), g)
     W1 = W0 + lora((96, 96), 16, 1e-12, g)
     delta = updates.difference(W1, W0)
-    assert tsv.decompose(delta, 96, updates.storage_noise(W0, W1)).rank == 16
+    assert decompose(delta, 96, updates.storage_noise(W0, W1)).rank == 16
     assert updates.difference(W1, W0.float()).dtype == torch.float64
     assert updates.difference(W1.float(), W0.half()).dtype == torch.float32
 
@@ -751,7 +751,7 @@ def test_weights_below_the_normal_range_of_float16_have_its_absolute_step() -> N
     delta, floor = stored(
         1e-3 * base_weights("normal", (96, 96), g), lora((96, 96), 4, 4e-6, g), torch.float16
     )
-    assert tsv.decompose(delta, 96, floor).rank == 4
+    assert decompose(delta, 96, floor).rank == 4
 
 
 @pytest.mark.parametrize("exponent", [-100, -40, 40, 100])
@@ -779,7 +779,7 @@ def test_a_full_fine_tune_loses_nothing_to_the_floor(
     exact = [power_law(shape, exponent, g) for _ in range(tasks)]
     deltas, floors = zip(*(stored(base, delta, dtype) for delta in exact), strict=True)
     rank = updates.default_rank(shape, tasks)
-    result = tsv.merge(deltas, rank, floors=floors)
+    result = merge(deltas, rank, floors=floors)
     assert result.ranks == (rank,) * tasks
     assert torch.equal(result.matrix, merged(deltas, rank))
 
@@ -801,14 +801,14 @@ def test_each_task_has_its_own_floor() -> None:
     deltas, _ = related(2)
     values = [reference.triplets(delta, 8)[1] for delta in deltas]
     floors = [float(values[0][4]) * 1.001, float(values[1][2]) * 1.001]
-    result = tsv.merge(deltas, 8, floors=floors)
+    result = merge(deltas, 8, floors=floors)
     assert result.ranks == (4, 2)
     assert relative_error(result.matrix, reference.tsv(deltas, [4, 2])) < 1e-11
 
 
 def test_a_floor_is_in_the_units_of_the_weights() -> None:
     delta = torch.diag(torch.tensor([3.0, 2.0, 1.0])) * 1e-6
-    assert tsv.decompose(delta, 3, floor=1.5e-6).rank == 2
+    assert decompose(delta, 3, floor=1.5e-6).rank == 2
 
 
 # Inputs as they come
@@ -845,4 +845,4 @@ def test_updates_are_left_as_they_were(solver: str) -> None:
 def test_a_task_too_many_or_a_floor_too_few_is_an_error() -> None:
     deltas, rank = related(3)
     with pytest.raises(ValueError, match="shorter"):
-        tsv.merge(deltas, rank, floors=[0.0, 0.0])
+        merge(deltas, rank, floors=[0.0, 0.0])

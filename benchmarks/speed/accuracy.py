@@ -14,7 +14,8 @@ from benchmarks.speed import exact, plain
 from benchmarks.speed.synthetic import SPECTRA, WEIGHT_RMS, Spectrum, Zoo, updates
 from hf_tsv.linalg import products
 from hf_tsv.linalg.updates import storage_noise
-from hf_tsv.methods import catalogue, tsv
+from hf_tsv.methods import tsv
+from hf_tsv.methods.rules import MergedUpdate, Updates
 
 SHAPE = (768, 768)
 TASKS = (8, 20)
@@ -70,11 +71,13 @@ class FileErrors(Errors):
 
 def merged(
     deltas: Sequence[Tensor], rank: int, floors: Sequence[float], device: str
-) -> catalogue.MergedUpdate:
+) -> MergedUpdate:
     """Merge updates by hf-tsv as a merge does, without the tasks that change nothing."""
     changed = [(d.to(device), f) for d, f in zip(deltas, floors, strict=True) if d.any()]
     with products.threads():
-        return tsv.merge([d for d, _ in changed], rank, floors=[f for _, f in changed])
+        found, own = [d for d, _ in changed], [f for _, f in changed]
+        tasks, shape = tuple(range(len(found))), tuple(found[0].shape)
+        return tsv.orthogonal(Updates(found, own, tasks, shape, len(deltas), rank))
 
 
 def spectrum_errors(

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.speed.kernels` makes related tasks in the shapes of ViT-B/32 and ViT-L/14,
 and computes each weight in turn by float32 SVDs throughout (the plain algorithm, all threads) and
-by `hf_tsv.methods.tsv.merge`. Errors are against float64 SVDs.
+by `hf_tsv.methods.tsv.orthogonal`. Errors are against float64 SVDs.
 """
 
 from __future__ import annotations

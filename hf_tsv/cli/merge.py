@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     MethodName = str
 else:
-    MethodName = Literal[METHODS]
+    MethodName = Literal[tuple(METHODS)]
 
 EXAMPLES = """\
 **Examples**
@@ -38,7 +38,10 @@ EXAMPLES = """\
 `hf-tsv merge org/clip-a org/clip-b --tune-alpha 0:2:0.1 --task a=org/images-a -o merged`
 
 `hf-tsv merge --recipe merged/hf_tsv_recipe.yaml -o again`
-"""
+
+**Methods**
+
+""" + "\n\n".join(f"`{method.name}`: {method.does}" for method in METHODS.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +222,7 @@ def _learned(how: MethodOptions, learning: LearningOptions) -> dict[str, Any]:
         return {"tune_alpha": AlphaSearch(tasks, how.tune_alpha, **given)}  # type: ignore[arg-type]
     if not said:
         return {}
-    if how.method != "ada":
+    if not METHODS[how.method].learns:
         raise RecipeError(
             f"{_flag(said[0])} is an option of --method ada and of --tune-alpha.", "Leave it out."
         )

@@ -58,7 +58,7 @@ class _Assignment:
         work (`Path`): the folder under construction.
         shares (`list[list[str]]`): labels of the weights of each process.
         measure (`bool`): find who disturbs whom.
-        thresholds (`tuple[float, ...]`): from which size on TIES keeps entries of each task.
+        known (`Any`): result of the method's pass over all weights before the first is merged.
         coefficients (`dict[str, tuple[float, ...]]`): of each task by weight, for the method ada.
     """
 
@@ -71,7 +71,7 @@ class _Assignment:
     work: Path
     shares: list[list[str]]
     measure: bool
-    thresholds: tuple[float, ...]
+    known: Any
     coefficients: dict[str, tuple[float, ...]]
 
 
@@ -140,11 +140,10 @@ def execute(
         for item in job.sources.inputs if job.settings.keep_heads else ():
             for name in item.head:  # damage shows before the work
                 item.read(name)
-        if job.settings.method == "ties":
-            logger.info("Finding the largest entries of each task.")
+        if job.settings.row.before:
             base, inputs = job.sources.base, job.sources.inputs
-            found = loading.thresholds_of(job.plan, base, inputs, job.scales)
-            job = replace(job, thresholds=tuple(found))
+            known = loading.known_before(job.plan, base, inputs, job.scales, job.settings)
+            job = replace(job, known=known)
         if before is not None:
             job = before(job, device, show=show)
         final = final_folder(target, job.to_json(device))  # with what was found or learned
@@ -194,7 +193,7 @@ def _do_share(
         )
         job = Job(
             sources, assigned.scales, assigned.settings, assigned.plan, [], (),
-            measure=assigned.measure, thresholds=assigned.thresholds,
+            measure=assigned.measure, known=assigned.known,
             coefficients=assigned.coefficients,
         ).within(assigned.max_memory)  # fmt: skip
     except HfTsvError as error:
@@ -236,7 +235,7 @@ def _construct(
         references = tuple(pinned_text(item.pinned) for item in job.sources.inputs)
         assignment = _Assignment(
             references, pinned_text(job.sources.base.pinned), job.plan, job.scales,
-            job.settings, job.max_memory, work.absolute(), shares, job.measure, job.thresholds,
+            job.settings, job.max_memory, work.absolute(), shares, job.measure, job.known,
             job.coefficients,
         )  # fmt: skip
         group.send(assignment)
@@ -317,7 +316,7 @@ def _merge_share(
                 pipeline.merge_weights(
                     weights, job.plan, job.sources.base, job.sources.inputs, job.scales,
                     job.settings, writer, device=device, done=done, parallelism=job.parallelism,
-                    thresholds=job.thresholds, coefficients=job.coefficients,
+                    known=job.known, coefficients=job.coefficients,
                     measure=job.measure,
                 )  # fmt: skip
                 writer.close()

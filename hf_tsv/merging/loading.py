@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from hf_tsv.linalg import updates as updates_
 from hf_tsv.linalg.updates import (
     TaskSingularVectors,
     Update,
-    matrix_of,
     norm_of,
     rounding_noise,
     scaled,
@@ -31,8 +30,9 @@ from hf_tsv.linalg.updates import (
 from hf_tsv.merging import costs
 from hf_tsv.merging.findings import Finding
 from hf_tsv.merging.plan import MergePlan, Weight
-from hf_tsv.methods import sums
-from hf_tsv.methods.ties import Sizes
+from hf_tsv.methods.catalogue import METHODS, Method
+from hf_tsv.methods.rules import How, PassBefore, Updates, function_of, rule_of
+from hf_tsv.recipes.settings import Settings
 from hf_tsv.runs.reading import (
     Seconds,
     expect,
@@ -45,6 +45,12 @@ from hf_tsv.runs.reading import (
 from hf_tsv.system.memory import reused, share_one_heap
 
 T = TypeVar("T")
+
+AVERAGE = METHODS["average"]
+"""Method by which all others merge what their own rule does not."""
+
+TOGETHER = ("decomposed", "combined")
+"""Treatments that need the updates of all tasks at once."""
 
 SKETCH_ENTRIES = 4096
 """Entries of each update that its likeness to the others is judged by."""
@@ -71,26 +77,52 @@ class LoadedWeight:
     update: Tensor | None
     finding: Finding
 
+    def updates(
+        self,
+        settings: Settings,
+        count: int,
+        *,
+        coefficients: Sequence[float] | None = None,
+        known: Any = None,
+        keep: bool = False,
+    ) -> Updates:
+        """All that a rule is given of the weight; lets go of the updates.
 
-def thresholds_of(
-    plan: MergePlan, base: Checkpoint, inputs: Sequence[Task], scales: Sequence[float]
-) -> list[float]:
-    """How large entries of each task must be to be among the largest fifth: reads everything once.
+        Args:
+            settings ([`Settings`]): settings of the merge.
+            count (`int`): number of all tasks, T.
+            coefficients (`Sequence[float]`, *optional*): factor of each of all tasks.
+            known (`Any`): result of the method's pass before.
+            keep (`bool`): ask the rule for what interference is measured from.
+        """
+        deltas = [self.deltas.pop(i) for i in self.floors]
+        own = coefficients and [coefficients[i] for i in self.floors]
+        how = How(settings.precision, settings.orthogonalizer, keep)
+        floors, tasks = list(self.floors.values()), tuple(self.floors)
+        shape, rank = self.weight.shape, self.weight.rank
+        return Updates(_taken(deltas), floors, tasks, shape, count, rank, how, own, known)
+
+
+def known_before(
+    plan: MergePlan,
+    base: Checkpoint,
+    inputs: Sequence[Task],
+    scales: Sequence[float],
+    settings: Settings,
+) -> Any:
+    """Run the pass of a method over all weights before the first is merged: reads everything once.
 
     Args:
-        plan ([`MergePlan`]): the weights that share it out.
+        plan ([`MergePlan`]): plan of the merge.
         base ([`Checkpoint`]): W0.
         inputs (`Sequence[Checkpoint | Factors]`): the tasks.
         scales (`Sequence[float]`): factor of each task's update.
+        settings ([`Settings`]): settings of the merge.
     """
-    weights = [weight for weight in plan.weights if weight.treatment == "combined"]
-    found = [Sizes() for _ in inputs]
-    for loaded in read_weights(weights, base, inputs, scales, torch.device("cpu")):
-        for i, sizes in enumerate(found):
-            update = loaded.deltas.get(i)
-            delta = None if update is None else matrix_of(update)
-            sizes.add(delta, math.prod(loaded.weight.shape))
-    return [sizes.threshold() for sizes in found]
+    weights = [weight for weight in plan.weights if weight.treatment in TOGETHER]
+    run: PassBefore = function_of(settings.row, settings.row.before)
+    loads = read_weights(weights, base, inputs, scales, torch.device("cpu"))
+    return run((loaded.updates(settings, len(inputs)) for loaded in loads), len(inputs))
 
 
 def read_weights(
@@ -141,6 +173,7 @@ class Reader:
         device (`torch.device`): where updates go.
         coefficients (`Mapping[str, Sequence[float]]`): of each task, by weight; here they concern
             what is averaged.
+        method ([`Method`]): method of the merge.
     """
 
     base: Checkpoint
@@ -148,6 +181,7 @@ class Reader:
     scales: Sequence[float]
     device: torch.device
     coefficients: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    method: Method = AVERAGE
 
     def load(self, weight: Weight) -> LoadedWeight:
         started = time.monotonic()
@@ -171,7 +205,7 @@ class Reader:
                 yield delta if coefficients is None else scaled(delta, coefficients[i])
                 del delta  # before the next one is made
 
-        if weight.treatment in ("decomposed", "combined"):
+        if weight.treatment in TOGETHER:
             found = list(updates())
             deltas = dict(zip(floors, found, strict=True))
         elif weight.treatment != "copied":
@@ -191,12 +225,13 @@ class Reader:
 
     def _combined(self, weight: Weight, updates: Iterator[Update]) -> Tensor | None:
         """Sum or mean of updates, one in memory at a time; None if there is none."""
-        whole = map(matrix_of, updates)
-        first = list(islice(whole, 1))
+        first = list(islice(updates, 1))
         if not first:
             return None
-        rule = sums.sum_update if weight.treatment == "summed" else sums.mean_update
-        return rule(chain(_taken(first), whole))
+        own = weight.treatment == self.method.treatment
+        rule = rule_of(self.method if own else AVERAGE)
+        streamed = chain(_taken(first), updates)
+        return rule(Updates(streamed, (), (), weight.shape, len(self.inputs))).matrix
 
     def _updates(
         self, weight: Weight, w0: Tensor, digests: Mapping[int, dict[str, str]]

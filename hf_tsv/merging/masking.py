@@ -21,16 +21,16 @@ from hf_tsv.linalg import updates
 from hf_tsv.merging import loading
 from hf_tsv.merging.plan import Weight
 from hf_tsv.merging.work import Job
-from hf_tsv.methods import tall_masks
+from hf_tsv.methods.rules import function_of
 
 
 def mask_folders(job: Job) -> list[str]:
-    """Where the mask of each task lies in the output; none with other methods.
+    """Where the mask of each task lies in the output; none with methods that write none.
 
     Args:
         job ([`Job`]): a merge.
     """
-    if job.settings.method != "tall-mask":
+    if not job.settings.row.beside:
         return []
     names = heads.file_stems(distinct_names([item.pinned for item in job.sources.inputs]))
     return [f"{masks.FOLDER}/{name}" for name in names]
@@ -56,6 +56,7 @@ def write_masks(folder: Path, job: Job, unchanged: frozenset[str]) -> None:
     """
     shutil.rmtree(folder / masks.FOLDER, ignore_errors=True)  # of a run that was stopped
     base, inputs = job.sources.base, job.sources.inputs
+    mask_of = function_of(job.settings.row, job.settings.row.beside)
     merged = open_checkpoint(PinnedCheckpoint(str(folder), None, LocalFiles(folder), {}))
     weights = _changed(job, unchanged)
     changed = {name for weight in weights for name in weight.names}
@@ -80,14 +81,14 @@ def write_masks(folder: Path, job: Job, unchanged: frozenset[str]) -> None:
             for i, writer in enumerate(writers):
                 update = loaded.deltas.get(i)
                 delta = torch.zeros_like(total) if update is None else updates.matrix_of(update)
-                mask = tall_masks.tall_mask(delta, total)
+                mask = mask_of(delta, total)
                 for name, part in loading.by_name(loaded.weight, mask, base):
                     writer.write(name, masks.packed(part))
         for writer in writers:
             writer.close()
     for place, item in zip(places, inputs, strict=True):
         task = at_revision(item.pinned.ref, item.pinned.revision)
-        masks.write_config(place, task, base.pinned, digests, tall_masks.MASK_SCALE)
+        masks.write_config(place, task, base.pinned, digests, mask_of.scale)
 
 
 def _changed(job: Job, unchanged: frozenset[str]) -> list[Weight]:

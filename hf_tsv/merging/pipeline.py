@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +22,13 @@ from hf_tsv.checkpoints.storage.tensors import digest
 from hf_tsv.checkpoints.storage.writer import ShardWriter
 from hf_tsv.linalg import products
 from hf_tsv.linalg.products import largest_entry
-from hf_tsv.linalg.updates import matrix_of
 from hf_tsv.merging import costs
 from hf_tsv.merging.costs import Parallelism
 from hf_tsv.merging.findings import Finding
 from hf_tsv.merging.loading import LoadedWeight, Reader, by_name, expect_all
 from hf_tsv.merging.plan import MergePlan, Weight
-from hf_tsv.methods import isotropic, sums, tall_masks, ties, tsv
-from hf_tsv.methods.catalogue import MergedUpdate
+from hf_tsv.methods.interference import measured
+from hf_tsv.methods.rules import rule_of
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.runs.reading import named, read_ahead, stop_fetching
 from hf_tsv.system.errors import CheckpointError
@@ -47,7 +47,7 @@ def merge_weights(
     device: torch.device,
     done: Callable[[Finding], None],
     parallelism: Parallelism,
-    thresholds: Sequence[float] = (),
+    known: Any = None,
     coefficients: Mapping[str, Sequence[float]] | None = None,
     measure: bool = False,
 ) -> None:
@@ -64,14 +64,14 @@ def merge_weights(
         device (`torch.device`): where to compute.
         done (`Callable[[Finding], None]`): told after each weight is written, in another thread.
         parallelism ([`Parallelism`]): how much goes on at a time.
-        thresholds (`Sequence[float]`): of each task, see [`thresholds_of`]; for TIES.
+        known (`Any`): result of the method's pass before.
         coefficients (`Mapping[str, Sequence[float]]`, *optional*): of each task, by weight; 1
             where there are none.
         measure (`bool`): find who disturbs whom.
     """
     share_one_heap()
     expect_all(weights, base, inputs)
-    reader = Reader(base, inputs, scales, device, coefficients or {})
+    reader = Reader(base, inputs, scales, device, coefficients or {}, settings.row)
     with (
         reused(),
         products.threads(parallelism.threads),
@@ -91,7 +91,7 @@ def merge_weights(
                 started = time.monotonic()
                 with named(loaded.weight.label, [inputs[i] for i in loaded.floors]):
                     result, finding = _merge_one(
-                        loaded, plan, settings, len(inputs), thresholds,
+                        loaded, plan, settings, len(inputs), known,
                         reader.coefficients.get(loaded.weight.label),
                         measure=measure, writes=writer is not None,
                     )  # fmt: skip
@@ -115,47 +115,12 @@ def merge_weights(
             reading.shutdown(cancel_futures=True)
 
 
-def _combine(
-    loaded: LoadedWeight,
-    settings: Settings,
-    tasks: int,
-    thresholds: Sequence[float],
-    coefficients: Sequence[float] | None,
-    *,
-    measure: bool,
-) -> MergedUpdate:
-    """One weight by the rule of the method; lets go of the updates."""
-    deltas = [loaded.deltas.pop(i) for i in loaded.floors]
-    floors = list(loaded.floors.values())
-    if settings.method in ("tsv", "ada", "low-rank", "orthogonal"):
-        return tsv.merge(
-            deltas,
-            loaded.weight.rank,
-            floors=floors,
-            orthogonal=settings.method != "low-rank",
-            solver=settings.orthogonalizer,
-            precision=settings.precision,
-            measure=measure,
-            coefficients=coefficients and [coefficients[i] for i in loaded.floors],
-        )
-    whole = [matrix_of(delta) for delta in deltas]
-    if settings.method == "ties":
-        return MergedUpdate(ties.ties_update(whole, [thresholds[i] for i in loaded.floors]))
-    if settings.method == "tall-mask":
-        return MergedUpdate(sums.sum_update(whole))
-    if settings.method == "consensus":
-        return MergedUpdate(tall_masks.consensus_update(whole, tasks))
-    if settings.method == "iso-c":
-        return isotropic.isotropic_update(whole, floors, settings.precision)
-    return isotropic.isotropic_common_update(whole, floors, tasks, settings.precision)
-
-
 def _merge_one(
     loaded: LoadedWeight,
     plan: MergePlan,
     settings: Settings,
     tasks: int,
-    thresholds: Sequence[float],
+    known: Any,
     coefficients: Sequence[float] | None,
     *,
     measure: bool,
@@ -166,14 +131,16 @@ def _merge_one(
     dtype = plan.specs[weight.names[0]].dtype
     update = loaded.update
     if loaded.deltas:
-        merged = _combine(loaded, settings, tasks, thresholds, coefficients, measure=measure)
+        merged = rule_of(settings.row)(
+            loaded.updates(settings, tasks, coefficients=coefficients, known=known, keep=measure)
+        )
         update = merged.matrix
         finding = replace(
             finding,
             ranks=merged.ranks,
             null_directions=merged.null_directions,
             exact=merged.exact,
-            interference=merged.interference,
+            interference=measured(merged) if measure else None,
         )
     if not writes:
         return loaded.base, finding

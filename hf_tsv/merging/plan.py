@@ -29,8 +29,6 @@ NEGLIGIBLE_ENERGY = 1e-9
 Treatment = Literal["decomposed", "averaged", "summed", "combined", "copied"]
 """`combined`: entry by entry, of all tasks at once."""
 
-ENTRYWISE = ("ties", "consensus", "tall-mask")
-
 
 @dataclass(frozen=True)
 class Weight:
@@ -203,36 +201,39 @@ def _treat(
         return weight("copied", "no checkpoint has it")
     if not prod(shape):
         return weight("copied", "empty")
-    if settings.method == "average":
-        return weight("averaged")
-    summing, entrywise = settings.method == "task-arithmetic", settings.method in ENTRYWISE
-    # The default exclusion says what is not decomposed; these decompose nothing.
-    default = (summing or entrywise) and settings.exclude == AVERAGED_BY_DEFAULT
+    method = settings.row
+    if method.of == "mean":
+        return weight(method.treatment)
+    # The default exclusion says what is not decomposed; others decompose nothing.
+    default = method.of != "matrices" and settings.exclude == AVERAGED_BY_DEFAULT
     exclude = () if default else settings.exclude
     if any(fnmatchcase(name, glob) for name in names for glob in exclude):
         return weight("averaged", "excluded")
-    if summing or entrywise:
-        return weight("summed" if summing else "combined")
+    if method.of != "matrices":
+        return weight(method.treatment)
     if len(shape) != 2:
         return weight("averaged", "not a matrix")
     tasks = len(inputs)
-    if settings.method in ("tsv", "ada", "low-rank") and tasks > min(shape):
+    if method.ranks in ("share", "free") and tasks > min(shape):
         return weight("averaged", f"{tasks} tasks do not fit into {min(shape)} directions")
-    return weight("decomposed", rank=_rank(shape, tasks, settings))
+    return weight(method.treatment, rank=_rank(shape, tasks, settings))
 
 
 def _rank(shape: tuple[int, ...], tasks: int, settings: Settings) -> int:
-    k = min(shape)
-    if settings.method == "orthogonal":
-        return k
-    wanted = updates.default_rank(shape, tasks)
-    if settings.rank is not None:
-        wanted = min(settings.rank, k)
-    elif settings.rank_fraction is not None:
-        wanted = updates.rank_at(settings.rank_fraction, shape)
-    if settings.method in ("tsv", "ada"):  # T·r orthonormal directions must fit into k
+    if settings.row.ranks == "all":
+        return min(shape)
+    wanted = _wanted_rank(shape, tasks, settings)
+    if settings.row.ranks == "share":  # T·r orthonormal directions must fit into k
         return min(wanted, updates.default_rank(shape, tasks))
     return wanted
+
+
+def _wanted_rank(shape: tuple[int, ...], tasks: int, settings: Settings) -> int:
+    if settings.rank is not None:
+        return min(settings.rank, *shape)
+    if settings.rank_fraction is not None:
+        return updates.rank_at(settings.rank_fraction, shape)
+    return updates.default_rank(shape, tasks)
 
 
 def _spec(info: TensorInfo, settings: Settings) -> TensorSpec:
@@ -244,11 +245,12 @@ def _spec(info: TensorInfo, settings: Settings) -> TensorSpec:
 
 def _rank_warnings(weights: Sequence[Weight], tasks: int, settings: Settings) -> list[str]:
     chosen = settings.rank is not None or settings.rank_fraction is not None
-    if settings.method not in ("tsv", "ada") or not chosen:
+    if settings.row.ranks != "share" or not chosen:
         return []
-    wanted = Settings(method="low-rank", rank=settings.rank, rank_fraction=settings.rank_fraction)
     lowered = [
-        w for w in weights if w.treatment == "decomposed" and w.rank < _rank(w.shape, tasks, wanted)
+        w
+        for w in weights
+        if w.treatment == "decomposed" and w.rank < _wanted_rank(w.shape, tasks, settings)
     ]
     if not lowered:
         return []

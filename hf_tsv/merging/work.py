@@ -20,7 +20,7 @@ from hf_tsv.merging.diagnosis import diagnoses
 from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.plan import MergePlan, make_plan, resolved
 from hf_tsv.recipes.recipe import PinnedInput, Recipe, pinned_text
-from hf_tsv.recipes.settings import Settings, current_versions
+from hf_tsv.recipes.settings import Settings, versions_of
 from hf_tsv.system import memory
 from hf_tsv.system.checks import check_number, size_in_bytes
 from hf_tsv.system.errors import RecipeError
@@ -51,7 +51,7 @@ class Job:
         max_memory (`int`, *optional*): bytes each process may use.
         parallelism ([`Parallelism`]): what fits into them.
         measure (`bool`): find who disturbs whom.
-        thresholds (`tuple[float, ...]`): from which size on TIES keeps entries of each task.
+        known (`Any`): result of the method's pass over all weights before the first is merged.
         coefficients (`dict[str, tuple[float, ...]]`): of each task by weight, for the method ada.
         adaptation ([`Adaptation`], *optional*): how they are learned, or were.
         tuning ([`AlphaSearch`], *optional*): how α was chosen.
@@ -69,7 +69,7 @@ class Job:
     max_memory: int | None = None
     parallelism: Parallelism = field(default_factory=Parallelism)
     measure: bool = False
-    thresholds: tuple[float, ...] = ()
+    known: Any = None
     coefficients: dict[str, tuple[float, ...]] = field(default_factory=dict)
     adaptation: Adaptation | None = None
     tuning: AlphaSearch | None = None
@@ -93,7 +93,7 @@ class Job:
             "weights": self.scales,
             "settings": asdict(self.settings),
             "tensors": {n: [str(t.dtype), t.shape] for n, t in self.plan.specs.items()},
-            "versions": current_versions(),
+            "versions": versions_of(self.settings.row),
             "device": device.type,
             "measure": self.measure,
             "coefficients": self.coefficients,
@@ -201,7 +201,7 @@ def job_of_recipe(recipe: Recipe, access: Access) -> Job:
 
 
 def _version_warnings(recipe: Recipe) -> list[str]:
-    here = current_versions()
+    here = versions_of(recipe.settings.row)
     different = [
         f"{name} {version} (here {here[name]})"
         for name, version in recipe.versions.items()
@@ -226,6 +226,7 @@ def recipe_of(job: Job, findings: Findings, device: torch.device) -> Recipe:
         inputs,
         job.settings,
         device.type,
+        versions_of(job.settings.row),
         coefficients=job.coefficients,
         adaptation=job.adaptation,
     )

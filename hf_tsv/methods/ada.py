@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hf_tsv.linalg.updates import TaskSingularVectors
+from hf_tsv.methods.rules import Updates
+from hf_tsv.methods.tsv import leading, orthogonalised
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,24 @@ class Layer:
             own = self.shares.flatten(1) @ G.flatten()
         found[list(self.tasks)] = own
         return found.cpu()
+
+
+def orthonormal_vectors(updates: Updates) -> tuple[TaskSingularVectors, tuple[int, ...]]:
+    """U⊥, S and V⊥h of one weight, whose columns and rows are those of one task after the other.
+
+    They do not depend on factors of the singular values: M = Σᵢ cᵢ U⊥ᵢ diag(Sᵢ) V⊥hᵢ.
+
+    Args:
+        updates ([`Updates`]): as [`orthogonal`] gets them.
+
+    Returns:
+        `tuple[TaskSingularVectors, tuple[int, ...]]`: of all tasks, and how many are of each.
+    """
+    deltas = list(updates.deltas)
+    found = leading(deltas, updates)
+    vectors, ranks = found.vectors, found.ranks
+    if vectors.rank:
+        vectors, ranks, product = orthogonalised(deltas, found, updates, form=True)
+        assert product.factors is not None  # they were asked for
+        vectors = replace(vectors, U=product.factors[0], Vh=product.factors[1])
+    return vectors, ranks

@@ -1,52 +1,213 @@
-"""The merging methods, one row each; imports no torch."""
+"""The merging methods, one row each; imports no torch.
+
+A method is a row and a function, its rule. Packages add methods of their own by entry points of the
+group `hf_tsv.methods`, each of which names a row.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from typing import Literal
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from hf_tsv.system.progress import logger
+from hf_tsv.system.text import one_line
 
-    from hf_tsv.methods.interference import Interference
+GROUP = "hf_tsv.methods"
+"""Group of the entry points by which other packages add methods."""
 
-Method = Literal[
-    "tsv",
-    "ada",
-    "low-rank",
-    "orthogonal",
-    "task-arithmetic",
-    "average",
-    "ties",
-    "consensus",
-    "iso-c",
-    "iso-cts",
-    "tall-mask",
-]
-METHODS: tuple[str, ...] = get_args(Method)
+Treatment = Literal["decomposed", "averaged", "summed", "combined"]
 
-DEFAULT_ALPHA: dict[Method, float] = {"task-arithmetic": 0.3, "low-rank": 0.3, "consensus": 0.3}
-"""α of methods that sum tasks, which add up where they agree; 1 for all others.
-
-It is what task arithmetic takes without validation images (Ilharco et al., ICLR 2023).
-"""
+TREATMENTS: dict[str, Treatment] = {
+    "matrices": "decomposed",
+    "entries": "combined",
+    "sum": "summed",
+    "mean": "averaged",
+}
+"""Treatment of a weight by a method's own rule, by what the rule is of."""
 
 
 @dataclass(frozen=True)
-class MergedUpdate:
-    """The merged update of one weight and what the decomposition found.
+class Method:
+    """How one weight is merged.
 
     Args:
-        matrix (`Tensor`): M, shape (d_out, d_in), before α.
-        ranks (`tuple[int, ...]`): triplets used of each task.
-        null_directions (`int`): directions that orthogonalisation left out because the tasks have
-            them in common but for rounding (equal or opposite tasks).
-        exact (`int`): decompositions that took a full float64 SVD.
-        interference ([`Interference`], *optional*): where it was asked for.
+        name (`str`): value of `--method`: small letters, digits and hyphens.
+        rule (`str`): function that merges the updates of one weight, as `module:function`; imported
+            when it is first used. See [`Rule`].
+        does (`str`): one line for `--help` and the README.
+        source (`str`): arXiv number of the paper; empty if there is none.
+        of (`str`): what the rule is given: `matrices` (what is no matrix is averaged), `entries`
+            (weights of any shape, all tasks at once), `sum` or `mean` (of any shape, one task at a
+            time; a `mean` is over the tasks that left the weight unchanged too).
+        ranks (`str`, *optional*): triplets kept of each task: `share` (⌊k/T⌋, or fewer if they are
+            chosen), `free` (as chosen, ⌊k/T⌋ by default), `all`; None: none are kept.
+        alpha (`float`, *optional*): default of α; None: the method has no α.
+        vectors (`str`, *optional*): singular vectors of the tasks that `--report` measures: `kept`
+            as they are, or made `orthogonal`; None: the rule returns none.
+        before (`str`): pass over all weights before the first is merged, as `module:function`; what
+            it returns is in [`Updates`] as `known`. See [`PassBefore`].
+        beside (`str`): mask of a task in one weight, as `module:function` of Δ and of ΣΔ; the masks
+            of all tasks are written beside the merge.
+        learns (`bool`): a coefficient of each task in each weight is learned on images first, for
+            shares that are those of TSV-Merge.
+        card (`str`): what the card says after “merged by hf-tsv”; by default the name.
+        package (`str`): `NAME==VERSION` of the package it comes from; empty for a method of ours.
     """
 
-    matrix: Tensor
-    ranks: tuple[int, ...] = ()
-    null_directions: int = 0
-    exact: int = 0
-    interference: Interference | None = None
+    name: str
+    rule: str
+    does: str
+    source: str = ""
+    of: Literal["matrices", "entries", "sum", "mean"] = "matrices"
+    ranks: Literal["share", "free", "all"] | None = None
+    alpha: float | None = 1.0
+    vectors: Literal["kept", "orthogonal"] | None = None
+    before: str = ""
+    beside: str = ""
+    learns: bool = False
+    card: str = ""
+    package: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.name):
+            raise ValueError(f"{self.name!r} is no name of a method")
+        if self.of not in TREATMENTS or self.ranks not in (None, "share", "free", "all"):
+            raise ValueError(f"of is {self.of!r} and ranks is {self.ranks!r}")
+
+    @property
+    def treatment(self) -> Treatment:
+        """Treatment of the weights that the rule merges."""
+        return TREATMENTS[self.of]
+
+
+BUILT_IN = (
+    Method(
+        "tsv",
+        "hf_tsv.methods.tsv:orthogonal",
+        "leading singular vectors of each task, made orthogonal",
+        source="2412.00081",
+        ranks="share",
+        vectors="orthogonal",
+        card=" with [TSV-Merge](https://arxiv.org/abs/2412.00081): the leading singular vectors of"
+        " every task's\nweight update are kept, made orthogonal to those of the other tasks, and"
+        " added to the base model.",
+    ),
+    Method(
+        "ada",
+        "hf_tsv.methods.tsv:orthogonal",
+        "tsv with a coefficient of each task in each weight, learned on images",
+        source="2310.02575",
+        ranks="share",
+        vectors="orthogonal",
+        learns=True,
+        card=" with [TSV-Merge](https://arxiv.org/abs/2412.00081) and a\ncoefficient of every task"
+        " in every weight, learned as in [AdaMerging](https://arxiv.org/abs/2310.02575).",
+    ),
+    Method(
+        "low-rank",
+        "hf_tsv.methods.tsv:low_rank",
+        "leading singular vectors of each task, summed",
+        source="2412.00081",
+        ranks="free",
+        alpha=0.3,
+        vectors="kept",
+    ),
+    Method(
+        "orthogonal",
+        "hf_tsv.methods.tsv:orthogonal",
+        "all singular vectors of each task, made orthogonal",
+        source="2412.00081",
+        ranks="all",
+        vectors="orthogonal",
+    ),
+    Method(
+        "task-arithmetic",
+        "hf_tsv.methods.sums:total",
+        "sum of updates",
+        source="2212.04089",
+        of="sum",
+        alpha=0.3,
+    ),
+    Method("average", "hf_tsv.methods.sums:mean", "mean of updates", of="mean"),
+    Method(
+        "ties",
+        "hf_tsv.methods.ties:ties",
+        "largest fifth of each task's entries, mean of those that agree in sign",
+        source="2306.01708",
+        of="entries",
+        before="hf_tsv.methods.ties:thresholds",
+    ),
+    Method(
+        "consensus",
+        "hf_tsv.methods.tall_masks:consensus",
+        "sum of updates, where at least two tasks need it",
+        source="2405.07813",
+        of="entries",
+        alpha=0.3,
+    ),
+    Method(
+        "iso-c",
+        "hf_tsv.methods.isotropic:iso_c",
+        "sum of updates with all singular values made equal",
+        source="2502.04959",
+    ),
+    Method(
+        "iso-cts",
+        "hf_tsv.methods.isotropic:iso_cts",
+        "iso-c with a fifth of the directions given to what each task has of its own",
+        source="2502.04959",
+    ),
+    Method(
+        "tall-mask",
+        "hf_tsv.methods.sums:total",
+        "sum of updates, and a mask of each task beside it: one task at a time",
+        source="2405.07813",
+        of="entries",
+        alpha=None,
+        beside="hf_tsv.methods.tall_masks:tall_mask",
+        card=" with [TALL-masks](https://arxiv.org/abs/2405.07813): the weights are the sum of all"
+        " updates,\nof which each task has a mask; load one task at a time.",
+    ),
+)
+"""Methods of this package. The scale α of sums in which tasks add up where they agree is what task
+arithmetic takes without validation images (Ilharco et al., ICLR 2023)."""
+
+
+def installed(points: Sequence[EntryPoint]) -> Iterator[Method]:
+    """Methods of other packages; one that cannot be used is left out with a warning.
+
+    Args:
+        points (`Sequence[EntryPoint]`): entry points that name rows. The module of a row should
+            import little, since every command loads it.
+    """
+    found: dict[str, list[Method]] = defaultdict(list)
+    for point in points:
+        package = f"{point.dist.name}=={point.dist.version}" if point.dist else point.value
+        try:
+            row = point.load()
+            if not isinstance(row, Method):
+                raise TypeError(f"{point.value} is no Method")
+        except Exception as error:
+            reason = one_line(f"{type(error).__name__}: {error}")
+            logger.warning("The method %s of %s is left out: %s.", point.name, package, reason)
+        else:
+            found[row.name].append(replace(row, package=package))
+    ours = {row.name for row in BUILT_IN}
+    for name, rows in found.items():
+        owners = ["hf-tsv"] * (name in ours) + sorted(row.package for row in rows)
+        if len(owners) == 1:
+            yield rows[0]
+        else:
+            others = "" if name in ours else " Uninstall all but one of them."
+            left_out = "that of hf-tsv is used" if name in ours else "none is used"
+            logger.warning(
+                "Methods of %s are called %s: %s.%s", " and ".join(owners), name, left_out, others
+            )
+
+
+METHODS = {row.name: row for row in (*BUILT_IN, *installed(tuple(entry_points(group=GROUP))))}
+"""All methods by name, those of other packages last."""

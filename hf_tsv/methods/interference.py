@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_tsv.linalg import products, svd
-from hf_tsv.linalg.updates import TaskSingularVectors, Update
+from hf_tsv.linalg import products
+from hf_tsv.linalg.updates import TaskSingularVectors
+from hf_tsv.methods.rules import MergedUpdate
 
 RANK_SHARES = tuple((i / 32) ** 2 for i in range(33))
 """Ranks, as a share of k, at which a spectrum is noted; they are closer where it is steep."""
@@ -136,9 +137,26 @@ def profile(S: Tensor, k: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(sigma.tolist()), tuple(up_to.tolist())
 
 
-def interference_alone(delta: Update, k: int) -> Interference:
+def measured(merged: MergedUpdate) -> Interference | None:
+    """Interference of the tasks in one weight; None where the rule kept no singular vectors.
+
+    Args:
+        merged ([`MergedUpdate`]): result of a rule that was asked to keep them.
+    """
+    found = merged.measurable
+    if found is None:
+        return None
+    if found.vectors is None:
+        return interference_alone(found.spectra[0], min(merged.matrix.shape))
+    measured = interference(found.tasks, found.vectors, found.spectra)
+    if found.orthonormal is not None:
+        after = singular_task_interference(found.orthonormal)
+        measured = replace(measured, sti_after=after)
+    return measured
+
+
+def interference_alone(S: Tensor, k: int) -> Interference:
     """Interference of a task that is the only one, and kept whole."""
-    S = delta.S if isinstance(delta, TaskSingularVectors) else svd.singular_values(delta)
     sigma, energy = profile(S, k)
     return Interference(
         0.0, 0.0, ((0.0,),), (energy[-1],), (effective_rank(S),), (sigma,), (energy,)

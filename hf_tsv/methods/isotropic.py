@@ -11,11 +11,23 @@ from hf_tsv.linalg import polar, products
 from hf_tsv.linalg.choices import Precision
 from hf_tsv.linalg.svd import truncated_svd, truncated_svds
 from hf_tsv.linalg.updates import TaskSingularVectors, concatenate
-from hf_tsv.methods.catalogue import MergedUpdate
+from hf_tsv.methods.rules import MergedUpdate, Updates
 from hf_tsv.methods.sums import sum_update
 
 COMMON_SHARE = 0.8
 """Of the directions of Iso-CTS that are those of the sum: the default of its paper."""
+
+
+def iso_c(updates: Updates) -> MergedUpdate:
+    """Iso-C: the sum, with all singular values equal."""
+    return isotropic_update(list(updates.matrices()), updates.floors, updates.how.precision)
+
+
+def iso_cts(updates: Updates) -> MergedUpdate:
+    """Iso-CTS: the same, with directions of the tasks' own."""
+    return isotropic_common_update(
+        list(updates.matrices()), updates.floors, updates.count, updates.how.precision
+    )
 
 
 def isotropic_update(

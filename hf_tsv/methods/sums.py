@@ -1,4 +1,4 @@
-"""The other rules, for one weight: mean and sum of task updates, and what followed them."""
+"""Sum and mean of task updates, taken one at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from hf_tsv.methods.rules import MergedUpdate, Updates
 from hf_tsv.system.memory import empty
+
+
+def total(updates: Updates) -> MergedUpdate:
+    """Task arithmetic, M = Σᵢ Δᵢ."""
+    return MergedUpdate(sum_update(updates.matrices()))
+
+
+def mean(updates: Updates) -> MergedUpdate:
+    """Weight averaging, M = (1/T') Σᵢ Δᵢ over the T' tasks that change the weight."""
+    return MergedUpdate(mean_update(updates.matrices()))
 
 
 def mean_update(deltas: Iterable[Tensor]) -> Tensor:

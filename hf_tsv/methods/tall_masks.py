@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_tsv.methods.rules import MergedUpdate, Updates
 from hf_tsv.methods.sums import sum_update
 
 MASK_SCALE, AGREEING_TASKS = 0.4, 2
@@ -14,22 +16,39 @@ MASK_SCALE, AGREEING_TASKS = 0.4, 2
 validation images, and 2 removes what matters to one task alone."""
 
 
-def tall_mask(delta: Tensor, total: Tensor) -> Tensor:
-    """Where a task needs the sum of updates: its TALL-mask (Wang et al., ICML 2024).
+@dataclass(frozen=True)
+class TallMask:
+    """Where a task needs the sum of updates (Wang et al., ICML 2024).
 
     Args:
-        delta (`Tensor`): Δ of the task, any shape.
-        total (`Tensor`): Σ_i Δi, same shape.
-
-    Returns:
-        `Tensor`: of bool, same shape: whether |Δ| is larger than λ ([`MASK_SCALE`]) times what the
-        other tasks add (arXiv 2405.07813, eq. 4).
+        scale (`float`): λ.
 
     Example:
         >>> tall_mask(torch.tensor([1.0, 1.0]), torch.tensor([3.0, 4.0])).tolist()
         [True, False]
     """
-    return delta.abs() > MASK_SCALE * (total - delta).abs()
+
+    scale: float
+
+    def __call__(self, delta: Tensor, total: Tensor) -> Tensor:
+        """Tell where |Δ| is larger than λ times what the other tasks add (arXiv 2405.07813, eq. 4).
+
+        Args:
+            delta (`Tensor`): Δ of the task, any shape.
+            total (`Tensor`): Σ_i Δi, same shape.
+
+        Returns:
+            `Tensor`: bool, same shape.
+        """
+        return delta.abs() > self.scale * (total - delta).abs()
+
+
+tall_mask = TallMask(MASK_SCALE)
+
+
+def consensus(updates: Updates) -> MergedUpdate:
+    """Consensus task arithmetic; tasks that left the weight as it is have no need."""
+    return MergedUpdate(consensus_update(list(updates.matrices()), updates.count))
 
 
 def consensus_update(deltas: Sequence[Tensor], tasks: int | None = None) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from hf_tsv.linalg.updates import matrix_of
+from hf_tsv.methods.rules import MergedUpdate, Updates
 from hf_tsv.methods.sums import sum_update
+from hf_tsv.system.progress import logger
 
 KEPT_SHARE = 0.2
 """Of the entries of a task that TIES keeps, the largest: the default of its paper."""
@@ -16,6 +20,29 @@ DROPPED_BITS = 11
 """Of the 23 of a float32's fraction: sizes are told apart to 2⁻¹², and a task takes 4 MB."""
 
 BINS = 1 << (31 - DROPPED_BITS)
+
+
+def thresholds(weights: Iterable[Updates], tasks: int) -> list[float]:
+    """Size from which on entries of each task are among its largest fifth.
+
+    Args:
+        weights (`Iterable[Updates]`): all weights that are merged.
+        tasks (`int`): T.
+    """
+    logger.info("Finding the largest entries of each task.")
+    found = [Sizes() for _ in range(tasks)]
+    for updates in weights:
+        entries = math.prod(updates.shape)
+        changed = dict(zip(updates.tasks, updates.deltas, strict=True))
+        for i, sizes in enumerate(found):
+            sizes.add(matrix_of(changed[i]) if i in changed else None, entries)
+    return [sizes.threshold() for sizes in found]
+
+
+def ties(updates: Updates) -> MergedUpdate:
+    """TIES, with the thresholds of the pass before."""
+    own = [updates.known[i] for i in updates.tasks]
+    return MergedUpdate(ties_update(list(updates.matrices()), own))
 
 
 def ties_update(deltas: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:

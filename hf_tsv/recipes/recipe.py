@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import yaml
 
 from hf_tsv.checkpoints.names import RECIPE_FILE
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
+from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.recipes.settings import Settings, current_versions
 from hf_tsv.system.checks import check_number
 from hf_tsv.system.errors import RecipeError
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 
 FORMAT_VERSION = 1
+
+PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?==[A-Za-z0-9.+!]{1,50}")
+"""Name and version of a package, as pip reads them."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,16 @@ class Recipe:
     adaptation: Adaptation | None = None
 
     def __post_init__(self) -> None:
-        method, learned = self.settings.method, bool(self.coefficients or self.adaptation)
-        if method == "ada" and not self.coefficients:
+        method, learned = self.settings.row, bool(self.coefficients or self.adaptation)
+        if method.learns and not self.coefficients:
             raise RecipeError(
-                "A recipe of the method ada has no coefficients.", "Use the one it was written as."
+                f"A recipe of the method {method.name} has no coefficients.",
+                "Use the one it was written as.",
             )
-        if method != "ada" and learned:
+        if learned and not method.learns:
             raise RecipeError(
-                f"A recipe of the method {method} has coefficients.", "Only the method ada does."
+                f"A recipe of the method {method.name} has coefficients.",
+                "Only the method ada does.",
             )
         for label, row in self.coefficients.items():
             if len(row) != len(self.inputs):
@@ -169,6 +176,7 @@ class Recipe:
             )
         try:
             names = {f.name for f in fields(Settings)}
+            _refuse_not_installed(content)
             settings = Settings(**{key: content.pop(key) for key in list(content) if key in names})
             base = PinnedInput(**content.pop("base_model"))
             inputs = tuple(PinnedInput(**item) for item in content.pop("inputs"))
@@ -212,6 +220,20 @@ def _dumped(content: dict[str, Any], *, allow_unicode: bool) -> str:
         content, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=1000
     )
     return text
+
+
+def _refuse_not_installed(content: dict[str, Any]) -> None:
+    """Refuse the recipe of a method that is not here, and name the package that has it."""
+    method, versions = content.get("method"), content.get("versions")
+    if not isinstance(method, str) or method in METHODS or not isinstance(versions, dict):
+        return  # what is wrong otherwise is found later
+    others = [f"{name}=={versions[name]}" for name in versions.keys() - current_versions().keys()]
+    packages = sorted(filter(PACKAGE.fullmatch, others))
+    if packages:
+        raise RecipeError(
+            f"The method {shortened(method)} is not installed.",
+            f"If you trust its package: pip install {' '.join(packages)}",
+        )
 
 
 def _adaptation(content: dict[str, Any] | None) -> Adaptation | None:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from hf_tsv.checkpoints.names import Format
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
-from hf_tsv.methods.catalogue import DEFAULT_ALPHA, Method
+from hf_tsv.methods.catalogue import METHODS, Method
 from hf_tsv.system.checks import check_choice, check_counts, check_number, size_in_bytes
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.text import shortened
@@ -27,15 +27,24 @@ def current_versions() -> dict[str, str]:
     return {"hf_tsv": __version__, **{name: version(name) for name in names}}
 
 
+def versions_of(method: Method) -> dict[str, str]:
+    """Versions that decide about the bytes of a merge: also of the package that has its method.
+
+    Args:
+        method ([`Method`]): method of the merge.
+    """
+    package, _, release = method.package.partition("==")
+    return {**current_versions(), **({package: release} if package else {})}
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to merge.
 
     Args:
-        method (`str`): `tsv`, or one of its ablations and of the methods to compare with.
+        method (`str`): name of a [`Method`] in the catalogue.
         orthogonalizer (`str`): `procrustes` (SVD) or `whitening` (eigendecomposition).
-        alpha (`float`): α, scale of the merged update; default: 1, of plain sums
-            [`DEFAULT_ALPHA`].
+        alpha (`float`): α, scale of the merged update; default: that of the method.
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
         rank_fraction (`float`, *optional*): the same as a share of k.
         exclude (`tuple[str, ...]`): globs of canonical names that are averaged instead.
@@ -49,7 +58,7 @@ class Settings:
         keep_heads (`bool`): write the task heads beside the merged encoder.
     """
 
-    method: Method = "tsv"
+    method: str = "tsv"
     orthogonalizer: Orthogonalizer = "procrustes"
     alpha: float = None  # type: ignore[assignment]  # a number once it is made
     rank: int | None = None
@@ -62,21 +71,27 @@ class Settings:
     out_format: Format | None = None
     keep_heads: bool = False
 
+    @property
+    def row(self) -> Method:
+        """Row of the method in the catalogue."""
+        return METHODS[self.method]
+
     def __post_init__(self) -> None:
-        check_choice("method", self.method, get_args(Method))
+        check_choice("method", self.method, tuple(METHODS))
         check_choice("orthogonalizer", self.orthogonalizer, get_args(Orthogonalizer))
         check_choice("precision", self.precision, get_args(Precision))
         check_choice("qkv", self.qkv, (None, *get_args(Qkv)))
         check_choice("out_format", self.out_format, (None, *get_args(Format)))
         check_choice("dtype", self.dtype, (None, *get_args(Dtype)))
         if self.alpha is None:
-            object.__setattr__(self, "alpha", DEFAULT_ALPHA.get(self.method, 1.0))
+            object.__setattr__(self, "alpha", 1.0 if self.row.alpha is None else self.row.alpha)
         check_number("alpha", self.alpha)
         object.__setattr__(self, "alpha", float(self.alpha))  # of NumPy or a whole number
-        if self.method == "tall-mask" and self.alpha != 1:
-            raise RecipeError("The method tall-mask has no alpha.", "Leave alpha out.")
+        if self.row.alpha is None and self.alpha != 1:
+            raise RecipeError(f"The method {self.method} has no alpha.", "Leave alpha out.")
         ranked = self.rank is not None or self.rank_fraction is not None
-        if ranked and self.method in ("ties", "consensus", "iso-c", "iso-cts", "tall-mask"):
+        # Plain sums and means have always ignored them: older recipes may hold some.
+        if ranked and self.row.ranks is None and self.row.of in ("matrices", "entries"):
             raise RecipeError(
                 f"The method {self.method} keeps no ranks to choose.",
                 "Leave rank and rank_fraction out.",

@@ -24,9 +24,9 @@ from hf_tsv.reports.templates import cell, environment, plain
 if TYPE_CHECKING:
     from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin, StoredWeight
     from hf_tsv.checkpoints.names import Format
+    from hf_tsv.methods.catalogue import Method
     from hf_tsv.recipes.learning import AlphaSearch
     from hf_tsv.recipes.recipe import Recipe
-    from hf_tsv.recipes.settings import Settings
     from hf_tsv.reports.drawing import Picture
     from hf_tsv.reports.interference import InterferenceReport
     from hf_tsv.reports.kept import KeptSection
@@ -186,9 +186,9 @@ class MergeCard(Card):
         return f"Merge of {', '.join(names[:-1])} and {names[-1]}"
 
     @property
-    def settings(self) -> Settings:
-        """Choices of the recipe."""
-        return self.recipe.settings
+    def method(self) -> Method:
+        """Row of the method in the catalogue."""
+        return self.recipe.settings.row
 
     @property
     def recipe_text(self) -> str:

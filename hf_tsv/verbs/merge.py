@@ -145,7 +145,7 @@ def merge(
             `checkpoints`, `base_model` and the settings.
         method (`str`): `tsv`, `ada`, `low-rank`, `orthogonal`, `task-arithmetic`, `average`,
             `ties`, `consensus`, `iso-c`, `iso-cts`, or `tall-mask`, whose tasks are loaded one by
-            one.
+            one; or the name of a method that another package adds.
         adaptation ([`Adaptation`], *optional*): images that the method `ada` learns a coefficient
             of each task in each weight on, and how.
         orthogonalizer (`str`): `procrustes` or `whitening`; the same result up to rounding, and
@@ -241,7 +241,7 @@ def merge(
 
                     job = adapting(job, adaptation)
             refuse_no_heads(job)
-            if report and job.settings.method not in ("tsv", "ada", "low-rank", "orthogonal"):
+            if report and job.settings.row.vectors is None:
                 raise RecipeError(
                     f"The method {job.settings.method} has no singular vectors of tasks to report"
                     " on.",
@@ -261,13 +261,13 @@ def merge(
 
 
 def _refuse_no_images(settings: Settings, adaptation: Adaptation | None) -> None:
-    """The method ada learns from images, and no other does."""
-    if settings.method == "ada" and adaptation is None:
+    """Refuse a method that learns without images, and images for one that does not."""
+    if settings.row.learns and adaptation is None:
         raise RecipeError(
-            "The method ada learns from images, and there are none.",
+            f"The method {settings.method} learns from images, and there are none.",
             "Name some for each task: --task NAME=DATASET.",
         )
-    if settings.method != "ada" and adaptation is not None:
+    if adaptation is not None and not settings.row.learns:
         raise RecipeError(
             f"The method {settings.method} does not learn from images.", "Use --method ada."
         )
@@ -301,7 +301,7 @@ def _describe(
     for file, item in kept_heads(job).items():
         tensors = {name: item.read(name) for name in item.head}
         heads.write(folder, file, tensors, companions.head_config(config_of(item), item.head))
-    if job.settings.method == "tall-mask":
+    if job.settings.row.beside:
         logger.info("Finding what each task needs.")
         write_masks(folder, job, findings.frozen)
     measured = picture = None

@@ -164,7 +164,7 @@ def _check_beside(folder: Path, recipe: Recipe, owner: str) -> None:
     if recipe.settings.keep_heads and not list(folder.glob("heads/*.safetensors")):
         raise CheckpointError(f"{owner} has lost its task heads.")
     masks = len(list(folder.glob("masks/*/mask.safetensors")))
-    if recipe.settings.method == "tall-mask" and masks < len(recipe.inputs):
+    if recipe.settings.row.beside and masks < len(recipe.inputs):
         raise CheckpointError(f"{owner} has {masks} masks of {len(recipe.inputs)}.")
 
 

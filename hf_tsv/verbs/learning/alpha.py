@@ -103,7 +103,7 @@ def refuse_no_search(settings: Settings, alpha: float | None, group: Processes) 
     """α is given or chosen, of methods that have one, by one process."""
     if alpha is not None:
         raise RecipeError("alpha is given and is to be chosen.", "Leave one of them out.")
-    if settings.method in ("ada", "tall-mask"):
+    if settings.row.learns or settings.row.alpha is None:
         raise RecipeError(
             f"The method {settings.method} has no α to choose.", "Leave --tune-alpha out."
         )

@@ -28,8 +28,7 @@ from hf_tsv.merging import loading
 from hf_tsv.merging.costs import Parallelism
 from hf_tsv.merging.plan import MergePlan, Weight
 from hf_tsv.merging.work import Job
-from hf_tsv.methods import tsv
-from hf_tsv.methods.ada import Layer
+from hf_tsv.methods.ada import Layer, orthonormal_vectors
 from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import pipeline
 from hf_tsv.recipes.learning import Adaptation
@@ -211,13 +210,7 @@ def _layer(
     shares: TaskSingularVectors | Tensor
     ranks: tuple[int, ...] = ()
     if weight.treatment == "decomposed":
-        vectors, ranks = tsv.orthonormal_vectors(
-            [loaded.deltas[i] for i in loaded.floors],
-            weight.rank,
-            floors=list(loaded.floors.values()),
-            solver=settings.orthogonalizer,
-            precision=settings.precision,
-        )
+        vectors, ranks = orthonormal_vectors(loaded.updates(settings, tasks))
         shares = replace(vectors, S=vectors.S * settings.alpha).to(dtype)
     else:
         dense = [updates.dense(delta) for delta in loaded.deltas.values()]
