@@ -44,11 +44,12 @@ class Result:
         return json.loads(self.out)
 
 
-def hf_tsv_script(*args: str | Path, cwd: Path | None = None) -> Result:
+def hf_tsv_script(*args: str | Path, cwd: Path | None = None, **environment: str) -> Result:
     """Run the console script, as a user does."""
     done = subprocess.run(
         [str(SCRIPT), *map(str, args)],
         cwd=cwd,
+        env={**os.environ, **environment},
         capture_output=True,
         check=False,
         text=True,
