@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from hf_tsv.checkpoints.names import RECIPE_FILE
-from hf_tsv.checkpoints.opening import open_task
+from hf_tsv.checkpoints.opening import open_task, without_base
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.recipes.recipe import Recipe
 from hf_tsv.system.errors import HfTsvError
@@ -29,7 +29,7 @@ def refusal(folder: Path) -> str | None:
         if (folder / RECIPE_FILE).exists():
             Recipe.load(folder)
         else:
-            open_task(pin(parse(str(folder))))
+            open_task(pin(parse(str(folder))), without_base)
     except HfTsvError as error:
         return str(error)
     return None

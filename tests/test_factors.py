@@ -289,7 +289,7 @@ def test_a_task_head_is_kept_bit_for_bit(zoo: Path, made: Path) -> None:
     assert tuple(factors.head) == factors.left_out == HEAD
     for name in HEAD:
         assert torch.equal(stored[f"{name}.value"], source[name])
-        assert torch.equal(factors.read(name), source[name])
+        assert torch.equal(factors.head_tensor(name), source[name])
 
 
 def test_a_task_head_keeps_its_dtype_whatever_that_of_the_factors(
@@ -297,7 +297,7 @@ def test_a_task_head_keeps_its_dtype_whatever_that_of_the_factors(
 ) -> None:
     source = load_file(zoo / "classifier" / "model.safetensors")
     factors = compress(zoo, "classifier", tmp_path / "out", factor_dtype="float16")
-    assert all(torch.equal(factors.read(name), source[name]) for name in HEAD)
+    assert all(torch.equal(factors.head_tensor(name), source[name]) for name in HEAD)
 
 
 # Values
@@ -478,7 +478,9 @@ def test_a_repository_is_downloaded_and_opened(hub: Hub, made: Path, tmp_path: P
     assert factors.config == TaskFactors.from_pretrained(made).config
     hub.requests.clear()
     for name in HEAD:
-        assert torch.equal(factors.read(name), TaskFactors.from_pretrained(made).read(name))
+        assert torch.equal(
+            factors.head_tensor(name), TaskFactors.from_pretrained(made).head_tensor(name)
+        )
     assert hub.requests == []
 
 
@@ -775,7 +777,7 @@ def test_a_task_head_with_a_value_that_is_no_number_is_named(folder: Path) -> No
     name = f"{HEAD[1]}.value"
     edit_tensors(folder, lambda tensors: tensors[name].view(-1)[0].fill_(math.nan))
     with pytest.raises(CheckpointError, match=f"values of {name} are NaN"):
-        TaskFactors.from_pretrained(folder).read(HEAD[1])
+        TaskFactors.from_pretrained(folder).head_tensor(HEAD[1])
 
 
 # Damage: files

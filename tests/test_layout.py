@@ -159,7 +159,7 @@ def test_the_settings_of_a_tower_are_found_in_every_config(
     base: Path, tmp_path: Path, kind: str
 ) -> None:
     folder = base if kind == "base" else make_fine_tune(base, tmp_path / kind, 1, kind)
-    config = tower_configs(opened(folder).config)
+    config = tower_configs(opened(folder).model_config)
     expected = {"vision": ["vision_config"], "text": ["text_config"]}
     assert sorted(config) == expected.get(kind, ["text_config", "vision_config"])
     assert {part.get("hidden_act") for part in config.values()} == {"quick_gelu"}

@@ -15,9 +15,9 @@ from hub import Hub
 from safetensors.torch import load_file, save_file
 
 import hf_tsv
-from hf_tsv.checkpoints.formats.adapters import Adapter
+from hf_tsv.checkpoints.formats.adapters import open_adapter
 from hf_tsv.checkpoints.formats.whole import open_checkpoint
-from hf_tsv.checkpoints.opening import open_task
+from hf_tsv.checkpoints.opening import without_base
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.system.errors import CheckpointError
 
@@ -66,15 +66,14 @@ def trained(zoo: Path, folder: Path, kind: str, seed: int = 0) -> dict[str, torc
 def test_an_adapter_is_what_peft_makes_of_it(zoo: Path, tmp_path: Path, kind: str) -> None:
     expected = trained(zoo, tmp_path / "lora", kind)
     base = open_checkpoint(pin(parse(str(zoo / "base"))))
-    opened = open_task(pin(parse(str(tmp_path / "lora"))))
-    assert isinstance(opened, Adapter)
-    found = opened.on(base)
+    found = open_adapter(pin(parse(str(tmp_path / "lora"))), lambda: base)
     before = load_file(zoo / "base" / "model.safetensors")
     changed = {n for n, w in expected.items() if n in before and not torch.equal(w, before[n])}
     assert changed and changed <= set(found.tensors)
     assert {name for name in found.tensors if found.changes([name])} >= changed
     for name in found.tensors:
-        assert torch.allclose(found.read(name), expected[name], atol=1e-7), name
+        weight = found.weight(base.original([name]))
+        assert torch.allclose(weight, expected[name], atol=1e-7), name
 
 
 def test_adapters_and_checkpoints_merge_mixed(zoo: Path, tmp_path: Path) -> None:
@@ -103,9 +102,8 @@ def test_its_own_triplets_are_used(zoo: Path, tmp_path: Path, kind: str) -> None
     """From two small factorisations, and no more of them than it has."""
     expected = trained(zoo, tmp_path / "lora", kind)
     base = load_file(zoo / "base" / "model.safetensors")
-    opened = open_task(pin(parse(str(tmp_path / "lora"))))
-    assert isinstance(opened, Adapter)
-    found = opened.on(open_checkpoint(pin(parse(str(zoo / "base")))))
+    opened = open_checkpoint(pin(parse(str(zoo / "base"))))
+    found = open_adapter(pin(parse(str(tmp_path / "lora"))), lambda: opened)
     for name, lora in found.loras.items():
         own = found.triplets(name)
         assert own is not None and own.rank == lora.A.shape[0]
@@ -115,9 +113,7 @@ def test_its_own_triplets_are_used(zoo: Path, tmp_path: Path, kind: str) -> None
         assert torch.allclose(own.U.T @ own.U, eye) and torch.allclose(own.Vh @ own.Vh.T, eye)
     for kind_of_none in ("dora", "convolution"):
         trained(zoo, tmp_path / kind_of_none, kind_of_none)
-        other = open_task(pin(parse(str(tmp_path / kind_of_none))))
-        assert isinstance(other, Adapter)
-        other = other.on(open_checkpoint(pin(parse(str(zoo / "base")))))
+        other = open_adapter(pin(parse(str(tmp_path / kind_of_none))), lambda: opened)
         name = next(n for n in other.loras if "patch" in n or kind_of_none == "dora")
         assert other.triplets(name) is None
 
@@ -142,12 +138,12 @@ def test_our_own_adapters_are_read_too(zoo: Path, tmp_path: Path) -> None:
         zoo / "vision", base_model=zoo / "base", output=tmp_path / "lora", rank_fraction=1.0,
         progress=False,
     )  # fmt: skip
-    found = open_task(pin(parse(str(tmp_path / "lora"))))
-    assert isinstance(found, Adapter)
-    opened = found.on(open_checkpoint(pin(parse(str(zoo / "base")))))
+    base = open_checkpoint(pin(parse(str(zoo / "base"))))
+    opened = open_adapter(pin(parse(str(tmp_path / "lora"))), lambda: base)
     tuned = load_file(zoo / "vision" / "model.safetensors")
     for name in opened.tensors:
-        assert torch.allclose(opened.read(name), tuned[name], atol=1e-6), name
+        weight = opened.weight(base.original([name]))
+        assert torch.allclose(weight, tuned[name], atol=1e-6), name
 
 
 def test_from_the_hub_with_the_base_it_names(hub: Hub, zoo: Path, tmp_path: Path) -> None:
@@ -176,7 +172,7 @@ def test_adapters_that_cannot_be_read_say_why(zoo: Path, tmp_path: Path) -> None
     plain = config.read_text()
     config.write_text(plain.replace('"LORA"', '"IA3"'))
     with pytest.raises(CheckpointError, match="only LORA is read"):
-        open_task(pin(parse(str(tmp_path / "a"))))
+        open_adapter(pin(parse(str(tmp_path / "a"))), without_base)
     config.write_text(plain)
     other = clips.make_base(tmp_path / "other")
     state = load_file(other / "model.safetensors")
@@ -258,10 +254,8 @@ def test_damaged_adapters_are_refused_in_one_line(zoo: Path, tmp_path: Path) -> 
         folder.mkdir()
         save_file({**weights, **tensors}, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
-        opened = open_task(pin(parse(str(folder))))
-        assert isinstance(opened, Adapter)
         with pytest.raises(CheckpointError) as error:
-            opened.on(base)
+            open_adapter(pin(parse(str(folder))), lambda: base)
         assert error.value.hint, i
         if "base_model.model.foo.weight" in tensors:
             assert "foo.weight is not in the base model" in str(error.value)

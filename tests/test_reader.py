@@ -141,7 +141,7 @@ def test_a_repository_shows_the_same_headers_as_its_files(
     remote, local = opened("org/model"), opened(folder)
     assert remote.tensors == local.tensors
     assert remote.weight_files == local.weight_files
-    assert remote.config == local.config
+    assert remote.model_config == local.model_config
     name = "vision_model.post_layernorm.weight"
     assert torch.equal(remote.read(name), local.read(name))
 

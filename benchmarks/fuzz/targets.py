@@ -19,6 +19,7 @@ from hf_tsv.checkpoints.formats.factors import open_factors
 from hf_tsv.checkpoints.formats.masks import CONFIG_FILE as MASK_CONFIG
 from hf_tsv.checkpoints.formats.masks import open_masked
 from hf_tsv.checkpoints.formats.open_clip import CONFIG_FILE as OPEN_CLIP_CONFIG
+from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.names import FACTORS_CONFIG
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, card_license, parse, pin
@@ -87,29 +88,31 @@ def weights(**shapes: tuple[int, ...]) -> bytes:
 BASE = {"config.json": CONFIG, "model.safetensors": weights(**{WEIGHT: (4, 2)})}
 
 
-def read_all(found: Checkpoint) -> None:
+def read_all(found: Task, base: Checkpoint) -> None:
     for name in found.tensors:
         if sum(part.nbytes for part in found.parts(name)) < 1_000_000:
-            found.read(name)
+            found.weight(base.original([name]))
 
 
 def header(raw: bytes) -> None:
     """Read model.safetensors."""
-    read_all(open_checkpoint(pinned({"config.json": CONFIG, "model.safetensors": raw})))
+    found = open_checkpoint(pinned({"config.json": CONFIG, "model.safetensors": raw}))
+    read_all(found, found)
 
 
 def index(raw: bytes) -> None:
     """Read the index of a checkpoint in shards."""
     files = {"a": weights(first=(2,), second=(1,)), "b": weights(third=(2, 2))}
     name = "model.safetensors.index.json"
-    read_all(open_checkpoint(pinned({"config.json": CONFIG, name: raw, **files})))
+    found = open_checkpoint(pinned({"config.json": CONFIG, name: raw, **files}))
+    read_all(found, found)
 
 
 def config(raw: bytes) -> None:
     """Read config.json, and derive an output's config from it."""
     found = open_checkpoint(pinned({**BASE, "config.json": raw}))
     json.dumps(companions.output_config(found, {info.dtype for info in found.tensors.values()}))
-    companions.head_config(found.config, found.tensors)
+    companions.head_config(found.model_config, found.tensors)
     base_model.named_by(found.pinned)
 
 
@@ -154,8 +157,9 @@ def adapter(raw: bytes) -> None:
     module = f"base_model.model.{WEIGHT.removesuffix('.weight')}"
     stored = {f"{module}.lora_A.weight": (1, 2), f"{module}.lora_B.weight": (4, 1)}
     files = {ADAPTER_CONFIG: raw, "adapter_model.safetensors": weights(**stored)}
-    found = open_adapter(pinned(files)).on(open_checkpoint(pinned(BASE)))
-    read_all(found)
+    base = open_checkpoint(pinned(BASE))
+    found = open_adapter(pinned(files), lambda: base)
+    read_all(found, base)
     found.triplets(WEIGHT)
     base_model.named_by(found.pinned)
 
@@ -170,8 +174,8 @@ def mask(raw: bytes) -> None:
             (folder / name).write_bytes(content)
         (task / "mask.safetensors").write_bytes(weights())
         (task / MASK_CONFIG).write_bytes(raw)
-        found = open_masked(pin(parse(str(task)))).on(open_checkpoint(pinned(BASE)))
-        read_all(found)
+        found = open_masked(pin(parse(str(task))))
+        read_all(found, open_checkpoint(pinned(BASE)))
     finally:
         found.pinned.files.close() if "found" in locals() else None
         shutil.rmtree(folder)
@@ -187,7 +191,7 @@ def head(raw: bytes) -> None:
     file = len(header).to_bytes(8, "little") + header + bytes(4)
     merged = open_checkpoint(pinned({**BASE, "heads/task.safetensors": file}))
     found = heads.with_head(merged, "task")
-    companions.head_config(found.config, found.head)
+    companions.head_config(found.model_config, found.head)
 
 
 def journals(raw: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
@@ -20,6 +21,30 @@ MOST_ASKED = 40
 
 MOST_SHOWN = 5
 """Most base models of one input that an error lists."""
+
+
+@dataclass(frozen=True)
+class SaidBase:
+    """Base models that a fine-tune names.
+
+    Args:
+        names (`tuple[str, ...]`): repository ids, or a folder; empty when it names none.
+        made_with (`bool`): it was made with exactly the one it names.
+        revision (`str`, *optional*): commit sha of that one; None for a folder.
+    """
+
+    names: tuple[str, ...]
+    made_with: bool = False
+    revision: str | None = None
+
+
+def said_by(item: PinnedCheckpoint) -> SaidBase:
+    """Base models in the card or config of a fine-tune.
+
+    Args:
+        item ([`PinnedCheckpoint`]): a fine-tune.
+    """
+    return SaidBase(tuple(named_by(item)))
 
 
 def named_by(item: PinnedCheckpoint) -> list[str]:

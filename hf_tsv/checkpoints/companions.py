@@ -159,7 +159,7 @@ def output_config(
         dtypes (`set[torch.dtype]`): types of all written tensors.
         out_format (`str`): file layout; for OpenCLIP, defaults that transformers omits are added.
     """
-    config: dict[str, Any] = without_code(base.config)
+    config: dict[str, Any] = without_code(base.model_config)
     if out_format == "open_clip":
         from transformers import CLIPConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_tsv.checkpoints import layout
-from hf_tsv.checkpoints.formats.task import Task, config_of
+from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.system.errors import CheckpointError
 
@@ -17,7 +17,7 @@ def check_whole_clip(base: Checkpoint, what: str) -> None:
         base ([`Checkpoint`]): W0.
         what (`str`): feature that classifies, for the error.
     """
-    if not layout.is_clip(base.config) or not layout.is_full_model(base.tensors):
+    if not layout.is_clip(base.model_config) or not layout.is_full_model(base.tensors):
         raise CheckpointError(
             f"{what} classifies images, and the base model {base} is no CLIPModel.",
             "Name a whole CLIPModel with --base-model.",
@@ -36,8 +36,11 @@ def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
             "Name the CLIPModel it was fine-tuned from with --base-model.",
         )
     for item in inputs:
-        theirs, ours = str(config_of(item).get("model_type")), str(base.config.get("model_type"))
-        if layout.is_clip(base.config) != layout.is_clip(config_of(item)):
+        theirs, ours = (
+            str(item.model_config.get("model_type")),
+            str(base.model_config.get("model_type")),
+        )
+        if layout.is_clip(base.model_config) != layout.is_clip(item.model_config):
             raise CheckpointError(
                 f"{item} is of another architecture than the base model {base}: {theirs!r} and"
                 f" {ours!r}.",
@@ -58,7 +61,7 @@ def _misfits(base: Checkpoint, item: Task) -> list[str]:
     parts = layout.towers(item.tensors)
     encoders = parts & layout.towers(base.tensors)
     whole_model = False
-    if layout.is_clip(base.config):
+    if layout.is_clip(base.model_config):
         encoders &= {"vision_model", "text_model"}
         whole_model = {"vision_model", "text_model"} <= parts
     if not encoders:
@@ -93,14 +96,14 @@ def _misfits(base: Checkpoint, item: Task) -> list[str]:
 def config_warnings(base: Checkpoint, inputs: Sequence[Task]) -> list[str]:
     """Settings that change what the same weights compute, and that shapes do not show."""
     warnings = []
-    if not layout.is_clip(base.config):
+    if not layout.is_clip(base.model_config):
         warnings.append(
-            f"The base model {base} is not CLIP but {base.config['model_type']!r}: generic layout,"
-            " weights are matched by name and shape alone."
+            f"The base model {base} is not CLIP but {base.model_config['model_type']!r}: generic"
+            " layout, weights are matched by name and shape alone."
         )
-    reference = layout.tower_configs(base.config)
+    reference = layout.tower_configs(base.model_config)
     for item in inputs:
-        for tower, config in layout.tower_configs(config_of(item)).items():
+        for tower, config in layout.tower_configs(item.model_config).items():
             for key in ("hidden_act", "num_attention_heads", "layer_norm_eps", "patch_size"):
                 ours, theirs = reference.get(tower, {}).get(key), config.get(key)
                 if None not in (ours, theirs) and ours != theirs:

@@ -2,35 +2,128 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
 from hf_tsv import hub
-from hf_tsv.checkpoints.formats.adapters import is_adapter, open_adapter
-from hf_tsv.checkpoints.formats.factors import is_factors, open_factors
-from hf_tsv.checkpoints.formats.masks import is_masked, open_masked
+from hf_tsv.checkpoints.base_model import SaidBase, said_by
+from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from hf_tsv.checkpoints.formats.adapters import Adapter, open_adapter
+from hf_tsv.checkpoints.formats.factors import Factors, base_of_factors, open_factors
+from hf_tsv.checkpoints.formats.masks import CONFIG_FILE as MASK_CONFIG
+from hf_tsv.checkpoints.formats.masks import Masked, base_of_mask, open_masked
+from hf_tsv.checkpoints.formats.open_clip import CONFIG_FILE as OPEN_CLIP_CONFIG
 from hf_tsv.checkpoints.formats.task import Task
-from hf_tsv.checkpoints.formats.whole import open_checkpoint
+from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
+from hf_tsv.checkpoints.names import CONFIG_FILE, FACTORS_CONFIG
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, Reference, pin
-from hf_tsv.checkpoints.storage.files import HubFiles, LocalFiles
 from hf_tsv.system.errors import CheckpointError, RepoError
 from hf_tsv.system.progress import logger
 
+T = TypeVar("T")
 
-def open_task(pinned: PinnedCheckpoint) -> Task:
-    """Read the headers of a checkpoint, of an adapter, or of task factors.
+Opener = Callable[[], Checkpoint]
+"""Gives the base model, for formats that cannot be opened without it."""
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """A form in which fine-tunes are stored.
+
+    Args:
+        name (`str`): in reports.
+        task (`type[Task]`): what it is opened as.
+        markers (`tuple[str, ...]`): files of which one tells that it is this form.
+        open (`Callable[[PinnedCheckpoint, Opener], Task]`): reads its headers.
+        says_base (`Callable[[PinnedCheckpoint], SaidBase]`): reads which base model it names.
+        needs_base (`bool`): `open` asks for the base model.
+        layout (`str`, *optional*): naming scheme of its tensors, in reports; default: that of the
+            checkpoint.
+    """
+
+    name: str
+    task: type[Task]
+    markers: tuple[str, ...]
+    open: Callable[[PinnedCheckpoint, Opener], Task]
+    says_base: Callable[[PinnedCheckpoint], SaidBase] = said_by
+    needs_base: bool = False
+    layout: str | None = None
+
+
+FORMATS = (
+    InputFormat("mask", Masked, (MASK_CONFIG,), lambda it, _: open_masked(it), base_of_mask),
+    InputFormat(
+        "adapter", Adapter, (ADAPTER_CONFIG,), open_adapter, needs_base=True, layout="peft",
+    ),
+    InputFormat(
+        "factors", Factors, (FACTORS_CONFIG,), lambda it, _: open_factors(it), base_of_factors,
+        layout="task factors",
+    ),
+    InputFormat(
+        "checkpoint", Checkpoint, (CONFIG_FILE, OPEN_CLIP_CONFIG),
+        lambda it, _: open_checkpoint(it),
+    ),
+)  # fmt: skip
+"""Every form that is read: the first whose marker is there; where none is, the last one."""
+
+
+def format_of(pinned: PinnedCheckpoint) -> InputFormat:
+    """Form in which a repository or folder holds a fine-tune, by the names of its files."""
+    there = (f for f in FORMATS if any(pinned.files.size(m) is not None for m in f.markers))
+    return next(there, FORMATS[-1])
+
+
+def without_base() -> Checkpoint:
+    """Stand in for the base model where it is not known yet: formats that need it cannot ask."""
+    raise AssertionError("This form has to say that it needs the base model.")
+
+
+def open_task(pinned: PinnedCheckpoint, base: Opener) -> Task:
+    """Read the headers of a fine-tune, in whatever form it is stored.
 
     Where pickles cannot be read, the conversion to safetensors that the Hub offers as a pull
     request is.
+
+    Args:
+        pinned ([`PinnedCheckpoint`]): commit or folder.
+        base (`Callable[[], Checkpoint]`): gives the base model, if the form needs it.
     """
+    return _readable(pinned, lambda found: format_of(found).open(found, base))
+
+
+def open_base(pinned: PinnedCheckpoint) -> Checkpoint:
+    """Read the headers of a base model, which is a whole checkpoint.
+
+    Args:
+        pinned ([`PinnedCheckpoint`]): commit or folder.
+
+    Raises:
+        [`CheckpointError`]: it is stored in another form.
+    """
+    form = format_of(pinned)
+    if not form.task.is_whole:
+        raise CheckpointError(
+            f"The base model {pinned} {form.task.says}.",
+            "Name the model that the tasks were fine-tuned from.",
+        )
+    return _readable(pinned, open_checkpoint)
+
+
+def _readable(pinned: PinnedCheckpoint, read: Callable[[PinnedCheckpoint], T]) -> T:
+    """What is read of a commit, or of the conversion of its pickles to safetensors."""
     try:
-        return _opened(pinned)
+        return read(pinned)
     except CheckpointError as error:
         converted = _conversion(pinned)
         if converted is None:
-            if isinstance(pinned.files, LocalFiles) and not pinned.is_local:
-                cached = next(p for p in pinned.files.root.parents if p.name == "snapshots").parent
+            folder = pinned.files.folder
+            if folder is not None and not pinned.is_local:
+                cached = next(p for p in folder.parents if p.name == "snapshots").parent
                 error.hint = f"Run once with a connection; if it stays, delete {cached} first."
             raise
         logger.warning("%s Its conversion %s is read.", error.message, converted)
-        return _opened(converted)
+        return read(converted)
 
 
 def _conversion(pinned: PinnedCheckpoint) -> PinnedCheckpoint | None:
@@ -38,9 +131,9 @@ def _conversion(pinned: PinnedCheckpoint) -> PinnedCheckpoint | None:
     pickled = any(name.endswith(".bin") for name in names)
     if not pickled or any(name.endswith(".safetensors") for name in names):
         return None
-    if not isinstance(pinned.files, HubFiles):
+    repo = pinned.files.downloads
+    if repo is None:
         return None
-    repo = pinned.files.repo
     try:
         revision = hub.conversion(repo)
         if revision is None:
@@ -49,11 +142,3 @@ def _conversion(pinned: PinnedCheckpoint) -> PinnedCheckpoint | None:
         return pin(reference, token=repo.token, cache_dir=repo.cache_dir)
     except RepoError:  # what is wrong with the pickle says more
         return None
-
-
-def _opened(pinned: PinnedCheckpoint) -> Task:
-    if is_masked(pinned):
-        return open_masked(pinned)
-    if is_adapter(pinned):
-        return open_adapter(pinned)
-    return open_factors(pinned) if is_factors(pinned) else open_checkpoint(pinned)

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import constants
 
 from hf_tsv import hub
 from hf_tsv.checkpoints import base_model, companions
-from hf_tsv.checkpoints.formats.adapters import Adapter
-from hf_tsv.checkpoints.formats.factors import Factors
-from hf_tsv.checkpoints.formats.masks import Masked
 from hf_tsv.checkpoints.formats.task import Task, equals_base
 from hf_tsv.checkpoints.formats.whole import Checkpoint
-from hf_tsv.checkpoints.opening import open_task
+from hf_tsv.checkpoints.opening import format_of, open_base, open_task, without_base
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, Reference, at_revision, parse, pin
 from hf_tsv.checkpoints.storage.ahead import AHEAD_BYTES, AheadFiles, Connections
-from hf_tsv.checkpoints.storage.files import HubFiles, LocalFiles
+from hf_tsv.checkpoints.storage.files import Files, LocalFiles
 from hf_tsv.system.errors import CheckpointError, HfTsvError
 from hf_tsv.system.folders import check_free_space, local_kind
 from hf_tsv.system.progress import logger
 from hf_tsv.system.text import human_bytes
-from hf_tsv.system.threads import in_parallel
+from hf_tsv.system.threads import Once, in_parallel
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Sources:
 
     Args:
         base ([`Checkpoint`]): W0.
-        inputs (`tuple[Checkpoint | Factors, ...]`): the tasks.
+        inputs (`tuple[Task, ...]`): the tasks.
         access ([`Access`]): how they were reached.
         warnings (`tuple[str, ...]`): what the user should know of them.
     """
@@ -98,11 +96,15 @@ class Sources:
         Args:
             visible (`bool`): show one progress bar over everything that is downloaded.
         """
-        items = _streamed(self.all()) if self.access.stream else self.all()
-        *inputs, base = fetched(items, with_companions=[items[-1]], visible=visible)
-        assert isinstance(base, Checkpoint)  # it was one before
-        inputs = [item.on(base) if isinstance(item, Adapter | Masked) else item for item in inputs]
-        return replace(self, inputs=tuple(inputs), base=base)
+        found = self._read_from(_streamed(self.all())) if self.access.stream else self
+        files = fetched(found.all(), with_companions=[found.base], visible=visible)
+        return found._read_from(files)
+
+    def _read_from(self, files: Sequence[Files]) -> Sources:
+        *theirs, ours = files
+        pairs = zip(self.inputs, theirs, strict=True)
+        inputs = tuple(item.reading_from(found) for item, found in pairs)
+        return replace(self, inputs=inputs, base=self.base.reading_from(ours))
 
     def close(self) -> None:
         """Close the files that were read, and connections."""
@@ -112,27 +114,20 @@ class Sources:
 
 def _far(item: Task) -> bool:
     """Whether anything that a run reads of it has to be fetched."""
-    files = item.pinned.files
-    if type(files) is HubFiles:
-        return bool(hub.uncached(files.repo, [files.path(name) for name in item.needed_files]))
-    return isinstance(files, AheadFiles)
+    return bool(item.pinned.files.uncached(item.needed_files))
 
 
-def _streamed(items: Sequence[Task]) -> Sequence[Task]:
-    """The same items; those that the cache does not hold are read from the Hub."""
+def _streamed(items: Sequence[Task]) -> list[Files]:
+    """Files of items; those of which the cache lacks some are read from the Hub."""
     far = [_far(item) for item in items]
+    result = [item.pinned.files for item in items]
     if not any(far):
-        return items
+        return result
     connections = Connections()
-    result: list[Task] = []
-    for item, is_far in zip(items, far, strict=True):
-        files = item.pinned.files
-        if is_far and isinstance(files, HubFiles):
+    for i, files in enumerate(result):
+        if far[i] and files.downloads is not None:
             share = AHEAD_BYTES // sum(far)
-            ahead = AheadFiles(files.repo, files.subfolder, connections, share)
-            result.append(item.reading_from(ahead))
-        else:
-            result.append(item)
+            result[i] = AheadFiles(files.downloads, files.subfolder, connections, share)
     return result
 
 
@@ -140,25 +135,28 @@ def _wanted(items: Sequence[Task], with_companions: Sequence[Task]) -> list[hub.
     """What has to be on disk of repositories: weights and config, and companion files of some."""
     wanted = []
     for item in items:
-        if type(item.pinned.files) is not HubFiles:  # those that are streamed stay where they are
+        files = item.pinned.files
+        repo = files.downloads
+        if repo is None:  # a folder, or what is streamed
             continue
-        repo = item.pinned.files.repo
-        names = [item.pinned.files.path(name) for name in item.needed_files]
+        names = list(map(files.path, item.needed_files))
         if "README.md" in repo.sizes:  # an offline run infers the base from it
             names.append("README.md")
         if any(item is other for other in with_companions):
-            names += map(item.pinned.files.path, companions.present(item.pinned))
+            names += map(files.path, companions.present(item.pinned))
         wanted.append(hub.Wanted(repo, item.pinned.asked_revision, tuple(names)))
     return wanted
 
 
-def fetched(items: Sequence[Task], *, with_companions: Sequence[Task], visible: bool) -> list[Task]:
-    """The same items, read from this machine; fetches in parallel what the cache does not hold.
+def fetched(
+    items: Sequence[Task], *, with_companions: Sequence[Task], visible: bool
+) -> list[Files]:
+    """Files of items on this machine; fetches in parallel what the cache does not hold.
 
     Args:
-        items (`Sequence[Checkpoint | Factors]`): of the Hub, or of folders.
-        with_companions (`Sequence[Checkpoint | Factors]`): those whose processor and tokenizer
-            files are needed too.
+        items (`Sequence[Task]`): of the Hub, or of folders.
+        with_companions (`Sequence[Task]`): those whose processor and tokenizer files are needed
+            too.
         visible (`bool`): show one progress bar over everything.
     """
     wanted = _wanted(items, with_companions)
@@ -166,11 +164,10 @@ def fetched(items: Sequence[Task], *, with_companions: Sequence[Task], visible: 
         check_free_space(Path(wanted[0].repo.cache_dir or constants.HF_HUB_CACHE), size)
         logger.info("Downloading %s.", human_bytes(size))
     folders = iter(hub.download(wanted, visible=visible))
+    every = [item.pinned.files for item in items]
     return [
-        item.reading_from(LocalFiles(next(folders) / item.pinned.files.subfolder))
-        if type(item.pinned.files) is HubFiles
-        else item
-        for item in items
+        files if files.downloads is None else LocalFiles(next(folders) / files.subfolder)
+        for files in every
     ]
 
 
@@ -199,38 +196,43 @@ def open_sources(
     named = [parse(text, access.subfolder) for text in references]
     named += [] if base_reference is None else [parse(base_reference)]
     tasks = in_parallel(pinned, named)
-    inputs = in_parallel(open_task, tasks)
-    for item in inputs[: len(references)] if only_factors else ():
-        if not isinstance(item, Factors):
-            what = {Adapter: "PEFT adapter", Masked: "mask"}.get(type(item), "checkpoint")
-            hint = "Make factors with `hf-tsv compress`."
-            if isinstance(item, Masked):
-                hint = f"`hf-tsv merge {item} -o DIR` makes a whole checkpoint of it."
-            raise CheckpointError(f"{item} is a {what}, not task factors.", hint)
-    opened_base: Task
+    opened: list[Task | None] = [None] * len(references)
     if base_reference is None:
-        base = pinned(parse(_inferred_base(inputs, pinned)))
-        opened_base = open_task(base)
+        opened = in_parallel(_alone, tasks)
+        if only_factors:
+            _refuse_others(tasks, opened)
+        base_pin = pinned(parse(_inferred_base(tasks, pinned)))
     else:
-        base, opened_base = tasks.pop(), inputs.pop()
-    if isinstance(opened_base, Factors):
-        raise CheckpointError(
-            f"The base model {opened_base} holds task factors.",
-            "Name the checkpoint that the tasks were fine-tuned from.",
-        )
-    if isinstance(opened_base, Adapter | Masked):
-        what = "an adapter" if isinstance(opened_base, Adapter) else "a mask"
-        raise CheckpointError(
-            f"The base model {opened_base} is {what}.",
-            "Name the model that the tasks were fine-tuned from.",
-        )
-    found = opened_base
-    inputs = [item.on(found) if isinstance(item, Adapter | Masked) else item for item in inputs]
-    warnings = _check_distinct(tasks, base)
-    return Sources(opened_base, tuple(inputs), access, tuple(warnings))
+        base_pin = tasks.pop()
+    base = Once(lambda: open_base(base_pin))
+    rest = [pin for pin, item in zip(tasks, opened, strict=True) if item is None]
+    calls: list[Callable[[], Task]] = [*(partial(open_task, pin, base) for pin in rest), base]
+    found = iter(in_parallel(lambda call: call(), calls))
+    inputs = tuple(next(found) if item is None else item for item in opened)
+    if only_factors:
+        _refuse_others(tasks, inputs)
+    warnings = _check_distinct(tasks, base_pin)
+    return Sources(base(), inputs, access, tuple(warnings))
 
 
-def _inferred_base(inputs: Sequence[Task], pinned: Callable[[Reference], PinnedCheckpoint]) -> str:
+def _alone(pinned: PinnedCheckpoint) -> Task | None:
+    """Open a fine-tune, unless that needs the base model."""
+    return None if format_of(pinned).needs_base else open_task(pinned, without_base)
+
+
+def _refuse_others(pins: Sequence[PinnedCheckpoint], opened: Sequence[Task | None]) -> None:
+    """Refuse what is no task factors."""
+    for pinned, item in zip(pins, opened, strict=True):
+        if item is None or item.description is None:
+            form = format_of(pinned).task
+            raise CheckpointError(
+                f"{pinned} is a {form.kind}, not task factors.", form.for_factors.format(pinned)
+            )
+
+
+def _inferred_base(
+    tasks: Sequence[PinnedCheckpoint], pinned: Callable[[Reference], PinnedCheckpoint]
+) -> str:
     """Reference of the base model that cards, configs and factors agree on."""
 
     def parents(name: str) -> list[str]:
@@ -239,21 +241,12 @@ def _inferred_base(inputs: Sequence[Task], pinned: Callable[[Reference], PinnedC
         except HfTsvError:  # gone, private, or a folder elsewhere: it says nothing
             return []
 
-    origins: dict[str, tuple[str, str | None]] = {}
-    for item in inputs:
-        if isinstance(item, Factors):
-            origins[str(item)] = (item.config.base_model.ref, item.config.base_model.revision)
-        elif isinstance(item, Masked):
-            origins[str(item)] = (item.base_ref, item.base_revision)
-    said = {
-        str(item): [origins[str(item)][0]]
-        if str(item) in origins
-        else base_model.named_by(item.pinned)
-        for item in inputs
-    }
-    found, speakers = base_model.infer(said, parents)
+    said = in_parallel(lambda task: format_of(task).says_base(task), tasks)
+    found, speakers = base_model.infer(
+        {str(task): one.names for task, one in zip(tasks, said, strict=True)}, parents
+    )
     logger.info("Base model: %s, named by %s.", found, ", ".join(speakers))
-    revisions = {revision for ref, revision in origins.values() if ref == found}
+    revisions = {one.revision for one in said if one.made_with and found in one.names}
     if None in revisions:  # factors of a folder: the same one must be here
         if local_kind(found) != "folder":
             raise CheckpointError(

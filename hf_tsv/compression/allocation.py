@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_tsv.compression.candidates import DENSE, Job, Measured
-from hf_tsv.compression.files import holder_of, plan_adapter
+from hf_tsv.compression.files import plan_adapter, spec_of
 from hf_tsv.linalg.updates import matrix_shape
 from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.system.errors import RecipeError
@@ -199,7 +199,7 @@ def _fixed_bytes(measured: Sequence[Measured], job: Job) -> tuple[int, int]:
     largest = {m.candidate.name: m.numerical_rank for m in measured if m.candidate.limit}
     plan = plan_adapter(job, measured, largest)
     base = job.sources.base.tensors
-    values = sum(holder_of(job, name).tensors[name].nbytes for name in plan.values)
+    values = sum(spec_of(job, name).nbytes for name in plan.values)
     if not plan.biases:
         return values, 0
     biases = sum(math.prod(base[name].shape) for name in plan.biases) * job.options.dtype.itemsize

@@ -40,7 +40,7 @@ def prepare(sources: Sources, options: Options) -> Job:
             f"The base model {base} is in OpenCLIP's format, which PEFT does not load.",
             "Leave --format out: task factors serve every format.",
         )
-    if options.format == "peft" and not layout.is_clip(base.config):
+    if options.format == "peft" and not layout.is_clip(base.model_config):
         raise CheckpointError(
             f"The base model {base} is not CLIP, and adapters are made for CLIP only.",
             "Leave --format out: task factors serve every model.",
@@ -132,7 +132,7 @@ def _compress_into(
         update_error=math.sqrt((lost + written.rounding) / total),
         weights=written.weights,
         task_head=tuple(source.head) if options.format == "factors" else (),
-        model_config=companions.without_code(source.config),
+        model_config=companions.without_code(source.model_config),
         format=FORMAT if options.format == "factors" else ADAPTER_FORMAT,
         left_out=written.left_out,
     )

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from hf_tsv.checkpoints import layout
-from hf_tsv.checkpoints.formats.factors import Factors
-from hf_tsv.checkpoints.formats.task import identity_entry
-from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.formats.task import Task, identity_entry
 from hf_tsv.checkpoints.sources import Sources
-from hf_tsv.checkpoints.storage.tensors import byte_view
+from hf_tsv.checkpoints.storage.tensors import TensorSpec, byte_view
 from hf_tsv.compression import peft
 from hf_tsv.linalg import updates
 from hf_tsv.linalg.updates import TaskSingularVectors, matrix_shape
@@ -118,10 +116,10 @@ class Job:
     warnings: tuple[str, ...]
 
     @property
-    def source(self) -> Checkpoint:
+    def source(self) -> Task:
         """Fine-tuned checkpoint."""
         (item,) = self.sources.inputs
-        if isinstance(item, Factors):
+        if item.description is not None:
             raise CheckpointError(
                 f"{item} holds task factors already.",
                 "Compress the fine-tuned checkpoint; `hf-tsv reconstruct` makes one of factors.",
@@ -132,7 +130,7 @@ class Job:
     def checkpoint_bytes(self) -> int:
         """Size of all tensors of the fine-tuned checkpoint, in bytes."""
         held = (*self.source.tensors.values(), *self.source.head.values())
-        return sum(info.nbytes for info in held)
+        return sum(TensorSpec(info.dtype, info.shape).nbytes for info in held)
 
     @property
     def base_bytes(self) -> int:
@@ -158,7 +156,8 @@ class Job:
 
     def delta(self, name: str) -> Tensor:
         """Compute Δ of one weight."""
-        return updates.difference(self.source.read(name), self.sources.base.read(name))
+        w0 = self.sources.base.original([name])
+        return updates.difference(self.source.weight(w0), w0.tensor)
 
 
 def candidates_of(job: Job) -> tuple[Candidate, ...]:
@@ -172,7 +171,7 @@ def candidates_of(job: Job) -> tuple[Candidate, ...]:
     )
 
 
-def _candidate(name: str, source: Checkpoint, options: Options) -> Candidate:
+def _candidate(name: str, source: Task, options: Options) -> Candidate:
     info = source.tensors[name]
     dense_bytes = math.prod(info.shape) * options.dtype.itemsize
     only_dense = Candidate(name, info.shape, info.dtype, 0, 0, dense_bytes)
@@ -188,10 +187,13 @@ def _candidate(name: str, source: Checkpoint, options: Options) -> Candidate:
     return Candidate(name, info.shape, info.dtype, limit, triplet_bytes, dense_bytes)
 
 
-def _adapter_candidate(name: str, source: Checkpoint, options: Options) -> Candidate:
+def _adapter_candidate(name: str, source: Task, options: Options) -> Candidate:
     """Candidate for an adapter: any rank for a linear layer, else the value itself or nothing."""
     info = source.tensors[name]
-    if layout.name_in_class(name, options.model_class or layout.saved_class(source.config)) is None:
+    if (
+        layout.name_in_class(name, options.model_class or layout.saved_class(source.model_config))
+        is None
+    ):
         return Candidate(name, info.shape, info.dtype, 0, 0, 0)
     if peft.is_target(name):
         rows, columns = info.shape
@@ -199,7 +201,7 @@ def _adapter_candidate(name: str, source: Checkpoint, options: Options) -> Candi
         limit = options.rule.rank_before(k) or k
         triplet_bytes = (rows + columns) * options.dtype.itemsize
         return Candidate(name, info.shape, info.dtype, limit, triplet_bytes, None)
-    nbytes = info.nbytes
+    nbytes = TensorSpec(info.dtype, info.shape).nbytes
     if peft.is_bias(name):  # its change is stored, in the dtype of the pairs
         nbytes = math.prod(info.shape) * options.dtype.itemsize
     return Candidate(name, info.shape, info.dtype, 0, 0, nbytes if options.dense else 0)

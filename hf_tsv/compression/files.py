@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.description import StoredWeight, tensor_specs
-from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.names import ADAPTER_FILE, FACTORS_FILE
 from hf_tsv.checkpoints.storage.tensors import TensorSpec
 from hf_tsv.checkpoints.storage.writer import ShardWriter, plan_shards
@@ -75,7 +74,7 @@ def write_factors(
         for item in measured:
             rounding += _write_update(writer, job, spool, item, weights[item.candidate.name])
         for name in head:
-            writer.write(f"{name}.value", job.source.read(name))
+            writer.write(f"{name}.value", job.source.head_tensor(name))
         writer.close()
     finally:
         writer.abandon()
@@ -123,10 +122,8 @@ def write_adapter(
         specs |= {key_a: TensorSpec(dtype, (r, d_in)), key_b: TensorSpec(dtype, (d_out, r))}
     for name, key in plan.biases.items():
         specs[key] = TensorSpec(dtype, base.tensors[name].shape)
-    values = {name: holder_of(job, name) for name in plan.values}
     for name, key in plan.values.items():
-        info = values[name].tensors[name]
-        specs[key] = TensorSpec(info.dtype, info.shape)
+        specs[key] = spec_of(job, name)
     shards = plan_shards(specs, 2**62, ADAPTER_FILE)  # PEFT reads a single file
     rounding = 0.0
     writer = ShardWriter(folder, shards)
@@ -145,7 +142,7 @@ def write_adapter(
             writer.write(key, rounded)
             rounding += _squared(delta.double() - rounded)
         for name, key in plan.values.items():
-            writer.write(key, values[name].read(name))
+            writer.write(key, _fine_tuned(job, name))
         writer.close()
     finally:
         writer.abandon()
@@ -179,12 +176,20 @@ def plan_adapter(job: Job, measured: Sequence[Measured], ranks: Mapping[str, int
 
 def model_class_of(job: Job) -> str:
     """Name of the model class that an adapter is for."""
-    return job.options.model_class or layout.saved_class(job.source.config)
+    return job.options.model_class or layout.saved_class(job.source.model_config)
 
 
-def holder_of(job: Job, name: str) -> Checkpoint:
-    """Checkpoint with the fine-tuned value of a weight: the base where the task has none."""
-    return job.source if name in job.source.tensors else job.sources.base
+def spec_of(job: Job, name: str) -> TensorSpec:
+    """Type and shape of a weight: those of the base where the task has none."""
+    held = job.source.tensors
+    info = held[name] if name in held else job.sources.base.tensors[name]
+    return TensorSpec(info.dtype, info.shape)
+
+
+def _fine_tuned(job: Job, name: str) -> Tensor:
+    """Fine-tuned value of a weight: that of the base where the task has none."""
+    w0 = job.sources.base.original([name])
+    return job.source.weight(w0) if name in job.source.tensors else w0.tensor
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

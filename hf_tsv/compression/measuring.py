@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from hf_tsv.checkpoints import layout
-from hf_tsv.checkpoints.formats.whole import Checkpoint
-from hf_tsv.checkpoints.storage.tensors import digest
+from hf_tsv.checkpoints.formats.change import update_of
+from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.compression.candidates import Candidate, Job, Measured, Spool
 from hf_tsv.linalg import products, updates
 from hf_tsv.linalg.svd import truncated_svd
 from hf_tsv.linalg.updates import TaskSingularVectors, matrix_shape
 from hf_tsv.runs.journal import Journal
-from hf_tsv.runs.reading import Seconds, expect, named, read_ahead, stop_fetching, update_of
+from hf_tsv.runs.reading import Seconds, expect, named, read_ahead, stop_fetching
 from hf_tsv.system.memory import reused, share_one_heap
 
 CURVE_POINTS = 49
@@ -138,19 +138,20 @@ class _Loaded:
 
 def _load(candidate: Candidate, job: Job) -> _Loaded:
     started = time.monotonic()
-    w0, w1 = job.sources.base.read(candidate.name), job.source.read(candidate.name)
+    original = job.sources.base.original([candidate.name])
     rows, columns = matrix_shape(candidate.shape)
-    w0, w1 = w0.reshape(rows, columns), w1.reshape(rows, columns)
+    w0 = original.tensor.reshape(rows, columns)
+    w1 = job.source.weight(original).reshape(rows, columns)
     delta, _ = update_of(candidate.name, job.source, w1, w0)
     norm = products.frobenius_norm(delta)
     norm = norm if norm**2 else 0.0  # no stored type has numbers so small
     floor = updates.storage_noise(w0, w1, norm, overwrite=True) if candidate.limit else 0.0
-    sha256 = digest(w0.reshape(candidate.shape))
+    sha256 = original.digest()
     return _Loaded(candidate, delta, norm, sha256, floor, time.monotonic() - started)
 
 
 def _decompose(
-    loaded: _Loaded, source: Checkpoint, device: torch.device
+    loaded: _Loaded, source: Task, device: torch.device
 ) -> tuple[Measured, TaskSingularVectors | None]:
     """Leading triplets of one weight, as many as may be kept; None if none may."""
     candidate, delta, norm = loaded.candidate, loaded.delta, loaded.norm

@@ -15,7 +15,6 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from hf_tsv import hub
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
-from hf_tsv.checkpoints.storage.files import HubFiles
 from hf_tsv.system.errors import OutputError
 from hf_tsv.system.folders import disk_errors
 from hf_tsv.system.untrusted import MAX_BYTES, parse_yaml
@@ -88,12 +87,12 @@ def _local_card(pinned: PinnedCheckpoint, create_pr: bool) -> Card:
 
 def _hub_card(pinned: PinnedCheckpoint, token: str | None, create_pr: bool) -> Card:
     repo_id, branch = repo_id_of(pinned.ref), pinned.asked_revision or "main"
-    if not isinstance(pinned.files, HubFiles):
+    repo = pinned.files.downloads
+    if repo is None:
         raise OutputError(
             f"The card of {repo_id} cannot be written while the Hub cannot be reached.",
             "Leave --card out, or try again with a connection.",
         )
-    repo = pinned.files.repo
     if pinned.files.subfolder:
         raise OutputError(
             f"{pinned} is a part of a repository, whose card is about the whole.",

@@ -139,7 +139,7 @@ def execute(
         companions.check(job.sources.base)
         for item in job.sources.inputs if job.settings.keep_heads else ():
             for name in item.head:  # damage shows before the work
-                item.read(name)
+                item.head_tensor(name)
         if job.settings.row.before:
             base, inputs = job.sources.base, job.sources.inputs
             known = loading.known_before(job.plan, base, inputs, job.scales, job.settings)
@@ -245,7 +245,7 @@ def _construct(
         if job.head is not None:
             writer = ShardWriter(folder, job.plan.shards, create=False)
             for name in job.head.head:
-                writer.write(name, job.head.read(name).to(job.plan.specs[name].dtype))
+                writer.write(name, job.head.head_tensor(name).to(job.plan.specs[name].dtype))
             writer.close()
         findings = Findings(len(job.sources.inputs), _all_noted(job, work, group.count))
         _check_fingerprints(job, findings)
@@ -338,7 +338,7 @@ def _complete(folder: Path, job: Job) -> None:
     dtypes = {spec.dtype for spec in job.plan.specs.values()}
     config = companions.output_config(base, dtypes, kind)
     if job.head is not None and job.head.head:
-        config |= companions.head_config(job.head.config.model_config, job.head.head)
+        config |= companions.head_config(job.head.model_config, job.head.head)
     companions.write(base, folder, config, kind)
 
 

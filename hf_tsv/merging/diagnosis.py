@@ -10,8 +10,6 @@ from statistics import median
 
 import torch
 
-from hf_tsv.checkpoints.formats.adapters import Adapter
-from hf_tsv.checkpoints.formats.factors import Factors
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.plan import MergePlan
@@ -70,7 +68,7 @@ def diagnoses(
     """Warnings about the inputs.
 
     Args:
-        inputs (`Sequence[Checkpoint | Factors]`): the tasks.
+        inputs (`Sequence[Task]`): the tasks.
         scales (`Sequence[float]`): factor of each task's update.
         plan ([`MergePlan`]): plan of the merge.
         findings ([`Findings`]): findings about every weight.
@@ -153,13 +151,13 @@ def norms(findings: Findings, task: int) -> tuple[float, float]:
 
 
 def _low_ranks(inputs: Sequence[Task], plan: MergePlan, findings: Findings) -> list[Diagnosis]:
-    """Warnings about low-rank updates of whole checkpoints; factors have a known rank."""
+    """Warnings about low-rank updates of those that are not known to be."""
     sides = {weight.label: min(weight.shape) for weight in plan.weights if weight.rank}
     kept = {weight.label: weight.rank for weight in plan.weights}
     found = []
     for i, item in enumerate(inputs):
-        if isinstance(item, Factors | Adapter):
-            continue  # the rank is known
+        if item.has_few_triplets:
+            continue  # and that is known
         if _rounded(item, i, findings)[0] >= MOSTLY_ROUNDING:
             continue  # rounding hides triplets, so their number says nothing about the rank
         low = total = 0.0
@@ -216,9 +214,8 @@ def _rounding(inputs: Sequence[Task], findings: Findings) -> list[Diagnosis]:
 def _rounded(item: Task, task: int, findings: Findings) -> tuple[float, str]:
     """Ratio of a checkpoint's rounding to ‖Δ‖, and the coarsest type it is stored in."""
     norm, base_norm = norms(findings, task)
-    dtypes = [info.dtype for info in item.tensors.values() if info.dtype.is_floating_point]
-    if isinstance(item, Factors) or not dtypes or not norm:
+    dtype = item.rounded_to
+    if dtype is None or not norm:
         return 0.0, ""
-    dtype = max(dtypes, key=lambda kind: torch.finfo(kind).eps)
     share = ROUNDING * torch.finfo(dtype).eps * base_norm / norm
     return share, str(dtype).removeprefix("torch.")

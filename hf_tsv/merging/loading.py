@@ -13,35 +13,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hf_tsv.checkpoints.formats.adapters import Adapter
-from hf_tsv.checkpoints.formats.factors import Factors
+from hf_tsv.checkpoints.formats.change import Original, refuse_huge
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
-from hf_tsv.checkpoints.storage.tensors import digest
-from hf_tsv.linalg import updates as updates_
-from hf_tsv.linalg.updates import (
-    TaskSingularVectors,
-    Update,
-    norm_of,
-    rounding_noise,
-    scaled,
-    storage_noise,
-)
+from hf_tsv.linalg.updates import TaskSingularVectors, Update, norm_of, scaled
 from hf_tsv.merging import costs
 from hf_tsv.merging.findings import Finding
 from hf_tsv.merging.plan import MergePlan, Weight
 from hf_tsv.methods.catalogue import METHODS, Method
 from hf_tsv.methods.rules import How, PassBefore, Updates, function_of, rule_of
 from hf_tsv.recipes.settings import Settings
-from hf_tsv.runs.reading import (
-    Seconds,
-    expect,
-    named,
-    read_ahead,
-    refuse_huge,
-    stop_fetching,
-    update_of,
-)
+from hf_tsv.runs.reading import Seconds, expect, named, read_ahead, stop_fetching
 from hf_tsv.system.memory import reused, share_one_heap
 
 T = TypeVar("T")
@@ -63,19 +45,25 @@ class LoadedWeight:
     Args:
         weight ([`Weight`]): its plan.
         base (`Tensor`): W0 as stored, stacked.
-        deltas (`dict[int, Tensor | TaskSingularVectors]`): updates by the tasks that changed it,
-            by input; Δ in float32, or the triplets of a compressed task. Only to be decomposed.
-        floors (`dict[int, float]`): their storage noise.
+        tasks (`tuple[int, ...]`): inputs that changed it.
+        floors (`tuple[float, ...]`): storage noise of each of their updates.
+        deltas (`list[Tensor | TaskSingularVectors]`): their updates; Δ in float32, or the triplets
+            of a compressed task. Empty where only their mean or sum is wanted.
         update (`Tensor`, *optional*): their mean or sum, where that is what is wanted.
         finding ([`Finding`]): what reading found.
     """
 
     weight: Weight
     base: Tensor
-    deltas: dict[int, Update]
-    floors: dict[int, float]
+    tasks: tuple[int, ...]
+    floors: tuple[float, ...]
+    deltas: list[Update]
     update: Tensor | None
     finding: Finding
+
+    def delta_of(self, task: int) -> Update | None:
+        """Update of an input; None: it left the weight as it was."""
+        return self.deltas[self.tasks.index(task)] if task in self.tasks else None
 
     def updates(
         self,
@@ -95,12 +83,12 @@ class LoadedWeight:
             known (`Any`): result of the method's pass before.
             keep (`bool`): ask the rule for what interference is measured from.
         """
-        deltas = [self.deltas.pop(i) for i in self.floors]
-        own = coefficients and [coefficients[i] for i in self.floors]
+        deltas = list(self.deltas)
+        self.deltas.clear()
+        own = coefficients and [coefficients[i] for i in self.tasks]
         how = How(settings.precision, settings.orthogonalizer, keep)
-        floors, tasks = list(self.floors.values()), tuple(self.floors)
         shape, rank = self.weight.shape, self.weight.rank
-        return Updates(_taken(deltas), floors, tasks, shape, count, rank, how, own, known)
+        return Updates(_taken(deltas), self.floors, self.tasks, shape, count, rank, how, own, known)
 
 
 def known_before(
@@ -115,7 +103,7 @@ def known_before(
     Args:
         plan ([`MergePlan`]): plan of the merge.
         base ([`Checkpoint`]): W0.
-        inputs (`Sequence[Checkpoint | Factors]`): the tasks.
+        inputs (`Sequence[Task]`): the tasks.
         scales (`Sequence[float]`): factor of each task's update.
         settings ([`Settings`]): settings of the merge.
     """
@@ -139,7 +127,7 @@ def read_weights(
     Args:
         weights (`Sequence[Weight]`): which.
         base ([`Checkpoint`]): W0.
-        inputs (`Sequence[Checkpoint | Factors]`): the tasks.
+        inputs (`Sequence[Task]`): the tasks.
         scales (`Sequence[float]`): factor of each task's update.
         device (`torch.device`): where updates go.
         ahead (`bool`): read the next one meanwhile.
@@ -168,7 +156,7 @@ class Reader:
 
     Args:
         base ([`Checkpoint`]): W0.
-        inputs (`Sequence[Checkpoint | Factors]`): the tasks.
+        inputs (`Sequence[Task]`): the tasks.
         scales (`Sequence[float]`): factor of each task's update.
         device (`torch.device`): where updates go.
         coefficients (`Mapping[str, Sequence[float]]`): of each task, by weight; here they concern
@@ -186,42 +174,31 @@ class Reader:
     def load(self, weight: Weight) -> LoadedWeight:
         started = time.monotonic()
         digests: dict[int, dict[str, str]] = {
-            i: {} for i, item in enumerate(self.inputs) if item.pinned.is_local
+            i: {} for i, item in [*enumerate(self.inputs), (-1, self.base)] if item.pinned.is_local
         }
-        if self.base.pinned.is_local or any(isinstance(i, Factors) for i in self.inputs):
-            digests[-1] = {}
-        w0 = self._read(weight, self.base, digests.get(-1))
-        deltas: dict[int, Update] = {}
-        floors: dict[int, float] = {}
-        samples: dict[int, Tensor] = {}
-        norms: dict[int, float] = {}
+        w0 = self.base.original(weight.names, weight.label, self.device, digests.get(-1))
+        base = w0.tensor
+        read: list[_Read] = []
+        deltas: list[Update] = []
         update: Tensor | None = None
         averaged = weight.treatment == "averaged"
-        coefficients = self.coefficients.get(weight.label) if averaged else None
-
-        def updates() -> Iterator[Update]:
-            for i, delta, floor, norm in self._updates(weight, w0, digests):
-                samples[i], floors[i], norms[i] = _sample(delta), floor, norm
-                yield delta if coefficients is None else scaled(delta, coefficients[i])
-                del delta  # before the next one is made
-
+        changes = self._changes(weight, w0, digests, read)
         if weight.treatment in TOGETHER:
-            found = list(updates())
-            deltas = dict(zip(floors, found, strict=True))
+            deltas = list(changes)
         elif weight.treatment != "copied":
-            update = self._combined(weight, updates())
+            update = self._combined(weight, changes)
             if update is not None and averaged:
                 # tasks that left the weight as it was count in the mean
-                update *= len(floors) / len(self.inputs)
+                update *= len(read) / len(self.inputs)
         seconds = Seconds(reading=time.monotonic() - started)
-        frozen = not floors and weight.treatment != "copied"
-        base_norm = norm_of(w0) if floors else 0.0
+        tasks = tuple(one.task for one in read)
         finding = Finding(
-            weight.label, frozen=frozen, digests=digests, seconds=seconds, tasks=tuple(samples),
-            likeness=_products(list(samples.values())),
-            norms=tuple(norms.values()), base_norm=base_norm,
+            weight.label, frozen=not read and weight.treatment != "copied", digests=digests,
+            seconds=seconds, tasks=tasks, likeness=_products([one.sample for one in read]),
+            norms=tuple(one.norm for one in read), base_norm=norm_of(base) if read else 0.0,
         )  # fmt: skip
-        return LoadedWeight(weight, w0, deltas, floors, update, finding)
+        floors = tuple(one.floor for one in read)
+        return LoadedWeight(weight, base, tasks, floors, deltas, update, finding)
 
     def _combined(self, weight: Weight, updates: Iterator[Update]) -> Tensor | None:
         """Sum or mean of updates, one in memory at a time; None if there is none."""
@@ -233,86 +210,46 @@ class Reader:
         streamed = chain(_taken(first), updates)
         return rule(Updates(streamed, (), (), weight.shape, len(self.inputs))).matrix
 
-    def _updates(
-        self, weight: Weight, w0: Tensor, digests: Mapping[int, dict[str, str]]
-    ) -> Iterator[tuple[int, Update, float, float]]:
-        """Updates of the tasks that changed a weight, each with its storage noise and norm."""
-        decomposed = weight.treatment == "decomposed"
+    def _changes(
+        self,
+        weight: Weight,
+        w0: Original,
+        digests: Mapping[int, dict[str, str]],
+        read: list[_Read],
+    ) -> Iterator[Update]:
+        """Scaled updates of a weight, one in memory at a time; each is noted in `read`."""
+        averaged = weight.treatment == "averaged"
+        coefficients = self.coefficients.get(weight.label) if averaged else None
         for i in weight.inputs:
-            source, scale, floor = self.inputs[i], self.scales[i], 0.0
-            if isinstance(source, Adapter) and not source.changes(weight.names):
-                continue
-            update: Update | None
-            if isinstance(source, Factors):
-                for name in weight.names:
-                    source.check_base(name, digests[-1][name], str(self.base))
-                update = _stored_update(source, weight, digests.get(i))
-                if update is None:
-                    continue
-                refuse_huge(weight.label, source, update)
-                if decomposed and isinstance(update, Tensor):
-                    floor = _stored_noise(source, weight, w0, update)
-                update = update.to(self.device)
-                norm = math.hypot(*(source.tensors[name].norm for name in weight.names))
-            elif decomposed and (own := _own_triplets(source, weight, digests.get(i))) is not None:
-                if not own.rank:
-                    continue
-                refuse_huge(weight.label, source, own)
-                update, norm = own.to(self.device), float(own.S.norm())
-            else:
-                wi = self._read(weight, source, digests.get(i))
-                update, largest = update_of(weight.label, source, wi, w0)
-                if not largest:
-                    continue
-                norm = norm_of(update)
-                if decomposed:
-                    floor = storage_noise(w0, wi, norm, overwrite=True)
-                del wi
-            if scale != 0.0:
-                refuse_huge(weight.label, source, update, scale)
-                yield i, scaled(update, scale), floor * abs(scale), norm
-            del update
-
-    def _read(self, weight: Weight, source: Checkpoint, digests: dict[str, str] | None) -> Tensor:
-        pinned = self.device.type == "cuda"
-        tensors = [source.read(name, pinned=pinned) for name in weight.names]
-        if digests is not None:
-            digests.update({n: digest(t) for n, t in zip(weight.names, tensors, strict=True)})
-        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        return tensor.to(self.device)
+            task, scale = self.inputs[i], self.scales[i]
+            with named(weight.label, [task]):
+                change = task.change(
+                    w0, decomposed=weight.treatment == "decomposed", digests=digests.get(i)
+                )
+            if change is not None and scale != 0.0:
+                refuse_huge(weight.label, task, change.update, scale)
+                update = scaled(change.update, scale)
+                read.append(_Read(i, change.floor * abs(scale), change.norm, _sample(update)))
+                yield update if coefficients is None else scaled(update, coefficients[i])
+                del update
+            del change  # before the next one is made
 
 
-def _own_triplets(
-    source: Checkpoint, weight: Weight, digests: dict[str, str] | None
-) -> TaskSingularVectors | None:
-    """Of an adapter, which needs no decomposition; None of other inputs and of stacked weights."""
-    if not isinstance(source, Adapter) or len(weight.names) > 1:
-        return None
-    with named(weight.label, [source]):
-        return source.triplets(weight.names[0], digests)
+@dataclass(frozen=True)
+class _Read:
+    """What is kept of the update of one task.
 
+    Args:
+        task (`int`): index of the input.
+        floor (`float`): storage noise, of the scaled update.
+        norm (`float`): ‖Δ‖, before it is scaled.
+        sample (`Tensor`): entries by which it is compared with others.
+    """
 
-def _stored_update(
-    factors: Factors, weight: Weight, digests: dict[str, str] | None
-) -> Update | None:
-    """The update of a weight from factors; of stacked weights as one dense matrix."""
-    updates = [factors.update(name, digests) for name in weight.names]
-    if len(updates) == 1 or all(update is None for update in updates):
-        return updates[0]
-    shapes = [factors.tensors[name].shape for name in weight.names]
-    parts = [
-        torch.zeros(shape) if update is None else updates_.dense(update).float()
-        for update, shape in zip(updates, shapes, strict=True)
-    ]
-    return torch.cat(parts)
-
-
-def _stored_noise(factors: Factors, weight: Weight, w0: Tensor, update: Tensor) -> float:
-    """Rounding in an update stored whole: of the checkpoint it was made from, and its own."""
-    dtypes = [factors.tensors[name].dtype for name in weight.names]
-    dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    w1 = (w0.double() + update.double()).to(dtype)
-    return storage_noise(w0, w1) + rounding_noise(update, factors.config.factor_dtype)
+    task: int
+    floor: float
+    norm: float
+    sample: Tensor
 
 
 def _taken(items: list[T]) -> Iterator[T]:

@@ -79,7 +79,7 @@ def write_masks(folder: Path, job: Job, unchanged: frozenset[str]) -> None:
             for name, w0 in loading.by_name(loaded.weight, loaded.base, base):
                 digests[name] = digest(w0)
             for i, writer in enumerate(writers):
-                update = loaded.deltas.get(i)
+                update = loaded.delta_of(i)
                 delta = torch.zeros_like(total) if update is None else updates.matrix_of(update)
                 mask = mask_of(delta, total)
                 for name, part in loading.by_name(loaded.weight, mask, base):

@@ -57,7 +57,7 @@ def merge_weights(
         weights (`Sequence[Weight]`): which.
         plan ([`MergePlan`]): what to do.
         base ([`Checkpoint`]): W0.
-        inputs (`Sequence[Checkpoint | Factors]`): the tasks.
+        inputs (`Sequence[Task]`): the tasks.
         scales (`Sequence[float]`): factor of each task's update.
         settings ([`Settings`]): how to merge.
         writer ([`ShardWriter`], *optional*): takes the result.
@@ -89,7 +89,7 @@ def merge_weights(
                     break
                 waited = time.monotonic() - started
                 started = time.monotonic()
-                with named(loaded.weight.label, [inputs[i] for i in loaded.floors]):
+                with named(loaded.weight.label, [inputs[i] for i in loaded.tasks]):
                     result, finding = _merge_one(
                         loaded, plan, settings, len(inputs), known,
                         reader.coefficients.get(loaded.weight.label),

@@ -14,7 +14,6 @@ import torch
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.fit import check_fit, config_warnings
 from hf_tsv.checkpoints.formats import open_clip
-from hf_tsv.checkpoints.formats.factors import Factors
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.storage.tensors import TensorInfo, TensorSpec
@@ -91,7 +90,7 @@ def make_plan(base: Checkpoint, inputs: Sequence[Task], settings: Settings) -> M
 
     Args:
         base ([`Checkpoint`]): W0.
-        inputs (`Sequence[Checkpoint | Factors]`): the tasks.
+        inputs (`Sequence[Task]`): the tasks.
         settings ([`Settings`]): how to merge, [`resolved`].
 
     Raises:
@@ -136,7 +135,7 @@ def lay_out(specs: dict[str, TensorSpec], base: Checkpoint, settings: Settings) 
     return plan_shards(specs, settings.max_shard_size, open_clip.SINGLE_FILE, placed)
 
 
-def resolved(base: Checkpoint, settings: Settings) -> Settings:
+def resolved(base: Task, settings: Settings) -> Settings:
     """The settings with what depends on the base model: its format, and how it stores attention.
 
     Args:
@@ -149,16 +148,16 @@ def resolved(base: Checkpoint, settings: Settings) -> Settings:
     )
 
 
-def treatments(checkpoint: Checkpoint, settings: Settings) -> tuple[Weight, ...]:
+def treatments(task: Task, settings: Settings) -> tuple[Weight, ...]:
     """What a merge would do with every tensor of a checkpoint, as far as its headers say.
 
     Args:
-        checkpoint ([`Checkpoint`]): a base model, or a fine-tune.
+        task ([`Task`]): a base model, or a fine-tune.
         settings ([`Settings`]): how to merge.
     """
-    settings = resolved(checkpoint, settings)
-    groups = _group(checkpoint.tensors, settings.qkv)
-    return tuple(_treat(names, checkpoint, [checkpoint], settings) for names in groups)
+    settings = resolved(task, settings)
+    groups = _group(task.tensors, settings.qkv)
+    return tuple(_treat(names, task, [task], settings) for names in groups)
 
 
 def _group(tensors: object, qkv: str | None) -> list[tuple[str, ...]]:
@@ -182,7 +181,7 @@ def _group(tensors: object, qkv: str | None) -> list[tuple[str, ...]]:
 
 
 def _treat(
-    names: tuple[str, ...], base: Checkpoint, inputs: Sequence[Task], settings: Settings
+    names: tuple[str, ...], base: Task, inputs: Sequence[Task], settings: Settings
 ) -> Weight:
     infos = [base.tensors[name] for name in names]
     shape = infos[0].shape
@@ -273,18 +272,12 @@ def _energy_warnings(weights: Sequence[Weight], inputs: Sequence[Task]) -> list[
     """What is missing in factors that keep fewer triplets than this merge uses."""
     warnings = []
     for i, item in enumerate(inputs):
-        if not isinstance(item, Factors):
-            continue
         short, missing, total = 0, 0.0, 0.0
         for weight in weights:
             alone = weight.treatment == "decomposed" and len(weight.names) == 1
             for name in weight.names if i in weight.inputs else ():
-                kept = item.tensors[name]
-                total += kept.norm**2
-                needed = min(weight.rank, kept.numerical_rank) if alone else kept.numerical_rank
-                if kept.stored == "dense" or (kept.stored == "factors" and kept.rank >= needed):
-                    continue
-                lost = (1 - kept.energy) * kept.norm**2
+                lost, energy = item.energy(name, weight.rank if alone else None)
+                total += energy
                 missing += lost
                 short += lost > 0
         if missing > NEGLIGIBLE_ENERGY * total:

@@ -11,10 +11,8 @@ import torch
 
 from hf_tsv.checkpoints import companions
 from hf_tsv.checkpoints.formats import heads
-from hf_tsv.checkpoints.formats.factors import Factors
 from hf_tsv.checkpoints.formats.task import Task, distinct_names, equals_base, identity_entry
 from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, Sources, open_sources
-from hf_tsv.linalg import updates
 from hf_tsv.merging.costs import Parallelism, fitting, noted_bytes
 from hf_tsv.merging.diagnosis import diagnoses
 from hf_tsv.merging.findings import Findings
@@ -46,7 +44,7 @@ class Job:
         warnings (`list[str]`): so far.
         expected (`tuple[str | None, ...]`): fingerprints of local folders in a recipe; base last.
         recipe_device (`str`, *optional*): type of device in a recipe.
-        head ([`Factors`], *optional*): whose task head the output gets.
+        head ([`Task`], *optional*): whose task head the output gets.
         verb (`str`): what is done, for the bar.
         max_memory (`int`, *optional*): bytes each process may use.
         parallelism ([`Parallelism`]): what fits into them.
@@ -64,7 +62,7 @@ class Job:
     warnings: list[str]
     expected: tuple[str | None, ...]
     recipe_device: str | None = None
-    head: Factors | None = None
+    head: Task | None = None
     verb: str = "Merging"
     max_memory: int | None = None
     parallelism: Parallelism = field(default_factory=Parallelism)
@@ -152,12 +150,8 @@ def refuse_unchanged(job: Job) -> None:
     names = (n for w in job.plan.weights if w.treatment != "copied" for n in w.names)
     by_size = sorted(names, key=lambda name: base.tensors[name].nbytes)
     for item in job.sources.inputs:
-        if isinstance(item, Factors):
-            if all(weight.stored == "none" for weight in item.tensors.values()):
-                raise equals_base(str(item), str(base))
-            continue
         held = (name for name in by_size if name in item.tensors)
-        if not any(updates.difference(item.read(n), base.read(n)).any() for n in held):
+        if not any(item.differs(base.original([name])) for name in held):
             raise equals_base(str(item), str(base))
 
 

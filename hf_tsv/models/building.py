@@ -14,12 +14,8 @@ from torch import Tensor
 
 from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.formats import heads
-from hf_tsv.checkpoints.formats.adapters import Adapter
-from hf_tsv.checkpoints.formats.factors import Factors
-from hf_tsv.checkpoints.formats.task import Task, config_of
+from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
-from hf_tsv.checkpoints.storage.tensors import digest
-from hf_tsv.linalg import products, updates
 from hf_tsv.system.device import pick_device
 from hf_tsv.system.errors import CheckpointError, HfTsvError
 from hf_tsv.system.text import first_line
@@ -39,44 +35,30 @@ PIPELINES = {
 
 @dataclass(frozen=True)
 class Found:
-    """Local checkpoint or factors, the base if needed, and the model class."""
+    """Local fine-tune, its base model or itself where that is whole, and the model class."""
 
     item: Task
-    base: Checkpoint | None
+    base: Checkpoint
     model_class: str
     processor: Path | None = None
 
 
-def default_class(item: Task) -> str:
-    """Class a checkpoint was saved as; for factors without a task head, that of the base."""
-    if isinstance(item, Factors):
-        return PIPELINES["image-classification"] if item.head else "base"
-    return layout.saved_class(item.config)
-
-
-def missing_parts(item: Checkpoint, model_class: str) -> set[str]:
+def missing_parts(item: Task, model_class: str) -> set[str]:
     return set(layout.MODEL_CLASSES[model_class].parts) - layout.towers(item.tensors)
 
 
 def check_clip(item: Task) -> None:
     """Refuse models other than CLIP, whose classes are unknown here."""
-    if isinstance(item, Adapter):
+    if not layout.is_clip(item.model_config):
         raise CheckpointError(
-            f"{item} is an adapter.", "Load it with PEFT: PeftModel.from_pretrained(base, …)."
-        )
-    config = config_of(item)
-    if not layout.is_clip(config):
-        whole = "`hf-tsv reconstruct` it, then load" if isinstance(item, Factors) else "Load"
-        raise CheckpointError(
-            f"{item} is not CLIP but {config.get('model_type')!r}.",
-            f"{whole} it with transformers' AutoModel.",
+            f"{item} is not CLIP but {item.model_config.get('model_type')!r}.", item.loading
         )
 
 
 def check_head(item: Task, model_class: str) -> None:
     """Refuse a classifier whose head would be random."""
     if model_class == "CLIPForImageClassification" and not item.head:
-        kept = heads.tasks_of(item) if isinstance(item, Checkpoint) else []
+        kept = heads.tasks_of(item) if item.description is None else []
         raise CheckpointError(
             f"{item} has no classification head, which image-classification needs.",
             f"Choose one of its tasks with task=…: {', '.join(kept)}."
@@ -114,13 +96,12 @@ def build(
     import transformers
 
     state = {}
-    names = dict.fromkeys([*(found.base.tensors if found.base else ()), *found.item.tensors])
-    for name in names:
+    for name in dict.fromkeys([*found.base.tensors, *found.item.tensors]):
         own_name = layout.name_in_class(name, found.model_class)
         if own_name is not None:
             state[own_name] = _value(name, found)
     if found.model_class == "CLIPForImageClassification":
-        state |= {name: found.item.read(name) for name in found.item.head}
+        state |= {name: found.item.head_tensor(name) for name in found.item.head}
     if dtype is None:
         stored = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
         dtype = reduce(torch.promote_types, stored)
@@ -139,8 +120,7 @@ def build(
         )
     model.name_or_path = str(found.item)
     for item in (found.item, found.base):
-        if item is not None:
-            close(item)
+        close(item)
     if device is not None:
         torch.nn.Module.to(model, pick_device(str(device)))
     return model
@@ -162,7 +142,7 @@ def understood(item: object) -> Iterator[None]:
 
 def _check_described(config: PreTrainedConfig, found: Found) -> None:
     """Refuse a config that describes more than the weights: building it can take any memory."""
-    tensors: dict[str, Any] = {**(found.base.tensors if found.base else {}), **found.item.tensors}
+    tensors = {**found.base.tensors, **found.item.tensors}
     for part, said in layout.tower_configs(config.to_dict()).items():
         tower = part.replace("_config", "_model")
         if tower not in layout.MODEL_CLASSES[found.model_class].parts:
@@ -183,41 +163,26 @@ def _check_described(config: PreTrainedConfig, found: Found) -> None:
 
 
 def _value(name: str, found: Found) -> Tensor:
-    """Weight of the model: from the checkpoint, the base, or the base and the task's update."""
-    item, base = found.item, found.base
-    if isinstance(item, Checkpoint):
-        if name in item.tensors:
-            return item.read(name)
-        assert base is not None  # a name that the item lacks comes from the base
-        return base.read(name)
-    assert base is not None  # factors always have one
-    w0 = base.read(name)
-    if name not in item.tensors:
-        return w0
-    item.check_base(name, digest(w0), str(base))
-    update = item.update(name)
-    if update is None:
-        return w0
-    weight = (products.in_working_precision(w0) + updates.dense(update)).to(w0.dtype)
-    if not weight.isfinite().all():
-        raise CheckpointError(f"{item}: {name} does not fit into {w0.dtype} with its update.")
-    return weight
+    """Weight of the model: W0 + Δ where the task has it, else that of the base."""
+    if name not in found.item.tensors:
+        return found.base.read(name)
+    return found.item.weight(found.base.original([name]))
 
 
 def _class_config(found: Found) -> dict[str, Any]:
     """Configuration for the class: of one tower, or of both."""
     item, base = found.item, found.base
-    config = companions.without_code(dict(config_of(item)))
+    config = companions.without_code(dict(item.model_config))
     parts = layout.MODEL_CLASSES[found.model_class].config_part
     if parts is not None:
         towers = layout.tower_configs(config)
-        if parts not in towers and base is not None:
-            towers = layout.tower_configs(base.config)
+        if parts not in towers:
+            towers = layout.tower_configs(base.model_config)
         return {**towers[parts], "architectures": [found.model_class]}
-    if config.get("model_type") != "clip" and base is not None:
-        config = base.config
+    if config.get("model_type") != "clip" and base is not item:
+        config = dict(base.model_config)
     if found.model_class == PIPELINES["image-classification"]:
         labels = ("id2label", "label2id", "num_labels")
         config = {key: value for key, value in config.items() if key not in labels}
-        config |= companions.head_config(config_of(item), item.head)
+        config |= companions.head_config(item.model_config, item.head)
     return {**config, "architectures": [found.model_class]}

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from hf_tsv.checkpoints import companions
+from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.fit import check_fit
 from hf_tsv.checkpoints.formats import heads
-from hf_tsv.checkpoints.formats.factors import Factors
-from hf_tsv.checkpoints.formats.masks import Masked
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
-from hf_tsv.checkpoints.opening import open_task
-from hf_tsv.checkpoints.reference import parse, pin
+from hf_tsv.checkpoints.opening import format_of, open_base
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.checkpoints.sources import Access, fetched, open_sources
-from hf_tsv.checkpoints.storage.files import LocalFiles
 from hf_tsv.models.building import (
     PIPELINES,
     Found,
@@ -26,7 +23,6 @@ from hf_tsv.models.building import (
     check_clip,
     check_head,
     check_parts,
-    default_class,
     missing_parts,
     understood,
 )
@@ -36,6 +32,9 @@ from hf_tsv.system.text import one_of
 
 if TYPE_CHECKING:
     from transformers import Pipeline, PreTrainedModel
+
+
+T = TypeVar("T", bound=Task)
 
 
 def load_model(
@@ -160,42 +159,56 @@ def _find(
     if task is not None:
         kind = _kind_of_head(task, kind)
     text = fspath(reference)
-    named = parse(text, access.subfolder)
-    item = open_task(pin(named, token=access.token, cache_dir=access.cache_dir))
-    check_clip(item)
-    item = _headed(item, task)
-    model_class = default_class(item) if kind is None else PIPELINES[kind]
-    base = None
-    own_processor = _has_processor(item, model_class)
-    complete = (
-        isinstance(item, Checkpoint)
-        and not isinstance(item, Masked)
-        and not missing_parts(item, model_class)
+    pinned = pin(parse(text, access.subfolder), token=access.token, cache_dir=access.cache_dir)
+    form = format_of(pinned).task
+    if not form.loads_as_model:
+        raise CheckpointError(f"{pinned} {form.says}.", form.loading)
+    wanted = None if kind is None else PIPELINES[kind]
+    item, base, model_class = _complete(pinned, task, wanted, processor=processor) or _on_base(
+        text, task, wanted, None if base_model is None else fspath(base_model), access
     )
-    if not complete or (processor and not own_processor):
-        base_text = None if base_model is None else fspath(base_model)
-        sources = open_sources([text], base_text, access)
-        (item,), base = sources.inputs, sources.base
-        check_fit(base, [item])
-        item = _headed(item, task)
-        if model_class == "base":
-            model_class = default_class(base)
+    own_processor = _has_processor(item, model_class)
+    items = [item] if item is base else [item, base]
     check_head(item, model_class)
-    check_parts([item] if base is None else [item, base], model_class)
-    if processor and not (own_processor or (base and _has_processor(base, model_class))):
+    check_parts(items, model_class)
+    if processor and not (own_processor or _has_processor(base, model_class)):
         tokenizer = " and tokenizer" if model_class == "CLIPModel" else ""
         raise CheckpointError(
             f"Neither {item} nor its base model has the processor{tokenizer} that {kind} needs.",
             "Save them beside the weights, or pass image_processor=… and tokenizer=….",
         )
     show = visible_by_default() if progress is None else progress
-    items = [item] if base is None else [item, base]
-    item, *rest = fetched(items, with_companions=items, visible=show)
-    base = rest[0] if rest and isinstance(rest[0], Checkpoint) else None
-    if isinstance(item, Masked) and base is not None:
-        item = item.on(base)
-    folder = _folder(item) if own_processor or base is None else _folder(base)
-    return Found(item, base, model_class, folder)
+    files = fetched(items, with_companions=items, visible=show)
+    local = base.reading_from(files[-1])
+    item = local if item is base else item.reading_from(files[0])
+    return Found(item, local, model_class, files[0 if own_processor else -1].folder)
+
+
+def _complete(
+    pinned: PinnedCheckpoint, task: str | None, wanted: str | None, *, processor: bool
+) -> tuple[Task, Checkpoint, str] | None:
+    """A checkpoint that has everything, as its own base, and its class; None: it needs a base."""
+    if not format_of(pinned).task.is_whole:
+        return None
+    whole = open_base(pinned)
+    check_clip(whole)
+    whole = _headed(whole, task)
+    model_class = wanted or layout.saved_class(whole.model_config)
+    lacking = missing_parts(whole, model_class)
+    lacks_processor = processor and not _has_processor(whole, model_class)
+    return None if lacking or lacks_processor else (whole, whole, model_class)
+
+
+def _on_base(
+    text: str, task: str | None, wanted: str | None, base_text: str | None, access: Access
+) -> tuple[Task, Checkpoint, str]:
+    """A fine-tune, its base model, and the class of the two."""
+    sources = open_sources([text], base_text, access)
+    (item,), base = sources.inputs, sources.base
+    check_clip(item)
+    check_fit(base, [item])
+    model_class = wanted or item.model_class or layout.saved_class(base.model_config)
+    return _headed(item, task), base, model_class
 
 
 def _kind_of_head(task: str, kind: str | None) -> str:
@@ -209,11 +222,11 @@ def _kind_of_head(task: str, kind: str | None) -> str:
     return "image-classification"
 
 
-def _headed(item: Task, task: str | None) -> Task:
+def _headed(item: T, task: str | None) -> T:
     """Add the head of a task, if one is named."""
     if task is None:
         return item
-    if isinstance(item, Factors):
+    if item.description is not None:
         raise CheckpointError(f"{item} holds one task.", "Leave task=… out.")
     return heads.with_head(item, task)
 
@@ -229,9 +242,3 @@ def _has_processor(item: Task, model_class: str) -> bool:
 def _check_pipeline(task: str) -> None:
     if task not in PIPELINES:
         raise RecipeError(f"There is no CLIP pipeline {task!r}.", f"Choose {one_of(PIPELINES)}.")
-
-
-def _folder(item: Task) -> Path:
-    files = item.pinned.files
-    assert isinstance(files, LocalFiles)  # fetched before
-    return files.root

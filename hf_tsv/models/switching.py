@@ -14,12 +14,10 @@ from torch import Tensor
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.fit import check_fit
-from hf_tsv.checkpoints.formats.factors import Factors
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.reference import task_name
 from hf_tsv.checkpoints.sources import Access, open_sources
-from hf_tsv.checkpoints.storage.tensors import digest
 from hf_tsv.linalg.updates import TaskSingularVectors, Update
 from hf_tsv.models.building import (
     Found,
@@ -28,7 +26,6 @@ from hf_tsv.models.building import (
     check_head,
     check_parts,
     close,
-    default_class,
 )
 from hf_tsv.system.errors import CheckpointError, RecipeError
 from hf_tsv.system.progress import visible_by_default
@@ -132,7 +129,7 @@ class TaskSwitcher:
         show = visible_by_default() if progress is None else progress
         sources = sources.within_reach(visible=show)
         items, base = sources.inputs, sources.base
-        model_class = model_class or default_class(base)
+        model_class = model_class or layout.saved_class(base.model_config)
         if model_class not in layout.MODEL_CLASSES:
             raise RecipeError(
                 f"There is no CLIP class {model_class!r}.",
@@ -145,7 +142,7 @@ class TaskSwitcher:
             name: _updates(item, base, model_class, digests)
             for name, item in zip(named, items, strict=True)
         }
-        model = build(Found(base, None, model_class), dtype, device)
+        model = build(Found(base, base, model_class), dtype, device)
         switcher = cls(model, tasks, model_class, base if keep == "disk" else None)
         for item in items:
             close(item)
@@ -235,20 +232,17 @@ def _updates(
     item: Task, base: Checkpoint, model_class: str, digests: dict[str, str]
 ) -> dict[str, Update]:
     """Updates of a task in a model class, after a check of the base; reads each weight once."""
-    if not isinstance(item, Factors):
+    if item.description is None:
         raise CheckpointError(
-            f"{item} is a checkpoint, not task factors.", "Make factors with `hf-tsv compress`."
+            f"{item} is a {item.kind}, not task factors.", item.for_factors.format(item)
         )
     updates: dict[str, Update] = {}
     for name in item.tensors:
         if layout.name_in_class(name, model_class) is None:
             continue
-        if name not in digests:
-            digests[name] = digest(base.read(name))
-        item.check_base(name, digests[name], str(base))
-        update = item.update(name)
-        if update is not None:
-            updates[name] = update
+        change = item.change(base.original([name], digests=digests))
+        if change is not None:
+            updates[name] = change.update
     return updates
 
 

@@ -9,15 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
-from torch import Tensor
-
 from hf_tsv.checkpoints.formats.task import Task
-from hf_tsv.checkpoints.formats.whole import Checkpoint
-from hf_tsv.checkpoints.storage.ahead import AheadFiles
-from hf_tsv.linalg import updates
 from hf_tsv.linalg.lapack import NotConvergedError
-from hf_tsv.linalg.products import largest_entry
-from hf_tsv.linalg.updates import Update
 from hf_tsv.system.errors import CheckpointError
 
 T = TypeVar("T")
@@ -26,9 +19,6 @@ S = TypeVar("S")
 
 LITTLE = 0.05
 """Memory of biases and norms, as a share of the largest weight."""
-
-LARGEST_UPDATE = 1e30
-"""Entries beyond it are no update, and sums of their squares would overflow."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +70,18 @@ def named(label: str, tasks: Sequence[object]) -> Iterator[None]:
 def stop_fetching(items: Iterable[Task]) -> None:
     """End every wait for the Hub: the run is over."""
     for item in items:
-        if isinstance(item.pinned.files, AheadFiles):
-            item.pinned.files.close()
+        item.pinned.files.stop()
 
 
 def expect(item: Task, names: Iterable[str]) -> None:
     """Begin to fetch what is not on this machine.
 
     Args:
-        item (`Checkpoint | Factors`): what will be read.
+        item ([`Task`]): what will be read.
         names (`Iterable[str]`): canonical names of weights, in the order they will be read.
     """
-    if isinstance(item.pinned.files, AheadFiles):
-        parts = (info for name in names for info in item.parts(name))
-        item.pinned.files.expect((info.file, info.start, info.nbytes) for info in parts)
+    parts = (info for name in names for info in item.parts(name))
+    item.pinned.files.expect((info.file, info.start, info.nbytes) for info in parts)
 
 
 def read_ahead(
@@ -135,47 +123,3 @@ def read_ahead(
         while ahead and todo and taken + todo[0][1] <= most:
             submit()
         yield future.result()
-
-
-def update_of(
-    name: str, source: Checkpoint, fine_tuned: Tensor, base: Tensor
-) -> tuple[Tensor, float]:
-    """Δ of one weight, and its largest absolute entry.
-
-    Args:
-        name (`str`): of the weight, for the error.
-        source ([`Checkpoint`]): the fine-tune, for the error.
-        fine_tuned (`Tensor`): W1 as stored.
-        base (`Tensor`): W0 as stored.
-
-    Raises:
-        [`CheckpointError`]: it overflows.
-    """
-    update = updates.difference(fine_tuned, base)
-    return update, refuse_huge(name, source, update)
-
-
-def refuse_huge(name: str, source: Task, update: Update, scale: float | None = None) -> float:
-    """Refuse an update of entries that are none, before it is scaled or after.
-
-    Returns:
-        `float`: its largest absolute entry; of triplets the largest singular value.
-    """
-    if scale is not None and abs(scale) <= 1:  # as it was before
-        return 0.0
-    if isinstance(update, Tensor):
-        largest = largest_entry(update) if update.numel() else 0.0
-    else:
-        largest = float(update.S[0]) if update.rank else 0.0
-    if largest * abs(scale or 1.0) < LARGEST_UPDATE:
-        return largest
-    if scale is not None:
-        raise CheckpointError(
-            f"{source}: the update of {name} times {scale:g}, the weight of the task, is more than"
-            f" {LARGEST_UPDATE:g}.",
-            "Give it a smaller weight.",
-        )
-    raise CheckpointError(
-        f"{source}: {name} differs from the base model by more than {LARGEST_UPDATE:g}.",
-        "The checkpoint is damaged; leave it out or save it again.",
-    )

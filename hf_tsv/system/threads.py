@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import cached_property
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -24,3 +26,22 @@ def in_parallel(call: Callable[[S], T], items: Iterable[S], threads: int = 8) ->
         return [job.result() for job in [pool.submit(call, item) for item in items]]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Once(Generic[T]):
+    """Result of a call that is made once, by the first of several threads that ask for it.
+
+    Args:
+        call (`Callable[[], T]`): is made again only if it failed.
+    """
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._call, self._lock = call, threading.Lock()
+
+    def __call__(self) -> T:
+        with self._lock:
+            return self._result
+
+    @cached_property
+    def _result(self) -> T:
+        return self._call()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hf_tsv.checkpoints.formats.factors import Factors, is_factors, open_factors
+from hf_tsv.checkpoints.formats.factors import Factors, open_factors
 from hf_tsv.checkpoints.names import COMPRESSION, FACTORS_CONFIG
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
-from hf_tsv.checkpoints.storage.files import HubFiles, LocalFiles
+from hf_tsv.checkpoints.storage.files import LocalFiles
 from hf_tsv.hub import Wanted, download
 from hf_tsv.reports import cards
 from hf_tsv.reports.compression import CompressReport
@@ -27,9 +27,13 @@ class TaskFactors(Factors):
 
     Args:
         pinned ([`PinnedCheckpoint`]): which commit or folder.
-        config ([`FactorsConfig`]): base, source, and what is stored of each weight.
-        stored (`Mapping[str, TensorInfo]`): where the tensors lie.
+        model_config (`Mapping[str, Any]`): config.json of the fine-tuned checkpoint.
+        tensors (`Mapping[str, StoredWeight]`): what is stored of each weight, by canonical name.
         weight_files (`tuple[str, ...]`): the files they lie in, index included.
+        head (`Mapping[str, TensorInfo]`): tensors of a task head, by the name they have in the
+            fine-tuned checkpoint.
+        config ([`FactorsConfig`]): base, source, and how it was compressed.
+        stored (`Mapping[str, TensorInfo]`): where the tensors lie.
         report ([`CompressReport`], *optional*): of the compression that made them just now.
 
     Example:
@@ -38,10 +42,7 @@ class TaskFactors(Factors):
         51
     """
 
-    report: CompressReport | None = None
-
-    def __str__(self) -> str:
-        return str(self.pinned)
+    report: CompressReport | None = field(default=None, kw_only=True)
 
     @classmethod
     def from_pretrained(
@@ -65,16 +66,16 @@ class TaskFactors(Factors):
         """
         cache = None if cache_dir is None else str(cache_dir)
         pinned = pin(parse(str(reference)), token=token, cache_dir=cache)
-        if not is_factors(pinned):
+        if pinned.files.size(FACTORS_CONFIG) is None:
             raise CheckpointError(
                 f"{pinned} has no {FACTORS_CONFIG}, so it holds no task factors.",
                 "Make some with `hf-tsv compress`.",
             )
         factors = cls.opened(pinned)
-        if not isinstance(pinned.files, HubFiles):
+        if pinned.files.downloads is None:
             return factors
         names = tuple(map(pinned.files.path, factors.needed_files))
-        wanted = Wanted(pinned.files.repo, pinned.asked_revision, names)
+        wanted = Wanted(pinned.files.downloads, pinned.asked_revision, names)
         show = visible_by_default() if progress is None else progress
         (folder,) = download([wanted], visible=show)
         local = LocalFiles(folder / pinned.files.subfolder)
@@ -83,8 +84,7 @@ class TaskFactors(Factors):
     @classmethod
     def opened(cls, pinned: PinnedCheckpoint, report: CompressReport | None = None) -> TaskFactors:
         """The factors of a commit or folder, with the report of the run that made them."""
-        found = open_factors(pinned)
-        return cls(found.pinned, found.config, found.stored, found.weight_files, report)
+        return cls(**vars(open_factors(pinned)), report=report)
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the files and their card into a folder that appears whole.
@@ -133,14 +133,15 @@ class TaskFactors(Factors):
             return upload(folder, target, token)
 
     def _copy(self, folder: Path, repo_id: str | None) -> None:
-        if not isinstance(self.pinned.files, LocalFiles):
+        files = self.pinned.files
+        if files.folder is None:
             raise CheckpointError(f"{self} is not downloaded.", "Use TaskFactors.from_pretrained.")
         with whole_folder(folder) as staging:
             for name in self.needed_files:
-                shutil.copyfile(self.pinned.files.root / name, staging / name)
-            files, kept = self.pinned.files, None
+                shutil.copyfile(files.folder / name, staging / name)
+            kept = None
             if files.size(COMPRESSION) is not None and not files.is_elsewhere(COMPRESSION):
-                shutil.copyfile(files.root / COMPRESSION, staging / COMPRESSION)
+                shutil.copyfile(files.folder / COMPRESSION, staging / COMPRESSION)
                 kept = KeptSection.of(self.config, COMPRESSION)
             card = cards.FactorsCard(repo_id=repo_id, config=self.config, kept=kept)
             (staging / "README.md").write_text(cards.render(card), encoding="utf-8")

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from hf_tsv.checkpoints import base_model, layout
-from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTER_CONFIG
-from hf_tsv.checkpoints.formats.factors import Factors, is_factors, open_factors
+from hf_tsv.checkpoints.formats.description import FactorsConfig
 from hf_tsv.checkpoints.formats.heads import tasks_of
-from hf_tsv.checkpoints.formats.masks import Masked, is_masked, open_masked
-from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
+from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.names import CONFIG_FILE, RECIPE_FILE
+from hf_tsv.checkpoints.opening import InputFormat, format_of, without_base
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, card_license, parse, pin
 from hf_tsv.checkpoints.storage.files import read_json
 from hf_tsv.checkpoints.storage.headers import read_header
-from hf_tsv.checkpoints.storage.tensors import DTYPE_NAMES, TensorInfo
+from hf_tsv.checkpoints.storage.tensors import DTYPE_NAMES, Described, TensorInfo, TensorSpec
 from hf_tsv.hub import WEIGHT_SUFFIXES
 from hf_tsv.merging.plan import treatments
 from hf_tsv.recipes.recipe import Recipe
@@ -114,39 +113,43 @@ def inspect(
     cache = None if cache_dir is None else str(cache_dir)
     pinned = pin(parse(fspath(reference), subfolder), token=token, cache_dir=cache)
     files = pinned.files
+    form = format_of(pinned)
     with closing(files):
-        if is_factors(pinned) and files.size(ADAPTER_CONFIG) is None:
-            return _of_factors(pinned, open_factors(pinned))
+        if form.needs_base:
+            return _of_other(pinned, form, "What it changes depends on its base model.")
         try:
-            opened = open_masked(pinned) if is_masked(pinned) else open_checkpoint(pinned)
+            opened = form.open(pinned, without_base)
         except CheckpointError as error:
-            return _of_other(pinned, error)
-        return _of_checkpoint(pinned, opened)
+            if form.layout is not None:  # its tensors alone say nothing
+                raise
+            return _of_other(pinned, None, error.message)
+        if opened.description is not None:
+            return _of_factors(pinned, form, opened.description)
+        return _of_checkpoint(pinned, form, opened)
 
 
-def _of_checkpoint(pinned: PinnedCheckpoint, opened: Checkpoint) -> InspectReport:
+def _of_checkpoint(pinned: PinnedCheckpoint, form: InputFormat, opened: Task) -> InspectReport:
+    infos, head = _infos(opened.tensors), _infos(opened.head)
     tensors: dict[str, dict[str, Any]] = {}
     for weight in treatments(opened, Settings()):
-        info = opened.tensors[weight.names[0]]
+        info = infos[weight.names[0]]
         tensors[weight.label] = {**_described(info), "merge": weight.treatment}
         if weight.reason:
             tensors[weight.label]["reason"] = weight.reason
-    for name, info in opened.head.items():
+    for name, info in head.items():
         tensors[name] = {**_described(info), "merge": "left out", "reason": "a task head"}
     recipe, unknown = _recipe(pinned)
-    origin = _origin(pinned)
-    if isinstance(opened, Masked):
-        origin["base_model"] = [opened.base_ref]
-    clip = layout.is_clip(opened.config)
+    config = opened.model_config
+    clip = layout.is_clip(config)
     if not clip:
-        unknown.append(f"Not CLIP but {opened.config['model_type']!r}: generic layout.")
+        unknown.append(f"Not CLIP but {config['model_type']!r}: generic layout.")
     return InspectReport(
-        **origin,
-        kind="mask" if isinstance(opened, Masked) else "merge" if recipe else "checkpoint",
-        model_class=layout.saved_class(opened.config) if clip else _architecture(opened.config),
-        model_type=_text(opened.config.get("model_type")),
-        layout=opened.format,
-        **_sizes(pinned, {**opened.tensors, **opened.head}),
+        **_origin(pinned, form),
+        kind="merge" if opened.is_whole and recipe else form.name,
+        model_class=layout.saved_class(config) if clip else _architecture(config),
+        model_type=_text(config.get("model_type")),
+        layout=form.layout or opened.format,
+        **_sizes(pinned, {**infos, **head}),
         tensors=tensors,
         recipe=recipe,
         heads=tasks_of(opened),
@@ -154,8 +157,9 @@ def _of_checkpoint(pinned: PinnedCheckpoint, opened: Checkpoint) -> InspectRepor
     )
 
 
-def _of_factors(pinned: PinnedCheckpoint, opened: Factors) -> InspectReport:
-    config = opened.config
+def _of_factors(
+    pinned: PinnedCheckpoint, form: InputFormat, config: FactorsConfig
+) -> InspectReport:
     kept = sum(weight.bytes for weight in config.weights.values())
     tensors = {
         name: {
@@ -173,11 +177,11 @@ def _of_factors(pinned: PinnedCheckpoint, opened: Factors) -> InspectReport:
         name: TensorInfo("", w.dtype, w.shape, 0, w.bytes) for name, w in config.weights.items()
     }
     return InspectReport(
-        **{**_origin(pinned), "base_model": [config.base_model.ref]},
-        kind="factors",
+        **_origin(pinned, form),
+        kind=form.name,
         model_class=layout.saved_class(config.model_config),
         model_type=_text(config.model_config.get("model_type")),
-        layout="task factors",
+        layout=form.layout,
         **_sizes(pinned, infos),
         tensors=tensors,
         factors={
@@ -194,10 +198,15 @@ def _of_factors(pinned: PinnedCheckpoint, opened: Factors) -> InspectReport:
     )
 
 
-def _of_other(pinned: PinnedCheckpoint, error: CheckpointError) -> InspectReport:
-    """Report on anything hf-tsv cannot open, from safetensors headers; pickles stay unknown."""
-    adapter = pinned.files.size(ADAPTER_CONFIG) is not None
-    unknown = ["What it changes depends on its base model."] if adapter else [error.message]
+def _of_other(pinned: PinnedCheckpoint, form: InputFormat | None, why: str) -> InspectReport:
+    """Report on what is not opened here, from safetensors headers; pickles stay unknown.
+
+    Args:
+        pinned ([`PinnedCheckpoint`]): commit or folder.
+        form ([`InputFormat`], *optional*): its form; default: none that hf-tsv reads.
+        why (`str`): reason it is not opened.
+    """
+    unknown = [why]
     infos: dict[str, TensorInfo] = {}
     config: dict[str, Any] = {}
     if pinned.files.size(CONFIG_FILE) is not None:
@@ -219,21 +228,22 @@ def _of_other(pinned: PinnedCheckpoint, error: CheckpointError) -> InspectReport
             unknown.append(broken.message)
     open_clip = pinned.files.size(OPEN_CLIP_CONFIG) is not None or OPEN_CLIP_WEIGHT in infos
     return InspectReport(
-        **_origin(pinned),
-        kind="adapter" if adapter else "other",
+        **_origin(pinned, form),
+        kind="other" if form is None else form.name,
         model_type=_text(config.get("model_type")),
-        layout="peft" if adapter else "open_clip" if open_clip else None,
+        layout=form.layout if form is not None else "open_clip" if open_clip else None,
         **_sizes(pinned, infos),
         tensors={name: _described(info) for name, info in sorted(infos.items())},
         unknown=list(dict.fromkeys(unknown)),
     )
 
 
-def _origin(pinned: PinnedCheckpoint) -> dict[str, Any]:
+def _origin(pinned: PinnedCheckpoint, form: InputFormat | None) -> dict[str, Any]:
+    said = base_model.said_by(pinned) if form is None else form.says_base(pinned)
     return {
         "ref": pinned.ref,
         "revision": pinned.revision,
-        "base_model": base_model.named_by(pinned),
+        "base_model": list(said.names),
         "license": card_license(pinned.card),
     }
 
@@ -262,6 +272,12 @@ def _sizes(pinned: PinnedCheckpoint, infos: Mapping[str, TensorInfo]) -> dict[st
         "dtypes": dtypes,
         "parts": parts,
     }
+
+
+def _infos(tensors: Mapping[str, Described]) -> dict[str, TensorInfo]:
+    """Type, shape and size of weights that may be stored in another form."""
+    specs = {name: TensorSpec(info.dtype, info.shape) for name, info in tensors.items()}
+    return {name: TensorInfo("", s.dtype, s.shape, 0, s.nbytes) for name, s in specs.items()}
 
 
 def _described(info: TensorInfo) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.formats import heads
 from hf_tsv.checkpoints.formats.description import Origin
-from hf_tsv.checkpoints.formats.task import Task, config_of, pinned_entry
+from hf_tsv.checkpoints.formats.task import Task, pinned_entry
 from hf_tsv.checkpoints.names import RECIPE_FILE, REPORT_FILE
 from hf_tsv.checkpoints.sources import Access
 from hf_tsv.merging.building import Outcome, execute, follow
@@ -299,8 +299,8 @@ def _describe(
     recipe = recipe_of(job, findings, device)
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     for file, item in kept_heads(job).items():
-        tensors = {name: item.read(name) for name in item.head}
-        heads.write(folder, file, tensors, companions.head_config(config_of(item), item.head))
+        tensors = {name: item.head_tensor(name) for name in item.head}
+        heads.write(folder, file, tensors, companions.head_config(item.model_config, item.head))
     if job.settings.row.beside:
         logger.info("Finding what each task needs.")
         write_masks(folder, job, findings.frozen)
@@ -334,7 +334,7 @@ def _card(
         recipe=recipe,
         base=card_input(job.sources.base),
         inputs=[card_input(*pair) for pair in zip(job.sources.inputs, job.scales, strict=True)],
-        model_type=str(job.sources.base.config["model_type"]),
+        model_type=str(job.sources.base.model_config["model_type"]),
         full_model=layout.is_full_model(job.sources.base.tensors),
         out_format=job.settings.out_format or job.sources.base.format,
         counts=job.plan.counts(findings.frozen),

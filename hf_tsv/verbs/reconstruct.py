@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from hf_tsv.checkpoints import layout
-from hf_tsv.checkpoints.formats.factors import Factors
-from hf_tsv.checkpoints.formats.task import pinned_entry
+from hf_tsv.checkpoints.formats.task import Task, pinned_entry
 from hf_tsv.checkpoints.names import RECONSTRUCTION_FILE
 from hf_tsv.checkpoints.sources import Access
 from hf_tsv.checkpoints.storage.tensors import TensorSpec
@@ -146,7 +145,6 @@ def reconstruct(
             base_ref = None if base_model is None else fspath(base_model)
             job = prepare([fspath(factors)], base_ref, None, settings, access, only_factors=True)
             (item,) = job.sources.inputs
-            assert isinstance(item, Factors)  # checked by prepare
             job = _with_head(job, item).within(max_memory)
             outcome = execute(job, target, device, group, _describe, show=show, dry_run=dry_run)
             report = _report(outcome, item, target, started)
@@ -154,14 +152,15 @@ def reconstruct(
             return report
 
 
-def _report(outcome: Outcome, item: Factors, target: Target, started: float) -> ReconstructReport:
-    plan = outcome.job.plan
+def _report(outcome: Outcome, item: Task, target: Target, started: float) -> ReconstructReport:
+    plan, config = outcome.job.plan, item.description
+    assert config is not None  # checked by prepare
     return ReconstructReport(
         output=None if target.output is None else str(target.output),
         base_model=pinned_entry(outcome.job.sources.base),
         factors=pinned_entry(item),
-        source={"ref": item.config.source.ref, "revision": item.config.source.revision},
-        update_error=item.config.update_error,
+        source={"ref": config.source.ref, "revision": config.source.revision},
+        update_error=config.update_error,
         output_bytes=plan.shards.total_bytes,
         seconds=round(time.monotonic() - started, 3),
         warnings=outcome.warnings,
@@ -175,7 +174,7 @@ def _report(outcome: Outcome, item: Factors, target: Target, started: float) -> 
     )
 
 
-def _with_head(job: Job, factors: Factors) -> Job:
+def _with_head(job: Job, factors: Task) -> Job:
     """The same job with a place for the task head in its output files."""
     wanted = None if job.settings.dtype is None else getattr(torch, job.settings.dtype)
     specs = dict(job.plan.specs)
@@ -197,20 +196,21 @@ def _describe(
 ) -> None:
     """Write origin and card of a reconstruction."""
     (item,), base = job.sources.inputs, job.sources.base
-    assert isinstance(item, Factors)  # checked by reconstruct
+    config = item.description
+    assert config is not None  # checked by prepare
     fingerprint = findings.fingerprint(0) if item.pinned.is_local else None
     origin = {
         "hf_tsv_version": __version__,
         "factors": {**pinned_entry(item), "fingerprint": fingerprint},
         "base_model": pinned_entry(base),
-        "source": {"ref": item.config.source.ref, "revision": item.config.source.revision},
+        "source": {"ref": config.source.ref, "revision": config.source.revision},
         "dtype": job.settings.dtype,
     }
     text = json.dumps(origin, indent=2, ensure_ascii=False) + "\n"
     (folder / RECONSTRUCTION_FILE).write_text(text, encoding="utf-8")
     card = cards.ReconstructedCard(
         repo_id=target.push_to,
-        config=item.config,
+        config=config,
         factors=cards.CardInput(item.pinned.ref, item.pinned.revision),
         full_model=layout.is_full_model(base.tensors),
         out_format=job.settings.out_format or base.format,

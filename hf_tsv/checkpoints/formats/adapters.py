@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.formats.change import Change, Original, refuse_huge
+from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.storage.files import read_json
@@ -55,63 +57,35 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Adapter(Checkpoint):
+class Adapter(Task):
     """LoRA adapter on a base model, read as the checkpoint that PEFT would make of them.
 
     Args:
-        adapter_config (`Mapping[str, Any]`): content of adapter_config.json.
-        base ([`Checkpoint`], *optional*): W0; without it no canonical name is known.
+        pinned ([`PinnedCheckpoint`]): commit or folder.
+        model_config (`Mapping[str, Any]`): config.json of the base model.
+        tensors (`Mapping[str, TensorInfo]`): those of the base model that it has a part in.
+        weight_files (`tuple[str, ...]`): files of its own tensors, index included.
+        head (`Mapping[str, TensorInfo]`): task head, by stored name.
         loras (`Mapping[str, Lora]`): pairs, by canonical name of the weight.
         values (`Mapping[str, TensorInfo]`): tensors stored whole, by canonical name.
         biases (`Mapping[str, Lora]`): pairs with a bias, by canonical name of that bias.
-        stored (`Mapping[str, TensorInfo]`): all tensors of the file, by the names of its class.
     """
 
-    adapter_config: Mapping[str, Any] = field(default_factory=dict)
-    base: Checkpoint | None = None
-    loras: Mapping[str, Lora] = field(default_factory=dict)
-    values: Mapping[str, TensorInfo] = field(default_factory=dict)
-    biases: Mapping[str, Lora] = field(default_factory=dict)
-    stored: Mapping[str, TensorInfo] = field(default_factory=dict)
+    kind: ClassVar[str] = "PEFT adapter"
+    says: ClassVar[str] = "is an adapter"
+    has_few_triplets: ClassVar[bool] = True
+    loads_as_model: ClassVar[bool] = False
+    loading: ClassVar[str] = "Load it with PEFT: PeftModel.from_pretrained(base, …)."
+
+    tensors: Mapping[str, TensorInfo]
+    loras: Mapping[str, Lora] = field(kw_only=True)
+    values: Mapping[str, TensorInfo] = field(kw_only=True)
+    biases: Mapping[str, Lora] = field(kw_only=True)
 
     @property
     def needed_files(self) -> tuple[str, ...]:
         """Names of the files that a run reads."""
         return (CONFIG_FILE, *self.weight_files)
-
-    def on(self, base: Checkpoint) -> Adapter:
-        """Make the same adapter with the base model it is applied to.
-
-        Args:
-            base ([`Checkpoint`]): W0.
-
-        Raises:
-            [`CheckpointError`]: a module is not in the base, or has another shape there.
-        """
-        pairs, values = _sorted(self.stored, str(self))
-        head = {name: info for name, info in values.items() if layout.TASK_HEAD.match(name)}
-        values = {name: info for name, info in values.items() if name not in head}
-        prefix = _prefix([*(f"{m}.weight" for m in pairs), *values], base, self.adapter_config)
-        loras, biases = {}, {}
-        for module, parts in pairs.items():
-            name = f"{prefix}{module}.weight"
-            loras[name] = self._lora(module, parts, base.tensors.get(name), base)
-            if loras[name].bias is not None:
-                biases[f"{prefix}{module}.bias"] = loras[name]
-        own = {prefix + name: info for name, info in values.items()}
-        for name, shape in [*((n, i.shape) for n, i in own.items()), *((n, None) for n in biases)]:
-            there = base.tensors.get(name)
-            if there is None or (shape is not None and there.shape != shape):
-                raise _no_place(self, name, base)
-        encoders = {name.split(".")[0] for name in (*loras, *own, *biases)}
-        whole = {"vision_model", "text_model"} <= encoders or not layout.is_clip(base.config)
-        return replace(
-            self, base=base, config=base.config, loras=loras, values=own, biases=biases, head=head,
-            tensors={
-                name: info for name, info in base.tensors.items()
-                if whole or name.split(".")[0] in encoders
-            },
-        )  # fmt: skip
 
     def changes(self, names: Iterable[str]) -> bool:
         """Tell whether the adapter changes any of these weights.
@@ -129,33 +103,46 @@ class Adapter(Checkpoint):
         held = [lora.A, lora.B, lora.magnitude] if lora else [biased.bias] if biased else []
         return [info for info in (*held, self.values.get(name)) if info is not None]
 
-    def read(self, name: str, *, pinned: bool = False) -> Tensor:
+    def weight(self, w0: Original) -> Tensor:
         """Compute W0 + Δ of one weight, as PEFT merges it.
 
         Args:
-            name (`str`): canonical name, or the name of a tensor of the task head.
-            pinned (`bool`): read into memory from where a GPU copies at full speed.
+            w0 ([`Original`]): the same weight of the base model.
         """
-        whole = self.values.get(name) or self.head.get(name)
+        name, whole = w0.name, self.values.get(w0.name)
         if whole is not None:
+            pinned = w0.device.type == "cuda"
             return read_tensor(self.pinned.files, whole, name, str(self), pinned=pinned)
-        assert self.base is not None  # the names of other weights come from the base
-        w0 = self.base.read(name, pinned=pinned)
+        base = w0.tensor.cpu()
         if not self.changes([name]):
-            return w0
+            return base.clone()
         if name in self.biases:
             lora = self.biases[name]
             assert lora.bias is not None
-            return (w0.float() + lora.scale * self._part(lora.bias, name)).to(w0.dtype)
+            return (base.float() + lora.scale * self._part(lora.bias, name)).to(base.dtype)
         lora = self.loras[name]
         A, B = self._part(lora.A, name), self._part(lora.B, name)
-        delta = (B.flatten(1) @ A.flatten(1)).reshape(w0.shape) * lora.scale
-        merged = w0.float() + delta
+        delta = (B.flatten(1) @ A.flatten(1)).reshape(base.shape) * lora.scale
+        merged = base.float() + delta
         if lora.magnitude is not None:
             magnitude = self._part(lora.magnitude, name).reshape(-1)
             rows = merged.flatten(1)
-            merged = (rows * (magnitude / rows.norm(dim=1))[:, None]).reshape(w0.shape)
-        return merged.to(w0.dtype)
+            merged = (rows * (magnitude / rows.norm(dim=1))[:, None]).reshape(base.shape)
+        return merged.to(base.dtype)
+
+    def change(
+        self, w0: Original, *, decomposed: bool = False, digests: dict[str, str] | None = None
+    ) -> Change | None:
+        """Find Δ of a weight, by its own triplets where these are wanted; see [`Task.change`]."""
+        if not self.changes(w0.names):
+            return None
+        own = self.triplets(w0.name, digests) if decomposed and len(w0.names) == 1 else None
+        if own is None:
+            return super().change(w0, decomposed=decomposed, digests=digests)
+        if not own.rank:
+            return None
+        refuse_huge(w0.label, self, own)
+        return Change(own.to(w0.device), float(own.S.norm()))
 
     def triplets(
         self, name: str, digests: dict[str, str] | None = None
@@ -181,60 +168,18 @@ class Adapter(Checkpoint):
     def _part(self, info: TensorInfo, name: str) -> Tensor:
         return read_tensor(self.pinned.files, info, name, str(self)).float()
 
-    def _lora(
-        self,
-        module: str,
-        parts: Mapping[str, TensorInfo],
-        weight: TensorInfo | None,
-        base: Checkpoint,
-    ) -> Lora:
-        """Pair of a module, after a check that both factors fit each other and the weight."""
-        if weight is None:
-            raise _no_place(self, f"{module}.weight", base)
-        A, B = parts["A.weight"], parts["B.weight"]
-        if len(A.shape) != len(weight.shape) or _shape(parts) != weight.shape:
-            raise _no_place(self, f"{module}.weight", base)
-        rows = math.prod(B.shape[:1])
-        odd = [
-            name for name, info in parts.items()
-            if not info.dtype.is_floating_point
-            or (name in ("B.bias", "magnitude") and math.prod(info.shape) != rows)
-        ]  # fmt: skip
-        if odd or self.adapter_config.get("fan_in_fan_out"):
-            raise CheckpointError(
-                f"{self}: {odd[0] if odd else 'fan_in_fan_out'} of {module} is not as PEFT writes"
-                " it for such a layer.",
-                "Merge it into its base with PEFT (merge_and_unload) and save the model.",
-            )
-        scale = self._scale(module, A.shape[0])
-        return Lora(scale, A, B, parts.get("B.bias"), parts.get("magnitude"))
 
-    def _scale(self, module: str, r: int) -> float:
-        config = self.adapter_config
-        alpha = _of_pattern(
-            config.get("alpha_pattern"), module, config.get("lora_alpha", 8), str(self)
-        )
-        try:
-            if isinstance(alpha, bool) or not math.isfinite(float(alpha)) or r == 0:
-                raise ValueError
-            return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
-        except (TypeError, ValueError, OverflowError):
-            raise CheckpointError(
-                f"{self}: the scale of {module} is no number.",
-                f"Correct lora_alpha and alpha_pattern in its {CONFIG_FILE}.",
-            ) from None
+def open_adapter(pinned: PinnedCheckpoint, opener: Callable[[], Checkpoint]) -> Adapter:
+    """Read configuration and headers of an adapter.
 
-
-def is_adapter(pinned: PinnedCheckpoint) -> bool:
-    """Tell whether a repository or folder holds an adapter of PEFT."""
-    return pinned.files.size(CONFIG_FILE) is not None
-
-
-def open_adapter(pinned: PinnedCheckpoint) -> Adapter:
-    """Read configuration and headers of an adapter; canonical names come with [`Adapter.on`].
+    Args:
+        pinned ([`PinnedCheckpoint`]): commit or folder.
+        opener (`Callable[[], Checkpoint]`): gives W0, without which no canonical name is known;
+            asked after the adapter's own headers are read.
 
     Raises:
-        [`CheckpointError`]: not a LoRA adapter, or damaged.
+        [`CheckpointError`]: not a LoRA adapter, damaged, or of another base model: a module is not
+            in the base, or has another shape there.
     """
     owner = str(pinned)
     config = read_json(pinned.files, CONFIG_FILE, owner)
@@ -247,7 +192,30 @@ def open_adapter(pinned: PinnedCheckpoint) -> Adapter:
     single = next((name for name in WEIGHTS if pinned.files.size(name) is not None), WEIGHTS[0])
     stored, files = read_headers(pinned.files, single, owner)
     stored = {name.removeprefix(PREFIX): info for name, info in stored.items()}
-    return Adapter(pinned, {}, {}, files, adapter_config=config, stored=stored)
+    pairs, values = _sorted(stored, owner)
+    base = opener()
+    head = {name: info for name, info in values.items() if layout.TASK_HEAD.match(name)}
+    values = {name: info for name, info in values.items() if name not in head}
+    prefix = _prefix([*(f"{m}.weight" for m in pairs), *values], base, config)
+    loras, biases = {}, {}
+    for module, parts in pairs.items():
+        name = f"{prefix}{module}.weight"
+        loras[name] = _lora(owner, config, module, parts, base.tensors.get(name), base)
+        if loras[name].bias is not None:
+            biases[f"{prefix}{module}.bias"] = loras[name]
+    own = {prefix + name: info for name, info in values.items()}
+    for name, shape in [*((n, i.shape) for n, i in own.items()), *((n, None) for n in biases)]:
+        there = base.tensors.get(name)
+        if there is None or (shape is not None and there.shape != shape):
+            raise _no_place(owner, name, base)
+    encoders = {name.split(".")[0] for name in (*loras, *own, *biases)}
+    whole = {"vision_model", "text_model"} <= encoders or not layout.is_clip(base.model_config)
+    tensors = {
+        name: info for name, info in base.tensors.items() if whole or name.split(".")[0] in encoders
+    }
+    return Adapter(
+        pinned, base.model_config, tensors, files, head, loras=loras, values=own, biases=biases
+    )
 
 
 def _sorted(
@@ -281,6 +249,49 @@ def _prefix(wanted: Sequence[str], base: Checkpoint, config: Mapping[str, Any]) 
     return max(prefixes, key=lambda prefix: sum(prefix + name in base.tensors for name in wanted))
 
 
+def _lora(
+    owner: str,
+    config: Mapping[str, Any],
+    module: str,
+    parts: Mapping[str, TensorInfo],
+    weight: TensorInfo | None,
+    base: Checkpoint,
+) -> Lora:
+    """Pair of a module, after a check that both factors fit each other and the weight."""
+    if weight is None:
+        raise _no_place(owner, f"{module}.weight", base)
+    A, B = parts["A.weight"], parts["B.weight"]
+    if len(A.shape) != len(weight.shape) or _shape(parts) != weight.shape:
+        raise _no_place(owner, f"{module}.weight", base)
+    rows = math.prod(B.shape[:1])
+    odd = [
+        name for name, info in parts.items()
+        if not info.dtype.is_floating_point
+        or (name in ("B.bias", "magnitude") and math.prod(info.shape) != rows)
+    ]  # fmt: skip
+    if odd or config.get("fan_in_fan_out"):
+        raise CheckpointError(
+            f"{owner}: {odd[0] if odd else 'fan_in_fan_out'} of {module} is not as PEFT writes"
+            " it for such a layer.",
+            "Merge it into its base with PEFT (merge_and_unload) and save the model.",
+        )
+    scale = _scale(owner, config, module, A.shape[0])
+    return Lora(scale, A, B, parts.get("B.bias"), parts.get("magnitude"))
+
+
+def _scale(owner: str, config: Mapping[str, Any], module: str, r: int) -> float:
+    alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8), owner)
+    try:
+        if isinstance(alpha, bool) or not math.isfinite(float(alpha)) or r == 0:
+            raise ValueError
+        return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
+    except (TypeError, ValueError, OverflowError):
+        raise CheckpointError(
+            f"{owner}: the scale of {module} is no number.",
+            f"Correct lora_alpha and alpha_pattern in its {CONFIG_FILE}.",
+        ) from None
+
+
 def _shape(parts: Mapping[str, TensorInfo]) -> tuple[int, ...]:
     """Shape of the product of both factors, or () if they do not multiply."""
     A, B = parts["A.weight"].shape, parts["B.weight"].shape
@@ -289,7 +300,7 @@ def _shape(parts: Mapping[str, TensorInfo]) -> tuple[int, ...]:
     return (B[0], *A[1:])
 
 
-def _no_place(owner: object, name: str, base: Checkpoint) -> CheckpointError:
+def _no_place(owner: str, name: str, base: Checkpoint) -> CheckpointError:
     return CheckpointError(
         f"{owner}: {name} is not in the base model {base}, or of another shape.",
         "Name the base model that the adapter was trained on with --base-model.",

@@ -5,15 +5,21 @@ The format is specified in docs/task-factors.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from hf_tsv.checkpoints.base_model import SaidBase
+from hf_tsv.checkpoints.formats.change import Change, Original, refuse_huge
 from hf_tsv.checkpoints.formats.description import PARTS, FactorsConfig, StoredWeight, tensor_specs
+from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.names import FACTORS_CONFIG, FACTORS_FILE
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
-from hf_tsv.checkpoints.storage.files import Files, read_json
+from hf_tsv.checkpoints.storage.files import read_json
 from hf_tsv.checkpoints.storage.headers import read_headers
 from hf_tsv.checkpoints.storage.tensors import (
     DTYPE_NAMES,
@@ -22,43 +28,49 @@ from hf_tsv.checkpoints.storage.tensors import (
     digest,
     read_tensor,
 )
-from hf_tsv.linalg.updates import TaskSingularVectors, Update
+from hf_tsv.linalg import products, updates
+from hf_tsv.linalg.updates import TaskSingularVectors, Update, rounding_noise, storage_noise
 from hf_tsv.system.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Factors:
+class Factors(Task):
     """A compressed task: a handle on its files, which are read one weight at a time.
 
     Args:
         pinned ([`PinnedCheckpoint`]): which commit or folder.
-        config ([`FactorsConfig`]): base, source, and what is stored of each weight.
-        stored (`Mapping[str, TensorInfo]`): where the tensors lie.
+        model_config (`Mapping[str, Any]`): config.json of the fine-tuned checkpoint.
+        tensors (`Mapping[str, StoredWeight]`): what is stored of each weight, by canonical name.
         weight_files (`tuple[str, ...]`): the files they lie in, index included.
+        head (`Mapping[str, TensorInfo]`): tensors of a task head, by the name they have in the
+            fine-tuned checkpoint.
+        config ([`FactorsConfig`]): base, source, and how it was compressed.
+        stored (`Mapping[str, TensorInfo]`): where the tensors lie.
     """
 
-    pinned: PinnedCheckpoint
-    config: FactorsConfig
-    stored: Mapping[str, TensorInfo]
-    weight_files: tuple[str, ...]
+    kind: ClassVar[str] = "task factors"
+    says: ClassVar[str] = "holds task factors"
+    has_few_triplets: ClassVar[bool] = True
+    loading: ClassVar[str] = "`hf-tsv reconstruct` it, then load it with transformers' AutoModel."
 
-    def __str__(self) -> str:
-        return str(self.pinned)
-
-    @property
-    def tensors(self) -> Mapping[str, StoredWeight]:
-        """The weights it has updates of, by canonical name."""
-        return self.config.weights
+    tensors: Mapping[str, StoredWeight]
+    config: FactorsConfig = field(kw_only=True)
+    stored: Mapping[str, TensorInfo] = field(kw_only=True)
 
     @property
-    def head(self) -> dict[str, TensorInfo]:
-        """Tensors of a task head, by the name they have in the fine-tuned checkpoint."""
-        return {name: self.stored[f"{name}.value"] for name in self.config.task_head}
+    def description(self) -> FactorsConfig:
+        """How it was compressed."""
+        return self.config
 
     @property
-    def left_out(self) -> tuple[str, ...]:
-        """Names that a merge leaves out."""
-        return self.config.task_head
+    def model_class(self) -> str | None:
+        """Class of a task head; None: that of the base model."""
+        return "CLIPForImageClassification" if self.head else None
+
+    @property
+    def rounded_to(self) -> torch.dtype | None:
+        """None, since Δ itself is stored."""
+        return None
 
     @property
     def needed_files(self) -> tuple[str, ...]:
@@ -71,9 +83,51 @@ class Factors:
         ends = {"factors": PARTS, "dense": ("delta",)}.get(stored, ())
         return [self.stored[f"{name}.{end}"] for end in ends]
 
-    def reading_from(self, files: Files) -> Factors:
-        """The same factors, read from a copy of their files."""
-        return replace(self, pinned=replace(self.pinned, files=files))
+    def weight(self, w0: Original) -> Tensor:
+        """Compute W0 + Δ of one weight, in the type of W0.
+
+        Args:
+            w0 ([`Original`]): the same weight of the base model.
+
+        Raises:
+            [`CheckpointError`]: the base model is another one, or the sum does not fit its type.
+        """
+        self.check_base(w0.name, w0.digest(), w0.base)
+        update, base = self.update(w0.name), w0.tensor.cpu()
+        if update is None:
+            return base.clone()
+        weight = (products.in_working_precision(base) + updates.dense(update)).to(base.dtype)
+        if not weight.isfinite().all():
+            raise CheckpointError(
+                f"{self}: {w0.name} does not fit into {base.dtype} with its update."
+            )
+        return weight
+
+    def change(
+        self, w0: Original, *, decomposed: bool = False, digests: dict[str, str] | None = None
+    ) -> Change | None:
+        """Read what is stored of the update of a weight, see [`Task.change`]."""
+        for part in w0.parts():
+            self.check_base(part.name, part.digest(), w0.base)
+        update = self._stacked_update(w0, digests)
+        if update is None:
+            return None
+        refuse_huge(w0.label, self, update)
+        update, floor = update.to(w0.device), 0.0
+        if decomposed and isinstance(update, Tensor):
+            floor = self._stored_noise(w0, update)
+        return Change(update, math.hypot(*(self.tensors[name].norm for name in w0.names)), floor)
+
+    def differs(self, w0: Original) -> bool:
+        """Tell whether an update is stored, without reading it."""
+        return self.tensors[w0.name].stored != "none"
+
+    def energy(self, name: str, rank: int | None) -> tuple[float, float]:
+        """Squared norm that is missing of the leading triplets, and all of it."""
+        kept = self.tensors[name]
+        needed = kept.numerical_rank if rank is None else min(rank, kept.numerical_rank)
+        there = kept.stored == "dense" or (kept.stored == "factors" and kept.rank >= needed)
+        return 0.0 if there else (1 - kept.energy) * kept.norm**2, kept.norm**2
 
     def update(self, name: str, digests: dict[str, str] | None = None) -> Update | None:
         """What is stored of the update of one weight.
@@ -106,7 +160,7 @@ class Factors:
             return vectors
         return vectors.matrix().float().reshape(weight.shape)  # Δ as a dense one is: float32
 
-    def read(self, name: str) -> Tensor:
+    def head_tensor(self, name: str) -> Tensor:
         """One tensor of the task head, as stored.
 
         Args:
@@ -134,6 +188,25 @@ class Factors:
             "Use that base model, or compress the fine-tune again with this one.",
         )
 
+    def _stacked_update(self, w0: Original, digests: dict[str, str] | None) -> Update | None:
+        """The stored update of a weight; of stacked ones as one dense matrix."""
+        found = [self.update(name, digests) for name in w0.names]
+        if len(found) == 1 or all(update is None for update in found):
+            return found[0]
+        shapes = [self.tensors[name].shape for name in w0.names]
+        parts = [
+            torch.zeros(shape) if update is None else updates.dense(update).float()
+            for update, shape in zip(found, shapes, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _stored_noise(self, w0: Original, update: Tensor) -> float:
+        """Rounding in an update stored whole: of the checkpoint it was made from, and its own."""
+        dtypes = [self.tensors[name].dtype for name in w0.names]
+        dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        w1 = (w0.tensor.double() + update.double()).to(dtype)
+        return storage_noise(w0.tensor, w1) + rounding_noise(update, self.config.factor_dtype)
+
     def _read(self, name: str, digests: dict[str, str] | None) -> Tensor:
         tensor = read_tensor(self.pinned.files, self.stored[name], name, str(self))
         if digests is not None:
@@ -141,9 +214,14 @@ class Factors:
         return tensor
 
 
-def is_factors(pinned: PinnedCheckpoint) -> bool:
-    """Whether a repository or folder holds task factors."""
-    return pinned.files.size(FACTORS_CONFIG) is not None
+def base_of_factors(pinned: PinnedCheckpoint) -> SaidBase:
+    """Base model that task factors were made with.
+
+    Args:
+        pinned ([`PinnedCheckpoint`]): task factors that [`open_factors`] opens.
+    """
+    base = read_json(pinned.files, FACTORS_CONFIG, str(pinned))["base_model"]
+    return SaidBase((base["ref"],), made_with=True, revision=base["revision"])
 
 
 def open_factors(pinned: PinnedCheckpoint) -> Factors:
@@ -186,4 +264,7 @@ def open_factors(pinned: PinnedCheckpoint) -> Factors:
             f"{owner}: factors_bytes in {FACTORS_CONFIG} is not the size of its tensors.",
             "Download or save them again.",
         )
-    return Factors(pinned, config, stored, files)
+    head = {name: stored[f"{name}.value"] for name in config.task_head}
+    return Factors(
+        pinned, config.model_config, config.weights, files, head, config=config, stored=stored
+    )

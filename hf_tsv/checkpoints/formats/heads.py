@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.storage.headers import read_header, read_metadata
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.untrusted import parse_json
@@ -20,6 +20,8 @@ FOLDER = "heads"
 SUFFIX = ".safetensors"
 CONFIG_KEY = "config"
 LONGEST_NAME = 100
+
+T = TypeVar("T", bound=Task)
 
 
 def file_names(tasks: Sequence[str]) -> list[str]:
@@ -73,18 +75,18 @@ def write(
     save_file(dict(tensors), folder / file, metadata={CONFIG_KEY: json.dumps(dict(config))})
 
 
-def tasks_of(item: Checkpoint) -> list[str]:
+def tasks_of(item: Task) -> list[str]:
     """Names of the tasks whose heads lie beside a merge."""
     names = item.pinned.files.within(FOLDER).names()
     mine = (name for name in names if name.endswith(SUFFIX) and name.isprintable())
     return [name.removesuffix(SUFFIX) for name in mine]
 
 
-def with_head(item: Checkpoint, task: str) -> Checkpoint:
+def with_head(item: T, task: str) -> T:
     """Make the same checkpoint with the head of one task.
 
     Args:
-        item ([`Checkpoint`]): a merge.
+        item ([`Task`]): a merge, or a task of it.
         task (`str`): one of [`tasks_of`].
 
     Raises:
@@ -104,6 +106,6 @@ def with_head(item: Checkpoint, task: str) -> Checkpoint:
         raise CheckpointError(f"{item}: {file} does not say what its labels are.", "Merge again.")
     labels = ("id2label", "label2id", "num_labels", "problem_type")
     own = {key: value for key, value in config.items() if key in labels}
-    kept = {key: value for key, value in item.config.items() if key not in labels}
+    kept = {key: value for key, value in item.model_config.items() if key not in labels}
     files = (*item.weight_files, file)
-    return replace(item, head=infos, config={**kept, **own}, weight_files=files)
+    return replace(item, head=infos, model_config={**kept, **own}, weight_files=files)

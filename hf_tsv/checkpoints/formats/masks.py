@@ -7,17 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
+from hf_tsv.checkpoints.base_model import SaidBase
+from hf_tsv.checkpoints.formats.change import Original
+from hf_tsv.checkpoints.formats.task import Task
+from hf_tsv.checkpoints.formats.whole import config_file, open_checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.storage.files import Files, HubFiles, LocalFiles, read_json
 from hf_tsv.checkpoints.storage.headers import read_header
-from hf_tsv.checkpoints.storage.tensors import TensorInfo, digest, read_tensor
+from hf_tsv.checkpoints.storage.tensors import TensorInfo, read_tensor
 from hf_tsv.system.errors import CheckpointError
 
 FOLDER = "masks"
@@ -29,57 +32,64 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Masked(Checkpoint):
+class Masked(Task):
     """Task of a merge: the merged value where its bit is set, the base model's elsewhere.
 
     Args:
+        pinned ([`PinnedCheckpoint`]): the merge.
+        model_config (`Mapping[str, Any]`): its config.json.
+        tensors (`Mapping[str, TensorInfo]`): its tensors by canonical name.
+        weight_files (`tuple[str, ...]`): its files, and those of the mask.
+        head (`Mapping[str, TensorInfo]`): a task head, by stored name.
+        format (`str`): file layout of the merge.
         masks (`Mapping[str, TensorInfo]`): packed bits by canonical name; a weight without a mask
             has no bit set.
         base_ref (`str`): the base model it was made with, without its revision.
         base_revision (`str`, *optional*): commit sha of that model; None for a folder.
         digests (`Mapping[str, str]`): digests of that model's tensors.
-        base ([`Checkpoint`], *optional*): W0; without it nothing can be read.
     """
 
-    masks: Mapping[str, TensorInfo] = field(default_factory=dict)
-    base_ref: str = ""
-    base_revision: str | None = None
-    digests: Mapping[str, str] = field(default_factory=dict)
-    base: Checkpoint | None = None
+    kind: ClassVar[str] = "mask"
+    says: ClassVar[str] = "is a mask"
+    for_factors: ClassVar[str] = "`hf-tsv merge {} -o DIR` makes a whole checkpoint of it."
 
-    def on(self, base: Checkpoint) -> Masked:
-        """Make the same task with the base model it is read with."""
-        return replace(self, base=base)
+    tensors: Mapping[str, TensorInfo]
+    masks: Mapping[str, TensorInfo] = field(kw_only=True)
+    base_ref: str = field(kw_only=True)
+    base_revision: str | None = field(kw_only=True)
+    digests: Mapping[str, str] = field(kw_only=True)
+
+    @property
+    def needed_files(self) -> tuple[str, ...]:
+        """Names of the files that a run reads."""
+        return (config_file(self.format), *self.weight_files)
 
     def parts(self, name: str) -> list[TensorInfo]:
         """Tensors of the files that reading one weight needs, besides the base model's."""
         return [self.tensors[name], self.masks[name]] if name in self.masks else []
 
-    def read(self, name: str, *, pinned: bool = False) -> Tensor:
-        """Read one weight of the task.
+    def weight(self, w0: Original) -> Tensor:
+        """Compute one weight of the task.
 
         Args:
-            name (`str`): canonical name.
-            pinned (`bool`): read into memory from where a GPU copies at full speed.
+            w0 ([`Original`]): the same weight of the base model.
 
         Raises:
             [`CheckpointError`]: the base model is another one, or a file is damaged.
         """
-        if name in self.head:
-            return super().read(name, pinned=pinned)
-        assert self.base is not None  # set before any read
-        w0 = self.base.read(name, pinned=pinned)
-        if self.digests.get(name) != digest(w0):
+        name, files = w0.name, self.pinned.files
+        if self.digests.get(name) != w0.digest():
             made_with = at_revision(self.base_ref, self.base_revision)
             raise CheckpointError(
-                f"{self}: {name} of the base model {self.base} is not what the mask was made with.",
+                f"{self}: {name} of the base model {w0.base} is not what the mask was made with.",
                 f"It was made with {made_with}; name that with --base-model.",
             )
+        base, info = w0.tensor.cpu(), self.tensors[name]
         if name not in self.masks:
-            return w0.to(self.tensors[name].dtype)
-        merged = super().read(name, pinned=pinned)
-        packed = read_tensor(self.pinned.files, self.masks[name], name, str(self))
-        return torch.where(unpacked(packed, w0.shape), merged, w0.to(merged.dtype))
+            return base.to(info.dtype, copy=True)
+        merged = read_tensor(files, info, name, str(self), pinned=w0.device.type == "cuda")
+        packed = read_tensor(files, self.masks[name], name, str(self))
+        return torch.where(unpacked(packed, base.shape), merged, base.to(merged.dtype))
 
 
 def packed_shape(shape: tuple[int, ...]) -> tuple[int]:
@@ -106,11 +116,6 @@ def unpacked(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Unpack a mask into the shape of its weight."""
     flat = np.unpackbits(bits.numpy(), count=prod(shape))
     return torch.from_numpy(flat).bool().reshape(shape)
-
-
-def is_masked(pinned: PinnedCheckpoint) -> bool:
-    """Tell whether this is the folder of one task beside a merge."""
-    return pinned.files.size(CONFIG_FILE) is not None
 
 
 def write_config(
@@ -169,9 +174,19 @@ def open_masked(pinned: PinnedCheckpoint) -> Masked:
             )
     files = (*merged.weight_files, file, f"{within}/{CONFIG_FILE}")
     return Masked(
-        merged.pinned, merged.config, merged.tensors, files, format=merged.format, masks=masks,
-        base_ref=base["ref"], base_revision=base.get("revision"), digests=digests,
+        merged.pinned, merged.model_config, merged.tensors, files, format=merged.format,
+        masks=masks, base_ref=base["ref"], base_revision=base.get("revision"), digests=digests,
     )  # fmt: skip
+
+
+def base_of_mask(pinned: PinnedCheckpoint) -> SaidBase:
+    """Base model that a mask was made with.
+
+    Args:
+        pinned ([`PinnedCheckpoint`]): folder of a task that [`open_masked`] opens.
+    """
+    base = read_json(pinned.files, CONFIG_FILE, str(pinned))["base_model"]
+    return SaidBase((base["ref"],), made_with=True, revision=base.get("revision"))
 
 
 def _is_origin(value: dict[str, Any]) -> bool:

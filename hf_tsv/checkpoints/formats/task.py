@@ -1,24 +1,174 @@
-"""A fine-tune in whatever form it is stored: the types, names and entries of inputs."""
+"""A fine-tune of a base model, in whatever form it is stored."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
-from hf_tsv.checkpoints.formats.factors import Factors
-from hf_tsv.checkpoints.formats.whole import Checkpoint
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.formats.change import Change, Original, update_of
+from hf_tsv.checkpoints.formats.description import FactorsConfig
+from hf_tsv.checkpoints.names import Format
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
-from hf_tsv.checkpoints.storage.files import LocalFiles
+from hf_tsv.checkpoints.storage.files import Files
+from hf_tsv.checkpoints.storage.tensors import Described, TensorInfo, digest, read_tensor
+from hf_tsv.linalg import updates
 from hf_tsv.system.errors import CheckpointError
 
-Task = Checkpoint | Factors
-"""A fine-tune, whole or compressed."""
+T = TypeVar("T", bound="Task")
 
 
-def config_of(item: Task) -> Mapping[str, Any]:
-    """The config.json of a task."""
-    return item.config.model_config if isinstance(item, Factors) else item.config
+@dataclass(frozen=True)
+class Task(ABC):
+    """A fine-tune of a base model, in whatever form it is stored.
+
+    A new form is a subclass in a file of its own, with [`needed_files`], [`parts`] and [`weight`],
+    and a row of `FORMATS`. The other methods have answers that are right for weights stored whole.
+
+    Args:
+        pinned ([`PinnedCheckpoint`]): commit or folder.
+        model_config (`Mapping[str, Any]`): config.json of the fine-tuned model.
+        tensors (`Mapping[str, Described]`): type and shape of the weights it has, by canonical
+            name.
+        weight_files (`tuple[str, ...]`): files of its tensors, index included.
+        head (`Mapping[str, TensorInfo]`): tensors of its task head, by stored name.
+        format (`str`): file layout, which a merge with it as the base has too.
+    """
+
+    kind: ClassVar[str]
+    """What it is, for people."""
+
+    says: ClassVar[str]
+    """The same as a predicate: `is a mask`."""
+
+    is_whole: ClassVar[bool] = False
+    """Whether every weight is stored itself, so that none of them needs the base model."""
+
+    has_few_triplets: ClassVar[bool] = False
+    """Whether it is known to be of low rank, so that nobody needs to be told."""
+
+    loads_as_model: ClassVar[bool] = True
+    """Whether `load_model` makes a transformers model of it."""
+
+    loading: ClassVar[str] = "Load it with transformers' AutoModel."
+    """Advice for those of whom it makes none."""
+
+    for_factors: ClassVar[str] = "Make factors with `hf-tsv compress`."
+    """Advice where task factors are wanted; `{}` stands for its name."""
+
+    pinned: PinnedCheckpoint
+    model_config: Mapping[str, Any]
+    tensors: Mapping[str, Described]
+    weight_files: tuple[str, ...]
+    head: Mapping[str, TensorInfo] = field(default_factory=dict)
+    format: Format = "transformers"
+
+    def __str__(self) -> str:
+        return str(self.pinned)
+
+    @property
+    @abstractmethod
+    def needed_files(self) -> tuple[str, ...]:
+        """Names of the files that a run reads."""
+
+    @abstractmethod
+    def parts(self, name: str) -> list[TensorInfo]:
+        """Tensors of its files that reading one weight, or its change, reads."""
+
+    @abstractmethod
+    def weight(self, w0: Original) -> Tensor:
+        """Compute W0 + Δ of one weight as it is stored, in memory of its own.
+
+        Args:
+            w0 ([`Original`]): one of its weights in the base model, not stacked.
+
+        Raises:
+            [`CheckpointError`]: a file is damaged, or of another base model.
+        """
+
+    def change(
+        self, w0: Original, *, decomposed: bool = False, digests: dict[str, str] | None = None
+    ) -> Change | None:
+        """Find what it changed in a weight, or in several that are stacked; None: nothing.
+
+        Args:
+            w0 ([`Original`]): the same weights of the base model.
+            decomposed (`bool`): the change is wanted by its singular vectors, so its noise floor
+                is too.
+            digests (`dict[str, str]`, *optional*): gets the digest of each tensor read.
+
+        Raises:
+            [`CheckpointError`]: a file is damaged, of another base model, or the change overflows.
+        """
+        w1 = self._stacked(w0, digests)
+        update, largest = update_of(w0.label, self, w1, w0.tensor)
+        if not largest:
+            return None
+        norm = updates.norm_of(update)
+        floor = updates.storage_noise(w0.tensor, w1, norm, overwrite=True) if decomposed else 0.0
+        return Change(update, norm, floor)
+
+    def differs(self, w0: Original) -> bool:
+        """Tell whether it changed a weight at all."""
+        return bool(updates.difference(self.weight(w0), w0.tensor).any())
+
+    def head_tensor(self, name: str) -> Tensor:
+        """Read one tensor of the task head, as stored.
+
+        Args:
+            name (`str`): as in the fine-tuned checkpoint.
+        """
+        return read_tensor(self.pinned.files, self.head[name], name, str(self))
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names, as stored, of the tensors that a merge omits."""
+        return tuple(self.head)
+
+    @property
+    def description(self) -> FactorsConfig | None:
+        """How it was compressed; None: it was not."""
+        return None
+
+    @property
+    def model_class(self) -> str | None:
+        """Class of transformers that it was saved as; None: that of the base model."""
+        return layout.saved_class(self.model_config)
+
+    @property
+    def rounded_to(self) -> torch.dtype | None:
+        """Coarsest type that W0 + Δ was rounded to; None: Δ itself is stored."""
+        dtypes = [info.dtype for info in self.tensors.values() if info.dtype.is_floating_point]
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+    def energy(self, name: str, rank: int | None) -> tuple[float, float]:
+        """Squared norm that is missing of the leading triplets of a change, and all of it.
+
+        Args:
+            name (`str`): canonical name.
+            rank (`int`, *optional*): number of triplets; default: all above rounding.
+
+        Returns:
+            `tuple[float, float]`: known without reading the weight; zeros where nothing is missing.
+        """
+        return 0.0, 0.0
+
+    def reading_from(self: T, files: Files) -> T:
+        """Make the same task, read from a copy of its files."""
+        return replace(self, pinned=replace(self.pinned, files=files))
+
+    def _stacked(self, w0: Original, digests: dict[str, str] | None) -> Tensor:
+        """W0 + Δ of all parts of a stack, on the device."""
+        tensors = [self.weight(part) for part in w0.parts()]
+        if digests is not None:
+            digests.update({n: digest(t) for n, t in zip(w0.names, tensors, strict=True)})
+        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(w0.device)
 
 
 def pinned_entry(item: Task) -> dict[str, str | None]:
@@ -33,8 +183,8 @@ def identity_entry(item: Task) -> dict[str, Any]:
     noticed by the other.
     """
     entry: dict[str, Any] = {**pinned_entry(item)}
-    if isinstance(item.pinned.files, LocalFiles) and item.pinned.is_local:
-        root = item.pinned.files.root
+    root = item.pinned.files.folder
+    if root is not None and item.pinned.is_local:
         stats = {name: (root / name).stat() for name in item.needed_files}
         entry["files"] = {
             name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()

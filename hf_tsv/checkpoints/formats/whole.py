@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats import open_clip
+from hf_tsv.checkpoints.formats.change import CPU, Original
+from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.names import CONFIG_FILE, PICKLED_FILE, SINGLE_FILE, Format
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.storage.files import Files, read_json
 from hf_tsv.checkpoints.storage.headers import VARIANT, index_of, read_headers
 from hf_tsv.checkpoints.storage.pickles import SUFFIXES
-from hf_tsv.checkpoints.storage.tensors import TensorInfo, read_tensor
+from hf_tsv.checkpoints.storage.tensors import TensorInfo, digest, read_tensor
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import quoted
 
@@ -32,46 +35,63 @@ WEIGHTS: tuple[tuple[str, Format], ...] = (
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """Headers of a pinned checkpoint.
+class Checkpoint(Task):
+    """Headers of a pinned checkpoint: a fine-tune stored whole, or a base model.
 
     Args:
         pinned ([`PinnedCheckpoint`]): commit or folder.
-        config (`dict[str, Any]`): its config.json; for OpenCLIP, the equivalent one.
+        model_config (`Mapping[str, Any]`): its config.json; for OpenCLIP, the equivalent one.
         tensors (`Mapping[str, TensorInfo]`): tensors by canonical name.
         weight_files (`tuple[str, ...]`): files of these tensors, index included.
         head (`Mapping[str, TensorInfo]`): its task head, by stored name; no base has one.
         format (`str`): file layout.
     """
 
-    pinned: PinnedCheckpoint
-    config: dict[str, Any]
-    tensors: Mapping[str, TensorInfo]
-    weight_files: tuple[str, ...]
-    head: Mapping[str, TensorInfo] = field(default_factory=dict)
-    format: Format = "transformers"
+    kind: ClassVar[str] = "checkpoint"
+    says: ClassVar[str] = "is a checkpoint"
+    is_whole: ClassVar[bool] = True
 
-    def __str__(self) -> str:
-        return str(self.pinned)
+    tensors: Mapping[str, TensorInfo]
 
     @property
     def needed_files(self) -> tuple[str, ...]:
         """Names of the files that a run reads."""
-        config = open_clip.CONFIG_FILE if self.format == "open_clip" else CONFIG_FILE
-        return (config, *self.weight_files)
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        """Names, as stored, of the tensors that a merge omits."""
-        return tuple(self.head)
+        return (config_file(self.format), *self.weight_files)
 
     def parts(self, name: str) -> list[TensorInfo]:
         """Tensors of the files that reading one weight needs."""
         return [self.tensors[name]]
 
-    def reading_from(self, files: Files) -> Checkpoint:
-        """Make the same checkpoint, read from a copy of its files."""
-        return replace(self, pinned=replace(self.pinned, files=files))
+    def weight(self, w0: Original) -> Tensor:
+        """Read one weight; W0 is not asked for."""
+        return self.read(w0.name, pinned=w0.device.type == "cuda")
+
+    def original(
+        self,
+        names: Sequence[str],
+        label: str = "",
+        device: torch.device = CPU,
+        digests: dict[str, str] | None = None,
+    ) -> Original:
+        """Weights of this base model, read when they are first asked for.
+
+        Args:
+            names (`Sequence[str]`): canonical names; several are stacked.
+            label (`str`): name of the stack; default: the first one.
+            device (`torch.device`): where W0 goes.
+            digests (`dict[str, str]`, *optional*): digests known so far; gets those of what is
+                read.
+        """
+
+        def read() -> Tensor:
+            tensors = [self.read(name, pinned=device.type == "cuda") for name in names]
+            if digests is not None:
+                digests.update({n: digest(t) for n, t in zip(names, tensors, strict=True)})
+            return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(device)
+
+        shapes = [self.tensors[name].shape for name in names] if len(names) > 1 else []
+        known = {} if digests is None else digests
+        return Original(names, label or names[0], str(self), shapes, read, device, known)
 
     def read(self, name: str, *, pinned: bool = False) -> Tensor:
         """Read one tensor as stored.
@@ -83,8 +103,12 @@ class Checkpoint:
         Raises:
             [`CheckpointError`]: the file is truncated, or a value is NaN or Inf.
         """
-        info = self.tensors[name] if name in self.tensors else self.head[name]
-        return read_tensor(self.pinned.files, info, name, str(self), pinned=pinned)
+        return read_tensor(self.pinned.files, self.tensors[name], name, str(self), pinned=pinned)
+
+
+def config_file(layout: Format) -> str:
+    """Name of the configuration in a file layout."""
+    return open_clip.CONFIG_FILE if layout == "open_clip" else CONFIG_FILE
 
 
 def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:

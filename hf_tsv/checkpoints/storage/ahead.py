@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
@@ -117,6 +117,16 @@ class AheadFiles(HubFiles):
         self._direct: Future[bytearray] | None = None
         self._closed = False
         self._lock = threading.Lock()
+
+    @property
+    def downloads(self) -> None:
+        return None
+
+    def uncached(self, names: Sequence[str]) -> list[str]:
+        return list(names)
+
+    def stop(self) -> None:
+        self.close()
 
     def expect(self, spans: Iterable[tuple[str, int, int]]) -> None:
         """Declare what will be read next, and begin to fetch it.

@@ -6,6 +6,7 @@ import os
 import re
 import threading
 import weakref
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -20,11 +21,35 @@ CACHED = re.compile(r"(models|datasets)--.+")
 class Files(Protocol):
     """Random access to the files of one checkpoint."""
 
+    @property
+    def folder(self) -> Path | None:
+        """Folder of the files on this machine, or None."""
+
+    @property
+    def downloads(self) -> hub.RepoSnapshot | None:
+        """Repository whose files are downloaded before a run reads them; None: read in place."""
+
+    @property
+    def subfolder(self) -> str:
+        """Folder of the files in their repository; empty for all of it, and on this machine."""
+
     def names(self) -> list[str]:
         """Names of all files, in order; in a folder only those directly in it."""
 
     def within(self, subfolder: str) -> Files:
         """Files of a subfolder, which may be absent."""
+
+    def path(self, name: str) -> str:
+        """Name of a file in the repository or folder as a whole."""
+
+    def uncached(self, names: Sequence[str]) -> list[str]:
+        """Those of these files that have to be fetched to be read."""
+
+    def expect(self, spans: Iterable[tuple[str, int, int]]) -> None:
+        """Declare which bytes will be read next: file, first byte, and number of bytes."""
+
+    def stop(self) -> None:
+        """End every wait for the Hub, from another thread."""
 
     def size(self, name: str) -> int | None:
         """Size of a file in bytes, or None if there is none."""
@@ -45,8 +70,21 @@ class Files(Protocol):
         """Release the resources of reading; the files can still be read again."""
 
 
-class LocalFiles:
+class _InPlace:
+    """Files that need no preparation before they are read."""
+
+    def expect(self, spans: Iterable[tuple[str, int, int]]) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+class LocalFiles(_InPlace):
     """Local folder, read into the caller's buffer: mapped pages would count as resident memory."""
+
+    downloads = None
+    subfolder = ""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -54,8 +92,18 @@ class LocalFiles:
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._descriptors)
 
+    @property
+    def folder(self) -> Path:
+        return self.root
+
     def within(self, subfolder: str) -> LocalFiles:
         return LocalFiles(self.root / subfolder)
+
+    def path(self, name: str) -> str:
+        return name
+
+    def uncached(self, names: Sequence[str]) -> list[str]:
+        return []
 
     def names(self) -> list[str]:
         try:
@@ -134,7 +182,7 @@ def _close_all(descriptors: dict[str, int]) -> None:
         os.close(descriptors.popitem()[1])
 
 
-class HubFiles:
+class HubFiles(_InPlace):
     """Hub repository at one commit, read by HTTP range without a copy on disk.
 
     Args:
@@ -142,8 +190,14 @@ class HubFiles:
         subfolder (`str`): folder of the files; empty for the whole repository.
     """
 
+    folder = None
+
     def __init__(self, repo: hub.RepoSnapshot, subfolder: str = "") -> None:
         self.repo, self.subfolder = repo, subfolder
+
+    @property
+    def downloads(self) -> hub.RepoSnapshot | None:
+        return self.repo
 
     def within(self, subfolder: str) -> HubFiles:
         return HubFiles(self.repo, self.path(subfolder))
@@ -151,6 +205,10 @@ class HubFiles:
     def path(self, name: str) -> str:
         """Name of a file in the repository."""
         return f"{self.subfolder}/{name}" if self.subfolder else name
+
+    def uncached(self, names: Sequence[str]) -> list[str]:
+        here = dict(zip(map(self.path, names), names, strict=True))
+        return [here[path] for path in hub.uncached(self.repo, list(here))]
 
     def names(self) -> list[str]:
         start = self.path("")

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,18 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_DIMENSIONS = 64  # torch's own limit
 LONGEST_NAME = 1000  # many times the longest in any model
+
+
+class Described(Protocol):
+    """A tensor of which type and shape are known."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its values."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of its dimensions."""
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def layers_of(
     ):
         for loaded in loading.read_weights(weights, sources.base, sources.inputs, scales, device):
             if loaded.deltas and parameters.keys() >= set(_own_names(loaded.weight)):
-                tasks = [sources.inputs[i] for i in loaded.floors]
+                tasks = [sources.inputs[i] for i in loaded.tasks]
                 with reading.named(loaded.weight.label, tasks):
                     layer = _layer(loaded, parameters, settings, len(sources.inputs))
                 layer.place(ones)
@@ -213,9 +213,9 @@ def _layer(
         vectors, ranks = orthonormal_vectors(loaded.updates(settings, tasks))
         shares = replace(vectors, S=vectors.S * settings.alpha).to(dtype)
     else:
-        dense = [updates.dense(delta) for delta in loaded.deltas.values()]
+        dense = [updates.dense(delta) for delta in loaded.deltas]
         shares = (torch.stack(dense) * (settings.alpha / tasks)).to(dtype)
-    return Layer(weight.label, own, loaded.base.to(dtype), tuple(loaded.floors), shares, ranks)
+    return Layer(weight.label, own, loaded.base.to(dtype), loaded.tasks, shares, ranks)
 
 
 def adapted(job: Job, adaptation: Adaptation, device: torch.device, *, show: bool) -> Job:

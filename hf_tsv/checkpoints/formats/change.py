@@ -1,0 +1,133 @@
+"""The change of one weight by a fine-tune: W0, the update, its norm and its noise floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from hf_tsv.checkpoints.storage.tensors import digest
+from hf_tsv.linalg import updates
+from hf_tsv.linalg.products import largest_entry
+from hf_tsv.linalg.updates import Update
+from hf_tsv.system.errors import CheckpointError
+
+LARGEST_UPDATE = 1e30
+"""Entries beyond it are no update, and sums of their squares would overflow."""
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Original:
+    """One weight of the base model, W0, which is read when it is first asked for.
+
+    Args:
+        names (`Sequence[str]`): canonical names; several are stacked along dimension 0.
+        label (`str`): name of the weight, or of the stack, for errors.
+        base (`str`): name of the base model, for errors.
+        shapes (`Sequence[tuple[int, ...]]`): of each of them, if they are stacked.
+        read (`Callable[[], Tensor]`): reads W0 as stored, stacked, on the device.
+        device (`torch.device`): where W0 is, and updates go.
+        digests (`dict[str, str]`): of the weights, as far as they are known, by name.
+    """
+
+    names: Sequence[str]
+    label: str
+    base: str
+    shapes: Sequence[tuple[int, ...]]
+    read: Callable[[], Tensor]
+    device: torch.device = CPU
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """W0 as stored, stacked."""
+        return self.read()
+
+    @property
+    def name(self) -> str:
+        """Canonical name of a weight that is not stacked."""
+        (name,) = self.names
+        return name
+
+    def parts(self) -> list[Original]:
+        """Each weight of the stack; without a copy."""
+        if len(self.names) == 1:
+            return [self]
+        spans = pairwise(accumulate((shape[0] for shape in self.shapes), initial=0))
+        return [
+            Original([name], name, self.base, [], partial(self._rows, *span), self.device,
+                     self.digests)
+            for name, span in zip(self.names, spans, strict=True)
+        ]  # fmt: skip
+
+    def digest(self) -> str:
+        """Digest of a weight that is not stacked; computed once, whoever asks."""
+        if self.name not in self.digests:
+            self.digests[self.name] = digest(self.tensor.cpu())
+        return self.digests[self.name]
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        return self.tensor[start:stop]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a fine-tune changed in one weight.
+
+    Args:
+        update (`Tensor` or `TaskSingularVectors`): Δ in float32, or its singular triplets.
+        norm (`float`): ‖Δ‖, Frobenius.
+        floor (`float`): spectral norm below which it is rounding of the stored checkpoints.
+    """
+
+    update: Update
+    norm: float
+    floor: float = 0.0
+
+
+def update_of(name: str, task: object, fine_tuned: Tensor, base: Tensor) -> tuple[Tensor, float]:
+    """Δ of one weight, and its largest absolute entry.
+
+    Args:
+        name (`str`): of the weight, for the error.
+        task (`object`): the fine-tune, for the error.
+        fine_tuned (`Tensor`): W1 as stored.
+        base (`Tensor`): W0 as stored.
+
+    Raises:
+        [`CheckpointError`]: it overflows.
+    """
+    update = updates.difference(fine_tuned, base)
+    return update, refuse_huge(name, task, update)
+
+
+def refuse_huge(name: str, task: object, update: Update, scale: float | None = None) -> float:
+    """Refuse an update of entries that are none, before it is scaled or after.
+
+    Returns:
+        `float`: its largest absolute entry; of triplets the largest singular value.
+    """
+    if scale is not None and abs(scale) <= 1:  # as it was before
+        return 0.0
+    if isinstance(update, Tensor):
+        largest = largest_entry(update) if update.numel() else 0.0
+    else:
+        largest = float(update.S[0]) if update.rank else 0.0
+    if largest * abs(scale or 1.0) < LARGEST_UPDATE:
+        return largest
+    if scale is not None:
+        raise CheckpointError(
+            f"{task}: the update of {name} times {scale:g}, the weight of the task, is more than"
+            f" {LARGEST_UPDATE:g}.",
+            "Give it a smaller weight.",
+        )
+    raise CheckpointError(
+        f"{task}: {name} differs from the base model by more than {LARGEST_UPDATE:g}.",
+        "The checkpoint is damaged; leave it out or save it again.",
+    )
