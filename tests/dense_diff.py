@@ -64,7 +64,7 @@ def base_of_diff(pinned: PinnedCheckpoint) -> SaidBase:
     return SaidBase((read_json(pinned.files, MARKER, str(pinned))["base_model"],), made_with=True)
 
 
-DIFF = InputFormat("diff", DenseDiff, (MARKER,), open_diff, base_of_diff, needs_base=True)
+DIFF = InputFormat("diff", DenseDiff, (MARKER,), open_diff, needs_base=True, says_base=base_of_diff)
 
 
 def save_diff(base: Path, fine_tuned: Path, folder: Path) -> Path:

@@ -10,9 +10,9 @@ from hf_tsv import hub
 from hf_tsv.checkpoints.base_model import SaidBase, said_by
 from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.formats.adapters import Adapter, open_adapter
-from hf_tsv.checkpoints.formats.factors import Factors, base_of_factors, open_factors
+from hf_tsv.checkpoints.formats.factors import Factors, open_factors
 from hf_tsv.checkpoints.formats.masks import CONFIG_FILE as MASK_CONFIG
-from hf_tsv.checkpoints.formats.masks import Masked, base_of_mask, open_masked
+from hf_tsv.checkpoints.formats.masks import Masked, open_masked
 from hf_tsv.checkpoints.formats.open_clip import CONFIG_FILE as OPEN_CLIP_CONFIG
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
@@ -36,8 +36,9 @@ class InputFormat:
         task (`type[Task]`): what it is opened as.
         markers (`tuple[str, ...]`): files of which one tells that it is this form.
         open (`Callable[[PinnedCheckpoint, Opener], Task]`): reads its headers.
-        says_base (`Callable[[PinnedCheckpoint], SaidBase]`): reads which base model it names.
         needs_base (`bool`): `open` asks for the base model.
+        says_base (`Callable[[PinnedCheckpoint], SaidBase]`): reads which base model it names,
+            where it has to be known before it is opened.
         layout (`str`, *optional*): naming scheme of its tensors, in reports; default: that of the
             checkpoint.
     """
@@ -46,18 +47,18 @@ class InputFormat:
     task: type[Task]
     markers: tuple[str, ...]
     open: Callable[[PinnedCheckpoint, Opener], Task]
-    says_base: Callable[[PinnedCheckpoint], SaidBase] = said_by
     needs_base: bool = False
+    says_base: Callable[[PinnedCheckpoint], SaidBase] = said_by
     layout: str | None = None
 
 
 FORMATS = (
-    InputFormat("mask", Masked, (MASK_CONFIG,), lambda it, _: open_masked(it), base_of_mask),
+    InputFormat("mask", Masked, (MASK_CONFIG,), lambda it, _: open_masked(it)),
     InputFormat(
         "adapter", Adapter, (ADAPTER_CONFIG,), open_adapter, needs_base=True, layout="peft",
     ),
     InputFormat(
-        "factors", Factors, (FACTORS_CONFIG,), lambda it, _: open_factors(it), base_of_factors,
+        "factors", Factors, (FACTORS_CONFIG,), lambda it, _: open_factors(it),
         layout="task factors",
     ),
     InputFormat(

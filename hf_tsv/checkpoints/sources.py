@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from hf_tsv import hub
 from hf_tsv.checkpoints import base_model, companions
+from hf_tsv.checkpoints.base_model import SaidBase
 from hf_tsv.checkpoints.formats.task import Task, equals_base
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.opening import format_of, open_base, open_task, without_base
@@ -201,7 +202,7 @@ def open_sources(
         opened = in_parallel(_alone, tasks)
         if only_factors:
             _refuse_others(tasks, opened)
-        base_pin = pinned(parse(_inferred_base(tasks, pinned)))
+        base_pin = pinned(parse(_inferred_base(tasks, opened, pinned)))
     else:
         base_pin = tasks.pop()
     base = Once(lambda: open_base(base_pin))
@@ -231,7 +232,9 @@ def _refuse_others(pins: Sequence[PinnedCheckpoint], opened: Sequence[Task | Non
 
 
 def _inferred_base(
-    tasks: Sequence[PinnedCheckpoint], pinned: Callable[[Reference], PinnedCheckpoint]
+    tasks: Sequence[PinnedCheckpoint],
+    opened: Sequence[Task | None],
+    pinned: Callable[[Reference], PinnedCheckpoint],
 ) -> str:
     """Reference of the base model that cards, configs and factors agree on."""
 
@@ -241,7 +244,11 @@ def _inferred_base(
         except HfTsvError:  # gone, private, or a folder elsewhere: it says nothing
             return []
 
-    said = in_parallel(lambda task: format_of(task).says_base(task), tasks)
+    def said_by(pair: tuple[PinnedCheckpoint, Task | None]) -> SaidBase:
+        task, item = pair
+        return format_of(task).says_base(task) if item is None else item.says_base()
+
+    said = in_parallel(said_by, zip(tasks, opened, strict=True))
     found, speakers = base_model.infer(
         {str(task): one.names for task, one in zip(tasks, said, strict=True)}, parents
     )

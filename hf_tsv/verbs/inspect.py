@@ -10,7 +10,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from hf_tsv.checkpoints import base_model, layout
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.base_model import SaidBase, said_by
 from hf_tsv.checkpoints.formats.description import FactorsConfig
 from hf_tsv.checkpoints.formats.heads import tasks_of
 from hf_tsv.checkpoints.formats.task import Task
@@ -124,7 +125,7 @@ def inspect(
                 raise
             return _of_other(pinned, None, error.message)
         if opened.description is not None:
-            return _of_factors(pinned, form, opened.description)
+            return _of_factors(pinned, form, opened, opened.description)
         return _of_checkpoint(pinned, form, opened)
 
 
@@ -144,7 +145,7 @@ def _of_checkpoint(pinned: PinnedCheckpoint, form: InputFormat, opened: Task) ->
     if not clip:
         unknown.append(f"Not CLIP but {config['model_type']!r}: generic layout.")
     return InspectReport(
-        **_origin(pinned, form),
+        **_origin(pinned, opened.says_base()),
         kind="merge" if opened.is_whole and recipe else form.name,
         model_class=layout.saved_class(config) if clip else _architecture(config),
         model_type=_text(config.get("model_type")),
@@ -158,7 +159,7 @@ def _of_checkpoint(pinned: PinnedCheckpoint, form: InputFormat, opened: Task) ->
 
 
 def _of_factors(
-    pinned: PinnedCheckpoint, form: InputFormat, config: FactorsConfig
+    pinned: PinnedCheckpoint, form: InputFormat, opened: Task, config: FactorsConfig
 ) -> InspectReport:
     kept = sum(weight.bytes for weight in config.weights.values())
     tensors = {
@@ -177,7 +178,7 @@ def _of_factors(
         name: TensorInfo("", w.dtype, w.shape, 0, w.bytes) for name, w in config.weights.items()
     }
     return InspectReport(
-        **_origin(pinned, form),
+        **_origin(pinned, opened.says_base()),
         kind=form.name,
         model_class=layout.saved_class(config.model_config),
         model_type=_text(config.model_config.get("model_type")),
@@ -227,8 +228,9 @@ def _of_other(pinned: PinnedCheckpoint, form: InputFormat | None, why: str) -> I
         except CheckpointError as broken:
             unknown.append(broken.message)
     open_clip = pinned.files.size(OPEN_CLIP_CONFIG) is not None or OPEN_CLIP_WEIGHT in infos
+    said = said_by(pinned) if form is None else form.says_base(pinned)
     return InspectReport(
-        **_origin(pinned, form),
+        **_origin(pinned, said),
         kind="other" if form is None else form.name,
         model_type=_text(config.get("model_type")),
         layout=form.layout if form is not None else "open_clip" if open_clip else None,
@@ -238,8 +240,7 @@ def _of_other(pinned: PinnedCheckpoint, form: InputFormat | None, why: str) -> I
     )
 
 
-def _origin(pinned: PinnedCheckpoint, form: InputFormat | None) -> dict[str, Any]:
-    said = base_model.said_by(pinned) if form is None else form.says_base(pinned)
+def _origin(pinned: PinnedCheckpoint, said: SaidBase) -> dict[str, Any]:
     return {
         "ref": pinned.ref,
         "revision": pinned.revision,

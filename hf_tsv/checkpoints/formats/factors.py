@@ -57,6 +57,11 @@ class Factors(Task):
     config: FactorsConfig = field(kw_only=True)
     stored: Mapping[str, TensorInfo] = field(kw_only=True)
 
+    def says_base(self) -> SaidBase:
+        """Base model that they were made with."""
+        origin = self.config.base_model
+        return SaidBase((origin.ref,), made_with=True, revision=origin.revision)
+
     @property
     def description(self) -> FactorsConfig:
         """How it was compressed."""
@@ -212,16 +217,6 @@ class Factors(Task):
         if digests is not None:
             digests[name] = digest(tensor)
         return tensor
-
-
-def base_of_factors(pinned: PinnedCheckpoint) -> SaidBase:
-    """Base model that task factors were made with.
-
-    Args:
-        pinned ([`PinnedCheckpoint`]): task factors that [`open_factors`] opens.
-    """
-    base = read_json(pinned.files, FACTORS_CONFIG, str(pinned))["base_model"]
-    return SaidBase((base["ref"],), made_with=True, revision=base["revision"])
 
 
 def open_factors(pinned: PinnedCheckpoint) -> Factors:

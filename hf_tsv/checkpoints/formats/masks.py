@@ -64,6 +64,10 @@ class Masked(Task):
         """Names of the files that a run reads."""
         return (config_file(self.format), *self.weight_files)
 
+    def says_base(self) -> SaidBase:
+        """Base model that it was made with."""
+        return SaidBase((self.base_ref,), made_with=True, revision=self.base_revision)
+
     def parts(self, name: str) -> list[TensorInfo]:
         """Tensors of the files that reading one weight needs, besides the base model's."""
         return [self.tensors[name], self.masks[name]] if name in self.masks else []
@@ -177,16 +181,6 @@ def open_masked(pinned: PinnedCheckpoint) -> Masked:
         merged.pinned, merged.model_config, merged.tensors, files, format=merged.format,
         masks=masks, base_ref=base["ref"], base_revision=base.get("revision"), digests=digests,
     )  # fmt: skip
-
-
-def base_of_mask(pinned: PinnedCheckpoint) -> SaidBase:
-    """Base model that a mask was made with.
-
-    Args:
-        pinned ([`PinnedCheckpoint`]): folder of a task that [`open_masked`] opens.
-    """
-    base = read_json(pinned.files, CONFIG_FILE, str(pinned))["base_model"]
-    return SaidBase((base["ref"],), made_with=True, revision=base.get("revision"))
 
 
 def _is_origin(value: dict[str, Any]) -> bool:

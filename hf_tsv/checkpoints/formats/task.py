@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.base_model import SaidBase, said_by
 from hf_tsv.checkpoints.formats.change import Change, Original, update_of
 from hf_tsv.checkpoints.formats.description import FactorsConfig
 from hf_tsv.checkpoints.names import Format
@@ -125,6 +126,10 @@ class Task(ABC):
             name (`str`): as in the fine-tuned checkpoint.
         """
         return read_tensor(self.pinned.files, self.head[name], name, str(self))
+
+    def says_base(self) -> SaidBase:
+        """Base models that it names."""
+        return said_by(self.pinned)
 
     @property
     def left_out(self) -> tuple[str, ...]:
