@@ -276,7 +276,7 @@ def _energy_warnings(weights: Sequence[Weight], inputs: Sequence[Task]) -> list[
         for weight in weights:
             alone = weight.treatment == "decomposed" and len(weight.names) == 1
             for name in weight.names if i in weight.inputs else ():
-                lost, energy = item.energy(name, weight.rank if alone else None)
+                lost, energy = item.missing_energy(name, weight.rank if alone else None)
                 total += energy
                 missing += lost
                 short += lost > 0

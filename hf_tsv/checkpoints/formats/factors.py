@@ -127,7 +127,7 @@ class Factors(Task):
         """Tell whether an update is stored, without reading it."""
         return self.tensors[w0.name].stored != "none"
 
-    def energy(self, name: str, rank: int | None) -> tuple[float, float]:
+    def missing_energy(self, name: str, rank: int | None) -> tuple[float, float]:
         """Squared norm that is missing of the leading triplets, and all of it."""
         kept = self.tensors[name]
         needed = kept.numerical_rank if rank is None else min(rank, kept.numerical_rank)

@@ -152,7 +152,7 @@ class Task(ABC):
         dtypes = [info.dtype for info in self.tensors.values() if info.dtype.is_floating_point]
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
-    def energy(self, name: str, rank: int | None) -> tuple[float, float]:
+    def missing_energy(self, name: str, rank: int | None) -> tuple[float, float]:
         """Squared norm that is missing of the leading triplets of a change, and all of it.
 
         Args:
@@ -160,7 +160,7 @@ class Task(ABC):
             rank (`int`, *optional*): number of triplets; default: all above rounding.
 
         Returns:
-            `tuple[float, float]`: known without reading the weight; zeros where nothing is missing.
+            `tuple[float, float]`: known from headers; zeros where everything is stored.
         """
         return 0.0, 0.0
 
