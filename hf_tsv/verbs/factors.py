@@ -7,6 +7,8 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from hf_tsv.checkpoints.formats.factors import Factors, open_factors
 from hf_tsv.checkpoints.names import COMPRESSION, FACTORS_CONFIG
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
@@ -80,6 +82,14 @@ class TaskFactors(Factors):
         (folder,) = download([wanted], visible=show)
         local = LocalFiles(folder / pinned.files.subfolder)
         return replace(factors, pinned=replace(pinned, files=local))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the task head, as stored.
+
+        Args:
+            name (`str`): name in the fine-tuned checkpoint.
+        """
+        return self.head_tensor(name)
 
     @classmethod
     def opened(cls, pinned: PinnedCheckpoint, report: CompressReport | None = None) -> TaskFactors:
