@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hf_tsv.recipes.recipe import Recipe as Recipe
     from hf_tsv.reports.compression import CompressReport as CompressReport
     from hf_tsv.reports.interference import InterferenceReport as InterferenceReport
+    from hf_tsv.reports.merging import MergeReport as MergeReport
     from hf_tsv.system.errors import (
         CheckpointError as CheckpointError,
     )
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from hf_tsv.verbs.inspect import InspectReport as InspectReport
     from hf_tsv.verbs.inspect import inspect as inspect
     from hf_tsv.verbs.interference import interference as interference
-    from hf_tsv.verbs.merge import MergeReport as MergeReport
     from hf_tsv.verbs.merge import merge as merge
     from hf_tsv.verbs.push import PushReport as PushReport
     from hf_tsv.verbs.push import push as push
@@ -65,6 +65,7 @@ _PUBLIC = {
     "recipes.learning": ["Adaptation", "AlphaSearch"],
     "recipes.recipe": ["Recipe"],
     "reports.interference": ["InterferenceReport"],
+    "reports.merging": ["MergeReport"],
     "system.errors": [
         "CheckpointError",
         "DataError",
@@ -82,7 +83,7 @@ _PUBLIC = {
     "verbs.factors": ["TaskFactors"],
     "verbs.inspect": ["InspectReport", "inspect"],
     "verbs.interference": ["interference"],
-    "verbs.merge": ["MergeReport", "merge"],
+    "verbs.merge": ["merge"],
     "verbs.push": ["PushReport", "push"],
     "verbs.reconstruct": ["ReconstructReport", "reconstruct"],
     "verbs.sweep": ["SweepReport", "sweep"],

@@ -23,7 +23,6 @@ from hf_tsv import Adaptation, CheckpointError, DataError, Recipe, RecipeError
 from hf_tsv.checkpoints.names import RECIPE_FILE
 from hf_tsv.cli.merge import LearningOptions
 from hf_tsv.evaluation import data
-from hf_tsv.merging.costs import Parallelism
 from hf_tsv.merging.work import prepare
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.verbs.learning import descent
@@ -112,11 +111,10 @@ def test_gradients_are_those_of_differences_in_float64(
     from transformers import CLIPModel
 
     settings = Settings(method="ada", **options)
-    job = prepare([str(zoo / "vision"), str(zoo / "full")], str(zoo / "base"), [1, 0.5], settings)
+    tasks = [str(zoo / "vision"), str(zoo / "full")]
+    merge, sources = prepare(tasks, str(zoo / "base"), [1, 0.5], settings)
     model = clips.load(CLIPModel, zoo / "base", dtype=torch.float64).eval().requires_grad_(False)
-    layers = layers_of(
-        model, job.sources, job.plan, job.scales, job.settings, CPU, Parallelism(), show=False
-    )
+    layers = layers_of(model, merge, sources, CPU, show=False)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(3, 3, 32, 32, generator=generator, dtype=torch.float64)
     classes = torch.nn.functional.normalize(torch.randn(5, 24, generator=generator).double())

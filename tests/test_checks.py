@@ -51,9 +51,10 @@ def test_a_budget_in_every_spelling() -> None:
 
 
 def test_a_limit_of_memory_in_every_spelling(zoo: Path) -> None:
-    job = prepare([str(zoo / "vision")], str(zoo / "base"), None, Settings(), Access())
+    tasks = [str(zoo / "vision")]
+    merge, sources = prepare(tasks, str(zoo / "base"), None, Settings(), Access())
     for size, expected in SIZES.items():
-        assert job.within(size).max_memory == expected, size
+        assert merge.within(size, sources).max_memory == expected, size
 
 
 def test_a_largest_file_in_every_spelling() -> None:

@@ -34,7 +34,7 @@ WEIGHTS = bytes(range(256)) * 40
 FILES = {"config.json": "{}", "model.safetensors": WEIGHTS}
 AT_ONCE = {"Retry-After": "0"}
 
-push = partial(hub_.push, markers=MARKERS, replaced=OLD_WEIGHTS)
+push = partial(hub_.push, names=hub_.Names(MARKERS, OLD_WEIGHTS))
 
 
 def snapshot(repo_id: str = "org/model", **kwargs: Any) -> RepoSnapshot:

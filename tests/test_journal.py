@@ -529,16 +529,16 @@ def test_weights_of_other_processes_that_did_not_arrive_are_noticed(
     zoo: Path, stopped: Path
 ) -> None:
     tasks = [str(zoo / "vision"), str(zoo / "full")]
-    job = prepare(tasks, str(zoo / "base"), None, Settings())
-    weights = len(job.plan.weights)
+    merge, sources = prepare(tasks, str(zoo / "base"), None, Settings())
+    weights = len(merge.plan.weights)
     with pytest.raises(LostProcessError, match=f"{weights - 5} weights .* have not arrived"):
-        building._all_noted(job, stopped, 2)
+        building._all_noted(merge.plan, stopped, 2)
     file = stopped / "files" / "model.safetensors"
     os.truncate(file, 0)
-    os.truncate(file, job.plan.shards.total_bytes)
+    os.truncate(file, merge.plan.shards.total_bytes)
     with pytest.raises(LostProcessError, match=f"{weights} weights .* have not arrived"):
-        building._all_noted(job, stopped, 2)
-    job.sources.close()
+        building._all_noted(merge.plan, stopped, 2)
+    sources.close()
 
 
 def test_an_error_after_going_on_leaves_nothing(

@@ -17,7 +17,7 @@ from hub import Hub, Request, User
 
 import hf_tsv as api
 from hf_tsv.checkpoints.names import MARKERS, OLD_WEIGHTS
-from hf_tsv.hub import push
+from hf_tsv.hub import Names, push
 from hf_tsv.system.errors import CheckpointError, OutputError, RepoError
 
 KINDS = ("merge", "shards", "masks", "factors", "adapter", "reconstruction")
@@ -345,7 +345,7 @@ def test_a_folder_that_is_gone_removes_nothing_from_its_repository(
     api.push(folder, "me/new")
     shutil.rmtree(folder)
     with pytest.raises(OutputError, match="no finished output"):
-        push(folder, "me/new", markers=MARKERS, replaced=OLD_WEIGHTS, commit_message="again")
+        push(folder, "me/new", Names(MARKERS, OLD_WEIGHTS), commit_message="again")
     assert pushed(hub) == contents(outputs / "merge")
 
 

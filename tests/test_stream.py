@@ -185,9 +185,9 @@ torch.set_num_threads(1)
 memory.share_one_heap()
 tasks = [{str(tmp_path)!r} + "/" + name for name in "abcd"]
 settings = Settings(method={method!r})
-job = work.prepare(tasks, {str(tmp_path / "base")!r}, [{scale}] * 4, settings)
-(weight,) = job.plan.weights
-reader = loading.Reader(job.sources.base, job.sources.inputs, job.scales, torch.device("cpu"))
+merge, sources = work.prepare(tasks, {str(tmp_path / "base")!r}, [{scale}] * 4, settings)
+(weight,) = merge.plan.weights
+reader = loading.Reader(sources.base, sources.inputs, merge.scales, torch.device("cpu"))
 memory.empty(1000, 1000, dtype=torch.float64).zero_()
 def peak(key="VmHWM"):
     lines = open("/proc/self/status").read().splitlines()

@@ -18,7 +18,7 @@ from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.text import human_bytes
 
 if TYPE_CHECKING:
-    from hf_tsv.verbs.merge import MergeReport
+    from hf_tsv.reports.merging import MergeReport
 
     MethodName = str
 else:

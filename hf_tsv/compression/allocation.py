@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_tsv.compression.candidates import DENSE, Job, Measured
+from hf_tsv.compression.candidates import DENSE, Compression, Measured
 from hf_tsv.compression.files import plan_adapter, spec_of
 from hf_tsv.linalg.updates import matrix_shape
 from hf_tsv.recipes.compressing import Options, RankRule
@@ -124,7 +124,7 @@ def _bend(choice: Choice, energies: Sequence[float]) -> int:
     return rank
 
 
-def choose_ranks(measured: Sequence[Measured], job: Job) -> list[int]:
+def choose_ranks(measured: Sequence[Measured], job: Compression) -> list[int]:
     """Rank of every weight by the rule, or [`DENSE`]."""
     rule = job.options.rule
     if rule.budget is not None:
@@ -149,7 +149,7 @@ def _rank(item: Measured, rule: RankRule) -> int:
     return DENSE if short and item.numerical_rank > kept else rank
 
 
-def _within_budget(measured: Sequence[Measured], job: Job, budget: int) -> list[int]:
+def _within_budget(measured: Sequence[Measured], job: Compression, budget: int) -> list[int]:
     ranks = [_rank(item, job.options.rule) for item in measured]
     fixed, paid = _fixed_bytes(measured, job)
     if fixed > budget:
@@ -191,7 +191,7 @@ def _choice(item: Measured, held: int) -> Choice:
     )
 
 
-def _fixed_bytes(measured: Sequence[Measured], job: Job) -> tuple[int, int]:
+def _fixed_bytes(measured: Sequence[Measured], job: Compression) -> tuple[int, int]:
     """Bytes of everything without a rank to choose, and the triplets per matrix they include."""
     if job.options.format == "factors":
         whole = (m.candidate for m in measured if m.norm and not m.candidate.limit)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,20 @@ from hf_tsv.checkpoints.formats.task import equals_base
 from hf_tsv.checkpoints.names import FACTORS_CONFIG
 from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.compression.allocation import choose_ranks
-from hf_tsv.compression.candidates import Candidate, Job, Measured, Spool, candidates_of
-from hf_tsv.compression.files import write_adapter, write_factors
+from hf_tsv.compression.candidates import Candidate, Compression, Measured, Spool, candidates_of
+from hf_tsv.compression.files import Written, write_adapter, write_factors
 from hf_tsv.compression.measuring import measure
 from hf_tsv.linalg.updates import matrix_shape
 from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.runs import journal
+from hf_tsv.runs.lifecycle import Run
 from hf_tsv.runs.reading import Seconds
-from hf_tsv.runs.target import Target
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.progress import bar, logger
 
 
-def prepare(sources: Sources, options: Options) -> Job:
-    job = Job(sources, options, (), ())
+def prepare(sources: Sources, options: Options) -> Compression:
+    job = Compression(sources, options, (), ())
     base, source = sources.base, job.source
     check_fit(base, [source])
     warnings = [*sources.warnings, *config_warnings(base, [source])]
@@ -52,75 +53,91 @@ def prepare(sources: Sources, options: Options) -> Job:
     return replace(job, candidates=candidates_of(job), warnings=tuple(warnings))
 
 
-Describe = Callable[[Path, Job, Target, FactorsConfig, Sequence[Measured]], None]
-"""Writes the card of a compression, and what it shows."""
-
-
 @dataclass(frozen=True)
-class _Done:
-    """What was written, how many full SVDs it took, and how long."""
+class Compressed:
+    """A compression whose weights are written.
+
+    Args:
+        config ([`FactorsConfig`]): description of the result.
+        measured (`list[Measured]`): every weight after its decomposition.
+        output_bytes (`int`): size of the weight files.
+        seconds ([`Seconds`]): time spent.
+    """
 
     config: FactorsConfig
+    measured: list[Measured]
     output_bytes: int
-    exact: int
     seconds: Seconds
 
 
-def construct(
-    final: Path,
-    identity: dict[str, Any],
-    job: Job,
-    target: Target,
-    device: torch.device,
-    show: bool,
-    describe: Describe,
-) -> _Done:
-    """Make the folder that is wanted, or the rest of it."""
-    with journal.under_construction(
-        final, identity, force=target.force, until_pushed=target.output is None
-    ) as (work, resumed):
-        candidates = {candidate.name: candidate for candidate in job.candidates}
-        noted = journal.read(work, lambda entry: _noted(entry, candidates)).values()
-        with Spool(work / journal.SPOOL, list(noted)) as spool:
-            journal.rewrite(work, (item.to_entry() for item in spool.held))
-            if resumed:
-                logger.info("%d of %d weights are there already.", len(spool.held), len(candidates))
-            with journal.Journal(work) as notes:
-                return _compress_into(
-                    work / journal.FILES, job, target, spool, notes, device, show, describe
-                )
+@contextmanager
+def built(
+    run: Run, job: Compression, device: torch.device, *, show: bool
+) -> Iterator[tuple[Path, Compressed]]:
+    """Compress into a folder, or do the rest of it; the body describes it.
+
+    Args:
+        run ([`Run`]): reads the inputs and delivers the result.
+        job ([`Compression`]): what to do.
+        device (`torch.device`): device that computes.
+        show (`bool`): show bars.
+
+    Yields:
+        `tuple[Path, Compressed]`: the folder, which gets its place when the body succeeds, and what
+        is in it.
+    """
+    identity = job.identity(device)
+    run.check_space(identity, disk_bytes(job))
+    run.fetch(show=show)
+    job = replace(job, sources=run.sources)
+    with (
+        run.result(identity) as final,
+        journal.under_construction(
+            final, identity, force=run.target.force, until_pushed=run.target.output is None
+        ) as (work, resumed),
+    ):
+        yield work / journal.FILES, _compressed(job, work, device, resumed=resumed, show=show)
+
+
+def _compressed(
+    job: Compression, work: Path, device: torch.device, *, resumed: bool, show: bool
+) -> Compressed:
+    """Write tensors and description."""
+    folder, source = work / journal.FILES, job.source
+    candidates = {candidate.name: candidate for candidate in job.candidates}
+    noted = journal.read(work, lambda entry: _noted(entry, candidates)).values()
+    with Spool(work / journal.SPOOL, list(noted)) as spool:
+        journal.rewrite(work, (item.to_entry() for item in spool.held))
+        if resumed:
+            logger.info("%d of %d weights are there already.", len(spool.held), len(candidates))
+        left = len(candidates) - len(spool.held)
+        logger.info("Compressing %d weights of %s on %s.", left, source, device.type)
+        with (
+            journal.Journal(work) as notes,
+            bar("Decomposing", left, visible=show) as advance,
+        ):
+            measured, seconds = measure(job, spool, notes, device, advance)
+        if not any(item.norm for item in measured):
+            raise equals_base(str(source), str(job.sources.base))
+        started = time.monotonic()
+        write = write_factors if job.options.format == "factors" else write_adapter
+        written = write(folder, job, spool, measured, choose_ranks(measured, job))
+    seconds += Seconds(writing=time.monotonic() - started)
+    config = _config(job, measured, written)
+    (folder / FACTORS_CONFIG).write_text(config.to_json(), encoding="utf-8")
+    return Compressed(config, measured, written.file_bytes, seconds)
 
 
 def _noted(entry: dict[str, Any], candidates: Mapping[str, Candidate]) -> Measured:
     return Measured.from_entry(entry, candidates[entry["label"]])
 
 
-def _compress_into(
-    folder: Path,
-    job: Job,
-    target: Target,
-    spool: Spool,
-    notes: journal.Journal,
-    device: torch.device,
-    show: bool,
-    describe: Describe,
-) -> _Done:
-    """Write a complete result into `folder`: tensors, description, card."""
+def _config(job: Compression, measured: Sequence[Measured], written: Written) -> FactorsConfig:
+    """Describe what is written."""
     source, base, options = job.source, job.sources.base, job.options
-    left = len(job.candidates) - len(spool.held)
-    logger.info("Compressing %d weights of %s on %s.", left, source, device.type)
-    with bar("Decomposing", left, visible=show) as advance:
-        measured, seconds = measure(job, spool, notes, device, advance)
-    if not any(item.norm for item in measured):
-        raise equals_base(str(source), str(base))
-    started = time.monotonic()
-    ranks = choose_ranks(measured, job)
-    write = write_factors if options.format == "factors" else write_adapter
-    written = write(folder, job, spool, measured, ranks)
-    seconds += Seconds(writing=time.monotonic() - started)
     total = sum(item.norm**2 for item in measured)
     lost = sum((1 - item.energy) * item.norm**2 for item in written.weights.values())
-    config = FactorsConfig(
+    return FactorsConfig(
         base_model=Origin.of(base.pinned),
         source=Origin.of(source.pinned),
         rank_rule=options.rule.to_dict(),
@@ -136,13 +153,9 @@ def _compress_into(
         format=FORMAT if options.format == "factors" else ADAPTER_FORMAT,
         left_out=written.left_out,
     )
-    (folder / FACTORS_CONFIG).write_text(config.to_json(), encoding="utf-8")
-    describe(folder, job, target, config, measured)
-    exact = sum(item.exact for item in measured)
-    return _Done(config, written.file_bytes, exact, seconds)
 
 
-def disk_bytes(job: Job) -> int:
+def disk_bytes(job: Compression) -> int:
     """The spool at its largest, and the result at its largest."""
     spool = sum(item.limit * 4 * sum(matrix_shape(item.shape)) for item in job.candidates)
     return (

@@ -107,7 +107,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Job:
+class Compression:
     """Compression whose references are resolved and whose headers fit."""
 
     sources: Sources
@@ -143,7 +143,7 @@ class Job:
         """Size of the task head, which is stored unchanged, in bytes."""
         return sum(info.nbytes for info in self.source.head.values())
 
-    def to_json(self, device: torch.device) -> dict[str, Any]:
+    def identity(self, device: torch.device) -> dict[str, Any]:
         """Everything that determines the bytes of the result."""
         return {
             "base_model": identity_entry(self.sources.base),
@@ -160,7 +160,7 @@ class Job:
         return updates.difference(self.source.weight(w0), w0.tensor)
 
 
-def candidates_of(job: Job) -> tuple[Candidate, ...]:
+def candidates_of(job: Compression) -> tuple[Candidate, ...]:
     """Candidates for all weights that base and fine-tuned checkpoint share."""
     base, source, options = job.sources.base, job.source, job.options
     make = _candidate if options.format == "factors" else _adapter_candidate

@@ -16,7 +16,7 @@ from hf_tsv.checkpoints.names import ADAPTER_FILE, FACTORS_FILE
 from hf_tsv.checkpoints.storage.tensors import TensorSpec
 from hf_tsv.checkpoints.storage.writer import ShardWriter, plan_shards
 from hf_tsv.compression import peft
-from hf_tsv.compression.candidates import DENSE, Job, Measured, Spool
+from hf_tsv.compression.candidates import DENSE, Compression, Measured, Spool
 from hf_tsv.linalg import products
 from hf_tsv.linalg.updates import TaskSingularVectors
 from hf_tsv.system.errors import CheckpointError
@@ -60,7 +60,7 @@ def _stored(item: Measured, rank: int) -> StoredWeight:
 
 @products.threads(1)  # errors are sums, whose last digits depend on how many add them up
 def write_factors(
-    folder: Path, job: Job, spool: Spool, measured: Sequence[Measured], ranks: Sequence[int]
+    folder: Path, job: Compression, spool: Spool, measured: Sequence[Measured], ranks: Sequence[int]
 ) -> Written:
     head = job.source.head
     weights = {
@@ -83,7 +83,7 @@ def write_factors(
 
 
 def _write_update(
-    writer: ShardWriter, job: Job, spool: Spool, item: Measured, weight: StoredWeight
+    writer: ShardWriter, job: Compression, spool: Spool, item: Measured, weight: StoredWeight
 ) -> float:
     """Write the update of one weight, and return the squared error of rounding it."""
     name, dtype = item.candidate.name, job.options.dtype
@@ -105,7 +105,7 @@ def _write_update(
 
 @products.threads(1)
 def write_adapter(
-    folder: Path, job: Job, spool: Spool, measured: Sequence[Measured], ranks: Sequence[int]
+    folder: Path, job: Compression, spool: Spool, measured: Sequence[Measured], ranks: Sequence[int]
 ) -> Written:
     dtype, base = job.options.dtype, job.sources.base
     by_name = {item.candidate.name: item for item in measured}
@@ -161,7 +161,9 @@ def write_adapter(
     )
 
 
-def plan_adapter(job: Job, measured: Sequence[Measured], ranks: Mapping[str, int]) -> peft.Adapter:
+def plan_adapter(
+    job: Compression, measured: Sequence[Measured], ranks: Mapping[str, int]
+) -> peft.Adapter:
     base = job.sources.base
     return peft.plan_adapter(
         ranks,
@@ -174,19 +176,19 @@ def plan_adapter(job: Job, measured: Sequence[Measured], ranks: Mapping[str, int
     )
 
 
-def model_class_of(job: Job) -> str:
+def model_class_of(job: Compression) -> str:
     """Name of the model class that an adapter is for."""
     return job.options.model_class or layout.saved_class(job.source.model_config)
 
 
-def spec_of(job: Job, name: str) -> TensorSpec:
+def spec_of(job: Compression, name: str) -> TensorSpec:
     """Type and shape of a weight: those of the base where the task has none."""
     held = job.source.tensors
     info = held[name] if name in held else job.sources.base.tensors[name]
     return TensorSpec(info.dtype, info.shape)
 
 
-def _fine_tuned(job: Job, name: str) -> Tensor:
+def _fine_tuned(job: Compression, name: str) -> Tensor:
     """Fine-tuned value of a weight: that of the base where the task has none."""
     w0 = job.sources.base.original([name])
     return job.source.weight(w0) if name in job.source.tensors else w0.tensor

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.change import update_of
 from hf_tsv.checkpoints.formats.task import Task
-from hf_tsv.compression.candidates import Candidate, Job, Measured, Spool
+from hf_tsv.compression.candidates import Candidate, Compression, Measured, Spool
 from hf_tsv.linalg import products, updates
 from hf_tsv.linalg.svd import truncated_svd
 from hf_tsv.linalg.updates import TaskSingularVectors, matrix_shape
@@ -56,12 +56,12 @@ def energy_curves(measured: Sequence[Measured]) -> dict[str, tuple[list[float], 
 
 
 def measure(
-    job: Job, spool: Spool, notes: Journal, device: torch.device, advance: Any
+    job: Compression, spool: Spool, notes: Journal, device: torch.device, advance: Any
 ) -> tuple[list[Measured], Seconds]:
     """Decompose every weight once, one per thread, while the next one is read.
 
     Args:
-        job ([`Job`]): compression to do.
+        job ([`Compression`]): compression to do.
         spool ([`Spool`]): file for the singular vectors; weights it holds are not decomposed again.
         notes ([`Journal`]): journal for everything else.
         device (`torch.device`): device that computes.
@@ -136,7 +136,7 @@ class _Loaded:
     seconds: float
 
 
-def _load(candidate: Candidate, job: Job) -> _Loaded:
+def _load(candidate: Candidate, job: Compression) -> _Loaded:
     started = time.monotonic()
     original = job.sources.base.original([candidate.name])
     rows, columns = matrix_shape(candidate.shape)

@@ -13,7 +13,7 @@ from hf_tsv.checkpoints.storage.tensors import digest, fingerprint
 from hf_tsv.evaluation import prompt_heads, zero_shot
 from hf_tsv.evaluation.data import LabelledImages, load
 from hf_tsv.evaluation.finished import Finished
-from hf_tsv.evaluation.job import Job
+from hf_tsv.evaluation.job import Evaluation
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.recipes.settings import current_versions
 from hf_tsv.system.errors import HfTsvError, LostProcessError
@@ -32,10 +32,10 @@ Results = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Run:
+class Scoring:
     """Settings that every model and task of an evaluation shares."""
 
-    job: Job
+    job: Evaluation
     device: str | None
     token: str | None = field(repr=False)
     cache_dir: str | None

@@ -7,12 +7,12 @@ file is removed when a command succeeds.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from hf_tsv.runs import journal
 from hf_tsv.system.folders import disk_errors, locked, make_parents, remove_empty
 from hf_tsv.system.progress import logger
 
@@ -28,9 +28,8 @@ class Finished:
         self._file = file
         self._results: dict[str, Any] = {}
         text = "" if file is None else file.read()
-        for line in text.splitlines(keepends=True):
-            with suppress(ValueError, KeyError, TypeError):  # a line may be cut off
-                entry = json.loads(line)
+        for entry in journal.entries(text):
+            with suppress(KeyError, TypeError):
                 self._results[entry["key"]] = entry["result"]
         if file is not None and text and not text.endswith("\n"):
             file.write("\n")
@@ -51,8 +50,7 @@ class Finished:
         """Keep the result of a task, if there is a file for it."""
         if key is not None and self._file is not None:
             self._results[key] = result
-            self._file.write(json.dumps({"key": key, "result": result}) + "\n")
-            self._file.flush()
+            journal.append(self._file, {"key": key, "result": result})
 
 
 @contextmanager

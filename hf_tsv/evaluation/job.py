@@ -7,19 +7,15 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 
-from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.evaluation import model_index, suites
-from hf_tsv.evaluation.data import refuse_not_installed
 from hf_tsv.recipes.images import EvaluationTask, listed
-from hf_tsv.system.checks import check_counts
 from hf_tsv.system.errors import RecipeError
-from hf_tsv.system.folders import absolute, check_output_folder
 
 RESULTS_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True)
-class Job:
+class Evaluation:
     """Inputs and settings of an evaluation, the same in all processes.
 
     Args:
@@ -45,39 +41,6 @@ class Job:
     batch_size: int
     folder: Path | None
     card: model_index.Card | None
-
-
-def checked_job(
-    reference: str,
-    tasks: Mapping[str, str] | Sequence[str | EvaluationTask],
-    suite: str | None,
-    references: Mapping[str, str | PathLike[str]] | None,
-    templates: Sequence[str],
-    base_model: str | PathLike[str] | None,
-    output: str | Path | None,
-    limit: int | None,
-    batch_size: int,
-    token: str | None,
-    cache_dir: str | None,
-    subfolder: str | None,
-    *,
-    force: bool,
-    card: bool,
-    create_pr: bool,
-) -> Job:
-    """Check everything that can be refused before any work."""
-    refuse_not_installed("Evaluation", sklearn="scikit-learn")
-    if create_pr and not card:
-        raise RecipeError("create_pr is about the card.", "Add --card.")
-    check_counts(limit=limit, batch_size=batch_size)
-    found = chosen(tasks, suite, references, base_model, templates)
-    folder = None if output is None else _checked_folder(Path(output), force=force)
-    pinned = pin(parse(reference, subfolder), token=token, cache_dir=cache_dir)
-    to_write = model_index.open_card(pinned, token=token, create_pr=create_pr) if card else None
-    return Job(
-        pinned.ref, pinned.revision, found.tasks, found.fine_tunes, found.suite, found.base_model,
-        limit, batch_size, folder, to_write,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,9 +96,3 @@ def chosen(
         )
     fine_tunes = {name: fspath(ref) for name, ref in (references or {}).items()}
     return Chosen(every, fine_tunes, base, own)
-
-
-def _checked_folder(output: Path, *, force: bool) -> Path:
-    folder = absolute(output)
-    check_output_folder(folder, [RESULTS_FILE], force=force)
-    return folder

@@ -14,10 +14,11 @@ from hf_tsv.hub.snapshots import (
     dataset_commit,
     snapshot,
 )
-from hf_tsv.hub.uploads import files_to_push, push, push_file, writable_repo_id
+from hf_tsv.hub.uploads import Names, files_to_push, push, push_file, writable_repo_id
 
 __all__ = [
     "WEIGHT_SUFFIXES",
+    "Names",
     "RepoSnapshot",
     "Wanted",
     "card_dict",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from json import JSONDecodeError
 from pathlib import Path
@@ -163,12 +164,24 @@ def files_to_push(folder: Path, markers: Sequence[str]) -> dict[str, Path]:
     return files
 
 
+@dataclass(frozen=True)
+class Names:
+    """Names of files that an upload tells outputs by.
+
+    Args:
+        markers (`Sequence[str]`): names, one of which every finished output has.
+        replaced (`Sequence[str]`): patterns of files that are deleted if the folder lacks them.
+    """
+
+    markers: Sequence[str]
+    replaced: Sequence[str]
+
+
 def push(
     folder: Path,
     repo_id: str,
+    names: Names,
     *,
-    markers: Sequence[str],
-    replaced: Sequence[str],
     token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -183,8 +196,7 @@ def push(
     Args:
         folder (`Path`): a finished output.
         repo_id (`str`): repository to upload to; created if needed.
-        markers (`Sequence[str]`): names of files, one of which every finished output has.
-        replaced (`Sequence[str]`): patterns of files that are deleted if the folder lacks them.
+        names ([`Names`]): names of files in outputs, this one and earlier ones.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         private (`bool`, *optional*): make a new repository private.
         revision (`str`, *optional*): branch to push to.
@@ -200,7 +212,7 @@ def push(
             retried(lambda: client.create_repo(repo_id, private=private, exist_ok=True))
             if revision is not None and revision != "main" and not revision.startswith("refs/"):
                 retried(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True))
-        files = files_to_push(folder, markers)  # once: the folder may be gone by the next try
+        files = files_to_push(folder, names.markers)  # once: the folder may be gone by the next try
         once = _once if create_pr else retried  # a retry after a lost answer would open two
         for race in range(RACES):
             head = retried(
@@ -209,8 +221,10 @@ def push(
                 )
             )
             there = [file.rfilename for file in head.siblings or []]
-            old = [name for name in there if any(fnmatch(name, pattern) for pattern in replaced)]
-            if old and race == 0 and not create_pr and not set(markers) & set(there):
+            old = [
+                name for name in there if any(fnmatch(name, pattern) for pattern in names.replaced)
+            ]
+            if old and race == 0 and not create_pr and not set(names.markers) & set(there):
                 logger.warning(
                     "The upload replaces %s of %s; earlier commits keep them.",
                     ", ".join(old),

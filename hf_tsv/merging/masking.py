@@ -11,67 +11,74 @@ from pathlib import Path
 import torch
 
 from hf_tsv.checkpoints.formats import heads, masks
-from hf_tsv.checkpoints.formats.task import distinct_names
-from hf_tsv.checkpoints.formats.whole import open_checkpoint
+from hf_tsv.checkpoints.formats.task import Task, distinct_names
+from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
+from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.checkpoints.storage.files import LocalFiles
 from hf_tsv.checkpoints.storage.tensors import TensorSpec, digest
 from hf_tsv.checkpoints.storage.writer import ShardPlan, ShardWriter, plan_shards
 from hf_tsv.linalg import updates
 from hf_tsv.merging import loading
-from hf_tsv.merging.plan import Weight
-from hf_tsv.merging.work import Job
+from hf_tsv.merging.plan import MergePlan, Weight
+from hf_tsv.merging.work import Merge, Merged
 from hf_tsv.methods.rules import function_of
+from hf_tsv.recipes.settings import Settings
 
 
-def mask_folders(job: Job) -> list[str]:
+def mask_folders(settings: Settings, inputs: Sequence[Task]) -> list[str]:
     """Where the mask of each task lies in the output; none with methods that write none.
 
     Args:
-        job ([`Job`]): a merge.
+        settings ([`Settings`]): of a merge.
+        inputs (`Sequence[Task]`): the tasks.
     """
-    if not job.settings.row.beside:
+    if not settings.row.beside:
         return []
-    names = heads.file_stems(distinct_names([item.pinned for item in job.sources.inputs]))
+    names = heads.file_stems(distinct_names([item.pinned for item in inputs]))
     return [f"{masks.FOLDER}/{name}" for name in names]
 
 
-def mask_bytes(job: Job, unchanged: frozenset[str] = frozenset()) -> int:
+def mask_bytes(merge: Merge, sources: Sources, unchanged: frozenset[str] = frozenset()) -> int:
     """Of the masks of all tasks together.
 
     Args:
-        job ([`Job`]): a merge.
+        merge ([`Merge`]): what is done.
+        sources ([`Sources`]): base model and tasks.
         unchanged (`frozenset[str]`): labels of weights that no task changed.
     """
-    return len(mask_folders(job)) * _layout(job, _changed(job, unchanged)).total_bytes
+    folders = mask_folders(merge.settings, sources.inputs)
+    return len(folders) * _layout(sources.base, _changed(merge.plan, unchanged)).total_bytes
 
 
-def write_masks(folder: Path, job: Job, unchanged: frozenset[str]) -> None:
+def write_masks(folder: Path, done: Merged) -> None:
     """Write the mask of every task, in a second pass over all checkpoints.
 
     Args:
         folder (`Path`): of the merge, complete but for these.
-        job ([`Job`]): that made it.
-        unchanged (`frozenset[str]`): labels of weights that no task changed.
+        done ([`Merged`]): the merge.
     """
+    merge = done.merge
     shutil.rmtree(folder / masks.FOLDER, ignore_errors=True)  # of a run that was stopped
-    base, inputs = job.sources.base, job.sources.inputs
-    mask_of = function_of(job.settings.row, job.settings.row.beside)
+    base, inputs = done.sources.base, done.sources.inputs
+    mask_of = function_of(merge.settings.row, merge.settings.row.beside)
     merged = open_checkpoint(PinnedCheckpoint(str(folder), None, LocalFiles(folder), {}))
-    weights = _changed(job, unchanged)
+    weights = _changed(merge.plan, done.findings.frozen)
     changed = {name for weight in weights for name in weight.names}
     digests = {name: digest(base.read(name)) for name in base.tensors if name not in changed}
-    places = [folder / name for name in mask_folders(job)]
+    places = [folder / name for name in mask_folders(merge.settings, inputs)]
     with ExitStack() as opened:
         opened.callback(merged.pinned.files.close)
         writers = []
         for place in places:
             place.mkdir(parents=True)
-            writers.append(ShardWriter(place, _layout(job, weights)))
+            writers.append(ShardWriter(place, _layout(base, weights)))
             opened.callback(writers[-1].abandon)
         together = [replace(weight, treatment="combined") for weight in weights]
-        device, ahead = torch.device("cpu"), job.parallelism.ahead
-        for loaded in loading.read_weights(together, base, inputs, job.scales, device, ahead=ahead):
+        device, ahead = torch.device("cpu"), merge.parallelism.ahead
+        for loaded in loading.read_weights(
+            together, base, inputs, merge.scales, device, ahead=ahead
+        ):
             stored = [merged.read(name) for name in loaded.weight.names]
             total = updates.difference(
                 torch.cat(stored) if len(stored) > 1 else stored[0], loaded.base
@@ -91,11 +98,11 @@ def write_masks(folder: Path, job: Job, unchanged: frozenset[str]) -> None:
         masks.write_config(place, task, base.pinned, digests, mask_of.scale)
 
 
-def _changed(job: Job, unchanged: frozenset[str]) -> list[Weight]:
-    return [w for w in job.plan.weights if w.treatment != "copied" and w.label not in unchanged]
+def _changed(plan: MergePlan, unchanged: frozenset[str]) -> list[Weight]:
+    return [w for w in plan.weights if w.treatment != "copied" and w.label not in unchanged]
 
 
-def _layout(job: Job, weights: Sequence[Weight]) -> ShardPlan:
-    shapes = {name: job.sources.base.tensors[name].shape for w in weights for name in w.names}
+def _layout(base: Checkpoint, weights: Sequence[Weight]) -> ShardPlan:
+    shapes = {name: base.tensors[name].shape for w in weights for name in w.names}
     specs = {n: TensorSpec(torch.uint8, masks.packed_shape(shape)) for n, shape in shapes.items()}
     return plan_shards(specs, "1000GB", single=masks.MASK_FILE)

@@ -8,70 +8,54 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.checkpoints.storage.tensors import digest
 from hf_tsv.checkpoints.storage.writer import ShardWriter
 from hf_tsv.linalg import products
 from hf_tsv.linalg.products import largest_entry
 from hf_tsv.merging import costs
-from hf_tsv.merging.costs import Parallelism
 from hf_tsv.merging.findings import Finding
 from hf_tsv.merging.loading import LoadedWeight, Reader, by_name, expect_all
-from hf_tsv.merging.plan import MergePlan, Weight
+from hf_tsv.merging.plan import Weight
+from hf_tsv.merging.work import Merge
 from hf_tsv.methods.interference import measured
 from hf_tsv.methods.rules import rule_of
-from hf_tsv.recipes.settings import Settings
 from hf_tsv.runs.reading import named, read_ahead, stop_fetching
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.memory import empty, reused, share_one_heap
 
 
 def merge_weights(
+    merge: Merge,
+    sources: Sources,
     weights: Sequence[Weight],
-    plan: MergePlan,
-    base: Checkpoint,
-    inputs: Sequence[Task],
-    scales: Sequence[float],
-    settings: Settings,
     writer: ShardWriter | None,
     *,
     device: torch.device,
     done: Callable[[Finding], None],
-    parallelism: Parallelism,
-    known: Any = None,
-    coefficients: Mapping[str, Sequence[float]] | None = None,
-    measure: bool = False,
 ) -> None:
     """Read, merge and write weights of a plan, one at a time.
 
     Args:
+        merge ([`Merge`]): what to do.
+        sources ([`Sources`]): base model and tasks.
         weights (`Sequence[Weight]`): which.
-        plan ([`MergePlan`]): what to do.
-        base ([`Checkpoint`]): W0.
-        inputs (`Sequence[Task]`): the tasks.
-        scales (`Sequence[float]`): factor of each task's update.
-        settings ([`Settings`]): how to merge.
         writer ([`ShardWriter`], *optional*): takes the result.
         device (`torch.device`): where to compute.
         done (`Callable[[Finding], None]`): told after each weight is written, in another thread.
-        parallelism ([`Parallelism`]): how much goes on at a time.
-        known (`Any`): result of the method's pass before.
-        coefficients (`Mapping[str, Sequence[float]]`, *optional*): of each task, by weight; 1
-            where there are none.
-        measure (`bool`): find who disturbs whom.
     """
+    base, inputs, parallelism = sources.base, sources.inputs, merge.parallelism
     share_one_heap()
     expect_all(weights, base, inputs)
-    reader = Reader(base, inputs, scales, device, coefficients or {}, settings.row)
+    reader = Reader(base, inputs, merge.scales, device, merge.coefficients, merge.settings.row)
     with (
         reused(),
         products.threads(parallelism.threads),
@@ -90,11 +74,7 @@ def merge_weights(
                 waited = time.monotonic() - started
                 started = time.monotonic()
                 with named(loaded.weight.label, [inputs[i] for i in loaded.tasks]):
-                    result, finding = _merge_one(
-                        loaded, plan, settings, len(inputs), known,
-                        reader.coefficients.get(loaded.weight.label),
-                        measure=measure, writes=writer is not None,
-                    )  # fmt: skip
+                    result, finding = _merge_one(loaded, merge, writes=writer is not None)
                 computed = time.monotonic() - started
                 started = time.monotonic()
                 if written is not None:
@@ -115,24 +95,20 @@ def merge_weights(
             reading.shutdown(cancel_futures=True)
 
 
-def _merge_one(
-    loaded: LoadedWeight,
-    plan: MergePlan,
-    settings: Settings,
-    tasks: int,
-    known: Any,
-    coefficients: Sequence[float] | None,
-    *,
-    measure: bool,
-    writes: bool,
-) -> tuple[Tensor, Finding]:
+def _merge_one(loaded: LoadedWeight, merge: Merge, *, writes: bool) -> tuple[Tensor, Finding]:
     """The merged weight, in the dtype it will be stored in."""
     weight, finding = loaded.weight, loaded.finding
-    dtype = plan.specs[weight.names[0]].dtype
+    dtype = merge.plan.specs[weight.names[0]].dtype
     update = loaded.update
     if loaded.deltas:
-        merged = rule_of(settings.row)(
-            loaded.updates(settings, tasks, coefficients=coefficients, known=known, keep=measure)
+        merged = rule_of(merge.settings.row)(
+            loaded.updates(
+                merge.settings,
+                len(merge.scales),
+                coefficients=merge.coefficients.get(weight.label),
+                known=merge.known,
+                keep=merge.measure,
+            )
         )
         update = merged.matrix
         finding = replace(
@@ -140,14 +116,14 @@ def _merge_one(
             ranks=merged.ranks,
             null_directions=merged.null_directions,
             exact=merged.exact,
-            interference=measured(merged) if measure else None,
+            interference=measured(merged) if merge.measure else None,
         )
     if not writes:
         return loaded.base, finding
     if update is None:
         return _cast(loaded.base, dtype, weight), finding
     update = products.in_working_precision(update)
-    return _cast(update.mul_(settings.alpha).add_(loaded.base), dtype, weight), finding
+    return _cast(update.mul_(merge.settings.alpha).add_(loaded.base), dtype, weight), finding
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, weight: Weight) -> Tensor:

@@ -14,8 +14,8 @@ from hf_tsv.checkpoints.formats import heads
 from hf_tsv.checkpoints.formats.task import Task, distinct_names, equals_base, identity_entry
 from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, Sources, open_sources
 from hf_tsv.merging.costs import Parallelism, fitting, noted_bytes
-from hf_tsv.merging.diagnosis import diagnoses
-from hf_tsv.merging.findings import Findings
+from hf_tsv.merging.diagnosis import Diagnosis, diagnoses
+from hf_tsv.merging.findings import Finding, Findings
 from hf_tsv.merging.plan import MergePlan, make_plan, resolved
 from hf_tsv.recipes.recipe import PinnedInput, Recipe, pinned_text
 from hf_tsv.recipes.settings import Settings, versions_of
@@ -33,19 +33,20 @@ LIBRARIES = 64_000_000
 
 
 @dataclass(frozen=True)
-class Job:
-    """A merge whose references are resolved and whose headers fit.
+class Merge:
+    """A merge to do, or a reconstruction: all of it but the open files, so it can be sent.
 
     Args:
-        sources ([`Sources`]): base model and tasks.
+        references (`tuple[str, ...]`): the tasks, pinned.
+        base (`str`): the base model, pinned.
         scales (`tuple[float, ...]`): factor of each task's update.
         settings ([`Settings`]): how to merge.
         plan ([`MergePlan`]): which weight gets which treatment.
-        warnings (`list[str]`): so far.
+        warnings (`tuple[str, ...]`): so far.
         expected (`tuple[str | None, ...]`): fingerprints of local folders in a recipe; base last.
         recipe_device (`str`, *optional*): type of device in a recipe.
-        head ([`Task`], *optional*): whose task head the output gets.
         verb (`str`): what is done, for the bar.
+        task_head (`bool`): the output gets the task head of the only input.
         max_memory (`int`, *optional*): bytes each process may use.
         parallelism ([`Parallelism`]): what fits into them.
         measure (`bool`): find who disturbs whom.
@@ -55,15 +56,16 @@ class Job:
         tuning ([`AlphaSearch`], *optional*): how α was chosen.
     """
 
-    sources: Sources
+    references: tuple[str, ...]
+    base: str
     scales: tuple[float, ...]
     settings: Settings
     plan: MergePlan
-    warnings: list[str]
+    warnings: tuple[str, ...]
     expected: tuple[str | None, ...]
     recipe_device: str | None = None
-    head: Task | None = None
     verb: str = "Merging"
+    task_head: bool = False
     max_memory: int | None = None
     parallelism: Parallelism = field(default_factory=Parallelism)
     measure: bool = False
@@ -72,22 +74,27 @@ class Job:
     adaptation: Adaptation | None = None
     tuning: AlphaSearch | None = None
 
-    def within(self, max_memory: int | str | None) -> Job:
-        """The same job with as much parallelism as memory allows."""
+    def within(self, max_memory: int | str | None, sources: Sources) -> Merge:
+        """The same merge with as much parallelism as the memory of this process allows."""
         if max_memory is not None:
             max_memory = size_in_bytes(max_memory, name="max_memory (--max-memory)")
-        used = memory.resident() + LIBRARIES + self.sources.waiting_bytes()
+        used = memory.resident() + LIBRARIES + sources.waiting_bytes()
         used += noted_bytes(self.plan.weights)
         threads = torch.get_num_threads()
         found = fitting(self.plan.weights, threads, max_memory, used, measure=self.measure)
         return replace(self, max_memory=max_memory, parallelism=found)
 
-    def to_json(self, device: torch.device) -> dict[str, Any]:
+    def warned(self, text: str) -> Merge:
+        """The same merge with one more warning, which is logged."""
+        logger.warning(text)
+        return replace(self, warnings=(*self.warnings, text))
+
+    def identity(self, sources: Sources, device: torch.device) -> dict[str, Any]:
         """Everything that decides about the bytes of the result."""
         return {
             "verb": self.verb,
-            "base_model": identity_entry(self.sources.base),
-            "inputs": [identity_entry(item) for item in self.sources.inputs],
+            "base_model": identity_entry(sources.base),
+            "inputs": [identity_entry(item) for item in sources.inputs],
             "weights": self.scales,
             "settings": asdict(self.settings),
             "tensors": {n: [str(t.dtype), t.shape] for n, t in self.plan.specs.items()},
@@ -96,6 +103,41 @@ class Job:
             "measure": self.measure,
             "coefficients": self.coefficients,
         }
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge whose weights are computed.
+
+    Args:
+        merge ([`Merge`]): what was done, with what was learned before the first weight.
+        sources ([`Sources`]): what was merged.
+        device (`torch.device`): device that computed.
+        findings ([`Findings`]): of every weight.
+        diagnoses (`tuple[Diagnosis, ...]`): what is odd about the inputs.
+    """
+
+    merge: Merge
+    sources: Sources
+    device: torch.device
+    findings: Findings
+    diagnoses: tuple[Diagnosis, ...]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings of before the first weight, then of what the weights showed."""
+        return [*self.merge.warnings, *(found.text for found in self.diagnoses)]
+
+
+def diagnosed(
+    merge: Merge, sources: Sources, device: torch.device, noted: Sequence[Finding]
+) -> Merged:
+    """The merge with what its weights showed; tells what is odd about the inputs."""
+    findings = Findings(len(sources.inputs), noted)
+    found = diagnoses(sources.inputs, merge.scales, merge.plan, findings)
+    for diagnosis in found:
+        logger.warning(diagnosis.text)
+    return Merged(merge, sources, device, findings, tuple(found))
 
 
 def prepare(
@@ -108,7 +150,7 @@ def prepare(
     *,
     writes: bool = True,
     only_factors: bool = False,
-) -> Job:
+) -> tuple[Merge, Sources]:
     """Resolve every reference once, read every header, and plan.
 
     Args:
@@ -140,37 +182,38 @@ def prepare(
     found = [*warnings, *sources.warnings, *plan.warnings, *missing]
     for warning in found:
         logger.warning(warning)
-    expected = (None,) * (len(checkpoints) + 1)
-    return Job(sources, tuple(map(float, scales)), settings, plan, found, expected)
+    merge = Merge(
+        references=tuple(pinned_text(item.pinned) for item in sources.inputs),
+        base=pinned_text(sources.base.pinned),
+        scales=tuple(map(float, scales)),
+        settings=settings,
+        plan=plan,
+        warnings=tuple(found),
+        expected=(None,) * (len(checkpoints) + 1),
+    )
+    return merge, sources
 
 
-def refuse_unchanged(job: Job) -> None:
+def refuse_unchanged(plan: MergePlan, sources: Sources) -> None:
     """Find inputs that equal the base before the first decomposition: smallest weights first."""
-    base = job.sources.base
-    names = (n for w in job.plan.weights if w.treatment != "copied" for n in w.names)
+    base = sources.base
+    names = (n for w in plan.weights if w.treatment != "copied" for n in w.names)
     by_size = sorted(names, key=lambda name: base.tensors[name].nbytes)
-    for item in job.sources.inputs:
+    for item in sources.inputs:
         held = (name for name in by_size if name in item.tensors)
         if not any(item.differs(base.original([name])) for name in held):
             raise equals_base(str(item), str(base))
 
 
-def warned(job: Job, findings: Findings) -> list[str]:
-    """Tell what is odd about the inputs."""
-    found = diagnoses(job.sources.inputs, job.scales, job.plan, findings)
-    for diagnosis in found:
-        logger.warning(diagnosis.text)
-    return [diagnosis.text for diagnosis in found]
-
-
-def job_of_recipe(recipe: Recipe, access: Access) -> Job:
+def of_recipe(recipe: Recipe, access: Access) -> tuple[Merge, Sources]:
+    """Prepare the merge that a recipe describes."""
     for item in (*recipe.inputs, recipe.base_model):
         if item.revision is None and not Path(item.ref).expanduser().is_dir():
             raise RecipeError(
                 f"The recipe was made from the folder {item.ref}, which is not here.",
                 "Run it where that folder is, or restore it.",
             )
-    job = prepare(
+    merge, sources = prepare(
         [pinned_text(item) for item in recipe.inputs],
         pinned_text(recipe.base_model),
         [item.weight for item in recipe.inputs],
@@ -178,20 +221,20 @@ def job_of_recipe(recipe: Recipe, access: Access) -> Job:
         access,
         warnings=_version_warnings(recipe),
     )
-    merged = {w.label for w in job.plan.weights if w.treatment in ("decomposed", "averaged")}
+    merged = {w.label for w in merge.plan.weights if w.treatment in ("decomposed", "averaged")}
     if unknown := sorted(map(str, recipe.coefficients.keys() - merged)):
         raise RecipeError(
             f"The recipe has coefficients of {unknown[0]}, which is no weight that is merged.",
             "Use the recipe as it was written.",
         )
-    expected = tuple(item.fingerprint for item in (*recipe.inputs, recipe.base_model))
-    return replace(
-        job,
-        expected=expected,
+    merge = replace(
+        merge,
+        expected=tuple(item.fingerprint for item in (*recipe.inputs, recipe.base_model)),
         recipe_device=recipe.device,
         coefficients=recipe.coefficients,
         adaptation=recipe.adaptation,
     )
+    return merge, sources
 
 
 def _version_warnings(recipe: Recipe) -> list[str]:
@@ -206,38 +249,39 @@ def _version_warnings(recipe: Recipe) -> list[str]:
     return [f"The recipe was made with {', '.join(different)}: the bytes may differ."]
 
 
-def recipe_of(job: Job, findings: Findings, device: torch.device) -> Recipe:
+def recipe_of(done: Merged) -> Recipe:
+    """The recipe that repeats a merge."""
+
     def pinned(item: Task, key: int, scale: float) -> PinnedInput:
-        fingerprint = findings.fingerprint(key) if item.pinned.is_local else None
+        fingerprint = done.findings.fingerprint(key) if item.pinned.is_local else None
         return PinnedInput(item.pinned.ref, item.pinned.revision, fingerprint, scale)
 
     inputs = tuple(
         pinned(item, i, scale)
-        for i, (item, scale) in enumerate(zip(job.sources.inputs, job.scales, strict=True))
+        for i, (item, scale) in enumerate(zip(done.sources.inputs, done.merge.scales, strict=True))
     )
     return Recipe(
-        pinned(job.sources.base, -1, 1.0),
+        pinned(done.sources.base, -1, 1.0),
         inputs,
-        job.settings,
-        device.type,
-        versions_of(job.settings.row),
-        coefficients=job.coefficients,
-        adaptation=job.adaptation,
+        done.merge.settings,
+        done.device.type,
+        versions_of(done.merge.settings.row),
+        coefficients=done.merge.coefficients,
+        adaptation=done.merge.adaptation,
     )
 
 
-def kept_heads(job: Job) -> dict[str, Task]:
+def kept_heads(settings: Settings, inputs: Sequence[Task]) -> dict[str, Task]:
     """The tasks whose heads are written, by file."""
-    if not job.settings.keep_heads:
+    if not settings.keep_heads:
         return {}
-    inputs = job.sources.inputs
     files = heads.file_names(distinct_names([item.pinned for item in inputs]))
     return {file: item for file, item in zip(files, inputs, strict=True) if item.head}
 
 
-def refuse_no_heads(job: Job) -> None:
+def refuse_no_heads(settings: Settings, inputs: Sequence[Task]) -> None:
     """Refuse to keep heads where there are none."""
-    if job.settings.keep_heads and not kept_heads(job):
+    if settings.keep_heads and not kept_heads(settings, inputs):
         raise RecipeError(
             "No checkpoint has a task head to keep.",
             "Leave --keep-heads out; zero-shot classification needs none.",

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=Task)
 
 
-def load_model(
+def load_model(  # noqa: PLR0913  (what users may ask for)
     reference: str | PathLike[str],
     *,
     kind: str | None = None,
@@ -83,7 +83,7 @@ def load_model(
     return build(found, dtype, device)
 
 
-def pipeline(
+def pipeline(  # noqa: PLR0913  (what users may ask for)
     kind: str,
     /,
     model: str | PathLike[str],

@@ -84,7 +84,7 @@ class TaskSwitcher:
         self._lock = threading.RLock()
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # noqa: PLR0913  (what users may ask for)
         cls,
         references: Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]],
         *,

@@ -57,8 +57,21 @@ class Journal:
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Record one weight, named by `label`, after its last byte is written."""
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        append(self._file, entry)
+
+
+def append(file: IO[str], entry: Mapping[str, Any]) -> None:
+    """Write one line to a journal."""
+    file.write(json.dumps(entry) + "\n")
+    file.flush()
+
+
+def entries(text: str) -> Iterator[Any]:
+    """Lines of a journal, without those that were cut off."""
+    for line in text.splitlines(keepends=True):
+        with suppress(ValueError):
+            if line.endswith("\n"):
+                yield json.loads(line)
 
 
 def read(work: Path, parse: Callable[[dict[str, Any]], T], processes: int = 1) -> dict[str, T]:
@@ -75,11 +88,9 @@ def read(work: Path, parse: Callable[[dict[str, Any]], T], processes: int = 1) -
     for name in sorted(names):
         with suppress(FileNotFoundError):
             text = (work / name).read_text(encoding="utf-8", errors="replace")
-            for line in text.splitlines(keepends=True):
+            for entry in entries(text):
                 with suppress(ValueError, TypeError, KeyError, AttributeError):
-                    if line.endswith("\n"):
-                        entry = json.loads(line)
-                        found[entry["label"]] = parse(entry)
+                    found[entry["label"]] = parse(entry)
     return found
 
 

@@ -209,8 +209,7 @@ def upload(folder: Path, target: Target, token: str | None) -> str:
     return hub.push(
         folder,
         str(target.push_to),
-        markers=MARKERS,
-        replaced=OLD_WEIGHTS,
+        hub.Names(MARKERS, OLD_WEIGHTS),
         token=token,
         private=target.private,
         revision=target.revision,

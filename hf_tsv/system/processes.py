@@ -169,15 +169,19 @@ def joined() -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def alone(command: str) -> None:
-    """Refuse a launcher for a command that one process does alone.
+def alone(work: str, then: str = "") -> None:
+    """Refuse a launcher for work that one process does alone.
+
+    Args:
+        work (`str`): subject of the error.
+        then (`str`): end of the hint.
 
     Raises:
         [`RecipeError`]: a launcher started more than one process.
     """
     if launched() > 1:
         raise RecipeError(
-            f"`hf-tsv {command}` runs in one process.", "Run it without torchrun or accelerate."
+            f"{work} runs in one process.", f"Run it without torchrun or accelerate{then}."
         )
 
 

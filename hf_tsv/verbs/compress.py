@@ -19,8 +19,8 @@ from hf_tsv.checkpoints.formats.description import FactorsConfig, StoredWeight
 from hf_tsv.checkpoints.formats.task import pinned_entry
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, open_sources
-from hf_tsv.compression.building import construct, disk_bytes, most_bytes, prepare
-from hf_tsv.compression.candidates import Job, Measured
+from hf_tsv.compression.building import Compressed, built, most_bytes, prepare
+from hf_tsv.compression.candidates import Compression, Measured
 from hf_tsv.compression.files import model_class_of
 from hf_tsv.compression.measuring import energy_curves
 from hf_tsv.recipes.compressing import Options, RankRule
@@ -28,11 +28,10 @@ from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import cards, drawing, pictures
 from hf_tsv.reports.compression import CompressReport
 from hf_tsv.reports.kept import KeptSection
-from hf_tsv.runs import journal
-from hf_tsv.runs.target import Target, final_folder, push, waiting
+from hf_tsv.runs.lifecycle import underway
+from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.device import pick_device
-from hf_tsv.system.folders import check_free_space
 from hf_tsv.system.progress import logger, visible_by_default
 from hf_tsv.verbs.factors import TaskFactors
 
@@ -165,27 +164,18 @@ def run(
         progress (`bool`, *optional*): show bars; default: on a terminal.
     """
     started = time.monotonic()
-    processes.alone("compress")
+    processes.alone("`hf-tsv compress`")
     show = visible_by_default() if progress is None else progress
     target = target.checked(access.token, dry_run=dry_run)
     sources = open_sources([checkpoint], base_model, access)
     job = prepare(sources, options)
-    target.refuse_inputs([item.pinned for item in sources.all()])
-    download_bytes = sources.download_bytes()
-    report = _report(job, target, download_bytes)
-    if dry_run:
-        return replace(report, seconds=round(time.monotonic() - started, 3), dry_run=True)
-    place = pick_device(device)
-    identity = job.to_json(place)
-    final = final_folder(target, identity)
-    check_free_space(final, disk_bytes(job) - journal.begun_bytes(final))
-    job = replace(job, sources=job.sources.within_reach(visible=show))
-    try:
-        with waiting(final):
-            done = construct(final, identity, job, target, place, show, _describe)
-            url = push(final, target, access.token)
-    finally:
-        job.sources.close()
+    with underway(sources, target) as begun:
+        report = _report(job, target, begun.download_bytes)
+        if dry_run:
+            return replace(report, seconds=round(time.monotonic() - started, 3), dry_run=True)
+        place = pick_device(device)
+        with built(begun, job, place, show=show) as (folder, done):
+            _describe(folder, job, done, target)
     config = done.config
     report = _measured_report(report, config)
     if config.factors_bytes >= config.checkpoint_bytes:
@@ -194,19 +184,18 @@ def run(
     return replace(
         report,
         output_bytes=done.output_bytes,
-        exact_decompositions=done.exact,
+        exact_decompositions=sum(item.exact for item in done.measured),
         timings=done.seconds.rounded(),
         seconds=round(time.monotonic() - started, 3),
         device=place.type,
-        url=url,
+        url=begun.url,
     )
 
 
-def _describe(
-    folder: Path, job: Job, target: Target, config: FactorsConfig, measured: Sequence[Measured]
-) -> None:
+def _describe(folder: Path, job: Compression, done: Compressed, target: Target) -> None:
     """Write the card, and the picture it shows."""
-    kept = _kept(folder, config, measured) if job.options.report else None
+    config = done.config
+    kept = _kept(folder, config, done.measured) if job.options.report else None
     card: cards.Card
     if job.options.format == "factors":
         card = cards.FactorsCard(repo_id=target.push_to, config=config, kept=kept)
@@ -232,7 +221,7 @@ def _kept(folder: Path, config: FactorsConfig, measured: Sequence[Measured]) -> 
     return KeptSection.of(config, None if picture is None else picture.file)
 
 
-def _report(job: Job, target: Target, download_bytes: int) -> CompressReport:
+def _report(job: Compression, target: Target, download_bytes: int) -> CompressReport:
     """What is known before any weight is read: the sizes are upper bounds."""
     options, source = job.options, job.source
     sizes = [most_bytes(item, options.rule) for item in job.candidates]

@@ -11,17 +11,19 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from hf_tsv.checkpoints.reference import at_revision
+from hf_tsv.checkpoints.reference import at_revision, parse, pin
 from hf_tsv.evaluation import model_index, suites
-from hf_tsv.evaluation.classifying import Results, Run
+from hf_tsv.evaluation.classifying import Results, Scoring
+from hf_tsv.evaluation.data import refuse_not_installed
 from hf_tsv.evaluation.finished import Finished, finished_tasks
-from hf_tsv.evaluation.job import RESULTS_FILE, Job, checked_job
+from hf_tsv.evaluation.job import RESULTS_FILE, Evaluation, chosen
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.recipes.settings import current_versions
 from hf_tsv.reports import drawing
 from hf_tsv.system import processes
-from hf_tsv.system.errors import DataError, HfTsvError
-from hf_tsv.system.folders import whole_folder
+from hf_tsv.system.checks import check_counts
+from hf_tsv.system.errors import DataError, HfTsvError, RecipeError
+from hf_tsv.system.folders import absolute, check_output_folder, whole_folder
 from hf_tsv.system.progress import logger, visible_by_default
 from hf_tsv.verbs import pictures
 
@@ -138,7 +140,7 @@ def evaluate(
         job, finished = None, Finished()
         if not group.rank:
             stack.enter_context(group.leading())
-            job = checked_job(
+            job = _checked(
                 fspath(reference), tasks, suite, references, templates, base_model, output,
                 limit, batch_size, token, cache, subfolder,
                 force=force, card=card, create_pr=create_pr,
@@ -146,12 +148,12 @@ def evaluate(
             finished = stack.enter_context(finished_tasks(job.folder))
         job = group.shared(job)
         show = not group.rank and (visible_by_default() if progress is None else progress)
-        run = Run(job, device, token, cache, show, group, finished)
-        model = run.model(at_revision(job.ref, job.revision))
+        scoring = Scoring(job, device, token, cache, show, group, finished)
+        model = scoring.model(at_revision(job.ref, job.revision))
         where = model.device
-        data, results, errors = run.all_scored(model)
+        data, results, errors = scoring.all_scored(model)
         del model
-        run.compare(data, results, errors)
+        scoring.compare(data, results, errors)
         if not results:
             first = next(iter(errors.values()))
             raise DataError(
@@ -178,6 +180,45 @@ def evaluate(
         return report
 
 
+def _checked(
+    reference: str,
+    tasks: Mapping[str, str] | Sequence[str | EvaluationTask],
+    suite: str | None,
+    references: Mapping[str, str | PathLike[str]] | None,
+    templates: Sequence[str],
+    base_model: str | PathLike[str] | None,
+    output: str | Path | None,
+    limit: int | None,
+    batch_size: int,
+    token: str | None,
+    cache_dir: str | None,
+    subfolder: str | None,
+    *,
+    force: bool,
+    card: bool,
+    create_pr: bool,
+) -> Evaluation:
+    """Check everything that can be refused before any work."""
+    refuse_not_installed("Evaluation", sklearn="scikit-learn")
+    if create_pr and not card:
+        raise RecipeError("create_pr is about the card.", "Add --card.")
+    check_counts(limit=limit, batch_size=batch_size)
+    found = chosen(tasks, suite, references, base_model, templates)
+    folder = None if output is None else _checked_folder(Path(output), force=force)
+    pinned = pin(parse(reference, subfolder), token=token, cache_dir=cache_dir)
+    to_write = model_index.open_card(pinned, token=token, create_pr=create_pr) if card else None
+    return Evaluation(
+        pinned.ref, pinned.revision, found.tasks, found.fine_tunes, found.suite, found.base_model,
+        limit, batch_size, folder, to_write,
+    )  # fmt: skip
+
+
+def _checked_folder(output: Path, *, force: bool) -> Path:
+    folder = absolute(output)
+    check_output_folder(folder, [RESULTS_FILE], force=force)
+    return folder
+
+
 def _mean(results: Results, what: str) -> float | None:
     values = [found[what] for found in results.values() if what in found]
     return sum(values) / len(values) if values else None
@@ -195,7 +236,7 @@ def _of_suite(suite: suites.Suite, results: Results) -> dict[str, Any]:
     }
 
 
-def _delivered(report: EvaluateReport, job: Job, token: str | None) -> EvaluateReport:
+def _delivered(report: EvaluateReport, job: Evaluation, token: str | None) -> EvaluateReport:
     """Write folder and card, as asked."""
     if job.folder is not None:
         _write(report, job.folder)

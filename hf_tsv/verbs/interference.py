@@ -14,20 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_tsv.checkpoints.formats.task import distinct_names, pinned_entry
+from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.checkpoints.names import REPORT_FILE, REPORT_PAGE
-from hf_tsv.checkpoints.sources import Access
+from hf_tsv.checkpoints.sources import Access, Sources
 from hf_tsv.merging import diagnosis
-from hf_tsv.merging.findings import Finding, Findings
+from hf_tsv.merging.findings import Finding
 from hf_tsv.merging.pipeline import merge_weights
-from hf_tsv.merging.work import Job, prepare, refuse_unchanged, warned
+from hf_tsv.merging.plan import MergePlan
+from hf_tsv.merging.work import Merge, Merged, diagnosed, prepare, refuse_unchanged
 from hf_tsv.methods.interference import RANK_SHARES
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import drawing
 from hf_tsv.reports.interference import InterferenceReport
 from hf_tsv.reports.page import interference_page
 from hf_tsv.reports.pictures import of_interference
+from hf_tsv.runs.lifecycle import underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.device import pick_device
@@ -88,10 +90,7 @@ def interference(
         >>> import hf_tsv
         >>> hf_tsv.interference(["org/clip-a", "org/clip-b"]).total  # doctest: +SKIP
     """
-    if processes.launched() > 1:
-        raise RecipeError(
-            "The interference is measured by one process.", "Run it without torchrun."
-        )
+    processes.alone("`hf-tsv interference`")
     started = time.monotonic()
     show = visible_by_default() if progress is None else progress
     globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
@@ -106,51 +105,48 @@ def interference(
         check_output_folder(folder, [REPORT_PAGE], force=force)
     base_ref = None if base_model is None else fspath(base_model)
     access = Access.of(token, cache_dir, subfolder, stream=stream)
-    job = prepare(references, base_ref, None, settings, access, writes=False)
-    refuse_nothing_decomposed(job)
-    Target(folder).refuse_inputs([item.pinned for item in job.sources.all()])
-    job = replace(job, measure=True).within(max_memory)
-    where = pick_device(device)
-    job = replace(job, sources=job.sources.within_reach(visible=show))
-    weights = job.plan.weights
-    logger.info(
-        "Measuring %d weights of %d tasks on %s.", len(weights), len(references), where.type
-    )
-    noted: list[Finding] = []
-    try:
-        refuse_unchanged(job)
-        with bar("Measuring", len(weights), visible=show) as advance:
-
-            def done(finding: Finding) -> None:
-                noted.append(finding)
-                advance(1)
-
-            merge_weights(
-                weights, job.plan, job.sources.base, job.sources.inputs, job.scales, job.settings,
-                None, device=where, done=done, parallelism=job.parallelism,
-                measure=job.measure,
-            )  # fmt: skip
-    finally:
-        job.sources.close()
-    findings = Findings(len(references), noted)
-    warnings = [*job.warnings, *warned(job, findings)]
-    report = summary(job, findings, warnings, where, time.monotonic() - started)
+    work, sources = prepare(references, base_ref, None, settings, access, writes=False)
+    refuse_nothing_decomposed(work.plan, sources.inputs)
+    with underway(sources, Target(folder)) as run:
+        work = replace(work, measure=True).within(max_memory, sources)
+        where = pick_device(device)
+        run.fetch(show=show)
+        refuse_unchanged(work.plan, run.sources)
+        measured = _measured(work, run.sources, where, show=show)
+    report = summary(measured, time.monotonic() - started)
     if folder is not None:
         with whole_folder(folder) as staging:
             write_report(staging, report)
     return report
 
 
-def refuse_nothing_decomposed(job: Job) -> None:
+def _measured(work: Merge, sources: Sources, device: torch.device, *, show: bool) -> Merged:
+    """Merge every weight, and write none."""
+    weights, noted = work.plan.weights, list[Finding]()
+    logger.info(
+        "Measuring %d weights of %d tasks on %s.", len(weights), len(sources.inputs), device.type
+    )
+    with bar("Measuring", len(weights), visible=show) as advance:
+
+        def done(finding: Finding) -> None:
+            noted.append(finding)
+            advance(1)
+
+        merge_weights(work, sources, weights, None, device=device, done=done)
+    return diagnosed(work, sources, device, noted)
+
+
+def refuse_nothing_decomposed(plan: MergePlan, inputs: Sequence[Task]) -> None:
     """Refuse to report on a merge in which no weight is decomposed, or of one task alone.
 
     Args:
-        job ([`Job`]): what is to be measured.
+        plan ([`MergePlan`]): what is to be measured.
+        inputs (`Sequence[Checkpoint | Factors]`): the tasks.
     """
-    if len(job.sources.inputs) < 2:
+    if len(inputs) < 2:
         raise RecipeError("One task alone disturbs nobody.", "Leave --report out.")
-    if all(weight.treatment != "decomposed" for weight in job.plan.weights):
-        why = Counter(weight.reason for weight in job.plan.weights if weight.reason)
+    if all(weight.treatment != "decomposed" for weight in plan.weights):
+        why = Counter(weight.reason for weight in plan.weights if weight.reason)
         raise RecipeError(
             f"No weight would be decomposed ({why.most_common(1)[0][0]}), so there is no"
             " interference to report on.",
@@ -172,20 +168,16 @@ def write_report(folder: Path, report: InterferenceReport) -> None:
     (folder / REPORT_PAGE).write_text(interference_page(report, pictures), encoding="utf-8")
 
 
-def summary(
-    job: Job, findings: Findings, warnings: list[str], device: torch.device, seconds: float
-) -> InterferenceReport:
+def summary(done: Merged, seconds: float) -> InterferenceReport:
     """The report on what was measured.
 
     Args:
-        job ([`Job`]): what was done.
-        findings ([`Findings`]): of every weight, with their interference.
-        warnings (`list[str]`): what the user should know.
-        device (`torch.device`): computed on.
+        done ([`Merged`]): with the interference of every weight.
         seconds (`float`): wall time.
     """
+    findings = done.findings
     measured = {w.label: w for w in findings.weights if w.interference is not None}
-    planned = {weight.label: weight for weight in job.plan.weights}
+    planned = {weight.label: weight for weight in done.merge.plan.weights}
     pairs = torch.zeros(findings.inputs, findings.inputs, dtype=torch.float64)
     weights: dict[str, dict[str, Any]] = {}
     blocks: dict[str, dict[str, float]] = defaultdict(_nothing)
@@ -211,23 +203,20 @@ def summary(
             part["sti"] += own.sti
             part["sti_after"] += own.sti_after
     return InterferenceReport(
-        tasks=_tasks(job, findings, pairs),
-        base_model=pinned_entry(job.sources.base),
+        tasks=_tasks(done, pairs),
+        base_model=pinned_entry(done.sources.base),
         total=sum(entry["sti"] for entry in weights.values()),
         total_after=sum(entry["sti_after"] for entry in weights.values()),
         pairs=pairs.tolist(),
         weights=weights,
         blocks=dict(blocks),
         kinds=dict(kinds),
-        spectra=_spectra(list(measured.values()), job.scales),
-        diagnoses=[
-            asdict(found)
-            for found in diagnosis.diagnoses(job.sources.inputs, job.scales, job.plan, findings)
-        ],
-        warnings=warnings,
+        spectra=_spectra(list(measured.values()), done.merge.scales),
+        diagnoses=[asdict(found) for found in done.diagnoses],
+        warnings=done.warnings,
         seconds=round(seconds, 3),
         timings=findings.seconds.rounded(),
-        device=device.type,
+        device=done.device.type,
     )
 
 
@@ -256,11 +245,11 @@ def _nothing() -> dict[str, float]:
     return {"sti": 0.0, "sti_after": 0.0}
 
 
-def _tasks(job: Job, findings: Findings, pairs: Tensor) -> list[dict[str, Any]]:
+def _tasks(done: Merged, pairs: Tensor) -> list[dict[str, Any]]:
     """What is said of each task."""
     whole = float(pairs.sum()) or 1.0
     entries = []
-    inputs = job.sources.inputs
+    inputs, findings = done.sources.inputs, done.findings
     named = zip(inputs, distinct_names([item.pinned for item in inputs]), strict=True)
     for i, ((item, name), norm) in enumerate(zip(named, findings.norms(), strict=True)):
         own, base_norm = diagnosis.norms(findings, i)
@@ -268,7 +257,7 @@ def _tasks(job: Job, findings: Findings, pairs: Tensor) -> list[dict[str, Any]]:
         for weight in findings.weights:
             if weight.interference is not None and i in weight.tasks:
                 place = weight.tasks.index(i)
-                square = (weight.norms[place] * job.scales[i]) ** 2
+                square = (weight.norms[place] * done.merge.scales[i]) ** 2
                 energy += square
                 kept += weight.interference.kept[place]
                 effective += square * weight.interference.effective_ranks[place]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +16,25 @@ from hf_tsv.checkpoints.formats import heads
 from hf_tsv.checkpoints.formats.description import Origin
 from hf_tsv.checkpoints.formats.task import Task, pinned_entry
 from hf_tsv.checkpoints.names import RECIPE_FILE, REPORT_FILE
-from hf_tsv.checkpoints.sources import Access
-from hf_tsv.merging.building import Outcome, execute, follow
+from hf_tsv.checkpoints.sources import Access, Sources
+from hf_tsv.merging.building import built, follow
 from hf_tsv.merging.costs import noted_bytes, peak_memory
-from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.masking import mask_bytes, mask_folders, write_masks
-from hf_tsv.merging.work import Job, job_of_recipe, kept_heads, prepare, recipe_of, refuse_no_heads
+from hf_tsv.merging.work import (
+    Merge,
+    Merged,
+    kept_heads,
+    of_recipe,
+    prepare,
+    recipe_of,
+    refuse_no_heads,
+)
 from hf_tsv.recipes.recipe import Recipe
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import cards, drawing, pictures
 from hf_tsv.reports.interference import InterferenceReport
+from hf_tsv.reports.merging import MergeReport
+from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.errors import RecipeError
@@ -34,66 +43,6 @@ from hf_tsv.verbs.interference import refuse_nothing_decomposed, summary
 
 if TYPE_CHECKING:
     from hf_tsv.recipes.learning import Adaptation, AlphaSearch
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did, or with `dry_run` would do.
-
-    Args:
-        output (`str`, *optional*): the folder written, if it is kept.
-        base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
-        inputs (`list[dict[str, str | None]]`): the same of every task.
-        weights (`dict[str, int]`): tensors `decomposed`, `averaged` (or summed), `copied`.
-        output_bytes (`int`): size of the weight files.
-        seconds (`float`): wall time.
-        warnings (`list[str]`): what the user should know.
-        method (`str`): see [`Settings`].
-        treatments (`dict[str, dict]`): per weight its treatment, rank and reason.
-        left_out (`dict[str, list[str]]`): task heads not kept, by checkpoint.
-        heads (`dict[str, str]`): files of the task heads that are kept, and of which checkpoint.
-        masks (`dict[str, str]`): folders of the TALL-masks, and of which checkpoint.
-        mask_bytes (`int`): of all of them; before the weights are read, at most.
-        tuning (`dict`, *optional*): the accuracies that α was chosen by.
-        adaptation (`dict`, *optional*): how the coefficients in `treatments` were learned, and on
-            which images; for the method `ada`.
-        download_bytes (`int`): fetched from the Hub; what the cache held does not count.
-        exact_decompositions (`int`): that took a full SVD: all with `precision="exact"`, else those
-            that failed the check.
-        peak_memory_bytes (`int`): estimate, on top of the interpreter and its libraries.
-        timings (`dict[str, float]`): seconds `reading`, `waiting` for reads and writes,
-            `computing` and `writing`, over all weights; those of each are in `treatments`.
-        device (`str`, *optional*): type of device computed on.
-        url (`str`, *optional*): commit or pull request on the Hub.
-        dry_run (`bool`): nothing was written.
-    """
-
-    output: str | None
-    base_model: dict[str, str | None]
-    inputs: list[dict[str, str | None]]
-    weights: dict[str, int]
-    output_bytes: int
-    seconds: float
-    warnings: list[str]
-    method: str
-    treatments: dict[str, dict[str, Any]]
-    left_out: dict[str, list[str]]
-    heads: dict[str, str]
-    masks: dict[str, str]
-    mask_bytes: int
-    download_bytes: int
-    peak_memory_bytes: int
-    tuning: dict[str, Any] | None = None
-    adaptation: dict[str, Any] | None = None
-    exact_decompositions: int = 0
-    timings: dict[str, float] = field(default_factory=dict)
-    device: str | None = None
-    url: str | None = None
-    dry_run: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return asdict(self)
 
 
 def merge(
@@ -224,38 +173,42 @@ def merge(
                 recipe = Recipe.load(recipe)
             target = target.checked(token, dry_run=dry_run)
             if recipe is not None:
-                job = job_of_recipe(recipe, access)
+                work, sources = of_recipe(recipe, access)
             else:
                 if tune_alpha is not None:
                     from hf_tsv.verbs.learning.alpha import refuse_no_search, tuned
 
-                    refuse_no_search(settings, alpha, group)
+                    refuse_no_search(settings, alpha)
                 _refuse_no_images(settings, adaptation)
-                job = prepare(references, base_ref, weights, settings, access)
+                work, sources = prepare(references, base_ref, weights, settings, access)
                 if tune_alpha is not None:
                     from hf_tsv.checkpoints.fit import check_whole_clip
 
-                    check_whole_clip(job.sources.base, "Choosing α")
+                    check_whole_clip(sources.base, "Choosing α")
                 if adaptation is not None:
                     from hf_tsv.verbs.learning.coefficients import adapting
 
-                    job = adapting(job, adaptation)
-            refuse_no_heads(job)
-            if report and job.settings.row.vectors is None:
+                    work = adapting(work, sources, adaptation)
+            refuse_no_heads(work.settings, sources.inputs)
+            if report and work.settings.row.vectors is None:
                 raise RecipeError(
-                    f"The method {job.settings.method} has no singular vectors of tasks to report"
+                    f"The method {work.settings.method} has no singular vectors of tasks to report"
                     " on.",
                     "Leave --report out, or use `hf-tsv interference`.",
                 )
             if report:
-                refuse_nothing_decomposed(job)
-            job = replace(job, measure=report).within(max_memory)
+                refuse_nothing_decomposed(work.plan, sources.inputs)
+            work = replace(work, measure=report).within(max_memory, sources)
             if tune_alpha is not None and not dry_run:
-                job = tuned(job, tune_alpha, target, device, group, show=show)
-            outcome = execute(
-                job, target, device, group, _describe, before=_learned, show=show, dry_run=dry_run
-            )
-            done = _report(outcome, target, started)
+                target.refuse_inputs([item.pinned for item in sources.all()])
+                work = tuned(work, tune_alpha, sources.access, device, group, show=show)
+            merged = None
+            with underway(sources, target) as run:
+                if not dry_run:
+                    making = built(run, work, device, group, before=_learned, show=show)
+                    with making as (folder, merged):
+                        _describe(folder, merged, target)
+            done = _report(run, work, merged, started)
             group.dismiss(done)
             return done
 
@@ -273,13 +226,13 @@ def _refuse_no_images(settings: Settings, adaptation: Adaptation | None) -> None
         )
 
 
-def _learned(job: Job, device: torch.device, *, show: bool) -> Job:
-    """The same job with coefficients, where its method learns them."""
-    if job.adaptation is None or job.coefficients:
-        return job
+def _learned(merge: Merge, sources: Sources, device: torch.device, *, show: bool) -> Merge:
+    """The same merge with coefficients, where its method learns them."""
+    if merge.adaptation is None or merge.coefficients:
+        return merge
     from hf_tsv.verbs.learning.coefficients import adapted
 
-    return adapted(job, job.adaptation, device, show=show)
+    return adapted(merge, sources, merge.adaptation, device, show=show)
 
 
 def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
@@ -287,78 +240,72 @@ def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[
     return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names)]
 
 
-def _describe(
-    folder: Path,
-    job: Job,
-    target: Target,
-    findings: Findings,
-    warnings: Sequence[str],
-    device: torch.device,
-) -> None:
+def _describe(folder: Path, done: Merged, target: Target) -> None:
     """Write recipe and card of a merge."""
-    recipe = recipe_of(job, findings, device)
+    recipe, settings = recipe_of(done), done.merge.settings
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    for file, item in kept_heads(job).items():
+    for file, item in kept_heads(settings, done.sources.inputs).items():
         tensors = {name: item.head_tensor(name) for name in item.head}
         heads.write(folder, file, tensors, companions.head_config(item.model_config, item.head))
-    if job.settings.row.beside:
+    if settings.row.beside:
         logger.info("Finding what each task needs.")
-        write_masks(folder, job, findings.frozen)
+        write_masks(folder, done)
     measured = picture = None
-    if job.measure:
-        measured = found = summary(
-            job, findings, list(warnings), device, findings.seconds.computing
-        )
+    if done.merge.measure:
+        measured = found = summary(done, done.findings.seconds.computing)
         (folder / REPORT_FILE).write_text(measured.to_json(), encoding="utf-8")
         picture = drawing.attempted(lambda: pictures.of_merge(found))
         if picture is not None:
             (folder / picture.file).write_bytes(picture.png)
-    card = _card(job, target, recipe, findings, warnings, measured, picture)
+    card = _card(done, target, recipe, measured, picture)
     (folder / "README.md").write_text(cards.render(card), encoding="utf-8")
 
 
 def _card(
-    job: Job,
+    done: Merged,
     target: Target,
     recipe: Recipe,
-    findings: Findings,
-    warnings: Sequence[str],
     measured: InterferenceReport | None,
     picture: drawing.Picture | None,
 ) -> cards.MergeCard:
+    merge, base, inputs = done.merge, done.sources.base, done.sources.inputs
+
     def card_input(item: Task, scale: float = 1.0) -> cards.CardInput:
         return cards.CardInput.of(Origin.of(item.pinned), scale)
 
     return cards.MergeCard(
         repo_id=target.push_to,
         recipe=recipe,
-        base=card_input(job.sources.base),
-        inputs=[card_input(*pair) for pair in zip(job.sources.inputs, job.scales, strict=True)],
-        model_type=str(job.sources.base.model_config["model_type"]),
-        full_model=layout.is_full_model(job.sources.base.tensors),
-        out_format=job.settings.out_format or job.sources.base.format,
-        counts=job.plan.counts(findings.frozen),
+        base=card_input(base),
+        inputs=[card_input(*pair) for pair in zip(inputs, merge.scales, strict=True)],
+        model_type=str(base.model_config["model_type"]),
+        full_model=layout.is_full_model(base.tensors),
+        out_format=merge.settings.out_format or base.format,
+        counts=merge.plan.counts(done.findings.frozen),
         left_out={
             card_input(item).name: item.left_out
-            for item in job.sources.inputs
-            if item.left_out and not job.settings.keep_heads
+            for item in inputs
+            if item.left_out and not merge.settings.keep_heads
         },
-        heads=[Path(file).stem for file in kept_heads(job)],
-        masks=mask_folders(job),
-        tuning=job.tuning,
-        warnings=warnings,
+        heads=[Path(file).stem for file in kept_heads(merge.settings, inputs)],
+        masks=mask_folders(merge.settings, inputs),
+        tuning=merge.tuning,
+        warnings=done.warnings,
         interference=measured,
         picture=picture,
     )
 
 
-def _report(outcome: Outcome, target: Target, started: float) -> MergeReport:
-    job, findings = outcome.job, outcome.findings
+def _report(run: Run, planned: Merge, done: Merged | None, started: float) -> MergeReport:
+    """Tell what was done, or of a dry run what was planned."""
+    merge = planned if done is None else done.merge
+    findings = None if done is None else done.findings
+    sources, settings = run.sources, merge.settings
     ranks = {} if findings is None else findings.ranks
     frozen = frozenset() if findings is None else findings.frozen
     seconds = {found.label: found.seconds for found in findings.weights} if findings else {}
     treatments: dict[str, dict[str, Any]] = {}
-    for weight in job.plan.weights:
+    for weight in merge.plan.weights:
         entry: dict[str, Any] = {"treatment": weight.treatment}
         if weight.label in frozen:
             entry = {"treatment": "copied", "reason": "equal to the base in every checkpoint"}
@@ -368,38 +315,40 @@ def _report(outcome: Outcome, target: Target, started: float) -> MergeReport:
                 entry["ranks"] = list(ranks[weight.label])
         elif weight.reason:
             entry["reason"] = weight.reason
-        if weight.label in job.coefficients:
-            entry["coefficients"] = list(job.coefficients[weight.label])
+        if weight.label in merge.coefficients:
+            entry["coefficients"] = list(merge.coefficients[weight.label])
         if weight.label in seconds:
             entry["seconds"] = seconds[weight.label].rounded()
         treatments[weight.label] = entry
     return MergeReport(
-        output=None if target.output is None else str(target.output),
-        base_model=pinned_entry(job.sources.base),
-        inputs=[pinned_entry(item) for item in job.sources.inputs],
-        weights=job.plan.counts(frozen),
-        output_bytes=job.plan.shards.total_bytes,
+        output=None if run.target.output is None else str(run.target.output),
+        base_model=pinned_entry(sources.base),
+        inputs=[pinned_entry(item) for item in sources.inputs],
+        weights=merge.plan.counts(frozen),
+        output_bytes=merge.plan.shards.total_bytes,
         seconds=round(time.monotonic() - started, 3),
-        warnings=outcome.warnings,
-        method=job.settings.method,
+        warnings=list(merge.warnings) if done is None else done.warnings,
+        method=settings.method,
         treatments=treatments,
         left_out={
             str(item): list(item.left_out)
-            for item in job.sources.inputs
-            if item.left_out and not job.settings.keep_heads
+            for item in sources.inputs
+            if item.left_out and not settings.keep_heads
         },
-        heads={file: str(item) for file, item in kept_heads(job).items()},
-        masks=dict(zip(mask_folders(job), map(str, job.sources.inputs), strict=False)),
-        mask_bytes=mask_bytes(job, frozen),
-        tuning=None if job.tuning is None else job.tuning.to_dict(),
-        adaptation=None if job.adaptation is None else job.adaptation.to_dict(),
-        download_bytes=outcome.download_bytes,
-        peak_memory_bytes=job.sources.waiting_bytes()
-        + noted_bytes(job.plan.weights)
-        + peak_memory(job.plan.weights, job.parallelism, measure=job.measure),
+        heads={file: str(item) for file, item in kept_heads(settings, sources.inputs).items()},
+        masks=dict(
+            zip(mask_folders(settings, sources.inputs), map(str, sources.inputs), strict=False)
+        ),
+        mask_bytes=mask_bytes(merge, sources, frozen),
+        tuning=None if merge.tuning is None else merge.tuning.to_dict(),
+        adaptation=None if merge.adaptation is None else merge.adaptation.to_dict(),
+        download_bytes=run.download_bytes,
+        peak_memory_bytes=sources.waiting_bytes()
+        + noted_bytes(merge.plan.weights)
+        + peak_memory(merge.plan.weights, merge.parallelism, measure=merge.measure),
         exact_decompositions=0 if findings is None else findings.exact,
         timings={} if findings is None else findings.seconds.rounded(),
-        device=outcome.device,
-        url=outcome.url,
-        dry_run=findings is None,
+        device=None if done is None else done.device.type,
+        url=run.url,
+        dry_run=done is None,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -13,17 +12,17 @@ from typing import Any
 import torch
 
 from hf_tsv.checkpoints import layout
-from hf_tsv.checkpoints.formats.task import Task, pinned_entry
+from hf_tsv.checkpoints.formats.task import pinned_entry
 from hf_tsv.checkpoints.names import RECONSTRUCTION_FILE
-from hf_tsv.checkpoints.sources import Access
+from hf_tsv.checkpoints.sources import Access, Sources
 from hf_tsv.checkpoints.storage.tensors import TensorSpec
-from hf_tsv.merging.building import Outcome, execute, follow
+from hf_tsv.merging.building import built, follow
 from hf_tsv.merging.costs import noted_bytes, peak_memory
-from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.plan import lay_out
-from hf_tsv.merging.work import Job, prepare
+from hf_tsv.merging.work import Merge, Merged, prepare
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import cards
+from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.progress import visible_by_default
@@ -143,68 +142,68 @@ def reconstruct(
             settings = Settings(exclude=(), dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
             target = target.checked(token, dry_run=dry_run)
             base_ref = None if base_model is None else fspath(base_model)
-            job = prepare([fspath(factors)], base_ref, None, settings, access, only_factors=True)
-            (item,) = job.sources.inputs
-            job = _with_head(job, item).within(max_memory)
-            outcome = execute(job, target, device, group, _describe, show=show, dry_run=dry_run)
-            report = _report(outcome, item, target, started)
+            work, sources = prepare(
+                [fspath(factors)], base_ref, None, settings, access, only_factors=True
+            )
+            work = _with_head(work, sources).within(max_memory, sources)
+            merged = None
+            with underway(sources, target) as run:
+                if not dry_run:
+                    with built(run, work, device, group, show=show) as (folder, merged):
+                        _describe(folder, merged, target)
+            report = _report(run, work, merged, started)
             group.dismiss(report)
             return report
 
 
-def _report(outcome: Outcome, item: Task, target: Target, started: float) -> ReconstructReport:
-    plan, config = outcome.job.plan, item.description
+def _report(run: Run, planned: Merge, done: Merged | None, started: float) -> ReconstructReport:
+    """Tell what was done, or of a dry run what was planned."""
+    plan, (item,) = planned.plan, run.sources.inputs
+    config = item.description
     assert config is not None  # checked by prepare
     return ReconstructReport(
-        output=None if target.output is None else str(target.output),
-        base_model=pinned_entry(outcome.job.sources.base),
+        output=None if run.target.output is None else str(run.target.output),
+        base_model=pinned_entry(run.sources.base),
         factors=pinned_entry(item),
         source={"ref": config.source.ref, "revision": config.source.revision},
         update_error=config.update_error,
         output_bytes=plan.shards.total_bytes,
         seconds=round(time.monotonic() - started, 3),
-        warnings=outcome.warnings,
-        download_bytes=outcome.download_bytes,
-        peak_memory_bytes=outcome.job.sources.waiting_bytes()
+        warnings=list(planned.warnings) if done is None else done.warnings,
+        download_bytes=run.download_bytes,
+        peak_memory_bytes=run.sources.waiting_bytes()
         + noted_bytes(plan.weights)
-        + peak_memory(plan.weights, outcome.job.parallelism),
-        device=outcome.device,
-        url=outcome.url,
-        dry_run=outcome.findings is None,
+        + peak_memory(plan.weights, planned.parallelism),
+        device=None if done is None else done.device.type,
+        url=run.url,
+        dry_run=done is None,
     )
 
 
-def _with_head(job: Job, factors: Task) -> Job:
-    """The same job with a place for the task head in its output files."""
-    wanted = None if job.settings.dtype is None else getattr(torch, job.settings.dtype)
-    specs = dict(job.plan.specs)
-    for name, info in factors.head.items():
+def _with_head(work: Merge, sources: Sources) -> Merge:
+    """The same reconstruction with a place for the task head in its output files."""
+    wanted = None if work.settings.dtype is None else getattr(torch, work.settings.dtype)
+    specs = dict(work.plan.specs)
+    for name, info in sources.inputs[0].head.items():
         dtype = wanted if wanted is not None and info.dtype.is_floating_point else info.dtype
         specs[name] = TensorSpec(dtype, info.shape)
-    shards = lay_out(specs, job.sources.base, job.settings)
-    plan = replace(job.plan, specs=specs, shards=shards)
-    return replace(job, plan=plan, head=factors, verb="Reconstructing")
+    shards = lay_out(specs, sources.base, work.settings)
+    plan = replace(work.plan, specs=specs, shards=shards)
+    return replace(work, plan=plan, task_head=True, verb="Reconstructing")
 
 
-def _describe(
-    folder: Path,
-    job: Job,
-    target: Target,
-    findings: Findings,
-    warnings: Sequence[str],
-    device: torch.device,
-) -> None:
+def _describe(folder: Path, done: Merged, target: Target) -> None:
     """Write origin and card of a reconstruction."""
-    (item,), base = job.sources.inputs, job.sources.base
+    (item,), base, settings = done.sources.inputs, done.sources.base, done.merge.settings
     config = item.description
     assert config is not None  # checked by prepare
-    fingerprint = findings.fingerprint(0) if item.pinned.is_local else None
+    fingerprint = done.findings.fingerprint(0) if item.pinned.is_local else None
     origin = {
         "hf_tsv_version": __version__,
         "factors": {**pinned_entry(item), "fingerprint": fingerprint},
         "base_model": pinned_entry(base),
         "source": {"ref": config.source.ref, "revision": config.source.revision},
-        "dtype": job.settings.dtype,
+        "dtype": settings.dtype,
     }
     text = json.dumps(origin, indent=2, ensure_ascii=False) + "\n"
     (folder / RECONSTRUCTION_FILE).write_text(text, encoding="utf-8")
@@ -213,6 +212,6 @@ def _describe(
         config=config,
         factors=cards.CardInput(item.pinned.ref, item.pinned.revision),
         full_model=layout.is_full_model(base.tensors),
-        out_format=job.settings.out_format or base.format,
+        out_format=settings.out_format or base.format,
     )
     (folder / "README.md").write_text(cards.render(card), encoding="utf-8")

@@ -127,7 +127,7 @@ def sweep(
     from transformers.utils import logging
 
     started = time.monotonic()
-    processes.alone("sweep")
+    processes.alone("`hf-tsv sweep`")
     refuse_not_installed("A sweep")
     fractions = _checked(rank_fractions)
     wanted = chosen(tasks, suite, references, base_model)

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_tsv.checkpoints.sources import Access
 from hf_tsv.evaluation.data import LabelledImages, load, refuse_not_installed
 from hf_tsv.evaluation.zero_shot import accuracies
-from hf_tsv.merging.building import execute
-from hf_tsv.merging.work import Job, prepare
+from hf_tsv.merging.building import built
+from hf_tsv.merging.work import Merge, Merged, prepare
 from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import load_model, pipeline
 from hf_tsv.recipes.learning import AlphaSearch
-from hf_tsv.recipes.recipe import pinned_text
 from hf_tsv.recipes.settings import Settings
+from hf_tsv.runs.lifecycle import underway
 from hf_tsv.runs.target import Target
-from hf_tsv.system.device import pick_device
+from hf_tsv.system import processes
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.processes import Processes
 from hf_tsv.system.progress import logger
@@ -39,26 +40,15 @@ def images_of(wanted: AlphaSearch, token: str | None) -> list[LabelledImages]:
 
 
 def search(
-    wanted: AlphaSearch,
-    data: Sequence[LabelledImages],
-    merged: Path,
-    base: str,
-    *,
-    device: torch.device,
-    token: str | None,
-    cache_dir: str | None,
-    show: bool,
+    wanted: AlphaSearch, data: Sequence[LabelledImages], folder: Path, once: Merged, *, show: bool
 ) -> AlphaSearch:
     """Evaluate W0 + α (W1 − W0) at every α.
 
     Args:
         wanted ([`AlphaSearch`]): tasks and candidates.
         data (`Sequence[LabelledImages]`): images from [`images_of`].
-        merged (`Path`): W1, the merge with α = 1, in float32.
-        base (`str`): W0.
-        device (`torch.device`): device that computes.
-        token (`str`, *optional*): token for private datasets and models.
-        cache_dir (`str`, *optional*): cache folder of the Hub client.
+        folder (`Path`): W1, the merge with α = 1, in float32.
+        once ([`Merged`]): that merge.
         show (`bool`): show bars.
 
     Returns:
@@ -71,9 +61,10 @@ def search(
 
     if not show:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    access: Any = {"token": token, "cache_dir": cache_dir, "progress": False}
+    base, device, reached = once.merge.base, once.device, once.sources.access
+    access: Any = {"token": reached.token, "cache_dir": reached.cache_dir, "progress": False}
     pipe = pipeline(
-        ZERO_SHOT, merged, base_model=base, dtype=torch.float32, device=str(device), **access
+        ZERO_SHOT, folder, base_model=base, dtype=torch.float32, device=str(device), **access
     )
     w0 = load_model(base, kind=ZERO_SHOT, dtype=torch.float32, **access).state_dict()
     model: Any = pipe.model
@@ -99,7 +90,7 @@ def _put(changed: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float) -> None
         torch.lerp(w0, w1, alpha, out=parameter)
 
 
-def refuse_no_search(settings: Settings, alpha: float | None, group: Processes) -> None:
+def refuse_no_search(settings: Settings, alpha: float | None) -> None:
     """α is given or chosen, of methods that have one, by one process."""
     if alpha is not None:
         raise RecipeError("alpha is given and is to be chosen.", "Leave one of them out.")
@@ -107,43 +98,31 @@ def refuse_no_search(settings: Settings, alpha: float | None, group: Processes) 
         raise RecipeError(
             f"The method {settings.method} has no α to choose.", "Leave --tune-alpha out."
         )
-    if group.count > 1:
-        raise RecipeError(
-            "α is chosen by one process.", "Run it without torchrun, then repeat with --alpha."
-        )
+    processes.alone("The choice of α", ", then repeat with --alpha")
 
 
 def tuned(
-    job: Job,
+    work: Merge,
     wanted: AlphaSearch,
-    target: Target,
+    access: Access,
     device: str | None,
     group: Processes,
     *,
     show: bool,
-) -> Job:
-    """The same job with the best α: merges once with α = 1, in float32, and scores every α."""
-    sources, access = job.sources, job.sources.access
-    target.refuse_inputs([item.pinned for item in sources.all()])
+) -> Merge:
+    """The same merge with the best α: merges once with α = 1, in float32, and scores every α."""
     images = images_of(wanted, access.token)
-    base = pinned_text(sources.base.pinned)
     settings = replace(
-        job.settings, alpha=1.0, dtype="float32", out_format="transformers", keep_heads=False
+        work.settings, alpha=1.0, dtype="float32", out_format="transformers", keep_heads=False
     )
-    once = prepare(
-        [pinned_text(item.pinned) for item in sources.inputs], base, job.scales, settings,
-        replace(access, subfolder=None), writes=False,
-    ).within(job.max_memory)  # fmt: skip
-    found: list[AlphaSearch] = []
-
-    def score(folder: Path, *_: object) -> None:
-        found.append(
-            search(
-                wanted, images, folder, base, device=pick_device(device), token=access.token,
-                cache_dir=access.cache_dir, show=show,
-            )
-        )  # fmt: skip
-
-    execute(once, Target(), device, group, score, show=show, dry_run=False)
-    settings = replace(job.settings, alpha=found[0].alpha)
-    return replace(job, settings=settings, tuning=found[0])
+    once, sources = prepare(
+        work.references, work.base, work.scales, settings, replace(access, subfolder=None),
+        writes=False,
+    )  # fmt: skip
+    once = once.within(work.max_memory, sources)
+    with (
+        underway(sources, Target()) as run,
+        built(run, once, device, group, show=show) as (folder, done),
+    ):
+        found = search(wanted, images, folder, done, show=show)
+    return replace(work, settings=replace(work.settings, alpha=found.alpha), tuning=found)

@@ -9,7 +9,7 @@ Yang et al., "AdaMerging: Adaptive Model Merging for Multi-Task Learning", ICLR 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,9 +25,8 @@ from hf_tsv.evaluation.data import LabelledImages, load, refuse_not_installed
 from hf_tsv.linalg import products, updates
 from hf_tsv.linalg.updates import TaskSingularVectors
 from hf_tsv.merging import loading
-from hf_tsv.merging.costs import Parallelism
 from hf_tsv.merging.plan import MergePlan, Weight
-from hf_tsv.merging.work import Job
+from hf_tsv.merging.work import Merge
 from hf_tsv.methods.ada import Layer, orthonormal_vectors
 from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import pipeline
@@ -68,26 +67,15 @@ def _changes(weight: Weight) -> bool:
 
 
 def learn(
-    sources: Sources,
-    plan: MergePlan,
-    scales: Sequence[float],
-    settings: Settings,
-    adaptation: Adaptation,
-    device: torch.device,
-    parallelism: Parallelism,
-    *,
-    show: bool,
+    merge: Merge, sources: Sources, adaptation: Adaptation, device: torch.device, *, show: bool
 ) -> tuple[dict[str, tuple[float, ...]], Adaptation]:
     """Learn the coefficients with which predictions on images are most certain.
 
     Args:
+        merge ([`Merge`]): merge that they are for.
         sources ([`Sources`]): base model and tasks.
-        plan ([`MergePlan`]): plan of the merge.
-        scales (`Sequence[float]`): factor of each task's update.
-        settings ([`Settings`]): settings of the merge.
         adaptation ([`Adaptation`]): settings for learning.
         device (`torch.device`): device that computes.
-        parallelism ([`Parallelism`]): parallelism of the decompositions.
         show (`bool`): show bars.
 
     Returns:
@@ -115,7 +103,7 @@ def learn(
         progress=show,
     )
     pipe.model.requires_grad_(False)
-    layers = layers_of(pipe.model, sources, plan, scales, settings, device, parallelism, show=show)
+    layers = layers_of(pipe.model, merge, sources, device, show=show)
     if not layers:
         raise CheckpointError(
             "No checkpoint changes the vision tower: there is nothing to learn from images.",
@@ -149,46 +137,37 @@ def _without_labels(images: LabelledImages) -> LabelledImages:
 
 
 def layers_of(
-    model: Any,
-    sources: Sources,
-    plan: MergePlan,
-    scales: Sequence[float],
-    settings: Settings,
-    device: torch.device,
-    parallelism: Parallelism,
-    *,
-    show: bool,
+    model: Any, merge: Merge, sources: Sources, device: torch.device, *, show: bool
 ) -> list[Layer]:
     """Weights that images pass through; writes all merged weights into the model.
 
     Args:
         model: a `CLIPModel`, the base.
+        merge ([`Merge`]): merge to do.
         sources ([`Sources`]): base model and tasks.
-        plan ([`MergePlan`]): plan of the merge.
-        scales (`Sequence[float]`): factor of each task's update.
-        settings ([`Settings`]): settings of the merge.
         device (`torch.device`): device of the model.
-        parallelism ([`Parallelism`]): parallelism of the decompositions.
         show (`bool`): show a bar.
     """
     # An averaged weight would be read as one running mean; learning needs every task's update.
     weights = [
         replace(w, treatment="combined") if w.treatment == "averaged" else w
-        for w in plan.weights
+        for w in merge.plan.weights
         if w.treatment != "copied"
     ]
     parameters = dict(model.named_parameters())
     ones = torch.ones(len(sources.inputs))
     found = []
     with (
-        products.threads(parallelism.threads),
+        products.threads(merge.parallelism.threads),
         bar("Orthogonalising", len(weights), visible=show) as advance,
     ):
-        for loaded in loading.read_weights(weights, sources.base, sources.inputs, scales, device):
+        for loaded in loading.read_weights(
+            weights, sources.base, sources.inputs, merge.scales, device
+        ):
             if loaded.deltas and parameters.keys() >= set(_own_names(loaded.weight)):
                 tasks = [sources.inputs[i] for i in loaded.tasks]
                 with reading.named(loaded.weight.label, tasks):
-                    layer = _layer(loaded, parameters, settings, len(sources.inputs))
+                    layer = _layer(loaded, parameters, merge.settings, len(sources.inputs))
                 layer.place(ones)
                 if layer.label.startswith(LEARNED):
                     found.append(layer)
@@ -218,26 +197,23 @@ def _layer(
     return Layer(weight.label, own, loaded.base.to(dtype), loaded.tasks, shares, ranks)
 
 
-def adapted(job: Job, adaptation: Adaptation, device: torch.device, *, show: bool) -> Job:
-    """The same job with coefficients, learned from images."""
+def adapted(
+    merge: Merge, sources: Sources, adaptation: Adaptation, device: torch.device, *, show: bool
+) -> Merge:
+    """The same merge with coefficients, learned from images."""
     images = f"{len(adaptation.tasks)} task{'s' * (len(adaptation.tasks) != 1)}"
     logger.info("Learning coefficients on images of %s.", images)
-    coefficients, found = learn(
-        job.sources, job.plan, job.scales, job.settings, adaptation, device, job.parallelism,
-        show=show,
-    )  # fmt: skip
-    return replace(job, coefficients=coefficients, adaptation=found)
+    coefficients, found = learn(merge, sources, adaptation, device, show=show)
+    return replace(merge, coefficients=coefficients, adaptation=found)
 
 
-def adapting(job: Job, adaptation: Adaptation) -> Job:
-    """The same job that will learn coefficients first."""
-    refuse_nothing_learned(job.sources, job.plan)
-    warnings = list(job.warnings)
-    tasks, images = len(job.sources.inputs), len(adaptation.tasks)
+def adapting(merge: Merge, sources: Sources, adaptation: Adaptation) -> Merge:
+    """The same merge that will learn coefficients first."""
+    refuse_nothing_learned(sources, merge.plan)
+    tasks, images = len(sources.inputs), len(adaptation.tasks)
     if images < tasks:
-        warnings.append(
+        merge = merge.warned(
             f"There are images of {images} task{'s' * (images != 1)} for {tasks} checkpoints: what"
             " is learned favours those."
         )
-        logger.warning(warnings[-1])
-    return replace(job, warnings=warnings, adaptation=adaptation)
+    return replace(merge, adaptation=adaptation)

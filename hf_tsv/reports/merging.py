@@ -1,0 +1,66 @@
+"""The report of `hf_tsv.merge`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, or with `dry_run` would do.
+
+    Args:
+        output (`str`, *optional*): the folder written, if it is kept.
+        base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
+        inputs (`list[dict[str, str | None]]`): the same of every task.
+        weights (`dict[str, int]`): tensors `decomposed`, `averaged` (or summed), `copied`.
+        output_bytes (`int`): size of the weight files.
+        seconds (`float`): wall time.
+        warnings (`list[str]`): what the user should know.
+        method (`str`): see [`Settings`].
+        treatments (`dict[str, dict]`): per weight its treatment, rank and reason.
+        left_out (`dict[str, list[str]]`): task heads not kept, by checkpoint.
+        heads (`dict[str, str]`): files of the task heads that are kept, and of which checkpoint.
+        masks (`dict[str, str]`): folders of the TALL-masks, and of which checkpoint.
+        mask_bytes (`int`): of all of them; before the weights are read, at most.
+        tuning (`dict`, *optional*): the accuracies that α was chosen by.
+        adaptation (`dict`, *optional*): how the coefficients in `treatments` were learned, and on
+            which images; for the method `ada`.
+        download_bytes (`int`): fetched from the Hub; what the cache held does not count.
+        exact_decompositions (`int`): that took a full SVD: all with `precision="exact"`, else those
+            that failed the check.
+        peak_memory_bytes (`int`): estimate, on top of the interpreter and its libraries.
+        timings (`dict[str, float]`): seconds `reading`, `waiting` for reads and writes,
+            `computing` and `writing`, over all weights; those of each are in `treatments`.
+        device (`str`, *optional*): type of device computed on.
+        url (`str`, *optional*): commit or pull request on the Hub.
+        dry_run (`bool`): nothing was written.
+    """
+
+    output: str | None
+    base_model: dict[str, str | None]
+    inputs: list[dict[str, str | None]]
+    weights: dict[str, int]
+    output_bytes: int
+    seconds: float
+    warnings: list[str]
+    method: str
+    treatments: dict[str, dict[str, Any]]
+    left_out: dict[str, list[str]]
+    heads: dict[str, str]
+    masks: dict[str, str]
+    mask_bytes: int
+    download_bytes: int
+    peak_memory_bytes: int
+    tuning: dict[str, Any] | None = None
+    adaptation: dict[str, Any] | None = None
+    exact_decompositions: int = 0
+    timings: dict[str, float] = field(default_factory=dict)
+    device: str | None = None
+    url: str | None = None
+    dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return asdict(self)

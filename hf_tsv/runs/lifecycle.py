@@ -1,0 +1,90 @@
+"""One life of a run: refused or told, then fetched, built in its folder, pushed and closed.
+
+with underway(sources, target) as run:     # refuses; a dry run ends in here
+    run.check_space(identity, nbytes)
+    run.fetch(show=show)
+    with run.result(identity) as folder:   # held by this process until it is pushed
+        ...                                # build
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_tsv.checkpoints.sources import Sources
+from hf_tsv.runs import journal
+from hf_tsv.runs.target import Target, final_folder, push, waiting
+from hf_tsv.system.folders import check_free_space
+
+
+@dataclass
+class Run:
+    """A run that is under way.
+
+    Args:
+        sources ([`Sources`]): what it reads; from this machine once it is fetched.
+        target ([`Target`]): destination of its result.
+        download_bytes (`int`): bytes to fetch from the Hub; what the cache holds does not count.
+        url (`str`, *optional*): commit or pull request on the Hub, once the result is pushed.
+    """
+
+    sources: Sources
+    target: Target
+    download_bytes: int
+    url: str | None = None
+
+    def check_space(self, identity: Mapping[str, Any], nbytes: int) -> None:
+        """Refuse early when the disk has no space for the result.
+
+        Args:
+            identity (`Mapping[str, Any]`): everything that decides about the bytes of the result;
+                an earlier run of the same has reserved some space already.
+            nbytes (`int`): bytes of the result.
+        """
+        folder = final_folder(self.target, identity)
+        check_free_space(folder, nbytes - journal.begun_bytes(folder))
+
+    def fetch(self, *, show: bool) -> None:
+        """Bring what is read onto this machine, or open connections to stream it.
+
+        Args:
+            show (`bool`): show a bar.
+        """
+        self.sources = self.sources.within_reach(visible=show)
+
+    @contextmanager
+    def result(self, identity: Mapping[str, Any]) -> Iterator[Path]:
+        """Hold the folder of the result while the body builds it, and push it then.
+
+        Args:
+            identity (`Mapping[str, Any]`): everything that decides about the bytes of the result,
+                also what was learned since the space was checked: the same command finds a result
+                that waits for its upload by it.
+        """
+        folder = final_folder(self.target, identity)
+        with waiting(folder):
+            yield folder
+            self.url = push(folder, self.target, self.sources.access.token)
+
+
+@contextmanager
+def underway(sources: Sources, target: Target) -> Iterator[Run]:
+    """Refuse to replace an input, and close all that the body reads when it ends.
+
+    Args:
+        sources ([`Sources`]): what is read.
+        target ([`Target`]): destination of the result.
+
+    Raises:
+        [`OutputError`]: the result would replace an input.
+    """
+    target.refuse_inputs([item.pinned for item in sources.all()])
+    run = Run(sources, target, sources.download_bytes())
+    try:
+        yield run
+    finally:
+        run.sources.close()
