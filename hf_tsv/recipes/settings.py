@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Literal, get_args
 
 from hf_tsv.checkpoints.names import Format
@@ -23,6 +22,8 @@ AVERAGED_BY_DEFAULT = ("text_projection.weight",)
 
 def current_versions() -> dict[str, str]:
     """Versions that decide about the bytes of a result."""
+    from importlib.metadata import version  # which takes long to import
+
     names = ("torch", "numpy", "scipy")
     return {"hf_tsv": __version__, **{name: version(name) for name in names}}
 
