@@ -25,7 +25,7 @@ from hf_tsv.checkpoints.storage.headers import read_header
 if TYPE_CHECKING:
     from hub import Hub
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[1] / "tests" / "support"
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from benchmarks.kills.zygote import Order, Zygote
 if TYPE_CHECKING:
     from hub import Hub
 
-TESTS = Path(__file__).parents[2] / "tests"
+TESTS = Path(__file__).parents[2] / "tests" / "support"
 MOST_STEPS = 5000
 CONFIGS = ("config.json", "tsv_config.json", "adapter_config.json", "hf_tsv_mask.json")
 

@@ -1,0 +1,40 @@
+"""Runs that are killed, or whose disk fails: a few of what `benchmarks.kills` does hundreds of."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def outcome(*options: str) -> list[list[str]]:
+    """Rows of the table that the benchmark prints; it fails if anything was wrong."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kills", *options],
+        cwd=Path(__file__).parents[2],
+        env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"},
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1:]]
+
+
+def test_a_run_killed_anywhere_leaves_nothing_or_all_and_goes_on() -> None:
+    names = ["merge, replacing", "merge, pushed again", "compress", "push"]
+    only = [word for name in names for word in ("--only", name)]
+    rows = outcome(*only, "--every", "100", "--kills", "8")
+    assert [row[0] for row in rows] == names
+    assert all(int(kills) >= 1 and int(wrong) == 0 for _, _, kills, _, wrong in rows), rows
+    assert sum(int(resumed) for _, _, _, resumed, _ in rows) >= 2
+
+
+def test_a_disk_that_is_full_or_read_only_is_one_error_and_costs_no_finished_weight() -> None:
+    ((_, _, disks, resumed, wrong),) = outcome("--disks", "--only", "compress", "--every", "30")
+    assert int(disks) >= 5
+    assert int(resumed) >= 1
+    assert int(wrong) == 0
