@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from fractions import Fraction
 from numbers import Real
-from typing import cast
 
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.text import shortened
@@ -19,27 +19,19 @@ UNITS = {
     **{letter: 1000**i for i, letter in enumerate("kmgt", start=1)},
     **{f"{letter}i": 1024**i for i, letter in enumerate("kmgt", start=1)},
 }
-LIMIT = 2**63
-"""Bytes that no size reaches: files and tensors count theirs in signed 64-bit numbers."""
+LIMIT = 2**63  # bytes that no size reaches: files and tensors count theirs in signed 64-bit numbers
 
 
 def check_number(name: str, value: object) -> None:
     """Refuse what is not a finite number; `name` is what the error calls it."""
-    good = isinstance(value, Real) and not isinstance(value, bool)
-    try:
-        good = good and math.isfinite(cast("float", value))
-    except OverflowError:
-        good = False
-    if not good:
-        raise RecipeError(f"{name} is {shortened(value)}.", "Give a finite number.")
+    with suppress(OverflowError):
+        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+            return
+    raise RecipeError(f"{name} is {shortened(value)}.", "Give a finite number.")
 
 
 def check_counts(**numbers: object) -> None:
-    """Refuse what is not a whole number from 1 on, by its name; None is not given.
-
-    Args:
-        numbers (`int`, *optional*): by name.
-    """
+    """Refuse numbers, by name, that are not whole and from 1 on; None stands for not given."""
     for name, number in numbers.items():
         if number is not None and (type(number) is not int or number < 1):
             raise RecipeError(f"{name} is {shortened(number)}.", "Give a whole number from 1 on.")

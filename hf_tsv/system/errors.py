@@ -1,14 +1,4 @@
-"""Errors that a user can meet.
-
-HfTsvError
-├── RepoError         a Hub repository cannot be read or written: unknown, gated, revision, token
-├── CheckpointError   a checkpoint is damaged or does not fit the base model
-│   └── LostFileError a file of a checkpoint can no longer be read
-├── RecipeError       a recipe or an option cannot be used
-├── OutputError       the output folder cannot be written
-├── DataError         a dataset cannot be used for evaluation
-└── LostProcessError  one of the processes that share a run is gone, or failed
-"""
+"""Errors that a user can meet."""
 
 from __future__ import annotations
 
@@ -31,7 +21,7 @@ class HfTsvError(Exception):
 
 
 class RepoError(HfTsvError):
-    """A Hub repository cannot be read or written."""
+    """A Hub repository cannot be read or written: unknown, gated, a wrong revision or token."""
 
 
 class CheckpointError(HfTsvError):

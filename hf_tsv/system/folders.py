@@ -34,14 +34,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def absolute(output: Path) -> Path:
-    """Make a path absolute.
-
-    Args:
-        output (`Path`): path as the user gave it; may begin with `~`.
-
-    Raises:
-        [`OutputError`]: the user after `~` is unknown.
-    """
+    """Make a path of the user's absolute; it may begin with `~`, and the name of a known user."""
     try:
         return output.expanduser().absolute()
     except RuntimeError as error:
@@ -49,12 +42,7 @@ def absolute(output: Path) -> Path:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Refuse early when a disk has less than `needed` bytes left.
-
-    Args:
-        folder (`Path`): output folder; need not exist yet.
-        needed (`int`): bytes.
-    """
+    """Refuse early when the disk of a folder, which may be absent, has too few bytes left."""
     with disk_errors(folder):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
@@ -76,41 +64,32 @@ def check_output_folder(folder: Path, markers: Sequence[str], *, force: bool) ->
         force (`bool`): the user asked to replace it.
     """
     with disk_errors(folder):
-        _check_output_folder(folder, markers, force=force)
-
-
-def _check_output_folder(folder: Path, markers: Sequence[str], *, force: bool) -> None:
-    if UNDER_CONSTRUCTION.fullmatch(folder.name):
-        raise OutputError(
-            f"{folder} is named like what a run works in.", "Choose another name with -o."
-        )
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise OutputError(f"{folder} exists and is not a folder.", "Choose another one with -o.")
-    current = folder.exists() and folder.samefile(Path.cwd())
-    if current or os.path.ismount(folder):
-        what = "the current folder" if current else "a mount point"
-        raise OutputError(
-            f"{folder} is {what} and cannot be replaced by the result.",
-            "Name a new folder inside it with -o.",
-        )
-    parent = next(path for path in folder.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"Cannot write to {folder}: {parent} takes no new folder.",
-            "Choose another folder with -o.",
-        )
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not force:
-        raise OutputError(
-            f"The output folder {folder} exists.", "Choose another one with -o, or add --force."
-        )
-    if not any((folder / marker).is_file() for marker in markers):
-        raise OutputError(
-            f"{folder} was not written by hf-tsv (it has no {' or '.join(markers)}), so --force"
-            " does not replace it.",
-            "Remove it yourself or choose another one with -o.",
-        )
+        if UNDER_CONSTRUCTION.fullmatch(folder.name):
+            problem = f"{folder} is named like what a run works in."
+            raise OutputError(problem, "Choose another name with -o.")
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            problem = f"{folder} exists and is not a folder."
+            raise OutputError(problem, "Choose another one with -o.")
+        current = folder.exists() and folder.samefile(Path.cwd())
+        if current or os.path.ismount(folder):
+            what = "the current folder" if current else "a mount point"
+            problem = f"{folder} is {what} and cannot be replaced by the result."
+            raise OutputError(problem, "Name a new folder inside it with -o.")
+        parent = next(path for path in folder.absolute().parents if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            problem = f"Cannot write to {folder}: {parent} takes no new folder."
+            raise OutputError(problem, "Choose another folder with -o.")
+        if not folder.exists() or not any(folder.iterdir()):
+            return
+        if not force:
+            problem = f"The output folder {folder} exists."
+            raise OutputError(problem, "Choose another one with -o, or add --force.")
+        if not any((folder / marker).is_file() for marker in markers):
+            raise OutputError(
+                f"{folder} was not written by hf-tsv (it has no {' or '.join(markers)}), so --force"
+                " does not replace it.",
+                "Remove it yourself or choose another one with -o.",
+            )
 
 
 @contextmanager
@@ -198,22 +177,22 @@ def _flush(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
             _flush_folder(path)
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        else:
+            _synchronise(path)
 
 
 def _flush_folder(folder: Path) -> None:
     """Flush a folder's entries, where the system can open and flush folders."""
     with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _synchronise(folder)
+
+
+def _synchronise(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -240,16 +219,6 @@ def local_kind(text: str) -> str | None:
 
 
 @contextmanager
-def _unless_unknown() -> Iterator[None]:
-    """Ignore the error of network file systems that have no locks."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
-
-
-@contextmanager
 def locked(path: Path, target: Path) -> Iterator[IO[str]]:
     """Open a file and lock it for this process, where the system has locks.
 
@@ -264,8 +233,11 @@ def locked(path: Path, target: Path) -> Iterator[IO[str]]:
         try:
             import fcntl
 
-            with _unless_unknown():
+            try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:  # network file systems may have no locks
+                if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                    raise
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 raise BlockingIOError  # the holder has finished and removed it just now
         except ImportError:

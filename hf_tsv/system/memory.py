@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-LARGE_BLOCK = 1 << 25
+LARGE_BLOCK, SPARE = 1 << 25, 1 << 23
+CPU = torch.device("cpu")
 LARGE = 1 << 20
-SPARE = 1 << 23
+HUGE_PAGE = 1 << 21
 
 
 def share_one_heap() -> None:
@@ -32,16 +33,11 @@ def share_one_heap() -> None:
     48 layers. Blocks mapped from the system one by one cost a page fault for every 4 kB: 15 % of a
     merge. Without glibc nothing happens.
     """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(M_ARENA_MAX, 1)
-            mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
-            mallopt(M_TRIM_THRESHOLD, SPARE)
-
-
-CPU = torch.device("cpu")
-HUGE_PAGE = 1 << 21
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
+        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        mallopt(M_TRIM_THRESHOLD, SPARE)
 
 
 class _Freed:
@@ -129,8 +125,7 @@ def _block(nbytes: int) -> mmap.mmap:
         block = mmap.mmap(-1, _rounded(nbytes), mmap.MAP_PRIVATE)
     except OSError as error:  # `disk_errors` would blame a disk for it
         raise MemoryError(f"no memory for {nbytes} bytes") from error
-    whole = nbytes // HUGE_PAGE * HUGE_PAGE
-    if whole:
+    if whole := nbytes // HUGE_PAGE * HUGE_PAGE:
         with suppress(OSError):  # small pages do as well
             block.madvise(mmap.MADV_HUGEPAGE, 0, whole)  # the last page stays small, unless full
     return block

@@ -16,9 +16,9 @@ from typing import Any
 
 from hf_tsv.system.errors import HfTsvError, LostProcessError, RecipeError
 
+# Longest time processes wait for one another, such as for downloads of the first one; a dead
+# process is noticed at once.
 PATIENCE = timedelta(days=1)
-"""Longest time processes wait for one another, such as for downloads of the first one; a dead
-process is noticed at once."""
 
 LOST = "A process of this run is gone."
 AGAIN = "Run the same command again; it goes on with what is finished."
@@ -54,10 +54,8 @@ class Processes:
     def send(self, message: Any) -> None:
         """Send a message to all others; only the first process calls this."""
         if self.count > 1:
-            import torch.distributed as dist
-
             self.listening = False
-            with _noticing():
+            with _noticing() as dist:
                 dist.broadcast_object_list([message], group=self.connection)
 
     def receive(self) -> Any:
@@ -66,47 +64,30 @@ class Processes:
         Raises:
             [`LostProcessError`]: the first process failed, and has printed why.
         """
-        import torch.distributed as dist
-
         box: list[Any] = [None]
-        with _noticing():
+        with _noticing() as dist:
             dist.broadcast_object_list(box, group=self.connection)
         if isinstance(box[0], _Failure):
             raise LostProcessError("The first process failed.", "See its message.")
         return box[0]
 
     def shared(self, value: Any) -> Any:
-        """Return the first process's value in all processes.
-
-        Args:
-            value: value to share; ignored in all processes but the first.
-        """
+        """Return the first process's value in all processes; those of the others are ignored."""
         if self.rank:
             return self.receive()
         self.send(value)
         return value
 
     def gathered(self, value: Any) -> list[Any]:
-        """Values of all processes, by rank; every process waits for all others.
-
-        Args:
-            value: value of this process.
-        """
-        if self.count == 1:
-            return [value]
-        import torch.distributed as dist
-
-        values: list[Any] = [None] * self.count
-        with _noticing():
-            dist.all_gather_object(values, value, group=self.connection)
+        """Values of all processes, by rank; every process waits for all others."""
+        values: list[Any] = [value] * self.count
+        if self.count > 1:
+            with _noticing() as dist:
+                dist.all_gather_object(values, value, group=self.connection)
         return values
 
     def agree(self, error: HfTsvError | None = None) -> None:
-        """Wait for all processes, and raise in each of them the error that one has met.
-
-        Args:
-            error ([`HfTsvError`], *optional*): the error this process has met.
-        """
+        """Wait for all processes, and raise in each of them the error that one has met."""
         met = self.gathered(error and (type(error), error.message, error.hint))
         # a cause comes before the LostProcessErrors that follow from it
         failures = sorted(filter(None, met), key=lambda failure: failure[0] is LostProcessError)
@@ -170,15 +151,7 @@ def joined() -> Iterator[Processes]:
 
 
 def alone(work: str, then: str = "") -> None:
-    """Refuse a launcher for work that one process does alone.
-
-    Args:
-        work (`str`): subject of the error.
-        then (`str`): end of the hint.
-
-    Raises:
-        [`RecipeError`]: a launcher started more than one process.
-    """
+    """Refuse a launcher for work that one process does alone; `then` ends the hint."""
     if launched() > 1:
         raise RecipeError(
             f"{work} runs in one process.", f"Run it without torchrun or accelerate{then}."
@@ -212,9 +185,11 @@ def shares(costs: Sequence[float], count: int) -> list[list[int]]:
 
 
 @contextmanager
-def _noticing() -> Iterator[None]:
-    """Turn a broken connection into a [`LostProcessError`]."""
+def _noticing() -> Iterator[Any]:
+    """Give torch.distributed, and turn a broken connection into a [`LostProcessError`]."""
+    import torch.distributed as dist
+
     try:
-        yield
+        yield dist
     except RuntimeError:
         raise LostProcessError(LOST, AGAIN) from None

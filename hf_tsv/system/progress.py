@@ -15,13 +15,8 @@ logger = logging.getLogger("hf_tsv")
 
 def visible_by_default() -> bool:
     """Tell whether bars are shown by default: on a terminal, unless the Hub client's are off."""
-    disabled = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {
-        "1",
-        "ON",
-        "YES",
-        "TRUE",
-    }
-    return sys.stderr.isatty() and not disabled
+    off = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}
+    return sys.stderr.isatty() and not off
 
 
 @contextmanager
@@ -43,26 +38,21 @@ def bar(
     if not visible or total == 0:
         yield lambda steps, description=None: None
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
-    amount = [DownloadColumn(), TransferSpeedColumn()] if in_bytes else [MofNCompleteColumn()]
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
+    amount = (
+        [rich.DownloadColumn(), rich.TransferSpeedColumn()]
+        if in_bytes
+        else [rich.MofNCompleteColumn()]
+    )
+    with rich.Progress(
+        rich.TextColumn("{task.description}", markup=False),
+        rich.BarColumn(),
         *amount,
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("left"),
+        rich.TimeRemainingColumn(),
         console=Console(stderr=True),
     ) as progress:
         task = progress.add_task(one_line(description), total=total)

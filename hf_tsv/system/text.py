@@ -16,11 +16,8 @@ def one_of(names: Mapping[str, object] | Sequence[str]) -> str:
         >>> one_of(["a", "b", "c"])
         'a, b or c'
     """
-    return (
-        " or ".join([", ".join(list(names)[:-1]), list(names)[-1]])
-        if len(names) > 1
-        else str(next(iter(names)))
-    )
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def human_bytes(size: float) -> str:

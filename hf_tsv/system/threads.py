@@ -8,19 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Generic, TypeVar
 
-T = TypeVar("T")
-
 S = TypeVar("S")
+T = TypeVar("T")
 
 
 def in_parallel(call: Callable[[S], T], items: Iterable[S], threads: int = 8) -> list[T]:
-    """Results of `call` on every item, in order; the first failure cancels those not yet begun.
-
-    Args:
-        call (`Callable`): function that is safe to run in several threads.
-        items (`Iterable`): arguments of the calls.
-        threads (`int`): largest number of calls at a time.
-    """
+    """Results of `call` on every item, in order; the first failure cancels those not yet begun."""
     pool = ThreadPoolExecutor(threads)
     try:
         return [job.result() for job in [pool.submit(call, item) for item in items]]

@@ -9,30 +9,20 @@ from typing import Any
 import yaml
 
 MAX_BYTES = 32_000_000
-MAX_JSON_VALUES = 2_000_000
-"""Most values of a JSON text, far beyond a header of 50,000 tensors; they take up to 250 MB."""
+# Most values of a JSON text, far beyond a header of 50,000 tensors (they take up to 250 MB), and
+# of a YAML text, each of which takes about a kilobyte while it is parsed.
+MAX_JSON_VALUES, MAX_YAML_VALUES = 2_000_000, 300_000
 
-MAX_YAML_VALUES = 300_000
-"""Most values of a YAML text, each of which takes about a kilobyte while it is parsed."""
-
+# Bytes of which at least one precedes every value but the first, so that they bound the count.
 JSON_MARKS, YAML_MARKS = b",:[{", b",:[{-?\n"
-"""Bytes of which at least one precedes every value but the first, so that they bound the count."""
 
-MAX_DEPTH = 100
-"""Deepest nesting of lists, since readers and writers recurse and Python's stack is limited."""
-
-MOST_DIGITS = 1000
-"""Most digits of a YAML integer; longer ones are slow to parse, or cannot be printed."""
-
+MAX_DEPTH = 100  # of nesting: readers and writers recurse, and Python's stack is limited
+MOST_DIGITS = 1000  # of a YAML integer; longer ones are slow to parse, or cannot be printed
 SURROGATE = re.compile(rb"\\u[dD]")
 
 
 def parse_json(raw: bytes, *, unique: bool = False) -> Any:
-    """Parse a JSON text.
-
-    Args:
-        raw (`bytes`): the text, in UTF-8.
-        unique (`bool`): refuse duplicate keys; otherwise the last one counts.
+    """Parse a JSON text in UTF-8; of duplicate keys the last one counts, or all are refused.
 
     Raises:
         `ValueError`: it is not valid JSON.
@@ -60,9 +50,6 @@ def parse_yaml(text: str) -> Any:
     Aliases can double the content with every line, so that a kilobyte stands for more than memory
     holds or a comparison could ever finish.
 
-    Args:
-        text (`str`): one document.
-
     Raises:
         `ValueError`: it is not valid YAML, or it has aliases; the message says which.
         `OverflowError`: it is too large.
@@ -73,9 +60,6 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         _check_size(text.encode(), YAML_MARKS, MAX_YAML_VALUES)
-    except UnicodeEncodeError:
-        raise ValueError("not valid YAML") from None
-    try:
         return yaml.load(text, _Loader)  # noqa: S506  (derived from SafeLoader)
     except _AliasError:
         raise ValueError("written with aliases, which are not read") from None
