@@ -10,18 +10,8 @@ from json import JSONDecodeError
 from typing import TypeVar
 
 from httpx2 import ConnectError, RequestError, TransportError, UnsupportedProtocol
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import (
-    FileMetadataError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, errors, get_token
+from huggingface_hub.errors import HfHubHTTPError
 
 from hf_tsv.system.errors import RepoError
 from hf_tsv.system.progress import logger
@@ -32,11 +22,10 @@ T = TypeVar("T")
 
 RETRY_WAITS = (1, 2, 4, 8)  # seconds, the same as in the client where it retries
 RETRY_STATUS = {408, 429, 500, 502, 503, 504}
+CLIENT_ERRORS = (errors.HFValidationError, RequestError, JSONDecodeError, OSError, RuntimeError)
+MOVED_ON = 412  # status of a commit whose parent is no longer the head of its branch
 SILENCE = 30.0
 """Seconds of silence after which a listing is requested again; the client itself never gives up."""
-
-MOVED_ON = 412
-"""Status of a commit whose parent is no longer the head of its branch."""
 
 
 class OtherAnswerError(TransportError):
@@ -81,11 +70,7 @@ def retried(call: Callable[[], T], *, refusals: bool = False) -> T:
 
 
 def pause(tries: int) -> None:
-    """Wait before the next try, longer each time.
-
-    Args:
-        tries (`int`): number of tries so far, minus one.
-    """
+    """Wait before the next try, longer each time; `tries` counts those so far, minus one."""
     time.sleep(RETRY_WAITS[tries])
 
 
@@ -115,94 +100,78 @@ def translated(repo_id: str, revision: str | None, *, writing: bool = False) -> 
     """Turn the client's errors into a [`RepoError`] that says what to do."""
     try:
         yield
-    except HFValidationError as error:
-        raise RepoError(
-            f"{repo_id!r} is not a repository id: {error}",
-            "Give org/name." if writing else "Give org/name, org/name@revision, or a folder.",
-        ) from None
-    except GatedRepoError:  # a subclass of RepositoryNotFoundError: first
-        raise RepoError(
-            f"{repo_id} is gated and this token has no access.",
-            f"Accept its conditions at https://huggingface.co/{repo_id} and log in with"
-            " `hf auth login`.",
-        ) from None
-    except RepositoryNotFoundError:
-        raise RepoError(
-            f"{repo_id} does not exist on the Hub, or is private and this token cannot read it.",
-            "Check the name; for a private repository run `hf auth login`;"
-            " for a local folder check the path.",
-        ) from None
-    except RevisionNotFoundError:
-        raise RepoError(
-            f"{repo_id} has no revision {revision!r}.",
-            f"Branches and tags are listed at https://huggingface.co/{repo_id}/tree/main;"
-            " a slash in the name of one is written %2F.",
-        ) from None
-    except RemoteEntryNotFoundError as error:
-        raise RepoError(
-            f"{repo_id}: {first_line(error)}", "Check the files of the repository."
-        ) from None
-    except LocalEntryNotFoundError as error:
-        raise _not_cached(error.__cause__, repo_id) from None
-    except HfHubHTTPError as error:
-        raise _http_error(error, repo_id, writing) from None
-    except (RequestError, OfflineModeIsEnabled, ConnectionError) as error:
-        raise RepoError(
-            f"{repo_id}: the Hub cannot be reached ({type(error).__name__}).",
-            "Check the connection and HF_ENDPOINT; with a warm cache use HF_HUB_OFFLINE=1.",
-        ) from None
-    except JSONDecodeError:
-        raise _no_hub(repo_id) from None
-    except OSError as error:  # last, because some of the client's own errors are OSErrors
-        raise RepoError(
-            f"{repo_id}: the cache cannot be written: {error.strerror or first_line(error)}.",
-            "Free some space, or choose another folder with --cache-dir.",
-        ) from None
-    except RuntimeError as error:  # raised by the Xet storage
-        raise RepoError(
-            f"{repo_id}: the storage of the Hub failed: {first_line(error)}.",
-            "Try again later; with HF_HUB_DISABLE_XET=1 files go another way.",
-        ) from None
+    except CLIENT_ERRORS as error:
+        raise RepoError(*_explained(error, repo_id, revision, writing)) from None
 
 
-def _not_cached(why: BaseException | None, repo_id: str) -> RepoError:
-    """Error for a file that is not cached, by the reason why the client did not fetch it."""
+def _explained(
+    error: Exception, repo_id: str, revision: str | None, writing: bool
+) -> tuple[str, str]:
+    """Message and hint for an error of the client; a class comes before those it derives from."""
+    match error:
+        case errors.HFValidationError():
+            said = f"{repo_id!r} is not a repository id: {error}"
+            hint = "Give org/name." if writing else "Give org/name, org/name@revision, or a folder."
+        case errors.GatedRepoError():
+            said = f"{repo_id} is gated and this token has no access."
+            conditions = f"Accept its conditions at https://huggingface.co/{repo_id}"
+            hint = f"{conditions} and log in with `hf auth login`."
+        case errors.RepositoryNotFoundError():
+            said = f"{repo_id} does not exist on the Hub, or is private and this token cannot"
+            said += " read it."
+            hint = "Check the name; for a private repository run `hf auth login`;"
+            hint += " for a local folder check the path."
+        case errors.RevisionNotFoundError():
+            said = f"{repo_id} has no revision {revision!r}."
+            hint = f"Branches and tags are listed at https://huggingface.co/{repo_id}/tree/main;"
+            hint += " a slash in the name of one is written %2F."
+        case errors.RemoteEntryNotFoundError():
+            said, hint = f"{repo_id}: {first_line(error)}", "Check the files of the repository."
+        case errors.LocalEntryNotFoundError():
+            said, hint = _not_cached(error.__cause__, repo_id)
+        case HfHubHTTPError():
+            said, hint = _answered(error, repo_id, writing)
+        case RequestError() | ConnectionError():
+            said = f"{repo_id}: the Hub cannot be reached ({type(error).__name__})."
+            hint = "Check the connection and HF_ENDPOINT; with a warm cache use HF_HUB_OFFLINE=1."
+        case JSONDecodeError():
+            said, hint = _no_hub(repo_id)
+        case OSError():
+            why = error.strerror or first_line(error)
+            said = f"{repo_id}: the cache cannot be written: {why}."
+            hint = "Free some space, or choose another folder with --cache-dir."
+        case _:  # from the Xet storage
+            said = f"{repo_id}: the storage of the Hub failed: {first_line(error)}."
+            hint = "Try again later; with HF_HUB_DISABLE_XET=1 files go another way."
+    return said, hint
+
+
+def _not_cached(why: BaseException | None, repo_id: str) -> tuple[str, str]:
+    """Message and hint for a file that is not cached, by the reason why it was not fetched."""
     if isinstance(why, HfHubHTTPError):
-        return _http_error(why, repo_id, writing=False)
-    if isinstance(why, FileMetadataError):
+        return _answered(why, repo_id, writing=False)
+    if isinstance(why, errors.FileMetadataError):
         return _no_hub(repo_id)
-    return RepoError(
-        f"{repo_id}: files are missing from the local cache and the Hub cannot be reached.",
-        "Run once with a connection and without HF_HUB_OFFLINE.",
-    )
+    said = f"{repo_id}: files are missing from the local cache and the Hub cannot be reached."
+    return said, "Run once with a connection and without HF_HUB_OFFLINE."
 
 
-def _no_hub(repo_id: str) -> RepoError:
-    return RepoError(
-        f"{repo_id}: the answer is not that of a Hub.", "Check HF_ENDPOINT and any proxy."
-    )
+def _no_hub(repo_id: str) -> tuple[str, str]:
+    return f"{repo_id}: the answer is not that of a Hub.", "Check HF_ENDPOINT and any proxy."
 
 
-def _http_error(error: HfHubHTTPError, repo_id: str, writing: bool) -> RepoError:
-    status = error.response.status_code
+def _answered(error: HfHubHTTPError, repo_id: str, writing: bool) -> tuple[str, str]:
+    """Message and hint for a status that the Hub answered with."""
+    status, action = error.response.status_code, "write to" if writing else "read"
     if status == 401:
-        return RepoError(
-            f"{repo_id}: the Hub does not accept this token.", "Run `hf auth login` again."
-        )
+        return f"{repo_id}: the Hub does not accept this token.", "Run `hf auth login` again."
     if status == 403:
-        action = "write to" if writing else "read"
-        return RepoError(
-            f"This token may not {action} {repo_id}.",
-            f"Use a token that can {action} it: `hf auth login`.",
-        )
+        hint = f"Use a token that can {action} it: `hf auth login`."
+        return f"This token may not {action} {repo_id}.", hint
     if status == MOVED_ON:
-        return RepoError(
-            f"{repo_id} was changed by another commit meanwhile, so nothing was written.",
-            "Run the same command again.",
-        )
-    return RepoError(
-        f"{repo_id}: the Hub answered {status}: {first_line(error)}", "Try again later."
-    )
+        said = f"{repo_id} was changed by another commit meanwhile, so nothing was written."
+        return said, "Run the same command again."
+    return f"{repo_id}: the Hub answered {status}: {first_line(error)}", "Try again later."
 
 
 def first_line(error: Exception) -> str:

@@ -27,15 +27,16 @@ def uncached(repo: RepoSnapshot, filenames: Sequence[str]) -> list[str]:
     """Files of `filenames` that are not in the cache, or are cut short there."""
     if repo.folder is not None:
         return []
-    paths = (
-        try_to_load_from_cache(repo.repo_id, name, cache_dir=repo.cache_dir, revision=repo.revision)
-        for name in filenames
+    paths = {name: _cached(repo, name) for name in filenames}
+    return [name for name in filenames if not (path := paths[name]) or _is_cut(repo, name, path)]
+
+
+def _cached(repo: RepoSnapshot, name: str) -> str | None:
+    """Path of a file in the cache, if it is there."""
+    path = try_to_load_from_cache(
+        repo.repo_id, name, cache_dir=repo.cache_dir, revision=repo.revision
     )
-    return [
-        name
-        for name, path in zip(filenames, paths, strict=True)
-        if not isinstance(path, str) or _is_cut(repo, name, path)
-    ]
+    return path if isinstance(path, str) else None
 
 
 def _is_cut(repo: RepoSnapshot, name: str, path: str) -> bool:
@@ -77,7 +78,7 @@ def download(wanted: Sequence[Wanted], *, visible: bool = True) -> list[Path]:
         visible (`bool`): show one progress bar over everything.
 
     Returns:
-        `list[Path]`: the cached folder of each repository.
+        `list[Path]`: the cached folder of each repository, or the folder that it was found in.
     """
     files = missing(wanted)
     total = sum(repo.sizes[name] for repo, name in files)
@@ -128,16 +129,11 @@ def _cached_folder(item: Wanted) -> Path:
     repo, first = item.repo, item.names[0]
     if repo.folder is not None:
         return repo.folder
-    with translated(repo.repo_id, item.asked_revision):
-        retried(
-            lambda: api(repo.token).resolve_revision(
-                repo.repo_id, revision=item.asked_revision, cache_dir=repo.cache_dir
-            )
-        )
-    path = try_to_load_from_cache(
-        repo.repo_id, first, cache_dir=repo.cache_dir, revision=repo.revision
-    )
-    if not isinstance(path, str):
+    asked, resolve = item.asked_revision, api(repo.token).resolve_revision
+    with translated(repo.repo_id, asked):
+        retried(lambda: resolve(repo.repo_id, revision=asked, cache_dir=repo.cache_dir))
+    path = _cached(repo, first)
+    if path is None:
         raise RepoError(f"{repo.repo_id}: {first} vanished from the cache.", "Run again.")
     return Path(path).parents[first.count("/")]
 

@@ -74,24 +74,23 @@ def _body(response: Response, start: int, stop: int, size: int | None) -> bytear
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
         raise OtherAnswerError(f"{encoding} instead of bytes")
-    skipped = start
-    if response.status_code == 206:
+    partial = response.status_code == 206
+    if partial:
         said = response.headers.get("Content-Range", "")
         total = r"\d+" if size is None else str(size)
         if not re.fullmatch(rf"bytes {start}-{stop - 1}/({total}|\*)", said):
             raise OtherAnswerError(f"{said or 'other bytes'} instead of bytes {start}-{stop - 1}")
-        skipped = 0
     else:
         length = response.headers.get("Content-Length")
         if size is None or size > SMALL_FILE or length not in (None, str(size)):
             raise OtherAnswerError(f"{length or 'other'} bytes instead of {stop - start}")
-    body = bytearray()
+    body, skipped = bytearray(), 0 if partial else start
     for chunk in response.iter_raw():
         body += chunk[skipped:]
         skipped = max(0, skipped - len(chunk))
         if len(body) > stop - start:
             break
-    if response.status_code != 206:
+    if not partial:
         del body[stop - start :]
     if len(body) != stop - start:
         raise OtherAnswerError(f"{len(body)} bytes instead of {stop - start}")

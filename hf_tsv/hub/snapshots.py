@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def snapshot(
                 f"The model card of {repo_id} cannot be read: {first_line(error)}",
                 "Download the repository and merge the folder.",
             ) from None
-    card = {} if info.card_data is None else card_dict(info.card_data)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    card = card_dict(info.card_data)
     return RepoSnapshot(repo_id, str(info.sha), sizes, card, token, cache_dir)
 
 
@@ -108,7 +109,7 @@ def dataset_commit(repo_id: str, revision: str | None, *, token: str | None = No
 
 
 def card_dict(data: Any) -> dict[str, Any]:
-    """Front matter of a card; {} where the client cannot convert it (broken eval_results)."""
+    """Front matter of a card; {} where it has none or the client cannot convert it."""
     try:
         return dict(data.to_dict())
     except (AttributeError, TypeError, ValueError):
@@ -124,13 +125,10 @@ def _cached_snapshot(
     error: Exception,
 ) -> RepoSnapshot:
     try:
-        sha = (
-            api()
-            .resolve_revision(
-                repo_id, revision=revision, cache_dir=cache_dir, local_files_only=True
-            )
-            .resolved
+        found = api().resolve_revision(
+            repo_id, revision=revision, cache_dir=cache_dir, local_files_only=True
         )
+        sha = found.resolved
     except RevisionResolutionError:
         sha = revision or "main"
     inside = f"{subfolder}/" if subfolder else ""
@@ -139,26 +137,19 @@ def _cached_snapshot(
         for name in configs
     )
     config = next((path for path in paths if isinstance(path, str)), None)
-    if config is None:
+    beside = Path(config).parent.iterdir() if config else ()
+    if config is None or not any(file.suffix in WEIGHT_SUFFIXES for file in beside):
+        lacking = f"The weights of {repo_id} are" if config else f"{repo_id} is"
         raise RepoError(
-            f"{repo_id} is not in the local cache and the Hub cannot be reached"
+            f"{lacking} not in the local cache and the Hub cannot be reached"
             f" ({type(error).__name__}).",
             "Run once with a connection, without HF_HUB_OFFLINE and --stream.",
         ) from None
     folder = Path(config).parents[inside.count("/")]
-    if not any(file.suffix in WEIGHT_SUFFIXES for file in Path(config).parent.iterdir()):
-        raise RepoError(
-            f"The weights of {repo_id} are not in the local cache and the Hub cannot be reached"
-            f" ({type(error).__name__}).",
-            "Run once with a connection, without HF_HUB_OFFLINE and --stream.",
-        ) from None
     if not isinstance(error, OfflineModeIsEnabled):
         logger.warning("The Hub cannot be reached: %s is taken from the local cache.", repo_id)
-    sizes = {
-        file.relative_to(folder).as_posix(): file.stat().st_size
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
+    files = filter(Path.is_file, folder.rglob("*"))
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
     return RepoSnapshot(repo_id, folder.name, sizes, {}, None, cache_dir, folder)
 
 
@@ -168,18 +159,14 @@ def conversion(repo: RepoSnapshot) -> str | None:
     As in transformers, pull requests of other authors or from earlier commits are ignored.
     """
     hub = api(repo.token)
+    asked = partial(
+        hub.get_repo_discussions,
+        author=CONVERTER,
+        discussion_type="pull_request",
+        discussion_status="open",
+    )
     with translated(repo.repo_id, repo.revision):
-        offers = retried(
-            lambda: list(
-                hub.get_repo_discussions(
-                    repo.repo_id,
-                    author=CONVERTER,
-                    discussion_type="pull_request",
-                    discussion_status="open",
-                )
-            )
-        )
-        for offer in offers:
+        for offer in retried(lambda: list(asked(repo.repo_id))):
             reference = offer.git_reference
             if (offer.author, offer.title) != (CONVERTER, CONVERSION) or reference is None:
                 continue

@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from httpx2 import RequestError
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelInfo, get_token
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    ModelInfo,
+    errors,
+    get_token,
 )
 
 from hf_tsv.hub.client import (
@@ -34,21 +35,17 @@ from hf_tsv.system.errors import OutputError, RepoError
 from hf_tsv.system.progress import logger
 from hf_tsv.system.text import redacted
 
-T = TypeVar("T")
-
 RACES = len(RETRY_WAITS) + 1
 """Most times that a push lists the repository, in order to commit on top of its newest state."""
 
 STORAGE_REFUSES = "LFS batch API returned errors"
 """First words of the client's error for a full storage, or a storage without the right to it."""
 
+HUB_ERRORS = (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError)
+
 
 def writable_repo_id(
-    repo_id: str,
-    *,
-    token: str | None = None,
-    private: bool | None = None,
-    create_pr: bool = False,
+    repo_id: str, *, token: str | None = None, private: bool | None = None, create_pr: bool = False
 ) -> str:
     """Check before any heavy work that the token may write `repo_id`.
 
@@ -81,19 +78,16 @@ def writable_repo_id(
             f"Pushing to {repo_id} needs a token that can write; this one can only read.",
             "Create one with the role 'write' and run `hf auth login`.",
         )
-    if create_pr:
-        if not exists:
-            raise RepoError(
-                f"--create-pr needs an existing repository and {repo_id} does not exist.",
-                "Leave --create-pr out to create it.",
-            )
-        return repo_id
-    if exists:
+    if create_pr and not exists:
+        raise RepoError(
+            f"--create-pr needs an existing repository and {repo_id} does not exist.",
+            "Leave --create-pr out to create it.",
+        )
+    if exists and not create_pr:
         with translated(repo_id, None, writing=True):
             retried(lambda: api(token).auth_check(repo_id, write=True))
-        return repo_id
-    namespaces = _writable_namespaces(user)
-    if repo_id.split("/")[0] not in namespaces:
+    owner = repo_id.split("/")[0]
+    if not exists and owner not in (namespaces := _writable_namespaces(user)):
         raise RepoError(
             f"This token cannot create {repo_id}: it writes to {', '.join(namespaces) or 'none'}.",
             "Choose one of these namespaces, or use --create-pr on an existing repository.",
@@ -105,9 +99,9 @@ def _existing(repo_id: str, token: str | None) -> tuple[bool, ModelInfo | None]:
     """Tell whether a repository exists, and its visibility; a broken card is no obstacle."""
     try:
         return True, retried(lambda: api(token).model_info(repo_id, expand=["private"]))
-    except GatedRepoError:
+    except errors.GatedRepoError:
         return True, None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         return False, None
 
 
@@ -144,7 +138,7 @@ def files_to_push(folder: Path, markers: Sequence[str]) -> dict[str, Path]:
             names that are not printable.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
-    hidden = {name for name in files if any(part.startswith(".") for part in name.split("/"))}
+    hidden = {name for name in files if "/." in f"/{name}"}
     files = {name: path for name, path in files.items() if path.is_file() and name not in hidden}
     if not files.keys() & set(markers):
         raise OutputError(
@@ -154,9 +148,8 @@ def files_to_push(folder: Path, markers: Sequence[str]) -> dict[str, Path]:
     root = folder.resolve()
     for name, path in files.items():
         if not path.resolve().is_relative_to(root):
-            raise OutputError(
-                f"{path} is a link to a file outside of {folder}.", "Remove it from the folder."
-            )
+            problem = f"{path} is a link to a file outside of {folder}."
+            raise OutputError(problem, "Remove it from the folder.")
         if not name.isprintable():
             raise OutputError(f"{folder} has a file of the name {name!r}.", "Remove it.")
     if hidden:
@@ -199,9 +192,6 @@ def push(
         names ([`Names`]): names of files in outputs, this one and earlier ones.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         private (`bool`, *optional*): make a new repository private.
-        revision (`str`, *optional*): branch to push to.
-        create_pr (`bool`): push as a pull request.
-        commit_message (`str`, *optional*): of the upload.
 
     Returns:
         `str`: address of the commit or pull request.
@@ -213,7 +203,6 @@ def push(
             if revision is not None and revision != "main" and not revision.startswith("refs/"):
                 retried(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True))
         files = files_to_push(folder, names.markers)  # once: the folder may be gone by the next try
-        once = _once if create_pr else retried  # a retry after a lost answer would open two
         for race in range(RACES):
             head = retried(
                 lambda: client.model_info(
@@ -221,32 +210,25 @@ def push(
                 )
             )
             there = [file.rfilename for file in head.siblings or []]
-            old = [
-                name for name in there if any(fnmatch(name, pattern) for pattern in names.replaced)
-            ]
+            old = [name for name in there if any(fnmatch(name, one) for one in names.replaced)]
             if old and race == 0 and not create_pr and not set(names.markers) & set(there):
-                logger.warning(
-                    "The upload replaces %s of %s; earlier commits keep them.",
-                    ", ".join(old),
-                    repo_id,
-                )
-            operations: list[CommitOperationAdd | CommitOperationDelete] = [
-                *(CommitOperationDelete(name) for name in old if name not in files),
-                *(CommitOperationAdd(name, path) for name, path in files.items()),
-            ]
+                replacing = "The upload replaces %s of %s; earlier commits keep them."
+                logger.warning(replacing, ", ".join(old), repo_id)
+            commit = partial(
+                client.create_commit,
+                repo_id,
+                [
+                    *(CommitOperationDelete(name) for name in old if name not in files),
+                    *(CommitOperationAdd(name, path) for name, path in files.items()),
+                ],
+                commit_message=commit_message or "Upload model made with hf-tsv",
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=head.sha,
+            )
             try:
-                commit = once(
-                    lambda: client.create_commit(
-                        repo_id,
-                        operations,  # noqa: B023
-                        commit_message=commit_message or "Upload model made with hf-tsv",
-                        revision=revision,
-                        create_pr=create_pr,
-                        parent_commit=head.sha,  # noqa: B023
-                    )
-                )
-                return redacted(str(commit.pr_url or commit.commit_url))
-            except HfHubHTTPError as error:
+                return _committed(commit, create_pr)
+            except errors.HfHubHTTPError as error:
                 # Our own commit may have caused this, if its answer was lost: the retry is empty
                 if error.response.status_code != MOVED_ON or race == RACES - 1:
                     raise
@@ -279,19 +261,25 @@ def push_file(
     Raises:
         [`RepoError`]: not written, for example because the branch has changed.
     """
-    once = _once if create_pr else retried
-    with translated(repo_id, branch, writing=True), _upload_errors(repo_id):
-        commit = once(
-            lambda: api(token).create_commit(
-                repo_id,
-                [CommitOperationAdd(name, content)],  # new for each try, as it records the branch
-                commit_message=commit_message,
-                revision=branch,
-                create_pr=create_pr,
-                parent_commit=parent,
-            )
+
+    def commit() -> CommitInfo:
+        return api(token).create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content)],  # new for each try, as it records the branch
+            commit_message=commit_message,
+            revision=branch,
+            create_pr=create_pr,
+            parent_commit=parent,
         )
-    return redacted(str(commit.pr_url or commit.commit_url))
+
+    with translated(repo_id, branch, writing=True), _upload_errors(repo_id):
+        return _committed(commit, create_pr)
+
+
+def _committed(commit: Callable[[], CommitInfo], create_pr: bool) -> str:
+    """Make a commit, retried unless a retry after a lost answer would open two pull requests."""
+    made = commit() if create_pr else retried(commit)
+    return redacted(str(made.pr_url or made.commit_url))
 
 
 @contextmanager
@@ -299,25 +287,20 @@ def _upload_errors(repo_id: str) -> Iterator[None]:
     """Turn errors that are not answers of the Hub into a [`RepoError`]."""
     try:
         yield
-    except (HfHubHTTPError, RequestError, OfflineModeIsEnabled, JSONDecodeError, HFValidationError):
+    except (RequestError, JSONDecodeError, *HUB_ERRORS):
         raise
     except (TypeError, ValueError) as error:  # the client or the Hub refuses the card
         if str(error).startswith(STORAGE_REFUSES):
             said = first_line(ValueError(" ".join(str(error).splitlines())))
             raise RepoError(f"{repo_id}: {said}", "Check the storage of its owner.") from None
-        raise RepoError(
-            f"{repo_id}: {first_line(error)}", "Check the metadata of its model card."
-        ) from None
+        said = f"{repo_id}: {first_line(error)}"
+        raise RepoError(said, "Check the metadata of its model card.") from None
     except (RuntimeError, OSError) as error:  # from the storage
         why = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        if isinstance(why, HfHubHTTPError):
+        if isinstance(why, errors.HfHubHTTPError):
             said = f"the storage answered {why.response.status_code}"
         elif isinstance(why, RequestError):
             said = f"the storage cannot be reached ({type(why).__name__})"
         else:
             said = getattr(why, "strerror", None) or first_line(why)
         raise RepoError(f"The upload to {repo_id} failed: {said}.", "Try again later.") from None
-
-
-def _once(call: Callable[[], T]) -> T:
-    return call()
