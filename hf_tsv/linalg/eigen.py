@@ -12,8 +12,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from hf_tsv.linalg import iterative, lanczos, lapack, products
 from hf_tsv.linalg.lapack import NotConvergedError
 
-TILE = 128
-"""Number of rows and columns that are mirrored at a time."""
+TILE = 128  # rows and columns that are mirrored at a time
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Eigen:
 
 
 def leading_eighs(items: Sequence[Scaled], rank: int, spectrum: bool) -> Sequence[Eigen | None]:
-    """Leading eigenvectors of the Gram matrix of each, as of [`_leading_eigh`]."""
+    """Leading eigenvectors of the Gram matrix of each, as from [`leading_eigh`]."""
     rank = min(rank, items[0].a.shape[1])
     if not products.by_products(items[0].a):
         return [leading_eigh(item.a, rank, item.floor, spectrum) for item in items]
@@ -62,12 +61,12 @@ def leading_eighs(items: Sequence[Scaled], rank: int, spectrum: bool) -> Sequenc
 
 
 def leading_eigh(a: Tensor, rank: int, floor: float = 0.0, spectrum: bool = False) -> Eigen | None:
-    """Largest eigenvalues of aᵀa and their eigenvectors; None where that is no use.
+    """The `rank` largest eigenvalues of aᵀa and their eigenvectors; None where that is no use.
 
     Args:
         a (`Tensor`): shape (m, n).
-        rank (`int`): how many at most.
-        floor (`float`): singular values up to this are not wanted.
+        rank (`int`): most eigenvectors that are found.
+        floor (`float`): largest singular value that is not wanted.
         spectrum (`bool`): find all eigenvalues too.
     """
     if a.dtype != torch.float64 or not a.numel():
@@ -82,9 +81,7 @@ def leading_eigh(a: Tensor, rank: int, floor: float = 0.0, spectrum: bool = Fals
             values, vectors = lapack.eigh(gram)
             return Eigen(values.flip(0), vectors.flip(0), values.flip(0))
         found = None if spectrum else lanczos.leading_eigh(gram, rank, floor**2)
-        if found:
-            return Eigen(*found)
-        return Eigen(*lapack.leading_eigh(gram, rank, spectrum=spectrum))
+        return Eigen(*(found or lapack.leading_eigh(gram, rank, spectrum=spectrum)))
     except (NotConvergedError, LinAlgError):
         return None
 
@@ -95,7 +92,7 @@ def gram_matrix(a: Tensor) -> Tensor:
 
 
 def symmetric(gram: Tensor) -> Tensor:
-    """A Gram matrix from [`_gram`] with its lower triangle filled in, in the same memory."""
+    """A Gram matrix from [`gram_matrix`] with its lower triangle filled in, in the same memory."""
     n = gram.shape[0]
     for start in range(0, n if gram.device.type == "cpu" else 0, TILE):
         stop = min(start + TILE, n)

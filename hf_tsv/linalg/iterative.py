@@ -13,35 +13,23 @@ from torch import Tensor
 
 from hf_tsv.linalg import lanczos
 
-TOLERANCE = 1e-11
-"""Largest residual of a singular triplet, relative to the largest singular value, to stop at."""
+# Largest residual of a singular triplet, relative to the largest singular value, to stop at;
+# factor by which the residual of a Ritz vector may exceed the largest one of the columns it
+# combines; residual of an eigenvector, relative to the largest eigenvalue, that is only rounding.
+TOLERANCE, SLACK, ROUNDING = 1e-11, 10.0, 8 * torch.finfo(torch.float64).eps
 
-SLACK = 10.0
-"""Factor by which the residual of a Ritz vector may exceed the largest residual of the columns it
-combines."""
-
-ROUNDING = 8 * torch.finfo(torch.float64).eps
-"""Residual of an eigenvector, relative to the largest eigenvalue, that is no more than rounding."""
-
+# Largest ratio by which one filter may amplify the leading over the last wanted direction. After
+# the first sweep the columns are sorted, later columns hold almost nothing of the leading
+# directions, and Cholesky's method can still separate them at 1e10; the unsorted block only at 1e5.
 FIRST_GROWTH, GROWTH = 1e5, 1e10
-"""Largest ratio by which one filter may amplify the leading over the last wanted direction.
 
-After the first sweep the columns are sorted, later columns hold almost nothing of the leading
-directions, and Cholesky's method can still separate them at 1e10; the first, unsorted block allows
-only 1e5.
-"""
-
+# Smallest pivot of Cholesky's method on columns of norm 1 that is accepted: under about 1e-8 two
+# passes would not make them orthonormal.
 SMALLEST_PIVOT = 1e-6
-"""Smallest pivot of Cholesky's method on columns of norm 1 that is accepted.
 
-Under about 1e-8 two passes would not make them orthonormal.
-"""
-
-DEGREE = 20
-"""Largest degree of a filter."""
-
-SWEEPS = 32
-"""Number of filters until a matrix is left to the eigensolver; a power law takes 6 to 11."""
+# Largest degree of a filter; number of filters until a matrix is left to the eigensolver, of which
+# a power law takes 6 to 11.
+DEGREE, SWEEPS = 20, 32
 
 
 def leading_eigh(grams: Tensor, count: int, floors: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +43,7 @@ def leading_eigh(grams: Tensor, count: int, floors: Tensor) -> tuple[Tensor, Ten
 
     Args:
         grams (`Tensor`): symmetric, positive semi-definite, float64, shape (T, n, n).
-        count (`int`): how many eigenvectors of each.
+        count (`int`): number of eigenvectors of each.
         floors (`Tensor`): shape (T,); eigenvalues up to the square of it are not wanted, and may
             come with vectors that are none.
 
@@ -69,13 +57,15 @@ def leading_eigh(grams: Tensor, count: int, floors: Tensor) -> tuple[Tensor, Ten
     values = grams.new_empty(len(grams), count)
     vectors = grams.new_empty(len(grams), count, grams.shape[1])
     todo = torch.arange(len(grams), device=grams.device)
-    block = _orthonormal(grams @ _start(grams.shape[1], width).to(grams.device))
+    same = torch.Generator().manual_seed(0)  # in every run
+    start = torch.randn(grams.shape[1], width, generator=same, dtype=torch.float64)
+    block = _orthonormal(grams @ start.to(grams.device))
     for sweep in range(SWEEPS):
         image = grams @ block
         core = block.mT @ image
         rest = image - block @ core
-        quotients = core.diagonal(dim1=1, dim2=2)
-        excess = _excess(quotients, rest.norm(dim=1), floors, count)
+        ritz = core.diagonal(dim1=1, dim2=2)
+        excess = _excess(ritz, rest.norm(dim=1), floors, count)
         near = (excess <= 1).nonzero()[:, 0]
         if len(near):
             found, mix = torch.linalg.eigh(core[near])
@@ -87,10 +77,10 @@ def leading_eigh(grams: Tensor, count: int, floors: Tensor) -> tuple[Tensor, Ten
             vectors[todo[done]] = (block[done] @ mix[settled, :, :count]).mT
             left = torch.ones_like(todo, dtype=torch.bool).index_fill(0, done, False)
             todo, grams, floors, excess = todo[left], grams[left], floors[left], excess[left]
-            block, image, quotients = block[left], image[left], quotients[left]
+            block, image, ritz = block[left], image[left], ritz[left]
             if not len(todo):
                 return values, vectors
-        block = _filtered(grams, block, image, quotients, excess, count, sweep == 0)
+        block = _filtered(grams, block, image, ritz, excess, count, sweep == 0)
     values[todo], vectors[todo] = _eigh(grams, count)
     return values, vectors
 
@@ -98,22 +88,13 @@ def leading_eigh(grams: Tensor, count: int, floors: Tensor) -> tuple[Tensor, Ten
 def nothing_missed(grams: Tensor, values: Tensor, vectors: Tensor, floors: Tensor) -> Tensor:
     """Whether matrices have no other eigenvalues above the last of these and above their floors.
 
-    Cholesky's method shows it, as in [`hf_tsv.lanczos`].
-
-    Args:
-        grams (`Tensor`): shape (T, n, n).
-        values (`Tensor`): descending, shape (T, count).
-        vectors (`Tensor`): as rows, shape (T, count, n).
-        floors (`Tensor`): shape (T,); as in [`leading_eigh`].
-
-    Returns:
-        `Tensor`: shape (T,), booleans.
+    Cholesky's method shows it, as in [`hf_tsv.linalg.lanczos`]. The shapes are those of
+    [`leading_eigh`]; the result has the shape (T,).
     """
     wanted = values > floors[:, None] ** 2
     bounds = torch.where(wanted.all(1), values[:, -1], floors**2) * (1 + lanczos.MARGIN)
-    weighted = (
-        torch.where(wanted[:, :, None], vectors, 0) * (2 * values.clamp_min(0)).sqrt()[:, :, None]
-    )
+    weights = (2 * values.clamp_min(0)).sqrt()[:, :, None]
+    weighted = torch.where(wanted[:, :, None], vectors, 0) * weights
     rest = weighted.mT @ weighted - grams
     rest.diagonal(dim1=1, dim2=2).add_(bounds[:, None] + torch.finfo(bounds.dtype).tiny)
     proved: Tensor = torch.linalg.cholesky_ex(rest).info == 0
@@ -161,19 +142,10 @@ def _eigh(grams: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values.flip(1)[:, :count], vectors.mT.flip(1)[:, :count]
 
 
-def _start(n: int, width: int) -> Tensor:
-    """The same random block (n, width) in every run."""
-    return torch.randn(n, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
 def _excess(values: Tensor, residuals: Tensor, floors: Tensor, count: int) -> Tensor:
-    """Largest residual of the leading vectors of a matrix, as a multiple of what is allowed (T,).
+    """Largest residual of the `count` leading vectors, as a multiple of what is allowed (T,).
 
-    Args:
-        values (`Tensor`): their Rayleigh quotients, shape (T, p).
-        residuals (`Tensor`): norms, shape (T, p).
-        floors (`Tensor`): shape (T,).
-        count (`int`): leading vectors.
+    `values` are their Rayleigh quotients (T, p), `residuals` are norms (T, p), `floors` (T,).
     """
     largest = values.amax(1, keepdim=True)
     allowed = TOLERANCE * (largest * values.clamp_min(0)).sqrt()
@@ -187,7 +159,7 @@ def _filtered(
     grams: Tensor,
     block: Tensor,
     image: Tensor,
-    quotients: Tensor,
+    ritz: Tensor,
     excess: Tensor,
     count: int,
     first: bool,
@@ -198,14 +170,14 @@ def _filtered(
         grams (`Tensor`): shape (T, n, n).
         block (`Tensor`): shape (T, n, p).
         image (`Tensor`): grams · block.
-        quotients (`Tensor`): Rayleigh quotients of the columns, shape (T, p).
-        excess (`Tensor`): how far from settled each is, shape (T,).
+        ritz (`Tensor`): Rayleigh quotients of the columns, shape (T, p).
+        excess (`Tensor`): distance of each matrix from being settled, shape (T,).
         count (`int`): leading vectors wanted.
         first (`bool`): whether columns are not in order yet.
     """
-    largest, end = quotients.amax(1), quotients.amin(1)
+    largest, end = ritz.amax(1), ritz.amin(1)
     end = torch.maximum(end, torch.finfo(end.dtype).eps * largest)  # of what is damped
-    tops, wanted = (2 * q / end - 1 for q in (largest, quotients[:, count - 1]))
+    tops, wanted = (2 * q / end - 1 for q in (largest, ritz[:, count - 1]))
     allowed = math.log(2 * (FIRST_GROWTH if first else GROWTH)) / _rate(tops)
     needed = (2 * excess).log() / _rate(wanted)
     degree = int(torch.minimum(allowed.amin().floor(), needed.amax().ceil()).clamp(1, DEGREE))

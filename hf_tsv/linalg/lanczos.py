@@ -17,38 +17,26 @@ from torch import Tensor
 from hf_tsv.linalg import lapack
 from hf_tsv.linalg.lapack import Vector, prepared
 
+# Least ratio of the size to the number of eigenvectors for which Lanczos' method is used: above
+# n / 12 eigenvectors the tridiagonal form is faster.
 FEW = 12
-"""Least ratio of the size to the number of eigenvectors for which Lanczos' method is used.
 
-Above n / 12 eigenvectors the tridiagonal form is faster.
-"""
+# Convergence is tested after 2 · count + 20 steps and then after 1.06 times as many each time, up
+# to 0.4 n steps, where the method gives up.
+FIRST, MORE, GROWTH, MOST = 2, 20, 1.06, 0.4
 
-FIRST, MORE, GROWTH = 2, 20, 1.06
-"""Steps before a test of convergence.
-
-The first comes after 2 · count + 20 steps, each later one after 1.06 times as many.
-"""
-
-MOST = 0.4
-"""Largest number of steps, as a share of the size, before the method gives up."""
-
+# Largest residual of an eigenvector that is accepted, relative to the geometric mean of its
+# eigenvalue and the largest.
 TOLERANCE = 1e-10
-"""Largest residual of an eigenvector that is accepted.
 
-It is relative to the geometric mean of its eigenvalue and the largest.
-"""
-
+# Share by which an eigenvalue that was missed may be larger than the last one found.
 MARGIN = 1e-6
-"""Share by which an eigenvalue that was missed may be larger than the last one found."""
 
-QUICK = 1 << 16
-"""Number of entries of the basis that are read within ten microseconds."""
+QUICK = 1 << 16  # entries of the basis that are read within ten microseconds
 
+# Largest rest of a step, relative to the largest eigenvalue, that is taken for nothing: the space
+# holds all eigenvectors then that the start has a share in.
 EXHAUSTED = 1e-14
-"""Largest rest of a step, relative to the largest eigenvalue, that is taken for nothing.
-
-The space holds all eigenvectors then that the start has a share in.
-"""
 
 
 def leading_eigh(upper: Tensor, count: int, floor: float) -> tuple[Tensor, Tensor] | None:
@@ -61,8 +49,8 @@ def leading_eigh(upper: Tensor, count: int, floor: float) -> tuple[Tensor, Tenso
 
     Args:
         upper (`Tensor`): shape (n, n); its upper triangle counts.
-        count (`int`): how many at most.
-        floor (`float`): eigenvalues up to this are not wanted.
+        count (`int`): most eigenvectors that are found.
+        floor (`float`): largest eigenvalue that is not wanted.
 
     Returns:
         `tuple[Tensor, Tensor]` or `None`: eigenvalues descending (r,), eigenvectors as rows (r, n);

@@ -2,7 +2,8 @@
 
 They are called through the function pointers that SciPy publishes for Cython, with ctypes, which
 lets go of the interpreter lock: SciPy's own wrappers hold it, so that threads would wait for one
-another. All matrices are float64, on the CPU.
+another. All matrices are float64, on the CPU; a symmetric one (n, n) is given by its upper triangle
+and overwritten. A routine that fails raises [`NotConvergedError`].
 """
 
 from __future__ import annotations
@@ -23,15 +24,11 @@ from hf_tsv.system.memory import empty
 
 Vector = NDArray[np.float64]
 
-BLOCK = 64
-"""Block size that workspaces are made for; LAPACK uses what fits."""
+BLOCK = 64  # block size that workspaces are made for; LAPACK uses what fits
 
+# A row whose length is a multiple of 512 doubles (one page) is padded by 24: otherwise rows map to
+# the same cache sets, and `dsytrd` takes 10 % longer.
 PAGE, PADDING = 512, 24
-"""Doubles of a page, and doubles that a row is padded by.
-
-A row whose length is a multiple of 512 doubles (one page) is padded by 24: otherwise rows map to
-the same cache sets, and `dsytrd` takes 10 % longer.
-"""
 
 
 class NotConvergedError(ArithmeticError):
@@ -114,7 +111,7 @@ def gram(a: Tensor) -> Tensor:
     The matrix is contiguous, or its transpose is.
     """
     m, n = a.shape
-    result = _square(n)
+    result = _doubles(n, n + (PADDING if n % PAGE == 0 else 0))[:, :n]
     if a.is_contiguous():
         _call("dsyrk", "L", "N", n, m, 1.0, a, n, 0.0, result, result.stride(0))
     else:
@@ -123,37 +120,24 @@ def gram(a: Tensor) -> Tensor:
     return result
 
 
-def _square(n: int) -> Tensor:
-    """Room for a matrix (n, n), whose rows are padded, see [`PADDING`]."""
-    wide = n + (PADDING if n % PAGE == 0 else 0)
-    return _doubles(n, wide)[:, :n]
-
-
 def is_positive_definite(upper: Tensor) -> bool:
-    """Whether all eigenvalues of a symmetric matrix are positive, by Cholesky's method.
-
-    Args:
-        upper (`Tensor`): shape (n, n); its upper triangle counts, and is overwritten.
-    """
+    """Whether all eigenvalues of a symmetric matrix are positive, by Cholesky's method."""
     n, info = upper.shape[0], ctypes.c_int(0)
     _call("dpotrf", "L", n, upper, upper.stride(0), info)
     return info.value == 0
 
 
 def tridiagonal_eigh(diagonal: Vector, beside: Vector, count: int) -> tuple[Vector, Vector]:
-    """The largest eigenvalues of a symmetric tridiagonal matrix and their eigenvectors.
+    """The `count` largest eigenvalues of a symmetric tridiagonal matrix and their eigenvectors.
 
     Args:
         diagonal (`numpy.ndarray`): shape (n,).
         beside (`numpy.ndarray`): shape (n − 1,).
-        count (`int`): how many.
+        count (`int`): number of eigenvectors.
 
     Returns:
         `tuple[numpy.ndarray, numpy.ndarray]`: eigenvalues descending (count,), eigenvectors as rows
         (count, n).
-
-    Raises:
-        [`NotConvergedError`]: LAPACK's `dstemr` failed.
     """
     padded = np.append(beside, 0.0)
     values, vectors = _tridiagonal(torch.tensor(diagonal), torch.tensor(padded), count)
@@ -161,10 +145,7 @@ def tridiagonal_eigh(diagonal: Vector, beside: Vector, count: int) -> tuple[Vect
 
 
 def _tridiagonal(diagonal: Tensor, beside: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Largest eigenvalues, ascending, in room for n, and eigenvectors as rows.
-
-    Both arguments are overwritten.
-    """
+    """Largest eigenvalues, ascending, in room for n, and eigenvectors as rows; overwrites both."""
     n = diagonal.numel()
     values, vectors = _doubles(n), _doubles(count, n)
     work, iwork = _doubles(18 * n), torch.empty(10 * n, dtype=torch.int32)
@@ -188,17 +169,9 @@ def leading_eigh(
     for both, `dsyevr`, takes bisection and inverse iteration for a part of the spectrum, which is a
     quarter slower.
 
-    Args:
-        upper (`Tensor`): shape (n, n); its upper triangle counts, and is overwritten.
-        count (`int`): how many.
-        spectrum (`bool`): find all eigenvalues.
-
     Returns:
         `tuple[Tensor, Tensor, Tensor | None]`: eigenvalues descending (count,), eigenvectors as
-        rows (count, n), and all eigenvalues descending (n,).
-
-    Raises:
-        [`NotConvergedError`]: LAPACK's `dstemr` failed.
+        rows (count, n), and all eigenvalues descending (n,) if the spectrum is asked for.
     """
     n = upper.shape[0]
     diagonal, beside, reflectors = _doubles(n), _doubles(n), _doubles(n)
@@ -224,14 +197,7 @@ def _all_eigenvalues(diagonal: Tensor, beside: Tensor) -> Tensor:
 
 
 def eigh(upper: Tensor) -> tuple[Tensor, Tensor]:
-    """All eigenvalues of a symmetric matrix, ascending, and eigenvectors as rows.
-
-    Args:
-        upper (`Tensor`): shape (n, n); its upper triangle counts, and is overwritten.
-
-    Raises:
-        [`NotConvergedError`]: LAPACK's `dsyevd` failed.
-    """
+    """All eigenvalues of a symmetric matrix, ascending, and eigenvectors as rows."""
     n = upper.shape[0]
     if 1 + 6 * n + 2 * n * n >= 2**31:
         raise NotConvergedError(f"{n} rows are more than 32-bit sizes allow")
@@ -247,16 +213,9 @@ def eigh(upper: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular triplets by QR iterations, which are slower and surer than divide and conquer.
+    """All singular triplets of a matrix (m, n): U (m, k), S descending (k,), and Vh (k, n).
 
-    Args:
-        matrix (`Tensor`): float64, on the CPU, shape (m, n).
-
-    Returns:
-        `tuple[Tensor, Tensor, Tensor]`: U (m, k), singular values descending (k,), and Vh (k, n).
-
-    Raises:
-        [`NotConvergedError`]: LAPACK's `dgesvd` failed.
+    QR iterations find them, which are slower and surer than divide and conquer.
     """
     m, n = matrix.shape
     k = min(m, n)

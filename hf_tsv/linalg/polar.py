@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +22,6 @@ from hf_tsv.linalg.products import (
 )
 from hf_tsv.linalg.svd import truncated_svd
 from hf_tsv.system.memory import empty
-
-S = TypeVar("S")
 
 RANK_TOLERANCE = 1e-11
 """Singular value of a concatenated factor, relative to the largest, that counts as null direction.
@@ -78,8 +75,9 @@ class OrthogonalProduct:
 
     Args:
         matrix (`Tensor`): shape (m, n).
-        null_directions (`int`): left out of a polar factor because they are not independent.
-        exact (`int`): polar factors, of two, from a full float64 SVD.
+        null_directions (`int`): number of directions left out of a polar factor because they are
+            not independent.
+        exact (`int`): number of polar factors, of two, from a full float64 SVD.
         smallest (`float`): smallest singular value of U and Vh that was kept and counts, relative
             to the largest: of a square factor the last one does not, see [`UNCERTAIN_SIGN`]. 1
             where no SVD was needed to see that it is large enough.
@@ -119,7 +117,7 @@ def orthogonal_product(
             by an SVD, or `"whitening"`, U (UᵀU)^(−1/2) where that is accurate enough.
         form (`bool`): form the polar factors too.
     """
-    left, right = for_each(lambda X: _polar(X, precision, solver), [U, Vh.mT])
+    left, right = for_each(lambda X: polar(X, precision, solver), [U, Vh.mT])
     behind = [factor.mT for factor in reversed(right.factors)]
     formed = (chain(left.factors), chain(behind)) if form else None
     last = left.factors.pop()
@@ -131,43 +129,8 @@ def orthogonal_product(
     return OrthogonalProduct(matrix, null_directions, left.exact + right.exact, smallest, formed)
 
 
-def polar_factor(matrix: Tensor, tolerance: float = RANK_TOLERANCE) -> tuple[Tensor, int]:
-    """Nearest partial isometry P Qᵀ of a matrix P D Qᵀ, by its SVD (orthogonal Procrustes).
-
-    Args:
-        matrix (`Tensor`): shape (m, n).
-        tolerance (`float`): singular values up to this share of the largest are null directions
-            and left out, which makes the factor the unique minimum-norm one.
-
-    Returns:
-        `tuple[Tensor, int]`: the factor (m, n), and how many null directions were left out
-        of the min(m, n) there could be.
-    """
-    found = _procrustes(matrix, tolerance)
-    return found.factors[0], found.null_directions
-
-
-def polar_factor_by_whitening(
-    matrix: Tensor, tolerance: float = RANK_TOLERANCE
-) -> tuple[Tensor, int]:
-    """Nearest partial isometry as in [`polar_factor`], by matrix · (matrixᵀ matrix)^(−1/2).
-
-    Where the eigenvalues of the Gram matrix are too far apart for that, null directions included,
-    the SVD takes over.
-
-    Args:
-        matrix (`Tensor`): shape (m, n).
-        tolerance (`float`): as in [`polar_factor`].
-
-    Returns:
-        `tuple[Tensor, int]`: the factor (m, n), and how many null directions were left out.
-    """
-    factor = _whitened(matrix)
-    return polar_factor(matrix, tolerance) if factor is None else (factor, 0)
-
-
 @dataclass(frozen=True)
-class _Polar:
+class Polar:
     """A polar factor as the product of `factors`; for the rest see [`OrthogonalProduct`]."""
 
     factors: list[Tensor]
@@ -176,40 +139,37 @@ class _Polar:
     smallest: float = 1.0
 
 
-def _polar(matrix: Tensor, precision: Precision, solver: Orthogonalizer) -> _Polar:
+def polar(matrix: Tensor, precision: Precision, solver: Orthogonalizer) -> Polar:
+    """Polar factor of a matrix (m, n): the nearest partial isometry, P Qᵀ of P D Qᵀ."""
     if precision == "fast":
         a = in_working_precision(matrix)
         wide = a.shape[0] < a.shape[1]
         tall = a.mT if wide else a
         parts = _polar_parts(tall) if products.by_products(tall) else None
         if parts is not None:
-            return _Polar([f.mT for f in reversed(parts)] if wide else [*parts], 0, exact=False)
+            return Polar([f.mT for f in reversed(parts)] if wide else [*parts], 0, exact=False)
         root = _inverse_root(tall)
         if root is not None:
-            return _Polar([root, a] if wide else [a, root], 0, exact=False)
+            return Polar([root, a] if wide else [a, root], 0, exact=False)
     white = _whitened(matrix) if solver == "whitening" else None
     if white is not None:
-        return _Polar([white], 0, exact=True)
-    return _procrustes(matrix, RANK_TOLERANCE)
+        return Polar([white], 0, exact=True)
+    return _procrustes(matrix)
 
 
-def _procrustes(matrix: Tensor, tolerance: float) -> _Polar:
-    """Polar factor by the SVD."""
+def _procrustes(matrix: Tensor) -> Polar:
+    """Polar factor by the SVD; without null directions it is the unique minimum-norm one."""
     svd = truncated_svd(matrix, min(matrix.shape), precision="exact")
-    kept = int((tolerance * svd.S[:1] < svd.S).sum())
+    kept = int((RANK_TOLERANCE * svd.S[:1] < svd.S).sum())
     factor = svd.U[:, :kept] @ svd.Vh[:kept]
     ratios = (svd.S[:kept] / svd.S[:1]).tolist()
     if matrix.shape == (kept, kept) and kept > 1 and ratios[-1] > UNCERTAIN_SIGN:
         ratios.pop()
-    return _Polar([factor], min(matrix.shape) - kept, exact=True, smallest=min(ratios, default=1.0))
+    return Polar([factor], min(matrix.shape) - kept, exact=True, smallest=min(ratios, default=1.0))
 
 
 def _whitened(matrix: Tensor) -> Tensor | None:
-    """Polar factor by the eigenvectors of the Gram matrix of the shorter side.
-
-    Returns:
-        `Tensor` or `None`: None where the eigenvalues are too far apart.
-    """
+    """Polar factor by the Gram matrix of the shorter side; None where that is too inaccurate."""
     a = in_working_precision(matrix)
     wide = a.shape[0] < a.shape[1]
     if wide:
@@ -234,9 +194,7 @@ def _polar_parts(a: Tensor) -> tuple[Tensor, Tensor] | None:
 def _inverse_root(a: Tensor) -> Tensor | None:
     """(aᵀa)^(−1/2) of a (m, n), m >= n; None if it fails the check."""
     found = leading_eigh(a, a.shape[1])
-    if found is None:
-        return None
-    if not found.values[-1] > SMALLEST_EIGENVALUE * found.values[0]:
+    if found is None or not found.values[-1] > SMALLEST_EIGENVALUE * found.values[0]:
         return None
     root = symmetric(gram_matrix(found.vectors.mul_(found.values[:, None] ** -0.25)))
     return root if _loss(a, root) < POLAR_CERTIFICATE else None

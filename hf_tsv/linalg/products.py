@@ -18,21 +18,19 @@ from torch import Tensor
 from hf_tsv.linalg import lapack
 from hf_tsv.system.memory import empty
 
+S = TypeVar("S")
 T = TypeVar("T")
 
-S = TypeVar("S")
-
+# Vectors that residuals are estimated with: an estimate is ten times too small once in ten million.
 PROBES = 8
-"""Number of vectors that residuals are estimated with.
-
-With eight an estimate is ten times too small once in ten million.
-"""
 
 SMALL = 1e-12
 """Largest entry up to which, and from the inverse of which, squares are summed after scaling."""
 
-COLUMNS = 384
-"""Number of columns of a product that are computed at a time, whatever the number of threads."""
+COLUMNS = 384  # of a product that are computed at a time, whatever the number of threads
+
+_POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
+"""Threads for independent parts; none in those threads themselves."""
 
 
 def in_working_precision(matrix: Tensor) -> Tensor:
@@ -42,12 +40,9 @@ def in_working_precision(matrix: Tensor) -> Tensor:
 
 @contextmanager
 def threads(count: int | None = None) -> Iterator[None]:
-    """Let the functions here use the threads that torch has, one task each.
+    """Let the functions here use as many threads, by default those torch has, one task each.
 
     Within the context no call of torch or LAPACK starts threads of its own.
-
-    Args:
-        count (`int`, *optional*): default: those torch has.
     """
     own = torch.get_num_threads()
     workers = count or own
@@ -63,10 +58,6 @@ def threads(count: int | None = None) -> Iterator[None]:
         torch.set_num_threads(own)
 
 
-_POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
-"""Threads for independent parts; none in those threads themselves."""
-
-
 def largest_entry(matrix: Tensor) -> float:
     """Largest absolute value of a matrix that has entries; NaN or Inf if it has one."""
     low, high = torch.aminmax(matrix)
@@ -74,14 +65,9 @@ def largest_entry(matrix: Tensor) -> float:
 
 
 def norms(matrix: Tensor) -> tuple[float, float, float]:
-    """Frobenius norm, and the largest norms of a row and of a column.
-
-    Args:
-        matrix (`Tensor`): shape (m, n), float32 or float64.
-    """
+    """Frobenius norm, and the largest norms of a row and of a column, in float32 or float64."""
     a, scale = _with_safe_squares(matrix)
-    rows = _squares(a, 0)
-    columns = _squares(a, 1)
+    rows, columns = _squares(a, 0), _squares(a, 1)
     zero = rows.new_zeros(1)
     squares = rows.double().sum(), torch.cat([rows, zero]).max(), torch.cat([columns, zero]).max()
     whole, row, column = (scale * math.sqrt(s) for s in squares)
@@ -89,11 +75,7 @@ def norms(matrix: Tensor) -> tuple[float, float, float]:
 
 
 def frobenius_norm(matrix: Tensor) -> float:
-    """Root of the sum of all squares.
-
-    Args:
-        matrix (`Tensor`): shape (m, n), or a vector; float32 or float64.
-    """
+    """Root of the sum of all squares of a matrix or vector in float32 or float64."""
     a, scale = _with_safe_squares(matrix)
     if a.dim() < 2:
         return scale * float(torch.linalg.vector_norm(a))
@@ -144,12 +126,7 @@ def chain(factors: Sequence[Tensor]) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, on the CPU by columns in several threads.
-
-    Args:
-        a (`Tensor`): shape (m, k).
-        b (`Tensor`): shape (k, n).
-    """
+    """a b, of shapes (m, k) and (k, n), on the CPU by columns in several threads."""
     if a.device.type != "cpu" or a.dtype != torch.float64:
         return a @ b
     n = b.shape[1]

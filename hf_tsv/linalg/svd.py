@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +37,6 @@ from hf_tsv.linalg.products import (
 )
 from hf_tsv.system.memory import empty, give_back
 
-S = TypeVar("S")
-
 CERTIFICATE = 1e-8
 """Largest residual of singular triplets, and loss of orthogonality, that is accepted.
 
@@ -46,20 +44,17 @@ Relative to the largest singular value. float64 leaves about 1e-13 where singula
 three orders of magnitude; a float32 SVD leaves 5e-7.
 """
 
-SINGLE_CERTIFICATE = 1e-4
-"""[`CERTIFICATE`] in float32, the working precision of MPS."""
+SINGLE_CERTIFICATE = 1e-4  # in float32, the working precision of MPS
 
+# Square of a singular value, in units of n · eps · λ_max, that may be rounding of a Gram matrix.
+# Measured: 0.03 for a spectrum of which half is flat and half zero.
 SMALLEST_SQUARE = 0.1
-"""Square of a singular value, in units of n · eps · λ_max, that may be rounding of a Gram matrix.
 
-Measured: 0.03 for a spectrum of which half is flat and half zero.
-"""
-
+# Entries of the matrices decomposed at a time: 0.5 GB. Eigenvectors take several times that.
 BATCH = 1 << 26
-"""Entries of the matrices decomposed at a time: 0.5 GB. Eigenvectors take several times that."""
 
+# Largest exponent of the powers of two that matrices are divided by: their inverse is a number.
 EXPONENTS = 1022
-"""Largest exponent of the powers of two that matrices are divided by: their inverse is a number."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +65,9 @@ class SVD:
         U (`Tensor`): shape (m, r).
         S (`Tensor`): shape (r,), descending.
         Vh (`Tensor`): shape (r, n).
-        exact (`bool`): from a full float64 SVD.
-        numerical_rank (`int`): of the matrix, r or more: how many singular values are above the
-            floor, where all were asked for.
+        exact (`bool`): whether it comes from a full float64 SVD.
+        numerical_rank (`int`): number of singular values above the floor, where all were asked
+            for; else r.
         spectrum (`Tensor`, *optional*): all singular values, shape (k,), descending; those far
             below the floor are rounding.
     """
@@ -97,7 +92,7 @@ def truncated_svds(
 
     Args:
         matrices (`Sequence[Tensor]`): shape (m, n) each.
-        rank (`int`): how many triplets at most.
+        rank (`int`): most triplets of each.
         floors (`Sequence[float]`): singular values up to this are numerically zero and dropped.
         precision (`str`): `"exact"`: by a full float64 SVD, always.
         spectrum (`bool`): find all singular values, and the numerical rank, too.
@@ -130,9 +125,6 @@ def truncated_svd(
 def singular_values(matrix: Tensor) -> Tensor:
     """All singular values of a matrix, descending, in the working precision.
 
-    Args:
-        matrix (`Tensor`): shape (m, n).
-
     Raises:
         [`NotConvergedError`]: they cannot be found.
     """
@@ -141,13 +133,7 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular triplets of a matrix, in the working precision, checked.
-
-    Args:
-        matrix (`Tensor`): shape (m, n).
-
-    Returns:
-        `tuple[Tensor, Tensor, Tensor]`: U (m, k), singular values descending (k,), and Vh (k, n).
+    """All singular triplets of a matrix (m, n), checked: U (m, k), S descending (k,), Vh (k, n).
 
     Raises:
         [`NotConvergedError`]: no way to find them converges, or there is NaN or Inf.
@@ -198,10 +184,7 @@ def _is_svd(a: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> bool:
 
 
 def _singular_values(a: Tensor) -> Tensor:
-    """All singular values of `a`.
-
-    A full SVD finds them where their squares do not add up to that of the Frobenius norm.
-    """
+    """All singular values; by a full SVD where their squares do not add up to the norm's."""
     try:
         values: Tensor = torch.linalg.svdvals(a)
     except LinAlgError:
@@ -230,7 +213,7 @@ def _scaled(matrix: Tensor, floor: float) -> Scaled:
     if not math.isfinite(largest):
         raise NotConvergedError("it holds NaN or Inf")
     exponent = math.frexp(largest)[1] if largest else 0
-    scale = 2.0 ** min(max(exponent, -EXPONENTS), EXPONENTS)  # whose inverse is a number too
+    scale = 2.0 ** min(max(exponent, -EXPONENTS), EXPONENTS)
     if matrix.device.type == "cpu":
         a = empty(*matrix.shape, dtype=torch.float64).copy_(matrix).mul_(1 / scale)
     else:
@@ -272,8 +255,7 @@ def _svd(item: Scaled, rank: int, eigen: Eigen | None, spectrum: bool) -> SVD:
     found = _gram_svd(item.a, item.floor, eigen) if eigen else None
     if found:
         U, S, Vh = found
-        if spectrum:
-            every = _spectrum(item, eigen)
+        every = _spectrum(item, eigen) if spectrum else None
     else:
         U, S, Vh, every = _full_svd(item.a, rank, item.floor)
     numerical_rank = S.numel() if every is None else int((item.floor < every).sum())

@@ -81,6 +81,7 @@ def norm_of(tensor: Tensor) -> float:
 
 
 def scaled(update: Update, scale: float) -> Update:
+    """An update times a number; Δ itself is overwritten."""
     if scale == 1.0:
         return update
     if isinstance(update, TaskSingularVectors):  # singular values stay positive
@@ -95,11 +96,7 @@ def matrix_of(update: Update) -> Tensor:
 
 
 def rank_at(fraction: float, shape: Sequence[int]) -> int:
-    """⌊fraction · k⌋, at least 1.
-
-    Args:
-        fraction (`float`): above 0, up to 1.
-        shape (`Sequence[int]`): (d_out, d_in).
+    """⌊fraction · k⌋ of a weight (d_out, d_in), at least 1.
 
     Example:
         >>> rank_at(0.29, (100, 300)), rank_at(0.001, (100, 300))
@@ -119,12 +116,7 @@ def default_rank(shape: Sequence[int], tasks: int) -> int:
 
 
 def difference(fine_tuned: Tensor, base: Tensor) -> Tensor:
-    """Δ = W1 − W0, in float32, or in float64 where one of the two is.
-
-    Args:
-        fine_tuned (`Tensor`): W1 as stored.
-        base (`Tensor`): W0 as stored, same shape.
-    """
+    """Δ = W1 − W0 of two stored weights, in float32, or in float64 where one of the two is."""
     dtype = _dtype_of_difference(fine_tuned, base)
     result = empty(*base.shape, dtype=dtype, device=base.device)
     return torch.sub(fine_tuned.to(dtype), base.to(dtype), out=result)
@@ -170,12 +162,7 @@ def storage_noise(
 
 
 def rounding_noise(matrix: Tensor, dtype: torch.dtype) -> float:
-    """Spectral norm of what rounding to a dtype changes in a matrix; see [`storage_noise`].
-
-    Args:
-        matrix (`Tensor`): shape (d_out, d_in).
-        dtype (`torch.dtype`): it was rounded to.
-    """
+    """Spectral norm of what rounding to a dtype changes in a matrix; see [`storage_noise`]."""
     return noise(matrix.to(torch.float32), torch.finfo(dtype).eps)
 
 
@@ -199,6 +186,4 @@ def concatenate(tasks: Sequence[TaskSingularVectors]) -> TaskSingularVectors:
 
 def dense(update: Update) -> Tensor:
     """Δ of an update, in the working precision."""
-    if isinstance(update, TaskSingularVectors):
-        return update.matrix()
-    return products.in_working_precision(update)
+    return products.in_working_precision(matrix_of(update))
