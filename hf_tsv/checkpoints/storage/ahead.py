@@ -25,14 +25,7 @@ LARGEST_GAP = 4096
 
 @dataclass
 class _Piece:
-    """Bytes that one request fetches.
-
-    Args:
-        file (`str`): name of the file.
-        start (`int`): first byte.
-        stop (`int`): end, after the last byte.
-        data (`Future`, *optional*): the bytes, from the request until they are read.
-    """
+    """Bytes `start` … `stop` − 1 that one request fetches; held from the request to the read."""
 
     file: str
     start: int
@@ -52,15 +45,12 @@ class Connections:
 
     An executor's threads would hold up the end of the program: for a minute after Ctrl-C, where
     the Hub does not answer.
-
-    Args:
-        count (`int`): number of threads.
     """
 
-    def __init__(self, count: int = CONNECTIONS) -> None:
+    def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._count, self._closed = count, threading.Event()
-        for _ in range(count):
+        self._closed = threading.Event()
+        for _ in range(CONNECTIONS):
             threading.Thread(target=self._work, name="hf-tsv-fetch", daemon=True).start()
 
     def fetch(self, repo: hub.RepoSnapshot, path: str, start: int, stop: int) -> Future[bytearray]:
@@ -75,7 +65,7 @@ class Connections:
         """End each thread after the request it is working on."""
         if not self._closed.is_set():
             self._closed.set()
-            for _ in range(self._count):
+            for _ in range(CONNECTIONS):
                 self._jobs.put(None)
 
     def _work(self) -> None:
@@ -83,27 +73,18 @@ class Connections:
             result, repo, path, start, stop = job
             if result.cancelled():
                 continue
-            try:
-                body = hub.read_range(repo, path, start, stop)
-            except BaseException as error:
-                with suppress(InvalidStateError):  # cancelled meanwhile
+            with suppress(InvalidStateError):  # cancelled meanwhile
+                try:
+                    result.set_result(hub.read_range(repo, path, start, stop))
+                except BaseException as error:
                     result.set_exception(error)
-            else:
-                with suppress(InvalidStateError):
-                    result.set_result(body)
 
 
 class AheadFiles(HubFiles):
     """Hub repository whose next bytes are fetched while others are read.
 
     One request fetches several small neighbouring tensors; several parallel requests fetch a
-    large one.
-
-    Args:
-        repo ([`RepoSnapshot`]): repository and commit.
-        subfolder (`str`): folder of the files; empty for the whole repository.
-        connections ([`Connections`]): threads that fetch.
-        share (`int`): most bytes that may wait to be read.
+    large one. At most `share` bytes may wait to be read.
     """
 
     def __init__(

@@ -17,6 +17,9 @@ from hf_tsv.system.untrusted import MAX_BYTES, parse_json
 CACHED = re.compile(r"(models|datasets)--.+")
 """Folder name of a repository in the Hub client's cache; its snapshots link to its `blobs`."""
 
+AGAIN = "Download or save it again."
+"""Advice for a file that is damaged or incomplete."""
+
 
 class Files(Protocol):
     """Random access to the files of one checkpoint."""
@@ -130,7 +133,11 @@ class LocalFiles(_InPlace):
         return not inside and not cached
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        buffer = bytearray((self._existing_size(name) if stop is None else stop) - start)
+        if stop is None:
+            stop = self.size(name)
+            if stop is None:
+                raise CheckpointError(f"{self.root} has no {name}.", AGAIN)
+        buffer = bytearray(stop - start)
         self.read_into(name, start, memoryview(buffer))
         return bytes(buffer)
 
@@ -143,22 +150,14 @@ class LocalFiles(_InPlace):
             except OSError as error:
                 raise _lost(self.root / name, error) from None
             if count == 0:
-                raise CheckpointError(
-                    f"{self.root / name} is truncated: it ends before byte {start + len(buffer)}.",
-                    "Download or save it again.",
-                )
+                end = f"it ends before byte {start + len(buffer)}"
+                raise CheckpointError(f"{self.root / name} is truncated: {end}.", AGAIN)
             done += count
 
     def close(self) -> None:
         """Close the opened files."""
         with self._lock:
             _close_all(self._descriptors)
-
-    def _existing_size(self, name: str) -> int:
-        size = self.size(name)
-        if size is None:
-            raise CheckpointError(f"{self.root} has no {name}.", "Download or save it again.")
-        return size
 
     def _descriptor(self, name: str) -> int:
         with self._lock:
@@ -183,12 +182,7 @@ def _close_all(descriptors: dict[str, int]) -> None:
 
 
 class HubFiles(_InPlace):
-    """Hub repository at one commit, read by HTTP range without a copy on disk.
-
-    Args:
-        repo ([`RepoSnapshot`]): repository and commit.
-        subfolder (`str`): folder of the files; empty for the whole repository.
-    """
+    """Folder of a Hub repository at one commit, read by HTTP range without a copy on disk."""
 
     folder = None
 
@@ -235,22 +229,15 @@ class HubFiles(_InPlace):
 
 
 def read_json(files: Files, name: str, owner: str) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint.
-
-    Args:
-        files (`Files`): files of the checkpoint.
-        name (`str`): file name.
-        owner (`str`): name of the checkpoint, for errors.
+    """Read a JSON object of a checkpoint, which errors call `owner`.
 
     Raises:
         [`CheckpointError`]: the file is missing, too large, or not a JSON object.
     """
     size = files.size(name)
     if size is None:
-        raise CheckpointError(
-            f"{owner} has no {name}.",
-            "A checkpoint saved by transformers' save_pretrained has one.",
-        )
+        hint = "A checkpoint saved by transformers' save_pretrained has one."
+        raise CheckpointError(f"{owner} has no {name}.", hint)
     try:
         value = parse_json(files.read(name, 0, min(size, MAX_BYTES + 1)))
     except OverflowError:
@@ -269,7 +256,5 @@ def inside_folder(name: object) -> bool:
     """Tell whether a file name from an index stays inside the checkpoint's folder."""
     if not isinstance(name, str) or not name.isprintable() or "\\" in name:
         return False
-    path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts:
-        return False
-    return ":" not in path.parts[0]
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not {"/", "//", ".."} & set(parts) and ":" not in parts[0]

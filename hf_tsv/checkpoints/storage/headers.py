@@ -7,9 +7,15 @@ import re
 import reprlib
 from typing import Any
 
-from hf_tsv.checkpoints.storage.files import Files, inside_folder, read_json
+from hf_tsv.checkpoints.storage.files import AGAIN, Files, inside_folder, read_json
 from hf_tsv.checkpoints.storage.pickles import SUFFIXES, read_pickle
-from hf_tsv.checkpoints.storage.tensors import DTYPES, MAX_DIMENSIONS, TensorInfo, is_tensor_name
+from hf_tsv.checkpoints.storage.tensors import (
+    DTYPES,
+    MAX_DIMENSIONS,
+    TensorInfo,
+    is_tensor_name,
+    unknown_dtype,
+)
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import quoted
 from hf_tsv.system.threads import in_parallel
@@ -33,12 +39,7 @@ def index_of(single: str) -> str:
 def read_headers(
     files: Files, single: str, owner: str
 ) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
-    """Parse and check the header of a single file, or of all shards that its index names.
-
-    Args:
-        files (`Files`): files of the checkpoint.
-        single (`str`): name of the weight file if it is not split.
-        owner (`str`): name of the checkpoint, for errors.
+    """Parse and check the header of the file `single`, or of all shards that its index names.
 
     Returns:
         `tuple[dict[str, TensorInfo], tuple[str, ...]]`: tensors by stored name, and the names of
@@ -54,9 +55,18 @@ def read_headers(
         if twice := sorted(stored.keys() & header.keys()):
             raise CheckpointError(f"{owner}: {twice[0]} is stored in two files.")
         stored.update(header)
-    index = index_of(single)
-    _check_index(shards, weight_map, stored, index, owner)
-    return stored, (*shards, *([index] if weight_map else []))
+    empty = set(shards) - {info.file for info in stored.values()}
+    if empty or not stored:
+        raise CheckpointError(f"{owner}: {min(empty, default=shards[0])} holds no tensors.")
+    if not weight_map:
+        return stored, tuple(shards)
+    said, held = weight_map.items(), {(key, info.file) for key, info in stored.items()}
+    if wrong := said ^ held:
+        raise CheckpointError(
+            f"{owner}: {index_of(single)} and the shards disagree about {quoted(min(wrong)[0])}.",
+            AGAIN,
+        )
+    return stored, (*shards, index_of(single))
 
 
 def read_file(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
@@ -70,11 +80,6 @@ def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
 
     Every tensor must have a known dtype and as many bytes as its shape needs. Together the tensors
     must fill the file without gap or overlap, as the format demands.
-
-    Args:
-        files (`Files`): files of the checkpoint.
-        name (`str`): file name.
-        owner (`str`): name of the checkpoint, for errors.
 
     Returns:
         `dict[str, TensorInfo]`: tensors by stored name.
@@ -93,23 +98,15 @@ def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
             raise _damaged(owner, name, f"{key} does not start where the tensor before it ends")
         position += info.nbytes
     if position > size:
-        raise CheckpointError(
-            f"{owner}: {name} is truncated: {position} bytes expected, {size} found.",
-            "Download or save it again.",
-        )
+        said = f"{owner}: {name} is truncated: {position} bytes expected, {size} found."
+        raise CheckpointError(said, AGAIN)
     if position < size:
         raise _damaged(owner, name, f"{size - position} bytes follow its last tensor")
     return infos
 
 
 def read_metadata(files: Files, name: str, owner: str) -> dict[str, str]:
-    """Metadata that a safetensors file carries.
-
-    Args:
-        files (`Files`): files of the checkpoint.
-        name (`str`): file name.
-        owner (`str`): name of the checkpoint, for errors.
-    """
+    """Metadata that a safetensors file carries."""
     found: dict[str, str] = _entries(files, name, owner)[0].get("__metadata__", {})
     return found
 
@@ -155,15 +152,11 @@ def _tensor_info(key: str, entry: Any, file: str, data_start: int, owner: str) -
     except (KeyError, TypeError, ValueError):
         raise _damaged(owner, file, f"the entry of {key} is malformed") from None
     if dtype not in DTYPES:
-        raise CheckpointError(
-            f"{owner}: {key} has dtype {quoted(dtype)}, which cannot be merged.",
-            "Dequantise the checkpoint first (float32, float16 or bfloat16).",
-        )
+        raise unknown_dtype(owner, key, dtype)
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if nbytes != stop - start:
-        raise _damaged(
-            owner, file, f"{key} has {stop - start} bytes where its shape needs {nbytes}"
-        )
+        why = f"{key} has {stop - start} bytes where its shape needs {nbytes}"
+        raise _damaged(owner, file, why)
     return TensorInfo(file, DTYPES[dtype], tuple(shape), data_start + start, nbytes)
 
 
@@ -175,9 +168,7 @@ def _outside(owner: str, index: str, name: object) -> CheckpointError:
 
 
 def _missing(owner: str, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"{owner} has no {name}, which its index names.", "Download or save it again."
-    )
+    return CheckpointError(f"{owner} has no {name}, which its index names.", AGAIN)
 
 
 def _too_large(owner: str, name: str) -> CheckpointError:
@@ -188,9 +179,7 @@ def _too_large(owner: str, name: str) -> CheckpointError:
 
 
 def _damaged(owner: str, name: str, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{owner}: {name} is not a valid safetensors file: {why}.", "Download or save it again."
-    )
+    return CheckpointError(f"{owner}: {name} is not a valid safetensors file: {why}.", AGAIN)
 
 
 def _weight_files(files: Files, single: str, owner: str) -> tuple[list[str], dict[str, str]]:
@@ -215,22 +204,3 @@ def _weight_files(files: Files, single: str, owner: str) -> tuple[list[str], dic
         if files.is_elsewhere(name):
             raise _outside(owner, index, name)
     return shards, weight_map
-
-
-def _check_index(
-    shards: list[str],
-    weight_map: dict[str, str],
-    stored: dict[str, TensorInfo],
-    index: str,
-    owner: str,
-) -> None:
-    empty = set(shards) - {info.file for info in stored.values()}
-    if empty or not stored:
-        raise CheckpointError(f"{owner}: {min(empty, default=shards[0])} holds no tensors.")
-    said = set(weight_map.items())
-    held = {(key, info.file) for key, info in stored.items()}
-    if weight_map and said != held:
-        raise CheckpointError(
-            f"{owner}: {index} and the shards disagree about {quoted(min(said ^ held)[0])}.",
-            "Download or save it again.",
-        )

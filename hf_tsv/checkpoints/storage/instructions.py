@@ -15,11 +15,9 @@ from typing import Any
 
 import torch
 
-MAX_STEPS = 2_500_000
-"""Most instructions of a pickle; 50,000 tensors take 1.6 million."""
-
-MOST_ARGUMENTS = 20
-"""Most arguments of a call, since long tuples that are used over and over would take for ever."""
+# Most instructions of a pickle, of which 50,000 tensors take 1.6 million; most arguments of a call,
+# since long tuples that are used over and over would take for ever.
+MAX_STEPS, MOST_ARGUMENTS = 2_500_000, 20
 
 STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -27,6 +25,13 @@ STORAGES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
     "UntypedStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip
+
+# Supported instructions by name; torch.save writes no others than these and those of `_Steps`.
+VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
+NEW: dict[str, Callable[[], Any]] = {
+    "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set, "EMPTY_TUPLE": tuple,
+}  # fmt: skip
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,91 +115,79 @@ def _called(function: object, arguments: object) -> Any:
 def described(raw: bytes) -> Any:
     """Content that a pickle describes: containers, [`SavedTensor`]s, and None for all else.
 
-    Args:
-        raw (`bytes`): the pickle.
-
     Raises:
         `UnpicklingError`: it describes more than tensors.
         `OverflowError`: it has more instructions than any model needs.
     """
-    return _Steps(raw).content()
+    steps = _Steps()
+    known = steps.known()
+    for count, (instruction, argument, _) in enumerate(pickletools.genops(raw)):
+        if count == MAX_STEPS:
+            raise OverflowError
+        if instruction.name not in known:
+            raise pickle.UnpicklingError(instruction.name)
+        known[instruction.name](argument)
+    return steps.stack.pop()
 
 
 class _Steps:
-    """Interpreter of a pickle that builds only containers and descriptions.
+    """Interpreter of a pickle's instructions that builds only containers and descriptions."""
 
-    Args:
-        raw (`bytes`): the pickle.
-    """
-
-    def __init__(self, raw: bytes) -> None:
-        self._raw = raw
-        self._stack: list[Any] = []
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
 
-    def content(self) -> Any:
-        """Content that the pickle describes."""
-        simple: dict[str, Callable[[Any], None]] = {
-            **dict.fromkeys(VALUES, self._stack.append),
-            **{name: partial(self._constant, value) for name, value in CONSTANTS.items()},
+    def known(self) -> dict[str, Callable[[Any], None]]:
+        """Functions by name of the instruction; not kept here, for a circle would live on."""
+        push = self.stack.append
+        return {
+            **dict.fromkeys(VALUES, push),
             **{name: partial(self._new, kind) for name, kind in NEW.items()},
             **{name: partial(self._tuple, length) for name, length in TUPLES.items()},
             **dict.fromkeys(("BINPUT", "LONG_BINPUT"), self._put),
-            **dict.fromkeys(("BINGET", "LONG_BINGET"), self._get),
-            "PROTO": lambda _: None,
-            "STOP": lambda _: None,
-            "MARK": lambda _: self._marks.append(len(self._stack)),
-            "TUPLE": lambda _: self._stack.append(tuple(self._since_mark())),
-            "APPEND": lambda _: self._append([self._stack.pop()]),
+            **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda place: push(self._memo[place])),
+            **dict.fromkeys(("PROTO", "STOP"), lambda _: None),
+            "NONE": lambda _: push(None),
+            "NEWTRUE": lambda _: push(True),
+            "NEWFALSE": lambda _: push(False),
+            "MARK": lambda _: self._marks.append(len(self.stack)),
+            "TUPLE": lambda _: push(tuple(self._since_mark())),
+            "APPEND": lambda _: self._append([self.stack.pop()]),
             "APPENDS": lambda _: self._append(self._since_mark()),
-            "SETITEM": lambda _: self._set([self._stack.pop(-2), self._stack.pop()]),
+            "SETITEM": lambda _: self._set([self.stack.pop(-2), self.stack.pop()]),
             "SETITEMS": lambda _: self._set(self._since_mark()),
             "GLOBAL": self._named,
             "BINPERSID": self._storage,
             "REDUCE": self._call,
             "NEWOBJ": self._call,
-            "BUILD": lambda _: self._stack.pop(),
+            "BUILD": lambda _: self.stack.pop(),
         }
-        for step, (instruction, argument, _) in enumerate(pickletools.genops(self._raw)):
-            do = simple.get(instruction.name)
-            if step == MAX_STEPS:
-                raise OverflowError
-            if do is None:
-                raise pickle.UnpicklingError(instruction.name)
-            do(argument)
-        return self._stack.pop()
 
     def _since_mark(self) -> list[Any]:
         start = self._marks.pop()
-        items = self._stack[start:]
-        del self._stack[start:]
+        items = self.stack[start:]
+        del self.stack[start:]
         return items
 
-    def _constant(self, value: object, _: None) -> None:
-        self._stack.append(value)
-
     def _new(self, kind: Callable[[], Any], _: None) -> None:
-        self._stack.append(kind())
+        self.stack.append(kind())
 
     def _tuple(self, length: int, _: None) -> None:
-        items = tuple(self._stack[-length:])
-        del self._stack[-length:]
-        self._stack.append(items)
+        items = tuple(self.stack[-length:])
+        del self.stack[-length:]
+        self.stack.append(items)
 
     def _put(self, place: int) -> None:
-        self._memo[place] = self._stack[-1]
-
-    def _get(self, place: int) -> None:
-        self._stack.append(self._memo[place])
+        self._memo[place] = self.stack[-1]
 
     def _append(self, items: list[Any]) -> None:
-        if isinstance(self._stack[-1], list):
-            self._stack[-1].extend(items)
+        if isinstance(self.stack[-1], list):
+            self.stack[-1].extend(items)
 
     def _set(self, items: list[Any]) -> None:
         """Set only simple keys: hashing deeply nested tuples overflows the C stack."""
-        target = self._stack[-1]
+        target = self.stack[-1]
         if isinstance(target, dict):
             pairs = zip(items[::2], items[1::2], strict=True)
             target.update((k, v) for k, v in pairs if isinstance(k, str | int))
@@ -203,24 +196,17 @@ class _Steps:
         module, _, name = argument.partition(" ")
         if not _is_known(module, name):
             raise pickle.UnpicklingError(argument)
-        self._stack.append(_Named(module, name))
+        self.stack.append(_Named(module, name))
 
     def _storage(self, _: None) -> None:
-        found = self._stack.pop()
+        found = self.stack.pop()
         # Nothing else is examined: comparing or printing deeply nested tuples takes for ever.
         if not isinstance(found, tuple) or not 3 <= len(found) <= MOST_ARGUMENTS:
             raise ValueError("no storage")
         if not isinstance(found[0], str) or found[0] != "storage" or not isinstance(found[2], str):
             raise ValueError("no storage")
-        self._stack.append(_Storage(found[2], _dtype_of(found[1])))
+        self.stack.append(_Storage(found[2], _dtype_of(found[1])))
 
     def _call(self, _: None) -> None:
-        arguments = self._stack.pop()
-        self._stack[-1] = _called(self._stack[-1], arguments)
-
-
-VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-NEW: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
-TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-"""Supported instructions by name; torch.save writes no others."""
+        arguments = self.stack.pop()
+        self.stack[-1] = _called(self.stack[-1], arguments)

@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from hf_tsv.checkpoints.storage.files import Files
+from hf_tsv.checkpoints.storage.files import AGAIN, Files
 from hf_tsv.checkpoints.storage.instructions import SavedTensor, described
 from hf_tsv.checkpoints.storage.tensors import (
     DTYPE_NAMES,
     MAX_DIMENSIONS,
     TensorInfo,
     is_tensor_name,
+    unknown_dtype,
 )
 from hf_tsv.hub import WEIGHT_SUFFIXES
 from hf_tsv.system.errors import CheckpointError
-from hf_tsv.system.text import quoted
 from hf_tsv.system.threads import in_parallel
 
 SUFFIXES = tuple(suffix for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors")
@@ -35,11 +35,10 @@ MAX_PICKLE_BYTES = 32_000_000
 MAX_DIRECTORY_BYTES = 10_000_000
 """Largest directory of an archive, in bytes; 50,000 tensors need 3.2 million."""
 
+# Keys under which training scripts save the state dict among other values, and prefixes that
+# wrappers around the model add to every name.
 WRAPPERS = ("state_dict", "model_state_dict", "model")
-"""Keys under which training scripts save the state dict among other values."""
-
 PREFIXES = ("module.", "model.")
-"""Prefixes that wrappers around the model add to every name."""
 
 BLOCK_BYTES = 2**16
 LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -47,30 +46,21 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 def read_pickle(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
-    """Find the tensors of a PyTorch file.
-
-    Args:
-        files (`Files`): files of the checkpoint.
-        name (`str`): file name.
-        owner (`str`): name of the checkpoint, for errors.
-
-    Returns:
-        `dict[str, TensorInfo]`: tensors by stored name.
+    """Find the tensors of a PyTorch file, by stored name.
 
     Raises:
         [`CheckpointError`]: missing, damaged, of an old format, or holding more than tensors.
     """
     size = files.size(name)
     if size is None:
-        raise CheckpointError(f"{owner} has no {name}.", "Download or save it again.")
+        raise CheckpointError(f"{owner} has no {name}.", AGAIN)
     convert = "Save it as safetensors: model.save_pretrained(…) in transformers does."
     try:
         raw, entries = _archive(files, name, size)
     except (zipfile.BadZipFile, struct.error, ArithmeticError, EOFError, LookupError, OSError,
             RuntimeError, ValueError):  # fmt: skip
-        raise CheckpointError(
-            f"{owner}: {name} is no archive that torch.save writes since version 1.6.", convert
-        ) from None
+        said = f"{owner}: {name} is no archive that torch.save writes since version 1.6."
+        raise CheckpointError(said, convert) from None
     if raw is None:
         raise CheckpointError(f"{owner}: {name} is not as torch.save writes it.", convert)
     try:
@@ -82,9 +72,8 @@ def read_pickle(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
             "Load it where you trust it and save model.state_dict(), as safetensors if possible.",
         ) from None
     except OverflowError:
-        raise CheckpointError(
-            f"{owner}: {name} describes more than any model has.", "Do not use this checkpoint."
-        ) from None
+        said = f"{owner}: {name} describes more than any model has."
+        raise CheckpointError(said, "Do not use this checkpoint.") from None
     except (LookupError, RecursionError, TypeError, ValueError):
         raise CheckpointError(f"{owner}: {name} cannot be read: it is damaged.", convert) from None
     tensors = {key: value for key, value in state.items() if isinstance(value, SavedTensor)}
@@ -98,10 +87,8 @@ def read_pickle(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
     for key, tensor in tensors.items():
         entry, start = entries.get(tensor.key), starts.get(tensor.key)
         if entry is None or start is None or start + entry.file_size > size:
-            raise CheckpointError(
-                f"{owner}: {name} is damaged: the values of {key} are not in it.",
-                "Download or save it again.",
-            )
+            said = f"{owner}: {name} is damaged: the values of {key} are not in it."
+            raise CheckpointError(said, AGAIN)
         result[key] = _info(key, tensor, name, start, entry.file_size, owner)
     return result
 
@@ -130,10 +117,8 @@ def _starts(
 ) -> dict[str, int]:
     """Offsets of the entries' values, behind headers whose length the archive does not list."""
     groups: list[list[tuple[int, str]]] = []
-    places = sorted((info.header_offset, key) for key, info in entries.items())
-    for place in places:
-        if not 0 <= place[0] <= size - LOCAL_HEADER.size:
-            continue
+    places = ((info.header_offset, key) for key, info in entries.items())
+    for place in sorted(p for p in places if 0 <= p[0] <= size - LOCAL_HEADER.size):
         if not groups or place[0] - groups[-1][0][0] > BLOCK_BYTES:
             groups.append([])
         groups[-1].append(place)
@@ -169,29 +154,19 @@ def _info(
     """Location of a tensor within an entry of `size` bytes that begins at `start`."""
     dtype = tensor.dtype
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPE_NAMES:
-        raise CheckpointError(
-            f"{owner}: {key} has dtype {quoted(str(dtype).removeprefix('torch.'))}, which cannot be"
-            " merged.",
-            "Dequantise the checkpoint first (float32, float16 or bfloat16).",
-        )
+        raise unknown_dtype(owner, key, str(dtype).removeprefix("torch."))
     shape, stride = tensor.shape, tensor.stride
     if not _is_size(shape) or not _is_size(stride) or len(shape) != len(stride):
-        raise CheckpointError(
-            f"{owner}: {file} is damaged: {key} has no shape.", "Download or save it again."
-        )
+        raise CheckpointError(f"{owner}: {file} is damaged: {key} has no shape.", AGAIN)
     contiguous = _is_contiguous(shape, stride)
     turned = len(shape) == 2 and _is_contiguous(shape[::-1], stride[::-1])
     if not (tensor.as_stored and (contiguous or turned)):
-        raise CheckpointError(
-            f"{owner}: the values of {key} do not lie together in {file}.",
-            "Save it as safetensors.",
-        )
+        said = f"{owner}: the values of {key} do not lie together in {file}."
+        raise CheckpointError(said, "Save it as safetensors.")
     nbytes = math.prod(shape) * dtype.itemsize
     skipped = tensor.offset * dtype.itemsize if type(tensor.offset) is int else -1
     if not 0 <= skipped <= skipped + nbytes <= size:
-        raise CheckpointError(
-            f"{owner}: {file} is truncated: {key} ends after it.", "Download or save it again."
-        )
+        raise CheckpointError(f"{owner}: {file} is truncated: {key} ends after it.", AGAIN)
     return TensorInfo(file, dtype, shape, start + skipped, nbytes, turned and not contiguous)
 
 
@@ -216,22 +191,13 @@ def _is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 class _RangeFile(io.RawIOBase):
-    """Seekable view of a checkpoint's file.
-
-    Args:
-        files (`Files`): files of the checkpoint.
-        name (`str`): file name.
-        size (`int`): size in bytes.
-    """
+    """Seekable view of a checkpoint's file."""
 
     def __init__(self, files: Files, name: str, size: int) -> None:
         self._files, self._name, self._size = files, name, size
         self._position = 0
         self._blocks: dict[int, bytes] = {}
         self.most = MAX_DIRECTORY_BYTES  # the directory is read first
-
-    def readable(self) -> bool:
-        return True
 
     def seekable(self) -> bool:
         return True

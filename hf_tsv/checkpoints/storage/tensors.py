@@ -15,19 +15,13 @@ from hf_tsv.checkpoints.storage.files import Files
 from hf_tsv.linalg.products import largest_entry
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.memory import empty
+from hf_tsv.system.text import quoted
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_DIMENSIONS = 64  # torch's own limit
 LONGEST_NAME = 1000  # many times the longest in any model
@@ -47,15 +41,9 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Location, dtype and shape of one tensor.
+    """Location of one tensor: `nbytes` bytes from `start` on in a file of the checkpoint's folder.
 
-    Args:
-        file (`str`): file in the checkpoint's folder.
-        dtype (`torch.dtype`): type in the file.
-        shape (`tuple[int, ...]`): sizes of its dimensions.
-        start (`int`): first byte in the file.
-        nbytes (`int`): length in bytes.
-        transposed (`bool`): whether the file holds its transpose.
+    `transposed` tells whether the file holds its transpose.
     """
 
     file: str
@@ -71,16 +59,19 @@ def is_tensor_name(key: object) -> bool:
     return isinstance(key, str) and len(key) <= LONGEST_NAME and key.isprintable()
 
 
+def unknown_dtype(owner: str, key: str, dtype: str) -> CheckpointError:
+    """Error for a tensor of a data type that is not read."""
+    return CheckpointError(
+        f"{owner}: {key} has dtype {quoted(dtype)}, which cannot be merged.",
+        "Dequantise the checkpoint first (float32, float16 or bfloat16).",
+    )
+
+
 @dataclass(frozen=True)
 class Part:
-    """Canonical tensor as a part of a stored one.
+    """Canonical tensor as part `index` of the `of` equal ones stacked along dimension 0 of another.
 
-    Args:
-        name (`str`): canonical name.
-        stored (`str`): name in the file.
-        index (`int`): its number among the equal parts that are stacked along dimension 0.
-        of (`int`): number of these parts.
-        transposed (`bool`): whether the file holds its transpose.
+    `stored` names that one in the file; `transposed` tells whether the file holds its transpose.
     """
 
     name: str
@@ -93,13 +84,11 @@ class Part:
 def read_tensor(
     files: Files, info: TensorInfo, name: str, owner: str, *, pinned: bool = False
 ) -> Tensor:
-    """Read one tensor as stored.
+    """Read one tensor as stored, which errors call `name` of `owner`.
 
     Args:
         files (`Files`): files of the checkpoint.
         info ([`TensorInfo`]): location of the tensor.
-        name (`str`): name of the tensor, for the error.
-        owner (`str`): name of the checkpoint, for the error.
         pinned (`bool`): read into memory from where a GPU copies at full speed.
 
     Raises:

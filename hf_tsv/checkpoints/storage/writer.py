@@ -77,8 +77,7 @@ def plan_shards(
     places: dict[str, tuple[str, int]] = {}
     sizes: dict[str, int] = {}
     for file, names in split.filename_to_tensors.items():
-        header, offsets, sizes[file] = _header({name: specs[name] for name in names})
-        headers[file] = header
+        headers[file], offsets, sizes[file] = _header({name: specs[name] for name in names})
         places.update({name: (file, offset) for name, offset in offsets.items()})
     index = None
     if split.is_sharded:
@@ -88,10 +87,7 @@ def plan_shards(
 
 
 def _plan_parts(
-    specs: Mapping[str, TensorSpec],
-    max_shard_size: int | str,
-    single: str,
-    placed: Mapping[str, Part],
+    specs: Mapping[str, TensorSpec], size: int | str, single: str, placed: Mapping[str, Part]
 ) -> ShardPlan:
     """Lay out the stored tensors, and locate each part in them."""
     stored: dict[str, TensorSpec] = {}
@@ -99,7 +95,7 @@ def _plan_parts(
         shape = specs[name].shape[::-1] if part.transposed else specs[name].shape
         whole = (part.of * shape[0], *shape[1:]) if part.of > 1 else shape
         stored[part.stored] = TensorSpec(specs[name].dtype, whole)
-    plan = plan_shards(stored, max_shard_size, single)
+    plan = plan_shards(stored, size, single)
     places = {}
     for name, part in placed.items():
         file, offset = plan.places[part.stored]
@@ -124,8 +120,8 @@ def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int], int
         position += spec.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
     header = len(text).to_bytes(8, "little") + text
+    start = len(header)
     return header, {name: start + offset for name, offset in relative.items()}, start + position
 
 
@@ -146,8 +142,7 @@ class ShardWriter:
         flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
         try:
             for file, header in plan.headers.items():
-                descriptor = os.open(folder / file, flags, 0o666)
-                self._descriptors[file] = descriptor
+                self._descriptors[file] = descriptor = os.open(folder / file, flags, 0o666)
                 if create:
                     _reserve(descriptor, plan.sizes[file])
                     _write_all(descriptor, memoryview(header), 0)
@@ -158,26 +153,15 @@ class ShardWriter:
             raise
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor in its place.
-
-        Args:
-            name (`str`): name in the plan.
-            tensor (`Tensor`): tensor of the planned dtype and shape, on any device.
-        """
+        """Write one tensor, of the planned dtype and shape and on any device, in its place."""
         file, offset = self._plan.places[name]
         stored = tensor.detach().cpu()
         if name in self._plan.transposed:
             stored = stored.mT
-        data = byte_view(stored.contiguous())
-        _write_all(self._descriptors[file], data, offset)
+        _write_all(self._descriptors[file], byte_view(stored.contiguous()), offset)
 
     def read_back(self, name: str, spec: TensorSpec) -> Tensor:
-        """Read one tensor from its place.
-
-        Args:
-            name (`str`): name in the plan.
-            spec ([`TensorSpec`]): its dtype and shape.
-        """
+        """Read one tensor from its place."""
         file, offset = self._plan.places[name]
         raw = empty(spec.nbytes, dtype=torch.uint8)
         view, done = byte_view(raw), 0
