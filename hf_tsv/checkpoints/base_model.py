@@ -13,14 +13,9 @@ from hf_tsv.system.threads import in_parallel
 
 CONFIG = ("config.json", "_name_or_path")
 LONGEST_NAME = 500
-LONGEST_CHAIN = 8
-"""Most steps from a fine-tune back to its base, to the base of that one, and so on."""
-
-MOST_ASKED = 40
-"""Most models that are looked up on the Hub for this."""
-
-MOST_SHOWN = 5
-"""Most base models of one input that an error lists."""
+LONGEST_CHAIN = 8  # steps from a fine-tune back to its base, to the base of that one, and so on
+MOST_ASKED = 40  # models that are looked up on the Hub for this
+MOST_SHOWN = 5  # base models of one input that an error lists
 
 
 @dataclass(frozen=True)
@@ -48,14 +43,7 @@ def said_by(item: PinnedCheckpoint) -> SaidBase:
 
 
 def named_by(item: PinnedCheckpoint) -> list[str]:
-    """Base models that a checkpoint names: in its card, else in its config.
-
-    Args:
-        item ([`PinnedCheckpoint`]): a fine-tune.
-
-    Returns:
-        `list[str]`: repository ids; empty when it names none.
-    """
+    """Repository ids of the base models that a fine-tune names: in its card, else in its config."""
     value = item.card.get("base_model")
     names = [value] if isinstance(value, str) else value
     if isinstance(names, list) and any(names):
@@ -115,9 +103,8 @@ def infer(
         f"{item}: {', '.join(_shown(name, known) for name in found[:MOST_SHOWN]) or 'nothing'}"
         for item, found in said.items()
     ]
-    raise CheckpointError(
-        "The checkpoints name different base models: " + "; ".join(lines) + ".", hint
-    )
+    problem = f"The checkpoints name different base models: {'; '.join(lines)}."
+    raise CheckpointError(problem, hint)
 
 
 def _followed(

@@ -21,12 +21,8 @@ from hf_tsv.system.progress import logger
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
-OTHER_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
+OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+               "generation_config.json")  # fmt: skip
 COMPANIONS = (*PROCESSOR_FILES, *TOKENIZER_FILES, *OTHER_FILES)
 LARGEST = 100_000_000
 NAME_CLASSES = (*PROCESSOR_FILES, "tokenizer_config.json")
@@ -48,11 +44,11 @@ def warnings(base: Checkpoint) -> list[str]:
     have = set(present(base.pinned))
     for name in sorted(have):
         _check_here(base, name)
-    missing = []
+    towers, missing = layout.towers(base.tensors), []
     has_processor = have & set(PROCESSOR_FILES) or base.format == "open_clip"
-    if "vision_model" in layout.towers(base.tensors) and not has_processor:
+    if "vision_model" in towers and not has_processor:
         missing.append("image processor")
-    if "text_model" in layout.towers(base.tensors) and not have & set(TOKENIZER_FILES):
+    if "text_model" in towers and not have & set(TOKENIZER_FILES):
         missing.append("tokenizer")
     return [
         f"The base model {base} has no {part}, so the output has none and pipelines need one."
@@ -61,13 +57,9 @@ def warnings(base: Checkpoint) -> list[str]:
 
 
 def write(base: Checkpoint, folder: Path, config: dict[str, Any], out_format: Format) -> None:
-    """Write the files beside the weights that loading needs: config, processor, tokenizer.
+    """Copy the files beside the weights that loading needs: config, processor, tokenizer.
 
-    Args:
-        base ([`Checkpoint`]): checkpoint whose companion files are copied.
-        folder (`Path`): output folder.
-        config (`dict[str, Any]`): configuration of the output, as transformers writes it.
-        out_format (`str`): file layout of the weights.
+    `config` is that of the output, as transformers writes it; `out_format` the weights' layout.
     """
     for name in present(base.pinned):
         content = _content(base, name)
@@ -93,9 +85,6 @@ def write(base: Checkpoint, folder: Path, config: dict[str, Any], out_format: Fo
 
 def check(base: Checkpoint) -> None:
     """Read what will be copied, so that damage shows before the work.
-
-    Args:
-        base ([`Checkpoint`]): checkpoint whose companion files are read.
 
     Raises:
         [`CheckpointError`]: a file is damaged, or a link out of the checkpoint.
@@ -152,12 +141,8 @@ def output_config(
 ) -> dict[str, Any]:
     """Configuration of the output: the base's, with the dtype that was written.
 
-    transformers loads in the config's dtype whatever the tensors have, so the two must agree.
-
-    Args:
-        base ([`Checkpoint`]): checkpoint whose config is used.
-        dtypes (`set[torch.dtype]`): types of all written tensors.
-        out_format (`str`): file layout; for OpenCLIP, defaults that transformers omits are added.
+    transformers loads in the config's dtype whatever the tensors have, so the two must agree. For
+    OpenCLIP's file layout, defaults that transformers omits are added.
     """
     config: dict[str, Any] = without_code(base.model_config)
     if out_format == "open_clip":
@@ -176,12 +161,9 @@ def output_config(
 
 
 def head_config(config: Mapping[str, Any], head: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """Keys of config.json that a task head needs: its class and its labels.
+    """Keys of a fine-tune's config.json that its task head needs: the class and the labels.
 
-    Args:
-        config (`Mapping[str, Any]`): configuration of the fine-tuned checkpoint.
-        head (`Mapping[str, TensorInfo]`): tensors of the head, which decide the number of labels
-            whatever the configuration says.
+    The tensors of the head decide the number of labels, whatever the configuration says.
     """
     found = {key: config[key] for key in ("architectures", "problem_type") if key in config}
     labels = next((info.shape[0] for info in head.values() if info.shape), 0)

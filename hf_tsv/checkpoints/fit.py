@@ -11,12 +11,7 @@ from hf_tsv.system.errors import CheckpointError
 
 
 def check_whole_clip(base: Checkpoint, what: str) -> None:
-    """Refuse to classify images with a base model that cannot.
-
-    Args:
-        base ([`Checkpoint`]): W0.
-        what (`str`): feature that classifies, for the error.
-    """
+    """Refuse to classify images, for a feature named in the error, with a base that cannot."""
     if not layout.is_clip(base.model_config) or not layout.is_full_model(base.tensors):
         raise CheckpointError(
             f"{what} classifies images, and the base model {base} is no CLIPModel.",
@@ -59,11 +54,11 @@ def _misfits(base: Checkpoint, item: Task) -> list[str]:
     """One line for each weight of `item` that the base has not, or has in another shape."""
     problems = []
     parts = layout.towers(item.tensors)
-    encoders = parts & layout.towers(base.tensors)
-    whole_model = False
+    base_parts = layout.towers(base.tensors)
+    encoders, whole_model = parts & base_parts, False
     if layout.is_clip(base.model_config):
         encoders &= {"vision_model", "text_model"}
-        whole_model = {"vision_model", "text_model"} <= parts
+        whole_model = layout.is_full_model(item.tensors)
     if not encoders:
         return [f"{item}: it has no encoder in common with the base"]
     for name, info in base.tensors.items():
@@ -73,9 +68,8 @@ def _misfits(base: Checkpoint, item: Task) -> list[str]:
             if required and info.dtype.is_floating_point:
                 problems.append(f"{item}: {name} is missing")
         elif found.shape != info.shape:
-            problems.append(
-                f"{item}: {name} has shape {list(found.shape)}, the base {list(info.shape)}"
-            )
+            shapes = f"shape {list(found.shape)}, the base {list(info.shape)}"
+            problems.append(f"{item}: {name} has {shapes}")
         elif found.dtype.is_floating_point != info.dtype.is_floating_point:
             problems.append(f"{item}: {name} is {found.dtype}, in the base {info.dtype}")
     extra = [
@@ -83,7 +77,6 @@ def _misfits(base: Checkpoint, item: Task) -> list[str]:
         for name, info in item.tensors.items()
         if name not in base.tensors and info.dtype.is_floating_point
     ]
-    base_parts = layout.towers(base.tensors)
     for part in sorted({name.split(".")[0] for name in extra} - base_parts):
         of_part = [name for name in extra if name.split(".")[0] == part]
         problems.append(f"{item}: the base has no {part} ({len(of_part)} weights)")

@@ -30,12 +30,9 @@ class Layout:
 
 
 LAYOUTS = {
-    layout.model_type: layout
-    for layout in (
-        Layout("clip"),
-        Layout("clip_vision_model", flat_prefix="vision_model."),
-        Layout("clip_text_model", flat_prefix="text_model."),
-    )
+    "clip": Layout("clip"),
+    "clip_vision_model": Layout("clip_vision_model", flat_prefix="vision_model."),
+    "clip_text_model": Layout("clip_text_model", flat_prefix="text_model."),
 }
 
 
@@ -87,10 +84,6 @@ KINDS = (
 def layout_of(config: dict[str, Any], owner: str) -> Layout:
     """Layout that a config.json announces; for other models than CLIP, names stay as they are.
 
-    Args:
-        config (`dict[str, Any]`): content of config.json.
-        owner (`str`): name of the checkpoint, for the error.
-
     Raises:
         [`CheckpointError`]: it announces no model type.
     """
@@ -116,10 +109,6 @@ def is_clip(config: Mapping[str, Any]) -> bool:
 
 def canonical_name(stored: str, layout: Layout) -> str | None:
     """Name of a stored tensor in `CLIPModel`, or None for a task head.
-
-    Args:
-        stored (`str`): name in the file.
-        layout ([`Layout`]): layout of the file's checkpoint.
 
     Example:
         >>> canonical_name("encoder.layers.0.mlp.fc1.weight", LAYOUTS["clip_vision_model"])
@@ -192,11 +181,7 @@ def block_and_kind(label: str) -> tuple[str, str]:
 
 
 def kind_order(kind: str) -> tuple[int, str]:
-    """Sort key of kinds of layers: those of a block in the order of computation, then the others.
-
-    Args:
-        kind (`str`): kind from [`block_and_kind`].
-    """
+    """Sort key of kinds of layers: those of a block in the order of computation, then others."""
     return KINDS.index(kind) if kind in KINDS else len(KINDS), kind
 
 
@@ -208,11 +193,10 @@ def tower_configs(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         {'model_type': 'clip_vision_model', 'patch_size': 32}
     """
     if config.get("model_type") == "clip_vision_model":
-        return {"vision_config": config}
+        return {VISION: config}
     if config.get("model_type") == "clip_text_model":
-        return {"text_config": config}
-    parts = {key: config.get(key) for key in ("vision_config", "text_config")}
-    return {key: part for key, part in parts.items() if isinstance(part, dict)}
+        return {TEXT: config}
+    return {key: part for key in (VISION, TEXT) if isinstance(part := config.get(key), dict)}
 
 
 def is_full_model(names: Iterable[str]) -> bool:

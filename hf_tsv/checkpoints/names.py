@@ -9,7 +9,7 @@ PICKLED_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
 
 Format = Literal["transformers", "open_clip"]
-"""Whose names, shapes and config the files of a checkpoint have."""
+"""Library whose names, shapes and config the files of a checkpoint have."""
 
 ADAPTER_FILE = "adapter_model.safetensors"
 

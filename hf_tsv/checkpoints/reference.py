@@ -22,8 +22,7 @@ from hf_tsv.system.folders import local_kind
 from hf_tsv.system.untrusted import parse_yaml
 
 LONGEST_SUBFOLDER = 1000
-CARD_BYTES = 1_000_000
-"""Most bytes of a card that are read; its front matter has to end within them."""
+CARD_BYTES = 1_000_000  # of a card are read; its front matter has to end within them
 
 PULL_REQUEST = re.compile(r"refs/(pr|convert)/\w+")
 """Pattern of revisions that are written unquoted; in others a slash would begin a subfolder."""
@@ -79,11 +78,7 @@ class PinnedCheckpoint:
 
 
 def at_revision(ref: str, revision: str | None) -> str:
-    """Reference with a revision, in the form that [`parse`] reads.
-
-    Args:
-        ref (`str`): repository id with its subfolder if any, or folder.
-        revision (`str`, *optional*): revision of a repository.
+    """Reference to a folder, or to a repository and its revision, in the form that [`parse`] reads.
 
     Example:
         >>> at_revision("org/clip/vision", "v1")
@@ -110,11 +105,8 @@ def repo_id_of(ref: str) -> str:
 def parse(text: str, subfolder: str | None = None) -> Reference:
     """Read `org/name`, `org/name@revision/subfolder`, `hf://org/name@revision`, or a folder.
 
-    An existing folder wins over a repository of the same name, as in transformers.
-
-    Args:
-        text (`str`): the user's text.
-        subfolder (`str`, *optional*): subfolder of the checkpoint, unless the text has one.
+    An existing folder wins over a repository of the same name, as in transformers; a subfolder in
+    the text over the one given.
 
     Raises:
         [`RepoError`]: the text is none of these.
@@ -123,21 +115,19 @@ def parse(text: str, subfolder: str | None = None) -> Reference:
         >>> parse("org/clip-a@v1")
         Reference(text='org/clip-a', repo_id='org/clip-a', revision='v1', subfolder='')
     """
-    if not subfolder:  # transformers' default is the empty string
-        subfolder = None
-    if subfolder is not None and not _is_subfolder(subfolder):
-        raise RepoError(f"{subfolder!r} is no subfolder.", "Name a folder inside the repository.")
-    subfolder = None if subfolder is None else str(PurePosixPath(subfolder))
+    if subfolder:  # transformers' default is the empty string
+        if not _is_subfolder(subfolder):
+            problem = f"{subfolder!r} is no subfolder."
+            raise RepoError(problem, "Name a folder inside the repository.")
+        subfolder = str(PurePosixPath(subfolder))
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise CheckpointError(
-            f"{text!r} is not valid text.",
-            "Write org/name, or rename the folder: recipes are UTF-8.",
-        ) from None
+        hint = "Write org/name, or rename the folder: recipes are UTF-8."
+        raise CheckpointError(f"{text!r} is not valid text.", hint) from None
     kind = local_kind(text)
     if kind == "folder":
-        text = text if subfolder is None else str(Path(text) / subfolder)
+        text = str(Path(text) / subfolder) if subfolder else text
         if local_kind(text) != "folder":
             raise CheckpointError(f"There is no folder {text!r}.", "Check --subfolder.")
         return Reference(text)
@@ -183,23 +173,19 @@ def pin(
         local = LocalFiles(Path(reference.text).expanduser())
         return PinnedCheckpoint(reference.text, None, local, _local_card(local))
     inside = reference.subfolder
+    repo_id, revision = reference.repo_id, reference.revision
     repo = hub.snapshot(
-        reference.repo_id,
-        reference.revision,
-        inside,
-        configs=CONFIGS,
-        token=token,
-        cache_dir=cache_dir,
+        repo_id, revision, inside, configs=CONFIGS, token=token, cache_dir=cache_dir
     )
     root = HubFiles(repo) if repo.folder is None else LocalFiles(repo.folder)
     files = root.within(inside)
     if inside and not files.names():
         raise RepoError(
-            f"{reference.repo_id} has no files in {inside}/.",
+            f"{repo_id} has no files in {inside}/.",
             "Check the name of the subfolder; for a local folder check the path.",
         )
     card = repo.card if repo.folder is None else _local_card(LocalFiles(repo.folder))
-    return PinnedCheckpoint(reference.text, repo.revision, files, card, reference.revision)
+    return PinnedCheckpoint(reference.text, repo.revision, files, card, revision)
 
 
 def _local_card(files: LocalFiles) -> dict[str, Any]:

@@ -39,12 +39,7 @@ def journal_file(rank: int) -> str:
 
 
 class Journal:
-    """Finished weights of one process.
-
-    Args:
-        work (`Path`): the folder under construction.
-        rank (`int`): rank of the process.
-    """
+    """Finished weights of the process of a rank, recorded in the folder under construction."""
 
     def __init__(self, work: Path, rank: int = 0) -> None:
         self._file = (work / journal_file(rank)).open("a", encoding="utf-8")
@@ -181,11 +176,10 @@ def under_construction(
                 lost = isinstance(error, LostFileError)
                 again = lost or not isinstance(error, CheckpointError | RecipeError)
                 if count := len(read(work, dict)) if again else 0:
-                    logger.warning(
-                        "%d finished weights are kept in %s; the same command goes on from there.",
-                        count,
-                        work,
+                    kept = (
+                        "%d finished weights are kept in %s; the same command goes on from there."
                     )
+                    logger.warning(kept, count, work)
                 else:
                     shutil.rmtree(work, ignore_errors=True)
                     remove_empty(made)
@@ -196,10 +190,8 @@ def under_construction(
 
 def _refuse_strange(work: Path) -> None:
     """Refuse a folder of that name that hf-tsv did not make, because it would be cleared."""
-    strange = (
-        [path for path in work.iterdir() if not OURS.fullmatch(path.name)] if work.is_dir() else []
-    )
-    if work.is_symlink() or strange:
+    inside = work.iterdir() if work.is_dir() else ()
+    if work.is_symlink() or not all(OURS.fullmatch(path.name) for path in inside):
         raise OutputError(
             f"{work} is in the way, and hf-tsv did not make it.", "Move it, or choose another -o."
         )
@@ -226,17 +218,13 @@ class _OthersError(OutputError):
 
 
 def _begin(
-    work: Path,
-    file: IO[str],
-    text: str,
-    target: Path,
-    plan: ShardPlan | None,
-    *,
-    force: bool,
+    work: Path, file: IO[str], text: str, target: Path, plan: ShardPlan | None, *, force: bool
 ) -> bool:
     """Create the files, or find them begun by the same job; return True if so."""
     begun, files = file.read(), work / FILES
-    if not _is_json(begun):  # the earlier run ended while it wrote this
+    try:
+        json.loads(begun)
+    except ValueError:  # the earlier run ended while it wrote this
         begun = ""
     sizes = {} if plan is None else plan.sizes
     whole = files.is_dir() and all(
@@ -270,11 +258,3 @@ def _clear(folder: Path, kept: Collection[str]) -> None:
     for path in folder.iterdir():
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True

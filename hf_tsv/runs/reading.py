@@ -13,12 +13,10 @@ from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.linalg.lapack import NotConvergedError
 from hf_tsv.system.errors import CheckpointError
 
+S = TypeVar("S")
 T = TypeVar("T")
 
-S = TypeVar("S")
-
-LITTLE = 0.05
-"""Memory of biases and norms, as a share of the largest weight."""
+LITTLE = 0.05  # memory of biases and norms, as a share of the largest weight
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,7 @@ class Seconds:
 
 @contextmanager
 def named(label: str, tasks: Sequence[object]) -> Iterator[None]:
-    """Say whose weight it is that cannot be decomposed.
-
-    Args:
-        label (`str`): of the weight.
-        tasks (`Sequence`): whose updates of it are decomposed, in order.
+    """Name the tasks, in the order of their updates, whose weight cannot be decomposed.
 
     Raises:
         [`CheckpointError`]: a decomposition failed.
@@ -74,12 +68,7 @@ def stop_fetching(items: Iterable[Task]) -> None:
 
 
 def expect(item: Task, names: Iterable[str]) -> None:
-    """Begin to fetch what is not on this machine.
-
-    Args:
-        item ([`Task`]): what will be read.
-        names (`Iterable[str]`): canonical names of weights, in the order they will be read.
-    """
+    """Begin to fetch weights that are not on this machine, in the order they will be read."""
     parts = (info for name in names for info in item.parts(name))
     item.pinned.files.expect((info.file, info.start, info.nbytes) for info in parts)
 
@@ -98,8 +87,8 @@ def read_ahead(
     during whose computation the next large one could not be read.
 
     Args:
-        pool (`ThreadPoolExecutor`): does the loading.
-        load (`Callable`): of one item.
+        pool (`ThreadPoolExecutor`): threads that load.
+        load (`Callable`): function that loads one item.
         items (`Sequence`): its arguments.
         sizes (`Sequence[int]`): bytes that each takes.
         ahead (`bool`): without it each is loaded when it is asked for.

@@ -28,16 +28,9 @@ UNPUSHED = Path(constants.HF_HOME) / "hf-tsv" / "unpushed"
 
 @dataclass(frozen=True)
 class Target:
-    """Destination of a result, as the user asked.
+    """Destination of a result, as the user asked: a folder to write, a repository to push to.
 
-    Args:
-        output (`Path`, *optional*): folder to write.
-        push_to (`str`, *optional*): repository to upload to.
-        force (`bool`): replace an output folder that hf-tsv wrote.
-        private (`bool`, *optional*): make a new repository private.
-        revision (`str`, *optional*): branch to push to.
-        create_pr (`bool`): push as a pull request.
-        commit_message (`str`, *optional*): message of the upload's commit.
+    `force` replaces an output folder that hf-tsv wrote; the rest is about the push.
     """
 
     output: Path | None = None
@@ -51,20 +44,13 @@ class Target:
     def checked(self, token: str | None, *, dry_run: bool) -> Target:
         """Refuse now what would fail after the work: a taken folder, a token that cannot write.
 
-        Args:
-            token (`str`, *optional*): default: the one the client is logged in with.
-            dry_run (`bool`): accept a target without a folder or repository.
+        Only a dry run may lack both a folder and a repository.
 
         Returns:
             [`Target`]: the same with an absolute folder and a full repository id.
         """
-        only_pushing = [
-            self.private is not None,
-            self.revision,
-            self.create_pr,
-            self.commit_message,
-        ]
-        if self.push_to is None and any(only_pushing):
+        pushing = self.private is not None or self.revision or self.create_pr or self.commit_message
+        if self.push_to is None and pushing:
             raise OutputError(
                 "--private, --revision, --create-pr and --commit-message are about an upload.",
                 "Add --push-to REPO_ID; to read a revision of an input write org/name@revision.",
@@ -74,9 +60,8 @@ class Target:
                 "A pull request cannot start from a revision.", "Give --create-pr or --revision."
             )
         if self.output is None and self.push_to is None and not dry_run:
-            raise OutputError(
-                "There is no place for the result.", "Add -o DIR or --push-to REPO_ID."
-            )
+            hint = "Add -o DIR or --push-to REPO_ID."
+            raise OutputError("There is no place for the result.", hint)
         target = self
         if self.output is not None:
             output = absolute(self.output)
@@ -96,11 +81,7 @@ class Target:
         return target
 
     def refuse_inputs(self, inputs: Sequence[PinnedCheckpoint]) -> None:
-        """Refuse to replace an input: a folder that is or contains it, or its repository.
-
-        Args:
-            inputs (`Sequence[PinnedCheckpoint]`): checkpoints that are read.
-        """
+        """Refuse to replace an input: a folder that is or contains it, or its repository."""
         for item in inputs:
             if item.is_local and self.output is not None:
                 output, path = self.output.resolve(), Path(item.ref).expanduser().resolve()
@@ -135,12 +116,7 @@ class Target:
 
 
 def final_folder(target: Target, job: Mapping[str, Any]) -> Path:
-    """Folder in which to assemble the result: the output, or one that the same job finds again.
-
-    Args:
-        target ([`Target`]): destination of the result.
-        job (`Mapping[str, Any]`): everything that determines the result.
-    """
+    """Folder in which to assemble the result: the output, or one that the same job finds again."""
     if target.output is not None:
         return target.output
     text = json.dumps([target.push_to, job], sort_keys=True)
@@ -151,12 +127,9 @@ def final_folder(target: Target, job: Mapping[str, Any]) -> Path:
 
 @contextmanager
 def waiting(folder: Path) -> Iterator[None]:
-    """Lock a folder that only waits for its upload, and remove it when the body succeeds.
+    """Lock a folder from [`final_folder`] that only waits for its upload, and then remove it.
 
-    Other folders stay as they are.
-
-    Args:
-        folder (`Path`): folder from [`final_folder`].
+    It stays where the body fails; other folders stay as they are.
 
     Raises:
         [`OutputError`]: another process is writing or uploading it.
