@@ -84,10 +84,10 @@ def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     import huggingface_hub.file_download
     import huggingface_hub.utils._http
 
-    from hf_tsv.hub import client
+    from hf_tsv.hub import client, uploads
 
     waited: list[float] = []
     patient = SimpleNamespace(**{**vars(time), "sleep": waited.append})
-    for module in (client, huggingface_hub.file_download, huggingface_hub.utils._http):
+    for module in (client, uploads, huggingface_hub.file_download, huggingface_hub.utils._http):
         monkeypatch.setattr(module, "time", patient)
     return waited

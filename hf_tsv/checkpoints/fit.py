@@ -13,10 +13,8 @@ from hf_tsv.system.errors import CheckpointError
 def check_whole_clip(base: Checkpoint, what: str) -> None:
     """Refuse to classify images, for a feature named in the error, with a base that cannot."""
     if not layout.is_clip(base.model_config) or not layout.is_full_model(base.tensors):
-        raise CheckpointError(
-            f"{what} classifies images, and the base model {base} is no CLIPModel.",
-            "Name a whole CLIPModel with --base-model.",
-        )
+        problem = f"{what} classifies images, and the base model {base} is no CLIPModel."
+        raise CheckpointError(problem, "Name a whole CLIPModel with --base-model.")
 
 
 def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:

@@ -180,10 +180,8 @@ def pin(
     root = HubFiles(repo) if repo.folder is None else LocalFiles(repo.folder)
     files = root.within(inside)
     if inside and not files.names():
-        raise RepoError(
-            f"{repo_id} has no files in {inside}/.",
-            "Check the name of the subfolder; for a local folder check the path.",
-        )
+        hint = "Check the name of the subfolder; for a local folder check the path."
+        raise RepoError(f"{repo_id} has no files in {inside}/.", hint)
     card = repo.card if repo.folder is None else _local_card(LocalFiles(repo.folder))
     return PinnedCheckpoint(reference.text, repo.revision, files, card, revision)
 

@@ -36,10 +36,8 @@ def api(token: str | None = None) -> HfApi:
     """Make a Hub client that identifies itself as hf-tsv."""
     used = get_token() if token is None else token
     if used is not None and not re.fullmatch(r"[!-~]+", used):  # the client's errors would show it
-        raise RepoError(
-            "The token is empty or has characters that no token has.",
-            "Copy it again from https://huggingface.co/settings/tokens.",
-        )
+        problem = "The token is empty or has characters that no token has."
+        raise RepoError(problem, "Copy it again from https://huggingface.co/settings/tokens.")
     return HfApi(token=token, library_name="hf-tsv", library_version=__version__)
 
 
@@ -67,11 +65,6 @@ def retried(call: Callable[[], T], *, refusals: bool = False) -> T:
         logger.info("The Hub did not answer; trying again in %g s.", seconds)
         time.sleep(seconds)
     return call()
-
-
-def pause(tries: int) -> None:
-    """Wait before the next try, longer each time; `tries` counts those so far, minus one."""
-    time.sleep(RETRY_WAITS[tries])
 
 
 def _retry_after(error: HfHubHTTPError, default: float) -> float:

@@ -18,7 +18,6 @@ from hf_tsv.system.errors import RepoError
 from hf_tsv.system.progress import bar, logger
 from hf_tsv.system.threads import in_parallel
 
-DOWNLOAD_THREADS = 8
 WRONG_SIZE = "Consistency check failed"
 """First words of the client's error for a body whose length differs from the file's."""
 
@@ -84,7 +83,7 @@ def download(wanted: Sequence[Wanted], *, visible: bool = True) -> list[Path]:
     total = sum(repo.sizes[name] for repo, name in files)
     with bar("Downloading", total, in_bytes=True, visible=visible) as advance:
         counting = _counting_tqdm(advance)
-        in_parallel(lambda file: _download_file(*file, counting), files, DOWNLOAD_THREADS)
+        in_parallel(lambda file: _download_file(*file, counting), files)
     return [_cached_folder(item) for item in wanted]
 
 

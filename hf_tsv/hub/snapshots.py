@@ -83,10 +83,8 @@ def snapshot(
         except (OfflineModeIsEnabled, TransportError) as error:
             return _cached_snapshot(repo_id, revision, subfolder, configs, cache_dir, error)
         except TypeError as error:  # raised by the client for some keys of a card
-            raise RepoError(
-                f"The model card of {repo_id} cannot be read: {first_line(error)}",
-                "Download the repository and merge the folder.",
-            ) from None
+            problem = f"The model card of {repo_id} cannot be read: {first_line(error)}"
+            raise RepoError(problem, "Download the repository and merge the folder.") from None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     card = card_dict(info.card_data)
     return RepoSnapshot(repo_id, str(info.sha), sizes, card, token, cache_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,16 +22,7 @@ from huggingface_hub import (
     get_token,
 )
 
-from hf_tsv.hub.client import (
-    MOVED_ON,
-    RETRY_WAITS,
-    SILENCE,
-    api,
-    first_line,
-    pause,
-    retried,
-    translated,
-)
+from hf_tsv.hub.client import MOVED_ON, RETRY_WAITS, SILENCE, api, first_line, retried, translated
 from hf_tsv.system.errors import OutputError, RepoError
 from hf_tsv.system.progress import logger
 from hf_tsv.system.text import redacted
@@ -62,10 +54,8 @@ def writable_repo_id(
         [`RepoError`]: no token, an invalid or read-only one, or a namespace it cannot write.
     """
     if token is None and get_token() is None:
-        raise RepoError(
-            f"Pushing to {repo_id} needs a token and none is set.",
-            "Run `hf auth login` with a token that can write, or set HF_TOKEN.",
-        )
+        hint = "Run `hf auth login` with a token that can write, or set HF_TOKEN."
+        raise RepoError(f"Pushing to {repo_id} needs a token and none is set.", hint)
     with translated(repo_id, None, writing=True):
         user = retried(lambda: api(token).whoami())
         if "/" not in repo_id:
@@ -74,15 +64,11 @@ def writable_repo_id(
         if there is not None and private is not None:
             _check_visibility(there, private)
     if (user.get("auth") or {}).get("accessToken", {}).get("role") == "read":
-        raise RepoError(
-            f"Pushing to {repo_id} needs a token that can write; this one can only read.",
-            "Create one with the role 'write' and run `hf auth login`.",
-        )
+        problem = f"Pushing to {repo_id} needs a token that can write; this one can only read."
+        raise RepoError(problem, "Create one with the role 'write' and run `hf auth login`.")
     if create_pr and not exists:
-        raise RepoError(
-            f"--create-pr needs an existing repository and {repo_id} does not exist.",
-            "Leave --create-pr out to create it.",
-        )
+        problem = f"--create-pr needs an existing repository and {repo_id} does not exist."
+        raise RepoError(problem, "Leave --create-pr out to create it.")
     if exists and not create_pr:
         with translated(repo_id, None, writing=True):
             retried(lambda: api(token).auth_check(repo_id, write=True))
@@ -120,10 +106,8 @@ def _writable_namespaces(user: dict[str, Any]) -> list[str]:
 def _check_visibility(info: ModelInfo, private: bool) -> None:
     if info.private is not None and bool(info.private) != private:
         there, flag = ("private", "--no-private") if info.private else ("public", "--private")
-        raise RepoError(
-            f"{info.id} exists and is {there}, and {flag} does not change that.",
-            f"Leave {flag} out, or change the visibility in the settings of the repository.",
-        )
+        hint = f"Leave {flag} out, or change the visibility in the settings of the repository."
+        raise RepoError(f"{info.id} exists and is {there}, and {flag} does not change that.", hint)
 
 
 def files_to_push(folder: Path, markers: Sequence[str]) -> dict[str, Path]:
@@ -141,10 +125,8 @@ def files_to_push(folder: Path, markers: Sequence[str]) -> dict[str, Path]:
     hidden = {name for name in files if "/." in f"/{name}"}
     files = {name: path for name, path in files.items() if path.is_file() and name not in hidden}
     if not files.keys() & set(markers):
-        raise OutputError(
-            f"{folder} is no finished output of hf-tsv (it has no {' or '.join(markers)}).",
-            "Name the output of a merge, a compression or a reconstruction.",
-        )
+        problem = f"{folder} is no finished output of hf-tsv (it has no {' or '.join(markers)})."
+        raise OutputError(problem, "Name the output of a merge, a compression or a reconstruction.")
     root = folder.resolve()
     for name, path in files.items():
         if not path.resolve().is_relative_to(root):
@@ -233,7 +215,7 @@ def push(
                 if error.response.status_code != MOVED_ON or race == RACES - 1:
                     raise
                 logger.info("%s got another commit meanwhile; trying again.", repo_id)
-                pause(race)
+                time.sleep(RETRY_WAITS[race])
             except RuntimeError:
                 # The upload address may be too old (signed for an hour), or its answer was lost.
                 if race:

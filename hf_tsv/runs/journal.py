@@ -192,18 +192,15 @@ def _refuse_strange(work: Path) -> None:
     """Refuse a folder of that name that hf-tsv did not make, because it would be cleared."""
     inside = work.iterdir() if work.is_dir() else ()
     if work.is_symlink() or not all(OURS.fullmatch(path.name) for path in inside):
-        raise OutputError(
-            f"{work} is in the way, and hf-tsv did not make it.", "Move it, or choose another -o."
-        )
+        problem = f"{work} is in the way, and hf-tsv did not make it."
+        raise OutputError(problem, "Move it, or choose another -o.")
 
 
 def _refuse_existing(target: Path) -> None:
     """Refuse an output that has appeared since the checks before the run."""
     if target.exists() and any(target.iterdir()):
-        raise OutputError(
-            f"{target} has been written by something else meanwhile.",
-            "Move it away and give the same command again, or choose another output.",
-        )
+        hint = "Move it away and give the same command again, or choose another output."
+        raise OutputError(f"{target} has been written by something else meanwhile.", hint)
 
 
 def _take_up(work: Path, file: IO[str], text: str, target: Path) -> None:
@@ -238,10 +235,8 @@ def _begin(
             write_index(files, plan)
         return True
     if begun not in ("", text) and files.is_dir() and not force:
-        raise _OthersError(
-            f"Another run has begun {target} with other inputs or settings.",
-            f"Finish it with the same command, add --force to start over, or remove {work}.",
-        )
+        hint = f"Finish it with the same command, add --force to start over, or remove {work}."
+        raise _OthersError(f"Another run has begun {target} with other inputs or settings.", hint)
     file.truncate(0)
     _clear(work, {JOB})
     files.mkdir()

@@ -56,9 +56,8 @@ class Target:
                 "Add --push-to REPO_ID; to read a revision of an input write org/name@revision.",
             )
         if self.create_pr and self.revision not in (None, "main"):
-            raise OutputError(
-                "A pull request cannot start from a revision.", "Give --create-pr or --revision."
-            )
+            problem = "A pull request cannot start from a revision."
+            raise OutputError(problem, "Give --create-pr or --revision.")
         if self.output is None and self.push_to is None and not dry_run:
             hint = "Add -o DIR or --push-to REPO_ID."
             raise OutputError("There is no place for the result.", hint)
@@ -87,10 +86,8 @@ class Target:
                 output, path = self.output.resolve(), Path(item.ref).expanduser().resolve()
                 links = [p.resolve() for p in path.iterdir()] if path.is_dir() else []
                 if any(output in (p, *p.parents) for p in (path, *links)):
-                    raise OutputError(
-                        f"The output folder {self.output} would replace the input {item.ref}.",
-                        "Choose another one with -o.",
-                    )
+                    problem = f"The output folder {self.output} would replace the input {item.ref}."
+                    raise OutputError(problem, "Choose another one with -o.")
                 continue
             same = not item.is_local and repo_id_of(item.ref) == self.push_to
             if same and not self.create_pr and self._replaces(item):

@@ -150,10 +150,8 @@ def replace_folder(target: Path, new: Path, before: object) -> None:
         [`OutputError`]: the target has changed since then.
     """
     if identity(target) != before:
-        raise OutputError(
-            f"{target} was changed by something else in the meantime.",
-            "Move it away and give the same command again, or choose another folder with -o.",
-        )
+        hint = "Move it away and give the same command again, or choose another folder with -o."
+        raise OutputError(f"{target} was changed by something else in the meantime.", hint)
     _flush(new)
     if not target.exists():
         new.rename(target)
@@ -243,8 +241,7 @@ def locked(path: Path, target: Path) -> Iterator[IO[str]]:
         except ImportError:
             pass  # Windows
         except BlockingIOError:
-            raise OutputError(
-                f"Another process is writing {target}.", "Wait for it, or choose another output."
-            ) from None
+            problem = f"Another process is writing {target}."
+            raise OutputError(problem, "Wait for it, or choose another output.") from None
         file.seek(0)
         yield file

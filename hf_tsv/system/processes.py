@@ -153,9 +153,8 @@ def joined() -> Iterator[Processes]:
 def alone(work: str, then: str = "") -> None:
     """Refuse a launcher for work that one process does alone; `then` ends the hint."""
     if launched() > 1:
-        raise RecipeError(
-            f"{work} runs in one process.", f"Run it without torchrun or accelerate{then}."
-        )
+        hint = f"Run it without torchrun or accelerate{then}."
+        raise RecipeError(f"{work} runs in one process.", hint)
 
 
 def shares(costs: Sequence[float], count: int) -> list[list[int]]:

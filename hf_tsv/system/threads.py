@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Generic, TypeVar
 
+THREADS = 8
 S = TypeVar("S")
 T = TypeVar("T")
 
 
-def in_parallel(call: Callable[[S], T], items: Iterable[S], threads: int = 8) -> list[T]:
+def in_parallel(call: Callable[[S], T], items: Iterable[S]) -> list[T]:
     """Results of `call` on every item, in order; the first failure cancels those not yet begun."""
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(THREADS)
     try:
         return [job.result() for job in [pool.submit(call, item) for item in items]]
     finally:

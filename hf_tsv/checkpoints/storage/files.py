@@ -170,10 +170,8 @@ class LocalFiles(_InPlace):
 
 
 def _lost(path: Path, error: OSError) -> LostFileError:
-    return LostFileError(
-        f"{path} cannot be read: {error.strerror}.",
-        "Restore it, or download it again; the same command goes on then.",
-    )
+    hint = "Restore it, or download it again; the same command goes on then."
+    return LostFileError(f"{path} cannot be read: {error.strerror}.", hint)
 
 
 def _close_all(descriptors: dict[str, int]) -> None:

@@ -172,10 +172,8 @@ def _missing(owner: str, name: str) -> CheckpointError:
 
 
 def _too_large(owner: str, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"{owner}: the header of {name} describes more than any model has.",
-        "Do not use this checkpoint; no library saves such files.",
-    )
+    problem = f"{owner}: the header of {name} describes more than any model has."
+    return CheckpointError(problem, "Do not use this checkpoint; no library saves such files.")
 
 
 def _damaged(owner: str, name: str, why: str) -> CheckpointError:
@@ -188,10 +186,8 @@ def _weight_files(files: Files, single: str, owner: str) -> tuple[list[str], dic
         return [single], {}
     index = index_of(single)
     if files.size(index) is None:
-        raise CheckpointError(
-            f"{owner} has no {single} and no {index}.",
-            "Name a repository or folder with the weights of a model.",
-        )
+        problem = f"{owner} has no {single} and no {index}."
+        raise CheckpointError(problem, "Name a repository or folder with the weights of a model.")
     weight_map = read_json(files, index, owner).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{owner}: {index} has no weight_map.")

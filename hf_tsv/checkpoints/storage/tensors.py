@@ -102,10 +102,8 @@ def read_tensor(
         tensor = tensor.mT.contiguous()
     if tensor.is_floating_point() and tensor.numel() and not math.isfinite(largest_entry(tensor)):
         count = int(tensor.numel() - tensor.isfinite().sum())
-        raise CheckpointError(
-            f"{owner}: {count} of {tensor.numel()} values of {name} are NaN or Inf.",
-            "The checkpoint is damaged; leave it out or save it again.",
-        )
+        problem = f"{owner}: {count} of {tensor.numel()} values of {name} are NaN or Inf."
+        raise CheckpointError(problem, "The checkpoint is damaged; leave it out or save it again.")
     return tensor
 
 
