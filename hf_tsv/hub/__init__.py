@@ -18,6 +18,6 @@ from hf_tsv.hub.uploads import Names, files_to_push, push, push_file, writable_r
 
 __all__ = [
     "WEIGHT_SUFFIXES", "Names", "RepoSnapshot", "Wanted", "card_dict", "conversion",
-    "dataset_commit", "download", "files_to_push", "missing", "push", "push_file", "read_range", "snapshot",
-    "uncached", "writable_repo_id",
+    "dataset_commit", "download", "files_to_push", "missing", "push", "push_file", "read_range",
+    "snapshot", "uncached", "writable_repo_id",
 ]  # fmt: skip
