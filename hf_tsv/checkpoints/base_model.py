@@ -34,11 +34,7 @@ class SaidBase:
 
 
 def said_by(item: PinnedCheckpoint) -> SaidBase:
-    """Base models in the card or config of a fine-tune.
-
-    Args:
-        item ([`PinnedCheckpoint`]): a fine-tune.
-    """
+    """Base models in the card or config of a fine-tune."""
     return SaidBase(tuple(named_by(item)))
 
 

@@ -32,6 +32,8 @@ JOB, FILES, FAILED, SPOOL = "job.json", "files", "failed", "vectors"
 OURS = re.compile(rf"{JOB}|{FILES}(-old)?|{FAILED}|{SPOOL}|done\..+")
 """Pattern of the names that a folder under construction may contain."""
 
+KEPT = "%d finished weights are kept in %s; the same command goes on from there."
+
 
 def journal_file(rank: int) -> str:
     """Name of the journal of one process, by its rank."""
@@ -176,10 +178,7 @@ def under_construction(
                 lost = isinstance(error, LostFileError)
                 again = lost or not isinstance(error, CheckpointError | RecipeError)
                 if count := len(read(work, dict)) if again else 0:
-                    kept = (
-                        "%d finished weights are kept in %s; the same command goes on from there."
-                    )
-                    logger.warning(kept, count, work)
+                    logger.warning(KEPT, count, work)
                 else:
                     shutil.rmtree(work, ignore_errors=True)
                     remove_empty(made)

@@ -91,6 +91,7 @@ class AheadFiles(HubFiles):
         self, repo: hub.RepoSnapshot, subfolder: str, connections: Connections, share: int
     ) -> None:
         super().__init__(repo, subfolder)
+        self.downloads = None
         self._connections, self._share = connections, share
         self._pieces: list[_Piece] = []
         self._places: dict[str, list[tuple[int, int]]] = {}
@@ -98,10 +99,6 @@ class AheadFiles(HubFiles):
         self._direct: Future[bytearray] | None = None
         self._closed = False
         self._lock = threading.Lock()
-
-    @property
-    def downloads(self) -> None:
-        return None
 
     def uncached(self, names: Sequence[str]) -> list[str]:
         return list(names)

@@ -24,17 +24,14 @@ AGAIN = "Download or save it again."
 class Files(Protocol):
     """Random access to the files of one checkpoint."""
 
-    @property
-    def folder(self) -> Path | None:
-        """Folder of the files on this machine, or None."""
+    folder: Path | None = None
+    """Folder of the files on this machine."""
 
-    @property
-    def downloads(self) -> hub.RepoSnapshot | None:
-        """Repository whose files are downloaded before a run reads them; None: read in place."""
+    downloads: hub.RepoSnapshot | None = None
+    """Repository whose files are downloaded before a run reads them; None: read in place."""
 
-    @property
-    def subfolder(self) -> str:
-        """Folder of the files in their repository; empty for all of it, and on this machine."""
+    subfolder: str = ""
+    """Folder of the files in their repository; empty for all of it, and on this machine."""
 
     def names(self) -> list[str]:
         """Names of all files, in order; in a folder only those directly in it."""
@@ -44,15 +41,19 @@ class Files(Protocol):
 
     def path(self, name: str) -> str:
         """Name of a file in the repository or folder as a whole."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def uncached(self, names: Sequence[str]) -> list[str]:
         """Those of these files that have to be fetched to be read."""
+        return []
 
     def expect(self, spans: Iterable[tuple[str, int, int]]) -> None:
         """Declare which bytes will be read next: file, first byte, and number of bytes."""
+        return
 
     def stop(self) -> None:
         """End every wait for the Hub, from another thread."""
+        return
 
     def size(self, name: str) -> int | None:
         """Size of a file in bytes, or None if there is none."""
@@ -62,6 +63,7 @@ class Files(Protocol):
 
         Copying it would publish a file that the user, but not the checkpoint's author, can read.
         """
+        return False
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Read bytes `start` … `stop` − 1; exactly that many or an error."""
@@ -71,42 +73,20 @@ class Files(Protocol):
 
     def close(self) -> None:
         """Release the resources of reading; the files can still be read again."""
+        return
 
 
-class _InPlace:
-    """Files that need no preparation before they are read."""
-
-    def expect(self, spans: Iterable[tuple[str, int, int]]) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
-
-
-class LocalFiles(_InPlace):
+class LocalFiles(Files):
     """Local folder, read into the caller's buffer: mapped pages would count as resident memory."""
 
-    downloads = None
-    subfolder = ""
-
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root = self.folder = root
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._descriptors)
 
-    @property
-    def folder(self) -> Path:
-        return self.root
-
     def within(self, subfolder: str) -> LocalFiles:
         return LocalFiles(self.root / subfolder)
-
-    def path(self, name: str) -> str:
-        return name
-
-    def uncached(self, names: Sequence[str]) -> list[str]:
-        return []
 
     def names(self) -> list[str]:
         try:
@@ -179,24 +159,16 @@ def _close_all(descriptors: dict[str, int]) -> None:
         os.close(descriptors.popitem()[1])
 
 
-class HubFiles(_InPlace):
+class HubFiles(Files):
     """Folder of a Hub repository at one commit, read by HTTP range without a copy on disk."""
 
-    folder = None
-
     def __init__(self, repo: hub.RepoSnapshot, subfolder: str = "") -> None:
-        self.repo, self.subfolder = repo, subfolder
-
-    @property
-    def downloads(self) -> hub.RepoSnapshot | None:
-        return self.repo
+        self.repo = repo
+        self.downloads: hub.RepoSnapshot | None = repo
+        self.subfolder = subfolder
 
     def within(self, subfolder: str) -> HubFiles:
         return HubFiles(self.repo, self.path(subfolder))
-
-    def path(self, name: str) -> str:
-        """Name of a file in the repository."""
-        return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def uncached(self, names: Sequence[str]) -> list[str]:
         here = dict(zip(map(self.path, names), names, strict=True))
@@ -209,9 +181,6 @@ class HubFiles(_InPlace):
     def size(self, name: str) -> int | None:
         return self.repo.sizes.get(self.path(name))
 
-    def is_elsewhere(self, name: str) -> bool:
-        return False
-
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is None:
             stop = self.size(name)
@@ -221,9 +190,6 @@ class HubFiles(_InPlace):
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         buffer[:] = hub.read_range(self.repo, self.path(name), start, start + len(buffer))
-
-    def close(self) -> None:
-        pass
 
 
 def read_json(files: Files, name: str, owner: str) -> dict[str, Any]:

@@ -31,12 +31,10 @@ class Described(Protocol):
     """A tensor of which type and shape are known."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Type of its values."""
+    def dtype(self) -> torch.dtype: ...
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of its dimensions."""
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
