@@ -16,27 +16,13 @@ if TYPE_CHECKING:
     from hf_tsv.reports.compression import CompressReport as CompressReport
     from hf_tsv.reports.interference import InterferenceReport as InterferenceReport
     from hf_tsv.reports.merging import MergeReport as MergeReport
-    from hf_tsv.system.errors import (
-        CheckpointError as CheckpointError,
-    )
-    from hf_tsv.system.errors import (
-        DataError as DataError,
-    )
-    from hf_tsv.system.errors import (
-        HfTsvError as HfTsvError,
-    )
-    from hf_tsv.system.errors import (
-        LostProcessError as LostProcessError,
-    )
-    from hf_tsv.system.errors import (
-        OutputError as OutputError,
-    )
-    from hf_tsv.system.errors import (
-        RecipeError as RecipeError,
-    )
-    from hf_tsv.system.errors import (
-        RepoError as RepoError,
-    )
+    from hf_tsv.system.errors import CheckpointError as CheckpointError
+    from hf_tsv.system.errors import DataError as DataError
+    from hf_tsv.system.errors import HfTsvError as HfTsvError
+    from hf_tsv.system.errors import LostProcessError as LostProcessError
+    from hf_tsv.system.errors import OutputError as OutputError
+    from hf_tsv.system.errors import RecipeError as RecipeError
+    from hf_tsv.system.errors import RepoError as RepoError
     from hf_tsv.system.version import __version__ as __version__
     from hf_tsv.verbs.compress import compress as compress
     from hf_tsv.verbs.evaluate import EvaluateReport as EvaluateReport
@@ -49,12 +35,8 @@ if TYPE_CHECKING:
     from hf_tsv.verbs.merge import merge as merge
     from hf_tsv.verbs.push import PushReport as PushReport
     from hf_tsv.verbs.push import push as push
-    from hf_tsv.verbs.reconstruct import (
-        ReconstructReport as ReconstructReport,
-    )
-    from hf_tsv.verbs.reconstruct import (
-        reconstruct as reconstruct,
-    )
+    from hf_tsv.verbs.reconstruct import ReconstructReport as ReconstructReport
+    from hf_tsv.verbs.reconstruct import reconstruct as reconstruct
     from hf_tsv.verbs.sweep import SweepReport as SweepReport
     from hf_tsv.verbs.sweep import sweep as sweep
 
