@@ -6,16 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hf_tsv.checkpoints import layout
-from hf_tsv.recipes.settings import Dtype, Settings
-from hf_tsv.system.checks import check_choice, check_counts, check_number, size_in_bytes
+from hf_tsv.recipes.settings import Dtype, Settings, share
+from hf_tsv.system.checks import check_choice, check_counts, size_in_bytes
 from hf_tsv.system.errors import RecipeError
 
 if TYPE_CHECKING:
     import torch
 
 FactorFormat = Literal["factors", "peft"]
-"""Form in which the update of one task is stored."""
-
 DEFAULT_RANK_FRACTION = 0.1
 
 
@@ -26,9 +24,8 @@ class RankRule:
     Args:
         rank_fraction (`float`, *optional*): share of k = min(d_out, d_in), rounded down.
         rank (`int`, *optional*): the same number for every weight.
-        energy (`float`, *optional*): share of the squared norm to keep; the smallest sufficient
-            rank is taken.
-        budget (`str` or `int`, *optional*): bytes for everything, as a number, `"35MB"`, or `"10%"`
+        energy (`float`, *optional*): share of the squared norm; the smallest sufficient rank.
+        budget (`str` or `int`, *optional*): bytes for everything: a number, `"35MB"`, or `"10%"`
             of the fine-tuned checkpoint.
     """
 
@@ -44,22 +41,13 @@ class RankRule:
         if not given:
             object.__setattr__(self, "rank_fraction", DEFAULT_RANK_FRACTION)
         for name in ("rank_fraction", "energy"):
-            value = getattr(self, name)
-            if value is not None:
-                check_number(name, value)
-                object.__setattr__(self, name, float(value))
-                if not 0 < value <= 1:
-                    raise RecipeError(f"{name} is {value}.", "Give a number above 0 and up to 1.")
+            object.__setattr__(self, name, share(name, getattr(self, name)))
         check_counts(rank=self.rank)
         if self.budget is not None:
             self.budget_bytes(1)
 
     def budget_bytes(self, checkpoint_bytes: int) -> int:
-        """Bytes that the budget stands for.
-
-        Args:
-            checkpoint_bytes (`int`): size of the fine-tuned checkpoint.
-        """
+        """Bytes that the budget stands for, which may be a share of the checkpoint's."""
         assert self.budget is not None
         return size_in_bytes(self.budget, checkpoint_bytes, name="budget")
 
@@ -68,11 +56,7 @@ class RankRule:
         return {k: v for k, v in vars(self).items() if v is not None}
 
     def rank_before(self, k: int) -> int | None:
-        """Rank of a weight, or None if it depends on the singular values.
-
-        Args:
-            k (`int`): min(d_out, d_in).
-        """
+        """Rank where k = min(d_out, d_in), or None if it depends on the singular values."""
         if self.rank is not None:
             return min(self.rank, k)
         if self.rank_fraction is not None:
@@ -82,18 +66,12 @@ class RankRule:
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a compression.
+    """Options of a compression, as [`compress`] and [`export_peft`] have them.
 
     Args:
-        rule ([`RankRule`]): rule for the triplets to keep.
-        factor_dtype (`str`): type of the stored updates.
         compress_conv (`bool`): decompose the patch convolution too, one row per output channel.
-        format (`str`): `factors`, or `peft` for a LoRA adapter.
-        dense (`bool`): store all tensors in a LoRA adapter, not only matrices of linear layers.
-        model_class (`str`, *optional*): the class a LoRA adapter is for; default: that of the
-            fine-tuned checkpoint.
-        max_shard_size (`int` or `str`): largest size of a file in bytes, or a text like `"5GB"`.
-        report (`bool`): add a table and a picture of what is kept to the card.
+        format (`str`): `factors`, or `peft` for a LoRA adapter, to which `dense` and `model_class`
+            belong.
     """
 
     rule: RankRule = field(default_factory=RankRule)
@@ -109,8 +87,7 @@ class Options:
         check_choice("factor_dtype", self.factor_dtype, get_args(Dtype))
         check_choice("format", self.format, get_args(FactorFormat))
         most = size_in_bytes(self.max_shard_size, name="max_shard_size")
-        adapter_only = not self.dense or self.model_class is not None
-        if self.format == "factors" and adapter_only:
+        if self.format == "factors" and (not self.dense or self.model_class is not None):
             raise RecipeError(
                 "dense=False and model_class (--no-dense, --model-class) are about an adapter.",
                 "Add --format peft.",
@@ -129,7 +106,6 @@ class Options:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Data type of the stored updates."""
         import torch
 
         dtype: torch.dtype = getattr(torch, self.factor_dtype)

@@ -64,9 +64,7 @@ class EvaluationTask:
     def parse(text: str, **choices: Any) -> EvaluationTask:
         """Read `NAME=DATASET`, `NAME=DATASET@REVISION` or `NAME=DATASET:CONFIG`.
 
-        Args:
-            text (`str`): text from the command line.
-            choices: the other fields.
+        The other fields are `choices`.
 
         Example:
             >>> EvaluationTask.parse("dtd=tanganke/dtd@main").revision
@@ -91,16 +89,10 @@ def listed(
     *,
     templates: Sequence[str] = (),
 ) -> list[EvaluationTask]:
-    """Parse tasks in any of the forms that users give.
-
-    Args:
-        tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
-            `NAME=DATASET` texts, or [`EvaluationTask`]s.
-        nothing (`str`): message of the error if there is no task.
-        templates (`Sequence[str]`): prompts of tasks that are given as text.
+    """Parse tasks in any of the forms that users give; templates are for those given as text.
 
     Raises:
-        [`RecipeError`]: there is no task, or a name comes twice.
+        [`RecipeError`]: there is none, which is said with `nothing`, or a name comes twice.
     """
     named = [f"{n}={d}" for n, d in tasks.items()] if isinstance(tasks, Mapping) else tasks
     choices = {"templates": tuple(templates)} if templates else {}

@@ -12,8 +12,7 @@ from hf_tsv.system.checks import check_counts, check_number
 from hf_tsv.system.errors import RecipeError
 
 VALIDATION = "validation"
-MOST = 1000
-"""Most values of α in one search."""
+MOST = 1000  # values of α in one search
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,17 @@ class Adaptation:
     entropy: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        tasks = listed(self.tasks, "There are no images to learn from.")
-        object.__setattr__(self, "tasks", tuple(tasks))
+        tasks = tuple(listed(self.tasks, "There are no images to learn from."))
+        object.__setattr__(self, "tasks", tasks)
         for name, least in (("steps", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if type(value) is not int or not least <= value < 2**63:
                 raise RecipeError(f"{name} is {value!r}.", f"Give a whole number from {least} on.")
         check_number("learning_rate", self.learning_rate)
-        object.__setattr__(self, "learning_rate", float(self.learning_rate))
-        if not self.learning_rate > 0:
-            raise RecipeError(
-                f"learning_rate is {self.learning_rate}.", "Give a number greater than 0."
-            )
+        rate = float(self.learning_rate)
+        if not rate > 0:
+            raise RecipeError(f"learning_rate is {rate}.", "Give a number greater than 0.")
+        object.__setattr__(self, "learning_rate", rate)
 
     def to_dict(self) -> dict[str, Any]:
         """Settings and result for a recipe."""
@@ -78,12 +76,12 @@ class Adaptation:
         Raises:
             [`RecipeError`]: the content does not have that form.
         """
-        tasks = []
-        for item in content["tasks"]:
-            task: dict[str, Any]
-            task = {n: tuple(v) if isinstance(v, list) else v for n, v in item.items()}
-            tasks.append(EvaluationTask(**task))
-        found = Adaptation(**{**content, "tasks": tuple(tasks)})
+        entries: list[dict[str, Any]] = [
+            {n: tuple(v) if isinstance(v, list) else v for n, v in item.items()}
+            for item in content["tasks"]
+        ]
+        tasks = tuple(EvaluationTask(**entry) for entry in entries)
+        found = Adaptation(**{**content, "tasks": tasks})
         found = replace(found, images=tuple(found.images), entropy=tuple(found.entropy))
         for number in (*found.images, *found.entropy):
             check_number("A number of the adaptation", number)
@@ -100,9 +98,8 @@ class AlphaSearch:
     """Candidates for α, the images to choose on, and the result.
 
     Args:
-        tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
-            `NAME=DATASET` texts, or [`EvaluationTask`]s. Their split `validation` is used unless
-            they name another.
+        tasks (`Mapping[str, str]` or `Sequence`): as in [`Adaptation`]; their split `validation`
+            is used unless they name another.
         alphas (`Sequence[float]` or `str`): candidates: numbers, or `"0.5,1,1.5"`, or
             `"FIRST:LAST:STEP"`.
         limit (`int`, *optional*): number of images per task; default: all.
@@ -145,9 +142,8 @@ class AlphaSearch:
     @property
     def alpha(self) -> float:
         """Value of α with the best mean; the smallest of several."""
-        return max(zip(self.means, self.alphas, strict=True), key=lambda pair: (pair[0], -pair[1]))[
-            1
-        ]
+        pairs = zip(self.means, self.alphas, strict=True)
+        return max(pairs, key=lambda pair: (pair[0], -pair[1]))[1]
 
     def to_dict(self) -> dict[str, Any]:
         """Result of the search for a report."""
@@ -164,12 +160,6 @@ class AlphaSearch:
 def alphas_of(text: str) -> list[float]:
     """Parse numbers and ranges `FIRST:LAST:STEP`, both ends included, separated by commas.
 
-    Args:
-        text (`str`): text from the command line.
-
-    Raises:
-        [`RecipeError`]: it is something else.
-
     Example:
         >>> alphas_of("0:0.3:0.1"), alphas_of("1,0:0.5:0.5")
         ([0.0, 0.1, 0.2, 0.3], [1.0, 0.0, 0.5])
@@ -182,19 +172,13 @@ def alphas_of(text: str) -> list[float]:
             numbers = []
         if len(numbers) == 1:
             numbers = [numbers[0], numbers[0], 1.0]
-        if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-            raise _no_alphas(text)
-        first, last, step = numbers
-        if step <= 0 or last < first:
-            raise _no_alphas(text)
+        first, last, step = numbers if len(numbers) == 3 else (math.nan, math.nan, math.nan)
+        if not all(map(math.isfinite, numbers)) or not (step > 0 and last >= first):
+            raise RecipeError(
+                f"The values of α are {text!r}.", "Write FIRST:LAST:STEP (0:3:0.1), or 0.5,1,1.5."
+            )
         steps = (last - first) / step + 1e-9
         if steps + len(found) >= MOST:
             raise RecipeError(f"{text} is more than {MOST} values of α.", "Take a larger step.")
         found += [round(first + i * step, 10) for i in range(math.floor(steps) + 1)]
     return found
-
-
-def _no_alphas(text: str) -> RecipeError:
-    return RecipeError(
-        f"The values of α are {text!r}.", "Write FIRST:LAST:STEP (0:3:0.1), or 0.5,1,1.5."
-    )

@@ -5,22 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from hf_tsv.checkpoints.names import RECIPE_FILE
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.methods.catalogue import METHODS
+from hf_tsv.recipes.learning import Adaptation
 from hf_tsv.recipes.settings import Settings, current_versions
 from hf_tsv.system.checks import check_number
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.text import shortened
 from hf_tsv.system.untrusted import MAX_BYTES, parse_yaml
-
-if TYPE_CHECKING:
-    from hf_tsv.recipes.learning import Adaptation
-
 
 FORMAT_VERSION = 1
 
@@ -48,9 +45,8 @@ class PinnedInput:
         for name in ("ref", "revision", "fingerprint"):
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "ref"):
-                raise RecipeError(
-                    f"The {name} of an input is {shortened(value)}.", "Write a string."
-                )
+                said = shortened(value)
+                raise RecipeError(f"The {name} of an input is {said}.", "Write a string.")
         check_number(f"The weight of {self.ref}", self.weight)
         object.__setattr__(self, "weight", float(self.weight))
 
@@ -92,30 +88,22 @@ class Recipe:
             )
         for label, row in self.coefficients.items():
             if len(row) != len(self.inputs):
-                raise RecipeError(
-                    f"{shortened(label)} has {len(row)} coefficients for {len(self.inputs)}"
-                    " inputs.",
-                    "Give one for each input.",
-                )
+                counts = f"{len(row)} coefficients for {len(self.inputs)} inputs"
+                raise RecipeError(f"{shortened(label)} has {counts}.", "Give one for each input.")
+            what = f"A coefficient of {shortened(label)}"
             for value in row:
-                check_number(f"A coefficient of {shortened(label)}", value)
+                check_number(what, value)
                 if value < 0:
-                    raise RecipeError(
-                        f"A coefficient of {shortened(label)} is {value}.", "Give 0 or more."
-                    )
+                    raise RecipeError(f"{what} is {value}.", "Give 0 or more.")
 
     def to_yaml(self, *, coefficients: bool = True) -> str:
-        """The recipe as written into every output.
-
-        Args:
-            coefficients (`bool`): all of it; without them it is only to be read.
-        """
+        """Recipe as written into every output; without its coefficients it is only to be read."""
         content: dict[str, Any] = {
             "hf_tsv_recipe": FORMAT_VERSION,
             **asdict(self.settings),
             "exclude": list(self.settings.exclude),
-            "base_model": _pinned_dict(self.base_model, with_weight=False),
-            "inputs": [_pinned_dict(item, with_weight=True) for item in self.inputs],
+            "base_model": {k: v for k, v in _known(self.base_model).items() if k != "weight"},
+            "inputs": [_known(item) for item in self.inputs],
             "device": self.device,
             "versions": self.versions,
         }
@@ -138,8 +126,7 @@ class Recipe:
         file = Path(path)
         try:
             file = file.expanduser()
-            if file.is_dir():
-                file /= RECIPE_FILE
+            file = file / RECIPE_FILE if file.is_dir() else file
             with file.open("rb") as opened:  # which may have no end
                 text = opened.read(MAX_BYTES + 1).decode()
         except (OSError, ValueError, RuntimeError) as error:
@@ -155,9 +142,7 @@ class Recipe:
     def from_yaml(text: str, source: str = "recipe") -> Recipe:
         """Parse a recipe; unknown keys are errors, so that no choice is dropped silently.
 
-        Args:
-            text (`str`): content of a recipe file.
-            source (`str`): its name, for errors.
+        Errors name the `source`.
         """
         try:
             content = parse_yaml(text)
@@ -183,7 +168,8 @@ class Recipe:
             device = content.pop("device", "cpu")
             versions = content.pop("versions", {})
             coefficients = {n: tuple(row) for n, row in content.pop("coefficients", {}).items()}
-            adaptation = _adaptation(content.pop("adaptation", None))
+            learned = content.pop("adaptation", None)
+            adaptation = None if learned is None else Adaptation.from_dict(learned)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"{source} is incomplete or malformed: {error}.") from None
         if not inputs:
@@ -192,9 +178,8 @@ class Recipe:
             raise RecipeError(f"{source} gives base_model a weight; only inputs have one.")
         if not isinstance(device, str):
             raise RecipeError(f"device is {shortened(device)}.", "Write a string.")
-        if not isinstance(versions, dict) or not all(
-            isinstance(text, str) for item in versions.items() for text in item
-        ):
+        texts = [*versions, *versions.values()] if isinstance(versions, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
             raise RecipeError(f"versions is {shortened(versions)}.", "Write names with versions.")
         if content:
             raise RecipeError(f"{source} has an unknown key: {min(map(str, content))}.")
@@ -206,13 +191,11 @@ class _Row(list[float]):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes [`_Row`]s in one line."""
+    def represent_row(self, row: _Row) -> yaml.Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", row, flow_style=True)
 
 
-_Dumper.add_representer(
-    _Row,
-    lambda dumper, row: dumper.represent_sequence("tag:yaml.org,2002:seq", row, flow_style=True),
-)
+_Dumper.add_representer(_Row, _Dumper.represent_row)
 
 
 def _dumped(content: dict[str, Any], *, allow_unicode: bool) -> str:
@@ -236,21 +219,10 @@ def _refuse_not_installed(content: dict[str, Any]) -> None:
         )
 
 
-def _adaptation(content: dict[str, Any] | None) -> Adaptation | None:
-    if content is None:
-        return None
-    from hf_tsv.recipes.learning import Adaptation
-
-    return Adaptation.from_dict(content)
-
-
-def _pinned_dict(item: PinnedInput, *, with_weight: bool) -> dict[str, Any]:
-    content = {key: value for key, value in asdict(item).items() if value is not None}
-    if not with_weight:
-        content.pop("weight")
-    return content
+def _known(item: PinnedInput) -> dict[str, Any]:
+    return {key: value for key, value in asdict(item).items() if value is not None}
 
 
 def pinned_text(item: PinnedInput | PinnedCheckpoint) -> str:
-    """The reference of a commit, or a folder."""
+    """Reference of a commit, or a folder."""
     return at_revision(item.ref, item.revision)

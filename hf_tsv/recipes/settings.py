@@ -20,6 +20,16 @@ AVERAGED_BY_DEFAULT = ("text_projection.weight",)
 """The paper's code averages the text projection although it is a matrix; so do we."""
 
 
+def share(name: str, value: float | None) -> float | None:
+    """Plain number of what may be a whole one or NumPy's, refused outside of (0, 1]."""
+    if value is None:
+        return None
+    check_number(name, value)
+    if not 0 < value <= 1:
+        raise RecipeError(f"{name} is {float(value)}.", "Give a number above 0 and up to 1.")
+    return float(value)
+
+
 def current_versions() -> dict[str, str]:
     """Versions that decide about the bytes of a result."""
     from importlib.metadata import version  # which takes long to import
@@ -29,18 +39,14 @@ def current_versions() -> dict[str, str]:
 
 
 def versions_of(method: Method) -> dict[str, str]:
-    """Versions that decide about the bytes of a merge: also of the package that has its method.
-
-    Args:
-        method ([`Method`]): method of the merge.
-    """
+    """Versions that decide about the bytes of a merge: also of the package that has its method."""
     package, _, release = method.package.partition("==")
     return {**current_versions(), **({package: release} if package else {})}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to merge.
+    """Choices of a merge, checked.
 
     Args:
         method (`str`): name of a [`Method`] in the catalogue.
@@ -93,27 +99,17 @@ class Settings:
         ranked = self.rank is not None or self.rank_fraction is not None
         # Plain sums and means have always ignored them: older recipes may hold some.
         if ranked and self.row.ranks is None and self.row.of in ("matrices", "entries"):
-            raise RecipeError(
-                f"The method {self.method} keeps no ranks to choose.",
-                "Leave rank and rank_fraction out.",
-            )
+            why = f"The method {self.method} keeps no ranks to choose."
+            raise RecipeError(why, "Leave rank and rank_fraction out.")
         if self.rank is not None and self.rank_fraction is not None:
             raise RecipeError("rank and rank_fraction exclude each other.", "Give one of them.")
         check_counts(rank=self.rank)
-        if self.rank_fraction is not None:
-            check_number("rank_fraction", self.rank_fraction)
-            object.__setattr__(self, "rank_fraction", float(self.rank_fraction))
-            if not 0 < self.rank_fraction <= 1:
-                raise RecipeError(
-                    f"rank_fraction is {self.rank_fraction}.", "Give a number above 0 and up to 1."
-                )
-        if not isinstance(self.exclude, list | tuple) or not all(
-            isinstance(glob, str) for glob in self.exclude
-        ):
+        object.__setattr__(self, "rank_fraction", share("rank_fraction", self.rank_fraction))
+        globs: object = self.exclude
+        if not isinstance(globs, list | tuple) or not all(isinstance(g, str) for g in globs):
             raise RecipeError("exclude is not a list of globs.", "Write a list of names or globs.")
         object.__setattr__(self, "exclude", tuple(self.exclude))
         size_in_bytes(self.max_shard_size, name="max_shard_size")
         if type(self.keep_heads) is not bool:
-            raise RecipeError(
-                f"keep_heads is {shortened(self.keep_heads)}.", "Write true or false."
-            )
+            said = shortened(self.keep_heads)
+            raise RecipeError(f"keep_heads is {said}.", "Write true or false.")
