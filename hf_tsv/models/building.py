@@ -23,7 +23,6 @@ from hf_tsv.system.text import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-
 ZERO_SHOT = "zero-shot-image-classification"
 PIPELINES = {
     ZERO_SHOT: "CLIPModel",
@@ -78,28 +77,17 @@ def check_parts(items: Sequence[Task], model_class: str) -> None:
         )
 
 
-def close(item: Task) -> None:
-    """Close the files of a checkpoint that has been read."""
-    item.pinned.files.close()
-
-
 def build(
     found: Found, dtype: torch.dtype | None, device: str | torch.device | None
 ) -> PreTrainedModel:
-    """Build the transformers model in evaluation mode, and close its files.
-
-    Args:
-        found ([`Found`]): checkpoint or factors, base, and class.
-        dtype (`torch.dtype`, *optional*): default: the stored type, or one that holds all of them.
-        device (`str`, *optional*): default: cpu.
-    """
+    """Build the transformers model in evaluation mode, and close its files; see [`load_model`]."""
     import transformers
 
-    state = {}
-    for name in dict.fromkeys([*found.base.tensors, *found.item.tensors]):
-        own_name = layout.name_in_class(name, found.model_class)
-        if own_name is not None:
-            state[own_name] = _value(name, found)
+    state = {
+        own_name: _value(name, found)
+        for name in dict.fromkeys([*found.base.tensors, *found.item.tensors])
+        if (own_name := layout.name_in_class(name, found.model_class)) is not None
+    }
     if found.model_class == "CLIPForImageClassification":
         state |= {name: found.item.head_tensor(name) for name in found.item.head}
     if dtype is None:
@@ -120,7 +108,7 @@ def build(
         )
     model.name_or_path = str(found.item)
     for item in (found.item, found.base):
-        close(item)
+        item.pinned.files.close()
     if device is not None:
         torch.nn.Module.to(model, pick_device(str(device)))
     return model

@@ -16,16 +16,8 @@ from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.opening import format_of, open_base
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.checkpoints.sources import Access, fetched, open_sources
-from hf_tsv.models.building import (
-    PIPELINES,
-    Found,
-    build,
-    check_clip,
-    check_head,
-    check_parts,
-    missing_parts,
-    understood,
-)
+from hf_tsv.models import building
+from hf_tsv.models.building import PIPELINES, Found
 from hf_tsv.system.errors import CheckpointError, RecipeError
 from hf_tsv.system.progress import visible_by_default
 from hf_tsv.system.text import one_of
@@ -63,10 +55,7 @@ def load_model(  # noqa: PLR0913  (what users may ask for)
         base_model (`str`, *optional*): default: the one named by the factors or the card.
         dtype (`torch.dtype`, *optional*): default: the stored type, or one that holds all of them.
         device (`str`, *optional*): default: cpu.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): folder in the repository; same as `org/name/subfolder`.
-        progress (`bool`, *optional*): show a bar; default: on a terminal.
+        token, cache_dir, subfolder, progress: as in [`merge`].
 
     Returns:
         `transformers.PreTrainedModel`: model in evaluation mode.
@@ -80,7 +69,7 @@ def load_model(  # noqa: PLR0913  (what users may ask for)
     """
     access = Access.of(token, cache_dir, subfolder)
     found = _find(reference, kind, task, base_model, access, progress, processor=False)
-    return build(found, dtype, device)
+    return building.build(found, dtype, device)
 
 
 def pipeline(  # noqa: PLR0913  (what users may ask for)
@@ -103,16 +92,9 @@ def pipeline(  # noqa: PLR0913  (what users may ask for)
     Args:
         kind (`str`): `zero-shot-image-classification`, `image-feature-extraction`, or
             `image-classification`.
-        model (`str`): see [`load_model`].
-        task (`str`, *optional*): task whose head a classifier gets, from those beside a merge.
-        base_model (`str`, *optional*): see [`load_model`]; its processor and tokenizer are used if
-            the repository has none.
-        dtype (`torch.dtype`, *optional*): default: the stored type, or one that holds all of them.
-        device (`str`, *optional*): default: cpu.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): folder in the repository; same as `org/name/subfolder`.
-        progress (`bool`, *optional*): show a bar; default: on a terminal.
+        model (`str`): reference, as in [`load_model`], like all that follow it.
+        base_model (`str`, *optional*): its processor and tokenizer are used if the repository has
+            none.
         kwargs: further arguments of `transformers.pipeline`.
 
     Returns:
@@ -130,7 +112,7 @@ def pipeline(  # noqa: PLR0913  (what users may ask for)
     given = {"image_processor", "tokenizer"} <= kwargs.keys()
     access = Access.of(token, cache_dir, subfolder)
     found = _find(model, kind, task, base_model, access, progress, processor=not given)
-    with understood(found.processor):
+    with building.understood(found.processor):
         if "image_processor" not in kwargs:
             load: Any = transformers.AutoImageProcessor.from_pretrained  # without annotations
             kwargs["image_processor"] = load(found.processor, trust_remote_code=False)
@@ -138,7 +120,7 @@ def pipeline(  # noqa: PLR0913  (what users may ask for)
             kwargs["tokenizer"] = transformers.AutoTokenizer.from_pretrained(
                 found.processor, trust_remote_code=False
             )
-    loaded = build(found, dtype, device)
+    loaded = building.build(found, dtype, device)
     make: Any = transformers.pipeline  # its overloads want a literal task
     made: Pipeline = make(kind, model=loaded, device=loaded.device, **kwargs)
     return made
@@ -154,8 +136,8 @@ def _find(
     *,
     processor: bool,
 ) -> Found:
-    if kind is not None:
-        _check_pipeline(kind)
+    if kind is not None and kind not in PIPELINES:
+        raise RecipeError(f"There is no CLIP pipeline {kind!r}.", f"Choose {one_of(PIPELINES)}.")
     if task is not None:
         kind = _kind_of_head(task, kind)
     text = fspath(reference)
@@ -169,8 +151,8 @@ def _find(
     )
     own_processor = _has_processor(item, model_class)
     items = [item] if item is base else [item, base]
-    check_head(item, model_class)
-    check_parts(items, model_class)
+    building.check_head(item, model_class)
+    building.check_parts(items, model_class)
     if processor and not (own_processor or _has_processor(base, model_class)):
         tokenizer = " and tokenizer" if model_class == "CLIPModel" else ""
         raise CheckpointError(
@@ -191,10 +173,10 @@ def _complete(
     if not format_of(pinned).task.is_whole:
         return None
     whole = open_base(pinned)
-    check_clip(whole)
+    building.check_clip(whole)
     whole = _headed(whole, task)
     model_class = wanted or layout.saved_class(whole.model_config)
-    lacking = missing_parts(whole, model_class)
+    lacking = building.missing_parts(whole, model_class)
     lacks_processor = processor and not _has_processor(whole, model_class)
     return None if lacking or lacks_processor else (whole, whole, model_class)
 
@@ -205,7 +187,7 @@ def _on_base(
     """A fine-tune, its base model, and the class of the two."""
     sources = open_sources([text], base_text, access)
     (item,), base = sources.inputs, sources.base
-    check_clip(item)
+    building.check_clip(item)
     check_fit(base, [item])
     model_class = wanted or item.model_class or layout.saved_class(base.model_config)
     return _headed(item, task), base, model_class
@@ -233,12 +215,5 @@ def _headed(item: T, task: str | None) -> T:
 
 def _has_processor(item: Task, model_class: str) -> bool:
     have = set(companions.present(item.pinned))
-    text = model_class == "CLIPModel"
-    return bool(have & set(companions.PROCESSOR_FILES)) and (
-        not text or bool(have & set(companions.TOKENIZER_FILES))
-    )
-
-
-def _check_pipeline(task: str) -> None:
-    if task not in PIPELINES:
-        raise RecipeError(f"There is no CLIP pipeline {task!r}.", f"Choose {one_of(PIPELINES)}.")
+    text = model_class != "CLIPModel" or not have.isdisjoint(companions.TOKENIZER_FILES)
+    return text and not have.isdisjoint(companions.PROCESSOR_FILES)

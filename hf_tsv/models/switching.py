@@ -19,21 +19,14 @@ from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.reference import task_name
 from hf_tsv.checkpoints.sources import Access, open_sources
 from hf_tsv.linalg.updates import TaskSingularVectors, Update
-from hf_tsv.models.building import (
-    Found,
-    build,
-    check_clip,
-    check_head,
-    check_parts,
-    close,
-)
+from hf_tsv.models import building
+from hf_tsv.models.building import Found
 from hf_tsv.system.errors import CheckpointError, RecipeError
 from hf_tsv.system.progress import visible_by_default
 from hf_tsv.system.text import one_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
 
 Keep = Literal["memory", "disk"]
 
@@ -77,9 +70,8 @@ class TaskSwitcher:
             for task, updates in tasks.items()
         }
         self._base = base
-        self._copies = (
-            {} if base else {name: p.detach().clone() for name, p in self._parameters.items()}
-        )
+        kept = {} if base else self._parameters
+        self._copies = {name: parameter.detach().clone() for name, parameter in kept.items()}
         self._touched: set[str] = set()
         self._lock = threading.RLock()
 
@@ -109,9 +101,7 @@ class TaskSwitcher:
                 the base model's file on `"disk"`, slower and without the copy.
             dtype (`torch.dtype`, *optional*): default: that of the stored base.
             device (`str`, *optional*): default: cpu.
-            token (`str`, *optional*): default: the one the Hub client is logged in with.
-            cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-            progress (`bool`, *optional*): show a bar; default: on a terminal.
+            token, cache_dir, progress: as in [`merge`].
 
         Raises:
             [`HfTsvError`]: not task factors, or of different base models.
@@ -124,7 +114,7 @@ class TaskSwitcher:
             None if base_model is None else fspath(base_model),
             Access.of(token, cache_dir),
         )
-        check_clip(sources.base)
+        building.check_clip(sources.base)
         check_fit(sources.base, sources.inputs)
         show = visible_by_default() if progress is None else progress
         sources = sources.within_reach(visible=show)
@@ -135,17 +125,17 @@ class TaskSwitcher:
                 f"There is no CLIP class {model_class!r}.",
                 f"Choose {one_of(layout.MODEL_CLASSES)}.",
             )
-        check_head(base, model_class)
-        check_parts([base], model_class)
+        building.check_head(base, model_class)
+        building.check_parts([base], model_class)
         digests: dict[str, str] = {}
         tasks = {
             name: _updates(item, base, model_class, digests)
             for name, item in zip(named, items, strict=True)
         }
-        model = build(Found(base, base, model_class), dtype, device)
+        model = building.build(Found(base, base, model_class), dtype, device)
         switcher = cls(model, tasks, model_class, base if keep == "disk" else None)
         for item in items:
-            close(item)
+            item.pinned.files.close()
         return switcher
 
     @property
@@ -155,10 +145,7 @@ class TaskSwitcher:
 
     @torch.no_grad()
     def activate(self, task: str) -> None:
-        """Write the weights of a task into the model.
-
-        Args:
-            task (`str`): one of `names`.
+        """Write the weights of a task, one of `names`, into the model.
 
         Raises:
             [`RecipeError`]: there is no such task.
