@@ -1,7 +1,7 @@
 """Model cards of what is written: one frozen dataclass a card, rendered by its template.
 
-Fields and properties of a card are the variables of its template in `model_cards/`. To say more in
-a card, change three places: the field here, the verb that makes the card, and the template.
+Fields and properties of a card are the variables of its template in `model_cards/`. A new field
+changes three places: the card, the verb that makes it, and the template.
 """
 
 from __future__ import annotations
@@ -38,14 +38,7 @@ LARGEST_SHOWN = 10
 
 @dataclass(frozen=True)
 class CardInput:
-    """One checkpoint that a card names.
-
-    Args:
-        ref (`str`): repository id, with its subfolder if there is one, or folder.
-        revision (`str`, *optional*): commit sha; None for a folder.
-        license (`str`, *optional*): as its own card says.
-        weight (`float`): factor of its update.
-    """
+    """Checkpoint that a card names, see [`Origin`], with the factor of its update."""
 
     ref: str
     revision: str | None
@@ -59,17 +52,14 @@ class CardInput:
 
     @property
     def name(self) -> str:
-        """Short name: the last part of the repository id or path."""
         return Path(self.ref).name or self.ref
 
     @property
     def repo_id(self) -> str:
-        """Repository that it lies in."""
         return repo_id_of(self.ref)
 
     @property
     def subfolder(self) -> str:
-        """Folder that it lies in, inside its repository; empty for all of it."""
         return self.ref[len(self.repo_id) + 1 :]
 
     @property
@@ -85,11 +75,7 @@ class CardInput:
 
 @dataclass(frozen=True, kw_only=True)
 class Card(ABC):
-    """Fields that all cards have.
-
-    Args:
-        repo_id (`str`, *optional*): repository that it will be pushed to.
-    """
+    """Card of something that will be pushed to a repository, or stay in a folder."""
 
     template: ClassVar[str]
     repo_id: str | None
@@ -106,19 +92,11 @@ class Card(ABC):
 
     @property
     def place_note(self) -> str:
-        """Comment that explains the place where a reader may not know it."""
         return "" if self.repo_id else '  # "." is this folder'
 
 
 def render(card: Card) -> str:
-    """Text of a card.
-
-    Args:
-        card ([`Card`]): card to write.
-
-    Returns:
-        `str`: Markdown with YAML front matter, ending in a newline.
-    """
+    """Text of a card: Markdown with YAML front matter, ending in a newline."""
     names = [name for name in dir(card) if not name.startswith("_")]
     template = environment().get_template(card.template)
     text = template.render({name: getattr(card, name) for name in names})
@@ -130,20 +108,14 @@ class MergeCard(Card):
     """Card of a merged checkpoint.
 
     Args:
-        recipe ([`Recipe`]): recipe of the merge.
-        base ([`CardInput`]): W0.
-        inputs (`Sequence[CardInput]`): tasks, in the order of the recipe.
         model_type (`str`): architecture that the base model's config.json names.
         full_model (`bool`): it has both towers of CLIP, not one.
-        out_format (`str`): library whose files its weights are.
         counts (`Mapping[str, int]`): number of tensors by treatment.
         left_out (`Mapping[str, Sequence[str]]`): task heads not kept, by checkpoint.
         heads (`Sequence[str]`): tasks whose heads are kept.
         masks (`Sequence[str]`): folders of TALL-masks.
         tuning ([`AlphaSearch`], *optional*): search that chose α.
-        warnings (`Sequence[str]`): warnings of the run.
-        interference ([`InterferenceReport`], *optional*): report on who disturbs whom.
-        picture ([`Picture`], *optional*): picture of that report, in a file beside the card.
+        picture ([`Picture`], *optional*): interference in a file beside the card.
     """
 
     template: ClassVar[str] = "merge.md.jinja"
@@ -197,38 +169,29 @@ class MergeCard(Card):
 
     @property
     def clip(self) -> bool:
-        """Whether it is CLIP or a tower of it."""
         return _family(self.model_type) == "clip"
 
     @property
     def model_class(self) -> str:
-        """Class of transformers that loads it."""
         return "CLIPModel" if self.full_model and self.clip else "AutoModel"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedCard(Card):
-    """Fields that the cards of a compressed task and of its reconstruction share.
-
-    Args:
-        config ([`FactorsConfig`]): description of the task.
-    """
+    """Card of a compressed task, or of its reconstruction."""
 
     config: FactorsConfig
 
     @property
     def base(self) -> CardInput:
-        """Base model W0."""
         return CardInput.of(self.config.base_model)
 
     @property
     def source(self) -> CardInput:
-        """Fine-tuned checkpoint."""
         return CardInput.of(self.config.source)
 
     @property
     def family(self) -> str:
-        """Tag of the architecture."""
         return _family(str(self.config.model_config.get("model_type", "clip")))
 
     def _data(
@@ -259,18 +222,13 @@ class CompressedCard(Card):
 
 @dataclass(frozen=True, kw_only=True)
 class FactorsCard(CompressedCard):
-    """Card of task factors.
-
-    Args:
-        kept ([`KeptSection`], *optional*): section on the kinds of layers.
-    """
+    """Card of task factors."""
 
     template: ClassVar[str] = "factors.md.jinja"
     kept: KeptSection | None = None
 
     @property
     def front_matter(self) -> ModelCardData:
-        """Metadata for the Hub."""
         tags = ["task-singular-vectors", "task-factors", "hf-tsv", self.family]
         return self._data("adapter", "hf-tsv", tags)
 
@@ -282,29 +240,20 @@ class FactorsCard(CompressedCard):
     @property
     def largest(self) -> list[tuple[str, StoredWeight]]:
         """Weights with the largest updates, and their names."""
-        weights = sorted(self.config.weights.items(), key=lambda item: -item[1].norm)
-        return weights[:LARGEST_SHOWN]
+        return sorted(self.config.weights.items(), key=lambda w: -w[1].norm)[:LARGEST_SHOWN]
 
     @property
     def dtype(self) -> str:
-        """Type of the stored numbers."""
         return _dtype_name(self.config)
 
     @property
     def command(self) -> str:
-        """Command that makes the same files again."""
         return self._compress_command()
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterCard(CompressedCard):
-    """Card of a LoRA adapter made from a compressed task.
-
-    Args:
-        model_class (`str`): class of transformers that it fits.
-        dense (`bool`): it holds more than matrices.
-        kept ([`KeptSection`], *optional*): section on the kinds of layers.
-    """
+    """Card of a LoRA adapter made from a compressed task; `dense`: of more than its matrices."""
 
     template: ClassVar[str] = "adapter.md.jinja"
     model_class: str
@@ -313,7 +262,6 @@ class AdapterCard(CompressedCard):
 
     @property
     def front_matter(self) -> ModelCardData:
-        """Metadata for the Hub."""
         return self._data("adapter", "peft", ["lora", "task-singular-vectors", "hf-tsv", "clip"])
 
     @property
@@ -323,20 +271,13 @@ class AdapterCard(CompressedCard):
 
     @property
     def command(self) -> str:
-        """Command that makes the same files again."""
         dense = [] if self.dense else ["--no-dense"]
         return self._compress_command("--format", "peft", "--model-class", self.model_class, *dense)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructedCard(CompressedCard):
-    """Card of a checkpoint made from task factors.
-
-    Args:
-        factors ([`CardInput`]): factors that it was made from.
-        full_model (`bool`): it has both towers of CLIP, not one.
-        out_format (`str`): library whose files its weights are.
-    """
+    """Card of a checkpoint made from task factors; `full_model`: with both towers of CLIP."""
 
     template: ClassVar[str] = "reconstructed.md.jinja"
     factors: CardInput
@@ -345,7 +286,6 @@ class ReconstructedCard(CompressedCard):
 
     @property
     def front_matter(self) -> ModelCardData:
-        """Metadata for the Hub."""
         head = bool(self.config.task_head)
         return self._data(
             "finetune",
@@ -356,7 +296,6 @@ class ReconstructedCard(CompressedCard):
 
     @property
     def model_class(self) -> str:
-        """Class of transformers that loads it."""
         return "CLIPForImageClassification" if self.config.task_head else "AutoModel"
 
 
@@ -367,15 +306,13 @@ def common_license(inputs: Sequence[CardInput]) -> str | None:
 
 
 def _family(model_type: str) -> str:
-    """Tag of an architecture: the towers of a CLIP are CLIP too."""
+    """Tag of an architecture; the towers of a CLIP are CLIP too."""
     return "clip" if is_clip({"model_type": model_type}) else model_type
 
 
 def _pipeline_tag(full_model: bool) -> str:
-    """Task of a model without a head of its own."""
     return "zero-shot-image-classification" if full_model else "image-feature-extraction"
 
 
 def _dtype_name(config: FactorsConfig) -> str:
-    """Type of the stored numbers, without the module's name."""
     return str(config.factor_dtype).removeprefix("torch.")

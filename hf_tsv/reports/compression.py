@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
+
+from hf_tsv.reports.report import Report
 
 
 @dataclass(frozen=True)
-class CompressReport:
-    """What a compression did, or with `dry_run` would do.
+class CompressReport(Report):
+    """Results of a compression, or with `dry_run` those it would have.
 
     Args:
-        output (`str`, *optional*): the folder written, if it is kept.
+        output (`str`, *optional*): folder written, if it is kept.
         base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
         source (`dict[str, str | None]`): the same of the fine-tuned checkpoint.
         format (`str`): `factors` or `peft`.
@@ -27,17 +29,10 @@ class CompressReport:
         weights (`dict[str, dict]`): per weight how it is stored, rank, energy kept, bytes.
         left_out (`list[str]`): changed tensors that the format has no place for.
         output_bytes (`int`): size of the weight files, headers included.
-        seconds (`float`): wall time.
-        warnings (`list[str]`): what the user should know.
-        download_bytes (`int`): fetched from the Hub; what the cache held does not count.
-        peak_memory_bytes (`int`): estimate, on top of the interpreter and its libraries.
-        exact_decompositions (`int`): that took a full SVD: where most triplets may be kept, or
+        exact_decompositions (`int`): number of full SVDs: where most triplets may be kept, or
             where those of a Gram matrix failed the check.
-        timings (`dict[str, float]`): seconds `reading`, `waiting` for reads, `computing` and
-            `writing`.
-        device (`str`, *optional*): type of device computed on.
-        url (`str`, *optional*): commit or pull request on the Hub.
-        dry_run (`bool`): nothing was written.
+        seconds, warnings, download_bytes, peak_memory_bytes, timings, device, url, dry_run: as in
+            [`MergeReport`].
     """
 
     output: str | None
@@ -64,7 +59,3 @@ class CompressReport:
     device: str | None = None
     url: str | None = None
     dry_run: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return asdict(self)

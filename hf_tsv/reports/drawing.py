@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from hf_tsv.system.progress import logger
 from hf_tsv.system.text import first_line, one_line
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MISSING = "There are no pictures without matplotlib: pip install 'hf-tsv[plots]'."
-
 BROKEN = "There are no pictures: matplotlib is installed, but {} failed."
 TEXT = "#7a7a7a"
 """Text colour half way between white and black, as the background is transparent."""
@@ -35,24 +36,14 @@ HEAT = "cividis"
 WIDTH = 8.0  # inches, about as wide as a card on a screen
 DPI = 200
 
-HALF = 10
-LONGEST_NAME = 2 * HALF + 1
-NUMBERED = 10
-"""Most tasks of a heat map that shows its numbers."""
-NAMED = len(COLOURS)
-"""Most tasks for which every line of a plot has a colour of its own."""
+LONGEST_NAME = 21
+NUMBERED = 10  # most rows of a heat map that shows its numbers
+NAMED = len(COLOURS)  # most tasks whose lines all have a colour of their own
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Picture of a report.
-
-    Args:
-        file (`str`): file name.
-        title (`str`): title.
-        alt (`str`): description for readers who cannot see it.
-        png (`bytes`): content of the file.
-    """
+    """Picture of a report, with `alt`, a description for readers who cannot see it."""
 
     file: str
     title: str
@@ -61,14 +52,7 @@ class Picture:
 
 
 def attempted(draw: Callable[[], T]) -> T | None:
-    """Draw, or warn that there is no picture, so that the computed result is not lost.
-
-    Args:
-        draw (`Callable`): one of the functions below.
-
-    Returns:
-        The result of `draw`, or None.
-    """
+    """Result of drawing; None, with a warning, if it fails: what was computed must not be lost."""
     try:
         with _plain_style():
             return draw()
@@ -103,12 +87,6 @@ def new_figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def png_of(draw: Callable[[Axes, Any], None], report: Any, height: float) -> bytes:
-    figure = new_figure(height)
-    draw(figure.subplots(), report)
-    return to_png(figure)
-
-
 def to_png(figure: Figure) -> bytes:
     """PNG of the figure with a transparent background, which suits any page."""
     for axes in figure.axes:
@@ -137,23 +115,51 @@ def percent_text(axes: Axes) -> None:
     axes.xaxis.set_major_formatter("{x:.0%}")
 
 
-def plain_name(name: str) -> str:
-    """Name from an untrusted source, on one line."""
-    return one_line(name)
+def heat_map(
+    axes: Axes, values: Any, named: Callable[[float], str], *, top: float = 1.0, **bar: Any
+) -> None:
+    """Draw a matrix, with its numbers if it is small; NaN stays empty."""
+    image = axes.imshow(values, cmap=HEAT, vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+    axes.spines[:].set_visible(False)
+    if len(values) <= NUMBERED:
+        for (i, j), value in np.ndenumerate(values):
+            if not math.isnan(value):
+                axes.text(j, i, named(value), ha="center", va="center", fontsize=8.5,
+                          color="black" if value > 0.6 * top else "white")  # fmt: skip
+    scale = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, **bar)
+    scale.outline.set_visible(False)
+    scale.ax.tick_params(colors=TEXT, labelsize=8)
+
+
+def name_rows_and_columns(axes: Axes, names: Sequence[str], size: float, **turned: Any) -> None:
+    axes.set_xticks(range(len(names)), names, fontsize=size, parse_math=False, **turned)
+    axes.set_yticks(range(len(names)), names, fontsize=size, parse_math=False)
+    axes.tick_params(length=0)
+
+
+def legend_outside(figure: Any, axes: Axes, place: str, columns: int = 2, **style: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc=f"outside {place} center", ncols=columns,
+                           frameon=False, labelcolor=TEXT, fontsize=9, **style)  # fmt: skip
+    literal(legend)
+
+
+def literal(legend: Any) -> None:
+    """Show names as they are, whatever they have of TeX."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def short_names(names: Sequence[str]) -> list[str]:
     """Names without common beginnings and ends, shortened, all distinct."""
-    names = [plain_name(name) for name in names]
+    names = [one_line(name) for name in names]
     for turn in (slice(None), slice(None, None, -1)):
         turned = [name[turn] for name in names]
         common = re.match(r".*[-_/. ]|", os.path.commonprefix(turned))  # noqa: RUF071
         shared = len(common[0]) if common and len(names) > 1 else 0
         names = [(name[shared:] or name)[turn] for name in turned]
     half = LONGEST_NAME // 2
-    names = [
-        n if len(n) <= LONGEST_NAME else f"{n[:half]}…{n[half + 1 - LONGEST_NAME :]}" for n in names
-    ]
+    names = [n if len(n) <= 2 * half + 1 else f"{n[:half]}…{n[-half:]}" for n in names]
     return [f"{i + 1}: {n}" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from hf_tsv.reports.report import Report
+
 
 @dataclass(frozen=True)
-class InterferenceReport:
-    """Who disturbs whom.
+class InterferenceReport(Report):
+    """Measure of who disturbs whom.
 
     Args:
         tasks (`list[dict]`): of every task its name, `ref` and `revision`, `norm` of its update and
@@ -52,19 +54,13 @@ class InterferenceReport:
     timings: dict[str, float]
     device: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return asdict(self)
-
     def to_json(self) -> str:
-        """The content of `interference.json`."""
+        """Content of `interference.json`."""
         return json.dumps(self.to_dict(), indent=1) + "\n"
 
     def extremes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The pairs of tasks that interfere most and least, of those that take part."""
-        taking_part = [i for i, task in enumerate(self.tasks) if task["effective_rank"]]
-        ranked = sorted(
-            combinations(taking_part if len(taking_part) > 1 else range(len(self.tasks)), 2),
-            key=lambda pair: self.pairs[pair[0]][pair[1]],
-        )
+        """Pairs of tasks that interfere most and least, of those that take part."""
+        some = [i for i, task in enumerate(self.tasks) if task["effective_rank"]]
+        pairs = combinations(some if len(some) > 1 else range(len(self.tasks)), 2)
+        ranked = sorted(pairs, key=lambda pair: self.pairs[pair[0]][pair[1]])
         return ranked[-1], ranked[0]

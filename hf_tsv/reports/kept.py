@@ -1,4 +1,4 @@
-"""How much a compression keeps of each kind of layer: a section that its cards share."""
+"""Section of a card on how much a compression keeps of each kind of layer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KeptKind:
-    """Sum over the changed weights of one kind of layer.
+    """Sum over the changed weights of one kind of layer, such as `mlp.fc1`.
 
     Args:
-        kind (`str`): such as `mlp.fc1`.
         weights (`int`): number of weights.
         rank (`str`): triplets of one, least to most, and how many are stored otherwise.
         energy (`float`): share of their squared norm that is kept.
-        bytes (`int`): size of what is stored of them.
     """
 
     kind: str
@@ -36,30 +34,18 @@ class KeptKind:
         """Sum over several weights."""
         stored = Counter(weight.stored for weight in weights)
         ranks = [weight.rank for weight in weights if weight.stored == "factors"]
-        said = [str(min(ranks))] if ranks else []
-        if ranks and max(ranks) > min(ranks):
-            said = [f"{min(ranks)} to {max(ranks)}"]
+        said = [" to ".join(map(str, sorted({min(ranks), max(ranks)})))] if ranks else []
         said += [f"{stored['dense']} whole"] if stored["dense"] else []
         said += [f"{stored['none']} not kept"] if stored["none"] else []
         total = sum(weight.norm**2 for weight in weights) or 1.0
-        return cls(
-            kind,
-            len(weights),
-            ", ".join(said),
-            sum(weight.energy * weight.norm**2 for weight in weights) / total,
-            sum(weight.bytes for weight in weights),
-        )
+        energy = sum(weight.energy * weight.norm**2 for weight in weights) / total
+        size = sum(weight.bytes for weight in weights)
+        return cls(kind, len(weights), ", ".join(said), energy, size)
 
 
 @dataclass(frozen=True)
 class KeptSection:
-    """Part of a card that says how much is kept of which kind of layer.
-
-    Args:
-        kinds (`Sequence[KeptKind]`): matrices, by kind.
-        others ([`KeptKind`], *optional*): weights that are no matrices.
-        picture (`str`, *optional*): file of the picture beside the card.
-    """
+    """Matrices by kind, all other weights together, and the file of a picture beside the card."""
 
     kinds: Sequence[KeptKind]
     others: KeptKind | None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
+
+from hf_tsv.reports.report import Report
 
 
 @dataclass(frozen=True)
-class MergeReport:
-    """What a merge did, or with `dry_run` would do.
+class MergeReport(Report):
+    """Results of a merge, or with `dry_run` those it would have.
 
     Args:
         output (`str`, *optional*): the folder written, if it is kept.
@@ -60,7 +62,3 @@ class MergeReport:
     device: str | None = None
     url: str | None = None
     dry_run: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return asdict(self)

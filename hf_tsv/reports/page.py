@@ -24,30 +24,19 @@ def interference_page(report: InterferenceReport, pictures: Sequence[Picture]) -
 
     Text from repositories is escaped. A content security policy runs only the page's own script,
     which sorts tables, and loads nothing.
-
-    Args:
-        report ([`InterferenceReport`]): report to show.
-        pictures (`Sequence[Picture]`): pictures of the report; may be empty.
-
-    Returns:
-        `str`: HTML.
     """
     script = (templates() / "sortable.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    images = [(p, base64.b64encode(p.png).decode()) for p in pictures]
-    return (
-        environment()
-        .get_template("interference.html.jinja")
-        .render(
-            report=report,
-            names=[one_line(task["name"]) for task in report.tasks],
-            weights=_weights(report),
-            images=images,
-            missing=MISSING,
-            script=Markup(script),  # noqa: S704  (a file of this package)
-            script_digest=digest,
-            version=__version__,
-        )
+    template = environment().get_template("interference.html.jinja")
+    return template.render(
+        report=report,
+        names=[one_line(task["name"]) for task in report.tasks],
+        weights=_weights(report),
+        images=[(picture, base64.b64encode(picture.png).decode()) for picture in pictures],
+        missing=MISSING,
+        script=Markup(script),  # noqa: S704  (a file of this package)
+        script_digest=digest,
+        version=__version__,
     )
 
 

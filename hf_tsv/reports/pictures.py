@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -11,41 +12,21 @@ import numpy as np
 
 from hf_tsv.checkpoints.layout import block_and_kind, kind_order
 from hf_tsv.checkpoints.names import COMPRESSION
-from hf_tsv.reports.drawing import (
-    COLOURS,
-    HEAT,
-    NAMED,
-    NUMBERED,
-    TEXT,
-    Picture,
-    frame_axes,
-    new_figure,
-    number_text,
-    percent_text,
-    plain_name,
-    png_of,
-    short_names,
-    to_png,
-)
+from hf_tsv.reports import drawing as kit
+from hf_tsv.reports.drawing import COLOURS, TEXT, Picture, number_text
+from hf_tsv.system.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from hf_tsv.reports.interference import InterferenceReport
 
-
 TOWERS = {"vision": COLOURS[0], "text": COLOURS[2]}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Weight in a plot over depth.
-
-    Args:
-        block (`str`): tower and number, such as `vision 3`; otherwise `other`.
-        kind (`str`): kind of layer, such as `mlp.fc1`.
-        value (`float`): height of its bar.
-    """
+    """Weight in a plot over depth: a bar for a kind, such as `mlp.fc1`, in a block: `vision 3`."""
 
     block: str
     kind: str
@@ -53,19 +34,17 @@ class Layer:
 
     @property
     def tower(self) -> str:
-        """Tower of the block: `vision`, `text` or `other`."""
         return self.block.split()[0]
 
 
 def of_interference(report: InterferenceReport) -> list[Picture]:
-    """Plots of a report on interference.
-
-    Args:
-        report ([`InterferenceReport`]): report to draw.
-    """
+    """Plots of a report on interference."""
+    pairs, blocks = kit.new_figure(6.3), kit.new_figure(3.4)
+    _pairs(pairs.subplots(), report)
+    _blocks(blocks.subplots(), report)
     drawn = [
-        ("pairs.png", "Who disturbs whom", _pairs_alt(report), png_of(_pairs, report, 6.3)),
-        ("blocks.png", "Interference by block", _blocks_alt(report), png_of(_blocks, report, 3.4)),
+        ("pairs.png", "Who disturbs whom", _pairs_alt(report), kit.to_png(pairs)),
+        ("blocks.png", "Interference by block", _blocks_alt(report), kit.to_png(blocks)),
         ("layers.png", "Interference by layer", _layers_alt(report), _layers(report)),
         ("spectrum.png", "Spectrum and retained energy", _spectra_alt(report), _spectra(report)),
         ("ranks.png", "Rank kept per layer", _ranks_alt(report), _ranks(report)),
@@ -74,17 +53,13 @@ def of_interference(report: InterferenceReport) -> list[Picture]:
 
 
 def of_merge(report: InterferenceReport) -> Picture:
-    """Plot for the card of a merge: pairs of tasks beside blocks.
-
-    Args:
-        report ([`InterferenceReport`]): report to draw.
-    """
-    figure = new_figure(4.4)
+    """Plot for the card of a merge: pairs of tasks beside blocks."""
+    figure = kit.new_figure(4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _pairs(left, report)
     _blocks(right, report)
     alt = f"{_pairs_alt(report)} {_blocks_alt(report)}"
-    return Picture("interference.png", "Who disturbs whom", alt, to_png(figure))
+    return Picture("interference.png", "Who disturbs whom", alt, kit.to_png(figure))
 
 
 def of_compression(
@@ -93,13 +68,12 @@ def of_compression(
     """Plot for the card of a compressed task: energy over rank, and the ranks kept.
 
     Args:
-        curves (`Mapping[str, tuple[Sequence[float], Sequence[float]]]`): by kind of layer, shares
-            of k, and the shares of the squared norm in that many triplets.
-        ranks (`Mapping[str, int]`): rank of every weight stored as factors, by name; at least one.
+        curves: by kind of layer, shares of k, and shares of the squared norm in that many triplets.
+        ranks: rank of every weight stored as factors, by name; at least one.
     """
     layers = layers_of(ranks)
     rows = len(_by_tower(layers))
-    figure = new_figure(2.8 + 2.3 * rows)
+    figure = kit.new_figure(2.8 + 2.3 * rows)
     parts: Any = figure.subfigures(2, 1, height_ratios=(2.5, 2.3 * rows))
     axes = parts[0].subplots()
     kinds = _over_depth(parts[1], layers, "rank kept")  # its legend serves both plots
@@ -107,9 +81,9 @@ def of_compression(
         axes.plot(*curves[kind], color=_colour(kind, kinds), linewidth=1.6)
     axes.set(xlabel="triplets, share of min(shape)", ylabel="energy kept", ylim=(0, 1.03))
     axes.set_title("Energy in the leading triplets, by kind of layer", fontsize=11, color=TEXT)
-    percent_text(axes)
+    kit.percent_text(axes)
     alt = "Energy in the leading triplets by kind of layer, and the rank kept per layer"
-    return Picture(COMPRESSION, "What is kept", alt, to_png(figure))
+    return Picture(COMPRESSION, "What is kept", alt, kit.to_png(figure))
 
 
 # Content
@@ -121,28 +95,15 @@ def _pairs(axes: Axes, report: InterferenceReport) -> None:
     count = len(pairs)
     shown = np.where(np.eye(count, dtype=bool), np.nan, pairs)
     top = float(pairs.max()) or 1.0
-    image = axes.imshow(shown, cmap=HEAT, vmin=0, vmax=top, aspect="auto")
-    names = _labels(report)
-    size = 9 if count <= NUMBERED else 7
-    axes.set_xticks(range(count), names, rotation=45, ha="right", fontsize=size, parse_math=False)
-    axes.set_yticks(range(count), names, fontsize=size, parse_math=False)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    if count <= NUMBERED:
-        for i, j in zip(*np.nonzero(~np.eye(count, dtype=bool)), strict=True):
-            axes.text(
-                j, i, number_text(pairs[i, j], top), ha="center", va="center", fontsize=8.5,
-                color="black" if pairs[i, j] > 0.6 * top else "white",
-            )  # fmt: skip
-    bar = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=TEXT, labelsize=8)
+    size = 9 if count <= kit.NUMBERED else 7
+    kit.name_rows_and_columns(axes, _labels(report), size, rotation=45, ha="right")
+    kit.heat_map(axes, shown, lambda value: number_text(value, top), top=top)
     axes.set_title("STI of every two tasks", fontsize=11, color=TEXT)
 
 
 def _pairs_alt(report: InterferenceReport) -> str:
     (a, b), (c, d) = report.extremes()
-    names = [plain_name(task["name"]) for task in report.tasks]
+    names = [one_line(task["name"]) for task in report.tasks]
     if (a, b) == (c, d):
         return f"{names[a]} and {names[b]}: {number_text(report.pairs[a][b])}."
     return (
@@ -179,11 +140,10 @@ def _blocks(axes: Axes, report: InterferenceReport) -> None:
     highest = max((block["sti"] for block in report.blocks.values()), default=0.0)
     axes.set_ylim(0, (1.4 if several else 1.25) * (highest or 1.0))  # room for the legend
     axes.legend(frameon=False, labelcolor=TEXT, fontsize=8.5, loc="upper right", borderaxespad=0)
-    frame_axes(axes)
+    kit.frame_axes(axes)
 
 
 def _orthogonal(report: InterferenceReport) -> bool:
-    """Tell whether the merge has reduced the interference."""
     return report.total_after < report.total
 
 
@@ -205,10 +165,9 @@ def _sti_layers(report: InterferenceReport) -> list[Layer]:
 
 
 def _layers_alt(report: InterferenceReport) -> str:
-    """Description of the plot of layers."""
-    drawn = [layer for part in _by_tower(_sti_layers(report)).values() for layer in part]
+    drawn = chain.from_iterable(_by_tower(_sti_layers(report)).values())
     worst = max(drawn, key=lambda layer: layer.value)
-    return f"Most in {plain_name(worst.kind)} of block {worst.block}: {number_text(worst.value)}."
+    return f"Most in {one_line(worst.kind)} of block {worst.block}: {number_text(worst.value)}."
 
 
 def _ranks(report: InterferenceReport) -> bytes:
@@ -224,7 +183,7 @@ def _ranks_alt(report: InterferenceReport) -> str:
 
 def _spectra(report: InterferenceReport) -> bytes:
     """Plot of singular values and energy over rank, one line per task."""
-    figure = new_figure(3.7)
+    figure = kit.new_figure(3.7)
     left, right = figure.subplots(1, 2)
     share = np.asarray(report.spectra["rank_share"])
     for axes, key in ((left, "singular_values"), (right, "energy")):
@@ -235,8 +194,8 @@ def _spectra(report: InterferenceReport) -> bytes:
         axes.set_xlabel("triplets, share of min(shape)")
     left.set(yscale="log", ylabel="σ over the largest", ylim=(1e-4, 1.5), xlim=(0, 1))
     right.set(ylabel="energy kept", ylim=(0, 1.03), xlim=(0, 1))
-    frame_axes(left)
-    percent_text(right)
+    kit.frame_axes(left)
+    kit.percent_text(right)
     left.xaxis.set_major_formatter("{x:.0%}")
     kept = median(w["rank"] / min(w["shape"]) for w in report.weights.values())
     right.axvline(kept, color=TEXT, linewidth=1, linestyle=":")
@@ -244,10 +203,8 @@ def _spectra(report: InterferenceReport) -> bytes:
                ha="left" if kept < 0.8 else "right")  # fmt: skip
     left.set_title("Spectrum of the updates", fontsize=11, color=TEXT)
     right.set_title("Energy in the leading triplets", fontsize=11, color=TEXT)
-    legend = right.legend(frameon=False, labelcolor=TEXT, fontsize=8.5, loc="lower right")
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-    return to_png(figure)
+    kit.literal(right.legend(frameon=False, labelcolor=TEXT, fontsize=8.5, loc="lower right"))
+    return kit.to_png(figure)
 
 
 def _spectra_alt(report: InterferenceReport) -> str:
@@ -261,14 +218,12 @@ def _spectra_alt(report: InterferenceReport) -> str:
 def _task_lines(report: InterferenceReport) -> list[tuple[str, str | None, float]]:
     """Colour, name and width of each task's line; among many, only the extremes have names."""
     names = _labels(report)
-    if len(names) <= NAMED:
+    if len(names) <= kit.NAMED:
         return [(colour, name, 1.6) for colour, name in zip(COLOURS, names, strict=False)]
     spread = [task["effective_rank"] for task in report.tasks]
     lines: list[tuple[str, str | None, float]] = [(COLOURS[4], None, 0.9) for _ in names]
-    for place, colour in (
-        (int(np.argmax(spread)), COLOURS[0]),
-        (int(np.argmin(spread)), COLOURS[1]),
-    ):
+    for pick, colour in ((np.argmax, COLOURS[0]), (np.argmin, COLOURS[1])):
+        place = int(pick(spread))
         lines[place] = (colour, f"{names[place]}: effective rank {spread[place]:.0f}", 2.0)
     return lines
 
@@ -277,11 +232,7 @@ def _task_lines(report: InterferenceReport) -> list[tuple[str, str | None, float
 
 
 def layers_of(values: Mapping[str, float]) -> list[Layer]:
-    """Weights in the order a model computes them.
-
-    Args:
-        values (`Mapping[str, float]`): value of each weight, by name.
-    """
+    """Weights in the order a model computes them, with their values, by name."""
     return sorted(
         (Layer(*block_and_kind(name), value) for name, value in values.items()),
         key=lambda layer: (*_depth(layer.block), kind_order(layer.kind)),
@@ -289,9 +240,9 @@ def layers_of(values: Mapping[str, float]) -> list[Layer]:
 
 
 def _depth_png(layers: Sequence[Layer], what: str) -> bytes:
-    figure = new_figure(0.9 + 2.5 * max(1, len(_by_tower(layers))))
+    figure = kit.new_figure(0.9 + 2.5 * max(1, len(_by_tower(layers))))
     _over_depth(figure, layers, what)
-    return to_png(figure)
+    return kit.to_png(figure)
 
 
 def _over_depth(figure: Any, layers: Sequence[Layer], what: str) -> list[str]:
@@ -303,7 +254,7 @@ def _over_depth(figure: Any, layers: Sequence[Layer], what: str) -> list[str]:
         for kind in kinds:
             places = [i for i, layer in enumerate(part) if layer.kind == kind]
             heights = [part[i].value for i in places]
-            axes.bar(places, heights, width=0.8, color=_colour(kind, kinds), label=plain_name(kind))
+            axes.bar(places, heights, width=0.8, color=_colour(kind, kinds), label=one_line(kind))
         starts = [i for i, layer in enumerate(part) if not i or part[i - 1].block != layer.block]
         names = [part[i].block.split()[-1] for i in starts]
         step = max(1, -(-len(starts) // 24))
@@ -311,14 +262,9 @@ def _over_depth(figure: Any, layers: Sequence[Layer], what: str) -> list[str]:
         axes.set_xlabel(f"block of the {tower} tower" if tower != "other" else "weight")
         axes.set_ylabel(what)
         axes.margins(x=0.01)
-        frame_axes(axes)
+        kit.frame_axes(axes)
     if kinds:
-        handles, labels = rows[0].get_legend_handles_labels()
-        legend = figure.legend(handles, labels, loc="outside upper center",
-                               ncols=min(6, len(kinds)), frameon=False, labelcolor=TEXT,
-                               fontsize=9, handlelength=1.0)  # fmt: skip
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+        kit.legend_outside(figure, rows[0], "upper", min(6, len(kinds)), handlelength=1.0)
     return kinds
 
 
@@ -348,4 +294,4 @@ def _tick(block: str, several: bool) -> str:
 
 
 def _labels(report: InterferenceReport) -> list[str]:
-    return short_names([task["name"] for task in report.tasks])
+    return kit.short_names([task["name"] for task in report.tasks])

@@ -27,15 +27,8 @@ def environment() -> Environment:
         autoescape=select_autoescape(["html.jinja"], default=False),
         undefined=StrictUndefined,
     )
-    made.filters |= {
-        "plain": plain,
-        "code": code,
-        "cell": cell,
-        "fenced": fenced,
-        "quoted": json.dumps,
-        "human_bytes": human_bytes,
-        "one_line": one_line,
-    }
+    own = (plain, code, cell, fenced, human_bytes, one_line)
+    made.filters |= {"quoted": json.dumps, **{filter_.__name__: filter_ for filter_ in own}}
     return made
 
 

@@ -179,8 +179,7 @@ def test_blocks_are_drawn_before_and_after(measured: InterferenceReport) -> None
 def figures_of(monkeypatch: pytest.MonkeyPatch, draw: Any) -> Any:
     """The figure that a picture is made of."""
     made: list[Any] = []
-    for module in (drawing, pictures):
-        monkeypatch.setattr(module, "to_png", lambda figure: made.append(figure) or b"")
+    monkeypatch.setattr(drawing, "to_png", lambda figure: made.append(figure) or b"")
     draw()
     return made[-1]
 

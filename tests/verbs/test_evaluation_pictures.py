@@ -11,6 +11,7 @@ from names import HOSTILE
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
+from hf_tsv.reports import drawing
 from hf_tsv.verbs import pictures
 
 
@@ -65,7 +66,7 @@ def test_nothing_is_cut_off(case: str) -> None:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that pictures are made of."""
     made: list[Any] = []
-    monkeypatch.setattr(pictures, "to_png", lambda figure: made.append(figure) or b"")
+    monkeypatch.setattr(drawing, "to_png", lambda figure: made.append(figure) or b"")
     return made
 
 
