@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_tsv.checkpoints.storage.tensors import digest, fingerprint
@@ -43,7 +43,7 @@ class Scoring:
     group: Processes
     finished: Finished
 
-    def model(self, reference: str, subfolder: str | None = None) -> Loaded:
+    def model(self, reference: str) -> Loaded:
         """Load a model with its tokenizer and image processor, in every process."""
         from transformers.utils import logging
 
@@ -52,9 +52,8 @@ class Scoring:
 
         if not self.show:
             logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        loaded: list[Loaded] = []
 
-        def load_it() -> None:
+        def loaded() -> Loaded:
             pipe = pipeline(
                 ZERO_SHOT,
                 reference,
@@ -62,13 +61,17 @@ class Scoring:
                 device=str(pick_device(self.device)),
                 token=self.token,
                 cache_dir=self.cache_dir,
-                subfolder=subfolder,
                 progress=self.show,
             )
-            loaded.append(Loaded(pipe, prompt_heads.text_identity(pipe.model)))
+            return Loaded(pipe, prompt_heads.text_identity(pipe.model))
 
-        self._together(load_it)
-        return loaded[0]
+        return self._own(loaded)
+
+    def _own(self, call: Callable[[], T]) -> T:
+        """Result of a call that stays in its process; the error of one is raised in each."""
+        mine: list[T] = []
+        self._together(lambda: mine.append(call()))
+        return mine[0]
 
     def _together(self, call: Callable[[], T]) -> list[T]:
         """Results of a call in all processes; the error of one is raised in each."""
@@ -90,7 +93,7 @@ class Scoring:
         errors: dict[str, str] = {}
         for task in self.job.tasks:
             try:
-                images = self._images(task)
+                images = self._own(partial(load, task, limit=self.job.limit, token=self.token))
                 results[task.name] = self.scored(model, task, images)
                 data[task.name] = task, images
             except LostProcessError:
@@ -99,11 +102,6 @@ class Scoring:
                 errors[task.name] = str(error)
                 logger.warning("%s", error)
         return data, results, errors
-
-    def _images(self, task: EvaluationTask) -> LabelledImages:
-        found: list[LabelledImages] = []
-        self._together(lambda: found.append(load(task, limit=self.job.limit, token=self.token)))
-        return found[0]
 
     def compare(self, data: Data, results: Results, errors: dict[str, str]) -> None:
         """Add the accuracies of the tasks' own fine-tunes to the results."""
@@ -117,7 +115,9 @@ class Scoring:
                     errors[name] = f"its reference: {error}"
                     logger.warning("%s", error)
                 else:
-                    results[name] |= _beside(results[name], ref, own)
+                    results[name]["reference"] = {"ref": ref, "accuracy": own}
+                    if own:
+                        results[name]["normalised"] = results[name]["accuracy"] / own
 
     def scored(self, model: Loaded, task: EvaluationTask, images: LabelledImages) -> dict[str, Any]:
         """Accuracy and confusion of one model on one task, from an earlier run if it has them."""
@@ -193,7 +193,6 @@ class Loaded:
 
     @property
     def device(self) -> str:
-        """Type of device that the model is on."""
         return str(self.pipe.model.device.type)
 
     @cached_property
@@ -222,9 +221,3 @@ class Loaded:
         """Zero-shot head of a task."""
         key = self._head_key(classes, templates)
         return prompt_heads.head(self.pipe.model, self.pipe.tokenizer, classes, templates, key)
-
-
-def _beside(found: dict[str, Any], reference: str, accuracy: float) -> dict[str, Any]:
-    """Accuracy of a task's own fine-tune, and the model's share of it."""
-    beside: dict[str, Any] = {"reference": {"ref": reference, "accuracy": accuracy}}
-    return beside | ({"normalised": found["accuracy"] / accuracy} if accuracy else {})

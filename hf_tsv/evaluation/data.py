@@ -23,12 +23,8 @@ LABELS = ("label", "labels", "fine_label", "class")
 
 SPLITS = ("test", "validation", "train")
 PARQUET = ".parquet"
-
-LIBRARIES = {"datasets": "datasets", "PIL": "pillow"}
-"""Packages that every use of images needs, by the name of their module."""
-
-SEED = 0
-"""Seed of the random choice of images under a `limit`."""
+LIBRARIES = {"datasets": "datasets", "PIL": "pillow"}  # package by the name of its module
+SEED = 0  # of the random choice of images under a `limit`
 
 
 @dataclass(frozen=True)
@@ -36,11 +32,9 @@ class LabelledImages:
     """Images with the numbers and names of their classes.
 
     Args:
-        rows (`Dataset`): rows, as a Hugging Face dataset.
         image (`str`): column of the images.
         label (`str`): column of the labels.
         classes (`tuple[str, ...]`): names, in the order of the labels.
-        split (`str`): split of the dataset.
         total (`int`): number of images in the split, of which `rows` may be a few.
         revision (`str`, *optional*): commit sha of the dataset; None if it is no repository.
     """
@@ -59,12 +53,7 @@ class LabelledImages:
         return f"{self.revision} {self.split} {self.rows._fingerprint}"
 
     def batch(self, start: int, stop: int, task: str) -> tuple[list[Any], list[int]]:
-        """Images as RGB, and their labels.
-
-        Args:
-            start (`int`): first row.
-            stop (`int`): end, after the last row.
-            task (`str`): name of the task, for errors.
+        """Images as RGB, and their labels, of a range of rows; `task` is for errors.
 
         Raises:
             [`DataError`]: an image cannot be read, or a label is no class.
@@ -93,12 +82,7 @@ class LabelledImages:
 
 
 def refuse_not_installed(what: str, **also: str) -> None:
-    """Refuse to continue without the libraries that read images.
-
-    Args:
-        what (`str`): feature that needs them, for the error.
-        also (`str`): further packages that it needs, by the name of their module.
-    """
+    """Refuse what needs libraries that read images, and others by the name of their module."""
     needed = {**LIBRARIES, **also}
     if missing := [package for module, package in needed.items() if find_spec(module) is None]:
         raise RecipeError(
@@ -107,17 +91,9 @@ def refuse_not_installed(what: str, **also: str) -> None:
 
 
 def load(
-    task: EvaluationTask,
-    *,
-    limit: int | None = None,
-    token: str | None = None,
+    task: EvaluationTask, *, limit: int | None = None, token: str | None = None
 ) -> LabelledImages:
-    """Find the images of a task.
-
-    Args:
-        task ([`EvaluationTask`]): task to load.
-        limit (`int`, *optional*): number of images to draw at random, always the same ones.
-        token (`str`, *optional*): token for private datasets.
+    """Find the images of a task, with a limit so many of them at random, always the same ones.
 
     Raises:
         [`DataError`]: there is no such dataset, split or column, or the split is empty.
@@ -157,10 +133,7 @@ def _commit(task: EvaluationTask, token: str | None) -> str | None:
 
 
 def _splits(
-    task: EvaluationTask,
-    revision: str | None,
-    datasets: Any,
-    token: str | None,
+    task: EvaluationTask, revision: str | None, datasets: Any, token: str | None
 ) -> Mapping[str, Dataset]:
     options: dict[str, Any] = {"name": task.config, "revision": revision}
     source = task.dataset

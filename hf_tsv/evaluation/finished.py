@@ -18,11 +18,7 @@ from hf_tsv.system.progress import logger
 
 
 class Finished:
-    """Results of tasks by their digests.
-
-    Args:
-        file (`IO[str]`, *optional*): file to append to; without one nothing is kept.
-    """
+    """Results of tasks by their digests, appended to a file; without one nothing is kept."""
 
     def __init__(self, file: IO[str] | None = None) -> None:
         self._file = file
@@ -39,7 +35,6 @@ class Finished:
 
     @property
     def kept(self) -> bool:
-        """Tell whether results are kept in a file."""
         return self._file is not None
 
     def get(self, key: str | None) -> dict[str, Any] | None:
@@ -47,7 +42,6 @@ class Finished:
         return None if key is None else self._results.get(key)
 
     def add(self, key: str | None, result: dict[str, Any]) -> None:
-        """Keep the result of a task, if there is a file for it."""
         if key is not None and self._file is not None:
             self._results[key] = result
             journal.append(self._file, {"key": key, "result": result})
@@ -55,10 +49,7 @@ class Finished:
 
 @contextmanager
 def finished_tasks(output: Path | None) -> Iterator[Finished]:
-    """Open the finished results of an output, and remove them when the body succeeds.
-
-    Args:
-        output (`Path`, *optional*): output folder; without one nothing is kept.
+    """Open the finished results of an output folder, and remove them when the body succeeds.
 
     Raises:
         [`OutputError`]: another process holds the file, or its folder cannot be written.

@@ -10,37 +10,7 @@ from pathlib import Path
 from hf_tsv.evaluation import model_index, suites
 from hf_tsv.recipes.images import EvaluationTask, listed
 from hf_tsv.system.errors import RecipeError
-
-RESULTS_FILE = "evaluation.json"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Inputs and settings of an evaluation, the same in all processes.
-
-    Args:
-        ref (`str`): the model.
-        revision (`str`, *optional*): commit sha; None for a folder.
-        tasks (`list[EvaluationTask]`): all tasks.
-        fine_tunes (`dict[str, str]`): fine-tune of each task that has one.
-        suite ([`suites.Suite`], *optional*): suite of tasks.
-        base_model (`str`, *optional*): base of all models.
-        limit (`int`, *optional*): number of images per task.
-        batch_size (`int`): images at a time.
-        folder (`Path`, *optional*): folder to write.
-        card ([`model_index.Card`], *optional*): card to write.
-    """
-
-    ref: str
-    revision: str | None
-    tasks: list[EvaluationTask]
-    fine_tunes: dict[str, str]
-    suite: suites.Suite | None
-    base_model: str | None
-    limit: int | None
-    batch_size: int
-    folder: Path | None
-    card: model_index.Card | None
+from hf_tsv.system.folders import absolute, check_output_folder
 
 
 @dataclass(frozen=True)
@@ -60,6 +30,27 @@ class Chosen:
     suite: suites.Suite | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Chosen):
+    """Inputs and settings of an evaluation, the same in all processes.
+
+    Args:
+        ref (`str`): the model.
+        revision (`str`, *optional*): commit sha; None for a folder.
+        limit (`int`, *optional*): number of images per task.
+        batch_size (`int`): images at a time.
+        folder (`Path`, *optional*): folder to write.
+        card ([`model_index.Card`], *optional*): card to write.
+    """
+
+    ref: str
+    revision: str | None
+    limit: int | None
+    batch_size: int
+    folder: Path | None
+    card: model_index.Card | None
+
+
 def chosen(
     tasks: Mapping[str, str] | Sequence[str | EvaluationTask],
     suite: str | None,
@@ -67,32 +58,33 @@ def chosen(
     base_model: str | PathLike[str] | None,
     templates: Sequence[str] = (),
 ) -> Chosen:
-    """Tasks, fine-tunes and base model of a suite and of the user's own choice.
-
-    Args:
-        tasks (`Mapping[str, str]` or `Sequence`): tasks in a form that [`listed`] takes.
-        suite (`str`, *optional*): suite with further tasks.
-        references (`Mapping[str, str]`, *optional*): fine-tunes; default: those of the suite.
-        base_model (`str`, *optional*): default: that of the suite.
-        templates (`Sequence[str]`): prompts of tasks that are given as text.
+    """Tasks, fine-tunes and base model of a suite and of the user's own choice; see [`evaluate`].
 
     Raises:
         [`RecipeError`]: there is no task, or no such suite, or a reference without its task.
     """
     own = None if suite is None else suites.named(suite)
     given = [f"{n}={d}" for n, d in tasks.items()] if isinstance(tasks, Mapping) else tasks
-    of_suite = () if own is None else own.tasks
-    nothing = "There is nothing to evaluate on."
-    every = listed([*of_suite, *given], nothing, templates=templates)
+    both = [*(own.tasks if own else ()), *given]
+    every = listed(both, "There is nothing to evaluate on.", templates=templates)
     base = None if base_model is None else fspath(base_model)
     if own is not None:
         references = own.references if references is None else references
         base = base or own.base_model
     names = [task.name for task in every]
-    if unknown := sorted((references or {}).keys() - set(names)):
+    fine_tunes = {name: fspath(ref) for name, ref in (references or {}).items()}
+    if unknown := sorted(fine_tunes.keys() - set(names)):
         raise RecipeError(
             f"There is a reference for {unknown[0]}, and no such task.",
             f"The tasks are {', '.join(names)}.",
         )
-    fine_tunes = {name: fspath(ref) for name, ref in (references or {}).items()}
     return Chosen(every, fine_tunes, base, own)
+
+
+def checked_folder(output: str | Path | None, file: str, *, force: bool) -> Path | None:
+    """Folder for the results, refused if it holds something else."""
+    if output is None:
+        return None
+    folder = absolute(Path(output))
+    check_output_folder(folder, [file], force=force)
+    return folder

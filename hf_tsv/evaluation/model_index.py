@@ -31,13 +31,10 @@ class Card:
     """Model card and the place it is written to.
 
     Args:
-        text (`str`): current text.
         name (`str`): name of the model.
         path (`Path`, *optional*): path of a local card.
         repo_id (`str`, *optional*): repository of a card on the Hub.
-        branch (`str`): branch to write to.
         commit (`str`, *optional*): commit that `text` was read at.
-        create_pr (`bool`): propose the change as a pull request.
     """
 
     text: str
@@ -55,17 +52,11 @@ class Card:
 def open_card(pinned: PinnedCheckpoint, *, token: str | None, create_pr: bool) -> Card:
     """Find the card of a model, and refuse now if it cannot be written later.
 
-    Args:
-        pinned ([`PinnedCheckpoint`]): the model.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        create_pr (`bool`): propose the change as a pull request.
-
     Raises:
         [`HfTsvError`]: there is no card, or it cannot be written.
     """
-    card = _local_card(pinned, create_pr) if pinned.is_local else _hub_card(
-        pinned, token, create_pr
-    )  # fmt: skip
+    local = pinned.is_local
+    card = _local_card(pinned, create_pr) if local else _hub_card(pinned, token, create_pr)
     with_results(card, [])  # raises if results cannot be added
     return card
 
@@ -124,12 +115,7 @@ def _decoded(content: bytes, what: str) -> str:
 
 
 def write(card: Card, tasks: Mapping[str, Mapping[str, Any]], *, token: str | None) -> str:
-    """Write results into a card.
-
-    Args:
-        card ([`Card`]): card from [`open_card`].
-        tasks (`Mapping[str, Mapping]`): results by task, see [`EvaluateReport`].
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
+    """Write results by task into a card; see [`EvaluateReport`].
 
     Returns:
         `str`: path of the card, or address of the commit or pull request.
@@ -154,8 +140,7 @@ def write(card: Card, tasks: Mapping[str, Mapping[str, Any]], *, token: str | No
 
 def eval_result(name: str, found: Mapping[str, Any]) -> EvalResult:
     """Result of one task for a card, without paths of this machine."""
-    path = Path(found["dataset"]).expanduser()
-    kind = found["dataset"]
+    path, kind = Path(found["dataset"]).expanduser(), found["dataset"]
     if path.suffix == ".parquet":
         kind = "parquet"
     elif path.exists():
@@ -179,10 +164,6 @@ def eval_result(name: str, found: Mapping[str, Any]) -> EvalResult:
 def with_results(card: Card, results: Sequence[EvalResult]) -> str:
     """Text of a card with new results, which replace earlier ones of the same task and data.
 
-    Args:
-        card ([`Card`]): card to add to.
-        results (`Sequence[EvalResult]`): results of tasks.
-
     Raises:
         [`OutputError`]: its front matter cannot be read.
     """
@@ -194,10 +175,8 @@ def with_results(card: Card, results: Sequence[EvalResult]) -> str:
         written = yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True)
         if head.endswith("\r\n"):
             written = written.replace("\n", "\r\n")
-        if BLOCK.search(block):
-            changed = BLOCK.sub(lambda _: written, block, count=1)
-        else:
-            changed = block + written
+        changed, replaced = BLOCK.subn(lambda _: written, block, count=1)
+        changed += "" if replaced else written
         if parse_yaml(changed) != {**data, "model-index": index}:
             raise ValueError
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError,
@@ -215,11 +194,11 @@ def _merged(index: Any, name: str, results: Sequence[EvalResult]) -> list[dict[s
     model, *others = index
     new = [eval_results_to_model_index(name, [result])[0]["results"][0] for result in results]
     again = {_same(entry, entry["metrics"][0]) for entry in new}
-    kept = []
-    for entry in model["results"]:
-        metrics = [metric for metric in entry["metrics"] if _same(entry, metric) not in again]
-        if metrics:
-            kept.append({**entry, "metrics": metrics})
+    kept = [
+        {**entry, "metrics": metrics}
+        for entry in model["results"]
+        if (metrics := [m for m in entry["metrics"] if _same(entry, m) not in again])
+    ]
     return [{**model, "results": [*kept, *new]}, *others]
 
 

@@ -34,17 +34,8 @@ def head(
 ) -> Tensor:
     """Head as [`zero_shot.head`] computes it, read from a file if there is one.
 
-    A damaged file is written again; a folder that cannot be written does not cause a failure.
-
-    Args:
-        model: a `CLIPModel`.
-        tokenizer: the model's tokenizer.
-        classes (`Sequence[str]`): names of the classes.
-        templates (`Sequence[str]`): prompts with `{}` for the name.
-        key (`str`): digest from [`key_of`].
-
-    Returns:
-        `Tensor`: shape (classes, projection), on the model's device.
+    A damaged file is written again; a folder that cannot be written does not cause a failure. The
+    key is a digest from [`key_of`].
     """
     file = Path(constants.HF_HOME) / "hf-tsv" / "heads" / f"{key}.safetensors"
     with suppress(OSError, SafetensorError, KeyError):
@@ -60,15 +51,7 @@ def head(
 def key_of(
     text: str, tokenizer: Any, classes: Sequence[str], templates: Sequence[str], device: str
 ) -> str:
-    """Digest of everything that determines a head.
-
-    Args:
-        text (`str`): digest from [`text_identity`].
-        tokenizer: the model's tokenizer.
-        classes (`Sequence[str]`): names of the classes.
-        templates (`Sequence[str]`): prompts with `{}` for the name.
-        device (`str`): type of the device.
-    """
+    """Digest of everything that determines a head; `text` is a digest from [`text_identity`]."""
     tokens = tokenizer(zero_shot.prompts(classes, templates), truncation=True)["input_ids"]
     said = [text, tokens, len(templates), device, torch.__version__, transformers.__version__]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()

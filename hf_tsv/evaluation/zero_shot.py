@@ -32,24 +32,15 @@ def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
 def head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Compute one direction per class: the mean of its prompts' embeddings of length 1.
 
-    Args:
-        model: a `CLIPModel`.
-        tokenizer: the model's tokenizer.
-        classes (`Sequence[str]`): names of the classes.
-        templates (`Sequence[str]`): prompts with `{}` for the name.
-
     Returns:
-        `Tensor`: shape (classes, projection).
+        `Tensor`: shape (classes, projection), on the device of the model, a `CLIPModel`.
     """
     written = prompts(classes, templates)
     parts = []
     for start in range(0, len(written), TEXTS_AT_ONCE):
-        texts = tokenizer(
-            written[start : start + TEXTS_AT_ONCE],
-            padding=True,
-            truncation=True,
-            return_tensors="pt",
-        ).to(model.device)
+        some = written[start : start + TEXTS_AT_ONCE]
+        texts = tokenizer(some, padding=True, truncation=True, return_tensors="pt")
+        texts = texts.to(model.device)
         parts.append(_normalised(_features(model.get_text_features(**texts))))
     embeddings = torch.cat(parts).reshape(len(classes), len(templates), -1)
     return _normalised(embeddings.mean(dim=1))
@@ -61,11 +52,11 @@ def classify(model: Any, directions: Tensor, pixels: Tensor) -> Tensor:
 
     Args:
         model: a `CLIPModel`.
-        directions (`Tensor`): class directions from [`head`].
+        directions (`Tensor`): output of [`head`].
         pixels (`Tensor`): output of its image processor, shape (images, 3, height, width).
 
     Returns:
-        `Tensor`: shape (images,), on the CPU.
+        `Tensor`: number of the class of each image, on the CPU.
     """
     pixels = pixels.to(model.device, model.dtype)
     seen = _features(model.get_image_features(pixel_values=pixels))
@@ -91,18 +82,11 @@ def accuracies(
     batch_size: int,
     show: bool,
 ) -> list[float]:
-    """Top-1 accuracy of every variant on one task; each image is read once.
+    """Top-1 accuracy, 0 to 1, of every variant on one task; each image is read once.
 
     Args:
         pipe: a zero-shot pipeline of a `CLIPModel`.
-        variants (`Sequence[Callable[[], None]]`): functions that each load weights into the model.
-        task ([`EvaluationTask`]): task of the images.
-        images ([`LabelledImages`]): images of the task.
-        batch_size (`int`): images at a time.
-        show (`bool`): show a bar.
-
-    Returns:
-        `list[float]`: accuracy of each variant, 0 to 1.
+        variants: functions that each load weights into the model.
 
     Raises:
         [`DataError`]: an image cannot be read, or a label is no class.
@@ -115,14 +99,11 @@ def accuracies(
     with bar(f"Classifying {task.name}", count, visible=show) as advance:
         for start in range(0, count, IMAGES_AT_ONCE):
             stop = min(start + IMAGES_AT_ONCE, count)
-            batches = (
-                images.batch(first, min(first + batch_size, stop), task.name)
-                for first in range(start, stop, batch_size)
-            )
-            seen = [
-                (pipe.image_processor(pictures, return_tensors="pt")["pixel_values"], labels)
-                for pictures, labels in batches
-            ]
+            seen = []
+            for first in range(start, stop, batch_size):
+                pictures, labels = images.batch(first, min(first + batch_size, stop), task.name)
+                pixels = pipe.image_processor(pictures, return_tensors="pt")["pixel_values"]
+                seen.append((pixels, labels))
             for i, put in enumerate(variants):
                 put()
                 for pixels, labels in seen:

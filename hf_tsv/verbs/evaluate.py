@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,21 @@ from hf_tsv.evaluation import model_index, suites
 from hf_tsv.evaluation.classifying import Results, Scoring
 from hf_tsv.evaluation.data import refuse_not_installed
 from hf_tsv.evaluation.finished import Finished, finished_tasks
-from hf_tsv.evaluation.job import RESULTS_FILE, Evaluation, chosen
+from hf_tsv.evaluation.job import Evaluation, checked_folder, chosen
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.recipes.settings import current_versions
-from hf_tsv.reports import drawing
+from hf_tsv.reports.report import Report
 from hf_tsv.system import processes
 from hf_tsv.system.checks import check_counts
 from hf_tsv.system.errors import DataError, HfTsvError, RecipeError
-from hf_tsv.system.folders import absolute, check_output_folder, whole_folder
 from hf_tsv.system.progress import logger, visible_by_default
 from hf_tsv.verbs import pictures
 
+RESULTS_FILE = "evaluation.json"
+
 
 @dataclass(frozen=True)
-class EvaluateReport:
+class EvaluateReport(Report):
     """Accuracy of a model on tasks.
 
     Args:
@@ -64,10 +65,6 @@ class EvaluateReport:
     card: str | None = None
     suite: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=current_versions)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Object that `--json` prints."""
-        return asdict(self)
 
 
 def evaluate(
@@ -109,7 +106,6 @@ def evaluate(
             the model's is divided; default: those of the suite; {} for none.
         output (`str` or `Path`, *optional*): folder to write `evaluation.json` to, and with
             matplotlib the pictures `accuracy.png`, `radar.png` and `confusion-….png`.
-        force (`bool`): replace a folder that holds earlier results.
         card (`bool`): add the results to the model's card, as `model-index`: to the README.md of a
             folder, or by a commit to a repository.
         create_pr (`bool`): add them by a pull request.
@@ -118,11 +114,7 @@ def evaluate(
         templates (`Sequence[str]`): prompts of tasks that are given as text.
         base_model (`str`, *optional*): model whose text tower and processor are used if the model
             has none; default: that of the suite, else the one named in the model's card.
-        device (`str`, *optional*): default: the one accelerate chooses.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): subfolder of the model, unless its reference has one.
-        progress (`bool`, *optional*): show bars; default: on a terminal.
+        force, device, token, cache_dir, subfolder, progress: as in [`merge`].
 
     Returns:
         [`EvaluateReport`]: results of the tasks, and the errors of those that failed.
@@ -140,12 +132,19 @@ def evaluate(
         job, finished = None, Finished()
         if not group.rank:
             stack.enter_context(group.leading())
-            job = _checked(
-                fspath(reference), tasks, suite, references, templates, base_model, output,
-                limit, batch_size, token, cache, subfolder,
-                force=force, card=card, create_pr=create_pr,
+            refuse_not_installed("Evaluation", sklearn="scikit-learn")
+            if create_pr and not card:
+                raise RecipeError("create_pr is about the card.", "Add --card.")
+            check_counts(limit=limit, batch_size=batch_size)
+            choice = chosen(tasks, suite, references, base_model, templates)
+            folder = checked_folder(output, RESULTS_FILE, force=force)
+            pinned = pin(parse(fspath(reference), subfolder), token=token, cache_dir=cache)
+            open_card = partial(model_index.open_card, token=token, create_pr=create_pr)
+            job = Evaluation(
+                **vars(choice), ref=pinned.ref, revision=pinned.revision, limit=limit,
+                batch_size=batch_size, folder=folder, card=open_card(pinned) if card else None,
             )  # fmt: skip
-            finished = stack.enter_context(finished_tasks(job.folder))
+            finished = stack.enter_context(finished_tasks(folder))
         job = group.shared(job)
         show = not group.rank and (visible_by_default() if progress is None else progress)
         scoring = Scoring(job, device, token, cache, show, group, finished)
@@ -180,45 +179,6 @@ def evaluate(
         return report
 
 
-def _checked(
-    reference: str,
-    tasks: Mapping[str, str] | Sequence[str | EvaluationTask],
-    suite: str | None,
-    references: Mapping[str, str | PathLike[str]] | None,
-    templates: Sequence[str],
-    base_model: str | PathLike[str] | None,
-    output: str | Path | None,
-    limit: int | None,
-    batch_size: int,
-    token: str | None,
-    cache_dir: str | None,
-    subfolder: str | None,
-    *,
-    force: bool,
-    card: bool,
-    create_pr: bool,
-) -> Evaluation:
-    """Check everything that can be refused before any work."""
-    refuse_not_installed("Evaluation", sklearn="scikit-learn")
-    if create_pr and not card:
-        raise RecipeError("create_pr is about the card.", "Add --card.")
-    check_counts(limit=limit, batch_size=batch_size)
-    found = chosen(tasks, suite, references, base_model, templates)
-    folder = None if output is None else _checked_folder(Path(output), force=force)
-    pinned = pin(parse(reference, subfolder), token=token, cache_dir=cache_dir)
-    to_write = model_index.open_card(pinned, token=token, create_pr=create_pr) if card else None
-    return Evaluation(
-        pinned.ref, pinned.revision, found.tasks, found.fine_tunes, found.suite, found.base_model,
-        limit, batch_size, folder, to_write,
-    )  # fmt: skip
-
-
-def _checked_folder(output: Path, *, force: bool) -> Path:
-    folder = absolute(output)
-    check_output_folder(folder, [RESULTS_FILE], force=force)
-    return folder
-
-
 def _mean(results: Results, what: str) -> float | None:
     values = [found[what] for found in results.values() if what in found]
     return sum(values) / len(values) if values else None
@@ -239,7 +199,7 @@ def _of_suite(suite: suites.Suite, results: Results) -> dict[str, Any]:
 def _delivered(report: EvaluateReport, job: Evaluation, token: str | None) -> EvaluateReport:
     """Write folder and card, as asked."""
     if job.folder is not None:
-        _write(report, job.folder)
+        report.write(job.folder, RESULTS_FILE, lambda: pictures.of_evaluation(report.tasks))
     if job.card is None:
         return report
     try:
@@ -247,13 +207,3 @@ def _delivered(report: EvaluateReport, job: Evaluation, token: str | None) -> Ev
     except HfTsvError as error:  # the measured results must not be lost
         logger.warning("%s", error)
         return replace(report, errors={**report.errors, model_index.CARD: str(error)})
-
-
-def _write(report: EvaluateReport, folder: Path) -> None:
-    """Write results and pictures into a folder that appears only when complete."""
-    drawn = drawing.attempted(lambda: pictures.of_evaluation(report.tasks)) or []
-    with whole_folder(folder) as staging:
-        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        (staging / RESULTS_FILE).write_text(text, encoding="utf-8")
-        for picture in drawn:
-            (staging / picture.file).write_bytes(picture.png)

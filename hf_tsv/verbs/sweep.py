@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -18,7 +17,7 @@ from hf_tsv.checkpoints.formats.task import equals_base
 from hf_tsv.checkpoints.reference import at_revision
 from hf_tsv.checkpoints.sources import Access, open_sources
 from hf_tsv.evaluation.data import load, refuse_not_installed
-from hf_tsv.evaluation.job import chosen
+from hf_tsv.evaluation.job import checked_folder, chosen
 from hf_tsv.evaluation.zero_shot import accuracies
 from hf_tsv.linalg import products, updates
 from hf_tsv.linalg.svd import SVD, truncated_svd
@@ -26,13 +25,12 @@ from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import load_model, pipeline
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.recipes.settings import current_versions
-from hf_tsv.reports import drawing
+from hf_tsv.reports.report import Report
 from hf_tsv.runs.reading import named
 from hf_tsv.system import processes
 from hf_tsv.system.checks import check_counts
 from hf_tsv.system.device import pick_device
 from hf_tsv.system.errors import DataError, HfTsvError, RecipeError
-from hf_tsv.system.folders import absolute, check_output_folder, whole_folder
 from hf_tsv.system.progress import logger, visible_by_default
 from hf_tsv.verbs import pictures
 
@@ -41,7 +39,7 @@ FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 @dataclass(frozen=True)
-class SweepReport:
+class SweepReport(Report):
     """Accuracy of fine-tunes with shares of their singular values.
 
     Args:
@@ -69,10 +67,6 @@ class SweepReport:
     seconds: float
     versions: dict[str, str] = field(default_factory=current_versions)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Object that `--json` prints."""
-        return asdict(self)
-
 
 def sweep(
     tasks: Mapping[str, str] | Sequence[str | EvaluationTask] = (),
@@ -96,23 +90,15 @@ def sweep(
     rebuilt in memory and classifies the same images. Parameters that are not matrices stay whole.
 
     Args:
-        tasks (`Mapping[str, str]` or `Sequence`): datasets by the name of the task, or
-            `NAME=DATASET` texts, or [`EvaluationTask`]s.
+        tasks, suite, limit, batch_size: as in [`evaluate`].
         references (`Mapping[str, str]`, *optional*): the fine-tune of each task; default: those of
             the suite.
         rank_fractions (`Sequence[float]`): shares of k = min(d_out, d_in).
-        suite (`str`, *optional*): tasks of a paper, with their base model and fine-tunes.
         base_model (`str`, *optional*): W0; default: that of the suite, else the one named in
             the fine-tunes' cards.
         output (`str` or `Path`, *optional*): folder to write `sweep.json` to, and with matplotlib
             the picture `sweep.png`.
-        force (`bool`): replace a folder that holds earlier results.
-        limit (`int`, *optional*): number of images per task, for a quick look; default: all.
-        batch_size (`int`): images at a time.
-        device (`str`, *optional*): default: the one accelerate chooses.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        progress (`bool`, *optional*): show bars; default: on a terminal.
+        force, device, token, cache_dir, progress: as in [`merge`].
 
     Returns:
         [`SweepReport`]: results of the tasks, and the errors of those that failed.
@@ -136,9 +122,7 @@ def sweep(
             f"The task {without[0]} has no fine-tune.", f"Name it: --reference {without[0]}=REF."
         )
     check_counts(limit=limit, batch_size=batch_size)
-    folder = None if output is None else absolute(Path(output))
-    if folder is not None:
-        check_output_folder(folder, [RESULTS_FILE], force=force)
+    folder = checked_folder(output, RESULTS_FILE, force=force)
     show = visible_by_default() if progress is None else progress
     if not show:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -171,7 +155,7 @@ def sweep(
         seconds=round(time.monotonic() - started, 3),
     )
     if folder is not None:
-        _write(report, folder)
+        report.write(folder, RESULTS_FILE, lambda: [pictures.of_sweep(report.to_dict())])
     return report
 
 
@@ -182,16 +166,6 @@ def _checked(fractions: Sequence[float]) -> list[float]:
             f"The shares of the rank are {shares}.", "Give numbers above 0 and up to 1."
         )
     return sorted(set(shares))
-
-
-def _write(report: SweepReport, folder: Path) -> None:
-    """Write results and picture into a folder that appears only when complete."""
-    picture = drawing.attempted(lambda: pictures.of_sweep(report.to_dict()))
-    with whole_folder(folder) as staging:
-        text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        (staging / RESULTS_FILE).write_text(text, encoding="utf-8")
-        if picture is not None:
-            (staging / picture.file).write_bytes(picture.png)
 
 
 @dataclass(frozen=True)
@@ -215,6 +189,11 @@ class _Matrix:
         """Number of triplets for a share, ⌊fraction · k⌋, at least 1."""
         return updates.rank_at(fraction, self.base.shape)
 
+    def stored(self, fraction: float) -> int:
+        """Numbers that a share of the update takes: as factors, or whole if that is less."""
+        rows, columns = self.base.shape
+        return min(self.rank(fraction) * (rows + columns + 1), rows * columns)
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -233,16 +212,11 @@ class _Run:
         images = load(task, limit=self.limit, token=self.access.token)
         sources = open_sources([reference], self.base_model, self.access)
         base = at_revision(sources.base.pinned.ref, sources.base.pinned.revision)
-        options: Any = {
-            "dtype": torch.float32,
-            "token": self.access.token,
-            "cache_dir": self.access.cache_dir,
-            "progress": self.show,
-        }
-        pipe: Any = pipeline(
-            ZERO_SHOT, reference, base_model=base, device=str(self.device), **options
-        )
-        w0 = load_model(base, kind=ZERO_SHOT, **options).state_dict()
+        known: Any = {"token": self.access.token, "cache_dir": self.access.cache_dir}
+        known |= {"dtype": torch.float32, "progress": self.show}
+        place = str(self.device)
+        pipe: Any = pipeline(ZERO_SHOT, reference, base_model=base, device=place, **known)
+        w0 = load_model(base, kind=ZERO_SHOT, **known).state_dict()
         stored, matrices = self._decomposed(pipe.model, w0, reference, base)
         whole = [matrix.parameter.clone() for matrix in matrices]
 
@@ -285,12 +259,8 @@ class _Run:
         total = dense + sum(matrix.base.numel() for matrix in matrices)
         if not total:
             raise equals_base(reference, base_ref)
-        stored = []
-        for fraction in self.fractions:
-            kept = dense
-            for matrix in matrices:
-                rows, columns = matrix.base.shape
-                factors = matrix.rank(fraction) * (rows + columns + 1)
-                kept += min(factors, rows * columns)
-            stored.append(kept / total)
+        stored = [
+            (dense + sum(matrix.stored(fraction) for matrix in matrices)) / total
+            for fraction in self.fractions
+        ]
         return stored, matrices

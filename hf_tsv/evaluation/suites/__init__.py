@@ -18,13 +18,9 @@ PUBLISHED = "published (paper)"
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks, their common base model, and a paper's results.
+    """Tasks in a paper's order, their base model and fine-tunes, and the paper's results.
 
     Args:
-        name (`str`): name such as `vit-b-32-8`.
-        base_model (`str`): W0.
-        tasks (`tuple[EvaluationTask, ...]`): tasks in the paper's order.
-        references (`dict[str, str]`): the fine-tune of each task.
         published (`dict[str, dict[str, float]]`): results by method: `accuracy`, 0 to 1, mean over
             the tasks, and `normalised` where the paper has it. Not measured by hf-tsv.
     """
@@ -37,10 +33,7 @@ class Suite:
 
 
 def named(name: str) -> Suite:
-    """Read a suite.
-
-    Args:
-        name (`str`): vision tower and number of tasks: `vit-b-32-8`.
+    """Read a suite by its vision tower and number of tasks.
 
     Raises:
         [`RecipeError`]: there is no suite of this name.
