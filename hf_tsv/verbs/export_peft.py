@@ -41,35 +41,20 @@ def export_peft(
     """Compress a fine-tuned CLIP checkpoint into a LoRA adapter that PEFT loads without hf-tsv.
 
     Args:
-        checkpoint (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
-        base_model (`str`, *optional*): W0; default: the one the checkpoint's card names.
+        checkpoint, base_model, rank_fraction, rank, energy, budget, factor_dtype: as in
+            [`compress`].
         output (`str` or `Path`, *optional*): folder to write.
         push_to (`str`, *optional*): repository to upload to.
-        rank_fraction (`float`, *optional*): share of k = min(d_out, d_in) kept; default 0.1.
-        rank (`int`, *optional*): triplets kept of every weight instead.
-        energy (`float`, *optional*): share of the squared singular values kept instead.
-        budget (`str` or `int`, *optional*): bytes spent instead: `"10%"`, `"35MB"` or a number.
-        factor_dtype (`str`): `float32`, `bfloat16` or `float16`.
         dense (`bool`): store what is no matrix of a linear layer too; without it stock PEFT can
             combine the adapter with others.
         model_class (`str`, *optional*): the class it will be loaded into; default: that of the
             checkpoint.
-        device (`str`, *optional*): default: the one accelerate chooses.
-        force (`bool`): replace an output folder that hf-tsv wrote.
-        private (`bool`, *optional*): make a new repository private.
-        revision (`str`, *optional*): branch to push to.
-        create_pr (`bool`): push as a pull request.
-        commit_message (`str`, *optional*): of the upload.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): where the checkpoint lies in its repository or folder, unless
-            it says so itself: `org/name/subfolder`.
-        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
         report (`bool`): put table and picture of what is kept into the card.
-        progress (`bool`, *optional*): show bars; default: on a terminal.
+        device, force, private, revision, create_pr, commit_message, token, cache_dir, subfolder,
+            stream, progress: as in [`merge`].
 
     Returns:
-        [`CompressReport`]: what was done; `left_out` names what an adapter has no place for.
+        [`CompressReport`]: results; `left_out` names what an adapter has no place for.
 
     Raises:
         [`HfTsvError`]: with the reason and what to do; nothing is written or pushed then.

@@ -28,14 +28,14 @@ class TaskFactors(Factors):
     """A compressed task: a handle on its files, which are read one weight at a time.
 
     Args:
-        pinned ([`PinnedCheckpoint`]): which commit or folder.
+        pinned ([`PinnedCheckpoint`]): commit or folder.
         model_config (`Mapping[str, Any]`): config.json of the fine-tuned checkpoint.
-        tensors (`Mapping[str, StoredWeight]`): what is stored of each weight, by canonical name.
-        weight_files (`tuple[str, ...]`): the files they lie in, index included.
+        tensors (`Mapping[str, StoredWeight]`): form of each weight, by canonical name.
+        weight_files (`tuple[str, ...]`): files they lie in, index included.
         head (`Mapping[str, TensorInfo]`): tensors of a task head, by the name they have in the
             fine-tuned checkpoint.
         config ([`FactorsConfig`]): base, source, and how it was compressed.
-        stored (`Mapping[str, TensorInfo]`): where the tensors lie.
+        stored (`Mapping[str, TensorInfo]`): places of the tensors.
         report ([`CompressReport`], *optional*): of the compression that made them just now.
 
     Example:
@@ -59,9 +59,7 @@ class TaskFactors(Factors):
 
         Args:
             reference (`str` or `Path`): `org/name`, `org/name@revision`, `hf://…` or a folder.
-            token (`str`, *optional*): default: the one the Hub client is logged in with.
-            cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-            progress (`bool`, *optional*): show a bar; default: on a terminal.
+            token, cache_dir, progress: as in [`merge`].
 
         Raises:
             [`HfTsvError`]: unknown repository, no factors, or damaged ones.
@@ -93,7 +91,7 @@ class TaskFactors(Factors):
 
     @classmethod
     def opened(cls, pinned: PinnedCheckpoint, report: CompressReport | None = None) -> TaskFactors:
-        """The factors of a commit or folder, with the report of the run that made them."""
+        """Factors of a commit or folder, with the report of the run that made them."""
         return cls(**vars(open_factors(pinned)), report=report)
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> None:
@@ -122,11 +120,7 @@ class TaskFactors(Factors):
 
         Args:
             repo_id (`str`): `org/name`; created if needed.
-            private (`bool`, *optional*): make a new repository private.
-            revision (`str`, *optional*): branch to push to.
-            create_pr (`bool`): push as a pull request.
-            commit_message (`str`, *optional*): of the upload.
-            token (`str`, *optional*): default: the one the Hub client is logged in with.
+            private, revision, create_pr, commit_message, token: as in [`merge`].
 
         Returns:
             `str`: address of the commit or pull request.

@@ -25,18 +25,16 @@ from hf_tsv.hub import WEIGHT_SUFFIXES
 from hf_tsv.merging.plan import treatments
 from hf_tsv.recipes.recipe import Recipe
 from hf_tsv.recipes.settings import Settings
+from hf_tsv.reports.report import Report
 from hf_tsv.system.errors import CheckpointError, HfTsvError
 
-SAFETENSORS = ".safetensors"
 RECIPE_BYTES = 1_000_000
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT = "open_clip_config.json", "visual.conv1.weight"
-
-LONGEST_TEXT = 200
-"""Most characters shown of a value from a configuration."""
+LONGEST_TEXT = 200  # characters shown of a value from a configuration
 
 
 @dataclass(frozen=True)
-class InspectReport:
+class InspectReport(Report):
     """Content of a checkpoint, a merge, or task factors.
 
     Args:
@@ -44,7 +42,7 @@ class InspectReport:
         revision (`str`, *optional*): commit sha; None for a folder.
         kind (`str`): `checkpoint`, `merge`, `mask`, `factors`, `adapter`, or `other`.
         model_class (`str`, *optional*): class that saved its config.json.
-        model_type (`str`, *optional*): `model_type` of its config.json.
+        model_type (`str`, *optional*): `model_type` of that.
         layout (`str`, *optional*): naming scheme of its tensors: `transformers`, `open_clip`,
             `peft`, or `task factors`.
         base_model (`list[str]`): models it says it was fine-tuned or made from.
@@ -81,10 +79,6 @@ class InspectReport:
     heads: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Object that `--json` prints."""
-        return asdict(self)
-
 
 def inspect(
     reference: str | PathLike[str],
@@ -97,9 +91,7 @@ def inspect(
 
     Args:
         reference (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): folder in the repository; same as `org/name/subfolder`.
+        token, cache_dir, subfolder: as in [`merge`].
 
     Returns:
         [`InspectReport`]: known facts, and a list of unknown ones.
@@ -162,20 +154,11 @@ def _of_factors(
     pinned: PinnedCheckpoint, form: InputFormat, opened: Task, config: FactorsConfig
 ) -> InspectReport:
     kept = sum(weight.bytes for weight in config.weights.values())
+    infos = {n: TensorInfo("", w.dtype, w.shape, 0, w.bytes) for n, w in config.weights.items()}
+    told = ("stored", "rank", "numerical_rank", "energy")
     tensors = {
-        name: {
-            "shape": list(weight.shape),
-            "dtype": DTYPE_NAMES[weight.dtype],
-            "bytes": weight.bytes,
-            "stored": weight.stored,
-            "rank": weight.rank,
-            "numerical_rank": weight.numerical_rank,
-            "energy": weight.energy,
-        }
+        name: {**_described(infos[name]), **{key: getattr(weight, key) for key in told}}
         for name, weight in config.weights.items()
-    }
-    infos = {
-        name: TensorInfo("", w.dtype, w.shape, 0, w.bytes) for name, w in config.weights.items()
     }
     return InspectReport(
         **_origin(pinned, opened.says_base()),
@@ -216,11 +199,9 @@ def _of_other(pinned: PinnedCheckpoint, form: InputFormat | None, why: str) -> I
         except CheckpointError as broken:
             unknown.append(broken.message)
     for name in _weight_files(pinned):
-        if not name.endswith(SAFETENSORS):
-            unknown.append(
-                f"{name} is a pickle: only loading it would tell what it holds, and it is not"
-                " loaded here."
-            )
+        if not name.endswith(".safetensors"):
+            why = "only loading it would tell what it holds, and it is not loaded here"
+            unknown.append(f"{name} is a pickle: {why}.")
             continue
         try:
             for key, info in read_header(pinned.files, name, str(pinned)).items():
@@ -258,15 +239,13 @@ def _sizes(pinned: PinnedCheckpoint, infos: Mapping[str, TensorInfo]) -> dict[st
     dtypes: dict[str, dict[str, int]] = {}
     parts: dict[str, dict[str, int]] = {}
     for name, info in infos.items():
-        values = math.prod(info.shape)
         by_type = dtypes.setdefault(DTYPE_NAMES[info.dtype], {"tensors": 0, "bytes": 0})
-        by_part = parts.setdefault(
-            name.partition(".")[0], {"tensors": 0, "parameters": 0, "bytes": 0}
-        )
+        none = {"tensors": 0, "parameters": 0, "bytes": 0}
+        by_part = parts.setdefault(name.partition(".")[0], none)
         for counts in (by_type, by_part):
             counts["tensors"] += 1
             counts["bytes"] += info.nbytes
-        by_part["parameters"] += values
+        by_part["parameters"] += math.prod(info.shape)
     return {
         "files": {name: pinned.files.size(name) or 0 for name in _weight_files(pinned)},
         "parameters": sum(part["parameters"] for part in parts.values()),
@@ -282,11 +261,7 @@ def _infos(tensors: Mapping[str, Described]) -> dict[str, TensorInfo]:
 
 
 def _described(info: TensorInfo) -> dict[str, Any]:
-    return {
-        "shape": list(info.shape),
-        "dtype": DTYPE_NAMES[info.dtype],
-        "bytes": info.nbytes,
-    }
+    return {"shape": list(info.shape), "dtype": DTYPE_NAMES[info.dtype], "bytes": info.nbytes}
 
 
 def _recipe(pinned: PinnedCheckpoint) -> tuple[dict[str, Any] | None, list[str]]:

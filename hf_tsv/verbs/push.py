@@ -5,26 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 from hf_tsv import hub
+from hf_tsv.checkpoints import names
 from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.formats.factors import open_factors
 from hf_tsv.checkpoints.formats.whole import open_checkpoint
-from hf_tsv.checkpoints.names import (
-    ADAPTER_FILE,
-    FACTORS_CONFIG,
-    MARKERS,
-    RECIPE_FILE,
-    RECONSTRUCTION_FILE,
-)
+from hf_tsv.checkpoints.names import FACTORS_CONFIG, MARKERS, RECIPE_FILE
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.storage.files import LocalFiles, read_json
 from hf_tsv.checkpoints.storage.headers import read_header
 from hf_tsv.recipes.recipe import Recipe
+from hf_tsv.reports.report import Report
 from hf_tsv.runs import journal
 from hf_tsv.runs import target as target_
 from hf_tsv.runs.target import Target, waiting
@@ -33,14 +29,13 @@ from hf_tsv.system.folders import UNDER_CONSTRUCTION, absolute
 
 
 @dataclass(frozen=True)
-class PushReport:
+class PushReport(Report):
     """Summary of an upload.
 
     Args:
         folder (`str`): uploaded folder.
         repo_id (`str`): repository it was uploaded to.
-        files (`dict[str, int]`): bytes of each file.
-        bytes (`int`): bytes of all files together.
+        files (`dict[str, int]`): bytes of each file; `bytes` has their sum.
         seconds (`float`): wall time.
         url (`str`, *optional*): commit or pull request on the Hub.
         dry_run (`bool`): whether the upload was only checked.
@@ -53,10 +48,6 @@ class PushReport:
     seconds: float
     url: str | None = None
     dry_run: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """Object that `--json` prints."""
-        return asdict(self)
 
 
 def push(
@@ -79,11 +70,7 @@ def push(
     Args:
         folder (`str`): output of a merge, a compression or a reconstruction.
         repo_id (`str`): repository to upload to; created if needed.
-        private (`bool`, *optional*): make a new repository private.
-        revision (`str`, *optional*): branch to push to.
-        create_pr (`bool`): push as a pull request.
-        commit_message (`str`, *optional*): message of the upload's commit.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
+        private, revision, create_pr, commit_message, token: as in [`merge`].
         dry_run (`bool`): check the folder and the rights only.
 
     Returns:
@@ -99,18 +86,15 @@ def push(
     started = time.monotonic()
     place = absolute(Path(fspath(folder)))
     inputs = _check_finished(place)
-    target = Target(
-        push_to=repo_id, private=private, revision=revision, create_pr=create_pr,
-        commit_message=commit_message,
-    ).checked(token, dry_run=dry_run)  # fmt: skip
+    target = Target(None, repo_id, False, private, revision, create_pr, commit_message)
+    target = target.checked(token, dry_run=dry_run)
     target.refuse_inputs(inputs)
     sizes = {name: path.stat().st_size for name, path in hub.files_to_push(place, MARKERS).items()}
     url = None
     if not dry_run:
         with waiting(place):
             url = target_.push(place, target, token)
-    seconds = round(time.monotonic() - started, 3)
-    total = sum(sizes.values())
+    seconds, total = round(time.monotonic() - started, 3), sum(sizes.values())
     return PushReport(str(place), str(target.push_to), sizes, total, seconds, url, dry_run)
 
 
@@ -152,7 +136,7 @@ def _check_weights(pinned: PinnedCheckpoint, folder: Path) -> None:
     for path in sorted(folder.rglob("*.safetensors")):
         read_header(pinned.files, path.relative_to(folder).as_posix(), str(pinned))
     if pinned.files.size(ADAPTER_CONFIG) is not None:
-        read_header(pinned.files, ADAPTER_FILE, str(pinned))
+        read_header(pinned.files, names.ADAPTER_FILE, str(pinned))
     elif pinned.files.size(FACTORS_CONFIG) is not None:
         open_factors(pinned)
     else:
@@ -177,6 +161,6 @@ def _made_from(pinned: PinnedCheckpoint, files: LocalFiles) -> list[Mapping[str,
         _check_beside(files.root, recipe, owner)
         return [vars(item) for item in (*recipe.inputs, recipe.base_model)]
     factors = files.size(FACTORS_CONFIG) is not None
-    content = read_json(files, FACTORS_CONFIG if factors else RECONSTRUCTION_FILE, owner)
+    content = read_json(files, FACTORS_CONFIG if factors else names.RECONSTRUCTION_FILE, owner)
     entries = [content.get(key) for key in ("source" if factors else "factors", "base_model")]
     return [entry for entry in entries if isinstance(entry, dict) and "ref" in entry]
