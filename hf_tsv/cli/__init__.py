@@ -42,7 +42,8 @@ def _root(
 for module in (merge, compress, reconstruct, push, interference, inspect, evaluate, sweep):
     name = module.__name__.rpartition(".")[2]
     command = guarded()(flattened(getattr(module, name)))
-    app.command(name, no_args_is_help=True, epilog=module.EXAMPLES)(command)
+    examples = module.EXAMPLES.replace("\n", "\n\n")  # a paragraph each
+    app.command(name, no_args_is_help=True, epilog=f"**Examples**\n\n{examples}")(command)
 
 
 def main() -> None:

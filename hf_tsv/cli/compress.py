@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only
-from hf_tsv.cli.output import Out, pinned, table, timings
+from hf_tsv.cli.output import Out, pinned, table
 from hf_tsv.recipes.compressing import FactorFormat
 from hf_tsv.recipes.settings import Dtype
 from hf_tsv.system.errors import RecipeError
@@ -18,85 +18,55 @@ from hf_tsv.system.text import human_bytes
 if TYPE_CHECKING:
     from hf_tsv.reports.compression import CompressReport
 
-
 EXAMPLES = """\
-**Examples**
-
 `hf-tsv compress org/clip-sun397 --rank-fraction 0.1 --push-to me/clip-sun397-tsv`
-
 `hf-tsv compress org/clip-sun397 --budget 10% --factor-dtype bfloat16 -o factors`
-
 `hf-tsv compress org/clip-sun397 --format peft --push-to me/clip-sun397-lora`
-
 `hf-tsv compress ./clip-c --base-model openai/clip-vit-base-patch32 --energy 0.95 -o factors`
 """
 
 
 @dataclass(frozen=True)
 class KeepOptions:
-    """Rule for how much is kept of every matrix; one of four."""
-
-    PANEL: ClassVar[str] = "How much is kept (give one)"
-
+    PANEL = "How much is kept (give one)"
     rank_fraction: Annotated[
-        float | None, typer.Option(help="Share of min(shape) of every matrix. [default: 0.1]")
+        float | None, "Share of min(shape) of every matrix. [default: 0.1]"
     ] = None
-    rank: Annotated[int | None, typer.Option(help="Singular vectors of every matrix.")] = None
-    energy: Annotated[
-        float | None, typer.Option(help="Share of the squared singular values of every matrix.")
-    ] = None
+    rank: Annotated[int | None, "Singular vectors of every matrix."] = None
+    energy: Annotated[float | None, "Share of the squared singular values of every matrix."] = None
     budget: Annotated[
         str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Bytes for everything, spent where they keep most: 10% of the checkpoint, 35MB.",
-        ),
+        "SIZE",
+        "Bytes for everything, spent where they keep most: 10% of the checkpoint, 35MB.",
     ] = None
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """Form of the compressed task."""
-
-    PANEL: ClassVar[str] = "How it is stored"
-
-    factor_dtype: Annotated[Dtype, typer.Option(help="Type of the stored updates.")] = "float32"
+    PANEL = "How it is stored"
+    factor_dtype: Annotated[Dtype, "Type of the stored updates."] = "float32"
     compress_conv: Annotated[
         bool,
-        typer.Option(
-            "--compress-conv",
-            help="Decompose the patch convolution too (otherwise it is the largest tensor stored"
-            " whole).",
-        ),
+        "Decompose the patch convolution too (otherwise it is the largest tensor stored whole).",
     ] = False
     format: Annotated[
-        FactorFormat,
-        typer.Option(help="Task factors, or a LoRA adapter that PEFT loads without hf-tsv."),
+        FactorFormat, "Task factors, or a LoRA adapter that PEFT loads without hf-tsv."
     ] = "factors"
     dense: Annotated[
         bool,
-        typer.Option(
-            "--dense/--no-dense",
-            help="With peft: also biases, norms and embeddings. Without, PEFT can combine it with"
-            " other adapters.",
-        ),
+        "With peft: also biases, norms and embeddings. Without, PEFT can combine it with other"
+        " adapters.",
     ] = True
     model_class: Annotated[
         str | None,
-        typer.Option(
-            metavar="CLASS",
-            help="With peft: the class it is for, such as CLIPModel. [default: the checkpoint's]",
-        ),
+        "CLASS",
+        "With peft: the class it is for, such as CLIPModel. [default: the checkpoint's]",
     ] = None
 
 
 def compress(
     checkpoint: Annotated[
-        str,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="Fine-tune to compress: org/name, org/name@revision, or a local folder.",
-        ),
+        str, "CHECKPOINT", "Fine-tune to compress: org/name, org/name@revision, or a local folder."
     ],
     *,
     source: options.SourceOptions,
@@ -107,7 +77,6 @@ def compress(
     report: Annotated[
         bool,
         typer.Option(
-            "--report",
             help="Put what is kept of which layer into the card, as a table and a picture.",
             rich_help_panel=options.TARGET,
         ),
@@ -141,12 +110,7 @@ def compress(
         dry_run=run.dry_run,
         progress=run.progress,
     )
-    if not run.dry_run:
-        out.status(_summary(done))
-        if run.timings:
-            out.status(timings(done.timings, {}))
-    text = _preview(done) if run.dry_run else (done.output or done.url or "")
-    out.result(text, done.to_dict())
+    out.delivered(done, _summary, _preview, timed=run.timings)
 
 
 def _summary(report: CompressReport) -> str:

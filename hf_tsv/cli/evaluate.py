@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,27 +16,16 @@ from hf_tsv.system.processes import is_leader
 if TYPE_CHECKING:
     from hf_tsv.verbs.evaluate import EvaluateReport
 
-
 EXAMPLES = """\
-**Examples**
-
 `hf-tsv evaluate me/merged --task sun397=tanganke/sun397 --task dtd=tanganke/dtd`
-
 `hf-tsv evaluate me/merged --task dtd=tanganke/dtd --reference dtd=org/clip-dtd -o results`
-
 `hf-tsv evaluate me/merged --suite vit-b-32-8 --card --create-pr`
-
 `hf-tsv evaluate ./merged --task mine=./images --limit 200 --json | jq .accuracy`
 """
 
 
 def evaluate(
-    reference: Annotated[
-        str,
-        typer.Argument(
-            metavar="REF", help="The model: org/name, org/name@revision, or a local folder."
-        ),
-    ],
+    reference: Annotated[str, "REF", "The model: org/name, org/name@revision, or a local folder."],
     *,
     images: ImageOptions,
     compute: Annotated[options.ComputeOptions, Only("batch_size", "device")],
@@ -51,16 +40,13 @@ def evaluate(
     card: Annotated[
         bool,
         typer.Option(
-            "--card",
             help="Add the results to the card of REF: the README.md of a folder, or by a commit.",
             rich_help_panel=options.TARGET,
         ),
     ] = False,
     create_pr: Annotated[
         bool,
-        typer.Option(
-            "--create-pr", help="Commit the card as a pull request.", rich_help_panel=options.TARGET
-        ),
+        typer.Option(help="Commit the card as a pull request.", rich_help_panel=options.TARGET),
     ] = False,
     run: Annotated[options.RunOptions, Only("as_json", "quiet")],
     access: Annotated[options.AccessOptions, Only("token", "cache_dir")],
@@ -102,15 +88,17 @@ def _share(value: float | None) -> str:
 
 
 def text_of(report: EvaluateReport) -> str:
-    """The results as tables."""
-    compared = any("reference" in found for found in report.tasks.values())
-    rows = [_row(name, found, compared) for name, found in report.tasks.items()]
-    head = ["task", "images", "accuracy", *(["fine-tune", "kept"] if compared else [])]
-    own = [*report.tasks.values()]
+    """Results as tables."""
+    own = {n: t["reference"]["accuracy"] for n, t in report.tasks.items() if "reference" in t}
+    head = ["task", "images", "accuracy", "fine-tune", "kept"][: 5 if own else 3]
+    rows = [
+        [name, str(found["images"]), _share(found["accuracy"])]
+        + ([_share(own.get(name)), _share(found.get("normalised"))] if own else [])
+        for name, found in report.tasks.items()
+    ]
     mean = ["mean", "", _share(report.accuracy)]
-    if compared:
-        known = [found["reference"]["accuracy"] for found in own if "reference" in found]
-        mean += [_share(sum(known) / len(known)), _share(report.normalised)]
+    if own:
+        mean += [_share(sum(own.values()) / len(own)), _share(report.normalised)]
     parts = [table(rows, head, mean)]
     if report.suite is not None:
         parts.append(_beside_the_paper(report))
@@ -134,11 +122,3 @@ def _beside_the_paper(report: EvaluateReport) -> str:
         ours.append(f"{report.limit} images of each")
     means = _share(suite["accuracy"]), _share(suite["normalised"])
     return table(rows, (PUBLISHED, "accuracy", "kept"), (", ".join(ours), *means))
-
-
-def _row(name: str, found: dict[str, Any], compared: bool) -> list[str]:
-    cells = [name, str(found["images"]), _share(found["accuracy"])]
-    if compared:
-        own = found.get("reference", {}).get("accuracy")
-        cells += [_share(own), _share(found.get("normalised"))]
-    return cells

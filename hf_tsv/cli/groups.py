@@ -1,4 +1,9 @@
-"""Options of a command as dataclasses: a parameter annotated with one stands for its fields."""
+"""Options of a command as dataclasses: a parameter annotated with one stands for its fields.
+
+A parameter is annotated as typer has it, or with its help alone, which the name of its value may
+precede: `Annotated[int, "Images at a time."]`, `Annotated[str | None, "SIZE", "Memory limit."]`.
+Those before `*` are arguments, all others are options.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from copy import copy
 from dataclasses import is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+import typer
 from typer.models import OptionInfo
 
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
@@ -32,17 +38,14 @@ def flattened(command: Callable[..., None]) -> Callable[..., None]:
     A group is a dataclass whose fields are annotated with their options, or are groups themselves.
     Its `PANEL` is where the help shows options that name no panel.
 
-    Args:
-        command (`Callable`): takes the groups.
-
     Raises:
         `TypeError`: two options have the same name.
     """
     hints = get_type_hints(command, include_extras=True)
     given = inspect.signature(command).parameters
-    options = [o for name in given for o in _options(name, hints[name], given[name].default)]
-    flags = Counter(flag for option in options for flag in _flags(option))
-    if twice := [flag for flag, count in flags.items() if count > 1]:
+    options = [o for name in given for o in _options(given[name], hints[name])]
+    flags = Counter(name for option in options for name in _flags(option))
+    if twice := [name for name, count in flags.items() if count > 1]:
         raise TypeError(f"{command.__name__} declares {', '.join(twice)} twice.")
 
     @functools.wraps(command)
@@ -54,11 +57,11 @@ def flattened(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @functools.cache
-def _fields(group: type) -> dict[str, tuple[Any, Any]]:
-    """Annotation and default of each field."""
+def _fields(group: type) -> dict[str, tuple[inspect.Parameter, Any]]:
+    """Parameter and annotation of each field."""
     hints = get_type_hints(group, include_extras=True)
     given = inspect.signature(group).parameters
-    return {name: (hints[name], field.default) for name, field in given.items()}
+    return {name: (field, hints[name]) for name, field in given.items()}
 
 
 def _group(hint: Any) -> tuple[Any, tuple[str, ...]]:
@@ -71,28 +74,41 @@ def _group(hint: Any) -> tuple[Any, tuple[str, ...]]:
 
 
 def _options(
-    name: str, hint: Any, default: Any, panel: str | None = None
+    given: inspect.Parameter, hint: Any, panel: str | None = None
 ) -> Iterator[inspect.Parameter]:
     """Parameters that one parameter or field stands for."""
     group, names = _group(hint)
-    for field in names:
-        yield from _options(field, *_fields(group)[field], getattr(group, "PANEL", None))
+    for name in names:
+        field, its_hint = _fields(group)[name]
+        field = field.replace(kind=KEYWORD_ONLY)
+        yield from _options(field, its_hint, getattr(group, "PANEL", None))
     if group is None:
-        kind, info = get_args(hint)
-        info = copy(info)
+        kind, *notes = get_args(hint)
+        info = copy(notes[0])
+        if isinstance(info, str):
+            declare: Any = typer.Option if given.kind is KEYWORD_ONLY else typer.Argument
+            info = declare(help=notes[-1], metavar=notes[0] if len(notes) > 1 else None)
+        if isinstance(info, OptionInfo) and given.default is False and not _names(info):
+            info.param_decls = (flag(given.name),)  # otherwise typer adds its opposite
         info.rich_help_panel = info.rich_help_panel or panel
-        hint = Annotated[kind, info]
-        yield inspect.Parameter(name, KEYWORD_ONLY, default=default, annotation=hint)
+        yield given.replace(kind=KEYWORD_ONLY, annotation=Annotated[kind, info])
+
+
+def _names(info: OptionInfo) -> list[str]:
+    """Names that an option declares itself."""
+    first = [] if info.default is ... else [str(info.default)]  # where typer leaves a first name
+    return [name for text in (*first, *(info.param_decls or ())) for name in text.split("/")]
 
 
 def _flags(option: inspect.Parameter) -> list[str]:
     """Names of an option on the command line; none of an argument."""
     _, info = get_args(option.annotation)
-    if not isinstance(info, OptionInfo):
-        return []
-    first = [] if info.default is ... else [str(info.default)]  # where typer leaves a first name
-    named = [flag for text in (*first, *(info.param_decls or ())) for flag in text.split("/")]
-    return named or [f"--{option.name.replace('_', '-')}"]
+    return (_names(info) or [flag(option.name)]) if isinstance(info, OptionInfo) else []
+
+
+def flag(name: str) -> str:
+    """A parameter as the command line has it."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _collected(name: str, hint: Any, values: dict[str, Any]) -> Any:
@@ -100,4 +116,4 @@ def _collected(name: str, hint: Any, values: dict[str, Any]) -> Any:
     group, names = _group(hint)
     if group is None:
         return values[name]
-    return group(**{field: _collected(field, _fields(group)[field][0], values) for field in names})
+    return group(**{field: _collected(field, _fields(group)[field][1], values) for field in names})

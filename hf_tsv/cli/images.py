@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,68 +28,45 @@ Limit = Annotated[
 
 @dataclass(frozen=True)
 class DatasetOptions:
-    """Parts of the datasets of `--task`: split, columns, classes and prompts."""
-
-    PANEL: ClassVar[str] = PANEL
-
+    PANEL = PANEL
     split: Annotated[
-        str | None,
-        typer.Option(
-            help="Split of every dataset to use. [default: test, else validation, else train]"
-        ),
+        str | None, "Split of every dataset to use. [default: test, else validation, else train]"
     ] = None
     image_column: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COLUMN",
-            help="Column of the images of --task. [default: the only column of images]",
-        ),
+        str | None, "COLUMN", "Column of the images of --task. [default: the only column of images]"
     ] = None
     label_column: Annotated[
         str | None,
-        typer.Option(
-            metavar="COLUMN",
-            help="Column of the labels of --task. [default: the only column of class labels]",
-        ),
+        "COLUMN",
+        "Column of the labels of --task. [default: the only column of class labels]",
     ] = None
     classes: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Names of the classes of a single --task, one a line, in the order of the labels."
-            " [default: those of the dataset]",
-        ),
+        "FILE",
+        "Names of the classes of a single --task, one a line, in the order of the labels."
+        " [default: those of the dataset]",
     ] = None
     template: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Prompt of --task, with {} for the name of a class; repeatable."
-            " [default: a photo of a {}.]"
-        ),
+        "Prompt of --task, with {} for the name of a class; repeatable."
+        " [default: a photo of a {}.]",
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """Images, and models to compare with on them."""
-
-    PANEL: ClassVar[str] = PANEL
-
+    PANEL = PANEL
     task: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=DATASET",
-            help="Labelled images: a dataset on the Hub (org/name, org/name:config@revision), a"
-            " folder of images, or a parquet file; repeatable.",
-        ),
+        "NAME=DATASET",
+        "Labelled images: a dataset on the Hub (org/name, org/name:config@revision), a folder of"
+        " images, or a parquet file; repeatable.",
     ] = None
     suite: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Tasks, base model and fine-tunes of a paper, beside the rows it reports:"
-            " vit-b-32-8; b-16 or l-14, 14 or 20 tasks.",
-        ),
+        "NAME",
+        "Tasks, base model and fine-tunes of a paper, beside the rows it reports: vit-b-32-8;"
+        " b-16 or l-14, 14 or 20 tasks.",
     ] = None
     fine_tunes: Annotated[
         list[str] | None,
@@ -100,9 +77,7 @@ class ImageOptions:
             " [default: those of the suite]",
         ),
     ] = None
-    no_references: Annotated[
-        bool, typer.Option("--no-references", help="Leave the fine-tunes of the suite out.")
-    ] = False
+    no_references: Annotated[bool, "Leave the fine-tunes of the suite out."] = False
     datasets: DatasetOptions
     limit: Limit = None
 

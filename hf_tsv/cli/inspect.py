@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only
 from hf_tsv.cli.output import Out, pinned, table
@@ -15,22 +13,15 @@ from hf_tsv.system.text import human_bytes
 if TYPE_CHECKING:
     from hf_tsv.verbs.inspect import InspectReport
 
-
 EXAMPLES = """\
-**Examples**
-
 `hf-tsv inspect org/clip-a`
-
 `hf-tsv inspect me/clip-abc`  (the recipe it came from)
-
 `hf-tsv inspect me/clip-a-tsv --json | jq .factors`
 """
 
 
 def inspect(
-    reference: Annotated[
-        str, typer.Argument(metavar="REF", help="org/name, org/name@revision, or a local folder.")
-    ],
+    reference: Annotated[str, "REF", "org/name, org/name@revision, or a local folder."],
     *,
     source: Annotated[options.SourceOptions, Only("subfolder")],
     run: Annotated[options.RunOptions, Only("as_json")],

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only
 from hf_tsv.cli.output import Out, table
@@ -14,14 +12,9 @@ from hf_tsv.cli.output import Out, table
 if TYPE_CHECKING:
     from hf_tsv.reports.interference import InterferenceReport
 
-
 EXAMPLES = """\
-**Examples**
-
 `hf-tsv interference org/clip-a org/clip-b org/clip-c`
-
 `hf-tsv interference org/clip-a org/clip-b -o report`
-
 `hf-tsv interference org/clip-a org/clip-b --json | jq .total`
 """
 
@@ -32,11 +25,9 @@ SHOWN = 5
 def interference(
     checkpoints: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="CHECKPOINTS...",
-            help="Fine-tunes of one base model, whole or as task factors: org/name,"
-            " org/name@revision, or a local folder.",
-        ),
+        "CHECKPOINTS...",
+        "Fine-tunes of one base model, whole or as task factors: org/name, org/name@revision, or a"
+        " local folder.",
     ] = None,
     *,
     source: options.SourceOptions,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from hf_tsv.checkpoints.names import Format
 from hf_tsv.cli import images, options
-from hf_tsv.cli.groups import Only
-from hf_tsv.cli.output import Out, pinned, table, timings
+from hf_tsv.cli.groups import Only, flag
+from hf_tsv.cli.output import Out, pinned, table
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
 from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.system.errors import RecipeError
@@ -25,85 +25,51 @@ else:
     MethodName = Literal[tuple(METHODS)]
 
 EXAMPLES = """\
-**Examples**
-
 `hf-tsv merge org/clip-a org/clip-b@v1 ./clip-c --base-model openai/clip-vit-base-patch32 -o merged`
-
 `hf-tsv merge org/clip-a org/clip-b org/clip-c --push-to me/clip-abc --private`
-
 `hf-tsv merge org/clip-a org/clip-b -o merged --dry-run`
-
 `hf-tsv merge org/clip-a org/clip-b --method ada --task a=org/images-a --task b=./images -o merged`
-
 `hf-tsv merge org/clip-a org/clip-b --tune-alpha 0:2:0.1 --task a=org/images-a -o merged`
-
 `hf-tsv merge --recipe merged/hf_tsv_recipe.yaml -o again`
-
 **Methods**
-
-""" + "\n\n".join(f"`{method.name}`: {method.does}" for method in METHODS.values())
+""" + "\n".join(f"`{method.name}`: {method.does}" for method in METHODS.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultOptions:
-    """Place and form of the merge."""
-
-    PANEL: ClassVar[str] = options.TARGET
-
+    PANEL = options.TARGET
     target: options.TargetOptions
-    out_format: Annotated[
-        Format | None, typer.Option(help="Files of the output. [default: as the base model]")
-    ] = None
-    keep_heads: Annotated[
-        bool,
-        typer.Option(
-            "--keep-heads", help="Write task heads beside the merged encoder, one file each."
-        ),
-    ] = False
+    out_format: Annotated[Format | None, "Files of the output. [default: as the base model]"] = None
+    keep_heads: Annotated[bool, "Write task heads beside the merged encoder, one file each."] = (
+        False
+    )
     files: Annotated[options.FileOptions, Only("max_shard_size")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions:
-    """Method of the merge and its numbers."""
-
-    PANEL: ClassVar[str] = options.METHOD
-
+    PANEL = options.METHOD
     method: Annotated[
         MethodName,
-        typer.Option(
-            help="tsv, with coefficients learned on images (ada), one of its halves (low-rank,"
-            " orthogonal), or another method."
-        ),
+        "tsv, with coefficients learned on images (ada), one of its halves (low-rank, orthogonal),"
+        " or another method.",
     ] = "tsv"
-    precision: Annotated[
-        Precision, typer.Option(help="Fast and checked, or full float64 SVDs throughout.")
-    ] = "fast"
+    precision: Annotated[Precision, "Fast and checked, or full float64 SVDs throughout."] = "fast"
     orthogonalizer: Annotated[
         Orthogonalizer,
-        typer.Option(
-            help="With --precision exact: SVD or eigendecomposition; the same up to rounding."
-        ),
+        "With --precision exact: SVD or eigendecomposition; the same up to rounding.",
     ] = "procrustes"
     alpha: Annotated[
         float | None,
-        typer.Option(
-            help="Scale of the merged update. [default: 1; 0.3 for task-arithmetic, low-rank and"
-            " consensus]"
-        ),
+        "Scale of the merged update. [default: 1; 0.3 for task-arithmetic, low-rank and consensus]",
     ] = None
     tune_alpha: Annotated[
         str | None,
-        typer.Option(
-            metavar="FIRST:LAST:STEP",
-            help="Choose it on validation images instead (--task): one merge, scored at each.",
-        ),
+        "FIRST:LAST:STEP",
+        "Choose it on validation images instead (--task): one merge, scored at each.",
     ] = None
     weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="W1,W2,...", help="Factor of each task's update. [default: 1 for all]"
-        ),
+        str | None, "W1,W2,...", "Factor of each task's update. [default: 1 for all]"
     ] = None
     ranks: options.RankOptions
     dtype: options.OutputDtype = None
@@ -111,10 +77,7 @@ class MethodOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LearningOptions:
-    """Images that coefficients or α are found on, and numbers of the search."""
-
-    PANEL: ClassVar[str] = "With --method ada"
-
+    PANEL = "With --method ada"
     pictures: Annotated[images.ImageOptions, Only("task", "datasets")]
     batch_size: Annotated[
         int | None,
@@ -124,32 +87,24 @@ class LearningOptions:
         ),
     ] = None
     limit: images.Limit = None
-    steps: Annotated[int | None, typer.Option(help="Steps of Adam. [default: 300]")] = None
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Adam's learning rate. [default: 0.002]")
-    ] = None
-    seed: Annotated[
-        int | None, typer.Option(help="Seed for the order of the images. [default: 0]")
-    ] = None
+    steps: Annotated[int | None, "Steps of Adam. [default: 300]"] = None
+    learning_rate: Annotated[float | None, "Adam's learning rate. [default: 0.002]"] = None
+    seed: Annotated[int | None, "Seed for the order of the images. [default: 0]"] = None
 
 
 def merge(
     checkpoints: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="CHECKPOINTS...",
-            help="Fine-tunes to merge, whole or as task factors: org/name, org/name@revision, or a"
-            " local folder.",
-        ),
+        "CHECKPOINTS...",
+        "Fine-tunes to merge, whole or as task factors: org/name, org/name@revision, or a local"
+        " folder.",
     ] = None,
     *,
     source: options.SourceOptions,
     recipe: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Repeat a merge from its recipe; names checkpoints and settings by itself.",
-        ),
+        "FILE",
+        "Repeat a merge from its recipe; names checkpoints and settings by itself.",
     ] = None,
     result: ResultOptions,
     how: MethodOptions,
@@ -158,7 +113,6 @@ def merge(
     report: Annotated[
         bool,
         typer.Option(
-            "--report",
             help="Measure who disturbs whom too: table and picture in the card, interference.json.",
             rich_help_panel=options.RUN,
         ),
@@ -200,12 +154,7 @@ def merge(
         dry_run=run.dry_run,
         progress=run.progress,
     )
-    if not run.dry_run:
-        out.status(_summary(done))
-        if run.timings:
-            out.status(timings(done.timings, done.treatments))
-    text = _preview(done) if run.dry_run else (done.output or done.url or "")
-    out.result(text, done.to_dict())
+    out.delivered(done, _summary, _preview, timed=run.timings)
 
 
 def _learned(how: MethodOptions, learning: LearningOptions) -> dict[str, Any]:
@@ -216,7 +165,7 @@ def _learned(how: MethodOptions, learning: LearningOptions) -> dict[str, Any]:
     tasks = tuple(learning.pictures.tasks)
     if how.tune_alpha is not None:
         if other := given.keys() - {"limit", "batch_size"}:
-            raise RecipeError(f"{_flag(min(other))} is an option of --method ada.", "Leave it out.")
+            raise RecipeError(f"{flag(min(other))} is an option of --method ada.", "Leave it out.")
         from hf_tsv.recipes.learning import AlphaSearch
 
         return {"tune_alpha": AlphaSearch(tasks, how.tune_alpha, **given)}  # type: ignore[arg-type]
@@ -224,18 +173,13 @@ def _learned(how: MethodOptions, learning: LearningOptions) -> dict[str, Any]:
         return {}
     if not METHODS[how.method].learns:
         raise RecipeError(
-            f"{_flag(said[0])} is an option of --method ada and of --tune-alpha.", "Leave it out."
+            f"{flag(said[0])} is an option of --method ada and of --tune-alpha.", "Leave it out."
         )
     if "limit" in given:
         raise RecipeError("--limit is an option of --tune-alpha.", "Leave it out.")
     from hf_tsv.recipes.learning import Adaptation
 
     return {"adaptation": Adaptation(tasks, **given)}
-
-
-def _flag(name: str) -> str:
-    """A field as the command line has it."""
-    return f"--{name.replace('_', '-')}"
 
 
 def _summary(report: MergeReport) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import typer
 
@@ -22,9 +22,7 @@ def folder(content: str) -> Any:
     return typer.Option("-o", "--output", metavar="DIR", help=content, rich_help_panel=TARGET)
 
 
-OutputDtype = Annotated[
-    Dtype | None, typer.Option(help="Type of the written weights. [default: as the base model]")
-]
+OutputDtype = Annotated[Dtype | None, "Type of the written weights. [default: as the base model]"]
 
 
 @dataclass(frozen=True)
@@ -32,58 +30,35 @@ class SourceOptions:
     """Origin of the checkpoints."""
 
     base_model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="REF",
-            help="Model before fine-tuning. [default: what model cards and factors say]",
-        ),
+        str | None, "REF", "Model before fine-tuning. [default: what model cards and factors say]"
     ] = None
     subfolder: Annotated[
         str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where the checkpoints lie in their repositories or folders; the same as"
-            " org/name/DIR. Does not apply to the base model.",
-        ),
+        "DIR",
+        "Where the checkpoints lie in their repositories or folders; the same as org/name/DIR."
+        " Does not apply to the base model.",
     ] = None
 
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """Place of the result: a folder, a repository, or both."""
-
-    PANEL: ClassVar[str] = TARGET
-
+    PANEL = TARGET
     output: Annotated[Path | None, folder("Folder to write.")] = None
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an output folder that hf-tsv wrote.")
-    ] = False
-    push_to: Annotated[
-        str | None,
-        typer.Option(metavar="REPO_ID", help="Hub repository to upload to; created if needed."),
-    ] = None
-    private: Annotated[
-        bool | None, typer.Option("--private/--no-private", help="Make a new repository private.")
-    ] = None
-    revision: Annotated[
-        str | None, typer.Option(metavar="BRANCH", help="Branch to push to; created if needed.")
-    ] = None
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Push as a pull request.")] = False
-    commit_message: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Summary of the commit.")
-    ] = None
+    force: Annotated[bool, "Replace an output folder that hf-tsv wrote."] = False
+    push_to: Annotated[str | None, "REPO_ID", "Hub repository to upload to; created if needed."] = (
+        None
+    )
+    private: Annotated[bool | None, "Make a new repository private."] = None
+    revision: Annotated[str | None, "BRANCH", "Branch to push to; created if needed."] = None
+    create_pr: Annotated[bool, "Push as a pull request."] = False
+    commit_message: Annotated[str | None, "TEXT", "Summary of the commit."] = None
 
 
 @dataclass(frozen=True)
 class FileOptions:
-    """Form of the files of the result."""
-
-    PANEL: ClassVar[str] = TARGET
-
+    PANEL = TARGET
     dtype: OutputDtype = None
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest output file.")] = (
-        "5GB"
-    )
+    max_shard_size: Annotated[str, "SIZE", "Largest output file."] = "5GB"
 
     @property
     def shard_size(self) -> int | str:
@@ -94,33 +69,21 @@ class FileOptions:
 
 @dataclass(frozen=True)
 class RankOptions:
-    """Choice of the weights that are decomposed, and of the singular vectors kept."""
-
-    PANEL: ClassVar[str] = METHOD
-
+    PANEL = METHOD
     rank: Annotated[
-        int | None,
-        typer.Option(
-            help="Singular vectors kept of each task. [default: min(shape) / number of tasks]"
-        ),
+        int | None, "Singular vectors kept of each task. [default: min(shape) / number of tasks]"
     ] = None
-    rank_fraction: Annotated[
-        float | None, typer.Option(help="The same as a share of min(shape).")
-    ] = None
+    rank_fraction: Annotated[float | None, "The same as a share of min(shape)."] = None
     exclude: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            help="Weights to average instead of decomposing; repeatable, replaces the default."
-            " [default: text_projection.weight]",
-        ),
+        "GLOB",
+        "Weights to average instead of decomposing; repeatable, replaces the default."
+        " [default: text_projection.weight]",
     ] = None
     qkv: Annotated[
         Qkv | None,
-        typer.Option(
-            help="Decompose attention projections one by one, or stacked as OpenCLIP stores them."
-            " [default: as the base model stores them]"
-        ),
+        "Decompose attention projections one by one, or stacked as OpenCLIP stores them."
+        " [default: as the base model stores them]",
     ] = None
 
     def arguments(self) -> dict[str, Any]:
@@ -133,42 +96,24 @@ class RankOptions:
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """Device, memory and batches of the computation."""
-
-    PANEL: ClassVar[str] = RUN
-
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda, … [default: the best there is]")
-    ] = None
+    PANEL = RUN
+    batch_size: Annotated[int, "Images at a time."] = 64
+    device: Annotated[str | None, "NAME", "cpu, cuda, … [default: the best there is]"] = None
     max_memory: Annotated[
         str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory limit per process, such as 2GB; fewer weights are held at once to stay"
-            " below it. [default: no limit]",
-        ),
+        "SIZE",
+        "Memory limit per process, such as 2GB; fewer weights are held at once to stay below it."
+        " [default: no limit]",
     ] = None
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Work that is done, and messages that are printed."""
-
-    PANEL: ClassVar[str] = RUN
-
-    timings: Annotated[
-        bool,
-        typer.Option(
-            "--timings", help="Show the seconds spent reading, waiting, computing and writing."
-        ),
-    ] = False
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Show what would be done; reads headers only, writes nothing."
-        ),
-    ] = False
+    PANEL = RUN
+    timings: Annotated[bool, "Show the seconds spent reading, waiting, computing and writing."] = (
+        False
+    )
+    dry_run: Annotated[bool, "Show what would be done; reads headers only, writes nothing."] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no status.")] = False
 
@@ -180,23 +125,13 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class AccessOptions:
-    """Access to the Hub."""
-
-    PANEL: ClassVar[str] = RUN
-
+    PANEL = RUN
     token: Annotated[
-        str | None,
-        typer.Option(help="Hub token. [default: HF_TOKEN, or the one of `hf auth login`]"),
+        str | None, "Hub token. [default: HF_TOKEN, or the one of `hf auth login`]"
     ] = None
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Hub cache. [default: as the Hub client]")
-    ] = None
+    cache_dir: Annotated[Path | None, "Hub cache. [default: as the Hub client]"] = None
     stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream",
-            help="Read tensors from the Hub when they are needed, without a copy on disk.",
-        ),
+        bool, "Read tensors from the Hub when they are needed, without a copy on disk."
     ] = False
 
 

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -23,8 +23,7 @@ EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
 TURN = 3.0
-"""Seconds that the first process has to say what is wrong; launchers end it when another one ends
-with an error."""
+"""Seconds for the first process to say what is wrong: launchers end it when another one fails."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -32,12 +31,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Out:
-    """Results, warnings, hints and errors of one command.
-
-    Args:
-        as_json (`bool`): print one JSON object instead of text.
-        quiet (`bool`): print no status lines; warnings and errors stay.
-    """
+    """Results, warnings, hints and errors of one command; quiet, without its status lines."""
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.speaks = is_leader()
@@ -66,17 +60,30 @@ class Out:
         if not self.quiet:
             _print_stderr(text)
 
+    def delivered(
+        self,
+        report: Any,
+        summary: Callable[[Any], str],
+        preview: Callable[[Any], str],
+        *,
+        timed: bool = False,
+    ) -> None:
+        """Tell what a command wrote and where it is, or after a dry run what it would do."""
+        place = getattr(report, "output", None) or report.url or ""
+        if not report.dry_run:
+            self.status(summary(report))
+            if timed:
+                self.status(_timings(report))
+        self.result(preview(report) if report.dry_run else place, report.to_dict())
+
 
 def table(
     rows: Sequence[Sequence[str]], head: Sequence[str] = (), footer: Sequence[str] = ()
 ) -> str:
-    """Text in aligned columns, a line for each row.
+    """Text in aligned columns, a line for each row, between a head and a footer.
 
-    Args:
-        rows (`Sequence[Sequence[str]]`): cells.
-        head (`Sequence[str]`): names of the columns. All but the first are numbers then, and stand
-            to the right; without names all are text, and stand to the left.
-        footer (`Sequence[str]`): a last row, below a line.
+    With a head all columns but the first are numbers, and stand to the right; without one all are
+    text, and stand to the left.
     """
     from rich.cells import cell_len
 
@@ -102,15 +109,13 @@ def pinned(entry: Mapping[str, str | None]) -> str:
     return at_revision(str(entry["ref"]), entry["revision"])
 
 
-def timings(seconds: Mapping[str, float], treatments: Mapping[str, Mapping[str, Any]]) -> str:
-    """Seconds by what was done, and the weights that took longest."""
-    slowest = sorted(
-        ((entry["seconds"], name) for name, entry in treatments.items() if "seconds" in entry),
-        key=lambda pair: -pair[0]["computing"],
-    )
-    rows = [(name, f"{value:.2f} s") for name, value in seconds.items()]
-    rows += [(f"{found['computing']:.2f} s", name) for found, name in slowest[:3]]
-    return table(rows)
+def _timings(report: Any) -> str:
+    """Seconds by what was done, and the weights of a merge that took longest."""
+    weights = getattr(report, "treatments", {}).items()
+    spent = [(entry["seconds"]["computing"], name) for name, entry in weights if "seconds" in entry]
+    slowest = sorted(spent, key=lambda pair: -pair[0])[:3]
+    rows = [(name, f"{value:.2f} s") for name, value in report.timings.items()]
+    return table(rows + [(f"{value:.2f} s", name) for value, name in slowest])
 
 
 class _Redacting(logging.Filter):
@@ -154,14 +159,9 @@ def guarded() -> Iterator[None]:
             _leave(EXIT_ERROR)
         if os.environ.get("HF_DEBUG", "").upper() in {"1", "ON", "YES", "TRUE"}:
             raise
-        _print_stderr(f"Error: {error.message}")
-        if error.hint:
-            _print_stderr(f"Hint: {error.hint}")
-        _leave(EXIT_ERROR)
+        _fail(error.message, error.hint)
     except MemoryError:
-        _print_stderr("Error: There is not enough memory.")
-        _print_stderr("Hint: Less goes on at a time with --max-memory.")
-        _leave(EXIT_ERROR)
+        _fail("There is not enough memory.", "Less goes on at a time with --max-memory.")
     except KeyboardInterrupt as error:
         terminated = isinstance(error, Terminated)
         if is_leader():
@@ -171,6 +171,11 @@ def guarded() -> Iterator[None]:
 
 def _terminate(signum: int, frame: object) -> None:
     raise Terminated
+
+
+def _fail(message: str, hint: str | None) -> None:
+    _print_stderr(f"Error: {message}" + (f"\nHint: {hint}" if hint else ""))
+    _leave(EXIT_ERROR)
 
 
 def _leave(code: int) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only
 from hf_tsv.cli.output import Out, table
@@ -14,14 +12,9 @@ from hf_tsv.system.text import human_bytes
 if TYPE_CHECKING:
     from hf_tsv.verbs.push import PushReport
 
-
 EXAMPLES = """\
-**Examples**
-
 `hf-tsv push merged me/clip-abc --private`
-
 `hf-tsv push factors org/clip-sun397-tsv --create-pr`
-
 `hf-tsv push merged me/clip-abc --dry-run`  (checks the folder and the token)
 """
 
@@ -29,16 +22,11 @@ EXAMPLES = """\
 def push(
     folder: Annotated[
         str,
-        typer.Argument(
-            metavar="DIR",
-            help="Finished folder that hf-tsv wrote: a merge, task factors, an adapter, or a"
-            " reconstruction.",
-        ),
+        "DIR",
+        "Finished folder that hf-tsv wrote: a merge, task factors, an adapter, or a"
+        " reconstruction.",
     ],
-    repo_id: Annotated[
-        str,
-        typer.Argument(metavar="REPO_ID", help="Hub repository to upload to; created if needed."),
-    ],
+    repo_id: Annotated[str, "REPO_ID", "Hub repository to upload to; created if needed."],
     *,
     target: Annotated[
         options.TargetOptions, Only("private", "revision", "create_pr", "commit_message")
@@ -63,9 +51,7 @@ def push(
         token=access.token,
         dry_run=run.dry_run,
     )
-    if not run.dry_run:
-        out.status(_summary(report))
-    out.result(_preview(report) if run.dry_run else (report.url or ""), report.to_dict())
+    out.delivered(report, _summary, _preview)
 
 
 def _summary(report: PushReport) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only
 from hf_tsv.cli.output import Out, pinned, table
@@ -14,22 +12,15 @@ from hf_tsv.system.text import human_bytes
 if TYPE_CHECKING:
     from hf_tsv.verbs.reconstruct import ReconstructReport
 
-
 EXAMPLES = """\
-**Examples**
-
 `hf-tsv reconstruct me/clip-sun397-tsv -o full`
-
 `hf-tsv reconstruct ./factors --base-model openai/clip-vit-base-patch32 --push-to me/clip-sun397`
 """
 
 
 def reconstruct(
     factors: Annotated[
-        str,
-        typer.Argument(
-            metavar="FACTORS", help="Task factors: org/name, org/name@revision, or a local folder."
-        ),
+        str, "FACTORS", "Task factors: org/name, org/name@revision, or a local folder."
     ],
     *,
     source: options.SourceOptions,
@@ -58,10 +49,7 @@ def reconstruct(
         dry_run=run.dry_run,
         progress=run.progress,
     )
-    if not run.dry_run:
-        out.status(_summary(report))
-    text = _preview(report) if run.dry_run else (report.output or report.url or "")
-    out.result(text, report.to_dict())
+    out.delivered(report, _summary, _preview)
 
 
 def _summary(report: ReconstructReport) -> str:

@@ -15,12 +15,8 @@ from hf_tsv.cli.output import Out, table
 if TYPE_CHECKING:
     from hf_tsv.verbs.sweep import SweepReport
 
-
 EXAMPLES = """\
-**Examples**
-
 `hf-tsv sweep --task dtd=tanganke/dtd --reference dtd=org/clip-dtd --rank-fraction 0.01,0.1 -o out`
-
 `hf-tsv sweep --suite vit-b-32-8 --limit 500`
 """
 
