@@ -22,11 +22,7 @@ KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 
 
 class Only:
-    """Fields of a group that a command takes, in this order; the others keep their defaults.
-
-    Args:
-        names (`str`): of the fields, in `Annotated[Group, Only("a", "b")]`.
-    """
+    """Fields of a group that a command takes, in this order; the others keep their defaults."""
 
     def __init__(self, *names: str) -> None:
         self.names = names

@@ -191,6 +191,10 @@ class CompressedCard(Card):
         return CardInput.of(self.config.source)
 
     @property
+    def dtype(self) -> str:
+        return str(self.config.factor_dtype).removeprefix("torch.")
+
+    @property
     def family(self) -> str:
         return _family(str(self.config.model_config.get("model_type", "clip")))
 
@@ -216,7 +220,7 @@ class CompressedCard(Card):
         for key, value in config.rank_rule.items():
             words += [f"--{key.replace('_', '-')}", str(value)]
         words += ["--compress-conv"] if config.compress_conv else []
-        words += ["--factor-dtype", _dtype_name(config)]
+        words += ["--factor-dtype", self.dtype]
         return shlex.join([*words, *options, "-o", "compressed"])
 
 
@@ -241,10 +245,6 @@ class FactorsCard(CompressedCard):
     def largest(self) -> list[tuple[str, StoredWeight]]:
         """Weights with the largest updates, and their names."""
         return sorted(self.config.weights.items(), key=lambda w: -w[1].norm)[:LARGEST_SHOWN]
-
-    @property
-    def dtype(self) -> str:
-        return _dtype_name(self.config)
 
     @property
     def command(self) -> str:
@@ -312,7 +312,3 @@ def _family(model_type: str) -> str:
 
 def _pipeline_tag(full_model: bool) -> str:
     return "zero-shot-image-classification" if full_model else "image-feature-extraction"
-
-
-def _dtype_name(config: FactorsConfig) -> str:
-    return str(config.factor_dtype).removeprefix("torch.")
