@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from hf_tsv.cli.groups import Only, flattened
 
@@ -113,8 +114,7 @@ def test_an_option_that_is_declared_twice_is_an_error() -> None:
     def same_field(first: Outer, second: Annotated[Outer, Only("text")]) -> None: ...
 
     def same_flag(
-        outer: Annotated[Outer, Only("names")],
-        other: Annotated[str, typer.Option("-o", "-n")] = "",
+        outer: Annotated[Outer, Only("names")], other: Annotated[str, typer.Option("-o", "-n")] = ""
     ) -> None: ...
 
     def other_half(
@@ -130,6 +130,7 @@ def test_a_command_with_an_option_twice_cannot_be_imported() -> None:
     code = """
 from typing import Annotated
 import typer
+from typer.testing import CliRunner
 from hf_tsv.cli import options, push as module
 
 def push(target: options.TargetOptions, again: Annotated[bool, typer.Option("--force")]): ...
@@ -140,3 +141,24 @@ importlib.reload(hf_tsv.cli)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "TypeError: push declares --force twice." in done.stderr
+
+
+def test_help_alone_declares_an_argument_an_option_and_a_flag() -> None:
+    got = []
+
+    def take(
+        word: Annotated[str, "WORD", "A word."],
+        *,
+        size: Annotated[str | None, "BYTES", "A size."] = None,
+        is_loud: Annotated[bool, "Whether it is loud."] = False,
+    ) -> None:
+        got.append((word, size, is_loud))
+
+    app = typer.Typer()
+    app.command()(flattened(take))
+    runner = CliRunner()
+    assert runner.invoke(app, ["a", "--size", "2", "--is-loud"]).exit_code == 0
+    assert got == [("a", "2", True)]
+    assert runner.invoke(app, ["a", "--no-is-loud"]).exit_code == 2
+    shown = runner.invoke(app, ["--help"], terminal_width=100).output
+    assert all(text in shown for text in ("WORD", "BYTES", "A size.", "Whether it is loud."))
