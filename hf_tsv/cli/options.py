@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,7 +128,7 @@ class AccessOptions:
     PANEL = RUN
     token: Annotated[
         str | None, "Hub token. [default: HF_TOKEN, or the one of `hf auth login`]"
-    ] = None
+    ] = field(default=None, repr=False)
     cache_dir: Annotated[Path | None, "Hub cache. [default: as the Hub client]"] = None
     stream: Annotated[
         bool, "Read tensors from the Hub when they are needed, without a copy on disk."
