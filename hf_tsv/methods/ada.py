@@ -35,11 +35,7 @@ class Layer:
 
     @torch.no_grad()
     def place(self, coefficients: Tensor) -> None:
-        """Set the parameters to W0 + α Σᵢ cᵢ Mᵢ.
-
-        Args:
-            coefficients (`Tensor`): coefficients of all tasks, shape (T,).
-        """
+        """Set the parameters to W0 + α Σᵢ cᵢ Mᵢ, for coefficients of all tasks, shape (T,)."""
         own = coefficients[list(self.tasks)].to(self.base)
         if isinstance(self.shares, TaskSingularVectors):
             ranks = torch.tensor(self.ranks, device=own.device)
@@ -55,9 +51,6 @@ class Layer:
     @torch.no_grad()
     def gradient(self, tasks: int) -> Tensor:
         """Compute ∂L/∂cᵢ = α ⟨∂L/∂W, Mᵢ⟩ from the gradients of the parameters.
-
-        Args:
-            tasks (`int`): T.
 
         Returns:
             `Tensor`: shape (T,), on the CPU; 0 for tasks that do not change the weight.
@@ -77,21 +70,14 @@ class Layer:
 
 
 def orthonormal_vectors(updates: Updates) -> tuple[TaskSingularVectors, tuple[int, ...]]:
-    """U⊥, S and V⊥h of one weight, whose columns and rows are those of one task after the other.
+    """U⊥, S and V⊥h of one weight, one task after the other, and the number of each task.
 
     They do not depend on factors of the singular values: M = Σᵢ cᵢ U⊥ᵢ diag(Sᵢ) V⊥hᵢ.
-
-    Args:
-        updates ([`Updates`]): as [`orthogonal`] gets them.
-
-    Returns:
-        `tuple[TaskSingularVectors, tuple[int, ...]]`: of all tasks, and how many are of each.
     """
     deltas = list(updates.deltas)
     found = leading(deltas, updates)
-    vectors, ranks = found.vectors, found.ranks
-    if vectors.rank:
-        vectors, ranks, product = orthogonalised(deltas, found, updates, form=True)
-        assert product.factors is not None  # they were asked for
-        vectors = replace(vectors, U=product.factors[0], Vh=product.factors[1])
-    return vectors, ranks
+    if not found.vectors.rank:
+        return found.vectors, found.ranks
+    vectors, ranks, product = orthogonalised(deltas, found, updates, form=True)
+    assert product.factors is not None  # they were asked for
+    return replace(vectors, U=product.factors[0], Vh=product.factors[1]), ranks

@@ -26,11 +26,8 @@ GROUP = "hf_tsv.methods"
 Treatment = Literal["decomposed", "averaged", "summed", "combined"]
 
 TREATMENTS: dict[str, Treatment] = {
-    "matrices": "decomposed",
-    "entries": "combined",
-    "sum": "summed",
-    "mean": "averaged",
-}
+    "matrices": "decomposed", "entries": "combined", "sum": "summed", "mean": "averaged",
+}  # fmt: skip
 """Treatment of a weight by a method's own rule, by what the rule is of."""
 
 
@@ -90,93 +87,63 @@ class Method:
 
 BUILT_IN = (
     Method(
-        "tsv",
-        "hf_tsv.methods.tsv:orthogonal",
+        "tsv", "hf_tsv.methods.tsv:orthogonal",
         "leading singular vectors of each task, made orthogonal",
-        source="2412.00081",
-        ranks="share",
-        vectors="orthogonal",
+        source="2412.00081", ranks="share", vectors="orthogonal",
         card=" with [TSV-Merge](https://arxiv.org/abs/2412.00081): the leading singular vectors of"
         " every task's\nweight update are kept, made orthogonal to those of the other tasks, and"
         " added to the base model.",
     ),
     Method(
-        "ada",
-        "hf_tsv.methods.tsv:orthogonal",
+        "ada", "hf_tsv.methods.tsv:orthogonal",
         "tsv with a coefficient of each task in each weight, learned on images",
-        source="2310.02575",
-        ranks="share",
-        vectors="orthogonal",
-        learns=True,
+        source="2310.02575", ranks="share", vectors="orthogonal", learns=True,
         card=" with [TSV-Merge](https://arxiv.org/abs/2412.00081) and a\ncoefficient of every task"
         " in every weight, learned as in [AdaMerging](https://arxiv.org/abs/2310.02575).",
     ),
     Method(
-        "low-rank",
-        "hf_tsv.methods.tsv:low_rank",
+        "low-rank", "hf_tsv.methods.tsv:low_rank",
         "leading singular vectors of each task, summed",
-        source="2412.00081",
-        ranks="free",
-        alpha=0.3,
-        vectors="kept",
+        source="2412.00081", ranks="free", alpha=0.3, vectors="kept",
     ),
     Method(
-        "orthogonal",
-        "hf_tsv.methods.tsv:orthogonal",
+        "orthogonal", "hf_tsv.methods.tsv:orthogonal",
         "all singular vectors of each task, made orthogonal",
-        source="2412.00081",
-        ranks="all",
-        vectors="orthogonal",
+        source="2412.00081", ranks="all", vectors="orthogonal",
     ),
     Method(
-        "task-arithmetic",
-        "hf_tsv.methods.sums:total",
-        "sum of updates",
-        source="2212.04089",
-        of="sum",
-        alpha=0.3,
+        "task-arithmetic", "hf_tsv.methods.sums:total", "sum of updates",
+        source="2212.04089", of="sum", alpha=0.3,
     ),
     Method("average", "hf_tsv.methods.sums:mean", "mean of updates", of="mean"),
     Method(
-        "ties",
-        "hf_tsv.methods.ties:ties",
+        "ties", "hf_tsv.methods.ties:ties",
         "largest fifth of each task's entries, mean of those that agree in sign",
-        source="2306.01708",
-        of="entries",
-        before="hf_tsv.methods.ties:thresholds",
+        source="2306.01708", of="entries", before="hf_tsv.methods.ties:thresholds",
     ),
     Method(
-        "consensus",
-        "hf_tsv.methods.tall_masks:consensus",
+        "consensus", "hf_tsv.methods.tall_masks:consensus",
         "sum of updates, where at least two tasks need it",
-        source="2405.07813",
-        of="entries",
-        alpha=0.3,
+        source="2405.07813", of="entries", alpha=0.3,
     ),
     Method(
-        "iso-c",
-        "hf_tsv.methods.isotropic:iso_c",
-        "sum of updates with all singular values made equal",
-        source="2502.04959",
+        "iso-c", "hf_tsv.methods.isotropic:iso_c",
+        "sum of updates with all singular values made equal", source="2502.04959",
     ),
     Method(
-        "iso-cts",
-        "hf_tsv.methods.isotropic:iso_cts",
+        "iso-cts", "hf_tsv.methods.isotropic:iso_cts",
         "iso-c with a fifth of the directions given to what each task has of its own",
         source="2502.04959",
     ),
     Method(
-        "tall-mask",
-        "hf_tsv.methods.sums:total",
+        "tall-mask", "hf_tsv.methods.sums:total",
         "sum of updates, and a mask of each task beside it: one task at a time",
-        source="2405.07813",
-        of="entries",
-        alpha=None,
+        source="2405.07813", of="entries", alpha=None,
         beside="hf_tsv.methods.tall_masks:tall_mask",
         card=" with [TALL-masks](https://arxiv.org/abs/2405.07813): the weights are the sum of all"
         " updates,\nof which each task has a mask; load one task at a time.",
     ),
-)
+)  # fmt: skip
 """Methods of this package. The scale α of sums in which tasks add up where they agree is what task
 arithmetic takes without validation images (Ilharco et al., ICLR 2023)."""
 
@@ -184,9 +151,7 @@ arithmetic takes without validation images (Ilharco et al., ICLR 2023)."""
 def installed(points: Sequence[EntryPoint]) -> Iterator[Method]:
     """Methods of other packages; one that cannot be used is left out with a warning.
 
-    Args:
-        points (`Sequence[EntryPoint]`): entry points that name rows. The module of a row should
-            import little, since every command loads it.
+    The module of a row should import little, since every command loads it.
     """
     found: dict[str, list[Method]] = defaultdict(list)
     for point in points:
@@ -205,12 +170,11 @@ def installed(points: Sequence[EntryPoint]) -> Iterator[Method]:
         owners = ["hf-tsv"] * (name in ours) + sorted(row.package for row in rows)
         if len(owners) == 1:
             yield rows[0]
-        else:
-            others = "" if name in ours else " Uninstall all but one of them."
-            left_out = "that of hf-tsv is used" if name in ours else "none is used"
-            logger.warning(
-                "Methods of %s are called %s: %s.%s", " and ".join(owners), name, left_out, others
-            )
+            continue
+        used = "none is used. Uninstall all but one of them."
+        if name in ours:
+            used = "that of hf-tsv is used."
+        logger.warning("Methods of %s are called %s: %s", " and ".join(owners), name, used)
 
 
 def entry_points() -> Sequence[EntryPoint]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -19,6 +19,8 @@ RANK_SHARES = tuple((i / 32) ** 2 for i in range(33))
 
 ROWS = 512
 """Number of rows of a product of Gram matrices that are computed at a time."""
+
+Row = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -39,22 +41,17 @@ class Interference:
 
     sti: float
     sti_after: float
-    pairs: tuple[tuple[float, ...], ...]
-    kept: tuple[float, ...]
-    effective_ranks: tuple[float, ...]
-    spectra: tuple[tuple[float, ...], ...]
-    energies: tuple[tuple[float, ...], ...]
+    pairs: tuple[Row, ...]
+    kept: Row
+    effective_ranks: Row
+    spectra: tuple[Row, ...]
+    energies: tuple[Row, ...]
 
 
 def singular_task_interference(vectors: TaskSingularVectors) -> float:
     """‖(UᵀU − I) diag(σ) (VhVhᵀ − I)‖₁, entrywise, of concatenated factors (section 3.2).
 
-    Args:
-        vectors ([`TaskSingularVectors`]): of all tasks, see [`concatenate`].
-
-    Returns:
-        `float`: in the units of the weights; 0 where singular vectors of different tasks are
-        orthogonal.
+    In the units of the weights; 0 where singular vectors of different tasks are orthogonal.
 
     Example:
         >>> e = torch.eye(3)
@@ -79,13 +76,13 @@ def singular_task_interference(vectors: TaskSingularVectors) -> float:
 
 
 def pairwise_interference(tasks: Sequence[TaskSingularVectors]) -> Tensor:
-    """Singular task interference of every two tasks alone, shape (T, T).
+    """Singular task interference of every two tasks alone, in the units of the weights.
 
     Args:
         tasks (`Sequence[TaskSingularVectors]`): each with orthonormal factors.
 
     Returns:
-        `Tensor`: symmetric, float64, zero on the diagonal; in the units of the weights.
+        `Tensor`: shape (T, T), symmetric, float64, zero on the diagonal.
     """
     parts = [[products.in_working_precision(t) for t in (x.U, x.S, x.Vh)] for x in tasks]
     pairs = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
@@ -97,32 +94,22 @@ def pairwise_interference(tasks: Sequence[TaskSingularVectors]) -> Tensor:
 
 
 def effective_rank(S: Tensor) -> float:
-    """exp(H(σ / Σσ)), H the entropy: how many directions an update is spread over.
+    """exp(H(σ / Σσ)), H the entropy: number of directions that an update is spread over.
 
-    Source: Roy and Vetterli, "The effective rank" (2007).
-
-    Args:
-        S (`Tensor`): all singular values, shape (k,).
-
-    Example:
-        >>> round(effective_rank(torch.tensor([1.0, 1.0, 0.0])), 6)
-        2.0
+    `S` holds all singular values. Source: Roy and Vetterli, "The effective rank" (2007).
     """
     total = float(S.double().sum())
     return float(torch.special.entr(S.double() / total).sum().exp()) if total else 0.0
 
 
-def profile(S: Tensor, k: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """A spectrum in few numbers: at each of [`RANK_SHARES`], σ and the energy up to there.
+def profile(S: Tensor, k: int) -> tuple[Row, Row]:
+    """A spectrum in few numbers: σ at each of [`RANK_SHARES`], and Σσ² up to there.
 
     Between two ranks both are interpolated.
 
     Args:
         S (`Tensor`): singular values, descending; those that are missing count as 0.
-        k (`int`): how many there are in all, min(d_out, d_in).
-
-    Returns:
-        `tuple[tuple[float, ...], tuple[float, ...]]`: σ, and Σσ², in the units of the weights.
+        k (`int`): number of all of them, min(d_out, d_in).
 
     Example:
         >>> sigma, energy = profile(torch.tensor([2.0, 1.0]), 2)
@@ -138,43 +125,18 @@ def profile(S: Tensor, k: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def measured(merged: MergedUpdate) -> Interference | None:
-    """Interference of the tasks in one weight; None where the rule kept no singular vectors.
-
-    Args:
-        merged ([`MergedUpdate`]): result of a rule that was asked to keep them.
-    """
+    """Interference of the tasks in one weight; None where the rule kept no singular vectors."""
     found = merged.measurable
     if found is None:
         return None
-    if found.vectors is None:
-        return interference_alone(found.spectra[0], min(merged.matrix.shape))
-    measured = interference(found.tasks, found.vectors, found.spectra)
-    if found.orthonormal is not None:
-        after = singular_task_interference(found.orthonormal)
-        measured = replace(measured, sti_after=after)
-    return measured
-
-
-def interference_alone(S: Tensor, k: int) -> Interference:
-    """Interference of a task that is the only one, and kept whole."""
-    sigma, energy = profile(S, k)
-    return Interference(
-        0.0, 0.0, ((0.0,),), (energy[-1],), (effective_rank(S),), (sigma,), (energy,)
-    )
-
-
-def interference(
-    tasks: Sequence[TaskSingularVectors], vectors: TaskSingularVectors, spectra: Sequence[Tensor]
-) -> Interference:
-    """Interference of the truncated factors, as if nothing were done about it."""
-    sti = singular_task_interference(vectors)
-    sigmas, energies = zip(*(profile(S, min(vectors.shape)) for S in spectra), strict=True)
-    return Interference(
-        sti=sti,
-        sti_after=sti,
-        pairs=tuple(tuple(row) for row in pairwise_interference(tasks).tolist()),
-        kept=tuple(float(task.S.double().square().sum()) for task in tasks),
-        effective_ranks=tuple(map(effective_rank, spectra)),
-        spectra=sigmas,
-        energies=energies,
-    )
+    k = min(merged.matrix.shape)
+    spectra, energies = zip(*(profile(S, k) for S in found.spectra), strict=True)
+    ranks = tuple(map(effective_rank, found.spectra))
+    if found.vectors is None:  # one task that is kept whole
+        return Interference(0.0, 0.0, ((0.0,),), (energies[0][-1],), ranks, spectra, energies)
+    sti = singular_task_interference(found.vectors)
+    made = found.orthonormal
+    after = sti if made is None else singular_task_interference(made)
+    pairs = tuple(map(tuple, pairwise_interference(found.tasks).tolist()))
+    kept = tuple(float(task.S.double().square().sum()) for task in found.tasks)
+    return Interference(sti, after, pairs, kept, ranks, spectra, energies)

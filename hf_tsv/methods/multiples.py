@@ -23,8 +23,7 @@ def with_shared_vectors(
     found = list(tasks)
     for j in range(1, len(tasks)):
         for i in range(j):
-            sign = _sign_of_multiple(tasks[i], noises[i], tasks[j], noises[j], deltas[j])
-            if sign:
+            if sign := _sign_of_multiple(tasks[i], noises[i], tasks[j], noises[j], deltas[j]):
                 found[j] = _with_vectors_of(found[i], tasks[j], sign)
                 break
     return found
@@ -51,20 +50,10 @@ def _sign_of_multiple(
     noise_of_second: float,
     delta: Update,
 ) -> int:
-    """Whether a task is a multiple of another but for rounding.
+    """1 if the second task is a multiple of the first but for rounding, −1 if a negative one, or 0.
 
     It is one if the leading triplets of the first are triplets of Δ of the second, within the noise
-    of both.
-
-    Args:
-        first ([`TaskSingularVectors`]): its leading triplets.
-        noise (`float`): spectral norm of its rounding.
-        second ([`TaskSingularVectors`]): leading triplets of the second.
-        noise_of_second (`float`): spectral norm of its rounding.
-        delta (`Tensor | TaskSingularVectors`): Δ of the second.
-
-    Returns:
-        `int`: 1 for a positive multiple, −1 for a negative one, 0 for none.
+    of both, which is the spectral norm of their rounding.
     """
     r = min(first.rank, second.rank)
     if not r:

@@ -110,11 +110,7 @@ returns goes to other processes too, as a pickle."""
 
 
 def function_of(method: Method, name: str) -> Any:
-    """Import a function that the row of a method names.
-
-    Args:
-        method ([`Method`]): row of the method.
-        name (`str`): `module:function`.
+    """Import a function that the row of a method names, as `module:function`.
 
     Raises:
         [`RecipeError`]: there is no such function.

@@ -23,14 +23,7 @@ def mean(updates: Updates) -> MergedUpdate:
 
 
 def mean_update(deltas: Iterable[Tensor]) -> Tensor:
-    """Mean task update as a running mean (Knuth), for everything that is not decomposed.
-
-    Args:
-        deltas (`Iterable[Tensor]`): Δ of each task, any shape.
-
-    Returns:
-        `Tensor`: mean_i(Δi) in float32, same shape. W0 + mean is weight averaging.
-    """
+    """Mean of updates of any shape in float32, as a running mean (Knuth)."""
     mean: Tensor | None = None
     counts = itertools.count(1)  # enumerate() would keep each update until the next one is there
     for delta in deltas:
@@ -48,14 +41,7 @@ def mean_update(deltas: Iterable[Tensor]) -> Tensor:
 
 
 def sum_update(deltas: Iterable[Tensor]) -> Tensor:
-    """Sum of task updates: task arithmetic (Ilharco et al., ICLR 2023, arXiv 2212.04089).
-
-    Args:
-        deltas (`Iterable[Tensor]`): Δ of each task, any shape.
-
-    Returns:
-        `Tensor`: Σ_i Δi in float32, same shape.
-    """
+    """Sum of updates of any shape in float32 (Ilharco et al., ICLR 2023, arXiv 2212.04089)."""
     total: Tensor | None = None
     for delta in deltas:
         total = _copy(delta, torch.float32) if total is None else total.add_(delta)

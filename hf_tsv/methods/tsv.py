@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def low_rank(updates: Updates) -> MergedUpdate:
     if len(deltas) == 1 and updates.rank >= min(updates.shape):
         return _as_it_is(deltas[0], updates)
     found = leading(deltas, updates)
-    vectors = _weighted(found.vectors, found.ranks, updates.coefficients)
+    vectors = _weighted(found.vectors, found.ranks, updates)
     return MergedUpdate(vectors.matrix(), found.ranks, 0, found.exact, found.measurable)
 
 
@@ -69,13 +70,7 @@ class Leading:
 
 
 def leading(deltas: Sequence[Update], updates: Updates) -> Leading:
-    """The r leading triplets of each task, without those that are noise (section 3.1).
-
-    Args:
-        deltas (`Sequence[Tensor | TaskSingularVectors]`): task matrices, or their triplets, which
-            need no decomposition.
-        updates ([`Updates`]): all else that is known of them.
-    """
+    """The r leading triplets of each task, without those that are noise (section 3.1)."""
     keep = updates.how.keep
     tasks, spectra, exact = _decomposed(deltas, updates, updates.how.precision, spectrum=keep)
     vectors = concatenate(tasks)
@@ -94,7 +89,7 @@ def orthogonalised(
     dependent to the rounding of float64, and merged once; the rest follows the equations.
 
     Args:
-        deltas (`Sequence[Tensor | TaskSingularVectors]`): task matrices, or their triplets.
+        deltas (`Sequence[Tensor | TaskSingularVectors]`): the updates of `updates`, kept.
         found ([`Leading`]): their leading triplets.
         updates ([`Updates`]): all else that is known of them.
         form (`bool`): form the polar factors too.
@@ -103,43 +98,39 @@ def orthogonalised(
         `tuple[TaskSingularVectors, tuple[int, ...], OrthogonalProduct]`: the vectors and ranks that
         were used, and the product; its `exact` counts the SVDs of the second look too.
     """
-    how, ranks = updates.how, found.ranks
-    vectors = _weighted(found.vectors, ranks, updates.coefficients)
-    product = polar.orthogonal_product(
-        vectors.U, vectors.S, vectors.Vh, how.precision, how.solver, form=form
-    )
+    product_of = partial(polar.orthogonal_product, solver=updates.how.solver, form=form)
+    vectors, ranks = _weighted(found.vectors, found.ranks, updates), found.ranks
+    product = product_of(vectors.U, vectors.S, vectors.Vh, updates.how.precision)
     if not product.ill_conditioned:
         return vectors, ranks, product
     exact = product.exact
     tasks, _, decomposed = _decomposed(deltas, updates, "exact", spectrum=False)
     tasks = with_shared_vectors(tasks, deltas, updates.floors)
     ranks = tuple(task.rank for task in tasks)
-    vectors = _weighted(concatenate(tasks), ranks, updates.coefficients)
-    product = polar.orthogonal_product(
-        vectors.U, vectors.S, vectors.Vh, "exact", how.solver, form=form
-    )
+    vectors = _weighted(concatenate(tasks), ranks, updates)
+    product = product_of(vectors.U, vectors.S, vectors.Vh, "exact")
     return vectors, ranks, replace(product, exact=exact + decomposed + product.exact)
 
 
 def _weighted(
-    vectors: TaskSingularVectors, ranks: Sequence[int], coefficients: Sequence[float] | None
+    vectors: TaskSingularVectors, ranks: Sequence[int], updates: Updates
 ) -> TaskSingularVectors:
     """Vectors of all tasks, the singular values of each times its coefficient."""
-    if coefficients is None:
+    if updates.coefficients is None:
         return vectors
-    factors = [c for c, r in zip(coefficients, ranks, strict=True) for _ in range(r)]
+    factors = [c for c, r in zip(updates.coefficients, ranks, strict=True) for _ in range(r)]
     return replace(vectors, S=vectors.S * vectors.S.new_tensor(factors))
 
 
 def _as_it_is(delta: Update, updates: Updates) -> MergedUpdate:
     """One task alone, of which nothing is truncated: nothing interferes."""
-    rank = delta.rank if isinstance(delta, TaskSingularVectors) else min(updates.shape)
+    rank = min(updates.shape) if isinstance(delta, Tensor) else delta.rank
     measurable = None
     if updates.how.keep:
-        S = delta.S if isinstance(delta, TaskSingularVectors) else singular_values(delta)
-        measurable = Measurable([S])
+        measurable = Measurable([singular_values(delta) if isinstance(delta, Tensor) else delta.S])
     matrix = dense(delta)
-    matrix = matrix if updates.coefficients is None else matrix * updates.coefficients[0]
+    if updates.coefficients is not None:
+        matrix = matrix * updates.coefficients[0]
     return MergedUpdate(matrix, (rank,), measurable=measurable)
 
 
@@ -150,19 +141,15 @@ def _decomposed(
 
     Without `spectrum`, and of what is given by its triplets, the singular values are those kept.
     """
-    whole = [
-        (i, delta, floor)
-        for i, (delta, floor) in enumerate(zip(deltas, updates.floors, strict=True))
-        if isinstance(delta, Tensor)
-    ]
-    matrices, floors = [d for _, d, _ in whole], [f for *_, f in whole]
+    whole = [i for i, delta in enumerate(deltas) if isinstance(delta, Tensor)]
+    matrices = [delta for delta in deltas if isinstance(delta, Tensor)]
+    floors = [f for d, f in zip(deltas, updates.floors, strict=True) if isinstance(d, Tensor)]
     try:
         found = truncated_svds(matrices, updates.rank, floors, precision, spectrum=spectrum)
     except NotConvergedError as error:  # of them, to be counted among all
-        place = None if error.place is None else whole[error.place][0]
+        place = None if error.place is None else whole[error.place]
         raise NotConvergedError(str(error), place) from None
-    decomposed = iter(found)
-    tasks, spectra = [], []
+    decomposed, tasks, spectra = iter(found), [], []
     for delta in deltas:
         if isinstance(delta, Tensor):
             svd = next(decomposed)

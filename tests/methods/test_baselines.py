@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from others import as_numpy, consensus
 from reference import average, generator, task_arithmetic
+from rules import merge
 from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_tsv.linalg.choices import Precision
-from hf_tsv.methods.isotropic import isotropic_common_update, isotropic_update
+from hf_tsv.methods import isotropic, tall_masks
+from hf_tsv.methods.rules import Rule
 from hf_tsv.methods.sums import mean_update, sum_update
-from hf_tsv.methods.tall_masks import consensus_update
-from hf_tsv.methods.ties import Sizes, ties_update
+from hf_tsv.methods.ties import Sizes
+from hf_tsv.methods.ties import ties as ties_rule
 
 RULES = [mean_update, sum_update]
 examples = settings(max_examples=30, derandomize=True, deadline=None)
@@ -35,6 +38,11 @@ def assert_rounds_to(found: Tensor, expected: Tensor, magnitude: Tensor) -> None
     """Equal up to float32 rounding of numbers of this magnitude."""
     assert found.shape == expected.shape
     assert bool(((found - expected).abs() <= 1e-6 * magnitude.double()).all())
+
+
+def merged(rule: Rule, deltas: list[Tensor], **options: Any) -> Tensor:
+    """M of a rule that keeps no triplets."""
+    return merge(deltas, 0, rule=rule, **options).matrix
 
 
 shapes = st.lists(st.integers(1, 5), max_size=4).map(tuple)
@@ -164,14 +172,15 @@ def test_ties_trims_elects_and_averages(
     deltas = updates(tasks, shape, seed)
     thresholds = [threshold * (i + 1) / tasks for i in range(tasks)]
     expected = torch.from_numpy(np.asarray(ties(as_numpy(deltas), thresholds)))
-    assert_rounds_to(ties_update(deltas, thresholds), expected, torch.stack(deltas).abs().sum(0))
+    found = merged(ties_rule, deltas, known=thresholds)
+    assert_rounds_to(found, expected, torch.stack(deltas).abs().sum(0))
 
 
 def test_ties_by_hand() -> None:
     deltas = [torch.tensor([3.0, 1.0, -2.0, 0.0]), torch.tensor([1.0, -4.0, -1.0, 0.0]),
               torch.tensor([-2.0, 2.0, 0.4, 0.0])]  # fmt: skip
-    assert ties_update(deltas, [0.5] * 3).tolist() == [2.0, -4.0, -1.5, 0.0]
-    assert ties_update(deltas, [2.0, 2.0, 2.0]).tolist() == [3.0, -4.0, -2.0, 0.0]
+    assert merged(ties_rule, deltas, known=[0.5] * 3).tolist() == [2.0, -4.0, -1.5, 0.0]
+    assert merged(ties_rule, deltas, known=[2.0, 2.0, 2.0]).tolist() == [3.0, -4.0, -2.0, 0.0]
 
 
 @given(st.integers(1, 6), shapes, st.integers(0, 2**32))
@@ -181,15 +190,16 @@ def test_consensus_keeps_what_several_tasks_need(
 ) -> None:
     deltas = updates(tasks, shape, seed)
     expected = torch.from_numpy(np.asarray(consensus(as_numpy(deltas))))
-    assert_rounds_to(consensus_update(deltas), expected, torch.stack(deltas).abs().sum(0))
+    found = merged(tall_masks.consensus, deltas)
+    assert_rounds_to(found, expected, torch.stack(deltas).abs().sum(0))
 
 
 def test_consensus_by_hand() -> None:
     deltas = [torch.tensor([1.0, 1.0, 5.0]), torch.tensor([1.0, 0.0, 1.0]),
               torch.tensor([0.0, 0.0, 1.0])]  # fmt: skip
     # needed by two, by one, by one: 1 is less than 0.4 of 5 + 1
-    assert consensus_update(deltas).tolist() == [2.0, 0.0, 0.0]
-    assert consensus_update([deltas[1]]).tolist() == [1.0, 0.0, 1.0]
+    assert merged(tall_masks.consensus, deltas).tolist() == [2.0, 0.0, 0.0]
+    assert merged(tall_masks.consensus, [deltas[1]]).tolist() == [1.0, 0.0, 1.0]
 
 
 matrices = st.tuples(st.integers(2, 24), st.integers(2, 24))
@@ -201,10 +211,10 @@ def test_isotropic_merging_makes_singular_values_equal(
     tasks: int, shape: tuple[int, int], seed: int
 ) -> None:
     deltas = updates(tasks, shape, seed)
-    found = isotropic_update(deltas, [0.0] * tasks)
+    found = merged(isotropic.iso_c, deltas)
     expected = torch.from_numpy(iso_c(as_numpy(deltas)))
-    assert torch.allclose(found.matrix, expected, atol=1e-7)
-    S = torch.linalg.svdvals(found.matrix)
+    assert torch.allclose(found, expected, atol=1e-7)
+    S = torch.linalg.svdvals(found)
     assert torch.allclose(S, S[0].expand(len(S)))
 
 
@@ -216,11 +226,11 @@ def test_tasks_get_directions_of_their_own(
     tasks: int, shape: tuple[int, int], precision: Precision
 ) -> None:
     deltas = updates(tasks, shape, seed=tasks)
-    found = isotropic_common_update(deltas, [0.0] * tasks, precision=precision)
+    found = merged(isotropic.iso_cts, deltas, precision=precision)
     expected = torch.from_numpy(iso_cts(as_numpy(deltas)))
-    assert torch.allclose(found.matrix, expected, atol=1e-7)
+    assert torch.allclose(found, expected, atol=1e-7)
     own = round((min(shape) - int(0.8 * min(shape))) / tasks)
-    rank = int((torch.linalg.svdvals(found.matrix) > 1e-9).sum())
+    rank = int((torch.linalg.svdvals(found) > 1e-9).sum())
     assert rank == min(shape) and (own > 0) == (tasks < 9)
 
 
@@ -230,8 +240,8 @@ def test_storage_noise_is_no_direction() -> None:
     low = [torch.randn(40, 2, generator=g) @ torch.randn(2, 30, generator=g) for _ in range(3)]
     noisy = [delta + 1e-6 * torch.randn(40, 30, generator=g) for delta in low]
     floors = [1e-4] * 3
-    for rule in (isotropic_update, isotropic_common_update):
-        found, clean = rule(noisy, floors).matrix, rule(low, floors).matrix
+    for rule in (isotropic.iso_c, isotropic.iso_cts):
+        found, clean = (merged(rule, deltas, floors=floors) for deltas in (noisy, low))
         assert float((found - clean).norm() / clean.norm()) < 1e-4
         assert int((torch.linalg.svdvals(found) > 1e-6).sum()) == 6
 
@@ -241,9 +251,10 @@ def test_tasks_that_changed_nothing_count() -> None:
     deltas = updates(2, (30, 40))
     zero = torch.zeros(30, 40)
     with_zeros = [*deltas, zero, zero]
-    assert torch.equal(consensus_update(deltas, 4), consensus_update(with_zeros))
-    assert torch.equal(consensus_update(deltas[:1], 4), zero)
-    of_four, of_two = (isotropic_common_update(deltas, [0.0] * 2, n).matrix for n in (4, 2))
+    consensus = tall_masks.consensus
+    assert torch.equal(merged(consensus, deltas, count=4), merged(consensus, with_zeros))
+    assert torch.equal(merged(consensus, deltas[:1], count=4), zero)
+    of_four, of_two = (merged(isotropic.iso_cts, deltas, count=n) for n in (4, 2))
     assert not torch.allclose(of_four, of_two)
     assert int((torch.linalg.svdvals(of_four) > 1e-9).sum()) == 30
 
@@ -341,7 +352,7 @@ def test_what_says_nothing_to_a_method_is_refused(zoo: Path, tmp_path: Path, met
     assert not (tmp_path / "m").exists()
 
 
-@pytest.mark.parametrize("rule", [isotropic_update, isotropic_common_update])
-def test_isotropic_merging_of_nothing(rule) -> None:
-    found = rule([torch.zeros(6, 4)] * 2, [0.0] * 2)
-    assert torch.equal(found.matrix, torch.zeros(6, 4, dtype=torch.float64))
+@pytest.mark.parametrize("rule", [isotropic.iso_c, isotropic.iso_cts])
+def test_isotropic_merging_of_nothing(rule: Rule) -> None:
+    found = merged(rule, [torch.zeros(6, 4)] * 2)
+    assert torch.equal(found, torch.zeros(6, 4, dtype=torch.float64))

@@ -22,6 +22,8 @@ def updates_of(
     solver: Orthogonalizer = "procrustes",
     precision: Precision = "fast",
     keep: bool = False,
+    count: int | None = None,
+    known: Any = None,
 ) -> Updates:
     """What the pipeline gives to a rule, with noise floors of 0 by default."""
     return Updates(
@@ -29,9 +31,10 @@ def updates_of(
         floors or [0.0] * len(deltas),
         tuple(range(len(deltas))),
         tuple(deltas[0].shape),
-        len(deltas),
+        count or len(deltas),
         rank,
         How(precision, solver, keep),
+        known=known,
     )
 
 
