@@ -32,8 +32,8 @@ class InputFormat:
     """A form in which fine-tunes are stored.
 
     Args:
-        name (`str`): in reports.
-        task (`type[Task]`): what it is opened as.
+        name (`str`): name in reports.
+        task (`type[Task]`): class that it is opened as.
         markers (`tuple[str, ...]`): files of which one tells that it is this form.
         open (`Callable[[PinnedCheckpoint, Opener], Task]`): reads its headers.
         needs_base (`bool`): `open` asks for the base model.
@@ -84,11 +84,7 @@ def open_task(pinned: PinnedCheckpoint, base: Opener) -> Task:
     """Read the headers of a fine-tune, in whatever form it is stored.
 
     Where pickles cannot be read, the conversion to safetensors that the Hub offers as a pull
-    request is.
-
-    Args:
-        pinned ([`PinnedCheckpoint`]): commit or folder.
-        base (`Callable[[], Checkpoint]`): gives the base model, if the form needs it.
+    request is. The base model is asked for if the form needs it.
     """
     return _readable(pinned, lambda found: format_of(found).open(found, base))
 
@@ -96,23 +92,20 @@ def open_task(pinned: PinnedCheckpoint, base: Opener) -> Task:
 def open_base(pinned: PinnedCheckpoint) -> Checkpoint:
     """Read the headers of a base model, which is a whole checkpoint.
 
-    Args:
-        pinned ([`PinnedCheckpoint`]): commit or folder.
-
     Raises:
         [`CheckpointError`]: it is stored in another form.
     """
-    form = format_of(pinned)
-    if not form.task.is_whole:
+    form = format_of(pinned).task
+    if not form.is_whole:
         raise CheckpointError(
-            f"The base model {pinned} {form.task.says}.",
+            f"The base model {pinned} {form.says}.",
             "Name the model that the tasks were fine-tuned from.",
         )
     return _readable(pinned, open_checkpoint)
 
 
 def _readable(pinned: PinnedCheckpoint, read: Callable[[PinnedCheckpoint], T]) -> T:
-    """What is read of a commit, or of the conversion of its pickles to safetensors."""
+    """Read a commit, or the conversion of its pickles to safetensors."""
     try:
         return read(pinned)
     except CheckpointError as error:
@@ -128,16 +121,12 @@ def _readable(pinned: PinnedCheckpoint, read: Callable[[PinnedCheckpoint], T]) -
 
 
 def _conversion(pinned: PinnedCheckpoint) -> PinnedCheckpoint | None:
-    names = pinned.files.names()
+    names, repo = pinned.files.names(), pinned.files.downloads
     pickled = any(name.endswith(".bin") for name in names)
-    if not pickled or any(name.endswith(".safetensors") for name in names):
-        return None
-    repo = pinned.files.downloads
-    if repo is None:
+    if repo is None or not pickled or any(name.endswith(".safetensors") for name in names):
         return None
     try:
-        revision = hub.conversion(repo)
-        if revision is None:
+        if (revision := hub.conversion(repo)) is None:
             return None
         reference = Reference(pinned.ref, repo.repo_id, revision, pinned.files.subfolder)
         return pin(reference, token=repo.token, cache_dir=repo.cache_dir)

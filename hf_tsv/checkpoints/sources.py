@@ -32,7 +32,7 @@ class Access:
     Args:
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): of the tasks, where their reference has none.
+        subfolder (`str`, *optional*): folder of the tasks, where their reference has none.
         stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
     """
 
@@ -64,7 +64,7 @@ class Sources:
         base ([`Checkpoint`]): W0.
         inputs (`tuple[Task, ...]`): the tasks.
         access ([`Access`]): how they were reached.
-        warnings (`tuple[str, ...]`): what the user should know of them.
+        warnings (`tuple[str, ...]`): oddities that the user should know of.
     """
 
     base: Checkpoint
@@ -77,12 +77,11 @@ class Sources:
         return (*self.inputs, self.base)
 
     def download_bytes(self) -> int:
-        """What a run fetches from the Hub; files in the client's cache do not count."""
+        """Size of what a run fetches from the Hub; files in the client's cache do not count."""
         if self.access.stream:
-            far = (item for item in self.all() if _far(item))
-            return sum(
-                info.nbytes for item in far for name in item.tensors for info in item.parts(name)
-            )
+            far = filter(_far, self.all())
+            parts = (item.parts(name) for item in far for name in item.tensors)
+            return sum(info.nbytes for infos in parts for info in infos)
         return sum(repo.sizes[name] for repo, name in hub.missing(_wanted(self.all(), [self.base])))
 
     def waiting_bytes(self) -> int:
@@ -92,10 +91,8 @@ class Sources:
     def within_reach(self, *, visible: bool) -> Sources:
         """The same checkpoints, read from the client's cache, or from the Hub if asked to stream.
 
-        Fetches in parallel what the cache lacks; to stream, opens connections.
-
-        Args:
-            visible (`bool`): show one progress bar over everything that is downloaded.
+        Fetches in parallel what the cache lacks, with one progress bar; to stream, opens
+        connections.
         """
         found = self._read_from(_streamed(self.all())) if self.access.stream else self
         files = fetched(found.all(), with_companions=[found.base], visible=visible)
@@ -122,18 +119,16 @@ def _streamed(items: Sequence[Task]) -> list[Files]:
     """Files of items; those of which the cache lacks some are read from the Hub."""
     far = [_far(item) for item in items]
     result = [item.pinned.files for item in items]
-    if not any(far):
-        return result
-    connections = Connections()
+    connections = Connections() if any(far) else None
     for i, files in enumerate(result):
-        if far[i] and files.downloads is not None:
+        if connections is not None and far[i] and files.downloads is not None:
             share = AHEAD_BYTES // sum(far)
             result[i] = AheadFiles(files.downloads, files.subfolder, connections, share)
     return result
 
 
 def _wanted(items: Sequence[Task], with_companions: Sequence[Task]) -> list[hub.Wanted]:
-    """What has to be on disk of repositories: weights and config, and companion files of some."""
+    """Files of repositories that have to be on disk: weights, config, and some's companions."""
     wanted = []
     for item in items:
         files = item.pinned.files
@@ -155,9 +150,8 @@ def fetched(
     """Files of items on this machine; fetches in parallel what the cache does not hold.
 
     Args:
-        items (`Sequence[Task]`): of the Hub, or of folders.
-        with_companions (`Sequence[Task]`): those whose processor and tokenizer files are needed
-            too.
+        items (`Sequence[Task]`): checkpoints of the Hub, or folders.
+        with_companions (`Sequence[Task]`): those whose processor and tokenizer are needed too.
         visible (`bool`): show one progress bar over everything.
     """
     wanted = _wanted(items, with_companions)
@@ -165,10 +159,9 @@ def fetched(
         check_free_space(Path(wanted[0].repo.cache_dir or constants.HF_HUB_CACHE), size)
         logger.info("Downloading %s.", human_bytes(size))
     folders = iter(hub.download(wanted, visible=visible))
-    every = [item.pinned.files for item in items]
     return [
         files if files.downloads is None else LocalFiles(next(folders) / files.subfolder)
-        for files in every
+        for files in (item.pinned.files for item in items)
     ]
 
 
@@ -222,7 +215,7 @@ def _alone(pinned: PinnedCheckpoint) -> Task | None:
 
 
 def _refuse_others(pins: Sequence[PinnedCheckpoint], opened: Sequence[Task | None]) -> None:
-    """Refuse what is no task factors."""
+    """Refuse all but task factors."""
     for pinned, item in zip(pins, opened, strict=True):
         if item is None or item.description is None:
             form = format_of(pinned).task
@@ -271,8 +264,7 @@ def _check_distinct(tasks: Sequence[PinnedCheckpoint], base: PinnedCheckpoint) -
     def identity(item: PinnedCheckpoint) -> tuple[str, str | None]:
         return (str(Path(item.ref).resolve()) if item.is_local else item.ref, item.revision)
 
-    warnings = []
-    seen = set()
+    warnings, seen = [], set()
     for item in tasks:
         if identity(item) == identity(base):
             raise equals_base(str(item), str(base))

@@ -276,12 +276,13 @@ def test_every_canonical_name_has_one_place() -> None:
     names = [
         *open_clip.TOP.values(), *open_clip.PROJECTIONS.values(),
         *(
-            f"{tower}_model.encoder.layers.11.{module}.{kind}"
+            f"{tower}_model.encoder.layers.11.{part}"
             for tower in ("vision", "text")
-            for module in (*open_clip.IN_BLOCK.values(), *map("self_attn.{}_proj".format, "qkv"))
-            for kind in ("weight", "bias")
+            for parts in open_clip.IN_BLOCK.values()
+            for part in parts
         ),
     ]  # fmt: skip
+    assert len(set(names)) == len(names) == 14 + 2 * 2 * 8
     for name, part in open_clip.placed(names).items():
         shape = (3, 3) if part.transposed or part.of > 1 else (4,)
         assert part in open_clip.parts_of(part.stored, shape, "x") and part.name == name

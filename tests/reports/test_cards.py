@@ -240,8 +240,10 @@ def described(
     rule = {"budget": text if local else "10%"}
     weights_of = {**matrices, f"{text}.bias": bias, f"{text}.scale": none}
     return FactorsConfig(
-        base, source, rule, torch.float32, False, 10_000, 10_000, 1420, 0.25, weights_of,
-        tuple(head), {}, left_out=(text,) if local else (),
+        base_model=base, source=source, rank_rule=rule, factor_dtype=torch.float32,
+        compress_conv=False, checkpoint_bytes=10_000, base_bytes=10_000, factors_bytes=1420,
+        update_error=0.25, weights=weights_of, task_head=tuple(head), model_config={},
+        left_out=(text,) if local else (),
     )  # fmt: skip
 
 

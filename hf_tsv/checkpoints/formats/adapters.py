@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -60,12 +60,9 @@ class Lora:
 class Adapter(Task):
     """LoRA adapter on a base model, read as the checkpoint that PEFT would make of them.
 
+    Config and tensors are those of the base model that it has a part in.
+
     Args:
-        pinned ([`PinnedCheckpoint`]): commit or folder.
-        model_config (`Mapping[str, Any]`): config.json of the base model.
-        tensors (`Mapping[str, TensorInfo]`): those of the base model that it has a part in.
-        weight_files (`tuple[str, ...]`): files of its own tensors, index included.
-        head (`Mapping[str, TensorInfo]`): task head, by stored name.
         loras (`Mapping[str, Lora]`): pairs, by canonical name of the weight.
         values (`Mapping[str, TensorInfo]`): tensors stored whole, by canonical name.
         biases (`Mapping[str, Lora]`): pairs with a bias, by canonical name of that bias.
@@ -76,26 +73,12 @@ class Adapter(Task):
     has_few_triplets: ClassVar[bool] = True
     loads_as_model: ClassVar[bool] = False
     loading: ClassVar[str] = "Load it with PEFT: PeftModel.from_pretrained(base, …)."
+    config_file: ClassVar[str] = CONFIG_FILE
 
     tensors: Mapping[str, TensorInfo]
     loras: Mapping[str, Lora] = field(kw_only=True)
     values: Mapping[str, TensorInfo] = field(kw_only=True)
     biases: Mapping[str, Lora] = field(kw_only=True)
-
-    @property
-    def needed_files(self) -> tuple[str, ...]:
-        """Names of the files that a run reads."""
-        return (CONFIG_FILE, *self.weight_files)
-
-    def changes(self, names: Iterable[str]) -> bool:
-        """Tell whether the adapter changes any of these weights.
-
-        Args:
-            names (`Iterable[str]`): canonical names.
-        """
-        return any(
-            name in held for name in names for held in (self.loras, self.values, self.biases)
-        )
 
     def parts(self, name: str) -> list[TensorInfo]:
         """Tensors of the adapter's files that reading one weight needs."""
@@ -104,21 +87,16 @@ class Adapter(Task):
         return [info for info in (*held, self.values.get(name)) if info is not None]
 
     def weight(self, w0: Original) -> Tensor:
-        """Compute W0 + Δ of one weight, as PEFT merges it.
-
-        Args:
-            w0 ([`Original`]): the same weight of the base model.
-        """
+        """Compute W0 + Δ of one weight, as PEFT merges it."""
         name, whole = w0.name, self.values.get(w0.name)
         if whole is not None:
             pinned = w0.device.type == "cuda"
             return read_tensor(self.pinned.files, whole, name, str(self), pinned=pinned)
         base = w0.tensor.cpu()
-        if not self.changes([name]):
+        if not self.parts(name):
             return base.clone()
-        if name in self.biases:
-            lora = self.biases[name]
-            assert lora.bias is not None
+        lora = self.biases.get(name)
+        if lora is not None and lora.bias is not None:
             return (base.float() + lora.scale * self._part(lora.bias, name)).to(base.dtype)
         lora = self.loras[name]
         A, B = self._part(lora.A, name), self._part(lora.B, name)
@@ -134,7 +112,7 @@ class Adapter(Task):
         self, w0: Original, *, decomposed: bool = False, digests: dict[str, str] | None = None
     ) -> Change | None:
         """Find Δ of a weight, by its own triplets where these are wanted; see [`Task.change`]."""
-        if not self.changes(w0.names):
+        if not any(map(self.parts, w0.names)):
             return None
         own = self.triplets(w0.name, digests) if decomposed and len(w0.names) == 1 else None
         if own is None:
@@ -149,18 +127,16 @@ class Adapter(Task):
     ) -> TaskSingularVectors | None:
         """Singular triplets of Δ from its factors; None if Δ is not simply their product.
 
-        Args:
-            name (`str`): canonical name of a weight.
-            digests (`dict[str, str]`, *optional*): receives the digests of both factors.
+        `digests` receives those of both factors.
         """
         lora = self.loras.get(name)
         if lora is None or lora.magnitude is not None or len(lora.A.shape) != 2:
             return None
-        halves = {"A": self._part(lora.A, name), "B": self._part(lora.B, name)}
+        A, B = self._part(lora.A, name), self._part(lora.B, name)
         if digests is not None:
-            digests.update({f"{name}.lora_{half}": digest(t) for half, t in halves.items()})
-        left, inner = torch.linalg.qr(halves["B"].double())
-        right, outer = torch.linalg.qr(halves["A"].double().mT)
+            digests |= {f"{name}.lora_A": digest(A), f"{name}.lora_B": digest(B)}
+        left, inner = torch.linalg.qr(B.double())
+        right, outer = torch.linalg.qr(A.double().mT)
         U, S, Vh = svd.svd(lora.scale * inner @ outer.mT)
         r = int((torch.finfo(torch.float32).eps * S[:1] < S).sum())
         return TaskSingularVectors((left @ U)[:, :r], S[:r], (Vh @ right.mT)[:r])
@@ -172,10 +148,8 @@ class Adapter(Task):
 def open_adapter(pinned: PinnedCheckpoint, opener: Callable[[], Checkpoint]) -> Adapter:
     """Read configuration and headers of an adapter.
 
-    Args:
-        pinned ([`PinnedCheckpoint`]): commit or folder.
-        opener (`Callable[[], Checkpoint]`): gives W0, without which no canonical name is known;
-            asked after the adapter's own headers are read.
+    The base model, without which no canonical name is known, is asked for after the adapter's own
+    headers are read.
 
     Raises:
         [`CheckpointError`]: not a LoRA adapter, damaged, or of another base model: a module is not
@@ -185,17 +159,16 @@ def open_adapter(pinned: PinnedCheckpoint, opener: Callable[[], Checkpoint]) -> 
     config = read_json(pinned.files, CONFIG_FILE, owner)
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(
-            f"{owner} is an adapter of type {reprlib.repr(kind)}, and only LORA is read.",
-            "Merge it into its base with PEFT (merge_and_unload) and save the model.",
+        raise _unreadable(
+            f"{owner} is an adapter of type {reprlib.repr(kind)}, and only LORA is read."
         )
     single = next((name for name in WEIGHTS if pinned.files.size(name) is not None), WEIGHTS[0])
     stored, files = read_headers(pinned.files, single, owner)
     stored = {name.removeprefix(PREFIX): info for name, info in stored.items()}
-    pairs, values = _sorted(stored, owner)
+    pairs, whole = _sorted(stored, owner)
     base = opener()
-    head = {name: info for name, info in values.items() if layout.TASK_HEAD.match(name)}
-    values = {name: info for name, info in values.items() if name not in head}
+    head = {name: info for name, info in whole.items() if layout.TASK_HEAD.match(name)}
+    values = {name: info for name, info in whole.items() if name not in head}
     prefix = _prefix([*(f"{m}.weight" for m in pairs), *values], base, config)
     loras, biases = {}, {}
     for module, parts in pairs.items():
@@ -204,15 +177,14 @@ def open_adapter(pinned: PinnedCheckpoint, opener: Callable[[], Checkpoint]) -> 
         if loras[name].bias is not None:
             biases[f"{prefix}{module}.bias"] = loras[name]
     own = {prefix + name: info for name, info in values.items()}
-    for name, shape in [*((n, i.shape) for n, i in own.items()), *((n, None) for n in biases)]:
+    for name in (*own, *biases):
         there = base.tensors.get(name)
-        if there is None or (shape is not None and there.shape != shape):
+        if there is None or (name in own and there.shape != own[name].shape):
             raise _no_place(owner, name, base)
     encoders = {name.split(".")[0] for name in (*loras, *own, *biases)}
-    whole = {"vision_model", "text_model"} <= encoders or not layout.is_clip(base.model_config)
-    tensors = {
-        name: info for name, info in base.tensors.items() if whole or name.split(".")[0] in encoders
-    }
+    tensors = base.tensors
+    if layout.is_clip(base.model_config) and not {"vision_model", "text_model"} <= encoders:
+        tensors = {n: info for n, info in tensors.items() if n.split(".")[0] in encoders}
     return Adapter(
         pinned, base.model_config, tensors, files, head, loras=loras, values=own, biases=biases
     )
@@ -229,10 +201,7 @@ def _sorted(
             part = "magnitude" if found[2].startswith("magnitude") else found[2]
             pairs.setdefault(found[1], {})[part] = info
         elif ".lora_" in name:
-            raise CheckpointError(
-                f"{owner}: {name} is a kind of LoRA that is not read.",
-                "Merge it into its base with PEFT (merge_and_unload) and save the model.",
-            )
+            raise _unreadable(f"{owner}: {name} is a kind of LoRA that is not read.")
         else:
             values[WRAPPER.sub(".", name)] = info
     for module, parts in pairs.items():
@@ -258,10 +227,8 @@ def _lora(
     base: Checkpoint,
 ) -> Lora:
     """Pair of a module, after a check that both factors fit each other and the weight."""
-    if weight is None:
-        raise _no_place(owner, f"{module}.weight", base)
     A, B = parts["A.weight"], parts["B.weight"]
-    if len(A.shape) != len(weight.shape) or _shape(parts) != weight.shape:
+    if weight is None or len(A.shape) != len(weight.shape) or _shape(A, B) != weight.shape:
         raise _no_place(owner, f"{module}.weight", base)
     rows = math.prod(B.shape[:1])
     odd = [
@@ -270,10 +237,9 @@ def _lora(
         or (name in ("B.bias", "magnitude") and math.prod(info.shape) != rows)
     ]  # fmt: skip
     if odd or config.get("fan_in_fan_out"):
-        raise CheckpointError(
+        raise _unreadable(
             f"{owner}: {odd[0] if odd else 'fan_in_fan_out'} of {module} is not as PEFT writes"
-            " it for such a layer.",
-            "Merge it into its base with PEFT (merge_and_unload) and save the model.",
+            " it for such a layer."
         )
     scale = _scale(owner, config, module, A.shape[0])
     return Lora(scale, A, B, parts.get("B.bias"), parts.get("magnitude"))
@@ -292,12 +258,17 @@ def _scale(owner: str, config: Mapping[str, Any], module: str, r: int) -> float:
         ) from None
 
 
-def _shape(parts: Mapping[str, TensorInfo]) -> tuple[int, ...]:
+def _shape(first: TensorInfo, second: TensorInfo) -> tuple[int, ...]:
     """Shape of the product of both factors, or () if they do not multiply."""
-    A, B = parts["A.weight"].shape, parts["B.weight"].shape
+    A, B = first.shape, second.shape
     if len(A) < 2 or len(A) != len(B) or B[1] != A[0] or math.prod(B[2:]) != 1:
         return ()
     return (B[0], *A[1:])
+
+
+def _unreadable(message: str) -> CheckpointError:
+    hint = "Merge it into its base with PEFT (merge_and_unload) and save the model."
+    return CheckpointError(message, hint)
 
 
 def _no_place(owner: str, name: str, base: Checkpoint) -> CheckpointError:

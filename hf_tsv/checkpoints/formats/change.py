@@ -30,10 +30,10 @@ class Original:
         names (`Sequence[str]`): canonical names; several are stacked along dimension 0.
         label (`str`): name of the weight, or of the stack, for errors.
         base (`str`): name of the base model, for errors.
-        shapes (`Sequence[tuple[int, ...]]`): of each of them, if they are stacked.
+        shapes (`Sequence[tuple[int, ...]]`): shape of each of them, if they are stacked.
         read (`Callable[[], Tensor]`): reads W0 as stored, stacked, on the device.
-        device (`torch.device`): where W0 is, and updates go.
-        digests (`dict[str, str]`): of the weights, as far as they are known, by name.
+        device (`torch.device`): device of W0, to which updates go too.
+        digests (`dict[str, str]`): digests of the weights that are known so far, by name.
     """
 
     names: Sequence[str]
@@ -78,7 +78,7 @@ class Original:
 
 @dataclass(frozen=True)
 class Change:
-    """What a fine-tune changed in one weight.
+    """Change of one weight by a fine-tune.
 
     Args:
         update (`Tensor` or `TaskSingularVectors`): Δ in float32, or its singular triplets.
@@ -92,16 +92,10 @@ class Change:
 
 
 def update_of(name: str, task: object, fine_tuned: Tensor, base: Tensor) -> tuple[Tensor, float]:
-    """Δ of one weight, and its largest absolute entry.
-
-    Args:
-        name (`str`): of the weight, for the error.
-        task (`object`): the fine-tune, for the error.
-        fine_tuned (`Tensor`): W1 as stored.
-        base (`Tensor`): W0 as stored.
+    """Δ of W1 and W0 as stored, and its largest absolute entry.
 
     Raises:
-        [`CheckpointError`]: it overflows.
+        [`CheckpointError`]: it overflows; names the weight and the fine-tune.
     """
     update = updates.difference(fine_tuned, base)
     return update, refuse_huge(name, task, update)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,8 @@ import torch
 from hf_tsv.checkpoints import layout, reference
 from hf_tsv.checkpoints.names import FACTORS_CONFIG
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
-from hf_tsv.checkpoints.storage.tensors import (
-    DTYPE_NAMES,
-    DTYPES,
-    TensorInfo,
-    TensorSpec,
-    fingerprint,
-)
+from hf_tsv.checkpoints.storage import tensors
+from hf_tsv.checkpoints.storage.tensors import DTYPE_NAMES, DTYPES, TensorInfo, TensorSpec
 from hf_tsv.linalg.updates import matrix_shape
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.version import __version__
@@ -35,18 +30,18 @@ REVISION = re.compile("[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """What is kept of the update of one weight.
+    """The stored part of the update of one weight.
 
     Args:
         stored (`str`): `factors`, `dense`, or `none`: the update is zero, or had no room.
-        shape (`tuple[int, ...]`): of the weight.
-        dtype (`torch.dtype`): of the weight in the fine-tuned checkpoint.
+        shape (`tuple[int, ...]`): shape of the weight.
+        dtype (`torch.dtype`): type of the weight in the fine-tuned checkpoint.
         rank (`int`): triplets kept; 0 unless stored as factors.
-        numerical_rank (`int`): triplets there are above the rounding of the stored checkpoints;
-            0 unless stored as factors.
+        numerical_rank (`int`): triplets above the rounding of the stored checkpoints; 0 unless
+            stored as factors.
         energy (`float`): share of the squared norm of the update that is kept, 0 to 1.
         norm (`float`): Frobenius norm of the update.
-        bytes (`int`): of its tensors.
+        bytes (`int`): size of its tensors.
         base_sha256 (`str`): digest of the same weight in the base model.
     """
 
@@ -72,7 +67,7 @@ class Origin:
     Args:
         ref (`str`): repository id, or folder.
         revision (`str`, *optional*): commit sha; None for a folder.
-        license (`str`, *optional*): as its card says.
+        license (`str`, *optional*): license that its card states.
     """
 
     ref: str
@@ -81,11 +76,11 @@ class Origin:
 
     @staticmethod
     def of(pinned: PinnedCheckpoint) -> Origin:
-        """The origin that a pinned checkpoint is."""
+        """A pinned checkpoint as an origin."""
         return Origin(pinned.ref, pinned.revision, reference.card_license(pinned.card))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FactorsConfig:
     """The description beside the tensors.
 
@@ -93,16 +88,17 @@ class FactorsConfig:
         base_model ([`Origin`]): W0.
         source ([`Origin`]): the fine-tuned checkpoint.
         rank_rule (`Mapping[str, Any]`): the one rule that applied, by name.
-        factor_dtype (`torch.dtype`): of every stored update.
-        compress_conv (`bool`): convolutions could be stored as factors.
+        factor_dtype (`torch.dtype`): type of every stored update.
+        compress_conv (`bool`): whether convolutions could be stored as factors.
         checkpoint_bytes (`int`): size of the tensors of the fine-tuned checkpoint.
         base_bytes (`int`): size of the same weights in the base model.
+        factors_bytes (`int`): size of the tensors that are stored.
         update_error (`float`): ‖Δ − stored‖ / ‖Δ‖ over all weights.
-        weights (`Mapping[str, StoredWeight]`): by canonical name.
         task_head (`tuple[str, ...]`): tensors of a task head, kept as they are.
-        model_config (`Mapping[str, Any]`): config.json of the fine-tuned checkpoint.
-        format (`str`): of the files this one describes.
         left_out (`tuple[str, ...]`): changed tensors that this format has no place for.
+        model_config (`Mapping[str, Any]`): config.json of the fine-tuned checkpoint.
+        weights (`Mapping[str, StoredWeight]`): stored parts by canonical name.
+        format (`str`): format of the files this one describes.
     """
 
     base_model: Origin
@@ -114,15 +110,15 @@ class FactorsConfig:
     base_bytes: int
     factors_bytes: int
     update_error: float
-    weights: Mapping[str, StoredWeight]
     task_head: tuple[str, ...]
-    model_config: Mapping[str, Any]
-    format: str = FORMAT
     left_out: tuple[str, ...] = ()
+    model_config: Mapping[str, Any]
+    weights: Mapping[str, StoredWeight]
+    format: str = FORMAT
 
     def base_fingerprint(self) -> str:
         """sha256 that stands for all weights of the base the factors belong to."""
-        return fingerprint({name: w.base_sha256 for name, w in self.weights.items()})
+        return tensors.fingerprint({name: w.base_sha256 for name, w in self.weights.items()})
 
     def to_json(self) -> str:
         """Content of `tsv_config.json`."""
@@ -132,77 +128,47 @@ class FactorsConfig:
             "format": self.format,
             "format_version": FORMAT_VERSION,
             "hf_tsv_version": __version__,
+            **vars(self),  # in the order of the fields
             "base_model": base,
             "source": vars(self.source),
-            "rank_rule": dict(self.rank_rule),
             "factor_dtype": DTYPE_NAMES[self.factor_dtype],
-            "compress_conv": self.compress_conv,
-            "checkpoint_bytes": self.checkpoint_bytes,
-            "base_bytes": self.base_bytes,
-            "factors_bytes": self.factors_bytes,
-            "update_error": self.update_error,
-            "task_head": list(self.task_head),
-            "left_out": list(self.left_out),
-            "model_config": dict(self.model_config),
             "weights": {name: weight.to_dict() for name, weight in self.weights.items()},
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     @staticmethod
     def from_dict(content: Mapping[str, Any], owner: str) -> FactorsConfig:
-        """Parse and check the content of `tsv_config.json`.
-
-        Args:
-            content (`Mapping[str, Any]`): the JSON object.
-            owner (`str`): whose it is, for errors.
+        """Parse and check the content of `tsv_config.json`, whose owner errors name.
 
         Raises:
             [`CheckpointError`]: another format, a newer version, or a malformed entry.
         """
         _check_format(content, owner)
         entry = _Entry(content, owner)
-        base = entry.object("base_model")
-        weights = {
-            name: _stored_weight(entry.object("weights").object(name))
-            for name in entry.object("weights").content
-        }
+        base, weights = entry.object("base_model"), entry.object("weights")
         config = FactorsConfig(
             base_model=_origin(base),
             source=_origin(entry.object("source"), licensed=True),
             rank_rule=entry.object("rank_rule").content,
-            factor_dtype=_dtype(entry, "factor_dtype"),
-            compress_conv=entry.truth("compress_conv"),
-            checkpoint_bytes=entry.whole("checkpoint_bytes"),
-            base_bytes=entry.whole("base_bytes"),
-            factors_bytes=entry.whole("factors_bytes"),
-            update_error=entry.number("update_error"),
-            weights=weights,
-            task_head=entry.texts("task_head"),
-            model_config=entry.object("model_config", any_names=True).content,
-            format=FORMAT,
-            left_out=entry.texts("left_out"),
+            factor_dtype=_dtype(entry, "factor_dtype", but=torch.float64),
+            compress_conv=entry.get("compress_conv", lambda value: type(value) is bool),
+            checkpoint_bytes=entry.get("checkpoint_bytes", lambda v: _is_whole(v) and v > 0),
+            base_bytes=entry.get("base_bytes", _is_whole),
+            factors_bytes=entry.get("factors_bytes", _is_whole),
+            update_error=float(entry.get("update_error", _is_number)),
+            task_head=tuple(entry.get("task_head", _are_of_a_head)),
+            left_out=tuple(entry.get("left_out", _are_texts)),
+            model_config=entry.get("model_config", lambda value: isinstance(value, dict)),
+            weights={name: _stored_weight(weights.object(name)) for name in weights.content},
         )
-        if config.factor_dtype == torch.float64:
-            raise entry.malformed("factor_dtype")
-        if not all(layout.TASK_HEAD.match(name) for name in config.task_head):
-            raise entry.malformed("task_head")
-        if config.checkpoint_bytes == 0:
-            raise entry.malformed("checkpoint_bytes")
-        if base.text("fingerprint") != config.base_fingerprint():
-            raise entry.malformed("base_model.fingerprint")
+        base.get("fingerprint", lambda value: value == config.base_fingerprint())
         return config
 
 
 def tensor_specs(
     weights: Mapping[str, StoredWeight], dtype: torch.dtype, head: Mapping[str, TensorInfo]
 ) -> dict[str, TensorSpec]:
-    """Every tensor of a factor file, by stored name.
-
-    Args:
-        weights (`Mapping[str, StoredWeight]`): by canonical name.
-        dtype (`torch.dtype`): of the updates.
-        head (`Mapping[str, TensorInfo]`): tensors of a task head, kept in their own dtype.
-    """
+    """Every tensor of a factor file, by stored name; those of a task head keep their dtype."""
     specs: dict[str, TensorSpec] = {}
     for name, weight in weights.items():
         if weight.stored == "dense":
@@ -233,43 +199,61 @@ def _check_format(content: Mapping[str, Any], owner: str) -> None:
 
 
 def _stored_weight(entry: _Entry) -> StoredWeight:
-    shape = entry.content.get("shape")
-    if not isinstance(shape, list) or not all(type(n) is int and 0 < n < 2**31 for n in shape):
-        raise entry.malformed("shape")
     weight = StoredWeight(
-        stored=entry.text("stored"),
-        shape=tuple(shape),
+        stored=entry.get("stored", lambda value: value in STORED),
+        shape=tuple(entry.get("shape", _is_shape)),
         dtype=_dtype(entry, "dtype"),
-        rank=entry.whole("rank"),
-        numerical_rank=entry.whole("numerical_rank"),
-        energy=entry.number("energy", 1.0),
-        norm=entry.number("norm"),
-        bytes=entry.whole("bytes"),
-        base_sha256=entry.text("base_sha256"),
+        rank=entry.get("rank", _is_whole),
+        numerical_rank=entry.get("numerical_rank", _is_whole),
+        energy=float(entry.get("energy", lambda value: _is_number(value) and value <= 1)),
+        norm=float(entry.get("norm", _is_number)),
+        bytes=entry.get("bytes", _is_whole),
+        base_sha256=entry.get("base_sha256", _is_text),
     )
-    if weight.stored not in STORED:
-        raise entry.malformed("stored")
-    low_rank = weight.stored == "factors"
-    if low_rank and (len(shape) < 2 or not 0 < weight.rank <= min(matrix_shape(weight.shape))):
-        raise entry.malformed("rank")
-    if weight.rank and not low_rank:
-        raise entry.malformed("rank")
+    least, most = 0, 0
+    if weight.stored == "factors":
+        least = 1
+        most = min(matrix_shape(weight.shape)) if len(weight.shape) > 1 else 0
+    entry.get("rank", lambda rank: least <= rank <= most)
     return weight
 
 
 def _origin(entry: _Entry, *, licensed: bool = False) -> Origin:
-    revision = entry.text("revision", optional=True)
-    if revision is not None and not REVISION.fullmatch(revision):
-        raise entry.malformed("revision")
-    license = entry.text("license", optional=True) if licensed else None
-    return Origin(entry.text("ref"), revision, license)
+    ref = entry.get("ref", _is_text)
+    revision = entry.get("revision", lambda v: v is None or (_is_text(v) and REVISION.fullmatch(v)))
+    may_be_text = lambda value: value is None or _is_text(value)  # noqa: E731
+    return Origin(ref, revision, entry.get("license", may_be_text) if licensed else None)
 
 
-def _dtype(entry: _Entry, key: str) -> torch.dtype:
-    dtype = DTYPES.get(entry.text(key))
-    if dtype is None or not dtype.is_floating_point:
+def _dtype(entry: _Entry, key: str, but: torch.dtype | None = None) -> torch.dtype:
+    name = entry.get(key, lambda v: _is_text(v) and v in DTYPES and DTYPES[v] != but)
+    if not DTYPES[name].is_floating_point:
         raise entry.malformed(key)
-    return dtype
+    return DTYPES[name]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _are_of_a_head(value: Any) -> bool:
+    return _are_texts(value) and all(map(layout.TASK_HEAD.match, value))
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 < n < 2**31 for n in value)
 
 
 @dataclass(frozen=True)
@@ -286,38 +270,14 @@ class _Entry:
             "Download or save the factors again.",
         )
 
-    def object(self, key: str, *, any_names: bool = False) -> _Entry:
+    def get(self, key: str, fits: Callable[[Any], object]) -> Any:
+        """Value of a key that fits."""
         value = self.content.get(key)
-        if not isinstance(value, dict) or not (any_names or all(map(str.isprintable, value))):
-            raise self.malformed(key)
-        return _Entry(value, self.owner, f"{self.path}{key}.")
-
-    def text(self, key: str, *, optional: bool = False) -> Any:
-        value = self.content.get(key)
-        if not isinstance(value, str) and not (optional and value is None):
+        if not fits(value):
             raise self.malformed(key)
         return value
 
-    def texts(self, key: str) -> tuple[str, ...]:
-        value = self.content.get(key)
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.malformed(key)
-        return tuple(value)
-
-    def truth(self, key: str) -> bool:
-        value = self.content.get(key)
-        if type(value) is not bool:
-            raise self.malformed(key)
-        return value
-
-    def whole(self, key: str) -> int:
-        value = self.content.get(key)
-        if type(value) is not int or not 0 <= value < 2**63:
-            raise self.malformed(key)
-        return value
-
-    def number(self, key: str, most: float = sys.float_info.max) -> float:
-        value: Any = self.content.get(key)
-        if type(value) not in (int, float) or not 0 <= value <= most:
-            raise self.malformed(key)
-        return float(value)
+    def object(self, key: str) -> _Entry:
+        """Object of a key, whose own keys are printable."""
+        fits = lambda value: isinstance(value, dict) and all(map(str.isprintable, value))  # noqa: E731
+        return _Entry(self.get(key, fits), self.owner, f"{self.path}{key}.")

@@ -1,4 +1,4 @@
-"""What a compressed task is on disk: low-rank factors and dense updates, beside their description.
+"""A compressed task on disk: low-rank factors and dense updates, beside their description.
 
 The format is specified in docs/task-factors.md.
 """
@@ -21,13 +21,7 @@ from hf_tsv.checkpoints.names import FACTORS_CONFIG, FACTORS_FILE
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.storage.files import read_json
 from hf_tsv.checkpoints.storage.headers import read_headers
-from hf_tsv.checkpoints.storage.tensors import (
-    DTYPE_NAMES,
-    TensorInfo,
-    TensorSpec,
-    digest,
-    read_tensor,
-)
+from hf_tsv.checkpoints.storage.tensors import DTYPE_NAMES, TensorInfo, digest, read_tensor
 from hf_tsv.linalg import products, updates
 from hf_tsv.linalg.updates import TaskSingularVectors, Update, rounding_noise, storage_noise
 from hf_tsv.system.errors import CheckpointError
@@ -38,20 +32,21 @@ class Factors(Task):
     """A compressed task: a handle on its files, which are read one weight at a time.
 
     Args:
-        pinned ([`PinnedCheckpoint`]): which commit or folder.
+        pinned ([`PinnedCheckpoint`]): commit or folder.
         model_config (`Mapping[str, Any]`): config.json of the fine-tuned checkpoint.
-        tensors (`Mapping[str, StoredWeight]`): what is stored of each weight, by canonical name.
-        weight_files (`tuple[str, ...]`): the files they lie in, index included.
-        head (`Mapping[str, TensorInfo]`): tensors of a task head, by the name they have in the
-            fine-tuned checkpoint.
+        tensors (`Mapping[str, StoredWeight]`): stored part of each weight, by canonical name.
+        weight_files (`tuple[str, ...]`): files of the tensors, index included.
+        head (`Mapping[str, TensorInfo]`): tensors of a task head, by their name in the fine-tuned
+            checkpoint.
         config ([`FactorsConfig`]): base, source, and how it was compressed.
-        stored (`Mapping[str, TensorInfo]`): where the tensors lie.
+        stored (`Mapping[str, TensorInfo]`): places of the tensors.
     """
 
     kind: ClassVar[str] = "task factors"
     says: ClassVar[str] = "holds task factors"
     has_few_triplets: ClassVar[bool] = True
     loading: ClassVar[str] = "`hf-tsv reconstruct` it, then load it with transformers' AutoModel."
+    config_file: ClassVar[str] = FACTORS_CONFIG
 
     tensors: Mapping[str, StoredWeight]
     config: FactorsConfig = field(kw_only=True)
@@ -77,22 +72,14 @@ class Factors(Task):
         """None, since Δ itself is stored."""
         return None
 
-    @property
-    def needed_files(self) -> tuple[str, ...]:
-        """What a run reads of it."""
-        return (FACTORS_CONFIG, *self.weight_files)
-
     def parts(self, name: str) -> list[TensorInfo]:
-        """What reading the update of one weight reads of its files."""
+        """Tensors of its files that reading the update of one weight reads."""
         stored = self.config.weights[name].stored
         ends = {"factors": PARTS, "dense": ("delta",)}.get(stored, ())
         return [self.stored[f"{name}.{end}"] for end in ends]
 
     def weight(self, w0: Original) -> Tensor:
         """Compute W0 + Δ of one weight, in the type of W0.
-
-        Args:
-            w0 ([`Original`]): the same weight of the base model.
 
         Raises:
             [`CheckpointError`]: the base model is another one, or the sum does not fit its type.
@@ -135,15 +122,15 @@ class Factors(Task):
         return 0.0 if there else (1 - kept.energy) * kept.norm**2, kept.norm**2
 
     def update(self, name: str, digests: dict[str, str] | None = None) -> Update | None:
-        """What is stored of the update of one weight.
+        """Read the stored part of the update of one weight.
 
         Args:
             name (`str`): canonical name.
             digests (`dict[str, str]`, *optional*): gets the digest of every tensor read.
 
         Returns:
-            `TaskSingularVectors`, `Tensor` or `None`: of a matrix its triplets; of anything else
-            Δ; None where nothing is stored.
+            `TaskSingularVectors`, `Tensor` or `None`: the triplets of a matrix; Δ of anything else;
+            None where nothing is stored.
 
         Raises:
             [`CheckpointError`]: NaN or Inf, or singular values that are negative or not sorted.
@@ -166,11 +153,7 @@ class Factors(Task):
         return vectors.matrix().float().reshape(weight.shape)  # Δ as a dense one is: float32
 
     def head_tensor(self, name: str) -> Tensor:
-        """One tensor of the task head, as stored.
-
-        Args:
-            name (`str`): as in the fine-tuned checkpoint.
-        """
+        """One tensor of the task head, as stored, by its name in the fine-tuned checkpoint."""
         return self._read(f"{name}.value", None)
 
     def check_base(self, name: str, base_digest: str, base: str) -> None:
@@ -178,11 +161,8 @@ class Factors(Task):
 
         Args:
             name (`str`): canonical name of a weight.
-            base_digest (`str`): of this weight in the base model at hand.
-            base (`str`): its name, for the error.
-
-        Raises:
-            [`CheckpointError`]: the weight differs.
+            base_digest (`str`): digest of this weight in the base model at hand.
+            base (`str`): name of that model, for the error.
         """
         if self.config.weights[name].base_sha256 == base_digest:
             return
@@ -195,15 +175,14 @@ class Factors(Task):
 
     def _stacked_update(self, w0: Original, digests: dict[str, str] | None) -> Update | None:
         """The stored update of a weight; of stacked ones as one dense matrix."""
-        found = [self.update(name, digests) for name in w0.names]
-        if len(found) == 1 or all(update is None for update in found):
-            return found[0]
-        shapes = [self.tensors[name].shape for name in w0.names]
-        parts = [
-            torch.zeros(shape) if update is None else updates.dense(update).float()
-            for update, shape in zip(found, shapes, strict=True)
-        ]
-        return torch.cat(parts)
+        found = {name: self.update(name, digests) for name in w0.names}
+        if len(found) == 1 or all(update is None for update in found.values()):
+            return found[w0.names[0]]
+        parts = (
+            torch.zeros(self.tensors[name].shape) if u is None else updates.dense(u).float()
+            for name, u in found.items()
+        )
+        return torch.cat(list(parts))
 
     def _stored_noise(self, w0: Original, update: Tensor) -> float:
         """Rounding in an update stored whole: of the checkpoint it was made from, and its own."""
@@ -228,38 +207,35 @@ def open_factors(pinned: PinnedCheckpoint) -> Factors:
     owner = str(pinned)
     config = FactorsConfig.from_dict(read_json(pinned.files, FACTORS_CONFIG, owner), owner)
     stored, files = read_headers(pinned.files, FACTORS_FILE, owner)
-    values = {f"{name}.value": stored.get(f"{name}.value") for name in config.task_head}
-    expected: dict[str, TensorSpec | TensorInfo | None] = dict(
-        tensor_specs(config.weights, config.factor_dtype, {})
-    )
-    expected.update(values)
-    for name, spec in expected.items():
-        if name not in stored or spec is None:
-            raise CheckpointError(
-                f"{owner}: {name} is missing from the factor files.", "Download or save them again."
-            )
-        found = stored[name]
-        if (found.shape, found.dtype) != (spec.shape, spec.dtype):
-            raise CheckpointError(
-                f"{owner}: {name} is {DTYPE_NAMES[found.dtype]} {list(found.shape)};"
-                f" {FACTORS_CONFIG} says {DTYPE_NAMES[spec.dtype]} {list(spec.shape)}.",
-                "Download or save them again.",
-            )
-    if extra := sorted(stored.keys() - expected.keys()):
-        raise CheckpointError(f"{owner}: {FACTORS_CONFIG} does not mention {extra[0]}.")
-    for name, weight in config.weights.items():
-        parts = tensor_specs({name: weight}, config.factor_dtype, {})
-        if weight.bytes != sum(part.nbytes for part in parts.values()):
-            raise CheckpointError(
-                f"{owner}: weights.{name}.bytes in {FACTORS_CONFIG} is not what it takes.",
-                "Download or save them again.",
-            )
-    if config.factors_bytes != sum(info.nbytes for info in stored.values()):
-        raise CheckpointError(
-            f"{owner}: factors_bytes in {FACTORS_CONFIG} is not the size of its tensors.",
-            "Download or save them again.",
-        )
+    _check_tensors(config, stored, owner)
     head = {name: stored[f"{name}.value"] for name in config.task_head}
     return Factors(
         pinned, config.model_config, config.weights, files, head, config=config, stored=stored
     )
+
+
+def _check_tensors(config: FactorsConfig, stored: Mapping[str, TensorInfo], owner: str) -> None:
+    """Refuse tensors that are not as they are described."""
+
+    def damaged(what: str) -> CheckpointError:
+        return CheckpointError(f"{owner}: {what}.", "Download or save them again.")
+
+    expected = tensor_specs(config.weights, config.factor_dtype, {})
+    values = [f"{name}.value" for name in config.task_head]
+    for name in (*expected, *values):
+        found, spec = stored.get(name), expected.get(name)
+        if found is None:
+            raise damaged(f"{name} is missing from the factor files")
+        if spec is not None and (found.shape, found.dtype) != (spec.shape, spec.dtype):
+            raise damaged(
+                f"{name} is {DTYPE_NAMES[found.dtype]} {list(found.shape)};"
+                f" {FACTORS_CONFIG} says {DTYPE_NAMES[spec.dtype]} {list(spec.shape)}"
+            )
+    if extra := sorted(stored.keys() - {*expected, *values}):
+        raise CheckpointError(f"{owner}: {FACTORS_CONFIG} does not mention {extra[0]}.")
+    for name, weight in config.weights.items():
+        parts = tensor_specs({name: weight}, config.factor_dtype, {})
+        if weight.bytes != sum(part.nbytes for part in parts.values()):
+            raise damaged(f"weights.{name}.bytes in {FACTORS_CONFIG} is not what it takes")
+    if config.factors_bytes != sum(info.nbytes for info in stored.values()):
+        raise damaged(f"factors_bytes in {FACTORS_CONFIG} is not the size of its tensors")

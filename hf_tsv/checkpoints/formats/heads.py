@@ -25,23 +25,12 @@ T = TypeVar("T", bound=Task)
 
 
 def file_names(tasks: Sequence[str]) -> list[str]:
-    """Path of the head file of each task.
-
-    Args:
-        tasks (`Sequence[str]`): task names.
-
-    Example:
-        >>> file_names(["clip-a", "org/b"])
-        ['heads/clip-a.safetensors', 'heads/org-b.safetensors']
-    """
+    """Path of the head file of each task."""
     return [f"{FOLDER}/{stem}{SUFFIX}" for stem in file_stems(tasks)]
 
 
 def file_stems(tasks: Sequence[str]) -> list[str]:
     """Distinct name for each task, valid as a file name on any system.
-
-    Args:
-        tasks (`Sequence[str]`): task names.
 
     Example:
         >>> file_stems(["clip-a", "org/b", "org/b"])
@@ -60,14 +49,7 @@ def file_stems(tasks: Sequence[str]) -> list[str]:
 def write(
     folder: Path, file: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> None:
-    """Write one head.
-
-    Args:
-        folder (`Path`): folder of the merge.
-        file (`str`): name from [`file_names`].
-        tensors (`Mapping[str, Tensor]`): tensors of the head, by stored name.
-        config (`Mapping[str, Any]`): keys that the head needs in config.json.
-    """
+    """Write one head, with the keys that it needs in config.json, into the folder of a merge."""
     from safetensors.torch import save_file
 
     (folder / FOLDER).mkdir(exist_ok=True)
@@ -83,11 +65,7 @@ def tasks_of(item: Task) -> list[str]:
 
 
 def with_head(item: T, task: str) -> T:
-    """Make the same checkpoint with the head of one task.
-
-    Args:
-        item ([`Task`]): a merge, or a task of it.
-        task (`str`): one of [`tasks_of`].
+    """Make the same merge, or task of one, with the head of one of [`tasks_of`].
 
     Raises:
         [`CheckpointError`]: there is no such head, or its file is damaged.

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_tsv.checkpoints.base_model import SaidBase
 from hf_tsv.checkpoints.formats.change import Original
 from hf_tsv.checkpoints.formats.task import Task
-from hf_tsv.checkpoints.formats.whole import config_file, open_checkpoint
+from hf_tsv.checkpoints.formats.whole import open_checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.storage.files import Files, HubFiles, LocalFiles, read_json
 from hf_tsv.checkpoints.storage.headers import read_header
@@ -35,16 +35,12 @@ FORMAT_VERSION = 1
 class Masked(Task):
     """Task of a merge: the merged value where its bit is set, the base model's elsewhere.
 
+    All but the following is that of the merge; the files of the mask are among the weight files.
+
     Args:
-        pinned ([`PinnedCheckpoint`]): the merge.
-        model_config (`Mapping[str, Any]`): its config.json.
-        tensors (`Mapping[str, TensorInfo]`): its tensors by canonical name.
-        weight_files (`tuple[str, ...]`): its files, and those of the mask.
-        head (`Mapping[str, TensorInfo]`): a task head, by stored name.
-        format (`str`): file layout of the merge.
         masks (`Mapping[str, TensorInfo]`): packed bits by canonical name; a weight without a mask
             has no bit set.
-        base_ref (`str`): the base model it was made with, without its revision.
+        base_ref (`str`): base model it was made with, without its revision.
         base_revision (`str`, *optional*): commit sha of that model; None for a folder.
         digests (`Mapping[str, str]`): digests of that model's tensors.
     """
@@ -59,11 +55,6 @@ class Masked(Task):
     base_revision: str | None = field(kw_only=True)
     digests: Mapping[str, str] = field(kw_only=True)
 
-    @property
-    def needed_files(self) -> tuple[str, ...]:
-        """Names of the files that a run reads."""
-        return (config_file(self.format), *self.weight_files)
-
     def says_base(self) -> SaidBase:
         """Base model that it was made with."""
         return SaidBase((self.base_ref,), made_with=True, revision=self.base_revision)
@@ -73,14 +64,7 @@ class Masked(Task):
         return [self.tensors[name], self.masks[name]] if name in self.masks else []
 
     def weight(self, w0: Original) -> Tensor:
-        """Compute one weight of the task.
-
-        Args:
-            w0 ([`Original`]): the same weight of the base model.
-
-        Raises:
-            [`CheckpointError`]: the base model is another one, or a file is damaged.
-        """
+        """Compute one weight of the task."""
         name, files = w0.name, self.pinned.files
         if self.digests.get(name) != w0.digest():
             made_with = at_revision(self.base_ref, self.base_revision)
@@ -97,12 +81,7 @@ class Masked(Task):
 
 
 def packed_shape(shape: tuple[int, ...]) -> tuple[int]:
-    """Shape of the packed bits of a weight, eight to a byte.
-
-    Example:
-        >>> packed_shape((3, 3))
-        (2,)
-    """
+    """Shape of the packed bits of a weight, eight to a byte: (2,) for (3, 3)."""
     return (-(-prod(shape) // 8),)
 
 
@@ -146,10 +125,7 @@ def write_config(
 
 
 def open_masked(pinned: PinnedCheckpoint) -> Masked:
-    """Read the headers of a merge and of one of its masks.
-
-    Args:
-        pinned ([`PinnedCheckpoint`]): folder of the task.
+    """Read the headers of a merge and of one of its masks, whose folder is pinned.
 
     Raises:
         [`CheckpointError`]: the folder is not beside a merge, or is damaged.

@@ -38,16 +38,24 @@ PROJECTIONS = {
 }
 """Canonical names of the projections, which OpenCLIP stores transposed."""
 
-IN_BLOCK = {
+ALONE = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
+KINDS = ("weight", "bias")
+IN_BLOCK = {
+    f"{stored}.{kind}": [f"{own}.{kind}"] for stored, own in ALONE.items() for kind in KINDS
+}
+IN_BLOCK |= {
+    f"attn.in_proj_{kind}": [f"self_attn.{x}_proj.{kind}" for x in "qkv"] for kind in KINDS
+}
+"""Canonical names of the parts of each tensor in a block, of which OpenCLIP stacks q, k and v."""
+
 BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d{1,4})\.(.+)")
-CANONICAL_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
-STACKED = "self_attn.{}_proj"
+CANONICAL_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)")
 OTHER_TEXT = "text."
 """Prefix of the text tower in OpenCLIP's class for towers of several kinds."""
 
@@ -56,12 +64,7 @@ MLP_RATIO = 4.0
 
 
 def parts_of(stored: str, shape: tuple[int, ...], owner: str) -> list[Part]:
-    """Canonical tensors that a stored tensor holds.
-
-    Args:
-        stored (`str`): its name in the file.
-        shape (`tuple[int, ...]`): its shape.
-        owner (`str`): name of the checkpoint, for the error.
+    """Canonical tensors that a stored tensor of this name and shape holds.
 
     Raises:
         [`CheckpointError`]: a CLIP of transformers has no such tensor.
@@ -76,16 +79,10 @@ def parts_of(stored: str, shape: tuple[int, ...], owner: str) -> list[Part]:
     if name in PROJECTIONS and len(shape) == 2:
         return [Part(PROJECTIONS[name], stored, transposed=True)]
     found = BLOCK.fullmatch(name)
-    if found is not None:
-        tower = "vision" if found[1] else "text"
-        prefix = f"{tower}_model.encoder.layers.{int(found[2])}"
-        if found[3] in ("attn.in_proj_weight", "attn.in_proj_bias") and shape and shape[0] % 3 == 0:
-            kind = found[3].rpartition("_")[2]
-            named = (f"{prefix}.{STACKED.format(letter)}.{kind}" for letter in "qkv")
-            return [Part(name, stored, i, 3) for i, name in enumerate(named)]
-        module, _, kind = found[3].rpartition(".")
-        if module in IN_BLOCK and kind in ("weight", "bias"):
-            return [Part(f"{prefix}.{IN_BLOCK[module]}.{kind}", stored)]
+    own = IN_BLOCK.get(found[3], []) if found else []
+    if found and own and (len(own) == 1 or (shape and shape[0] % len(own) == 0)):
+        prefix = f"{'vision' if found[1] else 'text'}_model.encoder.layers.{int(found[2])}"
+        return [Part(f"{prefix}.{part}", stored, i, len(own)) for i, part in enumerate(own)]
     raise CheckpointError(
         f"{owner}: {stored} has no place in the CLIP of transformers.",
         "Of OpenCLIP the ViT models are supported that have one, such as ViT-B-32 or ViT-H-14.",
@@ -93,32 +90,28 @@ def parts_of(stored: str, shape: tuple[int, ...], owner: str) -> list[Part]:
 
 
 def placed(names: Iterable[str]) -> dict[str, Part]:
-    """Place of each canonical tensor in OpenCLIP's tensors.
-
-    Args:
-        names (`Iterable[str]`): canonical names, buffers excluded.
+    """Place of each canonical tensor, buffers excluded, in OpenCLIP's tensors.
 
     Raises:
         [`CheckpointError`]: OpenCLIP has no place for one.
     """
-    top = {canonical: stored for stored, canonical in TOP.items()}
-    projections = {canonical: stored for stored, canonical in PROJECTIONS.items()}
-    in_block = {canonical: stored for stored, canonical in IN_BLOCK.items()}
-    stacked = {STACKED.format(letter): i for i, letter in enumerate("qkv")}
+    outside = {canonical: stored for stored, canonical in (TOP | PROJECTIONS).items()}
+    in_block = {
+        canonical: (stored, i, len(parts))
+        for stored, parts in IN_BLOCK.items()
+        for i, canonical in enumerate(parts)
+    }
     result = {}
     for name in names:
         found = CANONICAL_BLOCK.fullmatch(name)
-        if name in top:
-            result[name] = Part(name, top[name])
-        elif name in projections:
-            result[name] = Part(name, projections[name], transposed=True)
-        elif found is not None and found[3] in (*in_block, *stacked):
-            prefix = f"{'visual.' if found[1] == 'vision' else ''}transformer.resblocks.{found[2]}"
-            if found[3] in stacked:
-                stored = f"{prefix}.attn.in_proj_{found[4]}"
-                result[name] = Part(name, stored, stacked[found[3]], 3)
-            else:
-                result[name] = Part(name, f"{prefix}.{in_block[found[3]]}.{found[4]}")
+        if name in outside:
+            turned = outside[name] in PROJECTIONS
+            result[name] = Part(name, outside[name], transposed=turned)
+        elif found is not None and found[3] in in_block:
+            stored, index, of = in_block[found[3]]
+            tower = "visual." if found[1] == "vision" else ""
+            stored = f"{tower}transformer.resblocks.{found[2]}.{stored}"
+            result[name] = Part(name, stored, index, of)
         else:
             raise CheckpointError(f"OpenCLIP has no place for {name}.", "Leave --out-format out.")
     return result
@@ -149,6 +142,7 @@ def transformers_config(content: Mapping[str, Any], owner: str) -> dict[str, Any
         for side, count in ((width, heads[0]), (text_width, heads[1])):
             if count < 1 or side % count:
                 raise ValueError(f"{count} heads in a width of {side}")
+        vocabulary = int(text.get("vocab_size", 49408))
         return {
             "architectures": ["CLIPModel"],
             "model_type": "clip",
@@ -173,10 +167,10 @@ def transformers_config(content: Mapping[str, Any], owner: str) -> dict[str, Any
                 "num_hidden_layers": int(text["layers"]),
                 "num_attention_heads": heads[1],
                 "max_position_embeddings": int(text.get("context_length", 77)),
-                "vocab_size": int(text.get("vocab_size", 49408)),
+                "vocab_size": vocabulary,
                 "projection_dim": embed,
-                "bos_token_id": int(text.get("vocab_size", 49408)) - 2,
-                "eos_token_id": int(text.get("vocab_size", 49408)) - 1,
+                "bos_token_id": vocabulary - 2,
+                "eos_token_id": vocabulary - 1,
                 "pad_token_id": 0,
             },
         }
@@ -264,11 +258,7 @@ RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
 def processor_config(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Content of preprocessor_config.json that treats images as OpenCLIP does.
-
-    Args:
-        content (`Mapping[str, Any]`): content of open_clip_config.json.
-    """
+    """Content of preprocessor_config.json that treats images as an open_clip_config.json says."""
     given = content.get("preprocess_cfg")
     images: Mapping[str, Any] = given if isinstance(given, dict) else {}
     size = images.get("size") or content["model_cfg"]["vision_cfg"]["image_size"]

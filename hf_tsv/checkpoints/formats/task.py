@@ -13,9 +13,10 @@ from torch import Tensor
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.base_model import SaidBase, said_by
+from hf_tsv.checkpoints.formats import open_clip
 from hf_tsv.checkpoints.formats.change import Change, Original, update_of
 from hf_tsv.checkpoints.formats.description import FactorsConfig
-from hf_tsv.checkpoints.names import Format
+from hf_tsv.checkpoints.names import CONFIG_FILE, Format
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.storage.files import Files
 from hf_tsv.checkpoints.storage.tensors import Described, TensorInfo, digest, read_tensor
@@ -29,8 +30,8 @@ T = TypeVar("T", bound="Task")
 class Task(ABC):
     """A fine-tune of a base model, in whatever form it is stored.
 
-    A new form is a subclass in a file of its own, with [`needed_files`], [`parts`] and [`weight`],
-    and a row of `FORMATS`. The other methods have answers that are right for weights stored whole.
+    A new form is a subclass in a file of its own, with [`parts`] and [`weight`], and a row of
+    `FORMATS`. The other methods have answers that are right for weights stored whole.
 
     Args:
         pinned ([`PinnedCheckpoint`]): commit or folder.
@@ -42,26 +43,14 @@ class Task(ABC):
         format (`str`): file layout, which a merge with it as the base has too.
     """
 
-    kind: ClassVar[str]
-    """What it is, for people."""
-
-    says: ClassVar[str]
-    """The same as a predicate: `is a mask`."""
-
-    is_whole: ClassVar[bool] = False
-    """Whether every weight is stored itself, so that none of them needs the base model."""
-
-    has_few_triplets: ClassVar[bool] = False
-    """Whether it is known to be of low rank, so that nobody needs to be told."""
-
-    loads_as_model: ClassVar[bool] = True
-    """Whether `load_model` makes a transformers model of it."""
-
-    loading: ClassVar[str] = "Load it with transformers' AutoModel."
-    """Advice for those of whom it makes none."""
-
-    for_factors: ClassVar[str] = "Make factors with `hf-tsv compress`."
-    """Advice where task factors are wanted; `{}` stands for its name."""
+    kind: ClassVar[str]  # a noun for people
+    says: ClassVar[str]  # the same as a predicate: `is a mask`
+    is_whole: ClassVar[bool] = False  # every weight is stored itself: none needs the base model
+    has_few_triplets: ClassVar[bool] = False  # known to be of low rank: nobody needs to be told
+    loads_as_model: ClassVar[bool] = True  # `load_model` makes a transformers model of it
+    loading: ClassVar[str] = "Load it with transformers' AutoModel."  # advice where it makes none
+    for_factors: ClassVar[str] = "Make factors with `hf-tsv compress`."  # `{}` is its name
+    config_file: ClassVar[str | None] = None  # its description; None: the config of its layout
 
     pinned: PinnedCheckpoint
     model_config: Mapping[str, Any]
@@ -74,9 +63,9 @@ class Task(ABC):
         return str(self.pinned)
 
     @property
-    @abstractmethod
     def needed_files(self) -> tuple[str, ...]:
         """Names of the files that a run reads."""
+        return (self.config_file or config_of(self.format), *self.weight_files)
 
     @abstractmethod
     def parts(self, name: str) -> list[TensorInfo]:
@@ -96,12 +85,11 @@ class Task(ABC):
     def change(
         self, w0: Original, *, decomposed: bool = False, digests: dict[str, str] | None = None
     ) -> Change | None:
-        """Find what it changed in a weight, or in several that are stacked; None: nothing.
+        """Find the change of a weight, or of several that are stacked; None: there is none.
 
         Args:
             w0 ([`Original`]): the same weights of the base model.
-            decomposed (`bool`): the change is wanted by its singular vectors, so its noise floor
-                is too.
+            decomposed (`bool`): wanted by its singular vectors, so its noise floor is too.
             digests (`dict[str, str]`, *optional*): gets the digest of each tensor read.
 
         Raises:
@@ -120,11 +108,7 @@ class Task(ABC):
         return bool(updates.difference(self.weight(w0), w0.tensor).any())
 
     def head_tensor(self, name: str) -> Tensor:
-        """Read one tensor of the task head, as stored.
-
-        Args:
-            name (`str`): as in the fine-tuned checkpoint.
-        """
+        """Read one tensor of the task head, as stored, by its name in the fine-tuned checkpoint."""
         return read_tensor(self.pinned.files, self.head[name], name, str(self))
 
     def says_base(self) -> SaidBase:
@@ -155,12 +139,8 @@ class Task(ABC):
     def missing_energy(self, name: str, rank: int | None) -> tuple[float, float]:
         """Squared norm that is missing of the leading triplets of a change, and all of it.
 
-        Args:
-            name (`str`): canonical name.
-            rank (`int`, *optional*): number of triplets; default: all above rounding.
-
-        Returns:
-            `tuple[float, float]`: known from headers; zeros where everything is stored.
+        Both are known from headers, and zero where everything is stored. By default the triplets
+        are all those above rounding.
         """
         return 0.0, 0.0
 
@@ -176,13 +156,18 @@ class Task(ABC):
         return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(w0.device)
 
 
+def config_of(layout: Format) -> str:
+    """Name of the configuration in a file layout."""
+    return open_clip.CONFIG_FILE if layout == "open_clip" else CONFIG_FILE
+
+
 def pinned_entry(item: Task) -> dict[str, str | None]:
-    """What a report says of a checkpoint."""
+    """Entry of a checkpoint in a report."""
     return {"ref": item.pinned.ref, "revision": item.pinned.revision}
 
 
 def identity_entry(item: Task) -> dict[str, Any]:
-    """Which commit; or which folder, and the sizes of its files and when they were changed.
+    """Commit of a checkpoint; or its folder, with the sizes of its files and their times of change.
 
     Unlike the time of modification, that of change cannot be set: a copy that keeps the one is
     noticed by the other.
@@ -198,11 +183,7 @@ def identity_entry(item: Task) -> dict[str, Any]:
 
 
 def distinct_names(pins: Sequence[PinnedCheckpoint]) -> list[str]:
-    """Short names of checkpoints: the last part of each reference, more where needed.
-
-    Args:
-        pins (`Sequence[PinnedCheckpoint]`): of the checkpoints.
-    """
+    """Short names of checkpoints: the last part of each reference, more where needed."""
     names = [Path(item.ref).name or item.ref for item in pins]
     for longer in (lambda item: item.ref, str):
         pairs = zip(names, pins, strict=True)

@@ -38,13 +38,7 @@ WEIGHTS: tuple[tuple[str, Format], ...] = (
 class Checkpoint(Task):
     """Headers of a pinned checkpoint: a fine-tune stored whole, or a base model.
 
-    Args:
-        pinned ([`PinnedCheckpoint`]): commit or folder.
-        model_config (`Mapping[str, Any]`): its config.json; for OpenCLIP, the equivalent one.
-        tensors (`Mapping[str, TensorInfo]`): tensors by canonical name.
-        weight_files (`tuple[str, ...]`): files of these tensors, index included.
-        head (`Mapping[str, TensorInfo]`): its task head, by stored name; no base has one.
-        format (`str`): file layout.
+    The config of OpenCLIP is the equivalent one of transformers.
     """
 
     kind: ClassVar[str] = "checkpoint"
@@ -52,11 +46,6 @@ class Checkpoint(Task):
     is_whole: ClassVar[bool] = True
 
     tensors: Mapping[str, TensorInfo]
-
-    @property
-    def needed_files(self) -> tuple[str, ...]:
-        """Names of the files that a run reads."""
-        return (config_file(self.format), *self.weight_files)
 
     def parts(self, name: str) -> list[TensorInfo]:
         """Tensors of the files that reading one weight needs."""
@@ -94,21 +83,8 @@ class Checkpoint(Task):
         return Original(names, label or names[0], str(self), shapes, read, device, known)
 
     def read(self, name: str, *, pinned: bool = False) -> Tensor:
-        """Read one tensor as stored.
-
-        Args:
-            name (`str`): canonical name.
-            pinned (`bool`): read into memory from where a GPU copies at full speed.
-
-        Raises:
-            [`CheckpointError`]: the file is truncated, or a value is NaN or Inf.
-        """
+        """Read one tensor as stored, by its canonical name, see [`read_tensor`]."""
         return read_tensor(self.pinned.files, self.tensors[name], name, str(self), pinned=pinned)
-
-
-def config_file(layout: Format) -> str:
-    """Name of the configuration in a file layout."""
-    return open_clip.CONFIG_FILE if layout == "open_clip" else CONFIG_FILE
 
 
 def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
@@ -160,12 +136,9 @@ def _only_variant(files: Files, owner: str) -> str | None:
     Raises:
         [`CheckpointError`]: there are several.
     """
-    found = {
-        match[1]
-        for name in files.names()
-        for match in (VARIANT.fullmatch(name), VARIANT_INDEX.fullmatch(name))
-        if match
-    }
+    patterns = (VARIANT, VARIANT_INDEX)
+    matches = (pattern.fullmatch(name) for name in files.names() for pattern in patterns)
+    found = {match[1] for match in matches if match}
     if len(found) > 1:
         raise CheckpointError(
             f"{owner} has only variants of its weights, and several: {', '.join(sorted(found))}.",
@@ -192,8 +165,7 @@ def _open_open_clip(pinned: PinnedCheckpoint, single: str, owner: str) -> Checkp
             if part.of > 1:
                 shape = (shape[0] // part.of, *shape[1:])
             size = info.nbytes // part.of
-            start = info.start + part.index * size
-            turned = part.transposed != info.transposed
+            start, turned = info.start + part.index * size, part.transposed != info.transposed
             if info.transposed and part.of > 1:
                 raise CheckpointError(
                     f"{owner}: the rows of {name} do not lie together.", "Save it as safetensors."
@@ -211,15 +183,14 @@ def _check_sizes(config: dict[str, Any], tensors: Mapping[str, TensorInfo], owne
     """Refuse a config that does not describe the weights, since nobody could load the output."""
     for tower, embedding in (("vision", "class_embedding"), ("text", "token_embedding.weight")):
         said = config[f"{tower}_config"]
-        blocks = {
-            n.split(".")[3] for n in tensors if n.startswith(f"{tower}_model.encoder.layers.")
-        }
+        layers, side = said["num_hidden_layers"], said["hidden_size"]
+        prefix = f"{tower}_model.encoder.layers."
+        blocks = len({name.split(".")[3] for name in tensors if name.startswith(prefix)})
         there = tensors.get(f"{tower}_model.embeddings.{embedding}")
         width = there.shape[-1] if there is not None and there.shape else 0
-        if (len(blocks), width) != (said["num_hidden_layers"], said["hidden_size"]):
+        if (blocks, width) != (layers, side):
             raise CheckpointError(
-                f"{owner}: its config says {said['num_hidden_layers']} layers of width"
-                f" {said['hidden_size']} in the {tower} tower, its weights {len(blocks)} of"
-                f" {width}.",
+                f"{owner}: its config says {layers} layers of width {side} in the {tower} tower,"
+                f" its weights {blocks} of {width}.",
                 f"Correct its {open_clip.CONFIG_FILE}.",
             )
