@@ -19,15 +19,12 @@ from hf_tsv.system.text import human_bytes
 
 
 def rank_of_energy(energies: Tensor, total: float, share: float) -> int:
-    """Smallest rank that keeps a share of the energy.
+    """Smallest rank that keeps a share of the energy; k if the singular values do not suffice.
 
     Args:
         energies (`Tensor`): squared singular values, descending, shape (k,).
         total (`float`): squared Frobenius norm of the update.
         share (`float`): share of that norm to keep.
-
-    Returns:
-        `int`: the rank; k if the singular values given do not suffice.
     """
     enough = torch.nonzero(energies.cumsum(0) >= share * total * (1 - 1e-12))
     return int(enough[0]) + 1 if len(enough) else len(energies)
@@ -170,12 +167,12 @@ def _within_budget(measured: Sequence[Measured], job: Compression, budget: int) 
 def _smaller(options: Options) -> str:
     """Hint about the options that would reduce the size of what is stored whole."""
     adapter_only = options.format == "peft"
-    flags = [
-        *(["--factor-dtype bfloat16"] if options.factor_dtype == "float32" else []),
-        *(["--compress-conv"] if not (adapter_only or options.compress_conv) else []),
-        *(["--no-dense"] if adapter_only and options.dense else []),
-    ]
-    return "".join(f", or {flag}" for flag in flags)
+    flags = {
+        "--factor-dtype bfloat16": options.factor_dtype == "float32",
+        "--compress-conv": not (adapter_only or options.compress_conv),
+        "--no-dense": adapter_only and options.dense,
+    }
+    return "".join(f", or {flag}" for flag, helps in flags.items() if helps)
 
 
 def _choice(item: Measured, held: int) -> Choice:

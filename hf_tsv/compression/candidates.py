@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -76,25 +75,13 @@ class Measured:
 
     def to_entry(self) -> dict[str, Any]:
         """Entry for a journal."""
-        return {
-            "label": self.candidate.name,
-            "base_sha256": self.base_sha256,
-            "norm": self.norm,
-            "singular_values": self.singular_values.tolist(),
-            "numerical_rank": self.numerical_rank,
-            "place": self.place,
-            "sha256": self.sha256,
-            "exact": self.exact,
-        }
+        own = {key: value for key, value in vars(self).items() if key != "candidate"}
+        values = self.singular_values.tolist()
+        return {"label": self.candidate.name, **own, "singular_values": values}
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any], candidate: Candidate) -> Measured:
-        """Weight from an entry of [`to_entry`].
-
-        Args:
-            entry (`Mapping[str, Any]`): entry of a journal.
-            candidate ([`Candidate`]): limits of the weight.
-        """
+        """Weight from an entry of [`to_entry`]."""
         values = torch.tensor(entry["singular_values"], dtype=torch.float64)
         rest = {k: v for k, v in entry.items() if k != "label"}
         return cls(candidate, **{**rest, "singular_values": values})
@@ -190,21 +177,18 @@ def _candidate(name: str, source: Task, options: Options) -> Candidate:
 def _adapter_candidate(name: str, source: Task, options: Options) -> Candidate:
     """Candidate for an adapter: any rank for a linear layer, else the value itself or nothing."""
     info = source.tensors[name]
-    if (
-        layout.name_in_class(name, options.model_class or layout.saved_class(source.model_config))
-        is None
-    ):
+    model_class = options.model_class or layout.saved_class(source.model_config)
+    if layout.name_in_class(name, model_class) is None:
         return Candidate(name, info.shape, info.dtype, 0, 0, 0)
     if peft.is_target(name):
         rows, columns = info.shape
-        k = min(rows, columns)
-        limit = options.rule.rank_before(k) or k
+        limit = options.rule.rank_before(min(rows, columns)) or min(rows, columns)
         triplet_bytes = (rows + columns) * options.dtype.itemsize
         return Candidate(name, info.shape, info.dtype, limit, triplet_bytes, None)
-    nbytes = TensorSpec(info.dtype, info.shape).nbytes
-    if peft.is_bias(name):  # its change is stored, in the dtype of the pairs
-        nbytes = math.prod(info.shape) * options.dtype.itemsize
-    return Candidate(name, info.shape, info.dtype, 0, 0, nbytes if options.dense else 0)
+    # The change of a bias is stored in the dtype of the pairs, anything else as it is.
+    dtype = options.dtype if peft.is_bias(name) else info.dtype
+    nbytes = TensorSpec(dtype, info.shape).nbytes if options.dense else 0
+    return Candidate(name, info.shape, info.dtype, 0, 0, nbytes)
 
 
 class Spool:
@@ -239,10 +223,6 @@ class Spool:
     def put(self, item: Measured, vectors: TaskSingularVectors) -> Measured:
         """Append Uᵀ and Vh in float32, triplet by triplet, so that a prefix is a truncation.
 
-        Args:
-            item ([`Measured`]): the weight.
-            vectors ([`TaskSingularVectors`]): all triplets that may be kept of it.
-
         Returns:
             [`Measured`]: the weight with the place and digest of its vectors.
         """
@@ -256,12 +236,7 @@ class Spool:
         return replace(item, place=start, sha256=hashlib.sha256(data).hexdigest())
 
     def get(self, item: Measured, rank: int) -> TaskSingularVectors:
-        """Leading triplets of one weight.
-
-        Args:
-            item ([`Measured`]): the weight.
-            rank (`int`): number of triplets.
-        """
+        """Leading triplets of one weight."""
         d_out = matrix_shape(item.candidate.shape)[0]
         rows = self._rows(item, rank)
         S = item.singular_values[:rank].float()
@@ -269,12 +244,9 @@ class Spool:
 
     def _rows(self, item: Measured, rank: int) -> Tensor:
         rows = torch.empty(rank, sum(matrix_shape(item.candidate.shape)))
-        view, done = byte_view(rows), 0
-        while done < len(view):
-            got = os.preadv(self._file.fileno(), [view[done:]], item.place + done)
-            if not got:
-                raise OSError(errno.EIO, "the file of singular vectors was cut short")
-            done += got
+        self._file.seek(item.place)
+        if self._file.readinto(byte_view(rows)) < rows.nbytes:
+            raise OSError(errno.EIO, "the file of singular vectors was cut short")
         return rows
 
 

@@ -63,9 +63,8 @@ def write_factors(
     folder: Path, job: Compression, spool: Spool, measured: Sequence[Measured], ranks: Sequence[int]
 ) -> Written:
     head = job.source.head
-    weights = {
-        item.candidate.name: _stored(item, rank) for item, rank in zip(measured, ranks, strict=True)
-    }
+    pairs = zip(measured, ranks, strict=True)
+    weights = {item.candidate.name: _stored(item, rank) for item, rank in pairs}
     specs = tensor_specs(weights, job.options.dtype, head)
     plan = plan_shards(specs, job.options.max_shard_size, FACTORS_FILE)
     rounding = 0.0
@@ -109,29 +108,23 @@ def write_adapter(
 ) -> Written:
     dtype, base = job.options.dtype, job.sources.base
     by_name = {item.candidate.name: item for item in measured}
-    kept = {
-        item.candidate.name: rank
-        for item, rank in zip(measured, ranks, strict=True)
-        if item.candidate.limit
-    }
+    by_rank = zip(by_name.items(), ranks, strict=True)
+    kept = {name: rank for (name, item), rank in by_rank if item.candidate.limit}
     plan = plan_adapter(job, measured, kept)
     specs: dict[str, TensorSpec] = {}
     for name, module in plan.pairs.items():
         (d_out, d_in), r = base.tensors[name].shape, max(1, kept[name])
         key_a, key_b = peft.pair_keys(module)
         specs |= {key_a: TensorSpec(dtype, (r, d_in)), key_b: TensorSpec(dtype, (d_out, r))}
-    for name, key in plan.biases.items():
-        specs[key] = TensorSpec(dtype, base.tensors[name].shape)
-    for name, key in plan.values.items():
-        specs[key] = spec_of(job, name)
+    specs |= {key: TensorSpec(dtype, base.tensors[n].shape) for n, key in plan.biases.items()}
+    specs |= {key: spec_of(job, name) for name, key in plan.values.items()}
     shards = plan_shards(specs, 2**62, ADAPTER_FILE)  # PEFT reads a single file
     rounding = 0.0
     writer = ShardWriter(folder, shards)
     try:
         for name, module in plan.pairs.items():
             vectors = spool.get(by_name[name], kept[name])
-            pair = peft.lora_pair(vectors)
-            A, B = (cast(factor, dtype, name) for factor in pair)
+            A, B = (cast(factor, dtype, name) for factor in peft.lora_pair(vectors))
             for key, factor in zip(peft.pair_keys(module), (A, B), strict=True):
                 writer.write(key, factor)
             if dtype != torch.float32:

@@ -8,6 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,6 @@ CURVE_POINTS = 49
 
 def energy_curves(measured: Sequence[Measured]) -> dict[str, tuple[list[float], list[float]]]:
     """Energy in the leading triplets by kind of layer, up to the rank known for all its weights.
-
-    Args:
-        measured (`Sequence[Measured]`): every weight.
 
     Returns:
         `dict[str, tuple[list[float], list[float]]]`: shares of k, and of the squared norm.
@@ -68,8 +66,7 @@ def measure(
         advance (`Callable[[int], None]`): called after each weight.
 
     Returns:
-        `tuple[list[Measured], Seconds]`: every weight, and the time of reading and decomposing
-        them.
+        `tuple[list[Measured], Seconds]`: every weight, and the time of reading and decomposing.
     """
     started, waited = time.monotonic(), 0.0
     share_one_heap()
@@ -97,8 +94,7 @@ def measure(
         ThreadPoolExecutor(workers, "hf-tsv-compute") as computing,
     ):
         try:
-            load = lambda item: _load(item, job)  # noqa: E731
-            loads = read_ahead(reading, load, left, sizes)
+            loads = read_ahead(reading, partial(_load, job), left, sizes)
             while True:
                 asked = time.monotonic()
                 loaded = next(loads, None)
@@ -125,8 +121,7 @@ def measure(
 
 @dataclass(frozen=True)
 class _Loaded:
-    """Update of one weight, its norm and storage noise, the digest of W0, and the seconds of
-    reading."""
+    """Update of one weight, its norm and storage noise, digest of W0, and seconds of reading."""
 
     candidate: Candidate
     delta: Tensor
@@ -136,7 +131,7 @@ class _Loaded:
     seconds: float
 
 
-def _load(candidate: Candidate, job: Compression) -> _Loaded:
+def _load(job: Compression, candidate: Candidate) -> _Loaded:
     started = time.monotonic()
     original = job.sources.base.original([candidate.name])
     rows, columns = matrix_shape(candidate.shape)
@@ -167,10 +162,6 @@ def _decompose(
             delta, wanted, loaded.floor, "exact" if whole else "fast", spectrum=True
         )
     kept = TaskSingularVectors(svd.U, svd.S, svd.Vh).truncated(candidate.limit)
-    item = replace(
-        item,
-        singular_values=kept.S.cpu().double(),
-        numerical_rank=svd.numerical_rank,
-        exact=svd.exact,
-    )
+    values = kept.S.cpu().double()
+    item = replace(item, singular_values=values, numerical_rank=svd.numerical_rank, exact=svd.exact)
     return item, kept

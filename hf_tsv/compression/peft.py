@@ -80,14 +80,6 @@ def plan_adapter(
     Raises:
         [`RecipeError`]: the class is unknown.
         [`CheckpointError`]: the task changed no weight that a LoRA can hold.
-
-    Example:
-        >>> fc1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
-        >>> plan = plan_adapter(
-        ...     {fc1: 4}, {fc1}, {fc1}, "CLIPVisionModel", base_model="org/clip", revision=None
-        ... )
-        >>> plan.pairs[fc1]
-        'encoder.layers.0.mlp.fc1'
     """
     if model_class not in layout.MODEL_CLASSES:
         raise RecipeError(
@@ -116,11 +108,8 @@ def plan_adapter(
 
     pairs = {name: in_class[name].removesuffix(".weight") for name in targets}
     stored_ranks = {pairs[name]: max(1, ranks.get(name, 0)) for name in targets}
-    biases = {
-        bias_of(name): f"{STORED_PREFIX}{module}.lora_B.bias"
-        for name, module in pairs.items()
-        if biased
-    }
+    keys = {bias_of(n): f"{STORED_PREFIX}{module}.lora_B.bias" for n, module in pairs.items()}
+    biases = keys if biased else {}
     kept = {*(name for name in targets if ranks.get(name, 0)), *biases, *values}
     return Adapter(
         config=_config(
@@ -161,16 +150,8 @@ def bias_of(weight: str) -> str:
 
 
 def pair_keys(module: str) -> tuple[str, str]:
-    """Keys under which A and B of a module are stored.
-
-    Example:
-        >>> pair_keys("encoder.layers.0.mlp.fc1")[0]
-        'base_model.model.encoder.layers.0.mlp.fc1.lora_A.weight'
-    """
-    return (
-        f"{STORED_PREFIX}{module}.lora_A.weight",
-        f"{STORED_PREFIX}{module}.lora_B.weight",
-    )
+    """Keys under which A and B of a module are stored."""
+    return (f"{STORED_PREFIX}{module}.lora_A.weight", f"{STORED_PREFIX}{module}.lora_B.weight")
 
 
 def lora_pair(vectors: TaskSingularVectors) -> tuple[Tensor, Tensor]:
@@ -178,17 +159,9 @@ def lora_pair(vectors: TaskSingularVectors) -> tuple[Tensor, Tensor]:
 
     Each factor takes √S, so that both have the same size and neither overflows a narrow dtype.
 
-    Args:
-        vectors ([`TaskSingularVectors`]): triplets of one weight, rank r.
-
     Returns:
         `tuple[Tensor, Tensor]`: A of shape (r, d_in) and B of shape (d_out, r); zeros of rank 1
             where r is 0, because PEFT refuses rank 0.
-
-    Example:
-        >>> vectors = TaskSingularVectors(torch.eye(2), torch.tensor([4.0, 1.0]), torch.eye(2))
-        >>> lora_pair(vectors)[0].tolist()
-        [[2.0, 0.0], [0.0, 1.0]]
     """
     if vectors.rank == 0:
         d_out, d_in = vectors.U.shape[0], vectors.Vh.shape[1]
