@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
 
@@ -61,10 +61,9 @@ class Original:
             return [self]
         spans = pairwise(accumulate((shape[0] for shape in self.shapes), initial=0))
         return [
-            Original([name], name, self.base, [], partial(self._rows, *span), self.device,
-                     self.digests)
+            replace(self, names=[name], label=name, shapes=[], read=partial(self._rows, *span))
             for name, span in zip(self.names, spans, strict=True)
-        ]  # fmt: skip
+        ]
 
     def digest(self) -> str:
         """Digest of a weight that is not stacked; computed once, whoever asks."""
@@ -89,6 +88,18 @@ class Change:
     update: Update
     norm: float
     floor: float = 0.0
+
+
+def stacked(
+    tensors: Sequence[Tensor],
+    names: Sequence[str],
+    device: torch.device,
+    digests: dict[str, str] | None,
+) -> Tensor:
+    """Weights of these names side by side on a device, after their digests are noted."""
+    if digests is not None:
+        digests.update({n: digest(t) for n, t in zip(names, tensors, strict=True)})
+    return (tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))).to(device)
 
 
 def update_of(name: str, task: object, fine_tuned: Tensor, base: Tensor) -> tuple[Tensor, float]:

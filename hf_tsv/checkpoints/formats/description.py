@@ -24,6 +24,7 @@ FORMAT = "hf-tsv task factors"
 ADAPTER_FORMAT = "hf-tsv peft adapter"
 FORMAT_VERSION = 1
 STORED = ("factors", "dense", "none")
+FACTOR_TYPES = ("F32", "F16", "BF16")
 PARTS = ("U", "S", "Vh")
 REVISION = re.compile("[0-9a-f]{40}")
 
@@ -150,7 +151,7 @@ class FactorsConfig:
             base_model=_origin(base),
             source=_origin(entry.object("source"), licensed=True),
             rank_rule=entry.object("rank_rule").content,
-            factor_dtype=_dtype(entry, "factor_dtype", but=torch.float64),
+            factor_dtype=DTYPES[entry.get("factor_dtype", lambda value: value in FACTOR_TYPES)],
             compress_conv=entry.get("compress_conv", lambda value: type(value) is bool),
             checkpoint_bytes=entry.get("checkpoint_bytes", lambda v: _is_whole(v) and v > 0),
             base_bytes=entry.get("base_bytes", _is_whole),
@@ -202,7 +203,7 @@ def _stored_weight(entry: _Entry) -> StoredWeight:
     weight = StoredWeight(
         stored=entry.get("stored", lambda value: value in STORED),
         shape=tuple(entry.get("shape", _is_shape)),
-        dtype=_dtype(entry, "dtype"),
+        dtype=DTYPES[entry.get("dtype", lambda value: value in (*FACTOR_TYPES, "F64"))],
         rank=entry.get("rank", _is_whole),
         numerical_rank=entry.get("numerical_rank", _is_whole),
         energy=float(entry.get("energy", lambda value: _is_number(value) and value <= 1)),
@@ -210,26 +211,17 @@ def _stored_weight(entry: _Entry) -> StoredWeight:
         bytes=entry.get("bytes", _is_whole),
         base_sha256=entry.get("base_sha256", _is_text),
     )
-    least, most = 0, 0
-    if weight.stored == "factors":
-        least = 1
-        most = min(matrix_shape(weight.shape)) if len(weight.shape) > 1 else 0
-    entry.get("rank", lambda rank: least <= rank <= most)
+    low_rank = weight.stored == "factors"
+    most = min(matrix_shape(weight.shape)) if low_rank and len(weight.shape) > 1 else 0
+    entry.get("rank", lambda rank: int(low_rank) <= rank <= most)
     return weight
 
 
 def _origin(entry: _Entry, *, licensed: bool = False) -> Origin:
     ref = entry.get("ref", _is_text)
     revision = entry.get("revision", lambda v: v is None or (_is_text(v) and REVISION.fullmatch(v)))
-    may_be_text = lambda value: value is None or _is_text(value)  # noqa: E731
-    return Origin(ref, revision, entry.get("license", may_be_text) if licensed else None)
-
-
-def _dtype(entry: _Entry, key: str, but: torch.dtype | None = None) -> torch.dtype:
-    name = entry.get(key, lambda v: _is_text(v) and v in DTYPES and DTYPES[v] != but)
-    if not DTYPES[name].is_floating_point:
-        raise entry.malformed(key)
-    return DTYPES[name]
+    license = entry.get("license", lambda v: v is None or _is_text(v)) if licensed else None
+    return Origin(ref, revision, license)
 
 
 def _is_text(value: Any) -> bool:
@@ -279,5 +271,5 @@ class _Entry:
 
     def object(self, key: str) -> _Entry:
         """Object of a key, whose own keys are printable."""
-        fits = lambda value: isinstance(value, dict) and all(map(str.isprintable, value))  # noqa: E731
-        return _Entry(self.get(key, fits), self.owner, f"{self.path}{key}.")
+        value = self.get(key, lambda v: isinstance(v, dict) and all(map(str.isprintable, v)))
+        return _Entry(value, self.owner, f"{self.path}{key}.")

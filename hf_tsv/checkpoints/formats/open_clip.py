@@ -127,12 +127,12 @@ def transformers_config(content: Mapping[str, Any], owner: str) -> dict[str, Any
     Raises:
         [`CheckpointError`]: transformers' CLIP has no such architecture, or a value is missing.
     """
-    model = content.get("model_cfg")
+    model: Any = content.get("model_cfg")
     try:
-        vision, text = (dict(model[key]) for key in ("vision_cfg", "text_cfg"))  # type: ignore[index]
-        _check_supported(model, vision, text, owner)  # type: ignore[arg-type]
-        act = "quick_gelu" if model.get("quick_gelu") else "gelu"  # type: ignore[union-attr]
-        embed = int(model["embed_dim"])  # type: ignore[index]
+        vision, text = (dict(model[key]) for key in ("vision_cfg", "text_cfg"))
+        _check_supported(vision, text, owner)
+        act = "quick_gelu" if model.get("quick_gelu") else "gelu"
+        embed = int(model["embed_dim"])
         processor_config(content)  # refuses before any work what cannot be converted
         size = vision["image_size"]
         if isinstance(size, list) and (len(size) != 2 or size[0] != size[1]):
@@ -194,9 +194,7 @@ UNSUPPORTED = {
 """Settings of OpenCLIP that, unless they are off, make an architecture transformers lacks."""
 
 
-def _check_supported(
-    model: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any], owner: str
-) -> None:
+def _check_supported(vision: Mapping[str, Any], text: Mapping[str, Any], owner: str) -> None:
     parts = {"vision_cfg": vision, "text_cfg": text}
     odd = [f"{part}.{key}" for part, keys in UNSUPPORTED.items() for key in keys
            if parts[part].get(key) not in (None, False, "default", "learnable")]  # fmt: skip

@@ -14,12 +14,12 @@ from torch import Tensor
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.base_model import SaidBase, said_by
 from hf_tsv.checkpoints.formats import open_clip
-from hf_tsv.checkpoints.formats.change import Change, Original, update_of
+from hf_tsv.checkpoints.formats.change import Change, Original, stacked, update_of
 from hf_tsv.checkpoints.formats.description import FactorsConfig
 from hf_tsv.checkpoints.names import CONFIG_FILE, Format
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.storage.files import Files
-from hf_tsv.checkpoints.storage.tensors import Described, TensorInfo, digest, read_tensor
+from hf_tsv.checkpoints.storage.tensors import Described, TensorInfo, read_tensor
 from hf_tsv.linalg import updates
 from hf_tsv.system.errors import CheckpointError
 
@@ -150,10 +150,7 @@ class Task(ABC):
 
     def _stacked(self, w0: Original, digests: dict[str, str] | None) -> Tensor:
         """W0 + Δ of all parts of a stack, on the device."""
-        tensors = [self.weight(part) for part in w0.parts()]
-        if digests is not None:
-            digests.update({n: digest(t) for n, t in zip(w0.names, tensors, strict=True)})
-        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(w0.device)
+        return stacked([self.weight(part) for part in w0.parts()], w0.names, w0.device, digests)
 
 
 def config_of(layout: Format) -> str:

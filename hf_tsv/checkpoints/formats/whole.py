@@ -12,14 +12,14 @@ from torch import Tensor
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats import open_clip
-from hf_tsv.checkpoints.formats.change import CPU, Original
+from hf_tsv.checkpoints.formats.change import CPU, Original, stacked
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.names import CONFIG_FILE, PICKLED_FILE, SINGLE_FILE, Format
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.storage.files import Files, read_json
 from hf_tsv.checkpoints.storage.headers import VARIANT, index_of, read_headers
 from hf_tsv.checkpoints.storage.pickles import SUFFIXES
-from hf_tsv.checkpoints.storage.tensors import TensorInfo, digest, read_tensor
+from hf_tsv.checkpoints.storage.tensors import TensorInfo, read_tensor
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import quoted
 
@@ -68,15 +68,12 @@ class Checkpoint(Task):
             names (`Sequence[str]`): canonical names; several are stacked.
             label (`str`): name of the stack; default: the first one.
             device (`torch.device`): where W0 goes.
-            digests (`dict[str, str]`, *optional*): digests known so far; gets those of what is
-                read.
+            digests (`dict[str, str]`, *optional*): digests known so far; gets those of W0.
         """
 
         def read() -> Tensor:
             tensors = [self.read(name, pinned=device.type == "cuda") for name in names]
-            if digests is not None:
-                digests.update({n: digest(t) for n, t in zip(names, tensors, strict=True)})
-            return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(device)
+            return stacked(tensors, names, device, digests)
 
         shapes = [self.tensors[name].shape for name in names] if len(names) > 1 else []
         known = {} if digests is None else digests
@@ -125,9 +122,8 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
 
 def _weights_in(files: Files, singles: Sequence[str]) -> str | None:
     """First of these files that exists, whole or as shards."""
-    return next(
-        (s for s in singles if any(files.size(name) is not None for name in (s, index_of(s)))), None
-    )
+    there = (s for s in singles for name in (s, index_of(s)) if files.size(name) is not None)
+    return next(there, None)
 
 
 def _only_variant(files: Files, owner: str) -> str | None:
