@@ -55,17 +55,15 @@ class InputFormat:
 FORMATS = (
     InputFormat("mask", Masked, (MASK_CONFIG,), lambda it, _: open_masked(it)),
     InputFormat(
-        "adapter", Adapter, (ADAPTER_CONFIG,), open_adapter, needs_base=True, layout="peft",
+        "adapter", Adapter, (ADAPTER_CONFIG,), open_adapter, needs_base=True, layout="peft"
     ),
     InputFormat(
-        "factors", Factors, (FACTORS_CONFIG,), lambda it, _: open_factors(it),
-        layout="task factors",
+        "factors", Factors, (FACTORS_CONFIG,), lambda it, _: open_factors(it), layout="task factors"
     ),
     InputFormat(
-        "checkpoint", Checkpoint, (CONFIG_FILE, OPEN_CLIP_CONFIG),
-        lambda it, _: open_checkpoint(it),
+        "checkpoint", Checkpoint, (CONFIG_FILE, OPEN_CLIP_CONFIG), lambda it, _: open_checkpoint(it)
     ),
-)  # fmt: skip
+)
 """Every form that is read: the first whose marker is there; where none is, the last one."""
 
 

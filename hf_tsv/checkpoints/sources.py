@@ -149,10 +149,7 @@ def fetched(
 ) -> list[Files]:
     """Files of items on this machine; fetches in parallel what the cache does not hold.
 
-    Args:
-        items (`Sequence[Task]`): checkpoints of the Hub, or folders.
-        with_companions (`Sequence[Task]`): those whose processor and tokenizer are needed too.
-        visible (`bool`): show one progress bar over everything.
+    Of some, `with_companions`, processor and tokenizer are needed too. One progress bar shows all.
     """
     wanted = _wanted(items, with_companions)
     if size := sum(repo.sizes[name] for repo, name in hub.missing(wanted)):
@@ -183,10 +180,7 @@ def open_sources(
     Raises:
         [`HfTsvError`]: one cannot be read, is no CLIP, or is the base itself.
     """
-
-    def pinned(reference: Reference) -> PinnedCheckpoint:
-        return pin(reference, token=access.token, cache_dir=access.cache_dir)
-
+    pinned = partial(pin, token=access.token, cache_dir=access.cache_dir)
     named = [parse(text, access.subfolder) for text in references]
     named += [] if base_reference is None else [parse(base_reference)]
     tasks = in_parallel(pinned, named)
@@ -242,9 +236,8 @@ def _inferred_base(
         return format_of(task).says_base(task) if item is None else item.says_base()
 
     said = in_parallel(said_by, zip(tasks, opened, strict=True))
-    found, speakers = base_model.infer(
-        {str(task): one.names for task, one in zip(tasks, said, strict=True)}, parents
-    )
+    names = {str(task): one.names for task, one in zip(tasks, said, strict=True)}
+    found, speakers = base_model.infer(names, parents)
     logger.info("Base model: %s, named by %s.", found, ", ".join(speakers))
     revisions = {one.revision for one in said if one.made_with and found in one.names}
     if None in revisions:  # factors of a folder: the same one must be here

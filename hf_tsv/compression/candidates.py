@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.task import Task, identity_entry
 from hf_tsv.checkpoints.sources import Sources
-from hf_tsv.checkpoints.storage.tensors import TensorSpec, byte_view
+from hf_tsv.checkpoints.storage.tensors import Described, TensorSpec, byte_view
 from hf_tsv.compression import peft
 from hf_tsv.linalg import updates
 from hf_tsv.linalg.updates import TaskSingularVectors, matrix_shape
@@ -114,6 +114,11 @@ class Compression:
         return item
 
     @property
+    def model_class(self) -> str:
+        """Name of the model class that an adapter is for."""
+        return self.options.model_class or layout.saved_class(self.source.model_config)
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Size of all tensors of the fine-tuned checkpoint, in bytes."""
         held = (*self.source.tensors.values(), *self.source.head.values())
@@ -149,17 +154,17 @@ class Compression:
 
 def candidates_of(job: Compression) -> tuple[Candidate, ...]:
     """Candidates for all weights that base and fine-tuned checkpoint share."""
-    base, source, options = job.sources.base, job.source, job.options
-    make = _candidate if options.format == "factors" else _adapter_candidate
+    make = _candidate if job.options.format == "factors" else _adapter_candidate
+    held = job.source.tensors
     return tuple(
-        make(name, source, options)
-        for name, info in sorted(base.tensors.items())
-        if name in source.tensors and info.dtype.is_floating_point and info.nbytes
+        make(name, held[name], job)
+        for name, info in sorted(job.sources.base.tensors.items())
+        if name in held and info.dtype.is_floating_point and info.nbytes
     )
 
 
-def _candidate(name: str, source: Task, options: Options) -> Candidate:
-    info = source.tensors[name]
+def _candidate(name: str, info: Described, job: Compression) -> Candidate:
+    options = job.options
     dense_bytes = math.prod(info.shape) * options.dtype.itemsize
     only_dense = Candidate(name, info.shape, info.dtype, 0, 0, dense_bytes)
     if len(info.shape) != 2 and not (options.compress_conv and len(info.shape) == 4):
@@ -174,11 +179,10 @@ def _candidate(name: str, source: Task, options: Options) -> Candidate:
     return Candidate(name, info.shape, info.dtype, limit, triplet_bytes, dense_bytes)
 
 
-def _adapter_candidate(name: str, source: Task, options: Options) -> Candidate:
+def _adapter_candidate(name: str, info: Described, job: Compression) -> Candidate:
     """Candidate for an adapter: any rank for a linear layer, else the value itself or nothing."""
-    info = source.tensors[name]
-    model_class = options.model_class or layout.saved_class(source.model_config)
-    if layout.name_in_class(name, model_class) is None:
+    options = job.options
+    if layout.name_in_class(name, job.model_class) is None:
         return Candidate(name, info.shape, info.dtype, 0, 0, 0)
     if peft.is_target(name):
         rows, columns = info.shape

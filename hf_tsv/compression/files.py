@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.description import StoredWeight, tensor_specs
 from hf_tsv.checkpoints.names import ADAPTER_FILE, FACTORS_FILE
 from hf_tsv.checkpoints.storage.tensors import TensorSpec
@@ -162,16 +161,11 @@ def plan_adapter(
         ranks,
         {item.candidate.name for item in measured if item.norm},
         [name for name, info in base.tensors.items() if info.dtype.is_floating_point],
-        model_class_of(job),
+        job.model_class,
         dense=job.options.dense,
         base_model=base.pinned.ref,
         revision=base.pinned.revision,
     )
-
-
-def model_class_of(job: Compression) -> str:
-    """Name of the model class that an adapter is for."""
-    return job.options.model_class or layout.saved_class(job.source.model_config)
 
 
 def spec_of(job: Compression, name: str) -> TensorSpec:

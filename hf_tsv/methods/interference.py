@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_tsv.linalg import products
-from hf_tsv.linalg.updates import TaskSingularVectors
+from hf_tsv.linalg.updates import TaskSingularVectors, concatenate
 from hf_tsv.methods.rules import MergedUpdate
 
 RANK_SHARES = tuple((i / 32) ** 2 for i in range(33))
@@ -132,9 +132,9 @@ def measured(merged: MergedUpdate) -> Interference | None:
     k = min(merged.matrix.shape)
     spectra, energies = zip(*(profile(S, k) for S in found.spectra), strict=True)
     ranks = tuple(map(effective_rank, found.spectra))
-    if found.vectors is None:  # one task that is kept whole
+    if not found.tasks:  # a single one is kept whole
         return Interference(0.0, 0.0, ((0.0,),), (energies[0][-1],), ranks, spectra, energies)
-    sti = singular_task_interference(found.vectors)
+    sti = singular_task_interference(concatenate(found.tasks))
     made = found.orthonormal
     after = sti if made is None else singular_task_interference(made)
     pairs = tuple(map(tuple, pairwise_interference(found.tasks).tolist()))

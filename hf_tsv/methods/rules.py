@@ -71,13 +71,11 @@ class Measurable:
         spectra (`Sequence[Tensor]`): all known singular values of each task.
         tasks (`Sequence[TaskSingularVectors]`): triplets used of each task; empty for one task that
             is kept whole.
-        vectors ([`TaskSingularVectors`], *optional*): the same, concatenated.
-        orthonormal ([`TaskSingularVectors`], *optional*): those that were made of them.
+        orthonormal ([`TaskSingularVectors`], *optional*): those made of them, concatenated.
     """
 
     spectra: Sequence[Tensor]
     tasks: Sequence[TaskSingularVectors] = ()
-    vectors: TaskSingularVectors | None = None
     orthonormal: TaskSingularVectors | None = None
 
 

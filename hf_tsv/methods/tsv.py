@@ -74,7 +74,7 @@ def leading(deltas: Sequence[Update], updates: Updates) -> Leading:
     keep = updates.how.keep
     tasks, spectra, exact = _decomposed(deltas, updates, updates.how.precision, spectrum=keep)
     vectors = concatenate(tasks)
-    measurable = Measurable(spectra, tasks, vectors) if keep else None
+    measurable = Measurable(spectra, tasks) if keep else None
     return Leading(vectors, tuple(task.rank for task in tasks), exact, measurable)
 
 

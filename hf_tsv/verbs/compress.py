@@ -21,7 +21,6 @@ from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, open_sources
 from hf_tsv.compression.building import Compressed, built, most_bytes, prepare
 from hf_tsv.compression.candidates import Compression, Measured
-from hf_tsv.compression.files import model_class_of
 from hf_tsv.compression.measuring import energy_curves
 from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.recipes.settings import Settings
@@ -203,7 +202,7 @@ def _describe(folder: Path, job: Compression, done: Compressed, target: Target) 
         card = cards.AdapterCard(
             repo_id=target.push_to,
             config=config,
-            model_class=model_class_of(job),
+            model_class=job.model_class,
             dense=job.options.dense,
             kept=kept,
         )
