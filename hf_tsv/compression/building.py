@@ -71,16 +71,13 @@ class Compressed:
 
 
 @contextmanager
-def built(
-    run: Run, job: Compression, device: torch.device, *, show: bool
-) -> Iterator[tuple[Path, Compressed]]:
+def built(run: Run, job: Compression, device: torch.device) -> Iterator[tuple[Path, Compressed]]:
     """Compress into a folder, or do the rest of it; the body describes it.
 
     Args:
         run ([`Run`]): reads the inputs and delivers the result.
         job ([`Compression`]): what to do.
         device (`torch.device`): device that computes.
-        show (`bool`): show bars.
 
     Yields:
         `tuple[Path, Compressed]`: the folder, which gets its place when the body succeeds, and what
@@ -88,7 +85,7 @@ def built(
     """
     identity = job.identity(device)
     run.check_space(identity, disk_bytes(job))
-    run.fetch(show=show)
+    run.fetch()
     job = replace(job, sources=run.sources)
     with (
         run.result(identity) as final,
@@ -96,7 +93,7 @@ def built(
             final, identity, force=run.target.force, until_pushed=run.target.output is None
         ) as (work, resumed),
     ):
-        yield work / journal.FILES, _compressed(job, work, device, resumed=resumed, show=show)
+        yield work / journal.FILES, _compressed(job, work, device, resumed=resumed, show=run.show)
 
 
 def _compressed(
@@ -112,10 +109,7 @@ def _compressed(
             logger.info("%d of %d weights are there already.", len(spool.held), len(candidates))
         left = len(candidates) - len(spool.held)
         logger.info("Compressing %d weights of %s on %s.", left, source, device.type)
-        with (
-            journal.Journal(work) as notes,
-            bar("Decomposing", left, visible=show) as advance,
-        ):
+        with journal.Journal(work) as notes, bar("Decomposing", left, visible=show) as advance:
             measured, seconds = measure(job, spool, notes, device, advance)
         if not any(item.norm for item in measured):
             raise equals_base(str(source), str(job.sources.base))

@@ -6,7 +6,7 @@ in a journal what is finished.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 
 from hf_tsv.checkpoints import companions
 from hf_tsv.checkpoints.sources import Access, Sources, open_sources
-from hf_tsv.checkpoints.storage.tensors import TensorSpec, digest
+from hf_tsv.checkpoints.storage.tensors import digest
 from hf_tsv.checkpoints.storage.writer import ShardWriter
 from hf_tsv.merging import loading, pipeline
 from hf_tsv.merging.costs import operations
@@ -43,17 +43,17 @@ class Before(Protocol):
 
 @dataclass(frozen=True)
 class _Assignment:
-    """What the other processes need to know.
+    """Knowledge that all processes share.
 
     Args:
         merge ([`Merge`]): what is done.
         work (`Path`): the folder under construction.
-        shares (`list[list[str]]`): labels of the weights of each process.
+        shares (`list[set[str]]`): labels of the weights of each process.
     """
 
     merge: Merge
     work: Path
-    shares: list[list[str]]
+    shares: list[set[str]]
 
 
 @contextmanager
@@ -64,7 +64,6 @@ def built(
     group: Processes,
     *,
     before: Before | None = None,
-    show: bool,
 ) -> Iterator[tuple[Path, Merged]]:
     """Make a complete checkpoint: weights, config, companions; the body describes it.
 
@@ -74,7 +73,6 @@ def built(
         device_name (`str`, *optional*): default: the one accelerate chooses.
         group ([`Processes`]): those that share the work; this one is the first.
         before (`Callable`, *optional*): adds what has to be learned before the first weight.
-        show (`bool`): show bars.
 
     Yields:
         `tuple[Path, Merged]`: the folder, which gets its place when the body succeeds, and what was
@@ -87,11 +85,12 @@ def built(
             " the bytes may differ."
         )
     run.check_space(merge.identity(run.sources, device), merge.plan.shards.total_bytes)
-    run.fetch(show=show)
+    run.fetch()
     _check_inputs(merge, run.sources)
-    merge = _known(merge, run.sources)
+    if merge.settings.row.before:
+        merge = replace(merge, known=loading.known_before(merge, run.sources))
     if before is not None:
-        merge = before(merge, run.sources, device, show=show)
+        merge = before(merge, run.sources, device, show=run.show)
     identity = merge.identity(run.sources, device)  # with what was learned
     with (
         run.result(identity) as final,
@@ -103,7 +102,7 @@ def built(
             until_pushed=run.target.output is None,
         ) as (work, resumed),
     ):
-        done = _computed(merge, run.sources, work, device, group, resumed=resumed, show=show)
+        done = _computed(run, merge, work, device, group, resumed=resumed)
         _complete(work / journal.FILES, done)
         yield work / journal.FILES, done
 
@@ -115,15 +114,6 @@ def _check_inputs(merge: Merge, sources: Sources) -> None:
     for item in sources.inputs if merge.settings.keep_heads else ():
         for name in item.head:
             item.head_tensor(name)
-
-
-def _known(merge: Merge, sources: Sources) -> Merge:
-    """The same merge with what its method has to know of all weights first."""
-    if not merge.settings.row.before:
-        return merge
-    base, inputs = sources.base, sources.inputs
-    found = loading.known_before(merge.plan, base, inputs, merge.scales, merge.settings)
-    return replace(merge, known=found)
 
 
 def follow(group: Processes, device_name: str | None, access: Access) -> Any:
@@ -146,10 +136,7 @@ def follow(group: Processes, device_name: str | None, access: Access) -> Any:
 
 
 def _do_share(
-    assigned: _Assignment,
-    rank: int,
-    device_name: str | None,
-    access: Access,
+    assigned: _Assignment, rank: int, device_name: str | None, access: Access
 ) -> HfTsvError | None:
     """Open what the first process has pinned, and work on it; returns what went wrong."""
     merge, work = assigned.merge, assigned.work
@@ -166,69 +153,59 @@ def _do_share(
         journal.note_failure(work)
         return error
     try:
-        labels = assigned.shares[rank]
-        return _merge_share(merge, sources, work, labels, rank, device, lambda _: None)
+        return _merge_share(replace(assigned, merge=merge), rank, sources, device, lambda _: None)
     finally:
         sources.close()
 
 
 def _computed(
-    merge: Merge,
-    sources: Sources,
-    work: Path,
-    device: torch.device,
-    group: Processes,
-    *,
-    resumed: bool,
-    show: bool,
+    run: Run, merge: Merge, work: Path, device: torch.device, group: Processes, *, resumed: bool
 ) -> Merged:
     """Write the weights that are not there yet, in all processes."""
-    finished = _finished(merge.plan, work) if resumed else set()
-    left = [weight for weight in merge.plan.weights if weight.label not in finished]
-    shares = [
-        [left[i].label for i in share]
-        for share in processes.shares([operations(w) for w in left], group.count)
-    ]
+    plan, sources = merge.plan, run.sources
+    finished = _kept(plan, work).keys() if resumed else ()
+    if resumed:
+        logger.info("%d of %d weights are there already.", len(finished), len(plan.weights))
+    left = [weight for weight in plan.weights if weight.label not in finished]
+    indices = processes.shares([operations(weight) for weight in left], group.count)
+    shares = [{left[i].label for i in share} for share in indices]
     tasks = f"{len(sources.inputs)} task{'s' * (len(sources.inputs) != 1)}"
     where = device.type if group.count == 1 else f"{device.type}, {group.count} processes"
     logger.info("%s %d weights of %s on %s.", merge.verb, len(left), tasks, where)
-    group.send(_Assignment(merge, work.absolute(), shares))
-    with bar(merge.verb, len(shares[0]), visible=show) as advance:
-        error = _merge_share(merge, sources, work, shares[0], 0, device, advance)
+    assigned = _Assignment(merge, work.absolute(), shares)
+    group.send(assigned)
+    with bar(merge.verb, len(shares[0]), visible=run.show) as advance:
+        error = _merge_share(assigned, 0, sources, device, advance)
     group.agree(error)
-    noted = _all_noted(merge.plan, work, group.count)
-    _check_fingerprints(merge.expected, sources, Findings(len(sources.inputs), noted))
-    return diagnosed(merge, sources, device, noted)
+    findings = Findings(len(sources.inputs), _all_noted(plan, work, group.count))
+    _check_fingerprints(merge, sources, findings)
+    return diagnosed(merge, sources, device, findings)
 
 
-def _finished(plan: MergePlan, work: Path) -> set[str]:
-    """Labels of the weights that an earlier run has written."""
+def _kept(plan: MergePlan, work: Path, count: int = 1) -> dict[str, Finding]:
+    """Findings whose bytes are still in the files, by label; the journal forgets the others.
+
+    A power failure may have lost some, and so may storage that machines share, where two of them
+    write into one page.
+    """
     writer = ShardWriter(work / journal.FILES, plan.shards, create=False)
-    noted = journal.read(work, Finding.from_dict)
     try:
-        found = still_there(noted.values(), writer, plan.specs)
+        there = {
+            label: found
+            for label, found in journal.read(work, Finding.from_dict, count).items()
+            if all(
+                digest(writer.read_back(n, plan.specs[n])) == d for n, d in found.written.items()
+            )
+        }
     finally:
         writer.abandon()
-    journal.rewrite(work, (finding.to_dict() for finding in found))
-    logger.info("%d of %d weights are there already.", len(found), len(plan.weights))
-    return {finding.label for finding in found}
+    journal.rewrite(work, (found.to_dict() for found in there.values()))
+    return there
 
 
 def _all_noted(plan: MergePlan, work: Path, count: int) -> list[Finding]:
-    """What all processes found, in the order of the plan.
-
-    The bytes of several processes are read back: storage that machines share may lose some where
-    two of them write into one page.
-    """
-    noted = journal.read(work, Finding.from_dict, count)
-    if count > 1:
-        writer = ShardWriter(work / journal.FILES, plan.shards, create=False)
-        try:
-            there = still_there(noted.values(), writer, plan.specs)
-        finally:
-            writer.abandon()
-        journal.rewrite(work, (finding.to_dict() for finding in there))
-        noted = {finding.label: finding for finding in there}
+    """Findings of all processes in the order of the plan; bytes of several are read back."""
+    noted = _kept(plan, work, count) if count > 1 else journal.read(work, Finding.from_dict)
     if missing := [weight.label for weight in plan.weights if weight.label not in noted]:
         raise LostProcessError(
             f"{len(missing)} weights of other processes have not arrived, {missing[0]} first.",
@@ -238,17 +215,15 @@ def _all_noted(plan: MergePlan, work: Path, count: int) -> list[Finding]:
 
 
 def _merge_share(
-    merge: Merge,
-    sources: Sources,
-    work: Path,
-    labels: Sequence[str],
+    assigned: _Assignment,
     rank: int,
+    sources: Sources,
     device: torch.device,
     advance: Callable[[int], None],
 ) -> HfTsvError | None:
     """Merge some weights into the files under construction; returns what went wrong."""
-    wanted = set(labels)
-    weights = [weight for weight in merge.plan.weights if weight.label in wanted]
+    merge, work, labels = assigned.merge, assigned.work, assigned.shares[rank]
+    weights = [weight for weight in merge.plan.weights if weight.label in labels]
 
     def done(finding: Finding) -> None:
         notes.add(finding.to_dict())
@@ -287,26 +262,12 @@ def _complete(folder: Path, done: Merged) -> None:
     companions.write(base, folder, config, kind)
 
 
-def _check_fingerprints(
-    expected: Sequence[str | None], sources: Sources, findings: Findings
-) -> None:
-    """A recipe's local folders must still hold what they held."""
-    keys = [*range(len(sources.inputs)), -1]
-    for key, wanted in zip(keys, expected, strict=True):
+def _check_fingerprints(merge: Merge, sources: Sources, findings: Findings) -> None:
+    """Refuse local folders of a recipe that do not hold what they held."""
+    items = [*enumerate(sources.inputs), (-1, sources.base)]
+    for (key, item), wanted in zip(items, merge.expected, strict=True):
         if wanted is not None and findings.fingerprint(key) not in (None, wanted):
-            item = sources.base if key == -1 else sources.inputs[key]
             raise CheckpointError(
                 f"{item} is not what it was when the recipe was written.",
                 "Restore the folder, or merge anew without the recipe.",
             )
-
-
-def still_there(
-    findings: Iterable[Finding], writer: ShardWriter, specs: Mapping[str, TensorSpec]
-) -> list[Finding]:
-    """Findings whose bytes are still in the files; a power failure may have lost some."""
-    return [
-        found
-        for found in findings
-        if all(digest(writer.read_back(n, specs[n])) == d for n, d in found.written.items())
-    ]

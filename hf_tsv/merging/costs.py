@@ -42,11 +42,7 @@ class Parallelism:
 
 
 def operations(weight: Weight) -> float:
-    """Floating-point operations of a weight, approximately.
-
-    Args:
-        weight ([`Weight`]): plan of the weight.
-    """
+    """Floating-point operations of a weight, approximately."""
     tasks = len(weight.inputs)
     values = PER_VALUE * prod(weight.shape) * (tasks + 1)
     if weight.treatment != "decomposed":
@@ -65,7 +61,7 @@ def peak_memory(
 
     Args:
         weights (`Sequence[Weight]`): weights in the order of the work.
-        parallelism ([`Parallelism`]): amount of parallel work.
+        parallelism ([`Parallelism`]): amount of work at a time.
         measure (`bool`): measure their interference too.
     """
     largest = max((held(weight) for weight in weights), default=0)
@@ -83,22 +79,13 @@ def peak_memory(
 
 
 def noted_bytes(weights: Sequence[Weight]) -> int:
-    """Bytes that findings and plan of all weights take until the end.
-
-    Args:
-        weights (`Sequence[Weight]`): weights of the plan.
-    """
+    """Bytes that findings and plan of all weights take until the end."""
     return sum(NOTED + NOTED_PAIR * len(weight.inputs) ** 2 for weight in weights)
 
 
 def held(weight: Weight) -> int:
-    """Bytes of W0 and the updates held together; means and sums hold one task at a time.
-
-    Args:
-        weight ([`Weight`]): plan of the weight.
-    """
-    together = weight.treatment in ("decomposed", "combined")
-    tasks = len(weight.inputs) if together else 1
+    """Bytes of W0 and the updates held together; means and sums hold one task at a time."""
+    tasks = len(weight.inputs) if weight.treatment in ("decomposed", "combined") else 1
     return 4 * prod(weight.shape) * (tasks + 1)
 
 

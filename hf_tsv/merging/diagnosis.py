@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
@@ -83,78 +82,55 @@ def diagnoses(
     ]
 
 
-def _same_updates(inputs: Sequence[Task], findings: Findings) -> list[Diagnosis]:
-    found = []
-    cosines = findings.cosines()
+def _same_updates(inputs: Sequence[Task], findings: Findings) -> Iterator[Diagnosis]:
+    cosines, shared, told = findings.cosines(), len(findings.null_directions), False
     for i, j in combinations(range(len(inputs)), 2):
         cosine = float(cosines[i, j])
         if abs(cosine) < SAME_UPDATE or str(inputs[i]) == str(inputs[j]):
             continue
         if cosine < 0:
             what = "are opposite updates and cancel out"
-        elif findings.null_directions:
+        elif shared:
             what = "are the same update, which is merged once"
         else:
             what = "are nearly the same update, and what distinguishes them is amplified"
         text = f"{inputs[i]} and {inputs[j]} {what} (cosine {cosine:.4f}); leave one out."
-        found.append(Diagnosis("same-update", text, cosine, SAME_UPDATE, (i, j)))
-    if findings.null_directions and not found:
-        count = len(findings.null_directions)
-        text = f"Tasks have directions in common in {count} weights; these are merged once."
-        found.append(Diagnosis("shared-directions", text, count, 1))
-    return found
+        yield Diagnosis("same-update", text, cosine, SAME_UPDATE, (i, j))
+        told = True
+    if shared and not told:
+        text = f"Tasks have directions in common in {shared} weights; these are merged once."
+        yield Diagnosis("shared-directions", text, shared, 1)
 
 
 def _large_norms(
     inputs: Sequence[Task], scales: Sequence[float], findings: Findings
-) -> list[Diagnosis]:
-    found = []
+) -> Iterator[Diagnosis]:
     sizes = [norm * abs(s) for norm, s in zip(findings.norms(), scales, strict=True)]
     for i, norm in enumerate(sizes):
         usual = median([other for j, other in enumerate(sizes) if j != i and scales[j]] or [norm])
         if usual and norm >= FAR_ABOVE * usual:
-            scale = scales[i] * usual / norm
             text = (
                 f"The update of {inputs[i]} is {norm / usual:.1f} times as large as those of the"
-                f" other tasks and drowns them; give it a smaller weight, {scale:.2g} say."
+                " other tasks and drowns them; give it a smaller weight,"
+                f" {scales[i] * usual / norm:.2g} say."
             )
-            found.append(Diagnosis("large-norm", text, norm / usual, FAR_ABOVE, (i,)))
-    return found
+            yield Diagnosis("large-norm", text, norm / usual, FAR_ABOVE, (i,))
 
 
-def _other_bases(inputs: Sequence[Task], findings: Findings) -> list[Diagnosis]:
-    found = []
+def _other_bases(inputs: Sequence[Task], findings: Findings) -> Iterator[Diagnosis]:
     for i, item in enumerate(inputs):
-        norm, base_norm = norms(findings, i)
+        norm, base_norm = findings.changed(i)
         if base_norm and norm >= COMPARABLE * base_norm:
             text = (
                 f"{item} is {norm / base_norm:.2g} of the base model's norm away from it: probably"
                 " a fine-tune of another model. Name its own --base-model."
             )
-            found.append(Diagnosis("other-base", text, norm / base_norm, COMPARABLE, (i,)))
-    return found
+            yield Diagnosis("other-base", text, norm / base_norm, COMPARABLE, (i,))
 
 
-def norms(findings: Findings, task: int) -> tuple[float, float]:
-    """Compute ‖Δ‖ of a task, and ‖W0‖, over the weights it changed.
-
-    Args:
-        findings ([`Findings`]): findings about every weight.
-        task (`int`): index of the task.
-    """
-    norm = base_norm = 0.0
-    for found in findings.weights:
-        if task in found.tasks:
-            norm = math.hypot(norm, found.norms[found.tasks.index(task)])
-            base_norm = math.hypot(base_norm, found.base_norm)
-    return norm, base_norm
-
-
-def _low_ranks(inputs: Sequence[Task], plan: MergePlan, findings: Findings) -> list[Diagnosis]:
+def _low_ranks(inputs: Sequence[Task], plan: MergePlan, findings: Findings) -> Iterator[Diagnosis]:
     """Warnings about low-rank updates of those that are not known to be."""
-    sides = {weight.label: min(weight.shape) for weight in plan.weights if weight.rank}
-    kept = {weight.label: weight.rank for weight in plan.weights}
-    found = []
+    planned = {weight.label: weight for weight in plan.weights}
     for i, item in enumerate(inputs):
         if item.has_few_triplets:
             continue  # and that is known
@@ -162,31 +138,29 @@ def _low_ranks(inputs: Sequence[Task], plan: MergePlan, findings: Findings) -> l
             continue  # rounding hides triplets, so their number says nothing about the rank
         low = total = 0.0
         most = 0
-        for weight in findings.weights:
-            if not weight.ranks or i not in weight.tasks:
+        for found in findings.weights:
+            if not found.ranks or i not in found.tasks:
                 continue
-            place = weight.tasks.index(i)
-            total += weight.norms[place] ** 2
-            few = min(kept[weight.label] - 1, FEW * sides[weight.label])
-            if weight.ranks[place] <= few:
-                low += weight.norms[place] ** 2
-                most = max(most, weight.ranks[place])
+            weight, place = planned[found.label], found.tasks.index(i)
+            energy, rank = found.norms[place] ** 2, found.ranks[place]
+            total += energy
+            if rank <= min(weight.rank - 1, FEW * min(weight.shape)):
+                low += energy
+                most = max(most, rank)
         if total and low >= LOW_RANK * total:
             text = (
                 f"The update of {item} has at most {most} triplets above the rounding of its"
                 f" checkpoint in weights with {low / total:.0%} of its energy: a low-rank (LoRA)"
                 " fine-tune. No more than these are used."
             )
-            found.append(Diagnosis("low-rank", text, low / total, LOW_RANK, (i,)))
-    return found
+            yield Diagnosis("low-rank", text, low / total, LOW_RANK, (i,))
 
 
 def _frozen_towers(
     inputs: Sequence[Task], scales: Sequence[float], plan: MergePlan, findings: Findings
-) -> list[Diagnosis]:
+) -> Iterator[Diagnosis]:
     """Warnings about towers that a task left unchanged and others changed."""
     held = {weight.label: weight.inputs for weight in plan.weights}
-    found = []
     for prefix, tower in TOWERS.items():
         weights = [w for w in findings.weights if w.label.startswith(prefix)]
         changed = {task for weight in weights for task in weight.tasks}
@@ -194,12 +168,10 @@ def _frozen_towers(
             has_it = any(i in held[weight.label] for weight in weights)
             if changed and i not in changed and has_it and scales[i]:
                 text = f"{item} left the {tower} tower as it was, which others changed."
-                found.append(Diagnosis("frozen-tower", text, 0.0, 0.0, (i,)))
-    return found
+                yield Diagnosis("frozen-tower", text, 0.0, 0.0, (i,))
 
 
-def _rounding(inputs: Sequence[Task], findings: Findings) -> list[Diagnosis]:
-    found = []
+def _rounding(inputs: Sequence[Task], findings: Findings) -> Iterator[Diagnosis]:
     for i, item in enumerate(inputs):
         share, dtype = _rounded(item, i, findings)
         if share >= MOSTLY_ROUNDING:
@@ -207,13 +179,12 @@ def _rounding(inputs: Sequence[Task], findings: Findings) -> list[Diagnosis]:
                 f"About {min(share, 1):.0%} of the update of {item} is rounding to {dtype}; use a"
                 " checkpoint in float32 if there is one."
             )
-            found.append(Diagnosis("rounding", text, share, MOSTLY_ROUNDING, (i,)))
-    return found
+            yield Diagnosis("rounding", text, share, MOSTLY_ROUNDING, (i,))
 
 
 def _rounded(item: Task, task: int, findings: Findings) -> tuple[float, str]:
     """Ratio of a checkpoint's rounding to ‖Δ‖, and the coarsest type it is stored in."""
-    norm, base_norm = norms(findings, task)
+    norm, base_norm = findings.changed(task)
     dtype = item.rounded_to
     if dtype is None or not norm:
         return 0.0, ""

@@ -59,11 +59,8 @@ class Finding:
         """Finding from the JSON form of [`to_dict`]."""
         return cls(**{
             **entry,
-            "ranks": tuple(entry["ranks"]),
-            "tasks": tuple(entry["tasks"]),
-            "norms": tuple(entry["norms"]),
+            **{name: _tuples(entry[name]) for name in ("ranks", "tasks", "norms", "likeness")},
             "interference": _interference(entry["interference"]),
-            "likeness": _tuples(entry["likeness"]),
             "digests": {int(index): found for index, found in entry["digests"].items()},
             "seconds": Seconds(**entry["seconds"]),
         })  # fmt: skip
@@ -126,6 +123,15 @@ class Findings:
                 squares[task] += norm * norm
         return [math.sqrt(square) for square in squares]
 
+    def changed(self, task: int) -> tuple[float, float]:
+        """‖Δ‖ of a task, and ‖W0‖, over the weights that it changed."""
+        norm = base_norm = 0.0
+        for found in self.weights:
+            if task in found.tasks:
+                norm = math.hypot(norm, found.norms[found.tasks.index(task)])
+                base_norm = math.hypot(base_norm, found.base_norm)
+        return norm, base_norm
+
     def cosines(self) -> Tensor:
         """Cosines between the updates of all pairs of tasks, from the samples, shape (T, T)."""
         likeness = torch.zeros(self.inputs, self.inputs, dtype=torch.float64)
@@ -137,11 +143,7 @@ class Findings:
         return likeness / norms / norms[:, None]
 
     def fingerprint(self, index: int) -> str | None:
-        """Compute the sha256 of one local input's tensors; None for a repository.
-
-        Args:
-            index (`int`): index of the input; −1 is the base.
-        """
+        """sha256 of the tensors of one local input, −1 being the base; None for a repository."""
         digests = [found.digests[index] for found in self.weights if index in found.digests]
         if not digests:
             return None

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from hf_tsv.checkpoints.formats.change import Original, refuse_huge
-from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.linalg.updates import TaskSingularVectors, Update, norm_of, scaled
 from hf_tsv.merging import costs
 from hf_tsv.merging.findings import Finding
-from hf_tsv.merging.plan import MergePlan, Weight
-from hf_tsv.methods.catalogue import METHODS, Method
+from hf_tsv.merging.plan import Weight
+from hf_tsv.merging.work import Merge
+from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.methods.rules import How, PassBefore, Updates, function_of, rule_of
-from hf_tsv.recipes.settings import Settings
 from hf_tsv.runs.reading import Seconds, expect, named, read_ahead, stop_fetching
 from hf_tsv.system.memory import reused, share_one_heap
 
@@ -45,107 +45,86 @@ class LoadedWeight:
     Args:
         weight ([`Weight`]): its plan.
         base (`Tensor`): W0 as stored, stacked.
-        tasks (`tuple[int, ...]`): inputs that changed it.
+        finding ([`Finding`]): what reading found, also which tasks changed the weight.
         floors (`tuple[float, ...]`): storage noise of each of their updates.
         deltas (`list[Tensor | TaskSingularVectors]`): their updates; Δ in float32, or the triplets
             of a compressed task. Empty where only their mean or sum is wanted.
         update (`Tensor`, *optional*): their mean or sum, where that is what is wanted.
-        finding ([`Finding`]): what reading found.
     """
 
     weight: Weight
     base: Tensor
-    tasks: tuple[int, ...]
+    finding: Finding
     floors: tuple[float, ...]
     deltas: list[Update]
     update: Tensor | None
-    finding: Finding
 
     def delta_of(self, task: int) -> Update | None:
         """Update of an input; None: it left the weight as it was."""
-        return self.deltas[self.tasks.index(task)] if task in self.tasks else None
+        tasks = self.finding.tasks
+        return self.deltas[tasks.index(task)] if task in tasks else None
 
-    def updates(
-        self,
-        settings: Settings,
-        count: int,
-        *,
-        coefficients: Sequence[float] | None = None,
-        known: Any = None,
-        keep: bool = False,
-    ) -> Updates:
+    def updates(self, merge: Merge, *, keep: bool = False) -> Updates:
         """All that a rule is given of the weight; lets go of the updates.
 
         Args:
-            settings ([`Settings`]): settings of the merge.
-            count (`int`): number of all tasks, T.
-            coefficients (`Sequence[float]`, *optional*): factor of each of all tasks.
-            known (`Any`): result of the method's pass before.
+            merge ([`Merge`]): what to do.
             keep (`bool`): ask the rule for what interference is measured from.
         """
         deltas = list(self.deltas)
         self.deltas.clear()
-        own = coefficients and [coefficients[i] for i in self.tasks]
-        how = How(settings.precision, settings.orthogonalizer, keep)
-        shape, rank = self.weight.shape, self.weight.rank
-        return Updates(_taken(deltas), self.floors, self.tasks, shape, count, rank, how, own, known)
+        tasks, settings = self.finding.tasks, merge.settings
+        coefficients = merge.coefficients.get(self.weight.label)
+        return Updates(
+            _taken(deltas), self.floors, tasks, self.weight.shape, len(merge.scales),
+            self.weight.rank, How(settings.precision, settings.orthogonalizer, keep),
+            coefficients and [coefficients[i] for i in tasks], merge.known,
+        )  # fmt: skip
 
 
-def known_before(
-    plan: MergePlan,
-    base: Checkpoint,
-    inputs: Sequence[Task],
-    scales: Sequence[float],
-    settings: Settings,
-) -> Any:
+def known_before(merge: Merge, sources: Sources) -> Any:
     """Run the pass of a method over all weights before the first is merged: reads everything once.
 
     Args:
-        plan ([`MergePlan`]): plan of the merge.
-        base ([`Checkpoint`]): W0.
-        inputs (`Sequence[Task]`): the tasks.
-        scales (`Sequence[float]`): factor of each task's update.
-        settings ([`Settings`]): settings of the merge.
+        merge ([`Merge`]): what to do; coefficients play no part yet.
+        sources ([`Sources`]): base model and tasks.
     """
-    weights = [weight for weight in plan.weights if weight.treatment in TOGETHER]
-    run: PassBefore = function_of(settings.row, settings.row.before)
-    loads = read_weights(weights, base, inputs, scales, torch.device("cpu"))
-    return run((loaded.updates(settings, len(inputs)) for loaded in loads), len(inputs))
+    merge = replace(merge, coefficients={})
+    weights = [weight for weight in merge.plan.weights if weight.treatment in TOGETHER]
+    run: PassBefore = function_of(merge.settings.row, merge.settings.row.before)
+    loads = read_weights(weights, merge, sources, torch.device("cpu"))
+    return run((loaded.updates(merge) for loaded in loads), len(merge.scales))
 
 
 def read_weights(
-    weights: Sequence[Weight],
-    base: Checkpoint,
-    inputs: Sequence[Task],
-    scales: Sequence[float],
-    device: torch.device,
-    *,
-    ahead: bool = True,
+    weights: Sequence[Weight], merge: Merge, sources: Sources, device: torch.device
 ) -> Iterator[LoadedWeight]:
-    """Weights with the updates of all tasks, one at a time.
+    """Weights with the updates of all tasks, one at a time; the next are read meanwhile.
 
     Args:
         weights (`Sequence[Weight]`): which.
-        base ([`Checkpoint`]): W0.
-        inputs (`Sequence[Task]`): the tasks.
-        scales (`Sequence[float]`): factor of each task's update.
+        merge ([`Merge`]): what they are read for.
+        sources ([`Sources`]): base model and tasks.
         device (`torch.device`): where updates go.
-        ahead (`bool`): read the next one meanwhile.
     """
     share_one_heap()
-    expect_all(weights, base, inputs)
-    reader, sizes = Reader(base, inputs, scales, device), list(map(costs.held, weights))
+    _expect(weights, sources)
+    reader, sizes = Reader(merge, sources, device), list(map(costs.held, weights))
     with reused(), ThreadPoolExecutor(1, "hf-tsv-read") as reading:
         try:
+            ahead = merge.parallelism.ahead
             yield from read_ahead(reading, reader.load, weights, sizes, ahead=ahead)
         except BaseException:
-            stop_fetching([base, *inputs])
+            stop_fetching(sources.all())  # else the reading thread would wait for the Hub
             raise
+        finally:
+            reading.shutdown(cancel_futures=True)
 
 
-def expect_all(weights: Sequence[Weight], base: Checkpoint, inputs: Sequence[Task]) -> None:
-    expect(base, (name for weight in weights for name in weight.names))
-    for i, item in enumerate(inputs):
+def _expect(weights: Sequence[Weight], sources: Sources) -> None:
+    """Begin to fetch what will be read."""
+    expect(sources.base, (name for weight in weights for name in weight.names))
+    for i, item in enumerate(sources.inputs):
         used = (w for w in weights if i in w.inputs and w.treatment != "copied")
         expect(item, (name for weight in used for name in weight.names))
 
@@ -155,77 +134,61 @@ class Reader:
     """Reads weights of all checkpoints and subtracts.
 
     Args:
-        base ([`Checkpoint`]): W0.
-        inputs (`Sequence[Task]`): the tasks.
-        scales (`Sequence[float]`): factor of each task's update.
+        merge ([`Merge`]): what they are read for; its coefficients concern what is averaged here.
+        sources ([`Sources`]): base model and tasks.
         device (`torch.device`): where updates go.
-        coefficients (`Mapping[str, Sequence[float]]`): of each task, by weight; here they concern
-            what is averaged.
-        method ([`Method`]): method of the merge.
     """
 
-    base: Checkpoint
-    inputs: Sequence[Task]
-    scales: Sequence[float]
+    merge: Merge
+    sources: Sources
     device: torch.device
-    coefficients: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    method: Method = AVERAGE
 
     def load(self, weight: Weight) -> LoadedWeight:
         started = time.monotonic()
-        digests: dict[int, dict[str, str]] = {
-            i: {} for i, item in [*enumerate(self.inputs), (-1, self.base)] if item.pinned.is_local
-        }
-        w0 = self.base.original(weight.names, weight.label, self.device, digests.get(-1))
-        base = w0.tensor
+        items = [*enumerate(self.sources.inputs), (-1, self.sources.base)]
+        digests: dict[int, dict[str, str]] = {i: {} for i, item in items if item.pinned.is_local}
+        w0 = self.sources.base.original(weight.names, weight.label, self.device, digests.get(-1))
         read: list[_Read] = []
         deltas: list[Update] = []
         update: Tensor | None = None
-        averaged = weight.treatment == "averaged"
         changes = self._changes(weight, w0, digests, read)
         if weight.treatment in TOGETHER:
             deltas = list(changes)
         elif weight.treatment != "copied":
             update = self._combined(weight, changes)
-            if update is not None and averaged:
+            if update is not None and weight.treatment == "averaged":
                 # tasks that left the weight as it was count in the mean
-                update *= len(read) / len(self.inputs)
+                update *= len(read) / len(self.sources.inputs)
         seconds = Seconds(reading=time.monotonic() - started)
         tasks = tuple(one.task for one in read)
         finding = Finding(
             weight.label, frozen=not read and weight.treatment != "copied", digests=digests,
             seconds=seconds, tasks=tasks, likeness=_products([one.sample for one in read]),
-            norms=tuple(one.norm for one in read), base_norm=norm_of(base) if read else 0.0,
+            norms=tuple(one.norm for one in read), base_norm=norm_of(w0.tensor) if read else 0.0,
         )  # fmt: skip
         floors = tuple(one.floor for one in read)
-        return LoadedWeight(weight, base, tasks, floors, deltas, update, finding)
+        return LoadedWeight(weight, w0.tensor, finding, floors, deltas, update)
 
     def _combined(self, weight: Weight, updates: Iterator[Update]) -> Tensor | None:
         """Sum or mean of updates, one in memory at a time; None if there is none."""
         first = list(islice(updates, 1))
         if not first:
             return None
-        own = weight.treatment == self.method.treatment
-        rule = rule_of(self.method if own else AVERAGE)
+        method = self.merge.settings.row
+        rule = rule_of(method if weight.treatment == method.treatment else AVERAGE)
         streamed = chain(_taken(first), updates)
-        return rule(Updates(streamed, (), (), weight.shape, len(self.inputs))).matrix
+        return rule(Updates(streamed, (), (), weight.shape, len(self.sources.inputs))).matrix
 
     def _changes(
-        self,
-        weight: Weight,
-        w0: Original,
-        digests: Mapping[int, dict[str, str]],
-        read: list[_Read],
+        self, weight: Weight, w0: Original, digests: Mapping[int, dict[str, str]], read: list[_Read]
     ) -> Iterator[Update]:
         """Scaled updates of a weight, one in memory at a time; each is noted in `read`."""
-        averaged = weight.treatment == "averaged"
-        coefficients = self.coefficients.get(weight.label) if averaged else None
+        averaged, decomposed = (weight.treatment == t for t in ("averaged", "decomposed"))
+        coefficients = self.merge.coefficients.get(weight.label) if averaged else None
         for i in weight.inputs:
-            task, scale = self.inputs[i], self.scales[i]
+            task, scale = self.sources.inputs[i], self.merge.scales[i]
             with named(weight.label, [task]):
-                change = task.change(
-                    w0, decomposed=weight.treatment == "decomposed", digests=digests.get(i)
-                )
+                change = task.change(w0, decomposed=decomposed, digests=digests.get(i))
             if change is not None and scale != 0.0:
                 refuse_huge(weight.label, task, change.update, scale)
                 update = scaled(change.update, scale)
@@ -237,7 +200,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class _Read:
-    """What is kept of the update of one task.
+    """Facts that are kept of the update of one task.
 
     Args:
         task (`int`): index of the input.
@@ -263,7 +226,7 @@ def _products(samples: Sequence[Tensor]) -> tuple[tuple[float, ...], ...]:
     if not samples:
         return ()
     stacked = torch.stack(list(samples))
-    return tuple(tuple(row) for row in (stacked @ stacked.mT).tolist())
+    return tuple(map(tuple, (stacked @ stacked.mT).tolist()))
 
 
 def _sample(update: Update) -> Tensor:
@@ -280,13 +243,7 @@ def _sample(update: Update) -> Tensor:
 
 
 def by_name(weight: Weight, stacked: Tensor, base: Checkpoint) -> list[tuple[str, Tensor]]:
-    """The tensors of a weight, which are stacked if there are several.
-
-    Args:
-        weight ([`Weight`]): its plan.
-        stacked (`Tensor`): of its shape.
-        base ([`Checkpoint`]): knows the shape of each.
-    """
+    """Tensors of a weight by name; several are stacked, and the base knows the shape of each."""
     if len(weight.names) == 1:
         return [(weight.names[0], stacked)]
     rows = [base.tensors[name].shape[0] for name in weight.names]

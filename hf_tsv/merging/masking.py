@@ -27,12 +27,7 @@ from hf_tsv.recipes.settings import Settings
 
 
 def mask_folders(settings: Settings, inputs: Sequence[Task]) -> list[str]:
-    """Where the mask of each task lies in the output; none with methods that write none.
-
-    Args:
-        settings ([`Settings`]): of a merge.
-        inputs (`Sequence[Task]`): the tasks.
-    """
+    """Folders of the tasks' masks in the output; none with methods that write none."""
     if not settings.row.beside:
         return []
     names = heads.file_stems(distinct_names([item.pinned for item in inputs]))
@@ -40,7 +35,7 @@ def mask_folders(settings: Settings, inputs: Sequence[Task]) -> list[str]:
 
 
 def mask_bytes(merge: Merge, sources: Sources, unchanged: frozenset[str] = frozenset()) -> int:
-    """Of the masks of all tasks together.
+    """Bytes of the masks of all tasks together.
 
     Args:
         merge ([`Merge`]): what is done.
@@ -75,10 +70,7 @@ def write_masks(folder: Path, done: Merged) -> None:
             writers.append(ShardWriter(place, _layout(base, weights)))
             opened.callback(writers[-1].abandon)
         together = [replace(weight, treatment="combined") for weight in weights]
-        device, ahead = torch.device("cpu"), merge.parallelism.ahead
-        for loaded in loading.read_weights(
-            together, base, inputs, merge.scales, device, ahead=ahead
-        ):
+        for loaded in loading.read_weights(together, merge, done.sources, torch.device("cpu")):
             stored = [merged.read(name) for name in loaded.weight.names]
             total = updates.difference(
                 torch.cat(stored) if len(stored) > 1 else stored[0], loaded.base

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -21,16 +22,15 @@ from hf_tsv.checkpoints.storage.tensors import digest
 from hf_tsv.checkpoints.storage.writer import ShardWriter
 from hf_tsv.linalg import products
 from hf_tsv.linalg.products import largest_entry
-from hf_tsv.merging import costs
 from hf_tsv.merging.findings import Finding
-from hf_tsv.merging.loading import LoadedWeight, Reader, by_name, expect_all
+from hf_tsv.merging.loading import LoadedWeight, by_name, read_weights
 from hf_tsv.merging.plan import Weight
 from hf_tsv.merging.work import Merge
 from hf_tsv.methods.interference import measured
 from hf_tsv.methods.rules import rule_of
-from hf_tsv.runs.reading import named, read_ahead, stop_fetching
+from hf_tsv.runs.reading import named
 from hf_tsv.system.errors import CheckpointError
-from hf_tsv.system.memory import empty, reused, share_one_heap
+from hf_tsv.system.memory import empty
 
 
 def merge_weights(
@@ -52,47 +52,34 @@ def merge_weights(
         device (`torch.device`): where to compute.
         done (`Callable[[Finding], None]`): told after each weight is written, in another thread.
     """
-    base, inputs, parallelism = sources.base, sources.inputs, merge.parallelism
-    share_one_heap()
-    expect_all(weights, base, inputs)
-    reader = Reader(base, inputs, merge.scales, device, merge.coefficients, merge.settings.row)
     with (
-        reused(),
-        products.threads(parallelism.threads),
-        ThreadPoolExecutor(1, "hf-tsv-read") as reading,
+        products.threads(merge.parallelism.threads),
+        closing(read_weights(weights, merge, sources, device)) as loads,
         ThreadPoolExecutor(1, "hf-tsv-write") as writing,
     ):
         written: Future[None] | None = None
-        try:
-            sizes = [costs.held(weight) for weight in weights]
-            loads = read_ahead(reading, reader.load, weights, sizes, ahead=parallelism.ahead)
-            while True:
-                started = time.monotonic()
-                loaded = next(loads, None)
-                if loaded is None:
-                    break
-                waited = time.monotonic() - started
-                started = time.monotonic()
-                with named(loaded.weight.label, [inputs[i] for i in loaded.tasks]):
-                    result, finding = _merge_one(loaded, merge, writes=writer is not None)
-                computed = time.monotonic() - started
-                started = time.monotonic()
-                if written is not None:
-                    written.result()
-                waited += time.monotonic() - started
-                seconds = replace(finding.seconds, waiting=waited, computing=computed)
-                written = writing.submit(
-                    _write, writer, loaded.weight, result, base, replace(finding, seconds=seconds),
-                    done,
-                )  # fmt: skip
-                del loaded, result
+        while True:
+            started = time.monotonic()
+            loaded = next(loads, None)
+            if loaded is None:
+                break
+            waited = time.monotonic() - started
+            started = time.monotonic()
+            with named(loaded.weight.label, [sources.inputs[i] for i in loaded.finding.tasks]):
+                result, finding = _merge_one(loaded, merge, writes=writer is not None)
+            computed = time.monotonic() - started
+            started = time.monotonic()
             if written is not None:
                 written.result()
-        except BaseException:
-            stop_fetching([base, *inputs])  # else the reading thread would wait for the Hub
-            raise
-        finally:
-            reading.shutdown(cancel_futures=True)
+            waited += time.monotonic() - started
+            seconds = replace(finding.seconds, waiting=waited, computing=computed)
+            finding = replace(finding, seconds=seconds)
+            written = writing.submit(
+                _write, writer, loaded.weight, result, sources.base, finding, done
+            )
+            del loaded, result
+        if written is not None:
+            written.result()
 
 
 def _merge_one(loaded: LoadedWeight, merge: Merge, *, writes: bool) -> tuple[Tensor, Finding]:
@@ -101,15 +88,7 @@ def _merge_one(loaded: LoadedWeight, merge: Merge, *, writes: bool) -> tuple[Ten
     dtype = merge.plan.specs[weight.names[0]].dtype
     update = loaded.update
     if loaded.deltas:
-        merged = rule_of(merge.settings.row)(
-            loaded.updates(
-                merge.settings,
-                len(merge.scales),
-                coefficients=merge.coefficients.get(weight.label),
-                known=merge.known,
-                keep=merge.measure,
-            )
-        )
+        merged = rule_of(merge.settings.row)(loaded.updates(merge, keep=merge.measure))
         update = merged.matrix
         finding = replace(
             finding,

@@ -1,9 +1,9 @@
-"""Which weight gets which treatment: decided from headers alone, before anything is read."""
+"""Treatment of each weight, decided from headers alone, before anything is read."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -18,7 +18,7 @@ from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.storage.tensors import TensorInfo, TensorSpec
 from hf_tsv.checkpoints.storage.writer import ShardPlan, plan_shards
-from hf_tsv.linalg import updates
+from hf_tsv.linalg.updates import default_rank, rank_at
 from hf_tsv.recipes.settings import AVERAGED_BY_DEFAULT, Qkv, Settings
 from hf_tsv.system.errors import CheckpointError
 
@@ -108,22 +108,11 @@ def make_plan(base: Checkpoint, inputs: Sequence[Task], settings: Settings) -> M
     warnings += _exclude_warnings(base, settings)
     if len(inputs) > 1:  # one task alone is reconstructed, not merged
         warnings += _energy_warnings(weights, inputs)
-    return MergePlan(
-        weights,
-        lay_out(specs, base, settings),
-        specs,
-        tuple(warnings),
-    )
+    return MergePlan(weights, lay_out(specs, base, settings), specs, tuple(warnings))
 
 
 def lay_out(specs: dict[str, TensorSpec], base: Checkpoint, settings: Settings) -> ShardPlan:
-    """The output files.
-
-    Args:
-        specs (`dict[str, TensorSpec]`): by canonical name.
-        base ([`Checkpoint`]): W0.
-        settings ([`Settings`]): how to merge.
-    """
+    """Files of the output, for tensors by canonical name."""
     if settings.out_format != "open_clip":
         return plan_shards(specs, settings.max_shard_size)
     if not layout.is_full_model(base.tensors):
@@ -136,33 +125,21 @@ def lay_out(specs: dict[str, TensorSpec], base: Checkpoint, settings: Settings) 
 
 
 def resolved(base: Task, settings: Settings) -> Settings:
-    """The settings with what depends on the base model: its format, and how it stores attention.
-
-    Args:
-        base ([`Checkpoint`]): W0.
-        settings ([`Settings`]): how to merge.
-    """
-    stored: Qkv = "fused" if base.format == "open_clip" else "split"
-    return replace(
-        settings, qkv=settings.qkv or stored, out_format=settings.out_format or base.format
-    )
+    """Settings with what depends on the base model: its format, and how it stores attention."""
+    qkv: Qkv = settings.qkv or ("fused" if base.format == "open_clip" else "split")
+    return replace(settings, qkv=qkv, out_format=settings.out_format or base.format)
 
 
 def treatments(task: Task, settings: Settings) -> tuple[Weight, ...]:
-    """What a merge would do with every tensor of a checkpoint, as far as its headers say.
-
-    Args:
-        task ([`Task`]): a base model, or a fine-tune.
-        settings ([`Settings`]): how to merge.
-    """
+    """Plan of a merge for every tensor of a base model or fine-tune, as far as its headers say."""
     settings = resolved(task, settings)
     groups = _group(task.tensors, settings.qkv)
     return tuple(_treat(names, task, [task], settings) for names in groups)
 
 
-def _group(tensors: object, qkv: str | None) -> list[tuple[str, ...]]:
+def _group(tensors: Iterable[str], qkv: str | None) -> list[tuple[str, ...]]:
     """Names in order, with the q, k, v weights of an attention together when they are fused."""
-    names = sorted(tensors)  # type: ignore[call-overload]
+    names = sorted(tensors)
     if qkv != "fused":
         return [(name,) for name in names]
     present = set(names)
@@ -187,9 +164,7 @@ def _treat(
     shape = infos[0].shape
     if len(infos) > 1:
         shape = (sum(info.shape[0] for info in infos), *shape[1:])
-    holders = tuple(
-        i for i, item in enumerate(inputs) if any(name in item.tensors for name in names)
-    )
+    holders = tuple(i for i, item in enumerate(inputs) if any(n in item.tensors for n in names))
 
     def weight(treatment: Treatment, reason: str = "", rank: int = 0) -> Weight:
         return Weight(names, shape, treatment, reason, rank, holders)
@@ -222,17 +197,16 @@ def _rank(shape: tuple[int, ...], tasks: int, settings: Settings) -> int:
     if settings.row.ranks == "all":
         return min(shape)
     wanted = _wanted_rank(shape, tasks, settings)
-    if settings.row.ranks == "share":  # T·r orthonormal directions must fit into k
-        return min(wanted, updates.default_rank(shape, tasks))
-    return wanted
+    # T·r orthonormal directions must fit into k
+    return min(wanted, default_rank(shape, tasks)) if settings.row.ranks == "share" else wanted
 
 
 def _wanted_rank(shape: tuple[int, ...], tasks: int, settings: Settings) -> int:
     if settings.rank is not None:
         return min(settings.rank, *shape)
     if settings.rank_fraction is not None:
-        return updates.rank_at(settings.rank_fraction, shape)
-    return updates.default_rank(shape, tasks)
+        return rank_at(settings.rank_fraction, shape)
+    return default_rank(shape, tasks)
 
 
 def _spec(info: TensorInfo, settings: Settings) -> TensorSpec:
@@ -246,15 +220,12 @@ def _rank_warnings(weights: Sequence[Weight], tasks: int, settings: Settings) ->
     chosen = settings.rank is not None or settings.rank_fraction is not None
     if settings.row.ranks != "share" or not chosen:
         return []
-    lowered = [
-        w
-        for w in weights
-        if w.treatment == "decomposed" and w.rank < _wanted_rank(w.shape, tasks, settings)
-    ]
+    decomposed = [weight for weight in weights if weight.treatment == "decomposed"]
+    lowered = sum(w.rank < _wanted_rank(w.shape, tasks, settings) for w in decomposed)
     if not lowered:
         return []
     return [
-        f"The rank was lowered to ⌊k/{tasks}⌋ in {len(lowered)} weights: more directions of"
+        f"The rank was lowered to ⌊k/{tasks}⌋ in {lowered} weights: more directions of"
         f" {tasks} tasks cannot be orthogonal."
     ]
 
@@ -269,7 +240,7 @@ def _exclude_warnings(base: Checkpoint, settings: Settings) -> list[str]:
 
 
 def _energy_warnings(weights: Sequence[Weight], inputs: Sequence[Task]) -> list[str]:
-    """What is missing in factors that keep fewer triplets than this merge uses."""
+    """Warnings of factors that keep fewer triplets than this merge uses."""
     warnings = []
     for i, item in enumerate(inputs):
         short, missing, total = 0, 0.0, 0.0

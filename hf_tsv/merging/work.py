@@ -13,9 +13,9 @@ from hf_tsv.checkpoints import companions
 from hf_tsv.checkpoints.formats import heads
 from hf_tsv.checkpoints.formats.task import Task, distinct_names, equals_base, identity_entry
 from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, Sources, open_sources
-from hf_tsv.merging.costs import Parallelism, fitting, noted_bytes
+from hf_tsv.merging.costs import Parallelism, fitting, noted_bytes, peak_memory
 from hf_tsv.merging.diagnosis import Diagnosis, diagnoses
-from hf_tsv.merging.findings import Finding, Findings
+from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.plan import MergePlan, make_plan, resolved
 from hf_tsv.recipes.recipe import PinnedInput, Recipe, pinned_text
 from hf_tsv.recipes.settings import Settings, versions_of
@@ -84,6 +84,12 @@ class Merge:
         found = fitting(self.plan.weights, threads, max_memory, used, measure=self.measure)
         return replace(self, max_memory=max_memory, parallelism=found)
 
+    def peak_memory(self, sources: Sources) -> int:
+        """Bytes in use at most, about, on top of the interpreter and its libraries."""
+        weights = self.plan.weights
+        computing = peak_memory(weights, self.parallelism, measure=self.measure)
+        return sources.waiting_bytes() + noted_bytes(weights) + computing
+
     def warned(self, text: str) -> Merge:
         """The same merge with one more warning, which is logged."""
         logger.warning(text)
@@ -129,11 +135,8 @@ class Merged:
         return [*self.merge.warnings, *(found.text for found in self.diagnoses)]
 
 
-def diagnosed(
-    merge: Merge, sources: Sources, device: torch.device, noted: Sequence[Finding]
-) -> Merged:
+def diagnosed(merge: Merge, sources: Sources, device: torch.device, findings: Findings) -> Merged:
     """The merge with what its weights showed; tells what is odd about the inputs."""
-    findings = Findings(len(sources.inputs), noted)
     found = diagnoses(sources.inputs, merge.scales, merge.plan, findings)
     for diagnosis in found:
         logger.warning(diagnosis.text)
@@ -156,7 +159,7 @@ def prepare(
     Args:
         checkpoints (`Sequence[str]`): the tasks.
         base_ref (`str`, *optional*): default: the base they agree on.
-        scales (`Sequence[float]`, *optional*): factor of each task's update.
+        scales (`Sequence[float]`, *optional*): factor of each task's update; default: 1.
         settings ([`Settings`]): how to merge.
         access ([`Access`]): how checkpoints are reached.
         warnings (`Sequence[str]`): so far.
@@ -165,7 +168,7 @@ def prepare(
     """
     if not checkpoints:
         raise RecipeError("There is nothing to merge.", "Name at least one checkpoint.")
-    scales = [1.0] * len(checkpoints) if scales is None else list(scales)
+    scales = [1.0] * len(checkpoints) if scales is None else scales
     if len(scales) != len(checkpoints):
         raise RecipeError(
             f"There are {len(scales)} weights for {len(checkpoints)} checkpoints.",
@@ -239,35 +242,30 @@ def of_recipe(recipe: Recipe, access: Access) -> tuple[Merge, Sources]:
 
 def _version_warnings(recipe: Recipe) -> list[str]:
     here = versions_of(recipe.settings.row)
-    different = [
+    different = ", ".join(
         f"{name} {version} (here {here[name]})"
         for name, version in recipe.versions.items()
         if here.get(name, version) != version
-    ]
-    if not different:
-        return []
-    return [f"The recipe was made with {', '.join(different)}: the bytes may differ."]
+    )
+    return [f"The recipe was made with {different}: the bytes may differ."] if different else []
 
 
 def recipe_of(done: Merged) -> Recipe:
     """The recipe that repeats a merge."""
+    merge, sources = done.merge, done.sources
 
-    def pinned(item: Task, key: int, scale: float) -> PinnedInput:
+    def pinned(item: Task, key: int, scale: float = 1.0) -> PinnedInput:
         fingerprint = done.findings.fingerprint(key) if item.pinned.is_local else None
         return PinnedInput(item.pinned.ref, item.pinned.revision, fingerprint, scale)
 
-    inputs = tuple(
-        pinned(item, i, scale)
-        for i, (item, scale) in enumerate(zip(done.sources.inputs, done.merge.scales, strict=True))
-    )
     return Recipe(
-        pinned(done.sources.base, -1, 1.0),
-        inputs,
-        done.merge.settings,
+        pinned(sources.base, -1),
+        tuple(pinned(item, i, merge.scales[i]) for i, item in enumerate(sources.inputs)),
+        merge.settings,
         done.device.type,
-        versions_of(done.merge.settings.row),
-        coefficients=done.merge.coefficients,
-        adaptation=done.merge.adaptation,
+        versions_of(merge.settings.row),
+        coefficients=merge.coefficients,
+        adaptation=merge.adaptation,
     )
 
 

@@ -1,10 +1,10 @@
 """One life of a run: refused or told, then fetched, built in its folder, pushed and closed.
 
-with underway(sources, target) as run:     # refuses; a dry run ends in here
+with underway(sources, target, progress) as run:  # refuses; a dry run ends in here
     run.check_space(identity, nbytes)
-    run.fetch(show=show)
-    with run.result(identity) as folder:   # held by this process until it is pushed
-        ...                                # build
+    run.fetch()
+    with run.result(identity) as folder:          # held by this process until it is pushed
+        ...                                       # build
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.runs import journal
 from hf_tsv.runs.target import Target, final_folder, push, waiting
 from hf_tsv.system.folders import check_free_space
+from hf_tsv.system.progress import visible_by_default
 
 
 @dataclass
@@ -29,12 +30,14 @@ class Run:
         sources ([`Sources`]): what it reads; from this machine once it is fetched.
         target ([`Target`]): destination of its result.
         download_bytes (`int`): bytes to fetch from the Hub; what the cache holds does not count.
+        show (`bool`): show bars.
         url (`str`, *optional*): commit or pull request on the Hub, once the result is pushed.
     """
 
     sources: Sources
     target: Target
     download_bytes: int
+    show: bool
     url: str | None = None
 
     def check_space(self, identity: Mapping[str, Any], nbytes: int) -> None:
@@ -48,13 +51,9 @@ class Run:
         folder = final_folder(self.target, identity)
         check_free_space(folder, nbytes - journal.begun_bytes(folder))
 
-    def fetch(self, *, show: bool) -> None:
-        """Bring what is read onto this machine, or open connections to stream it.
-
-        Args:
-            show (`bool`): show a bar.
-        """
-        self.sources = self.sources.within_reach(visible=show)
+    def fetch(self) -> None:
+        """Bring what is read onto this machine, or open connections to stream it."""
+        self.sources = self.sources.within_reach(visible=self.show)
 
     @contextmanager
     def result(self, identity: Mapping[str, Any]) -> Iterator[Path]:
@@ -72,18 +71,20 @@ class Run:
 
 
 @contextmanager
-def underway(sources: Sources, target: Target) -> Iterator[Run]:
+def underway(sources: Sources, target: Target, progress: bool | None) -> Iterator[Run]:
     """Refuse to replace an input, and close all that the body reads when it ends.
 
     Args:
         sources ([`Sources`]): what is read.
         target ([`Target`]): destination of the result.
+        progress (`bool`, *optional*): show bars; default: on a terminal.
 
     Raises:
         [`OutputError`]: the result would replace an input.
     """
     target.refuse_inputs([item.pinned for item in sources.all()])
-    run = Run(sources, target, sources.download_bytes())
+    show = visible_by_default() if progress is None else progress
+    run = Run(sources, target, sources.download_bytes(), show)
     try:
         yield run
     finally:

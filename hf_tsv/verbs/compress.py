@@ -31,7 +31,7 @@ from hf_tsv.runs.lifecycle import underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.device import pick_device
-from hf_tsv.system.progress import logger, visible_by_default
+from hf_tsv.system.progress import logger
 from hf_tsv.verbs.factors import TaskFactors
 
 TASK_COUNTS = (8, 14, 20)
@@ -71,27 +71,15 @@ def compress(
         base_model (`str`, *optional*): W0; default: the one the checkpoint's card names.
         output (`str` or `Path`, *optional*): folder to write; without it the factors live in a
             temporary folder until they are no longer used.
-        push_to (`str`, *optional*): repository to upload to.
         rank_fraction (`float`, *optional*): share of k = min(d_out, d_in) kept; default 0.1.
         rank (`int`, *optional*): triplets kept of every weight instead.
         energy (`float`, *optional*): share of the squared singular values kept instead.
         budget (`str` or `int`, *optional*): bytes spent instead: `"10%"`, `"35MB"` or a number.
         factor_dtype (`str`): `float32`, `bfloat16` or `float16`.
         compress_conv (`bool`): decompose the patch convolution as well.
-        max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
-        device (`str`, *optional*): default: the one accelerate chooses.
-        force (`bool`): replace an output folder that hf-tsv wrote.
-        private (`bool`, *optional*): make a new repository private.
-        revision (`str`, *optional*): branch to push to.
-        create_pr (`bool`): push as a pull request.
-        commit_message (`str`, *optional*): of the upload.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): where the checkpoint lies in its repository or folder, unless
-            it says so itself: `org/name/subfolder`.
-        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
         report (`bool`): put table and picture of what is kept into the card.
-        progress (`bool`, *optional*): show bars; default: on a terminal.
+
+    The other arguments, of the output, the upload and the run, are those of [`merge`].
 
     Returns:
         [`TaskFactors`]: with a [`CompressReport`] as `report`.
@@ -150,30 +138,26 @@ def run(
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> CompressReport:
-    """Compress in any format; see [`compress`].
+    """Compress in any format; see [`compress`]. A dry run plans, and touches neither disk nor Hub.
 
     Args:
         checkpoint (`str`): the fine-tune.
         base_model (`str`, *optional*): W0.
         options ([`Options`]): how to compress.
         target ([`Target`]): where the result goes.
-        device (`str`, *optional*): default: the one accelerate chooses.
         access ([`Access`]): how checkpoints are reached.
-        dry_run (`bool`): plan only; touches neither disk nor Hub.
-        progress (`bool`, *optional*): show bars; default: on a terminal.
     """
     started = time.monotonic()
     processes.alone("`hf-tsv compress`")
-    show = visible_by_default() if progress is None else progress
     target = target.checked(access.token, dry_run=dry_run)
     sources = open_sources([checkpoint], base_model, access)
     job = prepare(sources, options)
-    with underway(sources, target) as begun:
+    with underway(sources, target, progress) as begun:
         report = _report(job, target, begun.download_bytes)
         if dry_run:
             return replace(report, seconds=round(time.monotonic() - started, 3), dry_run=True)
         place = pick_device(device)
-        with built(begun, job, place, show=show) as (folder, done):
+        with built(begun, job, place) as (folder, done):
             _describe(folder, job, done, target)
     config = done.config
     report = _measured_report(report, config)
@@ -249,9 +233,7 @@ def _report(job: Compression, target: Target, download_bytes: int) -> CompressRe
         checkpoint_bytes=job.checkpoint_bytes,
         ratio=None if total is None else total / job.checkpoint_bytes,
         base_bytes=job.base_bytes,
-        ratio_for_tasks={}
-        if total is None
-        else tasks_ratio(total, job.base_bytes, job.checkpoint_bytes),
+        ratio_for_tasks=tasks_ratio(total, job.base_bytes, job.checkpoint_bytes),
         update_error=None,
         weights=weights,
         left_out=[],
@@ -290,11 +272,15 @@ def _too_large(report: CompressReport) -> str:
     )
 
 
-def tasks_ratio(factors_bytes: int, base_bytes: int, checkpoint_bytes: int) -> dict[str, float]:
-    """Base and factors of T such tasks, over T checkpoints.
+def tasks_ratio(
+    factors_bytes: int | None, base_bytes: int, checkpoint_bytes: int
+) -> dict[str, float]:
+    """Size of base and factors of T such tasks, as a share of T checkpoints; none if not known.
 
     Example:
         >>> tasks_ratio(35, 350, 350)["8"]
         0.225
     """
+    if factors_bytes is None:
+        return {}
     return {str(T): (base_bytes + T * factors_bytes) / (T * checkpoint_bytes) for T in TASK_COUNTS}

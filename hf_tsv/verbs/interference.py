@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from os import PathLike, fspath
@@ -17,9 +17,8 @@ from torch import Tensor
 from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.checkpoints.names import REPORT_FILE, REPORT_PAGE
-from hf_tsv.checkpoints.sources import Access, Sources
-from hf_tsv.merging import diagnosis
-from hf_tsv.merging.findings import Finding
+from hf_tsv.checkpoints.sources import Access
+from hf_tsv.merging.findings import Finding, Findings
 from hf_tsv.merging.pipeline import merge_weights
 from hf_tsv.merging.plan import MergePlan
 from hf_tsv.merging.work import Merge, Merged, diagnosed, prepare, refuse_unchanged
@@ -29,13 +28,13 @@ from hf_tsv.reports import drawing
 from hf_tsv.reports.interference import InterferenceReport
 from hf_tsv.reports.page import interference_page
 from hf_tsv.reports.pictures import of_interference
-from hf_tsv.runs.lifecycle import underway
+from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.device import pick_device
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.folders import absolute, check_output_folder, whole_folder
-from hf_tsv.system.progress import bar, logger, visible_by_default
+from hf_tsv.system.progress import bar, logger
 
 
 def interference(
@@ -70,15 +69,8 @@ def interference(
         exclude (`Sequence[str]`): globs of weights that a merge would average.
         qkv (`str`, *optional*): `split` or `fused` attention projections; default: as the base
             stores them.
-        device (`str`, *optional*): default: the one accelerate chooses.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): where the checkpoints lie in their repositories or folders,
-            unless they say it themselves: `org/name/subfolder`.
-        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
-        max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
-            on at a time then.
-        progress (`bool`, *optional*): show bars; default: on a terminal.
+
+    The other arguments, of how checkpoints are reached and of the run, are those of [`merge`].
 
     Returns:
         [`InterferenceReport`]: all of it.
@@ -92,7 +84,6 @@ def interference(
     """
     processes.alone("`hf-tsv interference`")
     started = time.monotonic()
-    show = visible_by_default() if progress is None else progress
     globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     settings = Settings(rank=rank, rank_fraction=rank_fraction, exclude=globs, qkv=qkv)  # type: ignore[arg-type]
     references = [fspath(reference) for reference in checkpoints]
@@ -107,12 +98,12 @@ def interference(
     access = Access.of(token, cache_dir, subfolder, stream=stream)
     work, sources = prepare(references, base_ref, None, settings, access, writes=False)
     refuse_nothing_decomposed(work.plan, sources.inputs)
-    with underway(sources, Target(folder)) as run:
+    with underway(sources, Target(folder), progress) as run:
         work = replace(work, measure=True).within(max_memory, sources)
-        where = pick_device(device)
-        run.fetch(show=show)
+        place = pick_device(device)
+        run.fetch()
         refuse_unchanged(work.plan, run.sources)
-        measured = _measured(work, run.sources, where, show=show)
+        measured = _measured(run, work, place)
     report = summary(measured, time.monotonic() - started)
     if folder is not None:
         with whole_folder(folder) as staging:
@@ -120,29 +111,22 @@ def interference(
     return report
 
 
-def _measured(work: Merge, sources: Sources, device: torch.device, *, show: bool) -> Merged:
+def _measured(run: Run, work: Merge, device: torch.device) -> Merged:
     """Merge every weight, and write none."""
-    weights, noted = work.plan.weights, list[Finding]()
-    logger.info(
-        "Measuring %d weights of %d tasks on %s.", len(weights), len(sources.inputs), device.type
-    )
-    with bar("Measuring", len(weights), visible=show) as advance:
+    weights, noted, tasks = work.plan.weights, list[Finding](), len(run.sources.inputs)
+    logger.info("Measuring %d weights of %d tasks on %s.", len(weights), tasks, device.type)
+    with bar("Measuring", len(weights), visible=run.show) as advance:
 
         def done(finding: Finding) -> None:
             noted.append(finding)
             advance(1)
 
-        merge_weights(work, sources, weights, None, device=device, done=done)
-    return diagnosed(work, sources, device, noted)
+        merge_weights(work, run.sources, weights, None, device=device, done=done)
+    return diagnosed(work, run.sources, device, Findings(tasks, noted))
 
 
 def refuse_nothing_decomposed(plan: MergePlan, inputs: Sequence[Task]) -> None:
-    """Refuse to report on a merge in which no weight is decomposed, or of one task alone.
-
-    Args:
-        plan ([`MergePlan`]): what is to be measured.
-        inputs (`Sequence[Checkpoint | Factors]`): the tasks.
-    """
+    """Refuse to report on a merge in which no weight is decomposed, or of one task alone."""
     if len(inputs) < 2:
         raise RecipeError("One task alone disturbs nobody.", "Leave --report out.")
     if all(weight.treatment != "decomposed" for weight in plan.weights):
@@ -155,12 +139,7 @@ def refuse_nothing_decomposed(plan: MergePlan, inputs: Sequence[Task]) -> None:
 
 
 def write_report(folder: Path, report: InterferenceReport) -> None:
-    """Write a report as JSON, pictures and a page.
-
-    Args:
-        folder (`Path`): to write into.
-        report ([`InterferenceReport`]): what was measured.
-    """
+    """Write a report into a folder as JSON, pictures and a page."""
     pictures = drawing.attempted(lambda: of_interference(report)) or []
     for picture in pictures:
         (folder / picture.file).write_bytes(picture.png)
@@ -169,19 +148,14 @@ def write_report(folder: Path, report: InterferenceReport) -> None:
 
 
 def summary(done: Merged, seconds: float) -> InterferenceReport:
-    """The report on what was measured.
-
-    Args:
-        done ([`Merged`]): with the interference of every weight.
-        seconds (`float`): wall time.
-    """
+    """Report on a merge whose interference was measured in so many seconds."""
     findings = done.findings
     measured = {w.label: w for w in findings.weights if w.interference is not None}
     planned = {weight.label: weight for weight in done.merge.plan.weights}
     pairs = torch.zeros(findings.inputs, findings.inputs, dtype=torch.float64)
     weights: dict[str, dict[str, Any]] = {}
-    blocks: dict[str, dict[str, float]] = defaultdict(_nothing)
-    kinds: dict[str, dict[str, float]] = defaultdict(_nothing)
+    blocks: dict[str, dict[str, float]] = {}
+    kinds: dict[str, dict[str, float]] = {}
     for label, weight in measured.items():
         own = weight.interference
         assert own is not None
@@ -199,9 +173,9 @@ def summary(done: Merged, seconds: float) -> InterferenceReport:
             "pairs": here.tolist(),
         }
         block, kind = block_and_kind(label)
-        for part in (blocks[block], kinds[kind]):
-            part["sti"] += own.sti
-            part["sti_after"] += own.sti_after
+        for part in (blocks.setdefault(block, {}), kinds.setdefault(kind, {})):
+            for name in ("sti", "sti_after"):
+                part[name] = part.get(name, 0.0) + weights[label][name]
     return InterferenceReport(
         tasks=_tasks(done, pairs),
         base_model=pinned_entry(done.sources.base),
@@ -209,8 +183,8 @@ def summary(done: Merged, seconds: float) -> InterferenceReport:
         total_after=sum(entry["sti_after"] for entry in weights.values()),
         pairs=pairs.tolist(),
         weights=weights,
-        blocks=dict(blocks),
-        kinds=dict(kinds),
+        blocks=blocks,
+        kinds=kinds,
         spectra=_spectra(list(measured.values()), done.merge.scales),
         diagnoses=[asdict(found) for found in done.diagnoses],
         warnings=done.warnings,
@@ -221,9 +195,9 @@ def summary(done: Merged, seconds: float) -> InterferenceReport:
 
 
 def _spectra(weights: Sequence[Finding], scales: Sequence[float]) -> dict[str, list[Any]]:
-    """Of each task over all weights, as shares of its largest and of its whole energy.
+    """Spectrum of each task over all weights, as shares of its largest σ and of its whole energy.
 
-    Of factors the triplets that they do not keep count as energy, and are not known.
+    The triplets that factors do not keep count as energy, and are not known.
     """
     sigmas, energies = np.zeros((2, len(scales), len(RANK_SHARES)))
     whole = np.zeros((len(scales), 1))
@@ -241,18 +215,14 @@ def _spectra(weights: Sequence[Finding], scales: Sequence[float]) -> dict[str, l
     }
 
 
-def _nothing() -> dict[str, float]:
-    return {"sti": 0.0, "sti_after": 0.0}
-
-
 def _tasks(done: Merged, pairs: Tensor) -> list[dict[str, Any]]:
-    """What is said of each task."""
+    """Entries of the report on each task."""
     whole = float(pairs.sum()) or 1.0
     entries = []
     inputs, findings = done.sources.inputs, done.findings
     named = zip(inputs, distinct_names([item.pinned for item in inputs]), strict=True)
     for i, ((item, name), norm) in enumerate(zip(named, findings.norms(), strict=True)):
-        own, base_norm = diagnosis.norms(findings, i)
+        own, base_norm = findings.changed(i)
         energy = kept = effective = 0.0
         for weight in findings.weights:
             if weight.interference is not None and i in weight.tasks:

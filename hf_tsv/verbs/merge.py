@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_tsv.checkpoints import companions, layout
+from hf_tsv.checkpoints.fit import check_whole_clip
 from hf_tsv.checkpoints.formats import heads
 from hf_tsv.checkpoints.formats.description import Origin
 from hf_tsv.checkpoints.formats.task import Task, pinned_entry
 from hf_tsv.checkpoints.names import RECIPE_FILE, REPORT_FILE
 from hf_tsv.checkpoints.sources import Access, Sources
 from hf_tsv.merging.building import built, follow
-from hf_tsv.merging.costs import noted_bytes, peak_memory
+from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.masking import mask_bytes, mask_folders, write_masks
 from hf_tsv.merging.work import (
     Merge,
@@ -38,7 +39,7 @@ from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.errors import RecipeError
-from hf_tsv.system.progress import logger, visible_by_default
+from hf_tsv.system.progress import logger
 from hf_tsv.verbs.interference import refuse_nothing_decomposed, summary
 
 if TYPE_CHECKING:
@@ -150,7 +151,6 @@ def merge(
             done: MergeReport = follow(group, device, access)
             return done
         with group.leading():
-            show = visible_by_default() if progress is None else progress
             references = _listed(checkpoints)
             base_ref = None if base_model is None else fspath(base_model)
             target = Target(
@@ -182,31 +182,22 @@ def merge(
                 _refuse_no_images(settings, adaptation)
                 work, sources = prepare(references, base_ref, weights, settings, access)
                 if tune_alpha is not None:
-                    from hf_tsv.checkpoints.fit import check_whole_clip
-
                     check_whole_clip(sources.base, "Choosing α")
                 if adaptation is not None:
                     from hf_tsv.verbs.learning.coefficients import adapting
 
                     work = adapting(work, sources, adaptation)
             refuse_no_heads(work.settings, sources.inputs)
-            if report and work.settings.row.vectors is None:
-                raise RecipeError(
-                    f"The method {work.settings.method} has no singular vectors of tasks to report"
-                    " on.",
-                    "Leave --report out, or use `hf-tsv interference`.",
-                )
             if report:
-                refuse_nothing_decomposed(work.plan, sources.inputs)
+                _refuse_no_report(work, sources)
             work = replace(work, measure=report).within(max_memory, sources)
             if tune_alpha is not None and not dry_run:
                 target.refuse_inputs([item.pinned for item in sources.all()])
-                work = tuned(work, tune_alpha, sources.access, device, group, show=show)
+                work = tuned(work, tune_alpha, sources.access, device, group, progress)
             merged = None
-            with underway(sources, target) as run:
+            with underway(sources, target, progress) as run:
                 if not dry_run:
-                    making = built(run, work, device, group, before=_learned, show=show)
-                    with making as (folder, merged):
+                    with built(run, work, device, group, before=_learned) as (folder, merged):
                         _describe(folder, merged, target)
             done = _report(run, work, merged, started)
             group.dismiss(done)
@@ -224,6 +215,16 @@ def _refuse_no_images(settings: Settings, adaptation: Adaptation | None) -> None
         raise RecipeError(
             f"The method {settings.method} does not learn from images.", "Use --method ada."
         )
+
+
+def _refuse_no_report(work: Merge, sources: Sources) -> None:
+    """Refuse to report on a merge that shows no interference."""
+    if work.settings.row.vectors is None:
+        raise RecipeError(
+            f"The method {work.settings.method} has no singular vectors of tasks to report on.",
+            "Leave --report out, or use `hf-tsv interference`.",
+        )
+    refuse_nothing_decomposed(work.plan, sources.inputs)
 
 
 def _learned(merge: Merge, sources: Sources, device: torch.device, *, show: bool) -> Merge:
@@ -299,56 +300,56 @@ def _card(
 def _report(run: Run, planned: Merge, done: Merged | None, started: float) -> MergeReport:
     """Tell what was done, or of a dry run what was planned."""
     merge = planned if done is None else done.merge
-    findings = None if done is None else done.findings
-    sources, settings = run.sources, merge.settings
-    ranks = {} if findings is None else findings.ranks
-    frozen = frozenset() if findings is None else findings.frozen
-    seconds = {found.label: found.seconds for found in findings.weights} if findings else {}
-    treatments: dict[str, dict[str, Any]] = {}
-    for weight in merge.plan.weights:
-        entry: dict[str, Any] = {"treatment": weight.treatment}
-        if weight.label in frozen:
-            entry = {"treatment": "copied", "reason": "equal to the base in every checkpoint"}
-        elif weight.treatment == "decomposed":
-            entry["rank"] = weight.rank
-            if weight.label in ranks:
-                entry["ranks"] = list(ranks[weight.label])
-        elif weight.reason:
-            entry["reason"] = weight.reason
-        if weight.label in merge.coefficients:
-            entry["coefficients"] = list(merge.coefficients[weight.label])
-        if weight.label in seconds:
-            entry["seconds"] = seconds[weight.label].rounded()
-        treatments[weight.label] = entry
+    sources, settings, inputs = run.sources, merge.settings, run.sources.inputs
+    findings = Findings(len(inputs), ()) if done is None else done.findings
     return MergeReport(
         output=None if run.target.output is None else str(run.target.output),
         base_model=pinned_entry(sources.base),
-        inputs=[pinned_entry(item) for item in sources.inputs],
-        weights=merge.plan.counts(frozen),
+        inputs=[pinned_entry(item) for item in inputs],
+        weights=merge.plan.counts(findings.frozen),
         output_bytes=merge.plan.shards.total_bytes,
         seconds=round(time.monotonic() - started, 3),
         warnings=list(merge.warnings) if done is None else done.warnings,
         method=settings.method,
-        treatments=treatments,
+        treatments=_treatments(merge, findings),
         left_out={
             str(item): list(item.left_out)
-            for item in sources.inputs
+            for item in inputs
             if item.left_out and not settings.keep_heads
         },
-        heads={file: str(item) for file, item in kept_heads(settings, sources.inputs).items()},
-        masks=dict(
-            zip(mask_folders(settings, sources.inputs), map(str, sources.inputs), strict=False)
-        ),
-        mask_bytes=mask_bytes(merge, sources, frozen),
+        heads={file: str(item) for file, item in kept_heads(settings, inputs).items()},
+        masks=dict(zip(mask_folders(settings, inputs), map(str, inputs), strict=False)),
+        mask_bytes=mask_bytes(merge, sources, findings.frozen),
         tuning=None if merge.tuning is None else merge.tuning.to_dict(),
         adaptation=None if merge.adaptation is None else merge.adaptation.to_dict(),
         download_bytes=run.download_bytes,
-        peak_memory_bytes=sources.waiting_bytes()
-        + noted_bytes(merge.plan.weights)
-        + peak_memory(merge.plan.weights, merge.parallelism, measure=merge.measure),
-        exact_decompositions=0 if findings is None else findings.exact,
-        timings={} if findings is None else findings.seconds.rounded(),
+        peak_memory_bytes=merge.peak_memory(sources),
+        exact_decompositions=findings.exact,
+        timings={} if done is None else findings.seconds.rounded(),
         device=None if done is None else done.device.type,
         url=run.url,
         dry_run=done is None,
     )
+
+
+def _treatments(merge: Merge, findings: Findings) -> dict[str, dict[str, Any]]:
+    """Tell of each weight what was done with it, as far as findings say; else what is planned."""
+    found = {finding.label: finding for finding in findings.weights}
+    treatments: dict[str, dict[str, Any]] = {}
+    for weight in merge.plan.weights:
+        here = found.get(weight.label)
+        entry: dict[str, Any] = {"treatment": weight.treatment}
+        if here and here.frozen:
+            entry = {"treatment": "copied", "reason": "equal to the base in every checkpoint"}
+        elif weight.treatment == "decomposed":
+            entry["rank"] = weight.rank
+            if here and here.ranks:
+                entry["ranks"] = list(here.ranks)
+        elif weight.reason:
+            entry["reason"] = weight.reason
+        if weight.label in merge.coefficients:
+            entry["coefficients"] = list(merge.coefficients[weight.label])
+        if here:
+            entry["seconds"] = here.seconds.rounded()
+        treatments[weight.label] = entry
+    return treatments

@@ -17,7 +17,6 @@ from hf_tsv.checkpoints.names import RECONSTRUCTION_FILE
 from hf_tsv.checkpoints.sources import Access, Sources
 from hf_tsv.checkpoints.storage.tensors import TensorSpec
 from hf_tsv.merging.building import built, follow
-from hf_tsv.merging.costs import noted_bytes, peak_memory
 from hf_tsv.merging.plan import lay_out
 from hf_tsv.merging.work import Merge, Merged, prepare
 from hf_tsv.recipes.settings import Settings
@@ -25,7 +24,6 @@ from hf_tsv.reports import cards
 from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.progress import visible_by_default
 from hf_tsv.system.version import __version__
 
 
@@ -97,25 +95,9 @@ def reconstruct(
     Args:
         factors (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
         base_model (`str`, *optional*): W0; default: the one the factors were made from.
-        output (`str` or `Path`, *optional*): folder to write.
-        push_to (`str`, *optional*): repository to upload to.
         dtype (`str`, *optional*): of the output; default as the base.
-        max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
-        device (`str`, *optional*): default: the one accelerate chooses.
-        force (`bool`): replace an output folder that hf-tsv wrote.
-        private (`bool`, *optional*): make a new repository private.
-        revision (`str`, *optional*): branch to push to.
-        create_pr (`bool`): push as a pull request.
-        commit_message (`str`, *optional*): of the upload.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): where the factors lie in their repository or folder, unless
-            they say it themselves: `org/name/subfolder`.
-        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
-        max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
-            on at a time then.
-        dry_run (`bool`): plan only; touches neither disk nor Hub.
-        progress (`bool`, *optional*): show bars; default: on a terminal.
+
+    The other arguments, of the output, the upload and the run, are those of [`merge`].
 
     Returns:
         [`ReconstructReport`]: what was done.
@@ -134,7 +116,6 @@ def reconstruct(
             report: ReconstructReport = follow(group, device, access)
             return report
         with group.leading():
-            show = visible_by_default() if progress is None else progress
             target = Target(
                 None if output is None else Path(output),
                 push_to, force, private, revision, create_pr, commit_message,
@@ -147,9 +128,9 @@ def reconstruct(
             )
             work = _with_head(work, sources).within(max_memory, sources)
             merged = None
-            with underway(sources, target) as run:
+            with underway(sources, target, progress) as run:
                 if not dry_run:
-                    with built(run, work, device, group, show=show) as (folder, merged):
+                    with built(run, work, device, group) as (folder, merged):
                         _describe(folder, merged, target)
             report = _report(run, work, merged, started)
             group.dismiss(report)
@@ -171,9 +152,7 @@ def _report(run: Run, planned: Merge, done: Merged | None, started: float) -> Re
         seconds=round(time.monotonic() - started, 3),
         warnings=list(planned.warnings) if done is None else done.warnings,
         download_bytes=run.download_bytes,
-        peak_memory_bytes=run.sources.waiting_bytes()
-        + noted_bytes(plan.weights)
-        + peak_memory(plan.weights, planned.parallelism),
+        peak_memory_bytes=planned.peak_memory(run.sources),
         device=None if done is None else done.device.type,
         url=run.url,
         dry_run=done is None,

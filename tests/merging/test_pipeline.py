@@ -187,7 +187,7 @@ tasks = [{str(tmp_path)!r} + "/" + name for name in "abcd"]
 settings = Settings(method={method!r})
 merge, sources = work.prepare(tasks, {str(tmp_path / "base")!r}, [{scale}] * 4, settings)
 (weight,) = merge.plan.weights
-reader = loading.Reader(sources.base, sources.inputs, merge.scales, torch.device("cpu"))
+reader = loading.Reader(merge, sources, torch.device("cpu"))
 memory.empty(1000, 1000, dtype=torch.float64).zero_()
 def peak(key="VmHWM"):
     lines = open("/proc/self/status").read().splitlines()

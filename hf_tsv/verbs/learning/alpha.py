@@ -28,17 +28,6 @@ from hf_tsv.system.processes import Processes
 from hf_tsv.system.progress import logger
 
 
-def images_of(wanted: AlphaSearch, token: str | None) -> list[LabelledImages]:
-    """Load the images of every task, before the merge, so that a wrong name fails at once.
-
-    Args:
-        wanted ([`AlphaSearch`]): search that names the tasks.
-        token (`str`, *optional*): token for private datasets.
-    """
-    refuse_not_installed("Choosing α")
-    return [load(task, limit=wanted.limit, token=token) for task in wanted.tasks]
-
-
 def search(
     wanted: AlphaSearch, data: Sequence[LabelledImages], folder: Path, once: Merged, *, show: bool
 ) -> AlphaSearch:
@@ -46,7 +35,7 @@ def search(
 
     Args:
         wanted ([`AlphaSearch`]): tasks and candidates.
-        data (`Sequence[LabelledImages]`): images from [`images_of`].
+        data (`Sequence[LabelledImages]`): images of each task.
         folder (`Path`): W1, the merge with α = 1, in float32.
         once ([`Merged`]): that merge.
         show (`bool`): show bars.
@@ -91,7 +80,7 @@ def _put(changed: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float) -> None
 
 
 def refuse_no_search(settings: Settings, alpha: float | None) -> None:
-    """α is given or chosen, of methods that have one, by one process."""
+    """Refuse to choose an α that is given, that the method has not, or in several processes."""
     if alpha is not None:
         raise RecipeError("alpha is given and is to be chosen.", "Leave one of them out.")
     if settings.row.learns or settings.row.alpha is None:
@@ -107,11 +96,14 @@ def tuned(
     access: Access,
     device: str | None,
     group: Processes,
-    *,
-    show: bool,
+    progress: bool | None,
 ) -> Merge:
-    """The same merge with the best α: merges once with α = 1, in float32, and scores every α."""
-    images = images_of(wanted, access.token)
+    """The same merge with the best α: merges once with α = 1, in float32, and scores every α.
+
+    Images are loaded before, so that a wrong name fails at once.
+    """
+    refuse_not_installed("Choosing α")
+    images = [load(task, limit=wanted.limit, token=access.token) for task in wanted.tasks]
     settings = replace(
         work.settings, alpha=1.0, dtype="float32", out_format="transformers", keep_heads=False
     )
@@ -121,8 +113,8 @@ def tuned(
     )  # fmt: skip
     once = once.within(work.max_memory, sources)
     with (
-        underway(sources, Target()) as run,
-        built(run, once, device, group, show=show) as (folder, done),
+        underway(sources, Target(), progress) as run,
+        built(run, once, device, group) as (folder, done),
     ):
-        found = search(wanted, images, folder, done, show=show)
+        found = search(wanted, images, folder, done, show=run.show)
     return replace(work, settings=replace(work.settings, alpha=found.alpha), tuning=found)

@@ -25,13 +25,12 @@ from hf_tsv.evaluation.data import LabelledImages, load, refuse_not_installed
 from hf_tsv.linalg import products, updates
 from hf_tsv.linalg.updates import TaskSingularVectors
 from hf_tsv.merging import loading
-from hf_tsv.merging.plan import MergePlan, Weight
+from hf_tsv.merging.plan import Weight
 from hf_tsv.merging.work import Merge
 from hf_tsv.methods.ada import Layer, orthonormal_vectors
 from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import pipeline
 from hf_tsv.recipes.learning import Adaptation
-from hf_tsv.recipes.settings import Settings
 from hf_tsv.runs import reading
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.progress import bar, logger
@@ -42,12 +41,13 @@ LEARNED = ("vision_model.", "visual_projection.")
 """Prefixes of the weights that images pass through; all other coefficients are 1."""
 
 
-def refuse_nothing_learned(sources: Sources, plan: MergePlan) -> None:
-    """Refuse, before the work, a merge in which nothing can be learned.
+def adapting(merge: Merge, sources: Sources, adaptation: Adaptation) -> Merge:
+    """The same merge that will learn coefficients first.
 
     Args:
+        merge ([`Merge`]): merge that they are for.
         sources ([`Sources`]): base model and tasks.
-        plan ([`MergePlan`]): plan of the merge.
+        adaptation ([`Adaptation`]): settings for learning.
 
     Raises:
         [`HfTsvError`]: the base is no whole CLIP, no merged weight is one that images pass
@@ -55,20 +55,24 @@ def refuse_nothing_learned(sources: Sources, plan: MergePlan) -> None:
     """
     refuse_not_installed("The method ada")
     check_whole_clip(sources.base, "The method ada")
-    if not any(map(_changes, plan.weights)):
+    changed = (weight.label for weight in merge.plan.weights if weight.treatment != "copied")
+    if not any(label.startswith(LEARNED) for label in changed):
         raise CheckpointError(
             "The method ada learns from images, and no checkpoint has a vision tower.",
             "Use --method tsv.",
         )
+    tasks, images = len(sources.inputs), len(adaptation.tasks)
+    if images < tasks:
+        merge = merge.warned(
+            f"There are images of {images} task{'s' * (images != 1)} for {tasks} checkpoints: what"
+            " is learned favours those."
+        )
+    return replace(merge, adaptation=adaptation)
 
 
-def _changes(weight: Weight) -> bool:
-    return weight.treatment != "copied" and weight.label.startswith(LEARNED)
-
-
-def learn(
+def adapted(
     merge: Merge, sources: Sources, adaptation: Adaptation, device: torch.device, *, show: bool
-) -> tuple[dict[str, tuple[float, ...]], Adaptation]:
+) -> Merge:
     """Learn the coefficients with which predictions on images are most certain.
 
     Args:
@@ -79,8 +83,7 @@ def learn(
         show (`bool`): show bars.
 
     Returns:
-        `tuple[dict[str, tuple[float, ...]], Adaptation]`: coefficients of each task by weight, and
-        the adaptation with its result.
+        [`Merge`]: the same with coefficients, and the adaptation with its result.
 
     Raises:
         [`HfTsvError`]: a dataset cannot be read, the base model has no processor, or the entropy
@@ -88,6 +91,8 @@ def learn(
     """
     from transformers.utils import logging
 
+    images_of = f"{len(adaptation.tasks)} task{'s' * (len(adaptation.tasks) != 1)}"
+    logger.info("Learning coefficients on images of %s.", images_of)
     token = sources.access.token
     data = [_without_labels(load(task, token=token)) for task in adaptation.tasks]
     pinned = sources.base.pinned
@@ -127,7 +132,11 @@ def learn(
         layer.label: tuple(round(c, DIGITS) for c in row)
         for layer, row in zip(layers, found.tolist(), strict=True)
     }
-    return learned, replace(adaptation, tasks=tasks, images=counts, entropy=told)
+    return replace(
+        merge,
+        coefficients=learned,
+        adaptation=replace(adaptation, tasks=tasks, images=counts, entropy=told),
+    )
 
 
 def _without_labels(images: LabelledImages) -> LabelledImages:
@@ -161,13 +170,11 @@ def layers_of(
         products.threads(merge.parallelism.threads),
         bar("Orthogonalising", len(weights), visible=show) as advance,
     ):
-        for loaded in loading.read_weights(
-            weights, sources.base, sources.inputs, merge.scales, device
-        ):
+        for loaded in loading.read_weights(weights, merge, sources, device):
             if loaded.deltas and parameters.keys() >= set(_own_names(loaded.weight)):
-                tasks = [sources.inputs[i] for i in loaded.tasks]
+                tasks = [sources.inputs[i] for i in loaded.finding.tasks]
                 with reading.named(loaded.weight.label, tasks):
-                    layer = _layer(loaded, parameters, merge.settings, len(sources.inputs))
+                    layer = _layer(loaded, parameters, merge)
                 layer.place(ones)
                 if layer.label.startswith(LEARNED):
                     found.append(layer)
@@ -180,40 +187,16 @@ def _own_names(weight: Weight) -> list[str]:
     return [layout.name_in_class(name, WHOLE) or "" for name in weight.names]
 
 
-def _layer(
-    loaded: loading.LoadedWeight, parameters: Mapping[str, Tensor], settings: Settings, tasks: int
-) -> Layer:
-    weight = loaded.weight
+def _layer(loaded: loading.LoadedWeight, parameters: Mapping[str, Tensor], merge: Merge) -> Layer:
+    weight, alpha = loaded.weight, merge.settings.alpha
     own = tuple(parameters[name] for name in _own_names(weight))
     dtype = own[0].dtype
     shares: TaskSingularVectors | Tensor
     ranks: tuple[int, ...] = ()
     if weight.treatment == "decomposed":
-        vectors, ranks = orthonormal_vectors(loaded.updates(settings, tasks))
-        shares = replace(vectors, S=vectors.S * settings.alpha).to(dtype)
+        vectors, ranks = orthonormal_vectors(loaded.updates(merge))
+        shares = replace(vectors, S=vectors.S * alpha).to(dtype)
     else:
         dense = [updates.dense(delta) for delta in loaded.deltas]
-        shares = (torch.stack(dense) * (settings.alpha / tasks)).to(dtype)
-    return Layer(weight.label, own, loaded.base.to(dtype), loaded.tasks, shares, ranks)
-
-
-def adapted(
-    merge: Merge, sources: Sources, adaptation: Adaptation, device: torch.device, *, show: bool
-) -> Merge:
-    """The same merge with coefficients, learned from images."""
-    images = f"{len(adaptation.tasks)} task{'s' * (len(adaptation.tasks) != 1)}"
-    logger.info("Learning coefficients on images of %s.", images)
-    coefficients, found = learn(merge, sources, adaptation, device, show=show)
-    return replace(merge, coefficients=coefficients, adaptation=found)
-
-
-def adapting(merge: Merge, sources: Sources, adaptation: Adaptation) -> Merge:
-    """The same merge that will learn coefficients first."""
-    refuse_nothing_learned(sources, merge.plan)
-    tasks, images = len(sources.inputs), len(adaptation.tasks)
-    if images < tasks:
-        merge = merge.warned(
-            f"There are images of {images} task{'s' * (images != 1)} for {tasks} checkpoints: what"
-            " is learned favours those."
-        )
-    return replace(merge, adaptation=adaptation)
+        shares = (torch.stack(dense) * (alpha / len(merge.scales))).to(dtype)
+    return Layer(weight.label, own, loaded.base.to(dtype), loaded.finding.tasks, shares, ranks)
