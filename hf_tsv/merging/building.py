@@ -117,16 +117,7 @@ def _check_inputs(merge: Merge, sources: Sources) -> None:
 
 
 def follow(group: Processes, device_name: str | None, access: Access) -> Any:
-    """Do this process's share of what the first one has prepared.
-
-    Args:
-        group ([`Processes`]): those that share the work; this one is not the first.
-        device_name (`str`, *optional*): default: the one accelerate chooses.
-        access ([`Access`]): how checkpoints are reached.
-
-    Returns:
-        [`MergeReport`]: or whatever the first process reports.
-    """
+    """Do this process's share of what the first one prepares, and return what that one reports."""
     message = group.receive()
     if not isinstance(message, _Assignment):
         return message

@@ -59,10 +59,7 @@ def peak_memory(
 ) -> int:
     """Most bytes in use at a time, on top of the interpreter and its libraries.
 
-    Args:
-        weights (`Sequence[Weight]`): weights in the order of the work.
-        parallelism ([`Parallelism`]): amount of work at a time.
-        measure (`bool`): measure their interference too.
+    Weights are in the order of the work; `measure`: their interference is measured too.
     """
     largest = max((held(weight) for weight in weights), default=0)
     most_read = max(map(_reading, weights), default=0)
@@ -122,16 +119,17 @@ def _reading(weight: Weight) -> int:
 
 def _computing(weight: Weight, threads: int, measure: bool) -> int:
     """Bytes for computing a weight, mostly in float64, besides the updates."""
-    result = (8 + 4) * prod(weight.shape)  # update, cast
+    tasks, entries = len(weight.inputs), prod(weight.shape)
+    result = (8 + 4) * entries  # update, cast
     if weight.treatment == "combined":  # trims or votes on all updates side by side
-        return result + 4 * prod(weight.shape) * (len(weight.inputs) + 3)
+        return result + 4 * entries * (tasks + 3)
     if weight.treatment != "decomposed":
         return result
-    (m, n), columns = weight.shape, weight.rank * len(weight.inputs)
+    (m, n), columns = weight.shape, weight.rank * tasks
     vectors = 8 * columns * (m + n)
     one_task = 8 * (m * n + 4 * min(m, n) ** 2 + 4 * weight.rank * (m + n))
     inner = min(columns, max(m, n))
     polar = min(threads, 2) * 8 * 5 * inner**2 + vectors  # and the chain of products
-    decomposing = min(threads, len(weight.inputs)) * one_task
+    decomposing = min(threads, tasks) * one_task
     measuring = vectors + 8 * inner * (inner + 2 * ROWS) if measure else 0
     return vectors + max(decomposing, vectors + polar + result + measuring)

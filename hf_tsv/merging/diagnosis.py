@@ -64,14 +64,7 @@ class Diagnosis:
 def diagnoses(
     inputs: Sequence[Task], scales: Sequence[float], plan: MergePlan, findings: Findings
 ) -> list[Diagnosis]:
-    """Warnings about the inputs.
-
-    Args:
-        inputs (`Sequence[Task]`): the tasks.
-        scales (`Sequence[float]`): factor of each task's update.
-        plan ([`MergePlan`]): plan of the merge.
-        findings ([`Findings`]): findings about every weight.
-    """
+    """Warnings about the inputs of a merge, whose updates have the factors `scales`."""
     return [
         *_same_updates(inputs, findings),
         *_large_norms(inputs, scales, findings),

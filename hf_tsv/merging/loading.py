@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -85,9 +85,7 @@ class LoadedWeight:
 def known_before(merge: Merge, sources: Sources) -> Any:
     """Run the pass of a method over all weights before the first is merged: reads everything once.
 
-    Args:
-        merge ([`Merge`]): what to do; coefficients play no part yet.
-        sources ([`Sources`]): base model and tasks.
+    Coefficients play no part in it, learned or not.
     """
     merge = replace(merge, coefficients={})
     weights = [weight for weight in merge.plan.weights if weight.treatment in TOGETHER]
@@ -98,7 +96,7 @@ def known_before(merge: Merge, sources: Sources) -> Any:
 
 def read_weights(
     weights: Sequence[Weight], merge: Merge, sources: Sources, device: torch.device
-) -> Iterator[LoadedWeight]:
+) -> Generator[LoadedWeight, None, None]:
     """Weights with the updates of all tasks, one at a time; the next are read meanwhile.
 
     Args:

@@ -34,25 +34,14 @@ def mask_folders(settings: Settings, inputs: Sequence[Task]) -> list[str]:
     return [f"{masks.FOLDER}/{name}" for name in names]
 
 
-def mask_bytes(merge: Merge, sources: Sources, unchanged: frozenset[str] = frozenset()) -> int:
-    """Bytes of the masks of all tasks together.
-
-    Args:
-        merge ([`Merge`]): what is done.
-        sources ([`Sources`]): base model and tasks.
-        unchanged (`frozenset[str]`): labels of weights that no task changed.
-    """
+def mask_bytes(merge: Merge, sources: Sources, unchanged: frozenset[str]) -> int:
+    """Bytes of the masks of all tasks together; `unchanged` are weights that none has changed."""
     folders = mask_folders(merge.settings, sources.inputs)
     return len(folders) * _layout(sources.base, _changed(merge.plan, unchanged)).total_bytes
 
 
 def write_masks(folder: Path, done: Merged) -> None:
-    """Write the mask of every task, in a second pass over all checkpoints.
-
-    Args:
-        folder (`Path`): of the merge, complete but for these.
-        done ([`Merged`]): the merge.
-    """
+    """Write the mask of every task into the folder of its merge: reads all checkpoints again."""
     merge = done.merge
     shutil.rmtree(folder / masks.FOLDER, ignore_errors=True)  # of a run that was stopped
     base, inputs = done.sources.base, done.sources.inputs
@@ -72,9 +61,8 @@ def write_masks(folder: Path, done: Merged) -> None:
         together = [replace(weight, treatment="combined") for weight in weights]
         for loaded in loading.read_weights(together, merge, done.sources, torch.device("cpu")):
             stored = [merged.read(name) for name in loaded.weight.names]
-            total = updates.difference(
-                torch.cat(stored) if len(stored) > 1 else stored[0], loaded.base
-            )
+            whole = torch.cat(stored) if len(stored) > 1 else stored[0]
+            total = updates.difference(whole, loaded.base)
             for name, w0 in loading.by_name(loaded.weight, loaded.base, base):
                 digests[name] = digest(w0)
             for i, writer in enumerate(writers):

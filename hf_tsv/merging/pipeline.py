@@ -85,8 +85,7 @@ def merge_weights(
 def _merge_one(loaded: LoadedWeight, merge: Merge, *, writes: bool) -> tuple[Tensor, Finding]:
     """The merged weight, in the dtype it will be stored in."""
     weight, finding = loaded.weight, loaded.finding
-    dtype = merge.plan.specs[weight.names[0]].dtype
-    update = loaded.update
+    dtype, update = merge.plan.specs[weight.names[0]].dtype, loaded.update
     if loaded.deltas:
         merged = rule_of(merge.settings.row)(loaded.updates(merge, keep=merge.measure))
         update = merged.matrix
@@ -99,16 +98,16 @@ def _merge_one(loaded: LoadedWeight, merge: Merge, *, writes: bool) -> tuple[Ten
         )
     if not writes:
         return loaded.base, finding
-    if update is None:
-        return _cast(loaded.base, dtype, weight), finding
-    update = products.in_working_precision(update)
-    return _cast(update.mul_(merge.settings.alpha).add_(loaded.base), dtype, weight), finding
+    result = loaded.base
+    if update is not None:
+        update = products.in_working_precision(update)
+        result = update.mul_(merge.settings.alpha).add_(loaded.base)
+    return _cast(result, dtype, weight), finding
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, weight: Weight) -> Tensor:
     stored = empty(*tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
-    finite = not dtype.is_floating_point or not stored.numel() or largest_entry(stored) < math.inf
-    if not finite:
+    if dtype.is_floating_point and stored.numel() and not largest_entry(stored) < math.inf:
         raise CheckpointError(
             f"Merged values of {weight.label} do not fit into {str(dtype).removeprefix('torch.')}.",
             "Use --dtype float32 or a smaller --alpha.",
@@ -124,8 +123,7 @@ def _write(
     finding: Finding,
     done: Callable[[Finding], None],
 ) -> None:
-    started = time.monotonic()
-    written = {}
+    started, written = time.monotonic(), {}
     for name, part in by_name(weight, result, base):
         if writer is None:
             break

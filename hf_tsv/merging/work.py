@@ -168,7 +168,7 @@ def prepare(
     """
     if not checkpoints:
         raise RecipeError("There is nothing to merge.", "Name at least one checkpoint.")
-    scales = [1.0] * len(checkpoints) if scales is None else scales
+    scales = [1.0] * len(checkpoints) if scales is None else list(scales)
     if len(scales) != len(checkpoints):
         raise RecipeError(
             f"There are {len(scales)} weights for {len(checkpoints)} checkpoints.",

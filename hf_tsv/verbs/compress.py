@@ -205,7 +205,7 @@ def _kept(folder: Path, config: FactorsConfig, measured: Sequence[Measured]) -> 
 
 
 def _report(job: Compression, target: Target, download_bytes: int) -> CompressReport:
-    """What is known before any weight is read: the sizes are upper bounds."""
+    """Report before any weight is read, whose sizes are upper bounds."""
     options, source = job.options, job.source
     sizes = [most_bytes(item, options.rule) for item in job.candidates]
     most = sum(sizes) + (job.head_bytes if options.format == "factors" else 0)

@@ -29,7 +29,7 @@ from hf_tsv.system.version import __version__
 
 @dataclass(frozen=True)
 class ReconstructReport:
-    """What a reconstruction did, or with `dry_run` would do.
+    """Account of a reconstruction, or with `dry_run` of what it would do.
 
     Args:
         output (`str`, *optional*): the folder written, if it is kept.

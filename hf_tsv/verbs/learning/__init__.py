@@ -1,1 +1,1 @@
-"""What is learned from images before a merge: α and coefficients."""
+"""Learning from images before a merge: α and coefficients."""
