@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -31,14 +31,6 @@ from hf_tsv.system.errors import CheckpointError, HfTsvError, LostProcessError, 
 from hf_tsv.system.folders import disk_errors
 from hf_tsv.system.processes import Processes
 from hf_tsv.system.progress import bar, logger
-
-
-class Before(Protocol):
-    """Adds to a merge what has to be learned before its first weight."""
-
-    def __call__(
-        self, merge: Merge, sources: Sources, device: torch.device, *, show: bool
-    ) -> Merge: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ def built(
     device_name: str | None,
     group: Processes,
     *,
-    before: Before | None = None,
+    before: Callable[[Merge, Run, torch.device], Merge] | None = None,
 ) -> Iterator[tuple[Path, Merged]]:
     """Make a complete checkpoint: weights, config, companions; the body describes it.
 
@@ -90,7 +82,7 @@ def built(
     if merge.settings.row.before:
         merge = replace(merge, known=loading.known_before(merge, run.sources))
     if before is not None:
-        merge = before(merge, run.sources, device, show=run.show)
+        merge = before(merge, run, device)
     identity = merge.identity(run.sources, device)  # with what was learned
     with (
         run.result(identity) as final,

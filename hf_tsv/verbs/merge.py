@@ -227,13 +227,13 @@ def _refuse_no_report(work: Merge, sources: Sources) -> None:
     refuse_nothing_decomposed(work.plan, sources.inputs)
 
 
-def _learned(merge: Merge, sources: Sources, device: torch.device, *, show: bool) -> Merge:
+def _learned(merge: Merge, run: Run, device: torch.device) -> Merge:
     """The same merge with coefficients, where its method learns them."""
     if merge.adaptation is None or merge.coefficients:
         return merge
     from hf_tsv.verbs.learning.coefficients import adapted
 
-    return adapted(merge, sources, merge.adaptation, device, show=show)
+    return adapted(merge, merge.adaptation, run, device)
 
 
 def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:

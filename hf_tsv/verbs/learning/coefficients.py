@@ -18,7 +18,6 @@ from torch import Tensor
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.fit import check_whole_clip
-from hf_tsv.checkpoints.reference import at_revision
 from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.evaluation import zero_shot
 from hf_tsv.evaluation.data import LabelledImages, load, refuse_not_installed
@@ -32,6 +31,7 @@ from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import pipeline
 from hf_tsv.recipes.learning import Adaptation
 from hf_tsv.runs import reading
+from hf_tsv.runs.lifecycle import Run
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.progress import bar, logger
 from hf_tsv.verbs.learning.descent import DIGITS, Batches, descend
@@ -70,17 +70,14 @@ def adapting(merge: Merge, sources: Sources, adaptation: Adaptation) -> Merge:
     return replace(merge, adaptation=adaptation)
 
 
-def adapted(
-    merge: Merge, sources: Sources, adaptation: Adaptation, device: torch.device, *, show: bool
-) -> Merge:
+def adapted(merge: Merge, adaptation: Adaptation, run: Run, device: torch.device) -> Merge:
     """Learn the coefficients with which predictions on images are most certain.
 
     Args:
         merge ([`Merge`]): merge that they are for.
-        sources ([`Sources`]): base model and tasks.
         adaptation ([`Adaptation`]): settings for learning.
+        run ([`Run`]): reads base model and tasks.
         device (`torch.device`): device that computes.
-        show (`bool`): show bars.
 
     Returns:
         [`Merge`]: the same with coefficients, and the adaptation with its result.
@@ -91,16 +88,15 @@ def adapted(
     """
     from transformers.utils import logging
 
-    images_of = f"{len(adaptation.tasks)} task{'s' * (len(adaptation.tasks) != 1)}"
-    logger.info("Learning coefficients on images of %s.", images_of)
-    token = sources.access.token
+    several = "s" * (len(adaptation.tasks) != 1)
+    logger.info("Learning coefficients on images of %d task%s.", len(adaptation.tasks), several)
+    sources, show, token = run.sources, run.show, run.sources.access.token
     data = [_without_labels(load(task, token=token)) for task in adaptation.tasks]
-    pinned = sources.base.pinned
     if not show:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     pipe: Any = pipeline(
         ZERO_SHOT,
-        at_revision(pinned.ref, pinned.revision),
+        merge.base,
         dtype=torch.float32,
         device=str(device),
         token=token,
@@ -119,9 +115,7 @@ def adapted(
         for task, images in zip(adaptation.tasks, data, strict=True)
     ]
     batches = Batches(pipe.image_processor, adaptation, data)
-    found, told = descend(
-        pipe.model, layers, classes, batches, len(sources.inputs), adaptation, show=show
-    )
+    found, told = descend(pipe.model, layers, classes, batches, len(sources.inputs), show=show)
     logger.info("Mean entropy of predictions: %.3f before, %.3f after.", *told)
     tasks = tuple(
         replace(task, split=images.split)

@@ -32,7 +32,6 @@ def descend(
     classes: Sequence[Tensor],
     batches: Batches,
     tasks: int,
-    adaptation: Adaptation,
     *,
     show: bool,
 ) -> tuple[Tensor, tuple[float, float]]:
@@ -42,15 +41,15 @@ def descend(
         model: a `CLIPModel` whose weights are those of coefficients 1.
         layers (`Sequence[Layer]`): weights of the model to learn for.
         classes (`Sequence[Tensor]`): directions (classes, projection) of each task with images.
-        batches (`_Batches`): images of these tasks.
+        batches ([`Batches`]): images of these tasks, and settings for learning.
         tasks (`int`): T, number of checkpoints.
-        adaptation ([`Adaptation`]): settings for learning.
         show (`bool`): show a bar.
 
     Returns:
         `tuple[Tensor, tuple[float, float]]`: coefficients, shape (layers, T), and the entropy
         before and after, in nats.
     """
+    adaptation = batches.adaptation
     for layer in layers:
         for parameter in layer.parameters:
             parameter.requires_grad_(True)
