@@ -159,20 +159,12 @@ def run(
         place = pick_device(device)
         with built(begun, job, place) as (folder, done):
             _describe(folder, job, done, target)
-    config = done.config
-    report = _measured_report(report, config)
-    if config.factors_bytes >= config.checkpoint_bytes:
+    report = _measured_report(report, done)
+    if done.config.factors_bytes >= done.config.checkpoint_bytes:
         report.warnings.append(_too_large(report))
         logger.warning(report.warnings[-1])
-    return replace(
-        report,
-        output_bytes=done.output_bytes,
-        exact_decompositions=sum(item.exact for item in done.measured),
-        timings=done.seconds.rounded(),
-        seconds=round(time.monotonic() - started, 3),
-        device=place.type,
-        url=begun.url,
-    )
+    seconds = round(time.monotonic() - started, 3)
+    return replace(report, seconds=seconds, device=place.type, url=begun.url)
 
 
 def _describe(folder: Path, job: Compression, done: Compressed, target: Target) -> None:
@@ -246,7 +238,10 @@ def _report(job: Compression, target: Target, download_bytes: int) -> CompressRe
     )
 
 
-def _measured_report(report: CompressReport, config: FactorsConfig) -> CompressReport:
+def _measured_report(report: CompressReport, done: Compressed) -> CompressReport:
+    """Replace upper bounds of the report by what is written."""
+    config = done.config
+
     def entry(weight: StoredWeight) -> dict[str, Any]:
         content = weight.to_dict()
         return {k: content[k] for k in ("stored", "shape", "rank", "energy", "norm", "bytes")}
@@ -261,6 +256,9 @@ def _measured_report(report: CompressReport, config: FactorsConfig) -> CompressR
         update_error=config.update_error,
         weights={name: entry(weight) for name, weight in config.weights.items()},
         left_out=list(config.left_out),
+        output_bytes=done.output_bytes,
+        exact_decompositions=sum(item.exact for item in done.measured),
+        timings=done.seconds.rounded(),
     )
 
 
