@@ -77,11 +77,9 @@ class MergePlan:
         """Tensors per treatment; those in `frozen` turned out unchanged and were copied."""
         count = Counter({"decomposed": 0, "averaged": 0, "copied": 0})
         for weight in self.weights:
-            added = weight.treatment in ("summed", "combined")
-            treatment = "averaged" if added else weight.treatment
-            if weight.label in frozen:
-                treatment = "copied"
-            count[treatment] += len(weight.names)
+            treatment = "copied" if weight.label in frozen else weight.treatment
+            added = treatment in ("summed", "combined")
+            count["averaged" if added else treatment] += len(weight.names)
         return dict(count)
 
 
@@ -103,7 +101,7 @@ def make_plan(base: Checkpoint, inputs: Sequence[Task], settings: Settings) -> M
     weights = tuple(
         _treat(names, base, inputs, settings) for names in _group(written, settings.qkv)
     )
-    specs = {name: _spec(base.tensors[name], settings) for name in written}
+    specs = {name: spec_of(base.tensors[name], settings) for name in written}
     warnings = [*config_warnings(base, inputs), *_rank_warnings(weights, len(inputs), settings)]
     warnings += _exclude_warnings(base, settings)
     if len(inputs) > 1:  # one task alone is reconstructed, not merged
@@ -209,7 +207,8 @@ def _wanted_rank(shape: tuple[int, ...], tasks: int, settings: Settings) -> int:
     return default_rank(shape, tasks)
 
 
-def _spec(info: TensorInfo, settings: Settings) -> TensorSpec:
+def spec_of(info: TensorInfo, settings: Settings) -> TensorSpec:
+    """Data type and shape of a tensor in the output."""
     dtype = info.dtype
     if settings.dtype is not None and dtype.is_floating_point:
         dtype = getattr(torch, settings.dtype)

@@ -9,15 +9,12 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.task import pinned_entry
 from hf_tsv.checkpoints.names import RECONSTRUCTION_FILE
 from hf_tsv.checkpoints.sources import Access, Sources
-from hf_tsv.checkpoints.storage.tensors import TensorSpec
 from hf_tsv.merging.building import built, follow
-from hf_tsv.merging.plan import lay_out
+from hf_tsv.merging.plan import lay_out, spec_of
 from hf_tsv.merging.work import Merge, Merged, prepare
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import cards
@@ -161,13 +158,9 @@ def _report(run: Run, planned: Merge, done: Merged | None, started: float) -> Re
 
 def _with_head(work: Merge, sources: Sources) -> Merge:
     """The same reconstruction with a place for the task head in its output files."""
-    wanted = None if work.settings.dtype is None else getattr(torch, work.settings.dtype)
-    specs = dict(work.plan.specs)
-    for name, info in sources.inputs[0].head.items():
-        dtype = wanted if wanted is not None and info.dtype.is_floating_point else info.dtype
-        specs[name] = TensorSpec(dtype, info.shape)
-    shards = lay_out(specs, sources.base, work.settings)
-    plan = replace(work.plan, specs=specs, shards=shards)
+    head = {n: spec_of(info, work.settings) for n, info in sources.inputs[0].head.items()}
+    specs = work.plan.specs | head
+    plan = replace(work.plan, specs=specs, shards=lay_out(specs, sources.base, work.settings))
     return replace(work, plan=plan, task_head=True, verb="Reconstructing")
 
 
