@@ -76,7 +76,7 @@ def diagnoses(
 
 
 def _same_updates(inputs: Sequence[Task], findings: Findings) -> Iterator[Diagnosis]:
-    cosines, shared, told = findings.cosines(), len(findings.null_directions), False
+    cosines, shared, told = findings.cosines(), findings.shared, False
     for i, j in combinations(range(len(inputs)), 2):
         cosine = float(cosines[i, j])
         if abs(cosine) < SAME_UPDATE or str(inputs[i]) == str(inputs[j]):

@@ -90,15 +90,9 @@ class Findings:
     weights: Sequence[Finding]
 
     @property
-    def ranks(self) -> dict[str, tuple[int, ...]]:
-        """Number of triplets used of each changed task, by decomposed weight."""
-        return {found.label: found.ranks for found in self.weights if found.ranks}
-
-    @property
-    def null_directions(self) -> dict[str, int]:
-        """Number of directions that tasks share exactly, by weight that has any."""
-        found = {found.label: found.null_directions for found in self.weights}
-        return {label: count for label, count in found.items() if count}
+    def shared(self) -> int:
+        """Number of weights in which tasks share directions exactly."""
+        return sum(found.null_directions > 0 for found in self.weights)
 
     @property
     def exact(self) -> int:

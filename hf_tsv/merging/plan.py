@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -215,18 +215,16 @@ def spec_of(info: TensorInfo, settings: Settings) -> TensorSpec:
     return TensorSpec(dtype, info.shape)
 
 
-def _rank_warnings(weights: Sequence[Weight], tasks: int, settings: Settings) -> list[str]:
+def _rank_warnings(weights: Sequence[Weight], tasks: int, settings: Settings) -> Iterator[str]:
     chosen = settings.rank is not None or settings.rank_fraction is not None
     if settings.row.ranks != "share" or not chosen:
-        return []
+        return
     decomposed = [weight for weight in weights if weight.treatment == "decomposed"]
-    lowered = sum(w.rank < _wanted_rank(w.shape, tasks, settings) for w in decomposed)
-    if not lowered:
-        return []
-    return [
-        f"The rank was lowered to ⌊k/{tasks}⌋ in {lowered} weights: more directions of"
-        f" {tasks} tasks cannot be orthogonal."
-    ]
+    if lowered := sum(w.rank < _wanted_rank(w.shape, tasks, settings) for w in decomposed):
+        yield (
+            f"The rank was lowered to ⌊k/{tasks}⌋ in {lowered} weights: more directions of"
+            f" {tasks} tasks cannot be orthogonal."
+        )
 
 
 def _exclude_warnings(base: Checkpoint, settings: Settings) -> list[str]:
@@ -238,9 +236,8 @@ def _exclude_warnings(base: Checkpoint, settings: Settings) -> list[str]:
     ]
 
 
-def _energy_warnings(weights: Sequence[Weight], inputs: Sequence[Task]) -> list[str]:
+def _energy_warnings(weights: Sequence[Weight], inputs: Sequence[Task]) -> Iterator[str]:
     """Warnings of factors that keep fewer triplets than this merge uses."""
-    warnings = []
     for i, item in enumerate(inputs):
         short, missing, total = 0, 0.0, 0.0
         for weight in weights:
@@ -251,9 +248,8 @@ def _energy_warnings(weights: Sequence[Weight], inputs: Sequence[Task]) -> list[
                 missing += lost
                 short += lost > 0
         if missing > NEGLIGIBLE_ENERGY * total:
-            warnings.append(
+            yield (
                 f"{item} keeps fewer singular vectors than this merge uses in {short} weights:"
                 f" {100 * missing / total:.2g} % of the energy of its update is missing."
                 " Compress with a larger rank for the exact merge."
             )
-    return warnings
