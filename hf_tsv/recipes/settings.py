@@ -46,23 +46,10 @@ def versions_of(method: Method) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Settings:
-    """Choices of a merge, checked.
+    """Choices of a merge, checked: arguments of `hf_tsv.merge` that a recipe holds.
 
-    Args:
-        method (`str`): name of a [`Method`] in the catalogue.
-        orthogonalizer (`str`): `procrustes` (SVD) or `whitening` (eigendecomposition).
-        alpha (`float`): α, scale of the merged update; default: that of the method.
-        rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
-        rank_fraction (`float`, *optional*): the same as a share of k.
-        exclude (`tuple[str, ...]`): globs of canonical names that are averaged instead.
-        qkv (`str`, *optional*): `split` decomposes the attention projections one by one, `fused`
-            stacked; default as the base stores them.
-        dtype (`str`, *optional*): of the output; default as the base.
-        max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
-        precision (`str`): `fast`: by Gram matrices, each result checked; `exact`: full SVDs.
-        out_format (`str`, *optional*): of the output, `transformers` or `open_clip`; default as the
-            base.
-        keep_heads (`bool`): write the task heads beside the merged encoder.
+    Without `qkv`, `dtype` and `out_format` the result is like the base model; without `alpha` it is
+    the method's own.
     """
 
     method: str = "tsv"

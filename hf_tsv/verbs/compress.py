@@ -78,8 +78,8 @@ def compress(
         factor_dtype (`str`): `float32`, `bfloat16` or `float16`.
         compress_conv (`bool`): decompose the patch convolution as well.
         report (`bool`): put table and picture of what is kept into the card.
-
-    The other arguments, of the output, the upload and the run, are those of [`merge`].
+        push_to, max_shard_size, device, force, private, revision, create_pr, commit_message, token,
+            cache_dir, subfolder, stream, progress: as in [`merge`].
 
     Returns:
         [`TaskFactors`]: with a [`CompressReport`] as `report`.

@@ -69,8 +69,7 @@ def interference(
         exclude (`Sequence[str]`): globs of weights that a merge would average.
         qkv (`str`, *optional*): `split` or `fused` attention projections; default: as the base
             stores them.
-
-    The other arguments, of how checkpoints are reached and of the run, are those of [`merge`].
+        device, token, cache_dir, subfolder, stream, max_memory, progress: as in [`merge`].
 
     Returns:
         [`InterferenceReport`]: all of it.

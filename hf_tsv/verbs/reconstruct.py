@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.task import pinned_entry
@@ -18,6 +17,7 @@ from hf_tsv.merging.plan import lay_out, spec_of
 from hf_tsv.merging.work import Merge, Merged, prepare
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import cards
+from hf_tsv.reports.report import Report
 from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
@@ -25,7 +25,7 @@ from hf_tsv.system.version import __version__
 
 
 @dataclass(frozen=True)
-class ReconstructReport:
+class ReconstructReport(Report):
     """Account of a reconstruction, or with `dry_run` of what it would do.
 
     Args:
@@ -58,10 +58,6 @@ class ReconstructReport:
     url: str | None = None
     dry_run: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return asdict(self)
-
 
 def reconstruct(
     factors: str | PathLike[str],
@@ -93,8 +89,9 @@ def reconstruct(
         factors (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
         base_model (`str`, *optional*): W0; default: the one the factors were made from.
         dtype (`str`, *optional*): of the output; default as the base.
-
-    The other arguments, of the output, the upload and the run, are those of [`merge`].
+        output, push_to, max_shard_size, device, force, private, revision, create_pr,
+            commit_message, token, cache_dir, subfolder, stream, max_memory, dry_run, progress: as
+            in [`merge`].
 
     Returns:
         [`ReconstructReport`]: what was done.
