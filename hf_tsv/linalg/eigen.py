@@ -27,12 +27,9 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Eigen:
-    """Leading eigenvalues of a Gram matrix, descending, and eigenvectors as rows.
+    """Leading eigenvalues (r,) of a Gram matrix, descending, and eigenvectors as rows (r, n).
 
-    Args:
-        values (`Tensor`): shape (r,).
-        vectors (`Tensor`): shape (r, n).
-        all_values (`Tensor`, *optional*): shape (n,).
+    `all_values` has the shape (n,), where all were asked for.
     """
 
     values: Tensor
@@ -63,11 +60,8 @@ def leading_eighs(items: Sequence[Scaled], rank: int, spectrum: bool) -> Sequenc
 def leading_eigh(a: Tensor, rank: int, floor: float = 0.0, spectrum: bool = False) -> Eigen | None:
     """The `rank` largest eigenvalues of aᵀa and their eigenvectors; None where that is no use.
 
-    Args:
-        a (`Tensor`): shape (m, n).
-        rank (`int`): most eigenvectors that are found.
-        floor (`float`): largest singular value that is not wanted.
-        spectrum (`bool`): find all eigenvalues too.
+    `a` has the shape (m, n). Singular values up to `floor` are not wanted; `spectrum` finds all
+    eigenvalues too.
     """
     if a.dtype != torch.float64 or not a.numel():
         return None

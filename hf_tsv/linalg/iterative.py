@@ -41,15 +41,9 @@ def leading_eigh(grams: Tensor, count: int, floors: Tensor) -> tuple[Tensor, Ten
     Chelikowsky, "Self-consistent-field calculations using Chebyshev-filtered subspace iteration"
     (2006).
 
-    Args:
-        grams (`Tensor`): symmetric, positive semi-definite, float64, shape (T, n, n).
-        count (`int`): number of eigenvectors of each.
-        floors (`Tensor`): shape (T,); eigenvalues up to the square of it are not wanted, and may
-            come with vectors that are none.
-
-    Returns:
-        `tuple[Tensor, Tensor]`: eigenvalues descending (T, count), eigenvectors as rows
-        (T, count, n).
+    The matrices (T, n, n) are float64, symmetric and positive semi-definite. Eigenvalues up to the
+    squares of `floors` (T,) are not wanted, and may come with vectors that are none. The result is
+    eigenvalues, descending (T, count), and eigenvectors as rows (T, count, n).
     """
     width = count + max(8, count // 2)
     if 2 * width > grams.shape[1]:
@@ -110,13 +104,8 @@ def polar_parts(a: Tensor, smallest: float) -> tuple[Tensor, Tensor] | None:
     costs 1e-11. Source: Chen and Chow, "A stable scaling of Newton-Schulz for improving the sign
     function computation of a Hermitian matrix" (2014).
 
-    Args:
-        a (`Tensor`): float64, shape (m, n), m >= n.
-        smallest (`float`): smallest ratio of eigenvalues of aᵀa that is accepted.
-
-    Returns:
-        `tuple[Tensor, Tensor]`: Q (m, n) and the polar factor of R (n, n); None where an
-        eigenvalue may be smaller.
+    `a` is float64, (m, n), m >= n. The result is Q (m, n) and the polar factor of R (n, n); None
+    where a ratio of eigenvalues of aᵀa may be less than `smallest`.
     """
     gram = a.mT @ a
     bound = (gram @ gram).norm().sqrt()  # on the largest eigenvalue
@@ -166,14 +155,9 @@ def _filtered(
 ) -> Tensor:
     """Orthonormal basis of a Chebyshev polynomial of matrices times their blocks.
 
-    Args:
-        grams (`Tensor`): shape (T, n, n).
-        block (`Tensor`): shape (T, n, p).
-        image (`Tensor`): grams · block.
-        ritz (`Tensor`): Rayleigh quotients of the columns, shape (T, p).
-        excess (`Tensor`): distance of each matrix from being settled, shape (T,).
-        count (`int`): leading vectors wanted.
-        first (`bool`): whether columns are not in order yet.
+    The matrices have the shape (T, n, n), `block` and `image` (grams · block) (T, n, p), the
+    Rayleigh quotients `ritz` of the columns (T, p), and `excess`, the distance of each matrix from
+    being settled, (T,). At `first` the columns are not in order yet.
     """
     largest, end = ritz.amax(1), ritz.amin(1)
     end = torch.maximum(end, torch.finfo(end.dtype).eps * largest)  # of what is damped

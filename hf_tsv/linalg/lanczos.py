@@ -47,14 +47,9 @@ def leading_eigh(upper: Tensor, count: int, floor: float) -> tuple[Tensor, Tenso
     matrix is less than the smallest of them. Source: Parlett, "The Symmetric Eigenvalue Problem"
     (1998), chapter 13.
 
-    Args:
-        upper (`Tensor`): shape (n, n); its upper triangle counts.
-        count (`int`): most eigenvectors that are found.
-        floor (`float`): largest eigenvalue that is not wanted.
-
-    Returns:
-        `tuple[Tensor, Tensor]` or `None`: eigenvalues descending (r,), eigenvectors as rows (r, n);
-        None where the method is not the way, or fails.
+    The upper triangle of the matrix (n, n) counts, and eigenvalues up to `floor` are not wanted.
+    The result is at most `count` eigenvalues, descending (r,), and eigenvectors as rows (r, n);
+    None where the method is not the way, or fails.
     """
     n = upper.shape[0]
     steps, most = FIRST * count + MORE, int(MOST * n)

@@ -32,12 +32,7 @@ PAGE, PADDING = 512, 24
 
 
 class NotConvergedError(ArithmeticError):
-    """A decomposition gave up.
-
-    Args:
-        reason (`str`): what happened.
-        place (`int`, *optional*): index of the matrix, where there were several.
-    """
+    """A decomposition gave up; `place` is the index of the matrix, where there were several."""
 
     def __init__(self, reason: str, place: int | None = None) -> None:
         super().__init__(reason)
@@ -66,12 +61,9 @@ def _routine(name: str, arguments: int, quick: bool) -> Callable[..., None]:
 def prepared(name: str, *arguments: Any, quick: bool = False) -> Callable[[], None]:
     """A call of a Fortran routine to make many times: everything by reference.
 
-    Args:
-        name (`str`): name of the routine.
-        arguments (`Any`): strings of one character, numbers, and tensors; or objects of ctypes,
-            whose values can be changed between the calls, a `c_void_p` for an array.
-        quick (`bool`): it keeps the interpreter lock. Letting go of it and getting it back from
-            another thread takes ten microseconds.
+    Arguments are strings of one character, numbers and tensors; or objects of ctypes, whose values
+    can be changed between the calls, a `c_void_p` for an array. A quick call keeps the interpreter
+    lock: letting go of it and getting it back from another thread takes ten microseconds.
     """
     held = [
         ctypes.c_char(a.encode()) if isinstance(a, str)
@@ -106,10 +98,7 @@ def one_thread() -> Iterator[None]:
 
 
 def gram(a: Tensor) -> Tensor:
-    """aᵀ a of a matrix (m, n), in the upper triangle (n, n); the rest is anything.
-
-    The matrix is contiguous, or its transpose is.
-    """
+    """aᵀ a of a (m, n), contiguous or transposed, in the upper triangle; the rest is anything."""
     m, n = a.shape
     result = _doubles(n, n + (PADDING if n % PAGE == 0 else 0))[:, :n]
     if a.is_contiguous():
@@ -130,14 +119,8 @@ def is_positive_definite(upper: Tensor) -> bool:
 def tridiagonal_eigh(diagonal: Vector, beside: Vector, count: int) -> tuple[Vector, Vector]:
     """The `count` largest eigenvalues of a symmetric tridiagonal matrix and their eigenvectors.
 
-    Args:
-        diagonal (`numpy.ndarray`): shape (n,).
-        beside (`numpy.ndarray`): shape (n − 1,).
-        count (`int`): number of eigenvectors.
-
-    Returns:
-        `tuple[numpy.ndarray, numpy.ndarray]`: eigenvalues descending (count,), eigenvectors as rows
-        (count, n).
+    The diagonal has the shape (n,), the one beside it (n − 1,). Eigenvalues descend (count,);
+    eigenvectors are rows (count, n).
     """
     padded = np.append(beside, 0.0)
     values, vectors = _tridiagonal(torch.tensor(diagonal), torch.tensor(padded), count)
@@ -167,11 +150,8 @@ def leading_eigh(
 
     The ways are tridiagonal form and multiple relatively robust representations. LAPACK's driver
     for both, `dsyevr`, takes bisection and inverse iteration for a part of the spectrum, which is a
-    quarter slower.
-
-    Returns:
-        `tuple[Tensor, Tensor, Tensor | None]`: eigenvalues descending (count,), eigenvectors as
-        rows (count, n), and all eigenvalues descending (n,) if the spectrum is asked for.
+    quarter slower. The result is eigenvalues, descending (count,), eigenvectors as rows (count, n),
+    and all eigenvalues, descending (n,), if the spectrum is asked for.
     """
     n = upper.shape[0]
     diagonal, beside, reflectors = _doubles(n), _doubles(n), _doubles(n)

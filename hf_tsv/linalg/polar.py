@@ -12,14 +12,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from hf_tsv.linalg import iterative, products
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
 from hf_tsv.linalg.eigen import gram_matrix, leading_eigh, symmetric
-from hf_tsv.linalg.products import (
-    PROBES,
-    chain,
-    for_each,
-    in_working_precision,
-    probe_vectors,
-    product,
-)
+from hf_tsv.linalg.products import PROBES, for_each, in_working_precision, probe_vectors, product
 from hf_tsv.linalg.svd import truncated_svd
 from hf_tsv.system.memory import empty
 
@@ -108,23 +101,19 @@ def orthogonal_product(
 ) -> OrthogonalProduct:
     """polar(U) diag(S) polar(Vh): the factors replaced by the nearest orthonormal ones (eq. 6).
 
-    Args:
-        U (`Tensor`): shape (m, q).
-        S (`Tensor`): shape (q,).
-        Vh (`Tensor`): shape (q, n).
-        precision (`str`): `"fast"`: as U (UᵀU)^(−1/2), never formed; `"exact"`: see `solver`.
-        solver (`str`): how polar factors are computed where `fast` does not do it: `"procrustes"`,
-            by an SVD, or `"whitening"`, U (UᵀU)^(−1/2) where that is accurate enough.
-        form (`bool`): form the polar factors too.
+    U has the shape (m, q), S (q,) and Vh (q, n). `"fast"` takes polar factors as U (UᵀU)^(−1/2),
+    never formed. Where that does not do it, or with `"exact"`, they are computed by an SVD
+    (`"procrustes"`), or as U (UᵀU)^(−1/2) where that is accurate enough (`"whitening"`). `form`
+    asks for the polar factors too.
     """
     left, right = for_each(lambda X: polar(X, precision, solver), [U, Vh.mT])
     behind = [factor.mT for factor in reversed(right.factors)]
-    formed = (chain(left.factors), chain(behind)) if form else None
+    formed = (products.chain(left.factors), products.chain(behind)) if form else None
     last = left.factors.pop()
     scaled = torch.mul(last, S, out=empty(*last.shape, dtype=last.dtype, device=last.device))
     del last
     null_directions = max(left.null_directions, right.null_directions)
-    matrix = chain([*left.factors, scaled, *behind])
+    matrix = products.chain([*left.factors, scaled, *behind])
     smallest = min(left.smallest, right.smallest)
     return OrthogonalProduct(matrix, null_directions, left.exact + right.exact, smallest, formed)
 

@@ -27,14 +27,7 @@ from hf_tsv.linalg import lapack, products
 from hf_tsv.linalg.choices import Precision
 from hf_tsv.linalg.eigen import Eigen, Scaled, leading_eighs
 from hf_tsv.linalg.lapack import NotConvergedError
-from hf_tsv.linalg.products import (
-    PROBES,
-    for_each,
-    in_working_precision,
-    largest_entry,
-    probe_vectors,
-    product,
-)
+from hf_tsv.linalg.products import PROBES, for_each, in_working_precision, probe_vectors, product
 from hf_tsv.system.memory import empty, give_back
 
 CERTIFICATE = 1e-8
@@ -59,17 +52,11 @@ EXPONENTS = 1022
 
 @dataclass(frozen=True)
 class SVD:
-    """Leading singular triplets of one matrix.
+    """Leading singular triplets of one matrix: U (m, r), S descending (r,) and Vh (r, n).
 
-    Args:
-        U (`Tensor`): shape (m, r).
-        S (`Tensor`): shape (r,), descending.
-        Vh (`Tensor`): shape (r, n).
-        exact (`bool`): whether it comes from a full float64 SVD.
-        numerical_rank (`int`): number of singular values above the floor, where all were asked
-            for; else r.
-        spectrum (`Tensor`, *optional*): all singular values, shape (k,), descending; those far
-            below the floor are rounding.
+    `exact` tells whether they come from a full float64 SVD. Where all singular values were asked
+    for, `spectrum` (k,) has them, descending (those far below the floor are rounding), and
+    `numerical_rank` counts those above the floor; else it is r.
     """
 
     U: Tensor
@@ -88,17 +75,11 @@ def truncated_svds(
     *,
     spectrum: bool = False,
 ) -> list[SVD]:
-    """Leading singular triplets of several matrices.
+    """Leading singular triplets of several matrices (m, n), at most `rank` of each.
 
-    Args:
-        matrices (`Sequence[Tensor]`): shape (m, n) each.
-        rank (`int`): most triplets of each.
-        floors (`Sequence[float]`): singular values up to this are numerically zero and dropped.
-        precision (`str`): `"exact"`: by a full float64 SVD, always.
-        spectrum (`bool`): find all singular values, and the numerical rank, too.
-
-    Raises:
-        [`NotConvergedError`]: with the place of a matrix that cannot be decomposed.
+    Singular values up to a matrix's floor are numerically zero and dropped. `"exact"` takes full
+    float64 SVDs, always; `spectrum` asks for all singular values, and the numerical rank, too. A
+    [`NotConvergedError`] has the place of a matrix that cannot be decomposed.
     """
     batches = _batches(list(zip(matrices, floors, strict=True)))
     starts = accumulate((len(batch) for batch in batches[:-1]), initial=0)
@@ -123,11 +104,7 @@ def truncated_svd(
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """All singular values of a matrix, descending, in the working precision.
-
-    Raises:
-        [`NotConvergedError`]: they cannot be found.
-    """
+    """All singular values of a matrix, descending, in the working precision."""
     item = _scaled(matrix, 0.0)
     return _singular_values(item.a) * item.scale
 
@@ -135,11 +112,10 @@ def singular_values(matrix: Tensor) -> Tensor:
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All singular triplets of a matrix (m, n), checked: U (m, k), S descending (k,), Vh (k, n).
 
-    Raises:
-        [`NotConvergedError`]: no way to find them converges, or there is NaN or Inf.
+    A [`NotConvergedError`] says that no way to find them converges, or that there is NaN or Inf.
     """
     a = in_working_precision(matrix)
-    if a.numel() and not math.isfinite(largest_entry(a)):
+    if a.numel() and not math.isfinite(products.largest_entry(a)):
         raise NotConvergedError("it holds NaN or Inf")
     give_back()  # it takes memory of its own
     for way in _ways(a):
@@ -209,7 +185,7 @@ def _batches(items: Sequence[tuple[Tensor, float]]) -> list[list[tuple[Tensor, f
 
 def _scaled(matrix: Tensor, floor: float) -> Scaled:
     """The matrix divided by a power of two, so that squares neither underflow nor overflow."""
-    largest = largest_entry(matrix) if matrix.numel() else 0.0
+    largest = products.largest_entry(matrix) if matrix.numel() else 0.0
     if not math.isfinite(largest):
         raise NotConvergedError("it holds NaN or Inf")
     exponent = math.frexp(largest)[1] if largest else 0

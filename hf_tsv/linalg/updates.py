@@ -135,17 +135,11 @@ def storage_noise(
     W0 + Δ is rounded to the stored dtype, so W1 − W0 differs from Δ by noise of about eps · |w| an
     entry. A LoRA of rank 16 therefore has full numerical rank on disk; the triplets under this
     floor are not the task's and would be amplified by orthogonalisation. The spectral norm of
-    independent noise is at most its largest row norm plus its largest column norm
-    (Bandeira and van Handel, 2016), which also holds where few columns carry most of the weight.
+    independent noise is at most its largest row norm plus its largest column norm (Bandeira and van
+    Handel, 2016), which also holds where few columns carry most of the weight.
 
-    Args:
-        base (`Tensor`): W0 as stored, shape (d_out, d_in).
-        fine_tuned (`Tensor`): W1 as stored, same shape.
-        norm (`float`, *optional*): ‖W1 − W0‖, Frobenius, where it is known.
-        overwrite (`bool`): use the memory of W1 for the work.
-
-    Returns:
-        `float`: in the units of the weights.
+    W0 and W1 are given as stored, (d_out, d_in), and ‖W1 − W0‖, Frobenius, where it is known; the
+    result is in their units. `overwrite` uses the memory of W1 for the work.
     """
     dtype = _dtype_of_difference(fine_tuned, base)
     dtypes = (base.dtype, fine_tuned.dtype, dtype)
