@@ -44,12 +44,8 @@ def api(token: str | None = None) -> HfApi:
 def retried(call: Callable[[], T], *, refusals: bool = False) -> T:
     """Call until it succeeds, at most five times, as long as the failures are temporary.
 
-    `Retry-After` is honoured up to a minute.
-
-    Args:
-        call (`Callable`): function that is safe to repeat.
-        refusals (`bool`): retry refused connections too; without it a machine that has no network
-            uses its cache at once.
+    `Retry-After` is honoured up to a minute. Refused connections are retried only with `refusals`:
+    without it a machine that has no network uses its cache at once.
     """
     for wait in RETRY_WAITS:
         try:

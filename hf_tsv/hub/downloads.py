@@ -45,13 +45,10 @@ def _is_cut(repo: RepoSnapshot, name: str, path: str) -> bool:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Files that a run needs from one repository.
+    """Paths of the files that a run needs from one repository.
 
-    Args:
-        repo ([`RepoSnapshot`]): repository and commit.
-        asked_revision (`str`, *optional*): the revision the user named, so that a later offline
-            run finds the commit under that name.
-        names (`tuple[str, ...]`): paths of the files.
+    `asked_revision` is the one the user named, so that a later offline run finds the commit under
+    it.
     """
 
     repo: RepoSnapshot
@@ -72,12 +69,8 @@ def missing(wanted: Sequence[Wanted]) -> list[tuple[RepoSnapshot, str]]:
 def download(wanted: Sequence[Wanted], *, visible: bool = True) -> list[Path]:
     """Fetch files of several repositories into the client's cache, in parallel, resumable.
 
-    Args:
-        wanted (`Sequence[Wanted]`): needed files of each repository.
-        visible (`bool`): show one progress bar over everything.
-
-    Returns:
-        `list[Path]`: the cached folder of each repository, or the folder that it was found in.
+    One progress bar shows everything. The result is the cached folder of each repository, or the
+    folder that it was found in.
     """
     files = missing(wanted)
     total = sum(repo.sizes[name] for repo, name in files)

@@ -21,10 +21,8 @@ def read_range(repo: RepoSnapshot, filename: str, start: int, stop: int) -> byte
     """Read bytes `start` … `stop` − 1 of one file by HTTP range; nothing is kept on disk.
 
     The Hub redirects to a storage host, which gets no token. Later ranges go to that address
-    directly until it refuses, because it is signed for a limited time.
-
-    Raises:
-        [`RepoError`]: the file is missing, or the answer is another range.
+    directly until it refuses, because it is signed for a limited time. A [`RepoError`] says that
+    the file is missing, or the answer another range.
     """
     if start == stop:
         return bytearray()

@@ -24,17 +24,10 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class RepoSnapshot:
-    """One repository at one commit.
+    """One repository at one commit: the sizes of its files, in bytes, and the metadata of its card.
 
-    Args:
-        repo_id (`str`): `org/name`.
-        revision (`str`): sha of the commit that everything is read from.
-        sizes (`dict[str, int]`): size of each file, in bytes.
-        card (`dict[str, Any]`): front matter of the model card.
-        token (`str`, *optional*): token for private and gated repositories; never printed.
-        cache_dir (`str`, *optional*): the client's cache folder.
-        folder (`Path`, *optional*): the cached copy, if the Hub cannot be reached.
-        locations (`dict[str, str]`): storage address of each file that was read by range.
+    `revision` is the sha; the token is never printed. `folder` is the cached copy, if the Hub
+    cannot be reached; `locations` are the storage addresses of files that were read by range.
     """
 
     repo_id: str
@@ -58,20 +51,11 @@ def snapshot(
 ) -> RepoSnapshot:
     """Pin a repository to a commit and list its files; writes nothing to disk.
 
-    Falls back to the client's cache when the Hub cannot be reached or `HF_HUB_OFFLINE=1`; the
-    cache must then contain `subfolder`.
-
-    Args:
-        repo_id (`str`): `org/name`.
-        revision (`str`, *optional*): branch, tag or commit; default: main.
-        subfolder (`str`): where in the repository the checkpoint lies.
-        configs (`Sequence[str]`): files by which a copy in the cache is found, one of which every
-            checkpoint has.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str`, *optional*): default: the Hub client's cache.
-
-    Raises:
-        [`RepoError`]: unknown, private or gated repository, unknown revision, or not cached.
+    Falls back to the client's cache when the Hub cannot be reached or `HF_HUB_OFFLINE=1`; the cache
+    must then contain `subfolder`, found by files of the names `configs`, one of which every
+    checkpoint has. The revision is a branch, tag or commit, main by default; token and cache folder
+    are the client's by default. A [`RepoError`] tells of an unknown, private or gated repository,
+    an unknown revision, or one that is not cached.
     """
     with translated(repo_id, revision):
         try:
@@ -91,11 +75,7 @@ def snapshot(
 
 
 def dataset_commit(repo_id: str, revision: str | None, *, token: str | None = None) -> str | None:
-    """Commit sha of a revision of a dataset, or None when the Hub cannot be reached.
-
-    Raises:
-        [`RepoError`]: unknown, private or gated dataset, or unknown revision.
-    """
+    """Commit sha of a revision of a dataset, or None when the Hub cannot be reached."""
     with translated(repo_id, revision):
         try:
             info = retried(

@@ -39,19 +39,12 @@ HUB_ERRORS = (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValid
 def writable_repo_id(
     repo_id: str, *, token: str | None = None, private: bool | None = None, create_pr: bool = False
 ) -> str:
-    """Check before any heavy work that the token may write `repo_id`.
+    """Check before any heavy work that the token may write a repository, and return its full id.
 
-    Args:
-        repo_id (`str`): `org/name`, or `name` for the token's own user.
-        token (`str`, *optional*): default: the one the client is logged in with.
-        private (`bool`, *optional*): wanted visibility; an existing repository must have it.
-        create_pr (`bool`): require an existing repository instead of the right to write to it.
-
-    Returns:
-        `str`: the full repository id.
-
-    Raises:
-        [`RepoError`]: no token, an invalid or read-only one, or a namespace it cannot write.
+    The id is `org/name`, or `name` for the token's own user; the token by default the one the
+    client is logged in with. An existing repository must have the visibility `private`, unless that
+    is None; with `create_pr` it must exist, and may be one that the token cannot write. A
+    [`RepoError`] refuses all else.
     """
     if token is None and get_token() is None:
         hint = "Run `hf auth login` with a token that can write, or set HF_TOKEN."
@@ -111,15 +104,10 @@ def _check_visibility(info: ModelInfo, private: bool) -> None:
 
 
 def files_to_push(folder: Path, markers: Sequence[str]) -> dict[str, Path]:
-    """Files of a folder that a push uploads: all but hidden ones.
+    """Files of a finished folder that a push uploads, by name: all but hidden ones.
 
-    Args:
-        folder (`Path`): a finished output.
-        markers (`Sequence[str]`): names of files, one of which every finished output has.
-
-    Raises:
-        [`OutputError`]: the folder is absent or unfinished, or holds links that lead out of it or
-            names that are not printable.
+    An [`OutputError`] says that the folder is absent or unfinished (no file of it is named in
+    `markers`), or holds links that lead out of it or names that are not printable.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
     hidden = {name for name in files if "/." in f"/{name}"}
@@ -143,9 +131,8 @@ def files_to_push(folder: Path, markers: Sequence[str]) -> dict[str, Path]:
 class Names:
     """Names of files that an upload tells outputs by.
 
-    Args:
-        markers (`Sequence[str]`): names, one of which every finished output has.
-        replaced (`Sequence[str]`): patterns of files that are deleted if the folder lacks them.
+    Every finished output has one of the `markers`; files of the patterns `replaced` are deleted if
+    the folder lacks them.
     """
 
     markers: Sequence[str]
@@ -166,17 +153,9 @@ def push(
     """Upload a finished folder as one commit; weights of an earlier upload are replaced.
 
     Large files are uploaded first, except those that the repository already has; then one commit
-    makes all of them appear at once. `upload_folder` would make several commits.
-
-    Args:
-        folder (`Path`): a finished output.
-        repo_id (`str`): repository to upload to; created if needed.
-        names ([`Names`]): names of files in outputs, this one and earlier ones.
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        private (`bool`, *optional*): make a new repository private.
-
-    Returns:
-        `str`: address of the commit or pull request.
+    makes all of them appear at once. `upload_folder` would make several commits. The repository is
+    created if needed, `private` if asked for. The result is the address of the commit or pull
+    request.
     """
     client = api(token)
     with translated(repo_id, revision, writing=True), _upload_errors(repo_id):
@@ -237,11 +216,8 @@ def push_file(
 ) -> str:
     """Replace one file of a repository by a commit on top of the commit it was read from.
 
-    Returns:
-        `str`: address of the commit or pull request.
-
-    Raises:
-        [`RepoError`]: not written, for example because the branch has changed.
+    The result is the address of the commit or pull request. A [`RepoError`] says that nothing was
+    written, for example because the branch has changed.
     """
 
     def commit() -> CommitInfo:

@@ -45,16 +45,11 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
 
 
 def size_in_bytes(size: int | str, of: int | None = None, *, name: str = "size") -> int:
-    """Bytes that a size stands for, rounded down.
+    """Bytes that a size stands for, rounded down; the error calls it `name`.
 
-    Args:
-        size (`int` or `str`): bytes, or a number with a unit in any case: k, M, G, T, with an i
-            for powers of 1024, with or without a B; or with % where `of` is given.
-        of (`int`, *optional*): bytes that are 100%.
-        name (`str`): what the error calls it.
-
-    Raises:
-        [`RecipeError`]: it is none of these, or less than a byte, or more than all.
+    A size is a number of bytes, or a number with a unit in any case: k, M, G, T, with an i for
+    powers of 1024, with or without a B; or with % where `of`, the bytes that are 100%, is given. A
+    [`RecipeError`] refuses all else, less than a byte, and more than all.
 
     Example:
         >>> size_in_bytes("1.5 GB"), size_in_bytes("2gib"), size_in_bytes("10%", 350_000_000)

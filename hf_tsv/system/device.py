@@ -9,11 +9,7 @@ from hf_tsv.system.errors import RecipeError
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device accelerate chooses (cuda, xpu, mps, else cpu), or the one asked for.
-
-    Raises:
-        [`RecipeError`]: it does not exist here.
-    """
+    """The device asked for, or the one accelerate chooses: cuda, xpu, mps, else cpu."""
     if name is None and not torch.accelerator.is_available():
         return torch.device("cpu")  # a second before accelerate is loaded
     if name is None or (name == "cuda" and processes.launched() > 1):

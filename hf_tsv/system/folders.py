@@ -55,13 +55,10 @@ def check_free_space(folder: Path, needed: int) -> None:
 
 
 def check_output_folder(folder: Path, markers: Sequence[str], *, force: bool) -> None:
-    """Refuse an output folder that would overwrite something.
+    """Refuse an output folder that would overwrite something; it may be absent or empty.
 
-    Args:
-        folder (`Path`): output folder; may be absent or empty.
-        markers (`Sequence[str]`): file names, one of which is in every folder that hf-tsv wrote;
-            only such a folder is replaced.
-        force (`bool`): the user asked to replace it.
+    Every folder that hf-tsv wrote has a file with a name from `markers`. Only such a folder is
+    replaced, if the user asked for it with `force`.
     """
     with disk_errors(folder):
         if UNDER_CONSTRUCTION.fullmatch(folder.name):
@@ -94,14 +91,7 @@ def check_output_folder(folder: Path, markers: Sequence[str], *, force: bool) ->
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Make a temporary sibling folder that becomes `target`, or is removed when the body fails.
-
-    Args:
-        target (`Path`): final place; an existing folder there is replaced.
-
-    Yields:
-        `Path`: the folder to write into.
-    """
+    """Make a temporary sibling folder that replaces `target`, or goes when the body fails."""
     staging = target.parent / f".{target.name}.hf-tsv-{secrets.token_hex(4)}"
     with disk_errors(target):
         before, made = identity(target), make_parents(target)
@@ -141,13 +131,8 @@ def identity(folder: Path) -> object:
 def replace_folder(target: Path, new: Path, before: object) -> None:
     """Put a finished folder in its place; until then the old folder, if any, stays there.
 
-    Args:
-        target (`Path`): the place; a folder there is removed.
-        new (`Path`): the finished folder, on the same file system.
-        before (`object`): [`identity`] of the target when the work began.
-
-    Raises:
-        [`OutputError`]: the target has changed since then.
+    The new one is on the same file system. An [`OutputError`] says that the target is no longer as
+    it was when the work began; `before` is its [`identity`] then.
     """
     if identity(target) != before:
         hint = "Move it away and give the same command again, or choose another folder with -o."
@@ -218,14 +203,9 @@ def local_kind(text: str) -> str | None:
 
 @contextmanager
 def locked(path: Path, target: Path) -> Iterator[IO[str]]:
-    """Open a file and lock it for this process, where the system has locks.
+    """Open a file, made if absent, to read or append, and lock it where the system has locks.
 
-    Args:
-        path (`Path`): path of the file, which is made if absent; read it, or append.
-        target (`Path`): output named in the error.
-
-    Raises:
-        [`OutputError`]: another process holds the lock.
+    An [`OutputError`], which names the target, says that another process holds the lock.
     """
     with path.open("a+", encoding="utf-8", errors="replace") as file:
         try:

@@ -97,14 +97,9 @@ def empty(
 ) -> Tensor:
     """Make an uninitialised tensor; a large one on the CPU in huge pages where the system has them.
 
-    Touching memory for the first time then takes a tenth of the time. Freed memory goes back to
-    the system at once, or is used again inside [`reused`].
-
-    Args:
-        shape (`int`): sizes of its dimensions.
-        dtype (`torch.dtype`): type of its entries.
-        device (`torch.device`): device of the tensor.
-        pinned (`bool`): lock it in memory, from where a GPU copies at full speed.
+    Touching memory for the first time then takes a tenth of the time. Freed memory goes back to the
+    system at once, or is used again inside [`reused`]. A pinned tensor is locked in memory, from
+    where a GPU copies at full speed.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < LARGE or pinned or device.type != "cpu" or not _huge_pages():

@@ -37,14 +37,7 @@ def is_leader() -> bool:
 
 @dataclass
 class Processes:
-    """The processes of this run.
-
-    Args:
-        rank (`int`): rank of this process.
-        count (`int`): number of processes.
-        connection (`Any`): process group for messages.
-        listening (`bool`): whether the others wait for a message of the first process.
-    """
+    """The processes of this run; `listening`: the others wait for a message of the first one."""
 
     rank: int = 0
     count: int = 1
@@ -59,11 +52,7 @@ class Processes:
                 dist.broadcast_object_list([message], group=self.connection)
 
     def receive(self) -> Any:
-        """Receive the next message of the first process.
-
-        Raises:
-            [`LostProcessError`]: the first process failed, and has printed why.
-        """
+        """Receive the first process's next message; its failure is a [`LostProcessError`]."""
         box: list[Any] = [None]
         with _noticing() as dist:
             dist.broadcast_object_list(box, group=self.connection)
@@ -121,10 +110,7 @@ class _Failure:
 def joined() -> Iterator[Processes]:
     """Connect the processes that a launcher started; without a launcher there is only this one.
 
-    Every process has to call this.
-
-    Raises:
-        [`RecipeError`]: they cannot connect.
+    Every process has to call this. A [`RecipeError`] says that they cannot connect.
     """
     if launched() < 2:
         yield Processes()
@@ -158,17 +144,10 @@ def alone(work: str, then: str = "") -> None:
 
 
 def shares(costs: Sequence[float], count: int) -> list[list[int]]:
-    """Split work into shares whose largest is nearly as small as possible.
+    """Split work into shares, given as indices, whose largest is nearly as small as possible.
 
-    The costliest piece goes to the share with the least so far (Graham, 1969); each share keeps
-    the order of its pieces.
-
-    Args:
-        costs (`Sequence[float]`): cost of each piece.
-        count (`int`): number of shares.
-
-    Returns:
-        `list[list[int]]`: indices of the pieces of each share.
+    The costliest piece goes to the share with the least so far (Graham, 1969); each share keeps the
+    order of its pieces.
 
     Example:
         >>> shares([3.0, 1.0, 2.0, 2.0], 2)

@@ -23,17 +23,10 @@ def visible_by_default() -> bool:
 def bar(
     description: str, total: int, *, in_bytes: bool = False, visible: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """Show one bar while the body runs.
+    """Show one bar, of steps or of bytes with their speed, while the body runs.
 
-    Args:
-        description (`str`): current activity.
-        total (`int`): number of steps, or bytes.
-        in_bytes (`bool`): show sizes and speed.
-        visible (`bool`): show the bar at all.
-
-    Yields:
-        `Callable[[int, str], None]`: function to call with the number of steps done, and with a
-            new description if it changes; safe from any thread.
+    The function it gives, safe from any thread, takes the number of steps done, and a new
+    description if it changes.
     """
     if not visible or total == 0:
         yield lambda steps, description=None: None

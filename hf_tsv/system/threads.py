@@ -23,11 +23,7 @@ def in_parallel(call: Callable[[S], T], items: Iterable[S]) -> list[T]:
 
 
 class Once(Generic[T]):
-    """Result of a call that is made once, by the first of several threads that ask for it.
-
-    Args:
-        call (`Callable[[], T]`): is made again only if it failed.
-    """
+    """Result of a call made once, by the first of several threads; again only if it failed."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._call, self._lock = call, threading.Lock()

@@ -24,9 +24,7 @@ SURROGATE = re.compile(rb"\\u[dD]")
 def parse_json(raw: bytes, *, unique: bool = False) -> Any:
     """Parse a JSON text in UTF-8; of duplicate keys the last one counts, or all are refused.
 
-    Raises:
-        `ValueError`: it is not valid JSON.
-        `OverflowError`: it is too large.
+    It raises `ValueError` for what is not valid, and `OverflowError` for what is too large.
 
     Example:
         >>> parse_json(b'{"a": [1, 2]}')
@@ -48,11 +46,8 @@ def parse_yaml(text: str) -> Any:
     """Parse a YAML text as `yaml.safe_load` does, but refuse aliases.
 
     Aliases can double the content with every line, so that a kilobyte stands for more than memory
-    holds or a comparison could ever finish.
-
-    Raises:
-        `ValueError`: it is not valid YAML, or it has aliases; the message says which.
-        `OverflowError`: it is too large.
+    holds or a comparison could ever finish. It raises `ValueError` for what is not valid, or has
+    aliases, and says which; `OverflowError` for what is too large.
 
     Example:
         >>> parse_yaml("a: [1, 2]")
