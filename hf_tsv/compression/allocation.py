@@ -21,10 +21,8 @@ from hf_tsv.system.text import human_bytes
 def rank_of_energy(energies: Tensor, total: float, share: float) -> int:
     """Smallest rank that keeps a share of the energy; k if the singular values do not suffice.
 
-    Args:
-        energies (`Tensor`): squared singular values, descending, shape (k,).
-        total (`float`): squared Frobenius norm of the update.
-        share (`float`): share of that norm to keep.
+    The energies are squared singular values, descending, shape (k,), and `total` is the squared
+    Frobenius norm of the update.
     """
     enough = torch.nonzero(energies.cumsum(0) >= share * total * (1 - 1e-12))
     return int(enough[0]) + 1 if len(enough) else len(energies)
@@ -34,11 +32,9 @@ def rank_of_energy(energies: Tensor, total: float, share: float) -> int:
 class Choice:
     """Alternatives for storing one weight.
 
-    Args:
-        energies (`Tensor`): squared singular values that may be kept, descending, shape (n,).
-        total (`float`): squared Frobenius norm of the update.
-        triplet_bytes (`int`): cost of one triplet.
-        dense_bytes (`int`, *optional*): cost of the update itself; None if it may not be stored.
+    The energies are squared singular values that may be kept, descending, shape (n,); `total` is
+    the squared Frobenius norm of the update, and `dense_bytes` the cost of storing that; None if it
+    may not be.
     """
 
     energies: Tensor
@@ -59,12 +55,7 @@ def allocate(choices: Sequence[Choice], budget: int) -> list[int]:
     of the budget is too small for the next step, it is spent on smaller steps that still fit; the
     result is worse than the best one by at most the energy of that next step.
 
-    Args:
-        choices (`Sequence[Choice]`): the weights.
-        budget (`int`): bytes for all weights together.
-
-    Returns:
-        `list[int]`: rank of each weight, or [`DENSE`].
+    The budget is in bytes, for all weights together; the result is the rank of each, or [`DENSE`].
     """
     kept = [0] * len(choices)
     energies = [choice.energies.tolist() for choice in choices]

@@ -30,15 +30,10 @@ DENSE = -1
 
 @dataclass(frozen=True)
 class Candidate:
-    """Limits of what may be kept of one weight, known from its header.
+    """Limits of what may be kept of one weight, by its canonical name; known from its header.
 
-    Args:
-        name (`str`): canonical name.
-        shape (`tuple[int, ...]`): shape of the weight.
-        dtype (`torch.dtype`): type in the fine-tuned checkpoint.
-        limit (`int`): most triplets that may be kept; 0: only the update itself.
-        triplet_bytes (`int`): size of one triplet.
-        dense_bytes (`int`, *optional*): size of the update itself; None if it may not be kept.
+    At most `limit` triplets may be kept; 0: only the update itself. `dense_bytes` is the size of
+    that; None if it may not be kept. `dtype` is the type in the fine-tuned checkpoint.
     """
 
     name: str
@@ -51,17 +46,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measured:
-    """Weight after its decomposition.
+    """Weight after its decomposition, with digests of W0 and of the bytes of its vectors.
 
-    Args:
-        candidate ([`Candidate`]): limits from its header.
-        base_sha256 (`str`): digest of W0.
-        norm (`float`): ‖Δ‖, Frobenius.
-        singular_values (`Tensor`): those that may be kept, float64, descending.
-        numerical_rank (`int`): number of singular values above storage rounding.
-        place (`int`): offset of its vectors in the spool.
-        sha256 (`str`): digest of the bytes there.
-        exact (`bool`): whether they are from a full SVD.
+    `norm` is ‖Δ‖, Frobenius; `singular_values` are those that may be kept, float64, descending;
+    `numerical_rank` counts those above storage rounding. `place` is the offset of the vectors in
+    the spool; `exact` ones are from a full SVD.
     """
 
     candidate: Candidate
@@ -198,9 +187,7 @@ def _adapter_candidate(name: str, info: Described, job: Compression) -> Candidat
 class Spool:
     """File of singular vectors of all weights, until the ranks to keep are known.
 
-    Args:
-        file (`Path`): path of the file, created if absent.
-        measured (`Sequence[Measured]`): weights whose vectors it may hold already.
+    It is created if absent, and may hold the vectors of `measured` weights already.
     """
 
     def __init__(self, file: Path, measured: Sequence[Measured] = ()) -> None:
@@ -227,8 +214,7 @@ class Spool:
     def put(self, item: Measured, vectors: TaskSingularVectors) -> Measured:
         """Append Uᵀ and Vh in float32, triplet by triplet, so that a prefix is a truncation.
 
-        Returns:
-            [`Measured`]: the weight with the place and digest of its vectors.
+        The result has the place and digest of its vectors.
         """
         start = self._end
         rows = torch.cat([vectors.U.mT, vectors.Vh], dim=1)

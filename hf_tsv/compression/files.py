@@ -23,14 +23,10 @@ from hf_tsv.system.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Written:
-    """Content of the weight files.
+    """Content of the weight files: the stored form of each weight, by canonical name.
 
-    Args:
-        weights (`Mapping[str, StoredWeight]`): stored form of each weight, by canonical name.
-        rounding (`float`): squared error of rounding to the factor dtype.
-        tensor_bytes (`int`): size of all tensors, without headers.
-        file_bytes (`int`): size of the files.
-        left_out (`tuple[str, ...]`): changed tensors that the format cannot hold.
+    `rounding` is the squared error of rounding to the factor dtype, `tensor_bytes` the size of all
+    tensors, without headers, and `left_out` the changed tensors that the format cannot hold.
     """
 
     weights: Mapping[str, StoredWeight]
@@ -182,11 +178,7 @@ def _fine_tuned(job: Compression, name: str) -> Tensor:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Round an update to the type it is stored in.
-
-    Raises:
-        [`CheckpointError`]: a value is too large for the type.
-    """
+    """Round an update to the type it is stored in, and refuse values too large for that."""
     rounded = tensor.to(dtype)
     if not rounded.isfinite().all():
         raise CheckpointError(

@@ -33,8 +33,7 @@ CURVE_POINTS = 49
 def energy_curves(measured: Sequence[Measured]) -> dict[str, tuple[list[float], list[float]]]:
     """Energy in the leading triplets by kind of layer, up to the rank known for all its weights.
 
-    Returns:
-        `dict[str, tuple[list[float], list[float]]]`: shares of k, and of the squared norm.
+    Each curve is given by shares of k, and of the squared norm.
     """
     kinds: dict[str, list[Measured]] = defaultdict(list)
     for item in measured:
@@ -58,15 +57,9 @@ def measure(
 ) -> tuple[list[Measured], Seconds]:
     """Decompose every weight once, one per thread, while the next one is read.
 
-    Args:
-        job ([`Compression`]): compression to do.
-        spool ([`Spool`]): file for the singular vectors; weights it holds are not decomposed again.
-        notes ([`Journal`]): journal for everything else.
-        device (`torch.device`): device that computes.
-        advance (`Callable[[int], None]`): called after each weight.
-
-    Returns:
-        `tuple[list[Measured], Seconds]`: every weight, and the time of reading and decomposing.
+    Singular vectors go to the spool, whose weights are not decomposed again, all else to the
+    journal; `advance(1)` is called after each weight. The result is every weight, and the time of
+    reading and decomposing.
     """
     started, waited = time.monotonic(), 0.0
     share_one_heap()

@@ -62,24 +62,14 @@ def plan_adapter(
 ) -> Adapter:
     """Plan the adapter that turns the base into the compressed task, of exactly what changed.
 
-    Args:
-        ranks (`Mapping[str, int]`): triplets kept of target weights (see [`is_target`]), by
-            canonical name; 0, or absent, where there are none.
-        changed (`Collection[str]`): canonical names of all tensors that differ from the base.
-        names (`Collection[str]`): canonical names of all tensors of the base.
-        model_class (`str`): class of `layout.MODEL_CLASSES` that the adapter will be loaded into.
-        dense (`bool`): store tensors without a low-rank form too. Otherwise the adapter holds
-            weights only, and PEFT can add it to others (`add_weighted_adapter`).
-        base_model (`str`): Hub id or folder of the base.
-        revision (`str`, *optional*): revision of the base.
+    All names are canonical: `ranks` has the triplets kept of target weights (see [`is_target`]), 0,
+    or none, where there are none; `changed` are all tensors that differ from the base, `names` all
+    of the base. Without `dense`, tensors that have no low-rank form are left out: the adapter then
+    holds weights only, and PEFT can add it to others (`add_weighted_adapter`).
 
-    Returns:
-        [`Adapter`]: adapter with the names of `model_class`. Changes of parts that the class does
-            not have, and of `logit_scale`, are in `left_out`.
-
-    Raises:
-        [`RecipeError`]: the class is unknown.
-        [`CheckpointError`]: the task changed no weight that a LoRA can hold.
+    The adapter has the names of `model_class`. Changes of parts that the class does not have, and
+    of `logit_scale`, are in `left_out`. An unknown class is refused, and a task that changed no
+    weight that a LoRA can hold.
     """
     if model_class not in layout.MODEL_CLASSES:
         raise RecipeError(
@@ -155,13 +145,10 @@ def pair_keys(module: str) -> tuple[str, str]:
 
 
 def lora_pair(vectors: TaskSingularVectors) -> tuple[Tensor, Tensor]:
-    """Task singular vectors as a LoRA pair, B A = U diag(S) Vh.
+    """Task singular vectors as a LoRA pair, B A = U diag(S) Vh: A (r, d_in) and B (d_out, r).
 
     Each factor takes √S, so that both have the same size and neither overflows a narrow dtype.
-
-    Returns:
-        `tuple[Tensor, Tensor]`: A of shape (r, d_in) and B of shape (d_out, r); zeros of rank 1
-            where r is 0, because PEFT refuses rank 0.
+    Where r is 0 they are zeros of rank 1, because PEFT refuses rank 0.
     """
     if vectors.rank == 0:
         d_out, d_in = vectors.U.shape[0], vectors.Vh.shape[1]

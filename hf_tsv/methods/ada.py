@@ -14,16 +14,11 @@ from hf_tsv.methods.tsv import leading, orthogonalised
 
 @dataclass(frozen=True)
 class Layer:
-    """Weight of a model as a function of the coefficients.
+    """Weight of a model, called `label` in the plan, as a function of the coefficients.
 
-    Args:
-        label (`str`): label in the plan.
-        parameters (`tuple[Tensor, ...]`): the model's own, stacked along dimension 0 if several.
-        base (`Tensor`): W0, stacked.
-        tasks (`tuple[int, ...]`): the T' tasks that change it.
-        shares (`TaskSingularVectors` or `Tensor`): α Mᵢ of each of them: concatenated singular
-            vectors, or matrices, shape (T', …).
-        ranks (`tuple[int, ...]`): number of singular vectors of each of them.
+    The model's own parameters are stacked along dimension 0 if several, and so is W0, `base`. Of
+    each of the T' `tasks` that change it `shares` holds α Mᵢ: concatenated singular vectors,
+    `ranks` of them, or matrices, shape (T', …).
     """
 
     label: str
@@ -50,10 +45,9 @@ class Layer:
 
     @torch.no_grad()
     def gradient(self, tasks: int) -> Tensor:
-        """Compute ∂L/∂cᵢ = α ⟨∂L/∂W, Mᵢ⟩ from the gradients of the parameters.
+        """Compute ∂L/∂cᵢ = α ⟨∂L/∂W, Mᵢ⟩ from the gradients of the parameters, (T,), on the CPU.
 
-        Returns:
-            `Tensor`: shape (T,), on the CPU; 0 for tasks that do not change the weight.
+        It is 0 for tasks that do not change the weight.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         found = self.base.new_zeros(tasks)

@@ -78,11 +78,8 @@ def singular_task_interference(vectors: TaskSingularVectors) -> float:
 def pairwise_interference(tasks: Sequence[TaskSingularVectors]) -> Tensor:
     """Singular task interference of every two tasks alone, in the units of the weights.
 
-    Args:
-        tasks (`Sequence[TaskSingularVectors]`): each with orthonormal factors.
-
-    Returns:
-        `Tensor`: shape (T, T), symmetric, float64, zero on the diagonal.
+    The tasks have orthonormal factors; the result (T, T) is symmetric, float64, zero on the
+    diagonal.
     """
     parts = [[products.in_working_precision(t) for t in (x.U, x.S, x.Vh)] for x in tasks]
     pairs = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
@@ -103,13 +100,9 @@ def effective_rank(S: Tensor) -> float:
 
 
 def profile(S: Tensor, k: int) -> tuple[Row, Row]:
-    """A spectrum in few numbers: σ at each of [`RANK_SHARES`], and Σσ² up to there.
+    """A spectrum in few numbers: σ at each of [`RANK_SHARES`], and Σσ² up to there, interpolated.
 
-    Between two ranks both are interpolated.
-
-    Args:
-        S (`Tensor`): singular values, descending; those that are missing count as 0.
-        k (`int`): number of all of them, min(d_out, d_in).
+    `S` descends; those that are missing of k = min(d_out, d_in) singular values count as 0.
 
     Example:
         >>> sigma, energy = profile(torch.tensor([2.0, 1.0]), 2)

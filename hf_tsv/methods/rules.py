@@ -108,11 +108,7 @@ returns goes to other processes too, as a pickle."""
 
 
 def function_of(method: Method, name: str) -> Any:
-    """Import a function that the row of a method names, as `module:function`.
-
-    Raises:
-        [`RecipeError`]: there is no such function.
-    """
+    """Import a function that the row of a method names, as `module:function`."""
     try:
         return resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -24,8 +24,7 @@ from hf_tsv.methods.rules import Measurable, MergedUpdate, Updates
 def orthogonal(updates: Updates) -> MergedUpdate:
     """TSV-Merge, M = U⊥ diag(S) V⊥h (algorithm 1). A task matrix of zeros contributes nothing.
 
-    Raises:
-        [`NotConvergedError`]: a decomposition fails; with the place of the task whose it is.
+    A [`NotConvergedError`] has the place of the task whose decomposition fails.
     """
     deltas = list(updates.deltas)
     if len(deltas) == 1 and updates.rank >= min(updates.shape):
@@ -56,11 +55,8 @@ def low_rank(updates: Updates) -> MergedUpdate:
 class Leading:
     """Leading triplets of all tasks, side by side (section 4.2).
 
-    Args:
-        vectors ([`TaskSingularVectors`]): [U1 | … | UT], [S1 … ST] and [Vh1; …; VhT].
-        ranks (`tuple[int, ...]`): number of triplets of each task.
-        exact (`int`): decompositions that took a full SVD.
-        measurable ([`Measurable`], *optional*): what interference is measured from, if asked for.
+    `vectors` are [U1 | … | UT], [S1 … ST] and [Vh1; …; VhT], `ranks` of each task; `exact` counts
+    the full SVDs that it took; interference is measured from `measurable`, if asked for.
     """
 
     vectors: TaskSingularVectors
@@ -88,15 +84,8 @@ def orthogonalised(
     for rounding get the same vectors, see [`with_shared_vectors`]. What is dependent then is
     dependent to the rounding of float64, and merged once; the rest follows the equations.
 
-    Args:
-        deltas (`Sequence[Tensor | TaskSingularVectors]`): the updates of `updates`, kept.
-        found ([`Leading`]): their leading triplets.
-        updates ([`Updates`]): all else that is known of them.
-        form (`bool`): form the polar factors too.
-
-    Returns:
-        `tuple[TaskSingularVectors, tuple[int, ...], OrthogonalProduct]`: the vectors and ranks that
-        were used, and the product; its `exact` counts the SVDs of the second look too.
+    `form` asks for the polar factors too. The result is the vectors and ranks that were used, and
+    the product; its `exact` counts the SVDs of the second look too.
     """
     product_of = partial(polar.orthogonal_product, solver=updates.how.solver, form=form)
     vectors, ranks = _weighted(found.vectors, found.ranks, updates), found.ranks

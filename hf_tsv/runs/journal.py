@@ -15,15 +15,9 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from hf_tsv.checkpoints.storage.writer import ShardPlan, ShardWriter, write_index
+from hf_tsv.system import folders
 from hf_tsv.system.errors import CheckpointError, LostFileError, OutputError, RecipeError
-from hf_tsv.system.folders import (
-    disk_errors,
-    identity,
-    locked,
-    make_parents,
-    remove_empty,
-    replace_folder,
-)
+from hf_tsv.system.folders import disk_errors, locked, make_parents, remove_empty
 from hf_tsv.system.progress import logger
 
 T = TypeVar("T")
@@ -72,13 +66,10 @@ def entries(text: str) -> Iterator[Any]:
 
 
 def read(work: Path, parse: Callable[[dict[str, Any]], T], processes: int = 1) -> dict[str, T]:
-    """Finished weights of all journals, by label; a line that was cut off is ignored.
+    """Finished weights of all journals, parsed, by label; a line that was cut off is ignored.
 
-    Args:
-        work (`Path`): the folder under construction.
-        parse (`Callable`): turns the JSON of a line into the recorded value.
-        processes (`int`): number of processes, whose journals are opened even where a listing of
-            the folder does not show them yet.
+    The journals of all processes are opened even where a listing of the folder does not show them
+    yet.
     """
     found = {}
     names = {path.name for path in _journals(work)} | set(map(journal_file, range(processes)))
@@ -135,25 +126,15 @@ def under_construction(
     force: bool,
     until_pushed: bool = False,
 ) -> Iterator[tuple[Path, bool]]:
-    """Make or resume a folder that becomes `target` when the body succeeds.
+    """Make or resume a folder that becomes `target` when the body succeeds; a folder there goes.
 
-    A run that stops keeps the folder, except after an error of an input or option, which would
-    come again.
+    A run that stops keeps the folder, except after an error of an input or option, which would come
+    again. The body gets the folder, and whether the run is resumed; with `until_pushed` the journal
+    stays beside the result, so that the same job can resume from the finished result.
 
-    Args:
-        target (`Path`): final place; an existing folder there is replaced.
-        job (`Mapping[str, Any]`): everything that determines the result.
-        plan ([`ShardPlan`], *optional*): layout of the weight files, if known in advance.
-        force (`bool`): discard what another job has begun.
-        until_pushed (`bool`): keep the journal beside the result, so that the same job can resume
-            from the finished result.
-
-    Yields:
-        `tuple[Path, bool]`: the folder under construction, and whether the run is resumed.
-
-    Raises:
-        [`OutputError`]: another job began the folder, another process is writing it, or it holds
-            files that hf-tsv did not make.
+    `job` is everything that determines the result, and `plan` the layout of the weight files, if
+    known in advance. An [`OutputError`] says that another job began the folder (discarded with
+    `force`), another process is writing it, or it holds files that hf-tsv did not make.
     """
     work = work_of(target)
     text = json.dumps(job, sort_keys=True, indent=1)
@@ -168,9 +149,9 @@ def under_construction(
                 if not (force or until_pushed):
                     _refuse_existing(target)
                 resumed = _begin(work, file, text, target, plan, force=force)
-                before = identity(target)
+                before = folders.identity(target)
                 yield work, resumed
-                replace_folder(target, work / FILES, before)
+                folders.replace_folder(target, work / FILES, before)
             except _OthersError as error:
                 remove_empty(made)
                 raise OutputError(error.message, error.hint) from None

@@ -23,11 +23,7 @@ LITTLE = 0.05  # memory of biases and norms, as a share of the largest weight
 class Seconds:
     """Wall time, in seconds, by activity; reading, computing and writing run in parallel.
 
-    Args:
-        reading (`float`): seconds of reading and subtracting.
-        waiting (`float`): seconds the computation stood still for a read or a write.
-        computing (`float`): seconds of decomposing, orthogonalising, adding up.
-        writing (`float`): seconds of writing into the output files.
+    Reading includes subtracting; the computation stands still for a read or a write while waiting.
     """
 
     reading: float = 0.0
@@ -45,11 +41,7 @@ class Seconds:
 
 @contextmanager
 def named(label: str, tasks: Sequence[object]) -> Iterator[None]:
-    """Name the tasks, in the order of their updates, whose weight cannot be decomposed.
-
-    Raises:
-        [`CheckpointError`]: a decomposition failed.
-    """
+    """Name the tasks, in the order of their updates, whose weight cannot be decomposed."""
     try:
         yield
     except NotConvergedError as error:
@@ -84,14 +76,8 @@ def read_ahead(
     """Load items in order; those that the caller will want next meanwhile.
 
     As many as the largest item takes, and a little more: between two large weights lie small ones,
-    during whose computation the next large one could not be read.
-
-    Args:
-        pool (`ThreadPoolExecutor`): threads that load.
-        load (`Callable`): function that loads one item.
-        items (`Sequence`): its arguments.
-        sizes (`Sequence[int]`): bytes that each takes.
-        ahead (`bool`): without it each is loaded when it is asked for.
+    during whose computation the next large one could not be read. Sizes are the bytes that each
+    item takes; without `ahead` each is loaded when it is asked for.
     """
     most = max(sizes, default=0) * (1 + LITTLE)
     pending: deque[tuple[Future[T], int]] = deque()

@@ -44,10 +44,8 @@ class Target:
     def checked(self, token: str | None, *, dry_run: bool) -> Target:
         """Refuse now what would fail after the work: a taken folder, a token that cannot write.
 
-        Only a dry run may lack both a folder and a repository.
-
-        Returns:
-            [`Target`]: the same with an absolute folder and a full repository id.
+        Only a dry run may lack both a folder and a repository. The result has an absolute folder
+        and a full repository id.
         """
         pushing = self.private is not None or self.revision or self.create_pr or self.commit_message
         if self.push_to is None and pushing:
@@ -126,10 +124,8 @@ def final_folder(target: Target, job: Mapping[str, Any]) -> Path:
 def waiting(folder: Path) -> Iterator[None]:
     """Lock a folder from [`final_folder`] that only waits for its upload, and then remove it.
 
-    It stays where the body fails; other folders stay as they are.
-
-    Raises:
-        [`OutputError`]: another process is writing or uploading it.
+    It stays where the body fails; other folders stay as they are. An [`OutputError`] says that
+    another process is writing or uploading it.
     """
     if folder.parent.parent != UNPUSHED:
         yield
@@ -148,13 +144,9 @@ def waiting(folder: Path) -> Iterator[None]:
 
 
 def push(folder: Path, target: Target, token: str | None) -> str | None:
-    """Upload a finished folder, if the target is a repository.
+    """Upload a finished folder, if the target is a repository; give the address of the commit.
 
-    Returns:
-        `str` or `None`: address of the commit or pull request.
-
-    Raises:
-        [`RepoError`]: with the command that uploads the folder later.
+    A [`RepoError`] has the command that uploads the folder later.
     """
     if target.push_to is None:
         return None
@@ -170,11 +162,7 @@ def push(folder: Path, target: Target, token: str | None) -> str | None:
 
 
 def upload(folder: Path, target: Target, token: str | None) -> str:
-    """Upload a folder to the repository of a target.
-
-    Returns:
-        `str`: address of the commit or pull request.
-    """
+    """Upload a folder to a target's repository; give the address of the commit or pull request."""
     logger.info("Uploading to %s.", target.push_to)
     return hub.push(
         folder,
