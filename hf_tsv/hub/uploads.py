@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from httpx2 import RequestError
-from huggingface_hub import errors, get_token
-from huggingface_hub.hf_api import CommitInfo, CommitOperationAdd, CommitOperationDelete, ModelInfo
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, errors, get_token
+from huggingface_hub.hf_api import ModelInfo
 
 from hf_tsv.hub.client import MOVED_ON, RETRY_WAITS, SILENCE, api, first_line, retried, translated
 from hf_tsv.system.errors import OutputError, RepoError
