@@ -185,10 +185,7 @@ def _adapter_candidate(name: str, info: Described, job: Compression) -> Candidat
 
 
 class Spool:
-    """File of singular vectors of all weights, until the ranks to keep are known.
-
-    It is created if absent, and may hold the vectors of `measured` weights already.
-    """
+    """File, created if absent, of singular vectors of all weights, until the ranks are known."""
 
     def __init__(self, file: Path, measured: Sequence[Measured] = ()) -> None:
         self._file = file.open("r+b" if file.exists() else "w+b")
@@ -212,10 +209,7 @@ class Spool:
         return hashlib.sha256(byte_view(rows)).hexdigest() == item.sha256
 
     def put(self, item: Measured, vectors: TaskSingularVectors) -> Measured:
-        """Append Uᵀ and Vh in float32, triplet by triplet, so that a prefix is a truncation.
-
-        The result has the place and digest of its vectors.
-        """
+        """Append Uᵀ and Vh in float32, triplet by triplet, so that a prefix is a truncation."""
         start = self._end
         rows = torch.cat([vectors.U.mT, vectors.Vh], dim=1)
         data = byte_view(rows.to("cpu", torch.float32).contiguous())

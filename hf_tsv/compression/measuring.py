@@ -31,10 +31,7 @@ CURVE_POINTS = 49
 
 
 def energy_curves(measured: Sequence[Measured]) -> dict[str, tuple[list[float], list[float]]]:
-    """Energy in the leading triplets by kind of layer, up to the rank known for all its weights.
-
-    Each curve is given by shares of k, and of the squared norm.
-    """
+    """Shares of k, and of ‖Δ‖² in the leading triplets, by kind of layer, up to known ranks."""
     kinds: dict[str, list[Measured]] = defaultdict(list)
     for item in measured:
         if len(item.singular_values):

@@ -30,17 +30,12 @@ EMBEDDINGS = re.compile(r"(.*\bembeddings)\.")
 
 @dataclass(frozen=True)
 class Adapter:
-    """Content of an adapter: its config, and the stored key of every tensor.
+    """Content of an adapter: its config, and the stored key of every tensor, by canonical name.
 
-    Args:
-        config (`dict[str, Any]`): content of adapter_config.json.
-        pairs (`dict[str, str]`): module of each target weight, by canonical name; A and B are
-            stored under the keys of [`pair_keys`].
-        biases (`dict[str, str]`): key of each target's bias, by canonical name, which stores its
-            *change*. All targets or none, zeros where a bias did not change.
-        values (`dict[str, str]`): key of each tensor stored as fine-tuned *value*, by canonical
-            name. Includes unchanged tensors of modules in which another one changed.
-        left_out (`tuple[str, ...]`): canonical names of changes that the adapter does not hold.
+    Of each target weight `pairs` has the module; A and B are stored under the keys of
+    [`pair_keys`]. `biases` are those of all targets or none, and store their *change*, zeros where
+    there is none. `values` are tensors stored as fine-tuned *value*, with unchanged ones of modules
+    in which another one changed. `left_out` are changes that the adapter does not hold.
     """
 
     config: dict[str, Any]

@@ -45,11 +45,7 @@ def _is_cut(repo: RepoSnapshot, name: str, path: str) -> bool:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Paths of the files that a run needs from one repository.
-
-    `asked_revision` is the one the user named, so that a later offline run finds the commit under
-    it.
-    """
+    """Files that a run needs from one repository, to be found offline by the revision asked for."""
 
     repo: RepoSnapshot
     asked_revision: str | None

@@ -123,11 +123,7 @@ def files_to_push(folder: Path, markers: Sequence[str]) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Names:
-    """Names of files that an upload tells outputs by.
-
-    Every finished output has one of the `markers`; files of the patterns `replaced` are deleted if
-    the folder lacks them.
-    """
+    """Names, one of which every finished output has, and patterns of the files that it replaces."""
 
     markers: Sequence[str]
     replaced: Sequence[str]

@@ -27,10 +27,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Eigen:
-    """Leading eigenvalues (r,) of a Gram matrix, descending, and eigenvectors as rows (r, n).
-
-    `all_values` has the shape (n,), where all were asked for.
-    """
+    """Eigenvalues (r,), descending, eigenvectors as rows (r, n), and maybe all eigenvalues (n,)."""
 
     values: Tensor
     vectors: Tensor

@@ -64,18 +64,13 @@ It is that of a condition of 3e5; worse ones are left to the SVD, which does not
 
 @dataclass(frozen=True)
 class OrthogonalProduct:
-    """polar(U) diag(S) polar(Vh).
+    """polar(U) diag(S) polar(Vh), shape (m, n); `factors` are the two, where they were asked for.
 
-    Args:
-        matrix (`Tensor`): shape (m, n).
-        null_directions (`int`): number of directions left out of a polar factor because they are
-            not independent.
-        exact (`int`): number of polar factors, of two, from a full float64 SVD.
-        smallest (`float`): smallest singular value of U and Vh that was kept and counts, relative
-            to the largest: of a square factor the last one does not, see [`UNCERTAIN_SIGN`]. 1
-            where no SVD was needed to see that it is large enough.
-        factors (`tuple[Tensor, Tensor]`, *optional*): polar(U) (m, q) and polar(Vh) (q, n), where
-            they were asked for.
+    `null_directions` counts directions left out of a polar factor because they are not independent,
+    and `exact` the polar factors, of two, from a full float64 SVD. `smallest` is the smallest
+    singular value of U and Vh that was kept and counts, relative to the largest: of a square factor
+    the last one does not, see [`UNCERTAIN_SIGN`]. It is 1 where no SVD was needed to see that it is
+    large enough.
     """
 
     matrix: Tensor

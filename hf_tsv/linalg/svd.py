@@ -110,10 +110,7 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular triplets of a matrix (m, n), checked: U (m, k), S descending (k,), Vh (k, n).
-
-    A [`NotConvergedError`] says that no way to find them converges, or that there is NaN or Inf.
-    """
+    """All singular triplets of a matrix (m, n), checked: U (m, k), S descending (k,), Vh (k, n)."""
     a = in_working_precision(matrix)
     if a.numel() and not math.isfinite(products.largest_entry(a)):
         raise NotConvergedError("it holds NaN or Inf")

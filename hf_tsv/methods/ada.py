@@ -45,10 +45,7 @@ class Layer:
 
     @torch.no_grad()
     def gradient(self, tasks: int) -> Tensor:
-        """Compute ∂L/∂cᵢ = α ⟨∂L/∂W, Mᵢ⟩ from the gradients of the parameters, (T,), on the CPU.
-
-        It is 0 for tasks that do not change the weight.
-        """
+        """Gradient ∂L/∂cᵢ = α ⟨∂L/∂W, Mᵢ⟩, (T,), on the CPU; 0 where a task changes nothing."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         found = self.base.new_zeros(tasks)
         if len(gradients) < len(self.parameters):  # the loss does not depend on them

@@ -27,16 +27,11 @@ Row = tuple[float, ...]
 class Interference:
     """Who disturbs whom in one weight, tasks in the order they were given in.
 
-    Args:
-        sti (`float`): singular task interference of the truncated factors.
-        sti_after (`float`): the same of the orthonormal factors: 0 but for rounding, and for
-            directions that tasks share exactly.
-        pairs (`tuple[tuple[float, ...], ...]`): `sti` of every two tasks alone, T × T.
-        kept (`tuple[float, ...]`): Σσ² of the triplets kept of each task.
-        effective_ranks (`tuple[float, ...]`): of each task, see [`effective_rank`].
-        spectra (`tuple[tuple[float, ...], ...]`): singular values of each task at [`RANK_SHARES`],
-            0 beyond those known.
-        energies (`tuple[tuple[float, ...], ...]`): Σσ² of the triplets up to there.
+    `sti` is the singular task interference of the truncated factors, `sti_after` that of the
+    orthonormal ones: 0 but for rounding, and for directions that tasks share exactly. `pairs` are
+    those of every two tasks alone, T × T. Of each task `kept` is Σσ² of the triplets kept,
+    `spectra` its singular values at [`RANK_SHARES`], 0 beyond those known, and `energies` Σσ² of
+    the triplets up to there.
     """
 
     sti: float

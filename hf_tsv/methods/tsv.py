@@ -22,10 +22,7 @@ from hf_tsv.methods.rules import Measurable, MergedUpdate, Updates
 
 
 def orthogonal(updates: Updates) -> MergedUpdate:
-    """TSV-Merge, M = U⊥ diag(S) V⊥h (algorithm 1). A task matrix of zeros contributes nothing.
-
-    A [`NotConvergedError`] has the place of the task whose decomposition fails.
-    """
+    """TSV-Merge, M = U⊥ diag(S) V⊥h (algorithm 1). A task matrix of zeros contributes nothing."""
     deltas = list(updates.deltas)
     if len(deltas) == 1 and updates.rank >= min(updates.shape):
         return _as_it_is(deltas[0], updates)

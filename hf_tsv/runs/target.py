@@ -144,10 +144,7 @@ def waiting(folder: Path) -> Iterator[None]:
 
 
 def push(folder: Path, target: Target, token: str | None) -> str | None:
-    """Upload a finished folder, if the target is a repository; give the address of the commit.
-
-    A [`RepoError`] has the command that uploads the folder later.
-    """
+    """Upload a folder if the target is a repository; an error has the command to do so later."""
     if target.push_to is None:
         return None
     later = f"The result is complete in {folder}; upload it with `{target.push_command(folder)}`."

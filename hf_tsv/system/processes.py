@@ -108,10 +108,7 @@ class _Failure:
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Connect the processes that a launcher started; without a launcher there is only this one.
-
-    Every process has to call this. A [`RecipeError`] says that they cannot connect.
-    """
+    """Connect the processes of a launcher, each of which calls this; without one it is alone."""
     if launched() < 2:
         yield Processes()
         return
