@@ -20,17 +20,11 @@ MOST_SHOWN = 5  # base models of one input that an error lists
 
 @dataclass(frozen=True)
 class SaidBase:
-    """Base models that a fine-tune names.
+    """Base models that a fine-tune names."""
 
-    Args:
-        names (`tuple[str, ...]`): repository ids, or a folder; empty when it names none.
-        made_with (`bool`): it was made with exactly the one it names.
-        revision (`str`, *optional*): commit sha of that one; None for a folder.
-    """
-
-    names: tuple[str, ...]
-    made_with: bool = False
-    revision: str | None = None
+    names: tuple[str, ...]  # repository ids, or a folder; empty when it names none
+    made_with: bool = False  # it was made with exactly the one it names
+    revision: str | None = None  # commit of that one; None for a folder
 
 
 def said_by(item: PinnedCheckpoint) -> SaidBase:
@@ -66,17 +60,11 @@ def _is_name(value: Any) -> TypeGuard[str]:
 def infer(
     said: Mapping[str, Sequence[str]], parents: Callable[[str], Sequence[str]]
 ) -> tuple[str, list[str]]:
-    """Base model that the inputs agree on: the nearest one that all of them descend from.
+    """Base model that the inputs agree on, and the inputs that name one.
 
     Inputs that name the same base agree. Otherwise the named models are followed to their own
-    bases: a fine-tune of a fine-tune descends from the first one's base too.
-
-    Args:
-        said (`Mapping[str, Sequence[str]]`): base models named by each fine-tune; may be empty.
-        parents (`Callable`): returns the base models that a named model names itself.
-
-    Returns:
-        `tuple[str, list[str]]`: the base model, and the inputs that name a base.
+    bases, which `parents` returns, to the nearest that all descend from: a fine-tune of a
+    fine-tune descends from the first one's base too.
 
     Raises:
         [`CheckpointError`]: no input names a base, or they disagree; the error lists them.

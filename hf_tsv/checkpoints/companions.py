@@ -36,31 +36,24 @@ def present(item: PinnedCheckpoint) -> list[str]:
 
 
 def warnings(base: Checkpoint) -> list[str]:
-    """Warnings about files that pipelines need and the output will not have.
-
-    Raises:
-        [`CheckpointError`]: a companion file is a link out of the checkpoint.
-    """
+    """Warnings about files that pipelines need and the output will not have; refuses links out."""
     have = set(present(base.pinned))
     for name in sorted(have):
         _check_here(base, name)
-    towers, missing = layout.towers(base.tensors), []
     has_processor = have & set(PROCESSOR_FILES) or base.format == "open_clip"
-    if "vision_model" in towers and not has_processor:
-        missing.append("image processor")
-    if "text_model" in towers and not have & set(TOKENIZER_FILES):
-        missing.append("tokenizer")
+    parts = (
+        ("vision_model", "image processor", has_processor),
+        ("text_model", "tokenizer", have & set(TOKENIZER_FILES)),
+    )
     return [
         f"The base model {base} has no {part}, so the output has none and pipelines need one."
-        for part in missing
+        for tower, part, there in parts
+        if tower in layout.towers(base.tensors) and not there
     ]
 
 
 def write(base: Checkpoint, folder: Path, config: dict[str, Any], out_format: Format) -> None:
-    """Copy the files beside the weights that loading needs: config, processor, tokenizer.
-
-    `config` is that of the output, as transformers writes it; `out_format` the weights' layout.
-    """
+    """Copy processor and tokenizer, and write the output's `config` as its layout has it."""
     for name in present(base.pinned):
         content = _content(base, name)
         harmless = without_code(content)
@@ -84,11 +77,7 @@ def write(base: Checkpoint, folder: Path, config: dict[str, Any], out_format: Fo
 
 
 def check(base: Checkpoint) -> None:
-    """Read what will be copied, so that damage shows before the work.
-
-    Raises:
-        [`CheckpointError`]: a file is damaged, or a link out of the checkpoint.
-    """
+    """Read what will be copied, so that damage, or a link out, is refused before the work."""
     for name in present(base.pinned):
         _content(base, name)
 
@@ -119,12 +108,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def without_code(content: Any) -> Any:
-    """Copy of a configuration without the keys that load code, since no code is copied.
-
-    Example:
-        >>> without_code({"auto_map": {"AutoModel": "model.Model"}, "hidden_size": 8})
-        {'hidden_size': 8}
-    """
+    """Copy of a configuration without the keys that load code, since no code is copied."""
     if isinstance(content, list):
         return [without_code(item) for item in content]
     if isinstance(content, dict):
@@ -148,7 +132,7 @@ def output_config(
     if out_format == "open_clip":
         from transformers import CLIPConfig
 
-        return {**CLIPConfig(**config).to_dict()}
+        return dict(CLIPConfig(**config).to_dict())
     floating = {dtype for dtype in dtypes if dtype.is_floating_point}
     if len(floating) == 1:
         name = str(next(iter(floating))).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from hf_tsv.checkpoints import layout
@@ -18,21 +19,14 @@ def check_whole_clip(base: Checkpoint, what: str) -> None:
 
 
 def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
-    """Refuse inputs whose headers do not fit the base.
-
-    Raises:
-        [`CheckpointError`]: weights missing, extra or of another shape; all are listed.
-    """
+    """Refuse inputs that miss weights, or have extra ones or another shape; all are listed."""
     if base.left_out:
         raise CheckpointError(
             f"The base model {base} has a task head ({base.left_out[0]}), so it is a fine-tune.",
             "Name the CLIPModel it was fine-tuned from with --base-model.",
         )
     for item in inputs:
-        theirs, ours = (
-            str(item.model_config.get("model_type")),
-            str(base.model_config.get("model_type")),
-        )
+        theirs, ours = (str(one.model_config.get("model_type")) for one in (item, base))
         if layout.is_clip(base.model_config) != layout.is_clip(item.model_config):
             raise CheckpointError(
                 f"{item} is of another architecture than the base model {base}: {theirs!r} and"
@@ -51,9 +45,8 @@ def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
 def _misfits(base: Checkpoint, item: Task) -> list[str]:
     """One line for each weight of `item` that the base has not, or has in another shape."""
     problems = []
-    parts = layout.towers(item.tensors)
     base_parts = layout.towers(base.tensors)
-    encoders, whole_model = parts & base_parts, False
+    encoders, whole_model = layout.towers(item.tensors) & base_parts, False
     if layout.is_clip(base.model_config):
         encoders &= {"vision_model", "text_model"}
         whole_model = layout.is_full_model(item.tensors)
@@ -66,22 +59,20 @@ def _misfits(base: Checkpoint, item: Task) -> list[str]:
             if required and info.dtype.is_floating_point:
                 problems.append(f"{item}: {name} is missing")
         elif found.shape != info.shape:
-            shapes = f"shape {list(found.shape)}, the base {list(info.shape)}"
-            problems.append(f"{item}: {name} has {shapes}")
+            own = f"has shape {list(found.shape)}"
+            problems.append(f"{item}: {name} {own}, the base {list(info.shape)}")
         elif found.dtype.is_floating_point != info.dtype.is_floating_point:
             problems.append(f"{item}: {name} is {found.dtype}, in the base {info.dtype}")
-    extra = [
-        name
+    extra = {
+        name: name.split(".")[0]
         for name, info in item.tensors.items()
         if name not in base.tensors and info.dtype.is_floating_point
-    ]
-    for part in sorted({name.split(".")[0] for name in extra} - base_parts):
-        of_part = [name for name in extra if name.split(".")[0] == part]
-        problems.append(f"{item}: the base has no {part} ({len(of_part)} weights)")
-    problems += [
-        f"{item}: {name} is not in the base" for name in extra if name.split(".")[0] in base_parts
-    ]
-    return problems
+    }
+    for part, count in sorted(Counter(extra.values()).items()):
+        if part not in base_parts:
+            problems.append(f"{item}: the base has no {part} ({count} weights)")
+    mine = [name for name, part in extra.items() if part in base_parts]
+    return problems + [f"{item}: {name} is not in the base" for name in mine]
 
 
 def config_warnings(base: Checkpoint, inputs: Sequence[Task]) -> list[str]:

@@ -15,41 +15,17 @@ from typing import Any
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import shortened
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Names of a model type on disk.
-
-    Args:
-        model_type (`str`): `model_type` of config.json.
-        flat_prefix (`str`, *optional*): tower of the unprefixed names of transformers 5.
-    """
-
-    model_type: str
-    flat_prefix: str | None = None
-
-
-LAYOUTS = {
-    "clip": Layout("clip"),
-    "clip_vision_model": Layout("clip_vision_model", flat_prefix="vision_model."),
-    "clip_text_model": Layout("clip_text_model", flat_prefix="text_model."),
-}
+# Tower of the unprefixed names that transformers 5 writes, by the model type of config.json.
+FLAT_PREFIXES = {"clip": "", "clip_vision_model": "vision_model.", "clip_text_model": "text_model."}
 
 
 @dataclass(frozen=True)
 class ModelClass:
-    """Canonical names that a CLIP class of transformers 5 has, and its own names for them.
+    """Canonical names that a CLIP class of transformers 5 has, and its own names for them."""
 
-    Args:
-        parts (`tuple[str, ...]`): first components of the canonical names of its parameters.
-        flat_prefix (`str`): prefix of the canonical names that the class omits.
-        config_part (`str`, *optional*): part of a CLIP's config.json that the class is made from;
-            None for all of it.
-    """
-
-    parts: tuple[str, ...]
-    flat_prefix: str = ""
-    config_part: str | None = None
+    parts: tuple[str, ...]  # first components of the canonical names of its parameters
+    flat_prefix: str = ""  # of the canonical names, which the class omits
+    config_part: str | None = None  # of a CLIP's config.json; None: the class is made from all
 
 
 VISION, TEXT = "vision_config", "text_config"
@@ -66,9 +42,7 @@ MODEL_CLASSES = {
     "CLIPTextModelWithProjection": ModelClass(("text_model", "text_projection"), config_part=TEXT),
 }
 
-BUFFER = "position_ids"
-"""Buffer in checkpoints of transformers 4 that is not a parameter of the modules."""
-
+BUFFER = "position_ids"  # in checkpoints of transformers 4, no parameter of the modules
 FLAT = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm|final_layer_norm)\.")
 TASK_HEAD = re.compile(r"classifier\.")
 QKV = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.weight$")
@@ -81,8 +55,8 @@ KINDS = (
 """Kinds of matrices in a block, in the order of computation."""
 
 
-def layout_of(config: dict[str, Any], owner: str) -> Layout:
-    """Layout that a config.json announces; for other models than CLIP, names stay as they are.
+def flat_prefix_of(config: dict[str, Any], owner: str) -> str:
+    """Tower of unprefixed names, by a config.json; of other models than CLIP, names stay.
 
     Raises:
         [`CheckpointError`]: it announces no model type.
@@ -94,7 +68,7 @@ def layout_of(config: dict[str, Any], owner: str) -> Layout:
             f" {shortened(model_type)}.",
             "A checkpoint saved by save_pretrained has one.",
         )
-    return LAYOUTS.get(model_type) or Layout(model_type)
+    return FLAT_PREFIXES.get(model_type, "")
 
 
 def is_clip(config: Mapping[str, Any]) -> bool:
@@ -104,21 +78,19 @@ def is_clip(config: Mapping[str, Any]) -> bool:
         >>> is_clip({"model_type": "clip_vision_model"}), is_clip({"model_type": "siglip"})
         (True, False)
     """
-    return config.get("model_type") in LAYOUTS
+    return config.get("model_type") in FLAT_PREFIXES
 
 
-def canonical_name(stored: str, layout: Layout) -> str | None:
+def canonical_name(stored: str, flat_prefix: str) -> str | None:
     """Name of a stored tensor in `CLIPModel`, or None for a task head.
 
     Example:
-        >>> canonical_name("encoder.layers.0.mlp.fc1.weight", LAYOUTS["clip_vision_model"])
+        >>> canonical_name("encoder.layers.0.mlp.fc1.weight", "vision_model.")
         'vision_model.encoder.layers.0.mlp.fc1.weight'
     """
     if TASK_HEAD.match(stored):
         return None
-    if layout.flat_prefix is not None and FLAT.match(stored):
-        return layout.flat_prefix + stored
-    return stored
+    return flat_prefix + stored if FLAT.match(stored) else stored
 
 
 def name_in_class(name: str, model_class: str) -> str | None:
@@ -192,10 +164,9 @@ def tower_configs(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         >>> tower_configs({"model_type": "clip_vision_model", "patch_size": 32})["vision_config"]
         {'model_type': 'clip_vision_model', 'patch_size': 32}
     """
-    if config.get("model_type") == "clip_vision_model":
-        return {VISION: config}
-    if config.get("model_type") == "clip_text_model":
-        return {TEXT: config}
+    for tower, kind in ((VISION, "clip_vision_model"), (TEXT, "clip_text_model")):
+        if config.get("model_type") == kind:
+            return {tower: config}
     return {key: part for key in (VISION, TEXT) if isinstance(part := config.get(key), dict)}
 
 

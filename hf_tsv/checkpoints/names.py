@@ -7,14 +7,12 @@ from typing import Literal
 SINGLE_FILE = "model.safetensors"
 PICKLED_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+FACTORS_CONFIG = "tsv_config.json"
+FACTORS_FILE = "task_factors.safetensors"
 
 Format = Literal["transformers", "open_clip"]
 """Library whose names, shapes and config the files of a checkpoint have."""
-
-ADAPTER_FILE = "adapter_model.safetensors"
-
-FACTORS_CONFIG = "tsv_config.json"
-FACTORS_FILE = "task_factors.safetensors"
 
 CONFIGS = ("config.json", "tsv_config.json", "open_clip_config.json", "adapter_config.json",
            "hf_tsv_mask.json")  # fmt: skip
@@ -28,23 +26,14 @@ OLD_WEIGHTS = (
     *WEIGHT_FILES,
     *(f"{stem}-?????-of-?????.safetensors" for stem in STEMS),
     *MARKERS,
-    "heads/*.safetensors",
-    "masks/*/mask.safetensors",
-    "masks/*/hf_tsv_mask.json",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "interference.json",
-    "interference.png",
-    "compression.png",
-)
+    "heads/*.safetensors", "masks/*/mask.safetensors", "masks/*/hf_tsv_mask.json",
+    "adapter_model.safetensors", "adapter_config.json",
+    "interference.json", "interference.png", "compression.png",
+)  # fmt: skip
 """Patterns of an earlier upload's files that a new one replaces; all other files stay."""
 
 REPORT_FILE = "interference.json"
 REPORT_PAGE = "interference.html"
-
 COMPRESSION = "compression.png"
-
 RECIPE_FILE = "hf_tsv_recipe.yaml"
-
-RECONSTRUCTION_FILE = "hf_tsv_reconstruction.json"
-"""Says what a checkpoint was made of."""
+RECONSTRUCTION_FILE = "hf_tsv_reconstruction.json"  # says what a checkpoint was made of

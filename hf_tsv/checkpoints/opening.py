@@ -8,12 +8,12 @@ from typing import TypeVar
 
 from hf_tsv import hub
 from hf_tsv.checkpoints.base_model import SaidBase, said_by
-from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTED
 from hf_tsv.checkpoints.formats.adapters import Adapter, open_adapter
 from hf_tsv.checkpoints.formats.factors import Factors, open_factors
-from hf_tsv.checkpoints.formats.masks import CONFIG_FILE as MASK_CONFIG
+from hf_tsv.checkpoints.formats.masks import CONFIG_FILE as MASKED
 from hf_tsv.checkpoints.formats.masks import Masked, open_masked
-from hf_tsv.checkpoints.formats.open_clip import CONFIG_FILE as OPEN_CLIP_CONFIG
+from hf_tsv.checkpoints.formats.open_clip import CONFIG_FILE as OPEN_CLIP
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.names import CONFIG_FILE, FACTORS_CONFIG
@@ -23,45 +23,30 @@ from hf_tsv.system.progress import logger
 
 T = TypeVar("T")
 
-Opener = Callable[[], Checkpoint]
-"""Gives the base model, for formats that cannot be opened without it."""
+Opener = Callable[[], Checkpoint]  # gives the base model, where a format cannot do without
 
 
 @dataclass(frozen=True)
 class InputFormat:
-    """A form in which fine-tunes are stored.
+    """A form in which fine-tunes are stored, and the class that it is opened as."""
 
-    Args:
-        name (`str`): name in reports.
-        task (`type[Task]`): class that it is opened as.
-        markers (`tuple[str, ...]`): files of which one tells that it is this form.
-        open (`Callable[[PinnedCheckpoint, Opener], Task]`): reads its headers.
-        needs_base (`bool`): `open` asks for the base model.
-        says_base (`Callable[[PinnedCheckpoint], SaidBase]`): reads which base model it names,
-            where it has to be known before it is opened.
-        layout (`str`, *optional*): naming scheme of its tensors, in reports; default: that of the
-            checkpoint.
-    """
-
-    name: str
+    name: str  # in reports
     task: type[Task]
-    markers: tuple[str, ...]
-    open: Callable[[PinnedCheckpoint, Opener], Task]
-    needs_base: bool = False
-    says_base: Callable[[PinnedCheckpoint], SaidBase] = said_by
-    layout: str | None = None
+    markers: tuple[str, ...]  # files of which one tells that it is this form
+    open: Callable[[PinnedCheckpoint, Opener], Task]  # reads its headers
+    needs_base: bool = False  # `open` asks for the base model
+    says_base: Callable[[PinnedCheckpoint], SaidBase] = said_by  # before it is opened
+    layout: str | None = None  # its tensors' naming, in reports; None: the checkpoint's
 
 
 FORMATS = (
-    InputFormat("mask", Masked, (MASK_CONFIG,), lambda it, _: open_masked(it)),
-    InputFormat(
-        "adapter", Adapter, (ADAPTER_CONFIG,), open_adapter, needs_base=True, layout="peft"
-    ),
+    InputFormat("mask", Masked, (MASKED,), lambda it, _: open_masked(it)),
+    InputFormat("adapter", Adapter, (ADAPTED,), open_adapter, needs_base=True, layout="peft"),
     InputFormat(
         "factors", Factors, (FACTORS_CONFIG,), lambda it, _: open_factors(it), layout="task factors"
     ),
     InputFormat(
-        "checkpoint", Checkpoint, (CONFIG_FILE, OPEN_CLIP_CONFIG), lambda it, _: open_checkpoint(it)
+        "checkpoint", Checkpoint, (CONFIG_FILE, OPEN_CLIP), lambda it, _: open_checkpoint(it)
     ),
 )
 """Every form that is read: the first whose marker is there; where none is, the last one."""
@@ -88,17 +73,11 @@ def open_task(pinned: PinnedCheckpoint, base: Opener) -> Task:
 
 
 def open_base(pinned: PinnedCheckpoint) -> Checkpoint:
-    """Read the headers of a base model, which is a whole checkpoint.
-
-    Raises:
-        [`CheckpointError`]: it is stored in another form.
-    """
+    """Read the headers of a base model, which is a whole checkpoint or refused."""
     form = format_of(pinned).task
     if not form.is_whole:
-        raise CheckpointError(
-            f"The base model {pinned} {form.says}.",
-            "Name the model that the tasks were fine-tuned from.",
-        )
+        hint = "Name the model that the tasks were fine-tuned from."
+        raise CheckpointError(f"The base model {pinned} {form.says}.", hint)
     return _readable(pinned, open_checkpoint)
 
 

@@ -23,20 +23,15 @@ from hf_tsv.system.untrusted import parse_yaml
 
 LONGEST_SUBFOLDER = 1000
 CARD_BYTES = 1_000_000  # of a card are read; its front matter has to end within them
-
+# Revisions that are written unquoted; in others a slash would begin a subfolder.
 PULL_REQUEST = re.compile(r"refs/(pr|convert)/\w+")
-"""Pattern of revisions that are written unquoted; in others a slash would begin a subfolder."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A checkpoint as named by the user: a Hub repository or a local folder.
+    """A checkpoint as named by the user: a Hub repository, or a local folder without `repo_id`.
 
-    Args:
-        text (`str`): the user's text, without the revision.
-        repo_id (`str`, *optional*): `org/name`, for a repository.
-        revision (`str`, *optional*): branch, tag, pull request or sha that the user named.
-        subfolder (`str`): folder in the repository; empty for all of it.
+    `text` is the user's, without the revision; `subfolder` is empty for all of the repository.
     """
 
     text: str
@@ -54,12 +49,8 @@ class Reference:
 class PinnedCheckpoint:
     """Reference that is resolved once, so that everything is read from the same commit.
 
-    Args:
-        ref (`str`): repository id with its subfolder if any, or folder.
-        revision (`str`, *optional*): commit sha; None for a folder.
-        files (`Files`): files of the checkpoint.
-        card (`dict[str, Any]`): front matter of its model card.
-        asked_revision (`str`, *optional*): the revision the user named.
+    `ref` is a repository id with its subfolder if any, or a folder; `revision` a commit, None for
+    a folder; `card` the front matter of the model card.
     """
 
     ref: str
@@ -93,12 +84,7 @@ def at_revision(ref: str, revision: str | None) -> str:
 
 
 def repo_id_of(ref: str) -> str:
-    """Repository of a reference on the Hub.
-
-    Example:
-        >>> repo_id_of("org/clip/vision")
-        'org/clip'
-    """
+    """Repository of a reference on the Hub: `org/clip` of `org/clip/vision`."""
     return "/".join(ref.split("/")[:2])
 
 
@@ -117,8 +103,8 @@ def parse(text: str, subfolder: str | None = None) -> Reference:
     """
     if subfolder:  # transformers' default is the empty string
         if not _is_subfolder(subfolder):
-            problem = f"{subfolder!r} is no subfolder."
-            raise RepoError(problem, "Name a folder inside the repository.")
+            hint = "Name a folder inside the repository."
+            raise RepoError(f"{subfolder!r} is no subfolder.", hint)
         subfolder = str(PurePosixPath(subfolder))
     try:
         text.encode()
@@ -143,8 +129,7 @@ def parse(text: str, subfolder: str | None = None) -> Reference:
             f"{text!r} is neither a folder nor a repository: {getattr(error, 'msg', error)}",
             "Write org/name, org/name@revision, hf://org/name, or the path of an existing folder.",
         ) from None
-    inside = uri.path_in_repo.strip("/")
-    inside = str(PurePosixPath(inside)) if inside else ""
+    inside = str(PurePosixPath(path)) if (path := uri.path_in_repo.strip("/")) else ""
     if uri.type != "model" or (inside and not _is_subfolder(inside)):
         raise RepoError(
             f"{text!r} does not name a model repository.",
@@ -172,11 +157,9 @@ def pin(
     if reference.repo_id is None:
         local = LocalFiles(Path(reference.text).expanduser())
         return PinnedCheckpoint(reference.text, None, local, _local_card(local))
-    inside = reference.subfolder
-    repo_id, revision = reference.repo_id, reference.revision
-    repo = hub.snapshot(
-        repo_id, revision, inside, configs=CONFIGS, token=token, cache_dir=cache_dir
-    )
+    repo_id, revision, inside = reference.repo_id, reference.revision, reference.subfolder
+    access = {"token": token, "cache_dir": cache_dir}
+    repo = hub.snapshot(repo_id, revision, inside, configs=CONFIGS, **access)
     root = HubFiles(repo) if repo.folder is None else LocalFiles(repo.folder)
     files = root.within(inside)
     if inside and not files.names():

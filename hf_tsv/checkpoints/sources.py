@@ -27,19 +27,12 @@ from hf_tsv.system.threads import Once, in_parallel
 
 @dataclass(frozen=True)
 class Access:
-    """How checkpoints are reached.
-
-    Args:
-        token (`str`, *optional*): default: the one the Hub client is logged in with.
-        cache_dir (`str`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): folder of the tasks, where their reference has none.
-        stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
-    """
+    """How checkpoints are reached; by default with the Hub client's own token and cache."""
 
     token: str | None = field(default=None, repr=False)
     cache_dir: str | None = None
-    subfolder: str | None = None
-    stream: bool = False
+    subfolder: str | None = None  # of the tasks, where their reference has none
+    stream: bool = False  # read from the Hub when needed, without a copy on disk
 
     @staticmethod
     def of(
@@ -58,14 +51,7 @@ DEFAULT_ACCESS = Access()
 
 @dataclass(frozen=True)
 class Sources:
-    """A base model and fine-tunes of it, whole or compressed, all pinned.
-
-    Args:
-        base ([`Checkpoint`]): W0.
-        inputs (`tuple[Task, ...]`): the tasks.
-        access ([`Access`]): how they were reached.
-        warnings (`tuple[str, ...]`): oddities that the user should know of.
-    """
+    """A base model and fine-tunes of it, all pinned, and oddities that the user should know of."""
 
     base: Checkpoint
     inputs: tuple[Task, ...]
@@ -91,12 +77,10 @@ class Sources:
     def within_reach(self, *, visible: bool) -> Sources:
         """The same checkpoints, read from the client's cache, or from the Hub if asked to stream.
 
-        Fetches in parallel what the cache lacks, with one progress bar; to stream, opens
-        connections.
+        Fetches in parallel what the cache lacks; to stream, opens connections.
         """
         found = self._read_from(_streamed(self.all())) if self.access.stream else self
-        files = fetched(found.all(), with_companions=[found.base], visible=visible)
-        return found._read_from(files)
+        return found._read_from(fetched(found.all(), companions_of=[found.base], visible=visible))
 
     def _read_from(self, files: Sequence[Files]) -> Sources:
         *theirs, ours = files
@@ -127,31 +111,28 @@ def _streamed(items: Sequence[Task]) -> list[Files]:
     return result
 
 
-def _wanted(items: Sequence[Task], with_companions: Sequence[Task]) -> list[hub.Wanted]:
+def _wanted(items: Sequence[Task], companions_of: Sequence[Task]) -> list[hub.Wanted]:
     """Files of repositories that have to be on disk: weights, config, and some's companions."""
     wanted = []
     for item in items:
         files = item.pinned.files
-        repo = files.downloads
-        if repo is None:  # a folder, or what is streamed
+        if (repo := files.downloads) is None:  # a folder, or what is streamed
             continue
         names = list(map(files.path, item.needed_files))
         if "README.md" in repo.sizes:  # an offline run infers the base from it
             names.append("README.md")
-        if any(item is other for other in with_companions):
+        if any(item is other for other in companions_of):
             names += map(files.path, companions.present(item.pinned))
         wanted.append(hub.Wanted(repo, item.pinned.asked_revision, tuple(names)))
     return wanted
 
 
-def fetched(
-    items: Sequence[Task], *, with_companions: Sequence[Task], visible: bool
-) -> list[Files]:
-    """Files of items on this machine; fetches in parallel what the cache does not hold.
+def fetched(items: Sequence[Task], *, companions_of: Sequence[Task], visible: bool) -> list[Files]:
+    """Files of items on this machine; fetches in parallel, with one bar, what the cache lacks.
 
-    Of some, `with_companions`, processor and tokenizer are needed too. One progress bar shows all.
+    Of some, `companions_of`, processor and tokenizer are needed too.
     """
-    wanted = _wanted(items, with_companions)
+    wanted = _wanted(items, companions_of)
     if size := sum(repo.sizes[name] for repo, name in hub.missing(wanted)):
         check_free_space(Path(wanted[0].repo.cache_dir or constants.HF_HUB_CACHE), size)
         logger.info("Downloading %s.", human_bytes(size))
@@ -171,11 +152,8 @@ def open_sources(
 ) -> Sources:
     """Resolve every reference once and read every header, in parallel; writes nothing.
 
-    Args:
-        references (`Sequence[str]`): the fine-tunes, or task factors of them.
-        base_reference (`str`, *optional*): default: the base they agree on.
-        access ([`Access`]): how they are reached.
-        only_factors (`bool`): the tasks must be task factors.
+    The base model is by default the one that the tasks agree on. With `only_factors` all tasks
+    must be task factors.
 
     Raises:
         [`HfTsvError`]: one cannot be read, is no CLIP, or is the base itself.

@@ -160,7 +160,7 @@ def _find(
             "Save them beside the weights, or pass image_processor=… and tokenizer=….",
         )
     show = visible_by_default() if progress is None else progress
-    files = fetched(items, with_companions=items, visible=show)
+    files = fetched(items, companions_of=items, visible=show)
     local = base.reading_from(files[-1])
     item = local if item is base else item.reading_from(files[0])
     return Found(item, local, model_class, files[0 if own_processor else -1].folder)

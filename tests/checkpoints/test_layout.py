@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.layout import (
-    LAYOUTS,
+    FLAT_PREFIXES,
     canonical_name,
+    flat_prefix_of,
     is_full_model,
-    layout_of,
     qkv_group,
     tower_configs,
     towers,
@@ -129,7 +129,7 @@ def test_a_task_head_is_left_out_and_reported(base: Path, tmp_path: Path) -> Non
 )
 def test_names(stored: str, model_type: str, canonical: str | None) -> None:
     expected = None if canonical is None else canonical + stored
-    assert canonical_name(stored, LAYOUTS[model_type]) == expected
+    assert canonical_name(stored, FLAT_PREFIXES[model_type]) == expected
 
 
 def test_the_projections_of_one_attention_belong_together(names: set[str]) -> None:
@@ -168,12 +168,12 @@ def test_the_settings_of_a_tower_are_found_in_every_config(
 @pytest.mark.parametrize("model_type", ["", None, 1, [], {}, "a\nb"])
 def test_what_is_no_model_is_refused(model_type: Any) -> None:
     with pytest.raises(CheckpointError, match="org/model is no model of transformers"):
-        layout_of({"model_type": model_type}, "org/model")
+        flat_prefix_of({"model_type": model_type}, "org/model")
 
 
 @pytest.mark.parametrize("model_type", ["siglip", "clipseg", "dinov2"])
 def test_of_other_models_names_stay_as_they_are(model_type: str) -> None:
-    found = layout_of({"model_type": model_type}, "org/model")
+    found = flat_prefix_of({"model_type": model_type}, "org/model")
     assert canonical_name("encoder.layers.0.mlp.fc1.weight", found) == (
         "encoder.layers.0.mlp.fc1.weight"
     )
@@ -181,4 +181,4 @@ def test_of_other_models_names_stay_as_they_are(model_type: str) -> None:
 
 def test_a_config_without_model_type_is_refused() -> None:
     with pytest.raises(CheckpointError, match="model_type None"):
-        layout_of({}, "org/model")
+        flat_prefix_of({}, "org/model")

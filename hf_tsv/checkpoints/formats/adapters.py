@@ -29,43 +29,30 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 PART = re.compile(r"(.+)\.lora_(A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)")
 LONGEST_PATTERN = 300
+# Constructs of a regular expression that make matching exponential, or a high polynomial.
 REPEATED_GROUP = re.compile(r"\)[*+?{]|(?:[*+}?].*){4}")
-"""Constructs of a regular expression that make matching exponential, or a high polynomial."""
-
 WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)\.")
+# Prefixes that canonical names have and a class's own names lack, the likelier first.
 PREFIXES = {"CLIPTextModel": ("text_model.", ""), "CLIPVisionModel": ("vision_model.", "")}
-"""Prefixes that canonical names have and a class's own names lack, the likelier first."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA pair of one module: Δ = scale · B A.
+    """LoRA pair of one module: Δ = scale · B A."""
 
-    Args:
-        scale (`float`): α / r, or α / √r.
-        A (`TensorInfo`): factor of shape (r, d_in), or a convolution of that kind.
-        B (`TensorInfo`): factor of shape (d_out, r).
-        bias (`TensorInfo`, *optional*): bias of B, which is scaled too.
-        magnitude (`TensorInfo`, *optional*): norm that each row of W0 + Δ is scaled to (DoRA).
-    """
-
-    scale: float
-    A: TensorInfo
-    B: TensorInfo
-    bias: TensorInfo | None = None
-    magnitude: TensorInfo | None = None
+    scale: float  # α / r, or α / √r
+    A: TensorInfo  # (r, d_in), or a convolution of that kind
+    B: TensorInfo  # (d_out, r)
+    bias: TensorInfo | None = None  # of B; scaled too
+    magnitude: TensorInfo | None = None  # norm that each row of W0 + Δ is scaled to (DoRA)
 
 
 @dataclass(frozen=True)
 class Adapter(Task):
     """LoRA adapter on a base model, read as the checkpoint that PEFT would make of them.
 
-    Config and tensors are those of the base model that it has a part in.
-
-    Args:
-        loras (`Mapping[str, Lora]`): pairs, by canonical name of the weight.
-        values (`Mapping[str, TensorInfo]`): tensors stored whole, by canonical name.
-        biases (`Mapping[str, Lora]`): pairs with a bias, by canonical name of that bias.
+    Config and tensors are those of the base model that it has a part in. Pairs, tensors stored
+    whole, and pairs with a bias are by canonical name of the weight or bias.
     """
 
     kind: ClassVar[str] = "PEFT adapter"
@@ -125,10 +112,7 @@ class Adapter(Task):
     def triplets(
         self, name: str, digests: dict[str, str] | None = None
     ) -> TaskSingularVectors | None:
-        """Singular triplets of Δ from its factors; None if Δ is not simply their product.
-
-        `digests` receives those of both factors.
-        """
+        """Singular triplets of Δ from its factors; None if Δ is not simply their product."""
         lora = self.loras.get(name)
         if lora is None or lora.magnitude is not None or len(lora.A.shape) != 2:
             return None
@@ -146,10 +130,7 @@ class Adapter(Task):
 
 
 def open_adapter(pinned: PinnedCheckpoint, opener: Callable[[], Checkpoint]) -> Adapter:
-    """Read configuration and headers of an adapter.
-
-    The base model, without which no canonical name is known, is asked for after the adapter's own
-    headers are read.
+    """Read configuration and headers of an adapter, then the base, to know the canonical names.
 
     Raises:
         [`CheckpointError`]: not a LoRA adapter, damaged, or of another base model: a module is not
@@ -157,11 +138,9 @@ def open_adapter(pinned: PinnedCheckpoint, opener: Callable[[], Checkpoint]) -> 
     """
     owner = str(pinned)
     config = read_json(pinned.files, CONFIG_FILE, owner)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise _unreadable(
-            f"{owner} is an adapter of type {reprlib.repr(kind)}, and only LORA is read."
-        )
+    if (kind := config.get("peft_type")) != "LORA":
+        said = f"an adapter of type {reprlib.repr(kind)}, and only LORA is read."
+        raise _unreadable(f"{owner} is {said}")
     single = next((name for name in WEIGHTS if pinned.files.size(name) is not None), WEIGHTS[0])
     stored, files = read_headers(pinned.files, single, owner)
     stored = {name.removeprefix(PREFIX): info for name, info in stored.items()}
@@ -237,10 +216,8 @@ def _lora(
         or (name in ("B.bias", "magnitude") and math.prod(info.shape) != rows)
     ]  # fmt: skip
     if odd or config.get("fan_in_fan_out"):
-        raise _unreadable(
-            f"{owner}: {odd[0] if odd else 'fan_in_fan_out'} of {module} is not as PEFT writes"
-            " it for such a layer."
-        )
+        what = f"{odd[0] if odd else 'fan_in_fan_out'} of {module}"
+        raise _unreadable(f"{owner}: {what} is not as PEFT writes it for such a layer.")
     scale = _scale(owner, config, module, A.shape[0])
     return Lora(scale, A, B, parts.get("B.bias"), parts.get("magnitude"))
 

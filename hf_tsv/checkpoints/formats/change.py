@@ -16,33 +16,21 @@ from hf_tsv.linalg.products import largest_entry
 from hf_tsv.linalg.updates import Update
 from hf_tsv.system.errors import CheckpointError
 
-LARGEST_UPDATE = 1e30
-"""Entries beyond it are no update, and sums of their squares would overflow."""
-
+LARGEST_UPDATE = 1e30  # entries beyond it are no update; sums of their squares would overflow
 CPU = torch.device("cpu")
 
 
 @dataclass
 class Original:
-    """One weight of the base model, W0, which is read when it is first asked for.
+    """One weight of the base model, W0, which is read when it is first asked for."""
 
-    Args:
-        names (`Sequence[str]`): canonical names; several are stacked along dimension 0.
-        label (`str`): name of the weight, or of the stack, for errors.
-        base (`str`): name of the base model, for errors.
-        shapes (`Sequence[tuple[int, ...]]`): shape of each of them, if they are stacked.
-        read (`Callable[[], Tensor]`): reads W0 as stored, stacked, on the device.
-        device (`torch.device`): device of W0, to which updates go too.
-        digests (`dict[str, str]`): digests of the weights that are known so far, by name.
-    """
-
-    names: Sequence[str]
-    label: str
-    base: str
-    shapes: Sequence[tuple[int, ...]]
-    read: Callable[[], Tensor]
-    device: torch.device = CPU
-    digests: dict[str, str] = field(default_factory=dict)
+    names: Sequence[str]  # canonical; several are stacked along dimension 0
+    label: str  # of the weight, or of the stack, for errors
+    base: str  # the base model's name, for errors
+    shapes: Sequence[tuple[int, ...]]  # of each weight, if they are stacked
+    read: Callable[[], Tensor]  # reads W0 as stored, stacked, on the device
+    device: torch.device = CPU  # to which updates go too
+    digests: dict[str, str] = field(default_factory=dict)  # those known so far, by name
 
     @cached_property
     def tensor(self) -> Tensor:
@@ -77,17 +65,11 @@ class Original:
 
 @dataclass(frozen=True)
 class Change:
-    """Change of one weight by a fine-tune.
+    """Change of one weight by a fine-tune."""
 
-    Args:
-        update (`Tensor` or `TaskSingularVectors`): Δ in float32, or its singular triplets.
-        norm (`float`): ‖Δ‖, Frobenius.
-        floor (`float`): spectral norm below which it is rounding of the stored checkpoints.
-    """
-
-    update: Update
-    norm: float
-    floor: float = 0.0
+    update: Update  # Δ in float32, or its singular triplets
+    norm: float  # ‖Δ‖, Frobenius
+    floor: float = 0.0  # spectral norm below which it is rounding of the stored checkpoints
 
 
 def stacked(
@@ -103,21 +85,13 @@ def stacked(
 
 
 def update_of(name: str, task: object, fine_tuned: Tensor, base: Tensor) -> tuple[Tensor, float]:
-    """Δ of W1 and W0 as stored, and its largest absolute entry.
-
-    Raises:
-        [`CheckpointError`]: it overflows; names the weight and the fine-tune.
-    """
+    """Δ of W1 and W0 as stored, and its largest absolute entry, refused where it overflows."""
     update = updates.difference(fine_tuned, base)
     return update, refuse_huge(name, task, update)
 
 
 def refuse_huge(name: str, task: object, update: Update, scale: float | None = None) -> float:
-    """Refuse an update of entries that are none, before it is scaled or after.
-
-    Returns:
-        `float`: its largest absolute entry; of triplets the largest singular value.
-    """
+    """Largest absolute entry of an update, or singular value of triplets, refused if it is none."""
     if scale is not None and abs(scale) <= 1:  # as it was before
         return 0.0
     if isinstance(update, Tensor):
@@ -127,11 +101,9 @@ def refuse_huge(name: str, task: object, update: Update, scale: float | None = N
     if largest * abs(scale or 1.0) < LARGEST_UPDATE:
         return largest
     if scale is not None:
-        raise CheckpointError(
-            f"{task}: the update of {name} times {scale:g}, the weight of the task, is more than"
-            f" {LARGEST_UPDATE:g}.",
-            "Give it a smaller weight.",
-        )
+        what = f"the update of {name} times {scale:g}, the weight of the task,"
+        problem = f"{task}: {what} is more than {LARGEST_UPDATE:g}."
+        raise CheckpointError(problem, "Give it a smaller weight.")
     raise CheckpointError(
         f"{task}: {name} differs from the base model by more than {LARGEST_UPDATE:g}.",
         "The checkpoint is damaged; leave it out or save it again.",

@@ -33,28 +33,18 @@ REVISION = re.compile("[0-9a-f]{40}")
 class StoredWeight:
     """The stored part of the update of one weight.
 
-    Args:
-        stored (`str`): `factors`, `dense`, or `none`: the update is zero, or had no room.
-        shape (`tuple[int, ...]`): shape of the weight.
-        dtype (`torch.dtype`): type of the weight in the fine-tuned checkpoint.
-        rank (`int`): triplets kept; 0 unless stored as factors.
-        numerical_rank (`int`): triplets above the rounding of the stored checkpoints; 0 unless
-            stored as factors.
-        energy (`float`): share of the squared norm of the update that is kept, 0 to 1.
-        norm (`float`): Frobenius norm of the update.
-        bytes (`int`): size of its tensors.
-        base_sha256 (`str`): digest of the same weight in the base model.
+    Both ranks are 0 unless it is stored as factors.
     """
 
-    stored: str
+    stored: str  # `factors`, `dense`, or `none`: the update is zero, or had no room
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    rank: int
-    numerical_rank: int
-    energy: float
-    norm: float
-    bytes: int
-    base_sha256: str
+    dtype: torch.dtype  # of the weight in the fine-tuned checkpoint
+    rank: int  # triplets kept
+    numerical_rank: int  # triplets above the rounding of the stored checkpoints
+    energy: float  # share of the squared norm of the update that is kept, 0 to 1
+    norm: float  # Frobenius norm of the update
+    bytes: int  # size of its tensors
+    base_sha256: str  # digest of the same weight in the base model
 
     def to_dict(self) -> dict[str, Any]:
         """The entry in the configuration file."""
@@ -63,17 +53,11 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class Origin:
-    """A checkpoint that factors were made from.
+    """A checkpoint that factors were made from."""
 
-    Args:
-        ref (`str`): repository id, or folder.
-        revision (`str`, *optional*): commit sha; None for a folder.
-        license (`str`, *optional*): license that its card states.
-    """
-
-    ref: str
-    revision: str | None = None
-    license: str | None = None
+    ref: str  # repository id, or folder
+    revision: str | None = None  # commit; None for a folder
+    license: str | None = None  # as its card states
 
     @staticmethod
     def of(pinned: PinnedCheckpoint) -> Origin:
@@ -83,39 +67,22 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class FactorsConfig:
-    """The description beside the tensors.
-
-    Args:
-        base_model ([`Origin`]): W0.
-        source ([`Origin`]): the fine-tuned checkpoint.
-        rank_rule (`Mapping[str, Any]`): the one rule that applied, by name.
-        factor_dtype (`torch.dtype`): type of every stored update.
-        compress_conv (`bool`): whether convolutions could be stored as factors.
-        checkpoint_bytes (`int`): size of the tensors of the fine-tuned checkpoint.
-        base_bytes (`int`): size of the same weights in the base model.
-        factors_bytes (`int`): size of the tensors that are stored.
-        update_error (`float`): ‖Δ − stored‖ / ‖Δ‖ over all weights.
-        task_head (`tuple[str, ...]`): tensors of a task head, kept as they are.
-        left_out (`tuple[str, ...]`): changed tensors that this format has no place for.
-        model_config (`Mapping[str, Any]`): config.json of the fine-tuned checkpoint.
-        weights (`Mapping[str, StoredWeight]`): stored parts by canonical name.
-        format (`str`): format of the files this one describes.
-    """
+    """The description beside the tensors, in the order of the file."""
 
     base_model: Origin
-    source: Origin
-    rank_rule: Mapping[str, Any]
-    factor_dtype: torch.dtype
-    compress_conv: bool
-    checkpoint_bytes: int
-    base_bytes: int
-    factors_bytes: int
-    update_error: float
-    task_head: tuple[str, ...]
-    left_out: tuple[str, ...] = ()
-    model_config: Mapping[str, Any]
-    weights: Mapping[str, StoredWeight]
-    format: str = FORMAT
+    source: Origin  # the fine-tuned checkpoint
+    rank_rule: Mapping[str, Any]  # the one rule that applied, by name
+    factor_dtype: torch.dtype  # of every stored update
+    compress_conv: bool  # convolutions could be stored as factors
+    checkpoint_bytes: int  # size of the tensors of the fine-tuned checkpoint
+    base_bytes: int  # size of the same weights in the base model
+    factors_bytes: int  # size of the tensors that are stored
+    update_error: float  # ‖Δ − stored‖ / ‖Δ‖ over all weights
+    task_head: tuple[str, ...]  # its tensors, kept as they are
+    left_out: tuple[str, ...] = ()  # changed tensors that this format has no place for
+    model_config: Mapping[str, Any]  # config.json of the fine-tuned checkpoint
+    weights: Mapping[str, StoredWeight]  # stored parts by canonical name
+    format: str = FORMAT  # of the files this one describes
 
     def base_fingerprint(self) -> str:
         """sha256 that stands for all weights of the base the factors belong to."""
@@ -185,18 +152,14 @@ def tensor_specs(
 
 def _check_format(content: Mapping[str, Any], owner: str) -> None:
     if content.get("format") == ADAPTER_FORMAT:
-        raise CheckpointError(
-            f"{owner} is a PEFT adapter.",
-            "Load it with peft, or compress the checkpoint without --format peft.",
-        )
+        hint = "Load it with peft, or compress the checkpoint without --format peft."
+        raise CheckpointError(f"{owner} is a PEFT adapter.", hint)
     version = content.get("format_version")
     if content.get("format") != FORMAT or type(version) is not int or version < 1:
         raise CheckpointError(f"{owner}: {FACTORS_CONFIG} does not describe task factors.")
     if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{owner} has format version {version} and this hf-tsv reads up to {FORMAT_VERSION}.",
-            "Update hf-tsv.",
-        )
+        said = f"has format version {version} and this hf-tsv reads up to {FORMAT_VERSION}."
+        raise CheckpointError(f"{owner} {said}", "Update hf-tsv.")
 
 
 def _stored_weight(entry: _Entry) -> StoredWeight:
@@ -256,17 +219,12 @@ class _Entry:
     owner: str
     path: str = ""
 
-    def malformed(self, key: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.owner}: {self.path}{key} in {FACTORS_CONFIG} is missing or malformed.",
-            "Download or save the factors again.",
-        )
-
     def get(self, key: str, fits: Callable[[Any], object]) -> Any:
         """Value of a key that fits."""
         value = self.content.get(key)
         if not fits(value):
-            raise self.malformed(key)
+            said = f"{self.path}{key} in {FACTORS_CONFIG} is missing or malformed."
+            raise CheckpointError(f"{self.owner}: {said}", "Download or save the factors again.")
         return value
 
     def object(self, key: str) -> _Entry:

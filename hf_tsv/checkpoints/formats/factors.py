@@ -32,12 +32,6 @@ class Factors(Task):
     """A compressed task: a handle on its files, which are read one weight at a time.
 
     Args:
-        pinned ([`PinnedCheckpoint`]): commit or folder.
-        model_config (`Mapping[str, Any]`): config.json of the fine-tuned checkpoint.
-        tensors (`Mapping[str, StoredWeight]`): stored part of each weight, by canonical name.
-        weight_files (`tuple[str, ...]`): files of the tensors, index included.
-        head (`Mapping[str, TensorInfo]`): tensors of a task head, by their name in the fine-tuned
-            checkpoint.
         config ([`FactorsConfig`]): base, source, and how it was compressed.
         stored (`Mapping[str, TensorInfo]`): places of the tensors.
     """
@@ -90,9 +84,8 @@ class Factors(Task):
             return base.clone()
         weight = (products.in_working_precision(base) + updates.dense(update)).to(base.dtype)
         if not weight.isfinite().all():
-            raise CheckpointError(
-                f"{self}: {w0.name} does not fit into {base.dtype} with its update."
-            )
+            said = f"{w0.name} does not fit into {base.dtype} with its update."
+            raise CheckpointError(f"{self}: {said}")
         return weight
 
     def change(
@@ -122,11 +115,7 @@ class Factors(Task):
         return 0.0 if there else (1 - kept.energy) * kept.norm**2, kept.norm**2
 
     def update(self, name: str, digests: dict[str, str] | None = None) -> Update | None:
-        """Read the stored part of the update of one weight.
-
-        Args:
-            name (`str`): canonical name.
-            digests (`dict[str, str]`, *optional*): gets the digest of every tensor read.
+        """Read the stored part of the update of one weight, with the digest of every tensor read.
 
         Returns:
             `TaskSingularVectors`, `Tensor` or `None`: the triplets of a matrix; Δ of anything else;
@@ -157,13 +146,7 @@ class Factors(Task):
         return self._read(f"{name}.value", None)
 
     def check_base(self, name: str, base_digest: str, base: str) -> None:
-        """Refuse a base model that is not the one the factors were made from.
-
-        Args:
-            name (`str`): canonical name of a weight.
-            base_digest (`str`): digest of this weight in the base model at hand.
-            base (`str`): name of that model, for the error.
-        """
+        """Refuse a base model whose weight `name` is not the one the factors were made from."""
         if self.config.weights[name].base_sha256 == base_digest:
             return
         origin = self.config.base_model

@@ -65,11 +65,7 @@ def tasks_of(item: Task) -> list[str]:
 
 
 def with_head(item: T, task: str) -> T:
-    """Make the same merge, or task of one, with the head of one of [`tasks_of`].
-
-    Raises:
-        [`CheckpointError`]: there is no such head, or its file is damaged.
-    """
+    """Make the same merge, or task of one, with the head of one of [`tasks_of`]."""
     known = tasks_of(item)
     if task not in known:
         there = f"It has those of {', '.join(known)}." if known else "Merge with --keep-heads."

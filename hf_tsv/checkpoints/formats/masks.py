@@ -23,9 +23,7 @@ from hf_tsv.checkpoints.storage.headers import read_header
 from hf_tsv.checkpoints.storage.tensors import TensorInfo, read_tensor
 from hf_tsv.system.errors import CheckpointError
 
-FOLDER = "masks"
-"""Folder beside the weights of a merge, with a folder for each task."""
-
+FOLDER = "masks"  # beside the weights of a merge, with a folder for each task
 MASK_FILE = "mask.safetensors"
 CONFIG_FILE = "hf_tsv_mask.json"
 FORMAT_VERSION = 1
@@ -40,8 +38,7 @@ class Masked(Task):
     Args:
         masks (`Mapping[str, TensorInfo]`): packed bits by canonical name; a weight without a mask
             has no bit set.
-        base_ref (`str`): base model it was made with, without its revision.
-        base_revision (`str`, *optional*): commit sha of that model; None for a folder.
+        base_revision (`str`, *optional*): commit of the base it was made with; None for a folder.
         digests (`Mapping[str, str]`): digests of that model's tensors.
     """
 
@@ -104,15 +101,7 @@ def unpacked(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
 def write_config(
     folder: Path, task: str, base: PinnedCheckpoint, digests: Mapping[str, str], scale: float
 ) -> None:
-    """Write the file that says what a mask belongs to.
-
-    Args:
-        folder (`Path`): folder of the task.
-        task (`str`): the fine-tune it was made from.
-        base ([`PinnedCheckpoint`]): the base model.
-        digests (`Mapping[str, str]`): digests of the base model's tensors.
-        scale (`float`): λ.
-    """
+    """Write into the folder of a task the fine-tune, the base, its digests, and the scale λ."""
     content = {
         "hf_tsv_mask": FORMAT_VERSION,
         "task": task,
@@ -125,22 +114,16 @@ def write_config(
 
 
 def open_masked(pinned: PinnedCheckpoint) -> Masked:
-    """Read the headers of a merge and of one of its masks, whose folder is pinned.
-
-    Raises:
-        [`CheckpointError`]: the folder is not beside a merge, or is damaged.
-    """
+    """Read the headers of a merge and of one of its masks, whose folder is pinned."""
     owner = str(pinned)
     config = read_json(pinned.files, CONFIG_FILE, owner)
     base, digests = config.get("base_model"), config.get("base_digests")
     if config.get("hf_tsv_mask") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{owner}: {CONFIG_FILE} is of another version of hf-tsv.", "Use that version."
-        )
+        problem = f"{owner}: {CONFIG_FILE} is of another version of hf-tsv."
+        raise CheckpointError(problem, "Use that version.")
     if not (isinstance(digests, dict) and isinstance(base, dict) and _is_origin(base)):
-        raise CheckpointError(
-            f"{owner}: {CONFIG_FILE} does not say what the mask belongs to.", "Merge again."
-        )
+        problem = f"{owner}: {CONFIG_FILE} does not say what the mask belongs to."
+        raise CheckpointError(problem, "Merge again.")
     there, within = _beside(pinned.files, owner)
     merged = open_checkpoint(replace(pinned, files=there))
     file = f"{within}/{MASK_FILE}"

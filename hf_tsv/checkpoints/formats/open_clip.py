@@ -39,12 +39,9 @@ PROJECTIONS = {
 """Canonical names of the projections, which OpenCLIP stores transposed."""
 
 ALONE = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-}
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+}  # fmt: skip
 KINDS = ("weight", "bias")
 IN_BLOCK = {
     f"{stored}.{kind}": [f"{own}.{kind}"] for stored, own in ALONE.items() for kind in KINDS
@@ -56,18 +53,12 @@ IN_BLOCK |= {
 
 BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d{1,4})\.(.+)")
 CANONICAL_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)")
-OTHER_TEXT = "text."
-"""Prefix of the text tower in OpenCLIP's class for towers of several kinds."""
-
-HEAD_WIDTH = 64
-MLP_RATIO = 4.0
+OTHER_TEXT = "text."  # prefix of the text tower in OpenCLIP's class for towers of several kinds
+HEAD_WIDTH, MLP_RATIO = 64, 4.0  # OpenCLIP's defaults
 
 
 def parts_of(stored: str, shape: tuple[int, ...], owner: str) -> list[Part]:
-    """Canonical tensors that a stored tensor of this name and shape holds.
-
-    Raises:
-        [`CheckpointError`]: a CLIP of transformers has no such tensor.
+    """Canonical tensors that a stored tensor of this name and shape holds, which CLIP must have.
 
     Example:
         >>> parts_of("visual.proj", (768, 512), "me/model")[0].name
@@ -90,11 +81,7 @@ def parts_of(stored: str, shape: tuple[int, ...], owner: str) -> list[Part]:
 
 
 def placed(names: Iterable[str]) -> dict[str, Part]:
-    """Place of each canonical tensor, buffers excluded, in OpenCLIP's tensors.
-
-    Raises:
-        [`CheckpointError`]: OpenCLIP has no place for one.
-    """
+    """Place of each canonical tensor, buffers excluded, in OpenCLIP's tensors, if it has one."""
     outside = {canonical: stored for stored, canonical in (TOP | PROJECTIONS).items()}
     in_block = {
         canonical: (stored, i, len(parts))
@@ -105,8 +92,7 @@ def placed(names: Iterable[str]) -> dict[str, Part]:
     for name in names:
         found = CANONICAL_BLOCK.fullmatch(name)
         if name in outside:
-            turned = outside[name] in PROJECTIONS
-            result[name] = Part(name, outside[name], transposed=turned)
+            result[name] = Part(name, outside[name], transposed=outside[name] in PROJECTIONS)
         elif found is not None and found[3] in in_block:
             stored, index, of = in_block[found[3]]
             tower = "visual." if found[1] == "vision" else ""
@@ -118,11 +104,7 @@ def placed(names: Iterable[str]) -> dict[str, Part]:
 
 
 def transformers_config(content: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    """Configuration of the same model in transformers.
-
-    Args:
-        content (`Mapping[str, Any]`): content of open_clip_config.json.
-        owner (`str`): name of the checkpoint, for the error.
+    """Configuration in transformers of the model that an open_clip_config.json describes.
 
     Raises:
         [`CheckpointError`]: transformers' CLIP has no such architecture, or a value is missing.
@@ -209,11 +191,9 @@ def _check_supported(vision: Mapping[str, Any], text: Mapping[str, Any], owner: 
 
 
 def open_clip_config(config: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Content of open_clip_config.json for a `CLIPModel`.
+    """Content of open_clip_config.json for a `CLIPModel` and its processor, which may be empty.
 
-    Args:
-        config (`Mapping[str, Any]`): its config.json, complete as transformers fills it in.
-        processor (`Mapping[str, Any]`): its image processor's config; may be empty.
+    Its config is complete, as transformers fills it in.
     """
     vision, text = config["vision_config"], config["text_config"]
     model: dict[str, Any] = {
@@ -248,11 +228,9 @@ def _ratio(inner: int, width: int) -> float:
     return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
+# Mean and standard deviation of CLIP's training images; also OpenCLIP's default.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Mean and standard deviation of CLIP's training images; also OpenCLIP's default."""
-
-RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""Pillow's numbers of the resampling filters."""
+RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
 def processor_config(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,15 +32,6 @@ class Task(ABC):
 
     A new form is a subclass in a file of its own, with [`parts`] and [`weight`], and a row of
     `FORMATS`. The other methods have answers that are right for weights stored whole.
-
-    Args:
-        pinned ([`PinnedCheckpoint`]): commit or folder.
-        model_config (`Mapping[str, Any]`): config.json of the fine-tuned model.
-        tensors (`Mapping[str, Described]`): type and shape of the weights it has, by canonical
-            name.
-        weight_files (`tuple[str, ...]`): files of its tensors, index included.
-        head (`Mapping[str, TensorInfo]`): tensors of its task head, by stored name.
-        format (`str`): file layout, which a merge with it as the base has too.
     """
 
     kind: ClassVar[str]  # a noun for people
@@ -53,11 +44,11 @@ class Task(ABC):
     config_file: ClassVar[str | None] = None  # its description; None: the config of its layout
 
     pinned: PinnedCheckpoint
-    model_config: Mapping[str, Any]
-    tensors: Mapping[str, Described]
-    weight_files: tuple[str, ...]
-    head: Mapping[str, TensorInfo] = field(default_factory=dict)
-    format: Format = "transformers"
+    model_config: Mapping[str, Any]  # config.json of the fine-tuned model
+    tensors: Mapping[str, Described]  # type and shape of its weights, by canonical name
+    weight_files: tuple[str, ...]  # files of its tensors, index included
+    head: Mapping[str, TensorInfo] = field(default_factory=dict)  # its task head, by stored name
+    format: Format = "transformers"  # which a merge with it as the base has too
 
     def __str__(self) -> str:
         return str(self.pinned)
@@ -65,7 +56,8 @@ class Task(ABC):
     @property
     def needed_files(self) -> tuple[str, ...]:
         """Names of the files that a run reads."""
-        return (self.config_file or config_of(self.format), *self.weight_files)
+        own = open_clip.CONFIG_FILE if self.format == "open_clip" else CONFIG_FILE
+        return (self.config_file or own, *self.weight_files)
 
     @abstractmethod
     def parts(self, name: str) -> list[TensorInfo]:
@@ -73,14 +65,7 @@ class Task(ABC):
 
     @abstractmethod
     def weight(self, w0: Original) -> Tensor:
-        """Compute W0 + Δ of one weight as it is stored, in memory of its own.
-
-        Args:
-            w0 ([`Original`]): one of its weights in the base model, not stacked.
-
-        Raises:
-            [`CheckpointError`]: a file is damaged, or of another base model.
-        """
+        """Compute W0 + Δ of one weight, not stacked, as it is stored, in memory of its own."""
 
     def change(
         self, w0: Original, *, decomposed: bool = False, digests: dict[str, str] | None = None
@@ -95,7 +80,7 @@ class Task(ABC):
         Raises:
             [`CheckpointError`]: a file is damaged, of another base model, or the change overflows.
         """
-        w1 = self._stacked(w0, digests)
+        w1 = stacked([self.weight(part) for part in w0.parts()], w0.names, w0.device, digests)
         update, largest = update_of(w0.label, self, w1, w0.tensor)
         if not largest:
             return None
@@ -148,15 +133,6 @@ class Task(ABC):
         """Make the same task, read from a copy of its files."""
         return replace(self, pinned=replace(self.pinned, files=files))
 
-    def _stacked(self, w0: Original, digests: dict[str, str] | None) -> Tensor:
-        """W0 + Δ of all parts of a stack, on the device."""
-        return stacked([self.weight(part) for part in w0.parts()], w0.names, w0.device, digests)
-
-
-def config_of(layout: Format) -> str:
-    """Name of the configuration in a file layout."""
-    return open_clip.CONFIG_FILE if layout == "open_clip" else CONFIG_FILE
-
 
 def pinned_entry(item: Task) -> dict[str, str | None]:
     """Entry of a checkpoint in a report."""
@@ -193,7 +169,5 @@ def distinct_names(pins: Sequence[PinnedCheckpoint]) -> list[str]:
 
 def equals_base(name: str, base: str) -> CheckpointError:
     """The error for an input without an update."""
-    return CheckpointError(
-        f"{name} equals the base model {base}: it has no update.",
-        "Leave it out, or name the right --base-model.",
-    )
+    hint = "Leave it out, or name the right --base-model."
+    return CheckpointError(f"{name} equals the base model {base}: it has no update.", hint)

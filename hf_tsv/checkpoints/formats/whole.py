@@ -36,10 +36,7 @@ WEIGHTS: tuple[tuple[str, Format], ...] = (
 
 @dataclass(frozen=True)
 class Checkpoint(Task):
-    """Headers of a pinned checkpoint: a fine-tune stored whole, or a base model.
-
-    The config of OpenCLIP is the equivalent one of transformers.
-    """
+    """Headers of a fine-tune stored whole, or of a base; OpenCLIP's config is transformers'."""
 
     kind: ClassVar[str] = "checkpoint"
     says: ClassVar[str] = "is a checkpoint"
@@ -62,13 +59,9 @@ class Checkpoint(Task):
         device: torch.device = CPU,
         digests: dict[str, str] | None = None,
     ) -> Original:
-        """Weights of this base model, read when they are first asked for.
+        """Weights of this base model, stacked if several, read when they are first asked for.
 
-        Args:
-            names (`Sequence[str]`): canonical names; several are stacked.
-            label (`str`): name of the stack; default: the first one.
-            device (`torch.device`): where W0 goes.
-            digests (`dict[str, str]`, *optional*): digests known so far; gets those of W0.
+        The label is by default the first name; `digests` are those known so far, and get W0's.
         """
 
         def read() -> Tensor:
@@ -91,15 +84,14 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
         [`CheckpointError`]: no model, no weights, or a damaged file or index.
     """
     owner, there = str(pinned), pinned.files
-    named = _weights_in(there, [file for file, _ in WEIGHTS])
-    single = named or _only_variant(there, owner) or _only_pickle(there) or SINGLE_FILE
+    single = _known(there) or _only_variant(there, owner) or _only_pickle(there) or SINGLE_FILE
     kind_of = dict(WEIGHTS).get(single)
     if kind_of is None and there.size(CONFIG_FILE) is None:
         kind_of = "open_clip"
     if kind_of == "open_clip" and there.size(open_clip.CONFIG_FILE) is not None:
         return _open_open_clip(pinned, single, owner)
     config = read_json(there, CONFIG_FILE, owner)
-    kind = layout.layout_of(config, owner)
+    flat_prefix = layout.flat_prefix_of(config, owner)
     if isinstance(quantised := config.get("quantization_config"), dict):
         method = quoted(quantised.get("quant_method"))
         raise CheckpointError(
@@ -110,7 +102,7 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     head: dict[str, TensorInfo] = {}
     for name, info in sorted(stored.items()):
-        canonical = layout.canonical_name(name, kind)
+        canonical = layout.canonical_name(name, flat_prefix)
         if canonical is None:
             head[name] = info
         elif canonical in tensors:
@@ -120,18 +112,14 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
     return Checkpoint(pinned, config, tensors, files, head)
 
 
-def _weights_in(files: Files, singles: Sequence[str]) -> str | None:
-    """First of these files that exists, whole or as shards."""
-    there = (s for s in singles for name in (s, index_of(s)) if files.size(name) is not None)
+def _known(files: Files) -> str | None:
+    """First of the known weight files that exists, whole or as shards."""
+    there = (s for s, _ in WEIGHTS if any(files.size(n) is not None for n in (s, index_of(s))))
     return next(there, None)
 
 
 def _only_variant(files: Files, owner: str) -> str | None:
-    """Name of weights in another precision, saved by `save_pretrained(variant=…)`, or None.
-
-    Raises:
-        [`CheckpointError`]: there are several.
-    """
+    """Name of the only weights saved by `save_pretrained(variant=…)`, or None."""
     patterns = (VARIANT, VARIANT_INDEX)
     matches = (pattern.fullmatch(name) for name in files.names() for pattern in patterns)
     found = {match[1] for match in matches if match}
@@ -150,9 +138,8 @@ def _only_pickle(files: Files) -> str | None:
 
 
 def _open_open_clip(pinned: PinnedCheckpoint, single: str, owner: str) -> Checkpoint:
-    config = open_clip.transformers_config(
-        read_json(pinned.files, open_clip.CONFIG_FILE, owner), owner
-    )
+    content = read_json(pinned.files, open_clip.CONFIG_FILE, owner)
+    config = open_clip.transformers_config(content, owner)
     stored, files = read_headers(pinned.files, single, owner)
     tensors: dict[str, TensorInfo] = {}
     for name, info in sorted(stored.items()):

@@ -15,12 +15,9 @@ from hf_tsv.checkpoints.storage.files import HubFiles
 from hf_tsv.system.errors import RepoError
 
 CONNECTIONS = 8
-AHEAD_BYTES = 64_000_000
-"""Most bytes that are being fetched or wait to be read, of all repositories together."""
-
+AHEAD_BYTES = 64_000_000  # of all repositories together are being fetched or wait to be read
 LARGEST_PIECE, SMALLEST_PIECE = 4_000_000, 250_000
-LARGEST_GAP = 4096
-"""Largest gap, in bytes, between two tensors that are fetched with one request."""
+LARGEST_GAP = 4096  # bytes between two tensors that are fetched with one request
 
 
 @dataclass
@@ -107,12 +104,7 @@ class AheadFiles(HubFiles):
         self.close()
 
     def expect(self, spans: Iterable[tuple[str, int, int]]) -> None:
-        """Declare what will be read next, and begin to fetch it.
-
-        Args:
-            spans (`Iterable[tuple[str, int, int]]`): file, first byte, and number of bytes, in the
-                order they will be read. Other bytes can be read too.
-        """
+        """Declare what will be read next, in this order, and begin to fetch it."""
         largest = min(LARGEST_PIECE, max(SMALLEST_PIECE, self._share // 2))
         with self._lock:
             self._pieces = [

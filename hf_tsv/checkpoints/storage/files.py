@@ -14,24 +14,17 @@ from hf_tsv import hub
 from hf_tsv.system.errors import CheckpointError, LostFileError
 from hf_tsv.system.untrusted import MAX_BYTES, parse_json
 
+# Folder name of a repository in the Hub client's cache; its snapshots link to its `blobs`.
 CACHED = re.compile(r"(models|datasets)--.+")
-"""Folder name of a repository in the Hub client's cache; its snapshots link to its `blobs`."""
-
-AGAIN = "Download or save it again."
-"""Advice for a file that is damaged or incomplete."""
+AGAIN = "Download or save it again."  # for a file that is damaged or incomplete
 
 
 class Files(Protocol):
     """Random access to the files of one checkpoint."""
 
-    folder: Path | None = None
-    """Folder of the files on this machine."""
-
-    downloads: hub.RepoSnapshot | None = None
-    """Repository whose files are downloaded before a run reads them; None: read in place."""
-
-    subfolder: str = ""
-    """Folder of the files in their repository; empty for all of it, and on this machine."""
+    folder: Path | None = None  # on this machine
+    downloads: hub.RepoSnapshot | None = None  # fetched before a run reads; None: read in place
+    subfolder: str = ""  # of their repository; empty for all of it, and on this machine
 
     def names(self) -> list[str]:
         """Names of all files, in order; in a folder only those directly in it."""
@@ -113,26 +106,23 @@ class LocalFiles(Files):
         return not inside and not cached
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        if stop is None:
-            stop = self.size(name)
-            if stop is None:
-                raise CheckpointError(f"{self.root} has no {name}.", AGAIN)
+        if stop is None and (stop := self.size(name)) is None:
+            raise CheckpointError(f"{self.root} has no {name}.", AGAIN)
         buffer = bytearray(stop - start)
         self.read_into(name, start, memoryview(buffer))
         return bytes(buffer)
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        descriptor = self._descriptor(name)
-        done = 0
-        while done < len(buffer):
+        descriptor, stop = self._descriptor(name), start + len(buffer)
+        while buffer:
             try:
-                count = os.preadv(descriptor, [buffer[done:]], start + done)
+                count = os.preadv(descriptor, [buffer], stop - len(buffer))
             except OSError as error:
                 raise _lost(self.root / name, error) from None
             if count == 0:
-                end = f"it ends before byte {start + len(buffer)}"
+                end = f"it ends before byte {stop}"
                 raise CheckpointError(f"{self.root / name} is truncated: {end}.", AGAIN)
-            done += count
+            buffer = buffer[count:]
 
     def close(self) -> None:
         """Close the opened files."""
@@ -182,10 +172,8 @@ class HubFiles(Files):
         return self.repo.sizes.get(self.path(name))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        if stop is None:
-            stop = self.size(name)
-            if stop is None:
-                raise CheckpointError(f"{self.repo.repo_id} has no {name}.")
+        if stop is None and (stop := self.size(name)) is None:
+            raise CheckpointError(f"{self.repo.repo_id} has no {name}.")
         return bytes(hub.read_range(self.repo, self.path(name), start, stop))
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
@@ -193,11 +181,7 @@ class HubFiles(Files):
 
 
 def read_json(files: Files, name: str, owner: str) -> dict[str, Any]:
-    """Read a JSON object of a checkpoint, which errors call `owner`.
-
-    Raises:
-        [`CheckpointError`]: the file is missing, too large, or not a JSON object.
-    """
+    """Read a JSON object of a checkpoint, which errors call `owner`."""
     size = files.size(name)
     if size is None:
         hint = "A checkpoint saved by transformers' save_pretrained has one."

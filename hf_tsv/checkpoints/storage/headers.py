@@ -39,17 +39,16 @@ def index_of(single: str) -> str:
 def read_headers(
     files: Files, single: str, owner: str
 ) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
-    """Parse and check the header of the file `single`, or of all shards that its index names.
+    """Tensors by stored name, and their files, index included, from all headers, checked.
 
-    Returns:
-        `tuple[dict[str, TensorInfo], tuple[str, ...]]`: tensors by stored name, and the names of
-        their files, index included.
+    They are those of the file `single`, or of all shards that its index names.
 
     Raises:
         [`CheckpointError`]: a file is missing, damaged, or disagrees with the index.
     """
     shards, weight_map = _weight_files(files, single, owner)
-    headers = in_parallel(lambda name: read_file(files, name, owner), shards)
+    readers = {name: read_pickle if name.endswith(SUFFIXES) else read_header for name in shards}
+    headers = in_parallel(lambda name: readers[name](files, name, owner), shards)
     stored: dict[str, TensorInfo] = {}
     for header in headers:
         if twice := sorted(stored.keys() & header.keys()):
@@ -62,27 +61,16 @@ def read_headers(
         return stored, tuple(shards)
     said, held = weight_map.items(), {(key, info.file) for key, info in stored.items()}
     if wrong := said ^ held:
-        raise CheckpointError(
-            f"{owner}: {index_of(single)} and the shards disagree about {quoted(min(wrong)[0])}.",
-            AGAIN,
-        )
+        which = f"{index_of(single)} and the shards disagree about {quoted(min(wrong)[0])}"
+        raise CheckpointError(f"{owner}: {which}.", AGAIN)
     return stored, (*shards, index_of(single))
 
 
-def read_file(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
-    """Tensors of one weight file, by stored name, from [`read_header`] or [`read_pickle`]."""
-    reader = read_pickle if name.endswith(SUFFIXES) else read_header
-    return reader(files, name, owner)
-
-
 def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
-    """Parse and check the header of one safetensors file.
+    """Tensors by stored name, from the header of one safetensors file, checked.
 
     Every tensor must have a known dtype and as many bytes as its shape needs. Together the tensors
     must fill the file without gap or overlap, as the format demands.
-
-    Returns:
-        `dict[str, TensorInfo]`: tensors by stored name.
 
     Raises:
         [`CheckpointError`]: the file is missing, truncated or not safetensors.
@@ -145,9 +133,8 @@ def _tensor_info(key: str, entry: Any, file: str, data_start: int, owner: str) -
         well_typed = isinstance(dtype, str) and isinstance(shape, list)
         if not well_typed or len(shape) > MAX_DIMENSIONS:
             raise ValueError
-        if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop)):
-            raise ValueError
-        if math.prod(n for n in shape if n) >= 2**63:  # even with a zero among them
+        sound = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop))
+        if not sound or math.prod(n for n in shape if n) >= 2**63:  # even with a zero among them
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise _damaged(owner, file, f"the entry of {key} is malformed") from None

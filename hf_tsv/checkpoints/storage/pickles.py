@@ -32,8 +32,7 @@ from hf_tsv.system.threads import in_parallel
 
 SUFFIXES = tuple(suffix for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors")
 MAX_PICKLE_BYTES = 32_000_000
-MAX_DIRECTORY_BYTES = 10_000_000
-"""Largest directory of an archive, in bytes; 50,000 tensors need 3.2 million."""
+MAX_DIRECTORY_BYTES = 10_000_000  # of an archive; 50,000 tensors need 3.2 million
 
 # Keys under which training scripts save the state dict among other values, and prefixes that
 # wrappers around the model add to every name.
@@ -41,8 +40,8 @@ WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "model.")
 
 BLOCK_BYTES = 2**16
+# Header of an entry: signature, and the lengths of name and extra field before the data.
 LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Header of an entry: signature, and the lengths of name and extra field before the data."""
 
 
 def read_pickle(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:

@@ -84,10 +84,7 @@ def read_tensor(
 ) -> Tensor:
     """Read one tensor as stored, which errors call `name` of `owner`.
 
-    Args:
-        files (`Files`): files of the checkpoint.
-        info ([`TensorInfo`]): location of the tensor.
-        pinned (`bool`): read into memory from where a GPU copies at full speed.
+    With `pinned` it is read into memory from where a GPU copies at full speed.
 
     Raises:
         [`CheckpointError`]: the file is truncated, or a value is NaN or Inf.

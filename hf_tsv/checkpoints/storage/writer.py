@@ -25,23 +25,14 @@ DTYPE_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BO
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Layout of all output files, known to the byte before any tensor is computed.
+    """Layout of all output files, known to the byte before any tensor is computed."""
 
-    Args:
-        headers (`Mapping[str, bytes]`): header of each file, its length prefix included.
-        places (`Mapping[str, tuple[str, int]]`): file and offset of each tensor.
-        sizes (`Mapping[str, int]`): size of each file, in bytes.
-        index (`str`, *optional*): content of the index, if there are several shards.
-        index_file (`str`): name of the index.
-        transposed (`frozenset[str]`): tensors that are stored transposed.
-    """
-
-    headers: Mapping[str, bytes]
-    places: Mapping[str, tuple[str, int]]
-    sizes: Mapping[str, int]
-    index: str | None
+    headers: Mapping[str, bytes]  # of each file, its length prefix included
+    places: Mapping[str, tuple[str, int]]  # file and offset of each tensor
+    sizes: Mapping[str, int]  # of each file, in bytes
+    index: str | None  # content of the index, if there are several shards
     index_file: str
-    transposed: frozenset[str] = frozenset()
+    transposed: frozenset[str] = frozenset()  # tensors that are stored transposed
 
     @property
     def total_bytes(self) -> int:
@@ -128,12 +119,8 @@ def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int], int
 class ShardWriter:
     """Writer of the files of a [`ShardPlan`], filled tensor by tensor in any order.
 
-    Failures of the disk are raised as `OSError`.
-
-    Args:
-        folder (`Path`): folder of the files.
-        plan ([`ShardPlan`]): layout of the files.
-        create (`bool`): create the files and their index; otherwise another writer has done so.
+    Failures of the disk are raised as `OSError`. Unless it is to `create` the files and their
+    index, another writer has done so.
     """
 
     def __init__(self, folder: Path, plan: ShardPlan, *, create: bool = True) -> None:
@@ -164,11 +151,9 @@ class ShardWriter:
         """Read one tensor from its place."""
         file, offset = self._plan.places[name]
         raw = empty(spec.nbytes, dtype=torch.uint8)
-        view, done = byte_view(raw), 0
-        while done < spec.nbytes and (
-            got := os.preadv(self._descriptors[file], [view[done:]], offset + done)
-        ):
-            done += got
+        view = byte_view(raw)
+        while view and (got := os.preadv(self._descriptors[file], [view], offset)):
+            view, offset = view[got:], offset + got
         if name in self._plan.transposed:
             return raw.view(spec.dtype).reshape(spec.shape[::-1]).mT.contiguous()
         return raw.view(spec.dtype).reshape(spec.shape)
