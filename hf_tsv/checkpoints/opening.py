@@ -8,12 +8,12 @@ from typing import TypeVar
 
 from hf_tsv import hub
 from hf_tsv.checkpoints.base_model import SaidBase, said_by
-from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTED
+from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.formats.adapters import Adapter, open_adapter
 from hf_tsv.checkpoints.formats.factors import Factors, open_factors
-from hf_tsv.checkpoints.formats.masks import CONFIG_FILE as MASKED
+from hf_tsv.checkpoints.formats.masks import CONFIG_FILE as MASK_CONFIG
 from hf_tsv.checkpoints.formats.masks import Masked, open_masked
-from hf_tsv.checkpoints.formats.open_clip import CONFIG_FILE as OPEN_CLIP
+from hf_tsv.checkpoints.formats.open_clip import CONFIG_FILE as OPEN_CLIP_CONFIG
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.names import CONFIG_FILE, FACTORS_CONFIG
@@ -40,13 +40,15 @@ class InputFormat:
 
 
 FORMATS = (
-    InputFormat("mask", Masked, (MASKED,), lambda it, _: open_masked(it)),
-    InputFormat("adapter", Adapter, (ADAPTED,), open_adapter, needs_base=True, layout="peft"),
+    InputFormat("mask", Masked, (MASK_CONFIG,), lambda it, _: open_masked(it)),
+    InputFormat(
+        "adapter", Adapter, (ADAPTER_CONFIG,), open_adapter, needs_base=True, layout="peft"
+    ),
     InputFormat(
         "factors", Factors, (FACTORS_CONFIG,), lambda it, _: open_factors(it), layout="task factors"
     ),
     InputFormat(
-        "checkpoint", Checkpoint, (CONFIG_FILE, OPEN_CLIP), lambda it, _: open_checkpoint(it)
+        "checkpoint", Checkpoint, (CONFIG_FILE, OPEN_CLIP_CONFIG), lambda it, _: open_checkpoint(it)
     ),
 )
 """Every form that is read: the first whose marker is there; where none is, the last one."""
