@@ -220,10 +220,8 @@ def _inferred_base(
     revisions = {one.revision for one in said if one.made_with and found in one.names}
     if None in revisions:  # factors of a folder: the same one must be here
         if local_kind(found) != "folder":
-            raise CheckpointError(
-                f"{speakers[0]} was made with the folder {found}, which is not here.",
-                "Name the same base model with --base-model.",
-            )
+            problem = f"{speakers[0]} was made with the folder {found}, which is not here."
+            raise CheckpointError(problem, "Name the same base model with --base-model.")
         return found
     revision = revisions.pop() if len(revisions) == 1 else None
     return f"hf://{at_revision(found, revision)}"

@@ -229,10 +229,8 @@ def _scale(owner: str, config: Mapping[str, Any], module: str, r: int) -> float:
             raise ValueError
         return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
     except (TypeError, ValueError, OverflowError):
-        raise CheckpointError(
-            f"{owner}: the scale of {module} is no number.",
-            f"Correct lora_alpha and alpha_pattern in its {CONFIG_FILE}.",
-        ) from None
+        hint = f"Correct lora_alpha and alpha_pattern in its {CONFIG_FILE}."
+        raise CheckpointError(f"{owner}: the scale of {module} is no number.", hint) from None
 
 
 def _shape(first: TensorInfo, second: TensorInfo) -> tuple[int, ...]:
@@ -259,10 +257,8 @@ def _of_pattern(patterns: object, module: str, default: Any, owner: str) -> Any:
     """Value of the first pattern that ends a module's name, as PEFT looks it up."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         if max(len(pattern), len(module)) > LONGEST_PATTERN or REPEATED_GROUP.search(pattern):
-            raise CheckpointError(
-                f"{owner}: the pattern {pattern[:60]!r} is not read: it may take for ever.",
-                f"Write names of modules into its {CONFIG_FILE}.",
-            )
+            problem = f"{owner}: the pattern {pattern[:60]!r} is not read: it may take for ever."
+            raise CheckpointError(problem, f"Write names of modules into its {CONFIG_FILE}.")
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value

@@ -104,7 +104,5 @@ def refuse_huge(name: str, task: object, update: Update, scale: float | None = N
         what = f"the update of {name} times {scale:g}, the weight of the task,"
         problem = f"{task}: {what} is more than {LARGEST_UPDATE:g}."
         raise CheckpointError(problem, "Give it a smaller weight.")
-    raise CheckpointError(
-        f"{task}: {name} differs from the base model by more than {LARGEST_UPDATE:g}.",
-        "The checkpoint is damaged; leave it out or save it again.",
-    )
+    problem = f"{task}: {name} differs from the base model by more than {LARGEST_UPDATE:g}."
+    raise CheckpointError(problem, "The checkpoint is damaged; leave it out or save it again.")

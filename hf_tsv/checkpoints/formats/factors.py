@@ -133,10 +133,8 @@ class Factors(Task):
         S = vectors.S.double()
         if (S < 0).any() or (S[1:] > S[:-1]).any():
             what = "negative" if (S < 0).any() else "not sorted"
-            raise CheckpointError(
-                f"{self}: the singular values of {name} are {what}.",
-                "The factors are damaged; compress the checkpoint again.",
-            )
+            hint = "The factors are damaged; compress the checkpoint again."
+            raise CheckpointError(f"{self}: the singular values of {name} are {what}.", hint)
         if len(weight.shape) == 2:
             return vectors
         return vectors.matrix().float().reshape(weight.shape)  # Δ as a dense one is: float32

@@ -131,10 +131,8 @@ def open_masked(pinned: PinnedCheckpoint) -> Masked:
     for name, info in masks.items():
         weight = merged.tensors.get(name)
         if weight is None or (info.dtype, info.shape) != (torch.uint8, packed_shape(weight.shape)):
-            raise CheckpointError(
-                f"{owner}: the mask of {name} does not fit the merge it lies beside.",
-                "Download both again, or merge again.",
-            )
+            problem = f"{owner}: the mask of {name} does not fit the merge it lies beside."
+            raise CheckpointError(problem, "Download both again, or merge again.")
     files = (*merged.weight_files, file, f"{within}/{CONFIG_FILE}")
     return Masked(
         merged.pinned, merged.model_config, merged.tensors, files, format=merged.format,
@@ -153,10 +151,8 @@ def _beside(files: Files, owner: str) -> tuple[Files, str]:
     if isinstance(files, HubFiles):
         place = PurePosixPath(files.subfolder)
     if place is None or place.parent.name != FOLDER:
-        raise CheckpointError(
-            f"{owner} does not lie beside the merge it belongs to.",
-            f"Name it there: MERGE/{FOLDER}/{owner.rpartition('/')[2]}.",
-        )
+        hint = f"Name it there: MERGE/{FOLDER}/{owner.rpartition('/')[2]}."
+        raise CheckpointError(f"{owner} does not lie beside the merge it belongs to.", hint)
     within = f"{FOLDER}/{place.name}"
     if isinstance(files, HubFiles):
         above = str(place.parent.parent)

@@ -74,10 +74,8 @@ def parts_of(stored: str, shape: tuple[int, ...], owner: str) -> list[Part]:
     if found and own and (len(own) == 1 or (shape and shape[0] % len(own) == 0)):
         prefix = f"{'vision' if found[1] else 'text'}_model.encoder.layers.{int(found[2])}"
         return [Part(f"{prefix}.{part}", stored, i, len(own)) for i, part in enumerate(own)]
-    raise CheckpointError(
-        f"{owner}: {stored} has no place in the CLIP of transformers.",
-        "Of OpenCLIP the ViT models are supported that have one, such as ViT-B-32 or ViT-H-14.",
-    )
+    hint = "Of OpenCLIP the ViT models are supported that have one, such as ViT-B-32 or ViT-H-14."
+    raise CheckpointError(f"{owner}: {stored} has no place in the CLIP of transformers.", hint)
 
 
 def placed(names: Iterable[str]) -> dict[str, Part]:

@@ -94,10 +94,8 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
     flat_prefix = layout.flat_prefix_of(config, owner)
     if isinstance(quantised := config.get("quantization_config"), dict):
         method = quoted(quantised.get("quant_method"))
-        raise CheckpointError(
-            f"{owner} is quantised ({method}), and that cannot be merged.",
-            "Dequantise it (model.dequantize() in transformers), and save it again.",
-        )
+        hint = "Dequantise it (model.dequantize() in transformers), and save it again."
+        raise CheckpointError(f"{owner} is quantised ({method}), and that cannot be merged.", hint)
     stored, files = read_headers(there, single, owner)
     tensors: dict[str, TensorInfo] = {}
     head: dict[str, TensorInfo] = {}

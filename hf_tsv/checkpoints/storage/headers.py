@@ -7,15 +7,10 @@ import re
 import reprlib
 from typing import Any
 
+from hf_tsv.checkpoints.storage import tensors
 from hf_tsv.checkpoints.storage.files import AGAIN, Files, inside_folder, read_json
 from hf_tsv.checkpoints.storage.pickles import SUFFIXES, read_pickle
-from hf_tsv.checkpoints.storage.tensors import (
-    DTYPES,
-    MAX_DIMENSIONS,
-    TensorInfo,
-    is_tensor_name,
-    unknown_dtype,
-)
+from hf_tsv.checkpoints.storage.tensors import DTYPES, TensorInfo, is_tensor_name
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import quoted
 from hf_tsv.system.threads import in_parallel
@@ -131,7 +126,7 @@ def _tensor_info(key: str, entry: Any, file: str, data_start: int, owner: str) -
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         well_typed = isinstance(dtype, str) and isinstance(shape, list)
-        if not well_typed or len(shape) > MAX_DIMENSIONS:
+        if not well_typed or len(shape) > tensors.MAX_DIMENSIONS:
             raise ValueError
         sound = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop))
         if not sound or math.prod(n for n in shape if n) >= 2**63:  # even with a zero among them
@@ -139,7 +134,7 @@ def _tensor_info(key: str, entry: Any, file: str, data_start: int, owner: str) -
     except (KeyError, TypeError, ValueError):
         raise _damaged(owner, file, f"the entry of {key} is malformed") from None
     if dtype not in DTYPES:
-        raise unknown_dtype(owner, key, dtype)
+        raise tensors.unknown_dtype(owner, key, dtype)
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if nbytes != stop - start:
         why = f"{key} has {stop - start} bytes where its shape needs {nbytes}"

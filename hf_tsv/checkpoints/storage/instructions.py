@@ -201,9 +201,8 @@ class _Steps:
     def _storage(self, _: None) -> None:
         found = self.stack.pop()
         # Nothing else is examined: comparing or printing deeply nested tuples takes for ever.
-        if not isinstance(found, tuple) or not 3 <= len(found) <= MOST_ARGUMENTS:
-            raise ValueError("no storage")
-        if not isinstance(found[0], str) or found[0] != "storage" or not isinstance(found[2], str):
+        few = isinstance(found, tuple) and 3 <= len(found) <= MOST_ARGUMENTS
+        if not few or not all(isinstance(found[i], str) for i in (0, 2)) or found[0] != "storage":
             raise ValueError("no storage")
         self.stack.append(_Storage(found[2], _dtype_of(found[1])))
 
