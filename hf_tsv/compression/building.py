@@ -55,14 +55,7 @@ def prepare(sources: Sources, options: Options) -> Compression:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A compression whose weights are written.
-
-    Args:
-        config ([`FactorsConfig`]): description of the result.
-        measured (`list[Measured]`): every weight after its decomposition.
-        output_bytes (`int`): size of the weight files.
-        seconds ([`Seconds`]): time spent.
-    """
+    """A compression whose weights are written; `output_bytes` is the size of their files."""
 
     config: FactorsConfig
     measured: list[Measured]
@@ -74,14 +67,7 @@ class Compressed:
 def built(run: Run, job: Compression, device: torch.device) -> Iterator[tuple[Path, Compressed]]:
     """Compress into a folder, or do the rest of it; the body describes it.
 
-    Args:
-        run ([`Run`]): reads the inputs and delivers the result.
-        job ([`Compression`]): what to do.
-        device (`torch.device`): device that computes.
-
-    Yields:
-        `tuple[Path, Compressed]`: the folder, which gets its place when the body succeeds, and what
-        is in it.
+    The body is given the folder, which gets its place when the body succeeds, and what is in it.
     """
     identity = job.identity(device)
     run.check_space(identity, disk_bytes(job))

@@ -35,13 +35,7 @@ from hf_tsv.system.progress import bar, logger
 
 @dataclass(frozen=True)
 class _Assignment:
-    """Knowledge that all processes share.
-
-    Args:
-        merge ([`Merge`]): what is done.
-        work (`Path`): the folder under construction.
-        shares (`list[set[str]]`): labels of the weights of each process.
-    """
+    """Knowledge that all processes share; `shares` has the labels of the weights of each."""
 
     merge: Merge
     work: Path
@@ -59,16 +53,8 @@ def built(
 ) -> Iterator[tuple[Path, Merged]]:
     """Make a complete checkpoint: weights, config, companions; the body describes it.
 
-    Args:
-        run ([`Run`]): reads the inputs and delivers the result.
-        merge ([`Merge`]): what to do.
-        device_name (`str`, *optional*): default: the one accelerate chooses.
-        group ([`Processes`]): those that share the work; this one is the first.
-        before (`Callable`, *optional*): adds what has to be learned before the first weight.
-
-    Yields:
-        `tuple[Path, Merged]`: the folder, which gets its place when the body succeeds, and what was
-        done.
+    `before` adds what has to be learned before the first weight. The body is given the folder, which
+    gets its place when the body succeeds, and what was done.
     """
     device = pick_device(device_name)
     if merge.recipe_device not in (None, device.type):

@@ -30,12 +30,7 @@ per pair of tasks in it. Measured: 7,700 with two tasks."""
 
 @dataclass(frozen=True)
 class Parallelism:
-    """Amount of work that runs in parallel.
-
-    Args:
-        threads (`int`): threads of the computation.
-        ahead (`bool`): read the next weight meanwhile.
-    """
+    """Threads of the computation, and whether the next weight is read ahead meanwhile."""
 
     threads: int = 1
     ahead: bool = True
@@ -89,14 +84,10 @@ def held(weight: Weight) -> int:
 def fitting(
     weights: Sequence[Weight], threads: int, most: int | None, used: int, *, measure: bool = False
 ) -> Parallelism:
-    """Largest parallelism whose memory fits.
+    """Largest parallelism of up to so many threads whose memory fits.
 
-    Args:
-        weights (`Sequence[Weight]`): weights in the order of the work.
-        threads (`int`): number of threads available.
-        most (`int`, *optional*): bytes the whole process may use.
-        used (`int`): bytes it uses already.
-        measure (`bool`): measure their interference too.
+    `most` is what the whole process may use, in bytes, and `used` what it uses already; weights and
+    `measure` are as in [`peak_memory`].
 
     Raises:
         [`RecipeError`]: not even one thread fits.

@@ -43,15 +43,10 @@ TOWERS = {"vision_model.": "vision", "text_model.": "text"}
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Warning about the inputs.
+    """Warning about some inputs, with the measured value and the threshold that it passes.
 
-    Args:
-        kind (`str`): `same-update`, `large-norm`, `low-rank`, `other-base`, `frozen-tower`,
-            `rounding` or `shared-directions`.
-        text (`str`): a sentence with the names and what to do.
-        value (`float`): measured value.
-        threshold (`float`): value from which the warning is given.
-        tasks (`tuple[int, ...]`): inputs it is about.
+    The kind is `same-update`, `large-norm`, `low-rank`, `other-base`, `frozen-tower`, `rounding` or
+    `shared-directions`; the text is a sentence with the names and what to do.
     """
 
     kind: str

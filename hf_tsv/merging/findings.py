@@ -20,20 +20,14 @@ class Finding:
     """Findings about one weight.
 
     Args:
-        label (`str`): label of the weight in the plan.
-        ranks (`tuple[int, ...]`): number of triplets used of each changed task.
+        ranks (`tuple[int, ...]`): number of triplets used of each of `tasks`, those that changed it.
         null_directions (`int`): number of directions that tasks share exactly.
         exact (`int`): number of decompositions that took a full SVD.
         frozen (`bool`): planned to change, but equal to the base in every checkpoint.
-        tasks (`tuple[int, ...]`): tasks that changed it.
-        norms (`tuple[float, ...]`): ‖Δ‖, Frobenius, of each of them.
-        base_norm (`float`): ‖W0‖.
-        interference ([`Interference`], *optional*): interference of these tasks, if measured.
+        norms (`tuple[float, ...]`): ‖Δ‖, Frobenius, of each of `tasks`; `base_norm` is ‖W0‖.
         likeness (`tuple[tuple[float, ...], ...]`): inner products of their sampled updates.
         digests (`dict[int, dict[str, str]]`): sha256 of each tensor read, by local input;
-            −1 is the base.
-        written (`dict[str, str]`): sha256 of each tensor written.
-        seconds ([`Seconds`]): time spent on the weight.
+            −1 is the base. `written` has those of each tensor written.
     """
 
     label: str
@@ -79,12 +73,7 @@ def _tuples(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Findings:
-    """Findings about all weights.
-
-    Args:
-        inputs (`int`): number of tasks, T.
-        weights (`Sequence[Finding]`): findings in the order of the plan.
-    """
+    """Findings about all weights, in the order of the plan, and the number of tasks, T."""
 
     inputs: int
     weights: Sequence[Finding]

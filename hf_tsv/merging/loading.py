@@ -43,13 +43,11 @@ class LoadedWeight:
     """One weight of all checkpoints, in memory.
 
     Args:
-        weight ([`Weight`]): its plan.
         base (`Tensor`): W0 as stored, stacked.
         finding ([`Finding`]): what reading found, also which tasks changed the weight.
         floors (`tuple[float, ...]`): storage noise of each of their updates.
         deltas (`list[Tensor | TaskSingularVectors]`): their updates; Δ in float32, or the triplets
-            of a compressed task. Empty where only their mean or sum is wanted.
-        update (`Tensor`, *optional*): their mean or sum, where that is what is wanted.
+            of a compressed task. Empty where only their mean or sum is wanted, which is `update`.
     """
 
     weight: Weight
@@ -67,9 +65,7 @@ class LoadedWeight:
     def updates(self, merge: Merge, *, keep: bool = False) -> Updates:
         """All that a rule is given of the weight; lets go of the updates.
 
-        Args:
-            merge ([`Merge`]): what to do.
-            keep (`bool`): ask the rule for what interference is measured from.
+        `keep` asks the rule for what interference is measured from.
         """
         deltas = list(self.deltas)
         self.deltas.clear()
@@ -97,14 +93,7 @@ def known_before(merge: Merge, sources: Sources) -> Any:
 def read_weights(
     weights: Sequence[Weight], merge: Merge, sources: Sources, device: torch.device
 ) -> Generator[LoadedWeight, None, None]:
-    """Weights with the updates of all tasks, one at a time; the next are read meanwhile.
-
-    Args:
-        weights (`Sequence[Weight]`): which.
-        merge ([`Merge`]): what they are read for.
-        sources ([`Sources`]): base model and tasks.
-        device (`torch.device`): where updates go.
-    """
+    """Weights with the updates of all tasks, one at a time; the next are read meanwhile."""
     share_one_heap()
     _expect(weights, sources)
     reader, sizes = Reader(merge, sources, device), list(map(costs.held, weights))
@@ -129,12 +118,9 @@ def _expect(weights: Sequence[Weight], sources: Sources) -> None:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads weights of all checkpoints and subtracts.
+    """Reads weights of all checkpoints and subtracts; updates go to the device.
 
-    Args:
-        merge ([`Merge`]): what they are read for; its coefficients concern what is averaged here.
-        sources ([`Sources`]): base model and tasks.
-        device (`torch.device`): where updates go.
+    The coefficients of the merge concern what is averaged here.
     """
 
     merge: Merge
@@ -198,13 +184,8 @@ class Reader:
 
 @dataclass(frozen=True)
 class _Read:
-    """Facts that are kept of the update of one task.
-
-    Args:
-        task (`int`): index of the input.
-        floor (`float`): storage noise, of the scaled update.
-        norm (`float`): ‖Δ‖, before it is scaled.
-        sample (`Tensor`): entries by which it is compared with others.
+    """Facts that are kept of the update of one task: ‖Δ‖ before it is scaled, then its storage
+    noise and the entries by which it is compared with others.
     """
 
     task: int

@@ -42,15 +42,9 @@ def merge_weights(
     device: torch.device,
     done: Callable[[Finding], None],
 ) -> None:
-    """Read, merge and write weights of a plan, one at a time.
+    """Read, merge and write weights of a plan, one at a time; without a writer only measure.
 
-    Args:
-        merge ([`Merge`]): what to do.
-        sources ([`Sources`]): base model and tasks.
-        weights (`Sequence[Weight]`): which.
-        writer ([`ShardWriter`], *optional*): takes the result.
-        device (`torch.device`): where to compute.
-        done (`Callable[[Finding], None]`): told after each weight is written, in another thread.
+    `done` is told each finding after its weight is written, in another thread.
     """
     with (
         products.threads(merge.parallelism.threads),

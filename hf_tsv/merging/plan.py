@@ -35,8 +35,7 @@ class Weight:
 
     Args:
         names (`tuple[str, ...]`): canonical names, stacked along dimension 0 when several.
-        shape (`tuple[int, ...]`): of the stack.
-        treatment (`str`): what is done with it.
+        shape (`tuple[int, ...]`): shape of the stack.
         reason (`str`): why it is not decomposed; empty otherwise.
         rank (`int`): triplets kept of each task; 0 unless decomposed.
         inputs (`tuple[int, ...]`): which checkpoints hold it.
@@ -61,11 +60,7 @@ class Weight:
 class MergePlan:
     """Everything that is known before the first weight is read.
 
-    Args:
-        weights (`tuple[Weight, ...]`): in the order they are worked on.
-        shards ([`ShardPlan`]): the output files.
-        specs (`dict[str, TensorSpec]`): dtype and shape of every output tensor.
-        warnings (`tuple[str, ...]`): what the user should know.
+    Weights are in the order of the work; `specs` has every output tensor, `shards` their files.
     """
 
     weights: tuple[Weight, ...]
@@ -85,11 +80,6 @@ class MergePlan:
 
 def make_plan(base: Checkpoint, inputs: Sequence[Task], settings: Settings) -> MergePlan:
     """Compare all headers and choose a treatment for every tensor of the base.
-
-    Args:
-        base ([`Checkpoint`]): W0.
-        inputs (`Sequence[Task]`): the tasks.
-        settings ([`Settings`]): how to merge, [`resolved`].
 
     Raises:
         [`CheckpointError`]: weights missing, extra or of another shape; all are listed.

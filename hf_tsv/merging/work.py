@@ -37,22 +37,18 @@ class Merge:
     """A merge to do, or a reconstruction: all of it but the open files, so it can be sent.
 
     Args:
-        references (`tuple[str, ...]`): the tasks, pinned.
-        base (`str`): the base model, pinned.
+        references (`tuple[str, ...]`): the tasks, pinned; so is `base`.
         scales (`tuple[float, ...]`): factor of each task's update.
-        settings ([`Settings`]): how to merge.
-        plan ([`MergePlan`]): which weight gets which treatment.
-        warnings (`tuple[str, ...]`): so far.
+        warnings (`tuple[str, ...]`): warnings so far.
         expected (`tuple[str | None, ...]`): fingerprints of local folders in a recipe; base last.
         recipe_device (`str`, *optional*): type of device in a recipe.
         verb (`str`): what is done, for the bar.
         task_head (`bool`): the output gets the task head of the only input.
-        max_memory (`int`, *optional*): bytes each process may use.
-        parallelism ([`Parallelism`]): what fits into them.
+        max_memory (`int`, *optional*): bytes each process may use; `parallelism` fits into them.
         measure (`bool`): find who disturbs whom.
         known (`Any`): result of the method's pass over all weights before the first is merged.
-        coefficients (`dict[str, tuple[float, ...]]`): of each task by weight, for the method ada.
-        adaptation ([`Adaptation`], *optional*): how they are learned, or were.
+        coefficients (`dict[str, tuple[float, ...]]`): factor of each task by weight, for the method
+            ada; `adaptation` says how they are learned, or were.
         tuning ([`AlphaSearch`], *optional*): how α was chosen.
     """
 
@@ -113,15 +109,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Merged:
-    """A merge whose weights are computed.
-
-    Args:
-        merge ([`Merge`]): what was done, with what was learned before the first weight.
-        sources ([`Sources`]): what was merged.
-        device (`torch.device`): device that computed.
-        findings ([`Findings`]): of every weight.
-        diagnoses (`tuple[Diagnosis, ...]`): what is odd about the inputs.
-    """
+    """A merge whose weights are computed, with what was learned before the first of them."""
 
     merge: Merge
     sources: Sources
@@ -157,12 +145,8 @@ def prepare(
     """Resolve every reference once, read every header, and plan.
 
     Args:
-        checkpoints (`Sequence[str]`): the tasks.
         base_ref (`str`, *optional*): default: the base they agree on.
         scales (`Sequence[float]`, *optional*): factor of each task's update; default: 1.
-        settings ([`Settings`]): how to merge.
-        access ([`Access`]): how checkpoints are reached.
-        warnings (`Sequence[str]`): so far.
         writes (`bool`): a checkpoint is to be written, which needs a processor.
         only_factors (`bool`): the tasks must be task factors.
     """

@@ -26,12 +26,8 @@ from hf_tsv.system.progress import visible_by_default
 class Run:
     """A run that is under way.
 
-    Args:
-        sources ([`Sources`]): what it reads; from this machine once it is fetched.
-        target ([`Target`]): destination of its result.
-        download_bytes (`int`): bytes to fetch from the Hub; what the cache holds does not count.
-        show (`bool`): show bars.
-        url (`str`, *optional*): commit or pull request on the Hub, once the result is pushed.
+    Its sources are on this machine once they are fetched. `download_bytes` are to be fetched from the
+    Hub, without those in the cache; `url` is the commit or pull request once the result is pushed.
     """
 
     sources: Sources
@@ -41,12 +37,10 @@ class Run:
     url: str | None = None
 
     def check_space(self, identity: Mapping[str, Any], nbytes: int) -> None:
-        """Refuse early when the disk has no space for the result.
+        """Refuse early when the disk has no space for the bytes of the result.
 
-        Args:
-            identity (`Mapping[str, Any]`): everything that decides about the bytes of the result;
-                an earlier run of the same has reserved some space already.
-            nbytes (`int`): bytes of the result.
+        The identity is everything that decides about the bytes; an earlier run of the same has reserved
+        some space already.
         """
         folder = final_folder(self.target, identity)
         check_free_space(folder, nbytes - journal.begun_bytes(folder))
@@ -59,10 +53,8 @@ class Run:
     def result(self, identity: Mapping[str, Any]) -> Iterator[Path]:
         """Hold the folder of the result while the body builds it, and push it then.
 
-        Args:
-            identity (`Mapping[str, Any]`): everything that decides about the bytes of the result,
-                also what was learned since the space was checked: the same command finds a result
-                that waits for its upload by it.
+        The identity has also what was learned since the space was checked: the same command finds a
+        result that waits for its upload by it.
         """
         folder = final_folder(self.target, identity)
         with waiting(folder):
@@ -74,13 +66,7 @@ class Run:
 def underway(sources: Sources, target: Target, progress: bool | None) -> Iterator[Run]:
     """Refuse to replace an input, and close all that the body reads when it ends.
 
-    Args:
-        sources ([`Sources`]): what is read.
-        target ([`Target`]): destination of the result.
-        progress (`bool`, *optional*): show bars; default: on a terminal.
-
-    Raises:
-        [`OutputError`]: the result would replace an input.
+    Without `progress`, bars are shown on a terminal.
     """
     target.refuse_inputs([item.pinned for item in sources.all()])
     show = visible_by_default() if progress is None else progress

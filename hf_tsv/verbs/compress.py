@@ -138,15 +138,7 @@ def run(
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> CompressReport:
-    """Compress in any format; see [`compress`]. A dry run plans, and touches neither disk nor Hub.
-
-    Args:
-        checkpoint (`str`): the fine-tune.
-        base_model (`str`, *optional*): W0.
-        options ([`Options`]): how to compress.
-        target ([`Target`]): where the result goes.
-        access ([`Access`]): how checkpoints are reached.
-    """
+    """Compress in any format; see [`compress`]. A dry run plans, and touches neither disk nor Hub."""
     started = time.monotonic()
     processes.alone("`hf-tsv compress`")
     target = target.checked(access.token, dry_run=dry_run)

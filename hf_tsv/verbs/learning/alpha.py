@@ -31,17 +31,9 @@ from hf_tsv.system.progress import logger
 def search(
     wanted: AlphaSearch, data: Sequence[LabelledImages], folder: Path, once: Merged, *, show: bool
 ) -> AlphaSearch:
-    """Evaluate W0 + α (W1 − W0) at every α.
+    """Evaluate W0 + α (W1 − W0) at every α, where W1 is the merge with α = 1, in float32.
 
-    Args:
-        wanted ([`AlphaSearch`]): tasks and candidates.
-        data (`Sequence[LabelledImages]`): images of each task.
-        folder (`Path`): W1, the merge with α = 1, in float32.
-        once ([`Merged`]): that merge.
-        show (`bool`): show bars.
-
-    Returns:
-        [`AlphaSearch`]: the same with its results.
+    The folder holds W1; `data` are the images of each task. The result is the search with its findings.
 
     Raises:
         [`HfTsvError`]: a dataset cannot be read, or the base model is no whole CLIP.

@@ -44,11 +44,6 @@ LEARNED = ("vision_model.", "visual_projection.")
 def adapting(merge: Merge, sources: Sources, adaptation: Adaptation) -> Merge:
     """The same merge that will learn coefficients first.
 
-    Args:
-        merge ([`Merge`]): merge that they are for.
-        sources ([`Sources`]): base model and tasks.
-        adaptation ([`Adaptation`]): settings for learning.
-
     Raises:
         [`HfTsvError`]: the base is no whole CLIP, no merged weight is one that images pass
             through, or a package for reading images is missing.
@@ -73,14 +68,7 @@ def adapting(merge: Merge, sources: Sources, adaptation: Adaptation) -> Merge:
 def adapted(merge: Merge, adaptation: Adaptation, run: Run, device: torch.device) -> Merge:
     """Learn the coefficients with which predictions on images are most certain.
 
-    Args:
-        merge ([`Merge`]): merge that they are for.
-        adaptation ([`Adaptation`]): settings for learning.
-        run ([`Run`]): reads base model and tasks.
-        device (`torch.device`): device that computes.
-
-    Returns:
-        [`Merge`]: the same with coefficients, and the adaptation with its result.
+    The result is the same merge with coefficients, and the adaptation with what it found.
 
     Raises:
         [`HfTsvError`]: a dataset cannot be read, the base model has no processor, or the entropy
@@ -142,15 +130,7 @@ def _without_labels(images: LabelledImages) -> LabelledImages:
 def layers_of(
     model: Any, merge: Merge, sources: Sources, device: torch.device, *, show: bool
 ) -> list[Layer]:
-    """Weights that images pass through; writes all merged weights into the model.
-
-    Args:
-        model: a `CLIPModel`, the base.
-        merge ([`Merge`]): merge to do.
-        sources ([`Sources`]): base model and tasks.
-        device (`torch.device`): device of the model.
-        show (`bool`): show a bar.
-    """
+    """Weights of a `CLIPModel`, the base, that images pass through; all merged ones are written to it."""
     # An averaged weight would be read as one running mean; learning needs every task's update.
     weights = [
         replace(w, treatment="combined") if w.treatment == "averaged" else w

@@ -39,11 +39,8 @@ def descend(
 
     Args:
         model: a `CLIPModel` whose weights are those of coefficients 1.
-        layers (`Sequence[Layer]`): weights of the model to learn for.
         classes (`Sequence[Tensor]`): directions (classes, projection) of each task with images.
-        batches ([`Batches`]): images of these tasks, and settings for learning.
         tasks (`int`): T, number of checkpoints.
-        show (`bool`): show a bar.
 
     Returns:
         `tuple[Tensor, tuple[float, float]]`: coefficients, shape (layers, T), and the entropy
@@ -77,15 +74,10 @@ def descend(
 
 
 def entropy(model: Any, classes: Tensor, pixels: Tensor) -> Tensor:
-    """Compute the entropy of the zero-shot prediction on each image, in nats.
+    """Compute the entropy of a `CLIPModel`'s zero-shot prediction on each image, in nats.
 
-    Args:
-        model: a `CLIPModel`.
-        classes (`Tensor`): a direction of length 1 for each class, shape (classes, projection).
-        pixels (`Tensor`): shape (images, 3, height, width).
-
-    Returns:
-        `Tensor`: shape (images,).
+    Classes are directions of length 1, shape (classes, projection); pixels have the shape (images, 3,
+    height, width), and the result (images,).
     """
     pixels = pixels.to(model.device, model.dtype)
     seen = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
@@ -114,13 +106,7 @@ def _watched(model: Any, classes: Sequence[Tensor], batches: Batches) -> float:
 
 @dataclass(frozen=True)
 class Batches:
-    """Pixels of images in a random order.
-
-    Args:
-        image_processor: image processor of the base model.
-        adaptation ([`Adaptation`]): names, seed, sizes.
-        data (`Sequence[LabelledImages]`): images of each task.
-    """
+    """Pixels of images of each task in a random order, from the base model's image processor."""
 
     image_processor: Any
     adaptation: Adaptation
