@@ -37,15 +37,11 @@ def prepare(sources: Sources, options: Options) -> Compression:
     check_fit(base, [source])
     warnings = [*sources.warnings, *config_warnings(base, [source])]
     if options.format == "peft" and base.format == "open_clip":
-        raise CheckpointError(
-            f"The base model {base} is in OpenCLIP's format, which PEFT does not load.",
-            "Leave --format out: task factors serve every format.",
-        )
+        problem = f"The base model {base} is in OpenCLIP's format, which PEFT does not load."
+        raise CheckpointError(problem, "Leave --format out: task factors serve every format.")
     if options.format == "peft" and not layout.is_clip(base.model_config):
-        raise CheckpointError(
-            f"The base model {base} is not CLIP, and adapters are made for CLIP only.",
-            "Leave --format out: task factors serve every model.",
-        )
+        problem = f"The base model {base} is not CLIP, and adapters are made for CLIP only."
+        raise CheckpointError(problem, "Leave --format out: task factors serve every model.")
     if options.format == "peft" and source.head:
         warnings.append(f"An adapter has no place for the task head {', '.join(source.head)}.")
     for warning in warnings:
@@ -138,9 +134,8 @@ def _config(job: Compression, measured: Sequence[Measured], written: Written) ->
 def disk_bytes(job: Compression) -> int:
     """The spool at its largest, and the result at its largest."""
     spool = sum(item.limit * 4 * sum(matrix_shape(item.shape)) for item in job.candidates)
-    return (
-        spool + sum(most_bytes(item, job.options.rule) for item in job.candidates) + job.head_bytes
-    )
+    result = sum(most_bytes(item, job.options.rule) for item in job.candidates)
+    return spool + result + job.head_bytes
 
 
 def most_bytes(item: Candidate, rule: RankRule) -> int:

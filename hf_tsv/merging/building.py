@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ def built(
 ) -> Iterator[tuple[Path, Merged]]:
     """Make a complete checkpoint: weights, config, companions; the body describes it.
 
-    `before` adds what has to be learned before the first weight. The body is given the folder, which
-    gets its place when the body succeeds, and what was done.
+    `before` adds what has to be learned before the first weight. The body is given the folder,
+    which gets its place when the body succeeds, and what was done.
     """
     device = pick_device(device_name)
     if merge.recipe_device not in (None, device.type):
@@ -111,10 +111,8 @@ def _do_share(
     merge, work = assigned.merge, assigned.work
     try:
         if not (work / journal.JOB).is_file():
-            raise OutputError(
-                f"{work.parent} is not the same folder on every machine.",
-                "Choose an output on storage that they share.",
-            )
+            problem = f"{work.parent} is not the same folder on every machine."
+            raise OutputError(problem, "Choose an output on storage that they share.")
         device = pick_device(device_name)
         sources = open_sources(merge.references, merge.base, access).within_reach(visible=False)
         merge = merge.within(merge.max_memory, sources)
@@ -157,18 +155,16 @@ def _kept(plan: MergePlan, work: Path, count: int = 1) -> dict[str, Finding]:
     A power failure may have lost some, and so may storage that machines share, where two of them
     write into one page.
     """
-    writer = ShardWriter(work / journal.FILES, plan.shards, create=False)
+    specs, writer = plan.specs, ShardWriter(work / journal.FILES, plan.shards, create=False)
     try:
         there = {
             label: found
             for label, found in journal.read(work, Finding.from_dict, count).items()
-            if all(
-                digest(writer.read_back(n, plan.specs[n])) == d for n, d in found.written.items()
-            )
+            if all(digest(writer.read_back(n, specs[n])) == d for n, d in found.written.items())
         }
     finally:
         writer.abandon()
-    journal.rewrite(work, (found.to_dict() for found in there.values()))
+    journal.rewrite(work, map(asdict, there.values()))
     return there
 
 
@@ -176,10 +172,8 @@ def _all_noted(plan: MergePlan, work: Path, count: int) -> list[Finding]:
     """Findings of all processes in the order of the plan; bytes of several are read back."""
     noted = _kept(plan, work, count) if count > 1 else journal.read(work, Finding.from_dict)
     if missing := [weight.label for weight in plan.weights if weight.label not in noted]:
-        raise LostProcessError(
-            f"{len(missing)} weights of other processes have not arrived, {missing[0]} first.",
-            processes.AGAIN,
-        )
+        problem = f"{len(missing)} weights of other processes have not arrived, {missing[0]} first."
+        raise LostProcessError(problem, processes.AGAIN)
     return [noted[weight.label] for weight in plan.weights]
 
 
@@ -195,7 +189,7 @@ def _merge_share(
     weights = [weight for weight in merge.plan.weights if weight.label in labels]
 
     def done(finding: Finding) -> None:
-        notes.add(finding.to_dict())
+        notes.add(asdict(finding))
         advance(1)
         if (work / journal.FAILED).exists():
             raise LostProcessError("Another process failed.", "See its message.")
@@ -236,7 +230,5 @@ def _check_fingerprints(merge: Merge, sources: Sources, findings: Findings) -> N
     items = [*enumerate(sources.inputs), (-1, sources.base)]
     for (key, item), wanted in zip(items, merge.expected, strict=True):
         if wanted is not None and findings.fingerprint(key) not in (None, wanted):
-            raise CheckpointError(
-                f"{item} is not what it was when the recipe was written.",
-                "Restore the folder, or merge anew without the recipe.",
-            )
+            problem = f"{item} is not what it was when the recipe was written."
+            raise CheckpointError(problem, "Restore the folder, or merge anew without the recipe.")

@@ -97,10 +97,9 @@ def fitting(
         needed = used + peak_memory(weights, choice, measure=measure)
         if most is None or needed <= most:
             return choice
-    raise RecipeError(
-        f"About {human_bytes(needed)} of memory are needed, more than --max-memory allows.",
-        f"Give at least {human_bytes(needed)}.",
-    )
+    size = human_bytes(needed)
+    problem = f"About {size} of memory are needed, more than --max-memory allows."
+    raise RecipeError(problem, f"Give at least {size}.")
 
 
 def _reading(weight: Weight) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class Finding:
     """Findings about one weight.
 
     Args:
-        ranks (`tuple[int, ...]`): number of triplets used of each of `tasks`, those that changed it.
+        ranks (`tuple[int, ...]`): triplets used of each of `tasks`, the ones that changed it.
         null_directions (`int`): number of directions that tasks share exactly.
         exact (`int`): number of decompositions that took a full SVD.
         frozen (`bool`): planned to change, but equal to the base in every checkpoint.
@@ -44,26 +44,17 @@ class Finding:
     written: dict[str, str] = field(default_factory=dict)
     seconds: Seconds = field(default_factory=Seconds)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Finding as a JSON object."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> Finding:
-        """Finding from the JSON form of [`to_dict`]."""
+        """Finding from the JSON form of its `asdict`."""
+        own = entry["interference"]
         return cls(**{
             **entry,
             **{name: _tuples(entry[name]) for name in ("ranks", "tasks", "norms", "likeness")},
-            "interference": _interference(entry["interference"]),
+            "interference": own and Interference(**{k: _tuples(v) for k, v in own.items()}),
             "digests": {int(index): found for index, found in entry["digests"].items()},
             "seconds": Seconds(**entry["seconds"]),
         })  # fmt: skip
-
-
-def _interference(entry: dict[str, Any] | None) -> Interference | None:
-    if entry is None:
-        return None
-    return Interference(**{name: _tuples(value) for name, value in entry.items()})
 
 
 def _tuples(value: Any) -> Any:

@@ -16,12 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.checkpoints.storage.tensors import digest
 from hf_tsv.checkpoints.storage.writer import ShardWriter
 from hf_tsv.linalg import products
-from hf_tsv.linalg.products import largest_entry
 from hf_tsv.merging.findings import Finding
 from hf_tsv.merging.loading import LoadedWeight, by_name, read_weights
 from hf_tsv.merging.plan import Weight
@@ -68,10 +66,9 @@ def merge_weights(
             waited += time.monotonic() - started
             seconds = replace(finding.seconds, waiting=waited, computing=computed)
             finding = replace(finding, seconds=seconds)
-            written = writing.submit(
-                _write, writer, loaded.weight, result, sources.base, finding, done
-            )
-            del loaded, result
+            parts = by_name(loaded.weight, result, sources.base)
+            written = writing.submit(_write, writer, parts, finding, done)
+            del loaded, result, parts
         if written is not None:
             written.result()
 
@@ -101,24 +98,21 @@ def _merge_one(loaded: LoadedWeight, merge: Merge, *, writes: bool) -> tuple[Ten
 
 def _cast(tensor: Tensor, dtype: torch.dtype, weight: Weight) -> Tensor:
     stored = empty(*tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
-    if dtype.is_floating_point and stored.numel() and not largest_entry(stored) < math.inf:
-        raise CheckpointError(
-            f"Merged values of {weight.label} do not fit into {str(dtype).removeprefix('torch.')}.",
-            "Use --dtype float32 or a smaller --alpha.",
-        )
+    if dtype.is_floating_point and stored.numel() and not products.largest_entry(stored) < math.inf:
+        narrow = str(dtype).removeprefix("torch.")
+        problem = f"Merged values of {weight.label} do not fit into {narrow}."
+        raise CheckpointError(problem, "Use --dtype float32 or a smaller --alpha.")
     return stored
 
 
 def _write(
     writer: ShardWriter | None,
-    weight: Weight,
-    result: Tensor,
-    base: Checkpoint,
+    parts: Sequence[tuple[str, Tensor]],
     finding: Finding,
     done: Callable[[Finding], None],
 ) -> None:
     started, written = time.monotonic(), {}
-    for name, part in by_name(weight, result, base):
+    for name, part in parts:
         if writer is None:
             break
         stored = part.cpu().contiguous()

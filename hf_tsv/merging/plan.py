@@ -88,9 +88,8 @@ def make_plan(base: Checkpoint, inputs: Sequence[Task], settings: Settings) -> M
     written = list(base.tensors)
     if settings.out_format == "open_clip":
         written = [name for name in written if not name.endswith(layout.BUFFER)]
-    weights = tuple(
-        _treat(names, base, inputs, settings) for names in _group(written, settings.qkv)
-    )
+    groups = _group(written, settings.qkv)
+    weights = tuple(_treat(names, base, inputs, settings) for names in groups)
     specs = {name: spec_of(base.tensors[name], settings) for name in written}
     warnings = [*config_warnings(base, inputs), *_rank_warnings(weights, len(inputs), settings)]
     warnings += _exclude_warnings(base, settings)
@@ -104,10 +103,8 @@ def lay_out(specs: dict[str, TensorSpec], base: Checkpoint, settings: Settings) 
     if settings.out_format != "open_clip":
         return plan_shards(specs, settings.max_shard_size)
     if not layout.is_full_model(base.tensors):
-        raise CheckpointError(
-            f"The base model {base} is one tower, and OpenCLIP stores whole models.",
-            "Leave --out-format out.",
-        )
+        problem = f"The base model {base} is one tower, and OpenCLIP stores whole models."
+        raise CheckpointError(problem, "Leave --out-format out.")
     placed = open_clip.placed(specs)
     return plan_shards(specs, settings.max_shard_size, open_clip.SINGLE_FILE, placed)
 
@@ -133,14 +130,11 @@ def _group(tensors: Iterable[str], qkv: str | None) -> list[tuple[str, ...]]:
     present = set(names)
     groups: list[tuple[str, ...]] = []
     for name in names:
-        attention = layout.qkv_group(name)
-        if attention is None:
+        attention, letter = layout.qkv_group(name) or ("", "")
+        stack = tuple(f"{attention}.{part}_proj.weight" for part in "qkv")
+        if not letter or not present.issuperset(stack):
             groups.append((name,))
-            continue
-        stack = tuple(f"{attention[0]}.{letter}_proj.weight" for letter in "qkv")
-        if not present.issuperset(stack):
-            groups.append((name,))
-        elif attention[1] == "q":
+        elif letter == "q":
             groups.append(stack)
     return groups
 
@@ -175,8 +169,7 @@ def _treat(
         return weight(method.treatment)
     if len(shape) != 2:
         return weight("averaged", "not a matrix")
-    tasks = len(inputs)
-    if method.ranks in ("share", "free") and tasks > min(shape):
+    if (tasks := len(inputs)) > min(shape) and method.ranks in ("share", "free"):
         return weight("averaged", f"{tasks} tasks do not fit into {min(shape)} directions")
     return weight(method.treatment, rank=_rank(shape, tasks, settings))
 
@@ -199,10 +192,8 @@ def _wanted_rank(shape: tuple[int, ...], tasks: int, settings: Settings) -> int:
 
 def spec_of(info: TensorInfo, settings: Settings) -> TensorSpec:
     """Data type and shape of a tensor in the output."""
-    dtype = info.dtype
-    if settings.dtype is not None and dtype.is_floating_point:
-        dtype = getattr(torch, settings.dtype)
-    return TensorSpec(dtype, info.shape)
+    wanted = settings.dtype if info.dtype.is_floating_point else None
+    return TensorSpec(getattr(torch, wanted) if wanted else info.dtype, info.shape)
 
 
 def _rank_warnings(weights: Sequence[Weight], tasks: int, settings: Settings) -> Iterator[str]:

@@ -154,10 +154,8 @@ def prepare(
         raise RecipeError("There is nothing to merge.", "Name at least one checkpoint.")
     scales = [1.0] * len(checkpoints) if scales is None else list(scales)
     if len(scales) != len(checkpoints):
-        raise RecipeError(
-            f"There are {len(scales)} weights for {len(checkpoints)} checkpoints.",
-            "Give one weight for each checkpoint.",
-        )
+        problem = f"There are {len(scales)} weights for {len(checkpoints)} checkpoints."
+        raise RecipeError(problem, "Give one weight for each checkpoint.")
     for scale in scales:
         check_number("A weight", scale)
     if not any(scales):
@@ -196,10 +194,8 @@ def of_recipe(recipe: Recipe, access: Access) -> tuple[Merge, Sources]:
     """Prepare the merge that a recipe describes."""
     for item in (*recipe.inputs, recipe.base_model):
         if item.revision is None and not Path(item.ref).expanduser().is_dir():
-            raise RecipeError(
-                f"The recipe was made from the folder {item.ref}, which is not here.",
-                "Run it where that folder is, or restore it.",
-            )
+            problem = f"The recipe was made from the folder {item.ref}, which is not here."
+            raise RecipeError(problem, "Run it where that folder is, or restore it.")
     merge, sources = prepare(
         [pinned_text(item) for item in recipe.inputs],
         pinned_text(recipe.base_model),
@@ -210,10 +206,8 @@ def of_recipe(recipe: Recipe, access: Access) -> tuple[Merge, Sources]:
     )
     merged = {w.label for w in merge.plan.weights if w.treatment in ("decomposed", "averaged")}
     if unknown := sorted(map(str, recipe.coefficients.keys() - merged)):
-        raise RecipeError(
-            f"The recipe has coefficients of {unknown[0]}, which is no weight that is merged.",
-            "Use the recipe as it was written.",
-        )
+        problem = f"The recipe has coefficients of {unknown[0]}, which is no weight that is merged."
+        raise RecipeError(problem, "Use the recipe as it was written.")
     merge = replace(
         merge,
         expected=tuple(item.fingerprint for item in (*recipe.inputs, recipe.base_model)),
@@ -264,7 +258,5 @@ def kept_heads(settings: Settings, inputs: Sequence[Task]) -> dict[str, Task]:
 def refuse_no_heads(settings: Settings, inputs: Sequence[Task]) -> None:
     """Refuse to keep heads where there are none."""
     if settings.keep_heads and not kept_heads(settings, inputs):
-        raise RecipeError(
-            "No checkpoint has a task head to keep.",
-            "Leave --keep-heads out; zero-shot classification needs none.",
-        )
+        hint = "Leave --keep-heads out; zero-shot classification needs none."
+        raise RecipeError("No checkpoint has a task head to keep.", hint)

@@ -86,10 +86,8 @@ class Adaptation:
         for number in (*found.images, *found.entropy):
             check_number("A number of the adaptation", number)
         if len(found.images) != len(tasks) or len(found.entropy) != 2:
-            raise RecipeError(
-                "The adaptation does not say what was found for each task.",
-                "Use the recipe as it was written.",
-            )
+            problem = "The adaptation does not say what was found for each task."
+            raise RecipeError(problem, "Use the recipe as it was written.")
         return found
 
 
@@ -174,9 +172,8 @@ def alphas_of(text: str) -> list[float]:
             numbers = [numbers[0], numbers[0], 1.0]
         first, last, step = numbers if len(numbers) == 3 else (math.nan, math.nan, math.nan)
         if not all(map(math.isfinite, numbers)) or not (step > 0 and last >= first):
-            raise RecipeError(
-                f"The values of α are {text!r}.", "Write FIRST:LAST:STEP (0:3:0.1), or 0.5,1,1.5."
-            )
+            hint = "Write FIRST:LAST:STEP (0:3:0.1), or 0.5,1,1.5."
+            raise RecipeError(f"The values of α are {text!r}.", hint)
         steps = (last - first) / step + 1e-9
         if steps + len(found) >= MOST:
             raise RecipeError(f"{text} is more than {MOST} values of α.", "Take a larger step.")

@@ -76,16 +76,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         method, learned = self.settings.row, bool(self.coefficients or self.adaptation)
+        recipe = f"A recipe of the method {method.name}"
         if method.learns and not self.coefficients:
-            raise RecipeError(
-                f"A recipe of the method {method.name} has no coefficients.",
-                "Use the one it was written as.",
-            )
+            raise RecipeError(f"{recipe} has no coefficients.", "Use the one it was written as.")
         if learned and not method.learns:
-            raise RecipeError(
-                f"A recipe of the method {method.name} has coefficients.",
-                "Only the method ada does.",
-            )
+            raise RecipeError(f"{recipe} has coefficients.", "Only the method ada does.")
         for label, row in self.coefficients.items():
             if len(row) != len(self.inputs):
                 counts = f"{len(row)} coefficients for {len(self.inputs)} inputs"
@@ -112,9 +107,8 @@ class Recipe:
         if self.coefficients and coefficients:
             content["coefficients"] = {n: _Row(row) for n, row in self.coefficients.items()}
         text = _dumped(content, allow_unicode=True)
-        if any(mark in text for mark in "\x85\u2028\u2029\ufeff"):  # lost on the way back
-            text = _dumped(content, allow_unicode=False)
-        return text
+        lost = any(mark in text for mark in "\x85\u2028\u2029\ufeff")  # on the way back
+        return _dumped(content, allow_unicode=False) if lost else text
 
     @staticmethod
     def load(path: str | Path) -> Recipe:
@@ -133,17 +127,13 @@ class Recipe:
             reason = getattr(error, "strerror", None) or str(error)
             if isinstance(error, UnicodeDecodeError):
                 reason = "not UTF-8"
-            raise RecipeError(
-                f"The recipe {file} cannot be read: {reason}.", "Check the path."
-            ) from None
+            problem = f"The recipe {file} cannot be read: {reason}."
+            raise RecipeError(problem, "Check the path.") from None
         return Recipe.from_yaml(text, str(file))
 
     @staticmethod
     def from_yaml(text: str, source: str = "recipe") -> Recipe:
-        """Parse a recipe; unknown keys are errors, so that no choice is dropped silently.
-
-        Errors name the `source`.
-        """
+        """Parse a recipe; unknown keys are errors, so that no choice is dropped silently."""
         try:
             content = parse_yaml(text)
         except OverflowError:
@@ -151,14 +141,12 @@ class Recipe:
         except ValueError as error:
             raise RecipeError(f"{source} is {error}.") from None
         if not isinstance(content, dict) or "hf_tsv_recipe" not in content:
-            raise RecipeError(
-                f"{source} is not an hf-tsv recipe.", f"Every output holds one as {RECIPE_FILE}."
-            )
+            hint = f"Every output holds one as {RECIPE_FILE}."
+            raise RecipeError(f"{source} is not an hf-tsv recipe.", hint)
         version = content.pop("hf_tsv_recipe")
         if type(version) is not int or version != FORMAT_VERSION:
-            raise RecipeError(
-                f"{source} has a recipe format this version does not know.", "Update hf-tsv."
-            )
+            problem = f"{source} has a recipe format this version does not know."
+            raise RecipeError(problem, "Update hf-tsv.")
         try:
             names = {f.name for f in fields(Settings)}
             _refuse_not_installed(content)
@@ -199,9 +187,8 @@ _Dumper.add_representer(_Row, _Dumper.represent_row)
 
 
 def _dumped(content: dict[str, Any], *, allow_unicode: bool) -> str:
-    text: str = yaml.dump(
-        content, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=1000
-    )
+    style: dict[str, Any] = {"sort_keys": False, "width": 1000, "allow_unicode": allow_unicode}
+    text: str = yaml.dump(content, Dumper=_Dumper, **style)
     return text
 
 
@@ -211,12 +198,9 @@ def _refuse_not_installed(content: dict[str, Any]) -> None:
     if not isinstance(method, str) or method in METHODS or not isinstance(versions, dict):
         return  # what is wrong otherwise is found later
     others = [f"{name}=={versions[name]}" for name in versions.keys() - current_versions().keys()]
-    packages = sorted(filter(PACKAGE.fullmatch, others))
-    if packages:
-        raise RecipeError(
-            f"The method {shortened(method)} is not installed.",
-            f"If you trust its package: pip install {' '.join(packages)}",
-        )
+    if packages := sorted(filter(PACKAGE.fullmatch, others)):
+        hint = f"If you trust its package: pip install {' '.join(packages)}"
+        raise RecipeError(f"The method {shortened(method)} is not installed.", hint)
 
 
 def _known(item: PinnedInput) -> dict[str, Any]:

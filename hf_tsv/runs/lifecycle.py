@@ -26,8 +26,8 @@ from hf_tsv.system.progress import visible_by_default
 class Run:
     """A run that is under way.
 
-    Its sources are on this machine once they are fetched. `download_bytes` are to be fetched from the
-    Hub, without those in the cache; `url` is the commit or pull request once the result is pushed.
+    Its sources are on this machine once they are fetched. `download_bytes` are those that the cache
+    does not hold; `url` is the commit or pull request on the Hub, once the result is pushed.
     """
 
     sources: Sources
@@ -39,8 +39,8 @@ class Run:
     def check_space(self, identity: Mapping[str, Any], nbytes: int) -> None:
         """Refuse early when the disk has no space for the bytes of the result.
 
-        The identity is everything that decides about the bytes; an earlier run of the same has reserved
-        some space already.
+        The identity is everything that decides about the bytes; an earlier run of the same has
+        reserved some space already.
         """
         folder = final_folder(self.target, identity)
         check_free_space(folder, nbytes - journal.begun_bytes(folder))

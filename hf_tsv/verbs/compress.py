@@ -138,7 +138,7 @@ def run(
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> CompressReport:
-    """Compress in any format; see [`compress`]. A dry run plans, and touches neither disk nor Hub."""
+    """Compress in any format, as [`compress`] does; a dry run touches neither disk nor Hub."""
     started = time.monotonic()
     processes.alone("`hf-tsv compress`")
     target = target.checked(access.token, dry_run=dry_run)
@@ -232,7 +232,7 @@ def _report(job: Compression, target: Target, download_bytes: int) -> CompressRe
 
 def _measured_report(report: CompressReport, done: Compressed) -> CompressReport:
     """Replace upper bounds of the report by what is written."""
-    config = done.config
+    config, written = done.config, done.config.factors_bytes
 
     def entry(weight: StoredWeight) -> dict[str, Any]:
         content = weight.to_dict()
@@ -240,11 +240,9 @@ def _measured_report(report: CompressReport, done: Compressed) -> CompressReport
 
     return replace(
         report,
-        factors_bytes=config.factors_bytes,
-        ratio=config.factors_bytes / config.checkpoint_bytes,
-        ratio_for_tasks=tasks_ratio(
-            config.factors_bytes, config.base_bytes, config.checkpoint_bytes
-        ),
+        factors_bytes=written,
+        ratio=written / config.checkpoint_bytes,
+        ratio_for_tasks=tasks_ratio(written, config.base_bytes, config.checkpoint_bytes),
         update_error=config.update_error,
         weights={name: entry(weight) for name, weight in config.weights.items()},
         left_out=list(config.left_out),

@@ -165,10 +165,8 @@ def merge(
             named = references or base_ref is not None or weights is not None or subfolder
             chosen = settings != Settings() or adaptation is not None or tune_alpha is not None
             if recipe is not None and (named or chosen):
-                raise RecipeError(
-                    "A recipe already names the checkpoints and every setting.",
-                    "Give a recipe, or checkpoints and settings.",
-                )
+                problem = "A recipe already names the checkpoints and every setting."
+                raise RecipeError(problem, "Give a recipe, or checkpoints and settings.")
             if recipe is not None and not isinstance(recipe, Recipe):
                 recipe = Recipe.load(recipe)
             target = target.checked(token, dry_run=dry_run)
@@ -207,23 +205,20 @@ def merge(
 def _refuse_no_images(settings: Settings, adaptation: Adaptation | None) -> None:
     """Refuse a method that learns without images, and images for one that does not."""
     if settings.row.learns and adaptation is None:
-        raise RecipeError(
-            f"The method {settings.method} learns from images, and there are none.",
-            "Name some for each task: --task NAME=DATASET.",
-        )
+        problem = f"The method {settings.method} learns from images, and there are none."
+        raise RecipeError(problem, "Name some for each task: --task NAME=DATASET.")
     if adaptation is not None and not settings.row.learns:
-        raise RecipeError(
-            f"The method {settings.method} does not learn from images.", "Use --method ada."
-        )
+        problem = f"The method {settings.method} does not learn from images."
+        raise RecipeError(problem, "Use --method ada.")
 
 
 def _refuse_no_report(work: Merge, sources: Sources) -> None:
     """Refuse to report on a merge that shows no interference."""
     if work.settings.row.vectors is None:
-        raise RecipeError(
-            f"The method {work.settings.method} has no singular vectors of tasks to report on.",
-            "Leave --report out, or use `hf-tsv interference`.",
+        problem = (
+            f"The method {work.settings.method} has no singular vectors of tasks to report on."
         )
+        raise RecipeError(problem, "Leave --report out, or use `hf-tsv interference`.")
     refuse_nothing_decomposed(work.plan, sources.inputs)
 
 
@@ -283,11 +278,7 @@ def _card(
         full_model=layout.is_full_model(base.tensors),
         out_format=merge.settings.out_format or base.format,
         counts=merge.plan.counts(done.findings.frozen),
-        left_out={
-            card_input(item).name: item.left_out
-            for item in inputs
-            if item.left_out and not merge.settings.keep_heads
-        },
+        left_out={card_input(item).name: item.left_out for item in _cut(merge, inputs)},
         heads=[Path(file).stem for file in kept_heads(merge.settings, inputs)],
         masks=mask_folders(merge.settings, inputs),
         tuning=merge.tuning,
@@ -295,6 +286,11 @@ def _card(
         interference=measured,
         picture=picture,
     )
+
+
+def _cut(merge: Merge, inputs: Sequence[Task]) -> list[Task]:
+    """The tasks of which something is in no file of the output."""
+    return [] if merge.settings.keep_heads else [item for item in inputs if item.left_out]
 
 
 def _report(run: Run, planned: Merge, done: Merged | None, started: float) -> MergeReport:
@@ -312,11 +308,7 @@ def _report(run: Run, planned: Merge, done: Merged | None, started: float) -> Me
         warnings=list(merge.warnings) if done is None else done.warnings,
         method=settings.method,
         treatments=_treatments(merge, findings),
-        left_out={
-            str(item): list(item.left_out)
-            for item in inputs
-            if item.left_out and not settings.keep_heads
-        },
+        left_out={str(item): list(item.left_out) for item in _cut(merge, inputs)},
         heads={file: str(item) for file, item in kept_heads(settings, inputs).items()},
         masks=dict(zip(mask_folders(settings, inputs), map(str, inputs), strict=False)),
         mask_bytes=mask_bytes(merge, sources, findings.frozen),

@@ -33,7 +33,7 @@ def search(
 ) -> AlphaSearch:
     """Evaluate W0 + α (W1 − W0) at every α, where W1 is the merge with α = 1, in float32.
 
-    The folder holds W1; `data` are the images of each task. The result is the search with its findings.
+    The folder holds W1, and `data` images of each task. The result is `wanted` with its results.
 
     Raises:
         [`HfTsvError`]: a dataset cannot be read, or the base model is no whole CLIP.
@@ -76,9 +76,8 @@ def refuse_no_search(settings: Settings, alpha: float | None) -> None:
     if alpha is not None:
         raise RecipeError("alpha is given and is to be chosen.", "Leave one of them out.")
     if settings.row.learns or settings.row.alpha is None:
-        raise RecipeError(
-            f"The method {settings.method} has no α to choose.", "Leave --tune-alpha out."
-        )
+        problem = f"The method {settings.method} has no α to choose."
+        raise RecipeError(problem, "Leave --tune-alpha out.")
     processes.alone("The choice of α", ", then repeat with --alpha")
 
 

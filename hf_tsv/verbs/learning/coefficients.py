@@ -52,10 +52,8 @@ def adapting(merge: Merge, sources: Sources, adaptation: Adaptation) -> Merge:
     check_whole_clip(sources.base, "The method ada")
     changed = (weight.label for weight in merge.plan.weights if weight.treatment != "copied")
     if not any(label.startswith(LEARNED) for label in changed):
-        raise CheckpointError(
-            "The method ada learns from images, and no checkpoint has a vision tower.",
-            "Use --method tsv.",
-        )
+        problem = "The method ada learns from images, and no checkpoint has a vision tower."
+        raise CheckpointError(problem, "Use --method tsv.")
     tasks, images = len(sources.inputs), len(adaptation.tasks)
     if images < tasks:
         merge = merge.warned(
@@ -82,22 +80,13 @@ def adapted(merge: Merge, adaptation: Adaptation, run: Run, device: torch.device
     data = [_without_labels(load(task, token=token)) for task in adaptation.tasks]
     if not show:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    pipe: Any = pipeline(
-        ZERO_SHOT,
-        merge.base,
-        dtype=torch.float32,
-        device=str(device),
-        token=token,
-        cache_dir=sources.access.cache_dir,
-        progress=show,
-    )
+    access: Any = {"token": token, "cache_dir": sources.access.cache_dir, "progress": show}
+    pipe: Any = pipeline(ZERO_SHOT, merge.base, dtype=torch.float32, device=str(device), **access)
     pipe.model.requires_grad_(False)
     layers = layers_of(pipe.model, merge, sources, device, show=show)
     if not layers:
-        raise CheckpointError(
-            "No checkpoint changes the vision tower: there is nothing to learn from images.",
-            "Use --method tsv.",
-        )
+        problem = "No checkpoint changes the vision tower: there is nothing to learn from images."
+        raise CheckpointError(problem, "Use --method tsv.")
     classes = [
         zero_shot.head(pipe.model, pipe.tokenizer, images.classes, task.templates).clone()
         for task, images in zip(adaptation.tasks, data, strict=True)
@@ -105,20 +94,15 @@ def adapted(merge: Merge, adaptation: Adaptation, run: Run, device: torch.device
     batches = Batches(pipe.image_processor, adaptation, data)
     found, told = descend(pipe.model, layers, classes, batches, len(sources.inputs), show=show)
     logger.info("Mean entropy of predictions: %.3f before, %.3f after.", *told)
-    tasks = tuple(
-        replace(task, split=images.split)
-        for task, images in zip(adaptation.tasks, data, strict=True)
-    )
+    pairs = zip(adaptation.tasks, data, strict=True)
+    tasks = tuple(replace(task, split=images.split) for task, images in pairs)
     counts = tuple(len(images.rows) for images in data)
     learned = {
         layer.label: tuple(round(c, DIGITS) for c in row)
         for layer, row in zip(layers, found.tolist(), strict=True)
     }
-    return replace(
-        merge,
-        coefficients=learned,
-        adaptation=replace(adaptation, tasks=tasks, images=counts, entropy=told),
-    )
+    adaptation = replace(adaptation, tasks=tasks, images=counts, entropy=told)
+    return replace(merge, coefficients=learned, adaptation=adaptation)
 
 
 def _without_labels(images: LabelledImages) -> LabelledImages:
@@ -130,7 +114,7 @@ def _without_labels(images: LabelledImages) -> LabelledImages:
 def layers_of(
     model: Any, merge: Merge, sources: Sources, device: torch.device, *, show: bool
 ) -> list[Layer]:
-    """Weights of a `CLIPModel`, the base, that images pass through; all merged ones are written to it."""
+    """Weights of the base model that images pass through; writes all merged ones into the model."""
     # An averaged weight would be read as one running mean; learning needs every task's update.
     weights = [
         replace(w, treatment="combined") if w.treatment == "averaged" else w

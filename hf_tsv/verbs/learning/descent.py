@@ -76,8 +76,8 @@ def descend(
 def entropy(model: Any, classes: Tensor, pixels: Tensor) -> Tensor:
     """Compute the entropy of a `CLIPModel`'s zero-shot prediction on each image, in nats.
 
-    Classes are directions of length 1, shape (classes, projection); pixels have the shape (images, 3,
-    height, width), and the result (images,).
+    Classes are directions of length 1, shape (classes, projection); pixels have the shape
+    (images, 3, height, width), and the result (images,).
     """
     pixels = pixels.to(model.device, model.dtype)
     seen = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
@@ -88,10 +88,8 @@ def entropy(model: Any, classes: Tensor, pixels: Tensor) -> Tensor:
 
 def _refuse_no_number(value: float, steps: int) -> None:
     if not math.isfinite(value):
-        raise DataError(
-            f"The entropy of predictions is {value} after step {steps}.",
-            "Use a smaller --learning-rate.",
-        )
+        problem = f"The entropy of predictions is {value} after step {steps}."
+        raise DataError(problem, "Use a smaller --learning-rate.")
 
 
 @torch.no_grad()
