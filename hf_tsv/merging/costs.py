@@ -56,7 +56,7 @@ def peak_memory(
 
     Weights are in the order of the work; `measure`: their interference is measured too.
     """
-    largest = max((held(weight) for weight in weights), default=0)
+    largest = max(map(held, weights), default=0)
     most_read = max(map(_reading, weights), default=0)
     peak = 0
     for i, weight in enumerate(weights):

@@ -119,7 +119,7 @@ def _low_ranks(inputs: Sequence[Task], plan: MergePlan, findings: Findings) -> I
     """Warnings about low-rank updates of those that are not known to be."""
     planned = {weight.label: weight for weight in plan.weights}
     for i, item in enumerate(inputs):
-        # That is known, or rounding hides triplets, so that their number says nothing of the rank.
+        # Known to be one; or rounding hides triplets, and their number says nothing of the rank.
         if item.has_few_triplets or _rounded(item, i, findings)[0] >= MOSTLY_ROUNDING:
             continue
         low, total, most = 0.0, 0.0, 0

@@ -215,9 +215,8 @@ def _refuse_no_images(settings: Settings, adaptation: Adaptation | None) -> None
 def _refuse_no_report(work: Merge, sources: Sources) -> None:
     """Refuse to report on a merge that shows no interference."""
     if work.settings.row.vectors is None:
-        problem = (
-            f"The method {work.settings.method} has no singular vectors of tasks to report on."
-        )
+        method = work.settings.method
+        problem = f"The method {method} has no singular vectors of tasks to report on."
         raise RecipeError(problem, "Leave --report out, or use `hf-tsv interference`.")
     refuse_nothing_decomposed(work.plan, sources.inputs)
 
