@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_tsv.cli import options
-from hf_tsv.cli.groups import Only
+from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.images import ImageOptions, notes
 from hf_tsv.cli.output import Out, table
 from hf_tsv.system.processes import is_leader
@@ -59,23 +59,9 @@ def evaluate(
     out = Out(as_json=run.as_json, quiet=run.quiet)
     from hf_tsv.verbs import evaluate as evaluate_
 
-    report = evaluate_.evaluate(
-        reference,
-        images.tasks,
-        suite=images.suite,
-        references=images.references,
-        output=output,
-        force=target.force,
-        card=card,
-        create_pr=create_pr,
-        limit=images.limit,
-        batch_size=compute.batch_size,
-        **vars(source),
-        device=compute.device,
-        token=access.token,
-        cache_dir=access.cache_dir,
-        progress=run.progress,
-    )
+    groups = (images, compute, source, target, access)
+    own = {"references": images.references, "output": output, "card": card, "create_pr": create_pr}
+    report = call(evaluate_.evaluate, groups, reference, images.tasks, **own, progress=run.progress)
     if report.card is not None:
         out.status(f"The results are in {report.card}.")
     out.result(text_of(report), report.to_dict())

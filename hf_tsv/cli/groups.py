@@ -10,15 +10,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import is_dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import OptionInfo
 
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
+
+T = TypeVar("T")
 
 
 class Only:
@@ -33,9 +35,6 @@ def flattened(command: Callable[..., None]) -> Callable[..., None]:
 
     A group is a dataclass whose fields are annotated with their options, or are groups themselves.
     Its `PANEL` is where the help shows options that name no panel.
-
-    Raises:
-        `TypeError`: two options have the same name.
     """
     hints = get_type_hints(command, include_extras=True)
     given = inspect.signature(command).parameters
@@ -50,6 +49,13 @@ def flattened(command: Callable[..., None]) -> Callable[..., None]:
 
     called.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     return called
+
+
+def call(function: Callable[..., T], groups: Sequence[Any], *given: Any, **own: Any) -> T:
+    """Call a function with those fields of groups that it has parameters for, and with its own."""
+    taken = inspect.signature(function).parameters
+    fields = {n: value for group in groups for n, value in vars(group).items() if n in taken}
+    return function(*given, **{**fields, **own})
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from hf_tsv.cli import options
-from hf_tsv.cli.groups import Only
+from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.output import Out, table
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ EXAMPLES = """\
 `hf-tsv interference org/clip-a org/clip-b --json | jq .total`
 """
 
-SHOWN = 5
-"""Weights that are listed."""
+SHOWN = 5  # weights that are listed
 
 
 def interference(
@@ -50,33 +49,19 @@ def interference(
     from hf_tsv.checkpoints import names
     from hf_tsv.verbs import interference as interference_
 
-    report = interference_.interference(
-        checkpoints or [],
-        **vars(source),
-        output=output,
-        force=target.force,
-        **ranks.arguments(),
-        device=compute.device,
-        max_memory=compute.max_memory,
-        **vars(access),
-        progress=run.progress,
-    )
+    groups = (source, target, compute, access)
+    own = {**ranks.arguments(), "output": output, "progress": run.progress}
+    report = call(interference_.interference, groups, checkpoints or [], **own)
     if output is not None:
         out.status(f"The report is {output / names.REPORT_PAGE}.")
     out.result(_text(report), report.to_dict())
 
 
 def _text(report: InterferenceReport) -> str:
+    told = {"share": ".1%", "norm": ".3g", "relative_norm": ".2%", "effective_rank": ".1f"}
+    told["energy"] = ".1%"
     tasks = [
-        (
-            task["name"],
-            f"{task['share']:.1%}",
-            f"{task['norm']:.3g}",
-            f"{task['relative_norm']:.2%}",
-            f"{task['effective_rank']:.1f}",
-            f"{task['energy']:.1%}",
-        )
-        for task in report.tasks
+        (t["name"], *(format(t[key], form) for key, form in told.items())) for t in report.tasks
     ]
     head = ("task", "share", "update", "of base", "effective rank", "energy kept")
     most, least = report.extremes()

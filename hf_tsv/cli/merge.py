@@ -10,7 +10,7 @@ import typer
 
 from hf_tsv.checkpoints.names import Format
 from hf_tsv.cli import images, options
-from hf_tsv.cli.groups import Only, flag
+from hf_tsv.cli.groups import Only, call, flag
 from hf_tsv.cli.output import Out, pinned, table
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
 from hf_tsv.methods.catalogue import METHODS
@@ -131,29 +131,14 @@ def merge(
     from hf_tsv.verbs import merge as merge_
 
     weights = None if how.weights is None else options.numbers("--weights", how.weights, "1,0.5,1")
-    done = merge_.merge(
-        checkpoints or [],
-        **vars(source),
-        recipe=recipe,
-        **vars(result.target),
-        out_format=result.out_format,
-        keep_heads=result.keep_heads,
-        max_shard_size=result.files.shard_size,
-        method=how.method,
-        precision=how.precision,
-        orthogonalizer=how.orthogonalizer,
-        alpha=how.alpha,
-        weights=weights,
+    groups = (source, result, result.target, how, compute, run, access)
+    own: dict[str, Any] = {"recipe": recipe, "weights": weights, "report": report}
+    own |= {
+        "progress": run.progress,
+        "max_shard_size": result.files.shard_size,
         **how.ranks.arguments(),
-        dtype=how.dtype,
-        **_learned(how, learning),
-        device=compute.device,
-        max_memory=compute.max_memory,
-        report=report,
-        **vars(access),
-        dry_run=run.dry_run,
-        progress=run.progress,
-    )
+    }
+    done = call(merge_.merge, groups, checkpoints or [], **own, **_learned(how, learning))
     out.delivered(done, _summary, _preview, timed=run.timings)
 
 

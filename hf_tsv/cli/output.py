@@ -18,12 +18,13 @@ from hf_tsv.system.errors import HfTsvError
 from hf_tsv.system.processes import LOST, is_leader
 from hf_tsv.system.text import one_line, printable, redacted
 
-EXIT_ERROR = 1
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 
+# Seconds for the first process to say what is wrong: launchers end it when another one fails.
 TURN = 3.0
-"""Seconds for the first process to say what is wrong: launchers end it when another one fails."""
+
+
+Text = Callable[[Any], str]
 
 
 class Terminated(KeyboardInterrupt):
@@ -60,14 +61,7 @@ class Out:
         if not self.quiet:
             _print_stderr(text)
 
-    def delivered(
-        self,
-        report: Any,
-        summary: Callable[[Any], str],
-        preview: Callable[[Any], str],
-        *,
-        timed: bool = False,
-    ) -> None:
+    def delivered(self, report: Any, summary: Text, preview: Text, *, timed: bool = False) -> None:
         """Tell what a command wrote and where it is, or after a dry run what it would do."""
         place = getattr(report, "output", None) or report.url or ""
         if not report.dry_run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from hf_tsv.cli import options
-from hf_tsv.cli.groups import Only
+from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.output import Out, table
 from hf_tsv.system.text import human_bytes
 
@@ -41,16 +41,7 @@ def push(
     out = Out(as_json=run.as_json, quiet=run.quiet)
     from hf_tsv.verbs import push as push_
 
-    report = push_.push(
-        folder,
-        repo_id,
-        private=target.private,
-        revision=target.revision,
-        create_pr=target.create_pr,
-        commit_message=target.commit_message,
-        token=access.token,
-        dry_run=run.dry_run,
-    )
+    report = call(push_.push, (target, run, access), folder, repo_id)
     out.delivered(report, _summary, _preview)
 
 

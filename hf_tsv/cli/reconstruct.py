@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from hf_tsv.cli import options
-from hf_tsv.cli.groups import Only
+from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.output import Out, pinned, table
 from hf_tsv.system.text import human_bytes
 
@@ -37,18 +37,9 @@ def reconstruct(
     out = Out(as_json=run.as_json, quiet=run.quiet)
     from hf_tsv.verbs import reconstruct as reconstruct_
 
-    report = reconstruct_.reconstruct(
-        factors,
-        **vars(source),
-        **vars(target),
-        dtype=files.dtype,
-        max_shard_size=files.shard_size,
-        device=compute.device,
-        max_memory=compute.max_memory,
-        **vars(access),
-        dry_run=run.dry_run,
-        progress=run.progress,
-    )
+    groups = (source, target, files, compute, run, access)
+    own = {"max_shard_size": files.shard_size, "progress": run.progress}
+    report = call(reconstruct_.reconstruct, groups, factors, **own)
     out.delivered(report, _summary, _preview)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_tsv.cli import options
-from hf_tsv.cli.groups import Only
+from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.images import ImageOptions, notes
 from hf_tsv.cli.output import Out, table
 
@@ -48,21 +48,10 @@ def sweep(
     out = Out(as_json=run.as_json, quiet=run.quiet)
     from hf_tsv.verbs import sweep as sweep_
 
-    report = sweep_.sweep(
-        images.tasks,
-        images.references,
-        rank_fractions=options.numbers("--rank-fraction", rank_fraction, "0.01,0.1"),
-        suite=images.suite,
-        base_model=source.base_model,
-        output=output,
-        force=target.force,
-        limit=images.limit,
-        batch_size=compute.batch_size,
-        device=compute.device,
-        token=access.token,
-        cache_dir=access.cache_dir,
-        progress=run.progress,
-    )
+    shares = options.numbers("--rank-fraction", rank_fraction, "0.01,0.1")
+    groups = (images, source, compute, target, access)
+    own = {"rank_fractions": shares, "output": output, "progress": run.progress}
+    report = call(sweep_.sweep, groups, images.tasks, images.references, **own)
     out.result(_text(report), report.to_dict())
     if report.errors:
         raise typer.Exit(1)

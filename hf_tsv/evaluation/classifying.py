@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hf_tsv.checkpoints.sources import Access
 from hf_tsv.checkpoints.storage.tensors import digest, fingerprint
 from hf_tsv.evaluation import prompt_heads, zero_shot
 from hf_tsv.evaluation.data import LabelledImages, load
 from hf_tsv.evaluation.finished import Finished
-from hf_tsv.evaluation.job import Evaluation
+from hf_tsv.evaluation.job import Evaluation, noted
+from hf_tsv.models.building import ZERO_SHOT
+from hf_tsv.models.loading import pipeline
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.recipes.settings import current_versions
-from hf_tsv.system.errors import HfTsvError, LostProcessError
+from hf_tsv.system.device import pick_device
+from hf_tsv.system.errors import HfTsvError
 from hf_tsv.system.processes import Processes
 from hf_tsv.system.progress import bar, logger
 
@@ -24,8 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-
-ZERO_SHOT = "zero-shot-image-classification"
 
 Data = dict[str, tuple[EvaluationTask, LabelledImages]]
 Results = dict[str, dict[str, Any]]
@@ -37,8 +39,7 @@ class Scoring:
 
     job: Evaluation
     device: str | None
-    token: str | None = field(repr=False)
-    cache_dir: str | None
+    access: Access
     show: bool
     group: Processes
     finished: Finished
@@ -46,9 +47,6 @@ class Scoring:
     def model(self, reference: str) -> Loaded:
         """Load a model with its tokenizer and image processor, in every process."""
         from transformers.utils import logging
-
-        from hf_tsv.models.loading import pipeline
-        from hf_tsv.system.device import pick_device
 
         if not self.show:
             logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -59,8 +57,8 @@ class Scoring:
                 reference,
                 base_model=self.job.base_model,
                 device=str(pick_device(self.device)),
-                token=self.token,
-                cache_dir=self.cache_dir,
+                token=self.access.token,
+                cache_dir=self.access.cache_dir,
                 progress=self.show,
             )
             return Loaded(pipe, prompt_heads.text_identity(pipe.model))
@@ -92,29 +90,19 @@ class Scoring:
         results: Results = {}
         errors: dict[str, str] = {}
         for task in self.job.tasks:
-            try:
-                images = self._own(partial(load, task, limit=self.job.limit, token=self.token))
+            opened = partial(load, task, limit=self.job.limit, token=self.access.token)
+            with noted(errors, task.name):
+                images = self._own(opened)
                 results[task.name] = self.scored(model, task, images)
                 data[task.name] = task, images
-            except LostProcessError:
-                raise
-            except HfTsvError as error:
-                errors[task.name] = str(error)
-                logger.warning("%s", error)
         return data, results, errors
 
     def compare(self, data: Data, results: Results, errors: dict[str, str]) -> None:
         """Add the accuracies of the tasks' own fine-tunes to the results."""
         for name, (task, images) in data.items():
             if ref := self.job.fine_tunes.get(name):
-                try:
+                with noted(errors, name, "its reference: "):
                     own = self.scored(self.model(ref), task, images)["accuracy"]
-                except LostProcessError:
-                    raise
-                except HfTsvError as error:
-                    errors[name] = f"its reference: {error}"
-                    logger.warning("%s", error)
-                else:
                     results[name]["reference"] = {"ref": ref, "accuracy": own}
                     if own:
                         results[name]["normalised"] = results[name]["accuracy"] / own
@@ -191,10 +179,6 @@ class Loaded:
     pipe: Any
     text: str
 
-    @property
-    def device(self) -> str:
-        return str(self.pipe.model.device.type)
-
     @cached_property
     def identity(self) -> str:
         """Digest of the model's weights, its settings, and those of its image processor."""
@@ -205,17 +189,13 @@ class Loaded:
 
     def key(self, task: EvaluationTask, images: LabelledImages) -> str:
         """Digest of everything that determines the model's result on a task."""
-        said = [
-            self.identity,
-            self._head_key(images.classes, task.templates),
-            asdict(task),
-            images.identity,
-            current_versions(),
-        ]
+        head = self._head_key(images.classes, task.templates)
+        said = [self.identity, head, asdict(task), images.identity, current_versions()]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def _head_key(self, classes: Sequence[str], templates: Sequence[str]) -> str:
-        return prompt_heads.key_of(self.text, self.pipe.tokenizer, classes, templates, self.device)
+        device = self.pipe.model.device.type
+        return prompt_heads.key_of(self.text, self.pipe.tokenizer, classes, templates, device)
 
     def head(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Zero-shot head of a task."""

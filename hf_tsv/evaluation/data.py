@@ -17,10 +17,8 @@ from hf_tsv.system.text import first_line
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
+# Names of label columns where no column has class labels, the likeliest first.
 LABELS = ("label", "labels", "fine_label", "class")
-"""Names of label columns where no column has class labels, the likeliest first."""
-
 SPLITS = ("test", "validation", "train")
 PARQUET = ".parquet"
 LIBRARIES = {"datasets": "datasets", "PIL": "pillow"}  # package by the name of its module
@@ -29,14 +27,10 @@ SEED = 0  # of the random choice of images under a `limit`
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images with the numbers and names of their classes.
+    """Images with the names of their classes, in the order of the labels.
 
-    Args:
-        image (`str`): column of the images.
-        label (`str`): column of the labels.
-        classes (`tuple[str, ...]`): names, in the order of the labels.
-        total (`int`): number of images in the split, of which `rows` may be a few.
-        revision (`str`, *optional*): commit sha of the dataset; None if it is no repository.
+    `image` and `label` are columns; `total` is the number of images in the split, of which `rows`
+    may be a few; `revision` is the dataset's commit sha, None if it is no repository.
     """
 
     rows: Dataset
@@ -53,11 +47,7 @@ class LabelledImages:
         return f"{self.revision} {self.split} {self.rows._fingerprint}"
 
     def batch(self, start: int, stop: int, task: str) -> tuple[list[Any], list[int]]:
-        """Images as RGB, and their labels, of a range of rows; `task` is for errors.
-
-        Raises:
-            [`DataError`]: an image cannot be read, or a label is no class.
-        """
+        """Images as RGB, and their labels, of a range of rows; `task` is for errors."""
         images, labels = [], []
         for i in range(start, stop):
             try:
@@ -93,11 +83,7 @@ def refuse_not_installed(what: str, **also: str) -> None:
 def load(
     task: EvaluationTask, *, limit: int | None = None, token: str | None = None
 ) -> LabelledImages:
-    """Find the images of a task, with a limit so many of them at random, always the same ones.
-
-    Raises:
-        [`DataError`]: there is no such dataset, split or column, or the split is empty.
-    """
+    """Find the images of a task, with a limit so many of them at random, always the same ones."""
     import datasets
 
     datasets.disable_progress_bars()  # our own bar counts images

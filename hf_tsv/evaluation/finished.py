@@ -49,11 +49,7 @@ class Finished:
 
 @contextmanager
 def finished_tasks(output: Path | None) -> Iterator[Finished]:
-    """Open the finished results of an output folder, and remove them when the body succeeds.
-
-    Raises:
-        [`OutputError`]: another process holds the file, or its folder cannot be written.
-    """
+    """Open the finished results of an output folder, and remove them when the body succeeds."""
     if output is None:
         yield Finished()
         return
@@ -66,11 +62,8 @@ def finished_tasks(output: Path | None) -> Iterator[Finished]:
                 yield finished
             except BaseException:
                 if finished:
-                    logger.warning(
-                        "%d finished results are kept in %s; the same command goes on from there.",
-                        len(finished),
-                        path,
-                    )
+                    kept = f"{len(finished)} finished results are kept in {path}"
+                    logger.warning("%s; the same command goes on from there.", kept)
                 else:
                     path.unlink(missing_ok=True)
                     remove_empty(made)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 
 from hf_tsv.evaluation import model_index, suites
 from hf_tsv.recipes.images import EvaluationTask, listed
-from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.errors import HfTsvError, LostProcessError, RecipeError
 from hf_tsv.system.folders import absolute, check_output_folder
+from hf_tsv.system.progress import logger
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Choice of tasks and models.
-
-    Args:
-        tasks (`list[EvaluationTask]`): all tasks.
-        fine_tunes (`dict[str, str]`): fine-tune of each task that has one.
-        base_model (`str`, *optional*): base of all models.
-        suite ([`suites.Suite`], *optional*): suite that some of the tasks come from.
-    """
+    """Tasks, fine-tunes by task, the base of all models, and the suite of some of the tasks."""
 
     tasks: list[EvaluationTask]
     fine_tunes: dict[str, str]
@@ -34,13 +29,8 @@ class Chosen:
 class Evaluation(Chosen):
     """Inputs and settings of an evaluation, the same in all processes.
 
-    Args:
-        ref (`str`): the model.
-        revision (`str`, *optional*): commit sha; None for a folder.
-        limit (`int`, *optional*): number of images per task.
-        batch_size (`int`): images at a time.
-        folder (`Path`, *optional*): folder to write.
-        card ([`model_index.Card`], *optional*): card to write.
+    `limit` is the number of images per task, `batch_size` that of images at a time; folder and
+    card are those to write.
     """
 
     ref: str
@@ -58,11 +48,7 @@ def chosen(
     base_model: str | PathLike[str] | None,
     templates: Sequence[str] = (),
 ) -> Chosen:
-    """Tasks, fine-tunes and base model of a suite and of the user's own choice; see [`evaluate`].
-
-    Raises:
-        [`RecipeError`]: there is no task, or no such suite, or a reference without its task.
-    """
+    """Tasks, fine-tunes and base model of a suite and of the user's own choice."""
     own = None if suite is None else suites.named(suite)
     given = [f"{n}={d}" for n, d in tasks.items()] if isinstance(tasks, Mapping) else tasks
     both = [*(own.tasks if own else ()), *given]
@@ -79,6 +65,18 @@ def chosen(
             f"The tasks are {', '.join(names)}.",
         )
     return Chosen(every, fine_tunes, base, own)
+
+
+@contextmanager
+def noted(errors: dict[str, str], task: str, prefix: str = "") -> Iterator[None]:
+    """Note an error of one task, and leave the others alone, unless a process is lost."""
+    try:
+        yield
+    except LostProcessError:
+        raise
+    except HfTsvError as error:
+        errors[task] = f"{prefix}{error}"
+        logger.warning("%s", error)
 
 
 def checked_folder(output: str | Path | None, file: str, *, force: bool) -> Path | None:

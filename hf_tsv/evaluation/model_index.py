@@ -23,18 +23,13 @@ CARD = "README.md"
 TASK = "zero-shot-image-classification"
 FRONT_MATTER = re.compile(r"\A(\s*---[ \t]*\r?\n)(.*?)(?=^---[ \t]*\r?$)", re.DOTALL | re.MULTILINE)
 BLOCK = re.compile(r"^([\"']?)model-index\1[ \t]*:.*?(?=^[^\s-]|\Z)", re.DOTALL | re.MULTILINE)
-MESSAGE = "Add evaluation results"
 
 
 @dataclass(frozen=True)
 class Card:
-    """Model card and the place it is written to.
+    """Model card and the place it is written to: a local path, or a repository.
 
-    Args:
-        name (`str`): name of the model.
-        path (`Path`, *optional*): path of a local card.
-        repo_id (`str`, *optional*): repository of a card on the Hub.
-        commit (`str`, *optional*): commit that `text` was read at.
+    `name` is the model's, `commit` the one that `text` was read at.
     """
 
     text: str
@@ -50,11 +45,7 @@ class Card:
 
 
 def open_card(pinned: PinnedCheckpoint, *, token: str | None, create_pr: bool) -> Card:
-    """Find the card of a model, and refuse now if it cannot be written later.
-
-    Raises:
-        [`HfTsvError`]: there is no card, or it cannot be written.
-    """
+    """Find the card of a model, and refuse now if it cannot be written later."""
     local = pinned.is_local
     card = _local_card(pinned, create_pr) if local else _hub_card(pinned, token, create_pr)
     with_results(card, [])  # raises if results cannot be added
@@ -115,17 +106,13 @@ def _decoded(content: bytes, what: str) -> str:
 
 
 def write(card: Card, tasks: Mapping[str, Mapping[str, Any]], *, token: str | None) -> str:
-    """Write results by task into a card; see [`EvaluateReport`].
-
-    Returns:
-        `str`: path of the card, or address of the commit or pull request.
-    """
+    """Write results by task into a card; return its path, or the address of the commit."""
     text = with_results(card, [eval_result(name, found) for name, found in tasks.items()])
     if card.path is None:
         assert card.repo_id is not None
         return hub.push_file(
             card.repo_id, CARD, text.encode(), branch=card.branch, parent=card.commit,
-            create_pr=card.create_pr, commit_message=MESSAGE, token=token,
+            create_pr=card.create_pr, commit_message="Add evaluation results", token=token,
         )  # fmt: skip
     new = card.path.with_name(f".{CARD}.hf-tsv")
     with disk_errors(card.path):
@@ -162,11 +149,7 @@ def eval_result(name: str, found: Mapping[str, Any]) -> EvalResult:
 
 
 def with_results(card: Card, results: Sequence[EvalResult]) -> str:
-    """Text of a card with new results, which replace earlier ones of the same task and data.
-
-    Raises:
-        [`OutputError`]: its front matter cannot be read.
-    """
+    """Text of a card with new results, which replace earlier ones of the same task and data."""
     found = FRONT_MATTER.match(card.text)
     head, block = (found[1], found[2]) if found else ("---\n", "")
     try:

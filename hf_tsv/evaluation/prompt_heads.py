@@ -32,10 +32,9 @@ NAME = "head"
 def head(
     model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str], key: str
 ) -> Tensor:
-    """Head as [`zero_shot.head`] computes it, read from a file if there is one.
+    """Head as [`zero_shot.head`] computes it, read from the file of its [`key_of`] if there is one.
 
-    A damaged file is written again; a folder that cannot be written does not cause a failure. The
-    key is a digest from [`key_of`].
+    A damaged file is written again; a folder that cannot be written does not cause a failure.
     """
     file = Path(constants.HF_HOME) / "hf-tsv" / "heads" / f"{key}.safetensors"
     with suppress(OSError, SafetensorError, KeyError):

@@ -13,9 +13,7 @@ from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.system.progress import bar
 
 TEXTS_AT_ONCE = 256
-
-IMAGES_AT_ONCE = 512
-"""Images kept in memory while all variants classify them: 0.3 GB of 224 × 224 pixels."""
+IMAGES_AT_ONCE = 512  # in memory while all variants classify them: 0.3 GB of 224 × 224 pixels
 
 
 def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -32,8 +30,7 @@ def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
 def head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Compute one direction per class: the mean of its prompts' embeddings of length 1.
 
-    Returns:
-        `Tensor`: shape (classes, projection), on the device of the model, a `CLIPModel`.
+    The result, shape (classes, projection), lies on the device of the model, a `CLIPModel`.
     """
     written = prompts(classes, templates)
     parts = []
@@ -48,15 +45,9 @@ def head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence
 
 @torch.inference_mode()
 def classify(model: Any, directions: Tensor, pixels: Tensor) -> Tensor:
-    """Predict the class of each image: the one whose direction is nearest.
+    """Predict the class of each image, whose direction of [`head`] is nearest, on the CPU.
 
-    Args:
-        model: a `CLIPModel`.
-        directions (`Tensor`): output of [`head`].
-        pixels (`Tensor`): output of its image processor, shape (images, 3, height, width).
-
-    Returns:
-        `Tensor`: number of the class of each image, on the CPU.
+    The pixels, shape (images, 3, height, width), come from the image processor of a `CLIPModel`.
     """
     pixels = pixels.to(model.device, model.dtype)
     seen = _features(model.get_image_features(pixel_values=pixels))
@@ -84,12 +75,7 @@ def accuracies(
 ) -> list[float]:
     """Top-1 accuracy, 0 to 1, of every variant on one task; each image is read once.
 
-    Args:
-        pipe: a zero-shot pipeline of a `CLIPModel`.
-        variants: functions that each load weights into the model.
-
-    Raises:
-        [`DataError`]: an image cannot be read, or a label is no class.
+    The pipeline is a zero-shot one of a `CLIPModel`; each variant loads weights into the model.
     """
     heads = []
     for put in variants:

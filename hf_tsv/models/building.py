@@ -24,12 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ZERO_SHOT = "zero-shot-image-classification"
-PIPELINES = {
+PIPELINES = {  # kinds of transformers pipelines that CLIP supports, and the class for each
     ZERO_SHOT: "CLIPModel",
     "image-feature-extraction": "CLIPVisionModel",
     "image-classification": "CLIPForImageClassification",
 }
-"""Kinds of transformers pipelines that CLIP supports, and the class for each."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,9 @@ class Found:
     processor: Path | None = None
 
 
-def missing_parts(item: Task, model_class: str) -> set[str]:
-    return set(layout.MODEL_CLASSES[model_class].parts) - layout.towers(item.tensors)
+def missing_parts(items: Sequence[Task], model_class: str) -> list[str]:
+    held = set[str]().union(*(layout.towers(item.tensors) for item in items))
+    return [part for part in layout.MODEL_CLASSES[model_class].parts if part not in held]
 
 
 def check_clip(item: Task) -> None:
@@ -68,9 +68,7 @@ def check_head(item: Task, model_class: str) -> None:
 
 def check_parts(items: Sequence[Task], model_class: str) -> None:
     """Refuse a class for which transformers would have to invent weights."""
-    held = set[str]().union(*(layout.towers(item.tensors) for item in items))
-    missing = [part for part in layout.MODEL_CLASSES[model_class].parts if part not in held]
-    if missing:
+    if missing := missing_parts(items, model_class):
         raise CheckpointError(
             f"{model_class} needs {missing[0]}, which {' and '.join(map(str, items))} lack.",
             "Use another task, or a base model that is a whole CLIPModel.",

@@ -37,13 +37,8 @@ class TaskSwitcher:
     [`activate`] writes W0 + U diag(σ) Vh into the model's own parameters, in their dtype;
     [`deactivate`] restores W0 bit for bit. Both hold a lock, so several threads may call them. A
     forward pass at the same time would see weights of two tasks, so callers must not overlap them.
-
-    Args:
-        model (`transformers.PreTrainedModel`): the base model.
-        tasks (`Mapping[str, Mapping[str, Update]]`): updates by task and canonical name.
-        model_class (`str`): class of the model.
-        base ([`Checkpoint`], *optional*): checkpoint from which W0 is read again; without it a copy
-            is kept of every weight that a task changes.
+    W0 is read again from the checkpoint `base`; without it a copy is kept of every weight that a
+    task changes.
 
     Example:
         >>> tasks = TaskSwitcher.from_pretrained(["me/a-tsv", "me/b-tsv"])  # doctest: +SKIP
@@ -145,11 +140,7 @@ class TaskSwitcher:
 
     @torch.no_grad()
     def activate(self, task: str) -> None:
-        """Write the weights of a task, one of `names`, into the model.
-
-        Raises:
-            [`RecipeError`]: there is no such task.
-        """
+        """Write the weights of a task, one of `names`, into the model."""
         if task not in self._tasks:
             raise RecipeError(f"There is no task {task!r}.", f"Choose {one_of(self.names)}.")
         with self._lock:
@@ -223,21 +214,15 @@ def _updates(
         raise CheckpointError(
             f"{item} is a {item.kind}, not task factors.", item.for_factors.format(item)
         )
-    updates: dict[str, Update] = {}
-    for name in item.tensors:
-        if layout.name_in_class(name, model_class) is None:
-            continue
-        change = item.change(base.original([name], digests=digests))
-        if change is not None:
-            updates[name] = change.update
-    return updates
+    there = [name for name in item.tensors if layout.name_in_class(name, model_class) is not None]
+    changes = ((name, item.change(base.original([name], digests=digests))) for name in there)
+    return {name: change.update for name, change in changes if change is not None}
 
 
 def _named(
     references: Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]],
 ) -> dict[str, str | PathLike[str]]:
-    if isinstance(references, str | PathLike):
-        references = [references]
+    references = [references] if isinstance(references, str | PathLike) else references
     if not references:
         raise RecipeError("There are no tasks to switch between.", "Name at least one.")
     if isinstance(references, Mapping):

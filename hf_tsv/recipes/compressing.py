@@ -21,12 +21,9 @@ DEFAULT_RANK_FRACTION = 0.1
 class RankRule:
     """Rule for the ranks, one of four; `rank_fraction` 0.1 if none is given.
 
-    Args:
-        rank_fraction (`float`, *optional*): share of k = min(d_out, d_in), rounded down.
-        rank (`int`, *optional*): the same number for every weight.
-        energy (`float`, *optional*): share of the squared norm; the smallest sufficient rank.
-        budget (`str` or `int`, *optional*): bytes for everything: a number, `"35MB"`, or `"10%"`
-            of the fine-tuned checkpoint.
+    `rank_fraction` is a share of k = min(d_out, d_in), rounded down; `rank` the same number for
+    every weight; `energy` a share of the squared norm, for the smallest sufficient rank; `budget`
+    the bytes for everything: a number, `"35MB"`, or `"10%"` of the fine-tuned checkpoint.
     """
 
     rank_fraction: float | None = None
@@ -47,7 +44,7 @@ class RankRule:
             self.budget_bytes(1)
 
     def budget_bytes(self, checkpoint_bytes: int) -> int:
-        """Bytes that the budget stands for, which may be a share of the checkpoint's."""
+        """Bytes that the budget stands for."""
         assert self.budget is not None
         return size_in_bytes(self.budget, checkpoint_bytes, name="budget")
 
@@ -66,13 +63,7 @@ class RankRule:
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a compression, as [`compress`] and [`export_peft`] have them.
-
-    Args:
-        compress_conv (`bool`): decompose the patch convolution too, one row per output channel.
-        format (`str`): `factors`, or `peft` for a LoRA adapter, to which `dense` and `model_class`
-            belong.
-    """
+    """Options of a compression, as [`compress`] and [`export_peft`] have them."""
 
     rule: RankRule = field(default_factory=RankRule)
     factor_dtype: Dtype = "float32"

@@ -91,8 +91,7 @@ def listed(
 ) -> list[EvaluationTask]:
     """Parse tasks in any of the forms that users give; templates are for those given as text.
 
-    Raises:
-        [`RecipeError`]: there is none, which is said with `nothing`, or a name comes twice.
+    If there is none, `nothing` is the message of the error.
     """
     named = [f"{n}={d}" for n, d in tasks.items()] if isinstance(tasks, Mapping) else tasks
     choices = {"templates": tuple(templates)} if templates else {}

@@ -7,7 +7,6 @@ changes three places: the card, the verb that makes it, and the template.
 from __future__ import annotations
 
 import shlex
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,16 +23,13 @@ from hf_tsv.reports.templates import cell, environment, plain
 if TYPE_CHECKING:
     from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin, StoredWeight
     from hf_tsv.checkpoints.names import Format
-    from hf_tsv.methods.catalogue import Method
     from hf_tsv.recipes.learning import AlphaSearch
     from hf_tsv.recipes.recipe import Recipe
     from hf_tsv.reports.drawing import Picture
     from hf_tsv.reports.interference import InterferenceReport
     from hf_tsv.reports.kept import KeptSection
 
-
-LARGEST_SHOWN = 10
-"""Weights that a card of factors lists; all are in its configuration file."""
+LARGEST_SHOWN = 10  # weights that a card of factors lists; all are in its configuration file
 
 
 @dataclass(frozen=True)
@@ -74,16 +70,14 @@ class CardInput:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card(ABC):
-    """Card of something that will be pushed to a repository, or stay in a folder."""
+class Card:
+    """Card of something that will be pushed to a repository, or stay in a folder.
+
+    Every kind has `front_matter`, metadata for the Hub that as text is YAML.
+    """
 
     template: ClassVar[str]
     repo_id: str | None
-
-    @property
-    @abstractmethod
-    def front_matter(self) -> ModelCardData:
-        """Metadata for the Hub; as text it is YAML."""
 
     @property
     def place(self) -> str:
@@ -105,17 +99,10 @@ def render(card: Card) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeCard(Card):
-    """Card of a merged checkpoint.
+    """Card of a merged checkpoint; `full_model`: with both towers of CLIP.
 
-    Args:
-        model_type (`str`): architecture that the base model's config.json names.
-        full_model (`bool`): it has both towers of CLIP, not one.
-        counts (`Mapping[str, int]`): number of tensors by treatment.
-        left_out (`Mapping[str, Sequence[str]]`): task heads not kept, by checkpoint.
-        heads (`Sequence[str]`): tasks whose heads are kept.
-        masks (`Sequence[str]`): folders of TALL-masks.
-        tuning ([`AlphaSearch`], *optional*): search that chose α.
-        picture ([`Picture`], *optional*): interference in a file beside the card.
+    `counts` has the number of tensors by treatment, `left_out` the task heads not kept by
+    checkpoint, `heads` the tasks whose heads are kept, `masks` the folders of TALL-masks.
     """
 
     template: ClassVar[str] = "merge.md.jinja"
@@ -156,16 +143,6 @@ class MergeCard(Card):
         if len(names) > 4:
             return f"Merge of {', '.join(names[:3])} and {len(names) - 3} more"
         return f"Merge of {', '.join(names[:-1])} and {names[-1]}"
-
-    @property
-    def method(self) -> Method:
-        """Row of the method in the catalogue."""
-        return self.recipe.settings.row
-
-    @property
-    def recipe_text(self) -> str:
-        """Recipe as YAML, without the coefficients, which are many."""
-        return self.recipe.to_yaml(coefficients=False)
 
     @property
     def clip(self) -> bool:

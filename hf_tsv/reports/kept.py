@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 class KeptKind:
     """Sum over the changed weights of one kind of layer, such as `mlp.fc1`.
 
-    Args:
-        weights (`int`): number of weights.
-        rank (`str`): triplets of one, least to most, and how many are stored otherwise.
-        energy (`float`): share of their squared norm that is kept.
+    `rank` is the triplets of one, least to most, and how many weights are stored otherwise;
+    `energy` the share of their squared norm that is kept.
     """
 
     kind: str

@@ -42,12 +42,15 @@ def of_interference(report: InterferenceReport) -> list[Picture]:
     pairs, blocks = kit.new_figure(6.3), kit.new_figure(3.4)
     _pairs(pairs.subplots(), report)
     _blocks(blocks.subplots(), report)
+    sti = layers_of({name: weight["sti"] for name, weight in report.weights.items()})
+    # The largest rank used of any task; updates of lower rank use less.
+    ranks = layers_of({name: max(weight["ranks"]) for name, weight in report.weights.items()})
     drawn = [
         ("pairs.png", "Who disturbs whom", _pairs_alt(report), kit.to_png(pairs)),
         ("blocks.png", "Interference by block", _blocks_alt(report), kit.to_png(blocks)),
-        ("layers.png", "Interference by layer", _layers_alt(report), _layers(report)),
+        ("layers.png", "Interference by layer", _layers_alt(sti), _depth_png(sti, "STI")),
         ("spectrum.png", "Spectrum and retained energy", _spectra_alt(report), _spectra(report)),
-        ("ranks.png", "Rank kept per layer", _ranks_alt(report), _ranks(report)),
+        ("ranks.png", "Rank kept per layer", _ranks_alt(report), _depth_png(ranks, "rank kept")),
     ]
     return [Picture(*entry) for entry in drawn]
 
@@ -67,9 +70,8 @@ def of_compression(
 ) -> Picture:
     """Plot for the card of a compressed task: energy over rank, and the ranks kept.
 
-    Args:
-        curves: by kind of layer, shares of k, and shares of the squared norm in that many triplets.
-        ranks: rank of every weight stored as factors, by name; at least one.
+    The curves are, by kind of layer, shares of k and shares of the squared norm in that many
+    triplets; `ranks` has those of the weights stored as factors, at least one.
     """
     layers = layers_of(ranks)
     rows = len(_by_tower(layers))
@@ -156,24 +158,10 @@ def _blocks_alt(report: InterferenceReport) -> str:
     )
 
 
-def _layers(report: InterferenceReport) -> bytes:
-    return _depth_png(_sti_layers(report), "STI")
-
-
-def _sti_layers(report: InterferenceReport) -> list[Layer]:
-    return layers_of({name: weight["sti"] for name, weight in report.weights.items()})
-
-
-def _layers_alt(report: InterferenceReport) -> str:
-    drawn = chain.from_iterable(_by_tower(_sti_layers(report)).values())
+def _layers_alt(layers: Sequence[Layer]) -> str:
+    drawn = chain.from_iterable(_by_tower(layers).values())
     worst = max(drawn, key=lambda layer: layer.value)
     return f"Most in {one_line(worst.kind)} of block {worst.block}: {number_text(worst.value)}."
-
-
-def _ranks(report: InterferenceReport) -> bytes:
-    """Plot of the largest rank used of any task; updates of lower rank use less."""
-    used = {name: max(weight["ranks"]) for name, weight in report.weights.items()}
-    return _depth_png(layers_of(used), "rank kept")
 
 
 def _ranks_alt(report: InterferenceReport) -> str:

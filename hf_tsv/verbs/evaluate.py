@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_tsv.checkpoints.reference import at_revision, parse, pin
+from hf_tsv.checkpoints.sources import Access
 from hf_tsv.evaluation import model_index, suites
 from hf_tsv.evaluation.classifying import Results, Scoring
 from hf_tsv.evaluation.data import refuse_not_installed
@@ -127,7 +128,7 @@ def evaluate(
         >>> hf_tsv.evaluate("me/merged", {"dtd": "tanganke/dtd"}).accuracy  # doctest: +SKIP
     """
     started = time.monotonic()
-    cache = None if cache_dir is None else str(cache_dir)
+    access = Access.of(token, cache_dir, subfolder)
     with processes.joined() as group, ExitStack() as stack:
         job, finished = None, Finished()
         if not group.rank:
@@ -138,7 +139,9 @@ def evaluate(
             check_counts(limit=limit, batch_size=batch_size)
             choice = chosen(tasks, suite, references, base_model, templates)
             folder = checked_folder(output, RESULTS_FILE, force=force)
-            pinned = pin(parse(fspath(reference), subfolder), token=token, cache_dir=cache)
+            pinned = pin(
+                parse(fspath(reference), subfolder), token=token, cache_dir=access.cache_dir
+            )
             open_card = partial(model_index.open_card, token=token, create_pr=create_pr)
             job = Evaluation(
                 **vars(choice), ref=pinned.ref, revision=pinned.revision, limit=limit,
@@ -147,9 +150,9 @@ def evaluate(
             finished = stack.enter_context(finished_tasks(folder))
         job = group.shared(job)
         show = not group.rank and (visible_by_default() if progress is None else progress)
-        scoring = Scoring(job, device, token, cache, show, group, finished)
+        scoring = Scoring(job, device, access, show, group, finished)
         model = scoring.model(at_revision(job.ref, job.revision))
-        where = model.device
+        where = model.pipe.model.device.type
         data, results, errors = scoring.all_scored(model)
         del model
         scoring.compare(data, results, errors)

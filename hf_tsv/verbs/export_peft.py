@@ -41,17 +41,14 @@ def export_peft(
     """Compress a fine-tuned CLIP checkpoint into a LoRA adapter that PEFT loads without hf-tsv.
 
     Args:
-        checkpoint, base_model, rank_fraction, rank, energy, budget, factor_dtype: as in
+        checkpoint, base_model, rank_fraction, rank, energy, budget, factor_dtype, report: as in
             [`compress`].
-        output (`str` or `Path`, *optional*): folder to write.
-        push_to (`str`, *optional*): repository to upload to.
         dense (`bool`): store what is no matrix of a linear layer too; without it stock PEFT can
             combine the adapter with others.
         model_class (`str`, *optional*): the class it will be loaded into; default: that of the
             checkpoint.
-        report (`bool`): put table and picture of what is kept into the card.
-        device, force, private, revision, create_pr, commit_message, token, cache_dir, subfolder,
-            stream, progress: as in [`merge`].
+        output, push_to, device, force, private, revision, create_pr, commit_message, token,
+            cache_dir, subfolder, stream, progress: as in [`merge`].
 
     Returns:
         [`CompressReport`]: results; `left_out` names what an adapter has no place for.

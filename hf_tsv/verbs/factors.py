@@ -28,15 +28,8 @@ class TaskFactors(Factors):
     """A compressed task: a handle on its files, which are read one weight at a time.
 
     Args:
-        pinned ([`PinnedCheckpoint`]): commit or folder.
-        model_config (`Mapping[str, Any]`): config.json of the fine-tuned checkpoint.
-        tensors (`Mapping[str, StoredWeight]`): form of each weight, by canonical name.
-        weight_files (`tuple[str, ...]`): files they lie in, index included.
-        head (`Mapping[str, TensorInfo]`): tensors of a task head, by the name they have in the
-            fine-tuned checkpoint.
-        config ([`FactorsConfig`]): base, source, and how it was compressed.
-        stored (`Mapping[str, TensorInfo]`): places of the tensors.
-        report ([`CompressReport`], *optional*): of the compression that made them just now.
+        report ([`CompressReport`], *optional*): of the compression that made them just now; the
+            others are those of [`Factors`].
 
     Example:
         >>> factors = TaskFactors.from_pretrained("me/clip-sun397-tsv")  # doctest: +SKIP
@@ -82,11 +75,7 @@ class TaskFactors(Factors):
         return replace(factors, pinned=replace(pinned, files=local))
 
     def read(self, name: str) -> Tensor:
-        """One tensor of the task head, as stored.
-
-        Args:
-            name (`str`): name in the fine-tuned checkpoint.
-        """
+        """One tensor of the task head, as stored, by its name in the fine-tuned checkpoint."""
         return self.head_tensor(name)
 
     @classmethod
@@ -97,9 +86,7 @@ class TaskFactors(Factors):
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the files and their card into a folder that appears whole.
 
-        Args:
-            folder (`str` or `Path`): must not exist, or be empty.
-            force (`bool`): replace a folder that hf-tsv wrote.
+        The folder must not exist, or be empty; with `force` it may be one that hf-tsv wrote.
         """
         target = Target(Path(folder), force=force).checked(None, dry_run=False)
         target.refuse_inputs([self.pinned])

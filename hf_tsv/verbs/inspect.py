@@ -136,13 +136,14 @@ def _of_checkpoint(pinned: PinnedCheckpoint, form: InputFormat, opened: Task) ->
     clip = layout.is_clip(config)
     if not clip:
         unknown.append(f"Not CLIP but {config['model_type']!r}: generic layout.")
-    return InspectReport(
-        **_origin(pinned, opened.says_base()),
+    return _report(
+        pinned,
+        opened.says_base(),
+        {**infos, **head},
+        config,
         kind="merge" if opened.is_whole and recipe else form.name,
         model_class=layout.saved_class(config) if clip else _architecture(config),
-        model_type=_text(config.get("model_type")),
         layout=form.layout or opened.format,
-        **_sizes(pinned, {**infos, **head}),
         tensors=tensors,
         recipe=recipe,
         heads=tasks_of(opened),
@@ -160,36 +161,25 @@ def _of_factors(
         name: {**_described(infos[name]), **{key: getattr(weight, key) for key in told}}
         for name, weight in config.weights.items()
     }
-    return InspectReport(
-        **_origin(pinned, opened.says_base()),
-        kind=form.name,
-        model_class=layout.saved_class(config.model_config),
-        model_type=_text(config.model_config.get("model_type")),
-        layout=form.layout,
-        **_sizes(pinned, infos),
-        tensors=tensors,
-        factors={
-            "source": {"ref": config.source.ref, "revision": config.source.revision},
-            "base_model": {"ref": config.base_model.ref, "revision": config.base_model.revision},
-            "rank_rule": dict(config.rank_rule),
-            "factor_dtype": DTYPE_NAMES[config.factor_dtype],
-            "bytes": kept,
-            "checkpoint_bytes": config.checkpoint_bytes,
-            "ratio": kept / config.checkpoint_bytes if config.checkpoint_bytes else 0.0,
-            "update_error": config.update_error,
-            "task_head": list(config.task_head),
-        },
-    )
+    factors = {
+        "source": {"ref": config.source.ref, "revision": config.source.revision},
+        "base_model": {"ref": config.base_model.ref, "revision": config.base_model.revision},
+        "rank_rule": dict(config.rank_rule),
+        "factor_dtype": DTYPE_NAMES[config.factor_dtype],
+        "bytes": kept,
+        "checkpoint_bytes": config.checkpoint_bytes,
+        "ratio": kept / config.checkpoint_bytes if config.checkpoint_bytes else 0.0,
+        "update_error": config.update_error,
+        "task_head": list(config.task_head),
+    }
+    said, model_class = opened.says_base(), layout.saved_class(config.model_config)
+    known = {"kind": form.name, "model_class": model_class, "layout": form.layout}
+    more = {"tensors": tensors, "factors": factors}
+    return _report(pinned, said, infos, config.model_config, **known, **more)
 
 
 def _of_other(pinned: PinnedCheckpoint, form: InputFormat | None, why: str) -> InspectReport:
-    """Report on what is not opened here, from safetensors headers; pickles stay unknown.
-
-    Args:
-        pinned ([`PinnedCheckpoint`]): commit or folder.
-        form ([`InputFormat`], *optional*): its form; default: none that hf-tsv reads.
-        why (`str`): reason it is not opened.
-    """
+    """Report on what is not opened here, from safetensors headers; pickles stay unknown."""
     unknown = [why]
     infos: dict[str, TensorInfo] = {}
     config: dict[str, Any] = {}
@@ -210,32 +200,30 @@ def _of_other(pinned: PinnedCheckpoint, form: InputFormat | None, why: str) -> I
             unknown.append(broken.message)
     open_clip = pinned.files.size(OPEN_CLIP_CONFIG) is not None or OPEN_CLIP_WEIGHT in infos
     said = said_by(pinned) if form is None else form.says_base(pinned)
-    return InspectReport(
-        **_origin(pinned, said),
+    return _report(
+        pinned,
+        said,
+        infos,
+        config,
         kind="other" if form is None else form.name,
-        model_type=_text(config.get("model_type")),
         layout=form.layout if form is not None else "open_clip" if open_clip else None,
-        **_sizes(pinned, infos),
         tensors={name: _described(info) for name, info in sorted(infos.items())},
         unknown=list(dict.fromkeys(unknown)),
     )
-
-
-def _origin(pinned: PinnedCheckpoint, said: SaidBase) -> dict[str, Any]:
-    return {
-        "ref": pinned.ref,
-        "revision": pinned.revision,
-        "base_model": list(said.names),
-        "license": card_license(pinned.card),
-    }
 
 
 def _weight_files(pinned: PinnedCheckpoint) -> Sequence[str]:
     return [name for name in pinned.files.names() if name.endswith(WEIGHT_SUFFIXES)]
 
 
-def _sizes(pinned: PinnedCheckpoint, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """Sizes by file, type and part, and the number of parameters."""
+def _report(
+    pinned: PinnedCheckpoint,
+    said: SaidBase,
+    infos: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    **known: Any,
+) -> InspectReport:
+    """Report with origin, sizes by file, type and part, and what else is known."""
     dtypes: dict[str, dict[str, int]] = {}
     parts: dict[str, dict[str, int]] = {}
     for name, info in infos.items():
@@ -246,12 +234,18 @@ def _sizes(pinned: PinnedCheckpoint, infos: Mapping[str, TensorInfo]) -> dict[st
             counts["tensors"] += 1
             counts["bytes"] += info.nbytes
         by_part["parameters"] += math.prod(info.shape)
-    return {
-        "files": {name: pinned.files.size(name) or 0 for name in _weight_files(pinned)},
-        "parameters": sum(part["parameters"] for part in parts.values()),
-        "dtypes": dtypes,
-        "parts": parts,
-    }
+    return InspectReport(
+        ref=pinned.ref,
+        revision=pinned.revision,
+        base_model=list(said.names),
+        license=card_license(pinned.card),
+        model_type=_text(config.get("model_type")),
+        files={name: pinned.files.size(name) or 0 for name in _weight_files(pinned)},
+        parameters=sum(part["parameters"] for part in parts.values()),
+        dtypes=dtypes,
+        parts=parts,
+        **known,
+    )
 
 
 def _infos(tensors: Mapping[str, Described]) -> dict[str, TensorInfo]:
@@ -272,8 +266,7 @@ def _recipe(pinned: PinnedCheckpoint) -> tuple[dict[str, Any] | None, list[str]]
     if size > RECIPE_BYTES:
         return None, [f"{RECIPE_FILE} has {size} bytes and is not read."]
     try:
-        text = pinned.files.read(RECIPE_FILE).decode()
-        return asdict(Recipe.from_yaml(text, RECIPE_FILE)), []
+        return asdict(Recipe.from_yaml(pinned.files.read(RECIPE_FILE).decode(), RECIPE_FILE)), []
     except UnicodeDecodeError:
         return None, [f"{RECIPE_FILE} is not UTF-8."]
     except HfTsvError as error:

@@ -16,10 +16,8 @@ from hf_tsv.system.text import one_line
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NAMED = 50
-"""Most classes of a confusion matrix that shows their names."""
-LARGE = 20
-"""Most classes whose names are written large."""
+NAMED = 50  # most classes of a confusion matrix that shows their names
+LARGE = 20  # most classes whose names are written large
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -43,11 +41,9 @@ def of_sweep(report: Mapping[str, Any]) -> Picture:
     axes.plot(shares, report["mean"], color=COLOURS[0], linewidth=2, marker="o", markersize=4,
               label="low rank, mean of the tasks")  # fmt: skip
     axes.axhline(report["full"], color=COLOURS[1], linewidth=1.4, label="fine-tunes, mean")
-    axes.set_xscale("log")
+    axes.set(xscale="log", xlabel="share of the singular values kept", ylabel="top-1 accuracy")
     axes.set_xticks(shares, [f"{share:.3g}" for share in shares])
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("share of the singular values kept")
-    axes.set_ylabel("top-1 accuracy")
     kit.frame_axes(axes)
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.legend(frameon=False, labelcolor=TEXT, fontsize=9, loc="lower right")
@@ -58,15 +54,11 @@ def of_sweep(report: Mapping[str, Any]) -> Picture:
 
 def _accuracy(tasks: Results) -> Picture:
     """Plot of one bar per task, and one for its fine-tune."""
-    known = {
-        i: found["reference"]["accuracy"]
-        for i, found in enumerate(tasks.values())
-        if "reference" in found
-    }
-    figure = kit.new_figure(1.1 + (0.5 if known else 0.34) * len(tasks))
+    own = {i: found.get("reference") for i, found in enumerate(tasks.values())}
+    known = {i: reference["accuracy"] for i, reference in own.items() if reference is not None}
+    row, thickness, shift = (0.5, 0.38, 0.2) if known else (0.34, 0.7, 0.0)
+    figure = kit.new_figure(1.1 + row * len(tasks))
     axes = figure.subplots()
-    thickness = 0.38 if known else 0.7
-    shift = 0.2 if known else 0.0
     values = [found["accuracy"] for found in tasks.values()]
     places = np.arange(len(tasks))
     _bars(axes, places - shift, values, thickness, COLOURS[0], "this model")
@@ -74,9 +66,7 @@ def _accuracy(tasks: Results) -> Picture:
         _bars(axes, np.array([*known]) + shift, [*known.values()], thickness, COLOURS[1],
               "fine-tune of the task")  # fmt: skip
     axes.set_yticks(places, kit.short_names(list(tasks)), fontsize=9, parse_math=False)
-    axes.set_ylim(len(tasks) - 0.4, -0.6)
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("top-1 accuracy")
+    axes.set(ylim=(len(tasks) - 0.4, -0.6), xlim=(0, 1), xlabel="top-1 accuracy")
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color=TEXT, alpha=0.25, linewidth=0.7)
@@ -106,16 +96,14 @@ def _radar(tasks: Results) -> Picture:
     angles = [2 * math.pi * i / len(tasks) for i in range(len(tasks))]
     figure = kit.new_figure(6.4)
     axes: Any = figure.add_subplot(projection="polar")
-    axes.set_theta_offset(math.pi / 2)
-    axes.set_theta_direction(-1)
+    axes.set(theta_offset=math.pi / 2, theta_direction=-1)
     if normalised:
         turn = np.linspace(0, 2 * math.pi, 200)
         axes.plot(turn, np.ones_like(turn), color=COLOURS[1], linewidth=1.4, label="fine-tunes")
     axes.plot([*angles, angles[0]], [*values, values[0]], color=COLOURS[0], linewidth=1.8,
               marker="o", markersize=4, label="this model")  # fmt: skip
     axes.fill(angles, values, color=COLOURS[0], alpha=0.15)
-    axes.set_ylim(0, max(1.05, *values))
-    axes.set_yticks([0.25, 0.5, 0.75, 1.0])
+    axes.set(ylim=(0, max(1.05, *values)), yticks=[0.25, 0.5, 0.75, 1.0])
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.set_xticks(angles, kit.short_names(list(tasks)), fontsize=9, parse_math=False)
     for label, angle in zip(axes.get_xticklabels(), angles, strict=True):

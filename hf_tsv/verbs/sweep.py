@@ -17,7 +17,7 @@ from hf_tsv.checkpoints.formats.task import equals_base
 from hf_tsv.checkpoints.reference import at_revision
 from hf_tsv.checkpoints.sources import Access, open_sources
 from hf_tsv.evaluation.data import load, refuse_not_installed
-from hf_tsv.evaluation.job import checked_folder, chosen
+from hf_tsv.evaluation.job import checked_folder, chosen, noted
 from hf_tsv.evaluation.zero_shot import accuracies
 from hf_tsv.linalg import products, updates
 from hf_tsv.linalg.svd import SVD, truncated_svd
@@ -30,8 +30,8 @@ from hf_tsv.runs.reading import named
 from hf_tsv.system import processes
 from hf_tsv.system.checks import check_counts
 from hf_tsv.system.device import pick_device
-from hf_tsv.system.errors import DataError, HfTsvError, RecipeError
-from hf_tsv.system.progress import logger, visible_by_default
+from hf_tsv.system.errors import DataError, RecipeError
+from hf_tsv.system.progress import visible_by_default
 from hf_tsv.verbs import pictures
 
 RESULTS_FILE = "sweep.json"
@@ -115,7 +115,12 @@ def sweep(
     started = time.monotonic()
     processes.alone("`hf-tsv sweep`")
     refuse_not_installed("A sweep")
-    fractions = _checked(rank_fractions)
+    shares = [float(share) for share in rank_fractions]
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise RecipeError(
+            f"The shares of the rank are {shares}.", "Give numbers above 0 and up to 1."
+        )
+    fractions = sorted(set(shares))
     wanted = chosen(tasks, suite, references, base_model)
     if without := [task.name for task in wanted.tasks if task.name not in wanted.fine_tunes]:
         raise RecipeError(
@@ -131,11 +136,8 @@ def sweep(
     results: dict[str, dict[str, Any]] = {}
     errors: dict[str, str] = {}
     for task in wanted.tasks:
-        try:
+        with noted(errors, task.name):
             results[task.name] = run.measured(task, wanted.fine_tunes[task.name])
-        except HfTsvError as error:
-            errors[task.name] = str(error)
-            logger.warning("%s", error)
     if not results:
         raise DataError(f"No task could be measured; the first: {next(iter(errors.values()))}")
     found = list(results.values())
@@ -157,15 +159,6 @@ def sweep(
     if folder is not None:
         report.write(folder, RESULTS_FILE, lambda: [pictures.of_sweep(report.to_dict())])
     return report
-
-
-def _checked(fractions: Sequence[float]) -> list[float]:
-    shares = [float(share) for share in fractions]
-    if not shares or not all(0 < share <= 1 for share in shares):
-        raise RecipeError(
-            f"The shares of the rank are {shares}.", "Give numbers above 0 and up to 1."
-        )
-    return sorted(set(shares))
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,15 @@ import yaml
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.system.errors import RecipeError
 
-FOLDER = Path(__file__).parent
-PUBLISHED = "published (paper)"
-"""Label of a paper's rows beside measured ones."""
+PUBLISHED = "published (paper)"  # label of a paper's rows beside measured ones
 
 
 @dataclass(frozen=True)
 class Suite:
     """Tasks in a paper's order, their base model and fine-tunes, and the paper's results.
 
-    Args:
-        published (`dict[str, dict[str, float]]`): results by method: `accuracy`, 0 to 1, mean over
-            the tasks, and `normalised` where the paper has it. Not measured by hf-tsv.
+    `published` has by method the `accuracy`, 0 to 1, mean over the tasks, and `normalised` where
+    the paper has it. Not measured by hf-tsv.
     """
 
     name: str
@@ -34,9 +31,6 @@ class Suite:
 
 def named(name: str) -> Suite:
     """Read a suite by its vision tower and number of tasks.
-
-    Raises:
-        [`RecipeError`]: there is no suite of this name.
 
     Example:
         >>> named("vit-b-32-8").base_model
@@ -63,7 +57,7 @@ def named(name: str) -> Suite:
 
 
 def _read(file: str) -> Any:
-    return yaml.safe_load((FOLDER / file).read_text(encoding="utf-8"))
+    return yaml.safe_load(Path(__file__).with_name(file).read_text(encoding="utf-8"))
 
 
 def _task(name: str, entry: dict[str, Any]) -> EvaluationTask:
