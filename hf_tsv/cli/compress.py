@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only
 from hf_tsv.cli.output import Out, pinned, table
@@ -76,10 +74,8 @@ def compress(
     files: Annotated[options.FileOptions, Only("max_shard_size")],
     report: Annotated[
         bool,
-        typer.Option(
-            help="Put what is kept of which layer into the card, as a table and a picture.",
-            rich_help_panel=options.TARGET,
-        ),
+        options.TARGET,
+        "Put what is kept of which layer into the card, as a table and a picture.",
     ] = False,
     compute: Annotated[options.ComputeOptions, Only("device")],
     run: options.RunOptions,
@@ -98,15 +94,14 @@ def compress(
 
     if not checkpoint:
         raise RecipeError("There is nothing to compress.", "Name a checkpoint.")
+    rule, size = RankRule(**vars(keep)), files.shard_size
     done = compress_.run(
         checkpoint,
         source.base_model,
-        Options(
-            RankRule(**vars(keep)), **vars(store), max_shard_size=files.shard_size, report=report
-        ),
+        Options(rule, **vars(store), max_shard_size=size, report=report),
         Target(**vars(target)),
         device=compute.device,
-        access=Access.of(access.token, access.cache_dir, source.subfolder, stream=access.stream),
+        access=Access.of(**vars(access), subfolder=source.subfolder),
         dry_run=run.dry_run,
         progress=run.progress,
     )
@@ -125,10 +120,9 @@ def _summary(report: CompressReport) -> str:
         f" {kinds.count('none')} unchanged or left out.",
         f"With the base model, {', '.join(shares)} of their checkpoints.",
     ]
-    if report.left_out:
-        names = report.left_out[:4]
-        more = f" and {len(report.left_out) - 4} more" if len(report.left_out) > 4 else ""
-        lines.append(f"Changed, but not in the adapter: {', '.join(names)}{more}.")
+    if names := report.left_out:
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        lines.append(f"Changed, but not in the adapter: {', '.join(names[:4])}{more}.")
     if report.url:
         lines.append(f"Uploaded: {report.url}")
     return "\n".join(lines)

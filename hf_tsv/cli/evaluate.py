@@ -39,15 +39,10 @@ def evaluate(
     target: Annotated[options.TargetOptions, Only("force")],
     card: Annotated[
         bool,
-        typer.Option(
-            help="Add the results to the card of REF: the README.md of a folder, or by a commit.",
-            rich_help_panel=options.TARGET,
-        ),
+        options.TARGET,
+        "Add the results to the card of REF: the README.md of a folder, or by a commit.",
     ] = False,
-    create_pr: Annotated[
-        bool,
-        typer.Option(help="Commit the card as a pull request.", rich_help_panel=options.TARGET),
-    ] = False,
+    create_pr: Annotated[bool, options.TARGET, "Commit the card as a pull request."] = False,
     run: Annotated[options.RunOptions, Only("as_json", "quiet")],
     access: Annotated[options.AccessOptions, Only("token", "cache_dir")],
 ) -> None:

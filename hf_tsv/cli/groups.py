@@ -2,7 +2,8 @@
 
 A parameter is annotated as typer has it, or with its help alone, which the name of its value may
 precede: `Annotated[int, "Images at a time."]`, `Annotated[str | None, "SIZE", "Memory limit."]`.
-Those before `*` are arguments, all others are options.
+A `Panel` among these says where the help shows it. Those before `*` are arguments, all others are
+options.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from typer.models import OptionInfo
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 
 T = TypeVar("T")
+
+
+class Panel(str):
+    """Panel of the help that an option is shown in, if not in that of its group."""
 
 
 class Only:
@@ -86,6 +91,8 @@ def _options(
         yield from _options(field, its_hint, getattr(group, "PANEL", None))
     if group is None:
         kind, *notes = get_args(hint)
+        panel = next((note for note in notes if isinstance(note, Panel)), panel)
+        notes = [note for note in notes if not isinstance(note, Panel)]
         info = copy(notes[0])
         if isinstance(info, str):
             declare: Any = typer.Option if given.kind is KEYWORD_ONLY else typer.Argument

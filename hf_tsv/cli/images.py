@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_tsv.cli.groups import Panel
 from hf_tsv.cli.output import table
 from hf_tsv.system.errors import RecipeError
 
@@ -16,14 +17,9 @@ if TYPE_CHECKING:
     from hf_tsv.recipes.images import EvaluationTask
 
 
-PANEL = "What is classified"
+PANEL = Panel("What is classified")
 
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        help="Use only this many images of each task, for a quick look.", rich_help_panel=PANEL
-    ),
-]
+Limit = Annotated[int | None, PANEL, "Use only this many images of each task, for a quick look."]
 
 
 @dataclass(frozen=True)
@@ -85,11 +81,8 @@ class ImageOptions:
     def tasks(self) -> list[EvaluationTask]:
         """Tasks that `--task` names, with the options that say more of them."""
         given = self.datasets
-        choices: dict[str, Any] = {
-            "split": given.split,
-            "image": given.image_column,
-            "label": given.label_column,
-        }
+        choices: dict[str, Any] = {"split": given.split}
+        choices |= {"image": given.image_column, "label": given.label_column}
         if given.template:
             choices["templates"] = tuple(given.template)
         if given.classes is not None:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
 from hf_tsv.checkpoints.names import Format
 from hf_tsv.cli import images, options
 from hf_tsv.cli.groups import Only, call, flag
@@ -81,10 +79,8 @@ class LearningOptions:
     pictures: Annotated[images.ImageOptions, Only("task", "datasets")]
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            help="Images of each task at a time. [default: 16 in a step of ada; else 64]",
-            rich_help_panel=images.PANEL,
-        ),
+        images.PANEL,
+        "Images of each task at a time. [default: 16 in a step of ada; else 64]",
     ] = None
     limit: images.Limit = None
     steps: Annotated[int | None, "Steps of Adam. [default: 300]"] = None
@@ -112,10 +108,8 @@ def merge(
     compute: Annotated[options.ComputeOptions, Only("device", "max_memory")],
     report: Annotated[
         bool,
-        typer.Option(
-            help="Measure who disturbs whom too: table and picture in the card, interference.json.",
-            rich_help_panel=options.RUN,
-        ),
+        options.RUN,
+        "Measure who disturbs whom too: table and picture in the card, interference.json.",
     ] = False,
     run: options.RunOptions,
     access: options.AccessOptions,
@@ -132,12 +126,8 @@ def merge(
 
     weights = None if how.weights is None else options.numbers("--weights", how.weights, "1,0.5,1")
     groups = (source, result, result.target, how, compute, run, access)
-    own: dict[str, Any] = {"recipe": recipe, "weights": weights, "report": report}
-    own |= {
-        "progress": run.progress,
-        "max_shard_size": result.files.shard_size,
-        **how.ranks.arguments(),
-    }
+    own = {**how.ranks.arguments(), "recipe": recipe, "weights": weights, "report": report}
+    own |= {"progress": run.progress, "max_shard_size": result.files.shard_size}
     done = call(merge_.merge, groups, checkpoints or [], **own, **_learned(how, learning))
     out.delivered(done, _summary, _preview, timed=run.timings)
 

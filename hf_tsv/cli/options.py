@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_tsv.cli.groups import Panel
 from hf_tsv.recipes.settings import Dtype, Qkv
 from hf_tsv.system.errors import RecipeError
 
-TARGET = "Where the result goes"
-METHOD = "How to merge"
-RUN = "How to run"
+TARGET = Panel("Where the result goes")
+METHOD = Panel("How to merge")
+RUN = Panel("How to run")
 
 
 def folder(content: str) -> Any:

@@ -24,12 +24,9 @@ EXAMPLES = """\
 def sweep(
     *,
     images: Annotated[ImageOptions, Only("task", "fine_tunes", "suite", "datasets", "limit")],
-    rank_fraction: Annotated[
-        str,
-        typer.Option(
-            metavar="F1,F2,...", help="Shares of min(shape).", rich_help_panel=options.METHOD
-        ),
-    ] = "0.01,0.02,0.05,0.1,0.2,0.5",
+    rank_fraction: Annotated[str, options.METHOD, "F1,F2,...", "Shares of min(shape)."] = (
+        "0.01,0.02,0.05,0.1,0.2,0.5"
+    ),
     source: Annotated[options.SourceOptions, Only("base_model")],
     compute: Annotated[options.ComputeOptions, Only("batch_size", "device")],
     output: Annotated[

@@ -51,16 +51,12 @@ class Scoring:
         if not self.show:
             logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
+        known: Any = {"token": self.access.token, "cache_dir": self.access.cache_dir}
+        known |= {"base_model": self.job.base_model, "progress": self.show}
+
         def loaded() -> Loaded:
-            pipe = pipeline(
-                ZERO_SHOT,
-                reference,
-                base_model=self.job.base_model,
-                device=str(pick_device(self.device)),
-                token=self.access.token,
-                cache_dir=self.access.cache_dir,
-                progress=self.show,
-            )
+            device = str(pick_device(self.device))
+            pipe = pipeline(ZERO_SHOT, reference, device=device, **known)
             return Loaded(pipe, prompt_heads.text_identity(pipe.model))
 
         return self._own(loaded)

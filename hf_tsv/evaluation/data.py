@@ -90,21 +90,20 @@ def load(
     revision = _commit(task, token)
     splits = _splits(task, revision or task.revision, datasets, token)
     wanted = [task.split] if task.split else [s for s in SPLITS if s in splits] or list(splits)
-    if wanted[0] not in splits:
-        raise DataError(
-            f"{task.name}: {task.dataset} has no split {wanted[0]!r}.",
-            f"It has {', '.join(splits)}.",
-        )
-    rows = splits[wanted[0]]
+    split = wanted[0]
+    if split not in splits:
+        said = f"{task.name}: {task.dataset} has no split {split!r}."
+        raise DataError(said, f"It has {', '.join(splits)}.")
+    rows = splits[split]
     if not len(rows):
-        raise DataError(f"{task.name}: the split {wanted[0]} of {task.dataset} is empty.")
+        raise DataError(f"{task.name}: the split {split} of {task.dataset} is empty.")
     image = _column(task, rows.features, task.image, "image", datasets.Image)
     label = _column(task, rows.features, task.label, "label", datasets.ClassLabel, LABELS)
     classes = _classes(task, rows.features[label], label)
     total = len(rows)
     if limit is not None and limit < total:
         rows = rows.shuffle(seed=SEED).select(range(limit))
-    return LabelledImages(rows, image, label, classes, wanted[0], total, revision)
+    return LabelledImages(rows, image, label, classes, split, total, revision)
 
 
 def _commit(task: EvaluationTask, token: str | None) -> str | None:
@@ -150,10 +149,8 @@ def _column(
     if asked is not None:
         if asked in features:
             return asked
-        raise DataError(
-            f"{task.name}: {task.dataset} has no column {asked!r}.",
-            f"It has {', '.join(features)}.",
-        )
+        said = f"{task.name}: {task.dataset} has no column {asked!r}."
+        raise DataError(said, f"It has {', '.join(features)}.")
     found = [name for name, feature in features.items() if isinstance(feature, kind)]
     found = found or [name for name in likely if name in features][:1]
     if len(found) == 1:

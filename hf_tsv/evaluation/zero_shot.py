@@ -36,8 +36,7 @@ def head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence
     parts = []
     for start in range(0, len(written), TEXTS_AT_ONCE):
         some = written[start : start + TEXTS_AT_ONCE]
-        texts = tokenizer(some, padding=True, truncation=True, return_tensors="pt")
-        texts = texts.to(model.device)
+        texts = tokenizer(some, padding=True, truncation=True, return_tensors="pt").to(model.device)
         parts.append(_normalised(_features(model.get_text_features(**texts))))
     embeddings = torch.cat(parts).reshape(len(classes), len(templates), -1)
     return _normalised(embeddings.mean(dim=1))

@@ -176,9 +176,9 @@ def _complete(
     building.check_clip(whole)
     whole = _headed(whole, task)
     model_class = wanted or layout.saved_class(whole.model_config)
-    lacking = building.missing_parts([whole], model_class)
-    lacks_processor = processor and not _has_processor(whole, model_class)
-    return None if lacking or lacks_processor else (whole, whole, model_class)
+    lacking = processor and not _has_processor(whole, model_class)
+    lacking = lacking or bool(building.missing_parts([whole], model_class))
+    return None if lacking else (whole, whole, model_class)
 
 
 def _on_base(

@@ -242,11 +242,6 @@ class AdapterCard(CompressedCard):
         return self._data("adapter", "peft", ["lora", "task-singular-vectors", "hf-tsv", "clip"])
 
     @property
-    def ranks(self) -> list[int]:
-        """Ranks of all matrices in it."""
-        return [weight.rank for weight in self.config.weights.values() if weight.rank]
-
-    @property
     def command(self) -> str:
         dense = [] if self.dense else ["--no-dense"]
         return self._compress_command("--format", "peft", "--model-class", self.model_class, *dense)
@@ -263,13 +258,9 @@ class ReconstructedCard(CompressedCard):
 
     @property
     def front_matter(self) -> ModelCardData:
-        head = bool(self.config.task_head)
-        return self._data(
-            "finetune",
-            self.out_format,
-            ["task-singular-vectors", "hf-tsv", self.family],
-            "image-classification" if head else _pipeline_tag(self.full_model),
-        )
+        tags = ["task-singular-vectors", "hf-tsv", self.family]
+        kind = "image-classification" if self.config.task_head else _pipeline_tag(self.full_model)
+        return self._data("finetune", self.out_format, tags, kind)
 
     @property
     def model_class(self) -> str:

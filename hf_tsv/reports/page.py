@@ -27,16 +27,19 @@ def interference_page(report: InterferenceReport, pictures: Sequence[Picture]) -
     """
     script = (templates() / "sortable.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = environment().get_template("interference.html.jinja")
-    return template.render(
-        report=report,
-        names=[one_line(task["name"]) for task in report.tasks],
-        weights=_weights(report),
-        images=[(picture, base64.b64encode(picture.png).decode()) for picture in pictures],
-        missing=MISSING,
-        script=Markup(script),  # noqa: S704  (a file of this package)
-        script_digest=digest,
-        version=__version__,
+    return (
+        environment()
+        .get_template("interference.html.jinja")
+        .render(
+            report=report,
+            names=[one_line(task["name"]) for task in report.tasks],
+            weights=_weights(report),
+            images=[(picture, base64.b64encode(picture.png).decode()) for picture in pictures],
+            missing=MISSING,
+            script=Markup(script),  # noqa: S704  (a file of this package)
+            script_digest=digest,
+            version=__version__,
+        )
     )
 
 
@@ -48,19 +51,13 @@ def _weights(report: InterferenceReport) -> list[dict[str, Any]]:
         used = [rank for rank in weight["ranks"] if rank]
         pairs = [
             (value, i, j)
-            for i, row in enumerate(weight["pairs"])
-            for j, value in enumerate(row[:i])
+            for i, values in enumerate(weight["pairs"])
+            for j, value in enumerate(values[:i])
             if value
         ]
-        rows.append(
-            {
-                **weight,
-                "name": printable(name),
-                "block": block,
-                "kind": kind,
-                "share": weight["sti"] / report.total if report.total else 0.0,
-                "used": (min(used), max(used)) if used else (0, 0),
-                "worst": max(pairs)[1:] if pairs else None,
-            }
-        )
+        row = {**weight, "name": printable(name), "block": block, "kind": kind}
+        row["share"] = weight["sti"] / report.total if report.total else 0.0
+        row["used"] = (min(used), max(used)) if used else (0, 0)
+        row["worst"] = max(pairs)[1:] if pairs else None
+        rows.append(row)
     return rows

@@ -139,9 +139,8 @@ def evaluate(
             check_counts(limit=limit, batch_size=batch_size)
             choice = chosen(tasks, suite, references, base_model, templates)
             folder = checked_folder(output, RESULTS_FILE, force=force)
-            pinned = pin(
-                parse(fspath(reference), subfolder), token=token, cache_dir=access.cache_dir
-            )
+            named = parse(fspath(reference), subfolder)
+            pinned = pin(named, token=token, cache_dir=access.cache_dir)
             open_card = partial(model_index.open_card, token=token, create_pr=create_pr)
             job = Evaluation(
                 **vars(choice), ref=pinned.ref, revision=pinned.revision, limit=limit,
@@ -157,10 +156,8 @@ def evaluate(
         del model
         scoring.compare(data, results, errors)
         if not results:
-            first = next(iter(errors.values()))
-            raise DataError(
-                f"No task could be evaluated; the first: {first}", "Correct that, and run it again."
-            )
+            said = f"No task could be evaluated; the first: {next(iter(errors.values()))}"
+            raise DataError(said, "Correct that, and run it again.")
         group.agree()
         if group.rank:
             done: EvaluateReport = group.receive()

@@ -136,19 +136,11 @@ def _of_checkpoint(pinned: PinnedCheckpoint, form: InputFormat, opened: Task) ->
     clip = layout.is_clip(config)
     if not clip:
         unknown.append(f"Not CLIP but {config['model_type']!r}: generic layout.")
-    return _report(
-        pinned,
-        opened.says_base(),
-        {**infos, **head},
-        config,
-        kind="merge" if opened.is_whole and recipe else form.name,
-        model_class=layout.saved_class(config) if clip else _architecture(config),
-        layout=form.layout or opened.format,
-        tensors=tensors,
-        recipe=recipe,
-        heads=tasks_of(opened),
-        unknown=unknown,
-    )
+    kind = "merge" if opened.is_whole and recipe else form.name
+    model_class = layout.saved_class(config) if clip else _architecture(config)
+    known = {"kind": kind, "model_class": model_class, "layout": form.layout or opened.format}
+    more = {"tensors": tensors, "recipe": recipe, "heads": tasks_of(opened), "unknown": unknown}
+    return _report(pinned, opened.says_base(), {**infos, **head}, config, **known, **more)
 
 
 def _of_factors(
@@ -199,17 +191,13 @@ def _of_other(pinned: PinnedCheckpoint, form: InputFormat | None, why: str) -> I
         except CheckpointError as broken:
             unknown.append(broken.message)
     open_clip = pinned.files.size(OPEN_CLIP_CONFIG) is not None or OPEN_CLIP_WEIGHT in infos
-    said = said_by(pinned) if form is None else form.says_base(pinned)
-    return _report(
-        pinned,
-        said,
-        infos,
-        config,
-        kind="other" if form is None else form.name,
-        layout=form.layout if form is not None else "open_clip" if open_clip else None,
-        tensors={name: _described(info) for name, info in sorted(infos.items())},
-        unknown=list(dict.fromkeys(unknown)),
-    )
+    if form is None:
+        said, kind, scheme = said_by(pinned), "other", "open_clip" if open_clip else None
+    else:
+        said, kind, scheme = form.says_base(pinned), form.name, form.layout
+    tensors = {name: _described(info) for name, info in sorted(infos.items())}
+    known = {"kind": kind, "layout": scheme, "unknown": list(dict.fromkeys(unknown))}
+    return _report(pinned, said, infos, config, tensors=tensors, **known)
 
 
 def _weight_files(pinned: PinnedCheckpoint) -> Sequence[str]:

@@ -45,8 +45,7 @@ def named(name: str) -> Suite:
     if name not in suites:
         raise RecipeError(f"There is no suite {name!r}.", f"There are {', '.join(suites)}.")
     entry, count = suites[name]
-    tasks = _read("tasks.yaml")
-    chosen = content["tasks"][:count]
+    tasks, chosen = _read("tasks.yaml"), content["tasks"][:count]
     return Suite(
         name,
         entry["base_model"],
