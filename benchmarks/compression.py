@@ -87,11 +87,7 @@ def _paper(tasks: int) -> dict[str, float]:
 
 
 def _point(
-    folder: Path,
-    variant: str,
-    options: Mapping[str, Any],
-    fine_tuned: Sequence[float],
-    seed: int,
+    folder: Path, variant: str, options: Mapping[str, Any], fine_tuned: Sequence[float], seed: int
 ) -> Point:
     import hf_tsv
     from benchmarks.tiny_clip.checkpoints import quietly

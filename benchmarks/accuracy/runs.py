@@ -151,10 +151,7 @@ def adapted(seed: Seed, count: int) -> dict[str, Any]:
     tasks = seed.tasks[:count]
     images = seed.options(tasks, "validation")
     found = seed.merged(tasks, "--method", "ada", *ADAPTATION, *images)
-    return {
-        "accuracies": found["accuracies"],
-        "entropy": found["report"]["adaptation"]["entropy"],
-    }
+    return {"accuracies": found["accuracies"], "entropy": found["report"]["adaptation"]["entropy"]}
 
 
 def compressed(seed: Seed, count: int) -> dict[str, Any]:

@@ -91,10 +91,7 @@ def _compressed(
             logger.info("%d of %d weights are there already.", len(spool.held), len(candidates))
         left = len(candidates) - len(spool.held)
         logger.info("Compressing %d weights of %s on %s.", left, source, device.type)
-        with (
-            journal.Journal(work) as notes,
-            bar("Decomposing", left, visible=show) as advance,
-        ):
+        with journal.Journal(work) as notes, bar("Decomposing", left, visible=show) as advance:
             measured, seconds = measure(job, spool, notes, device, advance)
         if not any(item.norm for item in measured):
             raise equals_base(str(source), str(job.sources.base))

@@ -105,10 +105,7 @@ def follow(group: Processes, device_name: str | None, access: Access) -> Any:
 
 
 def _do_share(
-    assigned: _Assignment,
-    rank: int,
-    device_name: str | None,
-    access: Access,
+    assigned: _Assignment, rank: int, device_name: str | None, access: Access
 ) -> HfTsvError | None:
     """Open what the first process has pinned, and work on it; returns what went wrong."""
     merge, work = assigned.merge, assigned.work

@@ -164,11 +164,7 @@ class Reader:
         return rule(Updates(streamed, (), (), weight.shape, len(self.sources.inputs))).matrix
 
     def _changes(
-        self,
-        weight: Weight,
-        w0: Original,
-        digests: Mapping[int, dict[str, str]],
-        read: list[_Read],
+        self, weight: Weight, w0: Original, digests: Mapping[int, dict[str, str]], read: list[_Read]
     ) -> Iterator[Update]:
         """Scaled updates of a weight, one in memory at a time; each is noted in `read`."""
         averaged, decomposed = (weight.treatment == t for t in ("averaged", "decomposed"))

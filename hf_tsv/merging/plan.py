@@ -95,12 +95,7 @@ def make_plan(base: Checkpoint, inputs: Sequence[Task], settings: Settings) -> M
     warnings += _exclude_warnings(base, settings)
     if len(inputs) > 1:  # one task alone is reconstructed, not merged
         warnings += _energy_warnings(weights, inputs)
-    return MergePlan(
-        weights,
-        lay_out(specs, base, settings),
-        specs,
-        tuple(warnings),
-    )
+    return MergePlan(weights, lay_out(specs, base, settings), specs, tuple(warnings))
 
 
 def lay_out(specs: dict[str, TensorSpec], base: Checkpoint, settings: Settings) -> ShardPlan:

@@ -147,11 +147,7 @@ def test_the_description_says_where_the_factors_come_from(zoo: Path, made: Path)
     assert content["hf_tsv_version"] == hf_tsv.__version__
     assert content["rank_rule"] == {"rank": RANK}
     assert content["left_out"] == []
-    assert content["source"] == {
-        "ref": str(zoo / "classifier"),
-        "revision": None,
-        "license": None,
-    }
+    assert content["source"] == {"ref": str(zoo / "classifier"), "revision": None, "license": None}
     assert content["base_model"]["ref"] == str(zoo / "base")
     assert content["base_model"]["revision"] is None
     assert content["model_config"] == json.loads((zoo / "classifier/config.json").read_text())
@@ -759,10 +755,7 @@ def test_equal_singular_values_and_zeros_are_sound(folder: Path) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     ("weight", "name"),
-    [
-        *((MATRIX, f"{MATRIX}.{part}") for part in ("U", "S", "Vh")),
-        (BIAS, f"{BIAS}.delta"),
-    ],
+    [*((MATRIX, f"{MATRIX}.{part}") for part in ("U", "S", "Vh")), (BIAS, f"{BIAS}.delta")],
 )
 def test_a_value_that_is_no_number_is_named(
     folder: Path, weight: str, name: str, value: float

@@ -323,8 +323,7 @@ def test_an_empty_shard_is_refused(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
     first = safetensors({"a": FLOAT}, bytes(4))
     folder_of(
-        tmp_path,
-        {INDEX_FILE: index, "1.safetensors": first, "2.safetensors": safetensors({})},
+        tmp_path, {INDEX_FILE: index, "1.safetensors": first, "2.safetensors": safetensors({})}
     )
     assert "2.safetensors holds no tensors" in refused(tmp_path)
 

@@ -471,11 +471,7 @@ def test_the_card_of_a_repository_is_heard(hub: Hub) -> None:
         ([["org/x"], ["org/y"]], {"org/x": ["org/x"], "org/y": ["org/y"]}, None),
         ([["org/x"], ["org/y"]], {"org/x": ["org/y"], "org/y": ["org/x"]}, None),
         # two that are equally near
-        (
-            [["org/x"], ["org/y"]],
-            {"org/x": ["org/a", "org/b"], "org/y": ["org/b", "org/a"]},
-            None,
-        ),
+        ([["org/x"], ["org/y"]], {"org/x": ["org/a", "org/b"], "org/y": ["org/b", "org/a"]}, None),
     ],
 )
 def test_names_are_followed_to_what_they_have_in_common(

@@ -80,10 +80,7 @@ def test_a_file_is_byte_for_byte_what_the_library_writes(tmp_path: Path) -> None
     ),
     shuffled=st.randoms(use_true_random=False),
 )
-@example(
-    layout={f"{dtype}": (dtype, [2, 3]) for dtype in DTYPES.values()},
-    shuffled=Random(0),
-)
+@example(layout={f"{dtype}": (dtype, [2, 3]) for dtype in DTYPES.values()}, shuffled=Random(0))
 @example(
     layout={
         name: (torch.int8, [1])

@@ -97,10 +97,7 @@ ENERGIES = st.lists(st.integers(1, 1000), min_size=1, max_size=12).map(
 )
 
 
-@given(
-    energies=ENERGIES,
-    share=st.integers(1, 1000).map(lambda n: n / 1000) | st.floats(1e-6, 1),
-)
+@given(energies=ENERGIES, share=st.integers(1, 1000).map(lambda n: n / 1000) | st.floats(1e-6, 1))
 def test_the_rank_of_an_energy_is_the_smallest_that_suffices(
     energies: list[int], share: float
 ) -> None:

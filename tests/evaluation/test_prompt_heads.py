@@ -61,9 +61,7 @@ def test_a_head_is_made_once_for_a_text_tower(zoo: Path, home: Path, made: list[
 
 
 def test_whatever_decides_about_a_head_makes_another(
-    zoo: Path,
-    home: Path,
-    made: list[Any],
+    zoo: Path, home: Path, made: list[Any]
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(zoo / "base")
     model = model_of(zoo / "base")

@@ -524,12 +524,7 @@ def push_it(tmp_path: Path) -> None:
     ],
 )
 def test_an_error_that_passes_is_waited_out(
-    hub: Hub,
-    tmp_path: Path,
-    act: Callable[[Path], None],
-    pattern: str,
-    method: str,
-    status: int,
+    hub: Hub, tmp_path: Path, act: Callable[[Path], None], pattern: str, method: str, status: int
 ) -> None:
     hub.add_repo("org/model", FILES)
     hub.add_repo("me/there", {"file.txt": "text"})
@@ -542,11 +537,7 @@ def test_an_error_that_passes_is_waited_out(
 
 @pytest.mark.parametrize(
     ("act", "pattern"),
-    [
-        (pin_it, "/api/models/org/model"),
-        (range_it, r"/[0-9a-f]{64}/"),
-        (push_it, "/commit/"),
-    ],
+    [(pin_it, "/api/models/org/model"), (range_it, r"/[0-9a-f]{64}/"), (push_it, "/commit/")],
 )
 def test_a_connection_that_breaks_is_tried_again(
     hub: Hub,

@@ -232,10 +232,7 @@ def test_help_does_not_import_the_rules_of_a_package(package: Path) -> None:
     ],
 )
 def test_a_row_that_cannot_be_had_costs_a_line(
-    package: Path,
-    rows: str,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    package: Path, rows: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(package)
     monkeypatch.delitem(sys.modules, "other_rows", raising=False)
@@ -254,9 +251,7 @@ def found_in(folder: Path, caplog: pytest.LogCaptureFixture) -> tuple[list[Metho
 
 
 def test_one_name_is_one_method(
-    package: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    package: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(package)
     monkeypatch.delitem(sys.modules, "other_rows", raising=False)

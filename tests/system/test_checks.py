@@ -98,8 +98,7 @@ def test_the_commands_refuse_a_size_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("share", "expected"),
-    [("10%", 350), ("12.5 %", 437), (" 100%", 3500), ("0.01%", 0)],
+    ("share", "expected"), [("10%", 350), ("12.5 %", 437), (" 100%", 3500), ("0.01%", 0)]
 )
 def test_a_percentage_is_of_the_checkpoint(share: str, expected: int) -> None:
     assert RankRule(budget=share).budget_bytes(3500) == expected

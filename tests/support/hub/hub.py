@@ -15,11 +15,7 @@ from .store import MAIN, Blob, Repo, is_lfs
 from .wire import Fault, Request, Response, Server
 
 Content = bytes | str | Path | None
-ROUTES = {
-    "api": [reading.routes, writing.routes],
-    "cdn": [cdn.routes],
-    "foreign": [cdn.routes],
-}
+ROUTES = {"api": [reading.routes, writing.routes], "cdn": [cdn.routes], "foreign": [cdn.routes]}
 
 
 class Hub:

@@ -116,11 +116,7 @@ def _path_info(repo: Repo, commit: Commit, path: str, expand: bool) -> dict[str,
             "oid": blob.git_oid,
         }
         if blob.lfs:
-            info["lfs"] = {
-                "oid": blob.oid,
-                "size": blob.size,
-                "pointerSize": len(blob.pointer),
-            }
+            info["lfs"] = {"oid": blob.oid, "size": blob.size, "pointerSize": len(blob.pointer)}
     else:
         info = {"type": "directory", "path": path, "size": 0, "oid": commit.folder_oid(path)}
     if expand:
