@@ -176,12 +176,12 @@ def test_blocks_are_drawn_before_and_after(measured: InterferenceReport) -> None
     assert "orthogonalisation" not in pictures._blocks_alt(untouched)
 
 
-def figures_of(monkeypatch: pytest.MonkeyPatch, draw: Any) -> Any:
-    """The figure that a picture is made of."""
+def figures_of(monkeypatch: pytest.MonkeyPatch, draw: Any, place: int = -1) -> Any:
+    """The figure that a picture, the last of those drawn or another, is made of."""
     made: list[Any] = []
     monkeypatch.setattr(drawing, "to_png", lambda figure: made.append(figure) or b"")
     draw()
-    return made[-1]
+    return made[place]
 
 
 def test_spectra_are_those_of_the_report(
@@ -207,13 +207,13 @@ def test_of_many_tasks_the_extremes_have_names(measured: InterferenceReport) -> 
     assert named == [(0, "t0: effective rank 10"), (7, "t7: effective rank 17")]
 
 
-@pytest.mark.parametrize(("draw", "key"), [("_layers", "sti"), ("_ranks", "ranks")])
+@pytest.mark.parametrize(("place", "key"), [(2, "sti"), (4, "ranks")])
 def test_bars_over_depth_are_those_of_the_report(
-    measured: InterferenceReport, monkeypatch: pytest.MonkeyPatch, draw: str, key: str
+    measured: InterferenceReport, monkeypatch: pytest.MonkeyPatch, place: int, key: str
 ) -> None:
     unequal = {n: {**w, "ranks": [2, 5, 3]} for n, w in measured.weights.items()}
     measured = replace(measured, weights=unequal)
-    figure = figures_of(monkeypatch, lambda: getattr(pictures, draw)(measured))
+    figure = figures_of(monkeypatch, lambda: pictures.of_interference(measured), place)
     assert len(figure.axes) == 2  # a row a tower, and none for the few beside
     for axes, tower in zip(figure.axes, ("vision", "text"), strict=True):
         weights = [n for n in measured.weights if n.startswith(f"{tower}_model.encoder")]
