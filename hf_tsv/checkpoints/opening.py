@@ -71,7 +71,15 @@ def open_task(pinned: PinnedCheckpoint, base: Opener) -> Task:
     Where pickles cannot be read, the conversion to safetensors that the Hub offers as a pull
     request is. The base model is asked for if the form needs it.
     """
-    return _readable(pinned, lambda found: format_of(found).open(found, base))
+    asked: list[PinnedCheckpoint] = []
+
+    def opener() -> Checkpoint:
+        asked.append(pinned)  # its own headers are read
+        return base()
+
+    return _readable(
+        pinned, lambda found: format_of(found).open(found, opener), lambda: bool(asked)
+    )
 
 
 def open_base(pinned: PinnedCheckpoint) -> Checkpoint:
@@ -83,11 +91,20 @@ def open_base(pinned: PinnedCheckpoint) -> Checkpoint:
     return _readable(pinned, open_checkpoint)
 
 
-def _readable(pinned: PinnedCheckpoint, read: Callable[[PinnedCheckpoint], T]) -> T:
-    """Read a commit, or the conversion of its pickles to safetensors."""
+def _readable(
+    pinned: PinnedCheckpoint,
+    read: Callable[[PinnedCheckpoint], T],
+    is_sound: Callable[[], bool] = lambda: False,
+) -> T:
+    """Read a commit, or the conversion of its pickles to safetensors.
+
+    Errors after its files were found sound are not about them, and stay as they are.
+    """
     try:
         return read(pinned)
     except CheckpointError as error:
+        if is_sound():
+            raise
         converted = _conversion(pinned)
         if converted is None:
             folder = pinned.files.folder

@@ -101,6 +101,8 @@ def read_weights(
         try:
             ahead = merge.parallelism.ahead
             yield from read_ahead(reading, reader.load, weights, sizes, ahead=ahead)
+        except GeneratorExit:  # nobody wants more of this pass, but others may follow
+            raise
         except BaseException:
             stop_fetching(sources.all())  # else the reading thread would wait for the Hub
             raise

@@ -26,7 +26,7 @@ from hf_tsv.merging.plan import Weight
 from hf_tsv.merging.work import Merge
 from hf_tsv.methods.interference import measured
 from hf_tsv.methods.rules import rule_of
-from hf_tsv.runs.reading import named
+from hf_tsv.runs.reading import named, stop_fetching
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.memory import empty
 
@@ -50,27 +50,31 @@ def merge_weights(
         ThreadPoolExecutor(1, "hf-tsv-write") as writing,
     ):
         written: Future[None] | None = None
-        while True:
-            started = time.monotonic()
-            loaded = next(loads, None)
-            if loaded is None:
-                break
-            waited = time.monotonic() - started
-            started = time.monotonic()
-            with named(loaded.weight.label, [sources.inputs[i] for i in loaded.finding.tasks]):
-                result, finding = _merge_one(loaded, merge, writes=writer is not None)
-            computed = time.monotonic() - started
-            started = time.monotonic()
+        try:
+            while True:
+                started = time.monotonic()
+                loaded = next(loads, None)
+                if loaded is None:
+                    break
+                waited = time.monotonic() - started
+                started = time.monotonic()
+                with named(loaded.weight.label, [sources.inputs[i] for i in loaded.finding.tasks]):
+                    result, finding = _merge_one(loaded, merge, writes=writer is not None)
+                computed = time.monotonic() - started
+                started = time.monotonic()
+                if written is not None:
+                    written.result()
+                waited += time.monotonic() - started
+                seconds = replace(finding.seconds, waiting=waited, computing=computed)
+                finding = replace(finding, seconds=seconds)
+                parts = by_name(loaded.weight, result, sources.base)
+                written = writing.submit(_write, writer, parts, finding, done)
+                del loaded, result, parts
             if written is not None:
                 written.result()
-            waited += time.monotonic() - started
-            seconds = replace(finding.seconds, waiting=waited, computing=computed)
-            finding = replace(finding, seconds=seconds)
-            parts = by_name(loaded.weight, result, sources.base)
-            written = writing.submit(_write, writer, parts, finding, done)
-            del loaded, result, parts
-        if written is not None:
-            written.result()
+        except BaseException:
+            stop_fetching(sources.all())  # else the reading thread would wait for the Hub
+            raise
 
 
 def _merge_one(loaded: LoadedWeight, merge: Merge, *, writes: bool) -> tuple[Tensor, Finding]:

@@ -160,7 +160,7 @@ def installed(points: Sequence[EntryPoint]) -> Iterator[Method]:
             row = point.load()
             if not isinstance(row, Method):
                 raise TypeError(f"{point.value} is no Method")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = one_line(f"{type(error).__name__}: {error}")
             logger.warning("The method %s of %s is left out: %s.", point.name, package, reason)
         else:
@@ -192,7 +192,12 @@ def entry_points() -> Sequence[EntryPoint]:
         return ()
     from importlib import metadata
 
-    return tuple(metadata.entry_points(group=GROUP))
+    try:
+        return tuple(metadata.entry_points(group=GROUP))
+    except Exception as error:  # one damaged file is enough
+        reason = one_line(f"{type(error).__name__}: {error}")
+        logger.warning("Methods of other packages are left out: %s.", reason)
+        return ()
 
 
 METHODS = {row.name: row for row in (*BUILT_IN, *installed(entry_points()))}

@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_tsv.linalg import polar, products
 from hf_tsv.linalg.svd import truncated_svd, truncated_svds
 from hf_tsv.linalg.updates import TaskSingularVectors, concatenate
+from hf_tsv.methods.multiples import rounding, with_shared_vectors
 from hf_tsv.methods.rules import MergedUpdate, Updates
 from hf_tsv.methods.sums import sum_update
 
@@ -44,10 +45,15 @@ def iso_cts(updates: Updates) -> MergedUpdate:
     wide = map(products.in_working_precision, deltas)
     outside = [delta - shared.U @ (shared.U.mT @ delta) for delta in wide]
     found = truncated_svds(outside, own, floors, how.precision) if own else []
-    vectors = concatenate([TaskSingularVectors(svd.U, svd.S, svd.Vh) for svd in (*found, shared)])
+    *tasks, common = (TaskSingularVectors(svd.U, svd.S, svd.Vh) for svd in (*found, shared))
+    if how.precision == "exact" and tasks:
+        noises = [rounding(delta, floor) for delta, floor in zip(deltas, floors, strict=True)]
+        tasks = with_shared_vectors(tasks, outside, noises)
+    vectors = concatenate([*tasks, common])
     sigma = vectors.S.mean().expand(len(vectors.S))
     product = polar.orthogonal_product(vectors.U, sigma, vectors.Vh, how.precision)
-    if product.ill_conditioned and how.precision == "fast":
+    if product.ill_conditioned and how.precision == "fast":  # as for TSV-Merge
+        del outside, found, shared, tasks, common, vectors, product
         return iso_cts(replace(updates, deltas=deltas, how=replace(how, precision="exact")))
     exact = product.exact + sum(svd.exact for svd in (*found, shared))
     return MergedUpdate(product.matrix, (), product.null_directions, exact)

@@ -12,14 +12,15 @@ from hf_tsv.linalg.updates import ROUNDING_SPREAD, TaskSingularVectors, Update, 
 
 
 def with_shared_vectors(
-    tasks: Sequence[TaskSingularVectors], deltas: Sequence[Update], floors: Sequence[float]
+    tasks: Sequence[TaskSingularVectors], deltas: Sequence[Update], noises: Sequence[float]
 ) -> list[TaskSingularVectors]:
     """Triplets of tasks, with the same vectors for those that are one update but for rounding.
 
     Checkpoints of Δ and −Δ, a task and a multiple of it in float32, or a task and its own factors
     differ by rounding only, which would be amplified as if it told them apart.
+
+    `noises` are the spectral norms of the rounding of each task, see [`rounding`].
     """
-    noises = [_rounding(delta, floor) for delta, floor in zip(deltas, floors, strict=True)]
     found = list(tasks)
     for j in range(1, len(tasks)):
         for i in range(j):
@@ -29,7 +30,7 @@ def with_shared_vectors(
     return found
 
 
-def _rounding(delta: Update, floor: float) -> float:
+def rounding(delta: Update, floor: float) -> float:
     """Spectral norm of the rounding of an update: of its storage and of its own numbers.
 
     Numbers in half precision count as if in float32: what they lose is too much to be taken for

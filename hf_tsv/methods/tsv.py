@@ -17,7 +17,7 @@ from hf_tsv.linalg.choices import Precision
 from hf_tsv.linalg.lapack import NotConvergedError
 from hf_tsv.linalg.svd import singular_values, truncated_svds
 from hf_tsv.linalg.updates import TaskSingularVectors, Update, concatenate, dense
-from hf_tsv.methods.multiples import with_shared_vectors
+from hf_tsv.methods.multiples import rounding, with_shared_vectors
 from hf_tsv.methods.rules import Measurable, MergedUpdate, Updates
 
 
@@ -90,8 +90,10 @@ def orthogonalised(
     if not product.ill_conditioned:
         return vectors, ranks, product
     exact = product.exact
+    del product  # before the decompositions take their memory
     tasks, _, decomposed = _decomposed(deltas, updates, "exact", spectrum=False)
-    tasks = with_shared_vectors(tasks, deltas, updates.floors)
+    noises = [rounding(d, floor) for d, floor in zip(deltas, updates.floors, strict=True)]
+    tasks = with_shared_vectors(tasks, deltas, noises)
     ranks = tuple(task.rank for task in tasks)
     vectors = _weighted(concatenate(tasks), ranks, updates)
     product = product_of(vectors.U, vectors.S, vectors.Vh, "exact")

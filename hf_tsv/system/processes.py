@@ -47,9 +47,9 @@ class Processes:
     def send(self, message: Any) -> None:
         """Send a message to all others; only the first process calls this."""
         if self.count > 1:
-            self.listening = False
             with _noticing() as dist:
                 dist.broadcast_object_list([message], group=self.connection)
+            self.listening = False  # not before: what cannot be pickled has reached nobody
 
     def receive(self) -> Any:
         """Receive the first process's next message; its failure is a [`LostProcessError`]."""

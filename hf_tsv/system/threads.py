@@ -23,14 +23,21 @@ def in_parallel(call: Callable[[S], T], items: Iterable[S]) -> list[T]:
 
 
 class Once(Generic[T]):
-    """Result of a call made once, by the first of several threads; again only if it failed."""
+    """Result of a call made once, by the first of several threads; or its failure, for all."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._call, self._lock = call, threading.Lock()
+        self._failure: Exception | None = None
 
     def __call__(self) -> T:
         with self._lock:
-            return self._result
+            if self._failure is not None:
+                raise self._failure
+            try:
+                return self._result
+            except Exception as error:
+                self._failure = error
+                raise
 
     @cached_property
     def _result(self) -> T:

@@ -356,3 +356,14 @@ def test_what_says_nothing_to_a_method_is_refused(zoo: Path, tmp_path: Path, met
 def test_isotropic_merging_of_nothing(rule: Rule) -> None:
     found = merged(rule, [torch.zeros(6, 4)] * 2)
     assert torch.equal(found, torch.zeros(6, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("factor", [0.3, -1.0])
+def test_iso_cts_merges_multiples_of_a_task_once(factor: float) -> None:
+    """As if they were multiples exactly, although float32 rounds them apart."""
+    first, other = updates(2, (48, 48), seed=7)
+    deltas = [first, factor * first, other]
+    exact = [first.double(), factor * first.double(), other.double()]
+    found, expected = (merge(tasks, 0, rule=isotropic.iso_cts) for tasks in (deltas, exact))
+    assert found.null_directions == expected.null_directions > 0
+    assert float((found.matrix - expected.matrix).norm() / expected.matrix.norm()) < 1e-5

@@ -226,6 +226,7 @@ def test_help_does_not_import_the_rules_of_a_package(package: Path) -> None:
     "rows",
     [
         "import no_such_module",
+        "raise SystemExit(3)",
         "FIRST = 1",
         "from hf_tsv.methods.catalogue import Method\nFIRST = Method('A', 'm:f', 'x')",
         "LAST = None",
