@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def journals(raw: bytes) -> None:
     try:
         (folder / journal.journal_file(0)).write_bytes(raw)
         for found in journal.read(folder, Finding.from_dict).values():
-            json.dumps(found.to_dict())
+            json.dumps(asdict(found))
     finally:
         shutil.rmtree(folder)
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -643,10 +644,10 @@ def test_findings_survive_the_journal(tmp_path: Path) -> None:
     )  # fmt: skip
     for rank in (0, 3):
         with journal.Journal(tmp_path, rank) as notes:
-            notes.add((finding if rank else Finding("b", frozen=True)).to_dict())
+            notes.add(asdict(finding if rank else Finding("b", frozen=True)))
     found = journal.read(tmp_path, Finding.from_dict)
     assert found == {"a": finding, "b": Finding("b", frozen=True)}
-    journal.rewrite(tmp_path, [item.to_dict() for item in found.values()])
+    journal.rewrite(tmp_path, [asdict(item) for item in found.values()])
     assert journal.read(tmp_path, Finding.from_dict) == found
     assert [p.name for p in tmp_path.iterdir()] == ["done.0.jsonl"]
     assert Findings(3, [finding, finding]).cosines()[0, 2] == pytest.approx(1 / 3 / 0.2**0.5)

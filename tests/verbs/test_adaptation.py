@@ -476,7 +476,7 @@ def test_options_that_do_not_fit_together(
 def test_help_tells_the_defaults() -> None:
     hints = get_type_hints(LearningOptions, include_extras=True)
     for name in ("steps", "learning_rate", "batch_size", "seed"):
-        told = hints[name].__metadata__[0].help
+        told = hints[name].__metadata__[-1]
         assert f"[default: {getattr(Adaptation, name)}" in told
 
 
