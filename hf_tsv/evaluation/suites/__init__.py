@@ -11,6 +11,7 @@ import yaml
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.system.errors import RecipeError
 
+FOLDER = Path(__file__).parent
 PUBLISHED = "published (paper)"  # label of a paper's rows beside measured ones
 
 
@@ -56,7 +57,7 @@ def named(name: str) -> Suite:
 
 
 def _read(file: str) -> Any:
-    return yaml.safe_load(Path(__file__).with_name(file).read_text(encoding="utf-8"))
+    return yaml.safe_load((FOLDER / file).read_text(encoding="utf-8"))
 
 
 def _task(name: str, entry: dict[str, Any]) -> EvaluationTask:
