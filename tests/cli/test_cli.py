@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from forks import fork
 from hub import Hub, User
 from safetensors.torch import load_file, save_file
 
+from hf_tsv.cli import COMMANDS
 from hf_tsv.cli.output import table
 
 
@@ -423,6 +426,26 @@ assert not {"torch", "transformers", "huggingface_hub"} & set(sys.modules)
     ):
         assert example in hf_tsv(verb, "--help", COLUMNS="200").out
     assert hf_tsv_script("--version").out.strip()[0].isdigit()
+
+
+def test_the_list_of_commands_says_what_their_help_begins_with() -> None:
+    """The list is a table, so that it is shown without importing the commands."""
+    for name, line in COMMANDS.items():
+        docstring = inspect.getdoc(getattr(import_module(f"hf_tsv.cli.{name}"), name))
+        assert docstring and docstring.splitlines()[0] == line
+
+
+def test_only_the_called_command_is_imported() -> None:
+    code = """
+import sys
+from hf_tsv.cli import app
+try:
+    app(["push", "--help"])
+except SystemExit:
+    pass
+assert "hf_tsv.cli.push" in sys.modules and "hf_tsv.cli.merge" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_a_merge_does_not_wait_for_transformers(zoo: Path, tmp_path: Path) -> None:
