@@ -100,7 +100,7 @@ def differing(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
 
 def test_threads_change_no_byte_of_anything(world: Path, tmp_path: Path) -> None:
     outputs = []
-    for threads in (1, 3, 4):
+    for threads in (1, 3):
         place = tmp_path / f"threads-{threads}"
         place.mkdir()
         limits = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -111,10 +111,9 @@ def test_threads_change_no_byte_of_anything(world: Path, tmp_path: Path) -> None
             capture_output=True,
         )  # fmt: skip
         outputs.append(files_of(place))
-    one, *others = outputs
+    one, other = outputs
     assert len(one) > 60
-    for other in others:
-        assert differing(other, one) == []
+    assert differing(other, one) == []
     weights = {name: data for name, data in one.items() if name.endswith("model.safetensors")}
     assert weights["tsv/model.safetensors"] == weights["little/model.safetensors"]
     assert len(set(weights.values())) > 10  # the others are other merges

@@ -109,7 +109,10 @@ def test_colours_are_told_apart(sight: str) -> None:
 @pytest.mark.parametrize(
     ("names", "blocks"), [(["a", "b"], 1), ([f"clip-{i}" for i in range(20)], 24), (HOSTILE, 1)]
 )
-def test_nothing_is_cut_off(measured: InterferenceReport, names: list[str], blocks: int) -> None:
+def test_nothing_is_cut_off(
+    measured: InterferenceReport, names: list[str], blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "DPI", 60)  # the frame below is wider so, and drawn sooner
     report = deeper(with_tasks(measured, names), blocks)
     for picture in (*pictures.of_interference(report), pictures.of_merge(report)):
         image = Image.open(io.BytesIO(picture.png))

@@ -81,6 +81,7 @@ def hf_tsv(*args: str | Path, cwd: Path | None = None, **environment: str | None
     hf-tsv does not know is raised.
     """
     from hf_tsv import cli
+    from hf_tsv.cli import output
 
     assert set(environment) <= READ_LATE, "libraries freeze the others: see hf_tsv_process"
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
@@ -96,7 +97,7 @@ def hf_tsv(*args: str | Path, cwd: Path | None = None, **environment: str | None
     ):
         patch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
         patch.setattr(sys, "stdin", nothing)
-        patch.setattr("hf_tsv.cli.output._leave", sys.exit)  # this process goes on
+        patch.setattr(output, "_leave", sys.exit)  # this process goes on
         patch.chdir(cwd or Path.cwd())
         for name, value in environment.items():
             patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)

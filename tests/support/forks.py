@@ -22,9 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from hf_tsv.cli import COMMANDS
+
 LIBRARIES = (
     "torch.distributed", "scipy.linalg", "safetensors.torch", "threadpoolctl", "typer.main",
-    "rich.console", "jinja2", "yaml", "hf_tsv.cli",
+    "rich.console", "jinja2", "yaml", "hf_tsv.cli.groups",
+    *(f"hf_tsv.cli.{name}" for name in COMMANDS),
 )  # fmt: skip
 """Modules that commands import and that freeze nothing."""
 
