@@ -11,7 +11,7 @@ from hf_tsv.cli.output import Out, pinned, table
 from hf_tsv.recipes.compressing import FactorFormat
 from hf_tsv.recipes.settings import Dtype
 from hf_tsv.system.errors import RecipeError
-from hf_tsv.system.text import human_bytes
+from hf_tsv.system.text import counted, human_bytes
 
 if TYPE_CHECKING:
     from hf_tsv.reports.compression import CompressReport
@@ -88,18 +88,21 @@ def compress(
     tensors in full (TSV-Compress). Added to the base model, they approximate the fine-tune.
     """
     out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
-    from hf_tsv.checkpoints.sources import Access
     from hf_tsv.recipes.compressing import Options, RankRule
+
+    chosen = Options(
+        RankRule(**vars(keep)), **vars(store), max_shard_size=files.shard_size, report=report
+    )
+    if not checkpoint:
+        raise RecipeError("There is nothing to compress.", "Name a checkpoint.")
+    from hf_tsv.checkpoints.sources import Access
     from hf_tsv.runs.target import Target
     from hf_tsv.verbs import compress as compress_
 
-    if not checkpoint:
-        raise RecipeError("There is nothing to compress.", "Name a checkpoint.")
-    rule, size = RankRule(**vars(keep)), files.shard_size
     done = compress_.run(
         checkpoint,
         source.base_model,
-        Options(rule, **vars(store), max_shard_size=size, report=report),
+        chosen,
         Target(**vars(target)),
         device=compute.device,
         access=Access.of(**vars(access), subfolder=source.subfolder),
@@ -111,15 +114,17 @@ def compress(
 
 def _summary(report: CompressReport) -> str:
     kinds = [weight["stored"] for weight in report.weights.values()]
-    shares = (f"{T} such tasks take {100 * r:.0f} %" for T, r in report.ratio_for_tasks.items())
+    counts, shares = report.ratio_for_tasks, report.ratio_for_tasks.values()
+    error = report.update_error or 0.0
     lines = [
         f"Compressed in {report.seconds:.1f} s: {human_bytes(report.factors_bytes or 0)},"
-        f" {100 * (report.ratio or 0):.1f} % of the checkpoint's"
-        f" {human_bytes(report.checkpoint_bytes)}; relative error of the update"
-        f" {report.update_error:.3g}.",
-        f"{kinds.count('factors')} weights low-rank, {kinds.count('dense')} whole,"
+        f" {report.ratio or 0:.1%} of the checkpoint's {human_bytes(report.checkpoint_bytes)}.",
+        f"Keeps {1 - error**2:.1%} of the update's energy (relative error {error:.3g}):"
+        f" {counted(kinds.count('factors'), 'matrix', 'matrices')} low-rank,"
+        f" {counted(kinds.count('dense'), 'tensor')} in full,"
         f" {kinds.count('none')} unchanged or left out.",
-        f"With the base model, {', '.join(shares)} of their checkpoints.",
+        f"Base model + {' / '.join(counts)} tasks like this:"
+        f" {' / '.join(f'{100 * share:.0f}' for share in shares)}% of the full checkpoints' size.",
     ]
     if names := report.left_out:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
@@ -131,7 +136,7 @@ def _preview(report: CompressReport) -> str:
     size = "depends on the weights"
     if report.factors_bytes is not None:
         share = 100 * (report.ratio or 0)
-        size = f"at most {human_bytes(report.factors_bytes)}, {share:.1f} % of the checkpoint"
+        size = f"at most {human_bytes(report.factors_bytes)}, {share:.1f}% of the checkpoint"
     kinds = [weight["stored"] for weight in report.weights.values()]
     rule = ", ".join(f"{name} {value}" for name, value in report.rank_rule.items())
     return table(
@@ -139,10 +144,12 @@ def _preview(report: CompressReport) -> str:
             ("base model", pinned(report.base_model)),
             ("task", pinned(report.source)),
             ("rule", rule),
-            ("low-rank", f"{kinds.count('factors')} weights"),
-            ("whole", f"{kinds.count('dense')} weights"),
+            ("stored as", f"{report.out_format}, {report.dtype}"),
+            ("low-rank", counted(kinds.count("factors"), "matrix", "matrices")),
+            ("in full", counted(kinds.count("dense"), "tensor")),
             ("checkpoint", human_bytes(report.checkpoint_bytes)),
             ("output", size),
+            *([("folder", report.output)] if report.output else []),
             ("download", human_bytes(report.download_bytes)),
             ("peak memory", f"about {human_bytes(report.peak_memory_bytes)} beside the libraries"),
         ]

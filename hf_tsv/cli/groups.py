@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import is_dataclass
+from importlib import import_module
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
@@ -63,6 +64,8 @@ def call(function: Callable[..., T], groups: Sequence[Any], *given: Any, **own: 
     """Call a function with those fields of groups that it has parameters for, and with its own."""
     taken = inspect.signature(function).parameters
     fields = {n: value for group in groups for n, value in vars(group).items() if n in taken}
+    if (device := fields.get("device")) not in (None, "auto", "cuda"):  # before the Hub is asked
+        import_module("hf_tsv.system.device").pick_device(device)
     return function(*given, **{**fields, **own})
 
 

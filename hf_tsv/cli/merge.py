@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from hf_tsv.checkpoints.names import RECIPE_FILE, Format
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only, call
-from hf_tsv.cli.output import Out, pinned, table
+from hf_tsv.cli.output import Out, pinned, shown, table
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
 from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.system.errors import RecipeError
@@ -132,6 +132,8 @@ def _summary(report: MergeReport) -> str:
         lines.append(f"Left out of {name}: {', '.join(heads)}.")
     if report.output:
         lines.append(f"Beside the weights: README.md (model card) and {RECIPE_FILE} (recipe).")
+    if report.output and not report.masks:
+        lines.append(f"Test it: `hf-tsv evaluate {shown(report.output)} --task NAME=DATASET`")
     return "\n".join(lines)
 
 
@@ -169,7 +171,8 @@ def _preview(report: MergeReport, result: ResultOptions) -> str:
     rows += [("left out", f"{name}: {', '.join(h)}") for name, h in report.left_out.items()]
     dtype = report.settings["dtype"] or "as the base model"
     rows += [
-        ("output", f"{report.output or 'no folder'}: {human_bytes(report.output_bytes)}, {dtype}"),
+        ("output", f"{human_bytes(report.output_bytes)}, {dtype}"),
+        *([("folder", report.output)] if report.output else []),
         *([("push to", result.target.push_to)] if result.target.push_to else []),
         ("download", human_bytes(report.download_bytes)),
         ("peak memory", f"about {human_bytes(report.peak_memory_bytes)} beside the libraries"),

@@ -85,7 +85,7 @@ class Out:
             if folder and page:
                 self.status(f"Uploaded to {page}.")
             elif folder:
-                self.status(f"Next: `hf-tsv push {shlex.quote(_shown(folder))} REPO_ID`")
+                self.status(f"Upload it: `hf-tsv push {shown(folder)} REPO_ID`")
         self.result(preview(report) if report.dry_run else folder or page, data)
 
 
@@ -126,10 +126,10 @@ def _page(url: str | None) -> str:
     return (url or "").partition("/commit/")[0]
 
 
-def _shown(folder: str) -> str:
-    """A folder as it is shortest to write."""
-    path = Path(folder)
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+def shown(folder: str) -> str:
+    """A folder as a command names it, from the current folder if it is in there."""
+    path, here = Path(folder), Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 def _timings(report: Any) -> str:

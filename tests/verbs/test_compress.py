@@ -812,7 +812,7 @@ def test_quiet_prints_the_result_only(world: Path) -> None:
         (["org/nope"], ["org/nope does not exist"]),
         (["org/vision", "--rank", "3", "--energy", "0.5"], ["rank and energy exclude each other"]),
         (["org/vision", "--budget", "1kB"], ["budget is 1.0 kB", "28.0 kB"]),
-        (["org/vision", "--no-dense"], ["about an adapter", "--out-format peft"]),
+        (["org/vision", "--no-dense"], ["about an adapter", "peft"]),
     ],
     ids=lambda value: "-".join(value)[:50] if isinstance(value, list) else str(value),
 )
