@@ -23,8 +23,12 @@ NARROW = 56
 
 
 class Page:
-    """Layout of a command's help, mixed into a class of typer."""
+    """Layout of a command's help, mixed into a class of typer.
 
+    `last` is the panel at the end, and of options that name none.
+    """
+
+    last = "Run"
     usage: Sequence[str] = ()
     examples: Sequence[str] = ()
     tables: Mapping[str, Mapping[str, str]] = {}
@@ -46,12 +50,12 @@ class Page:
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             if not getattr(param, "hidden", False):
-                panel = getattr(param, "rich_help_panel", None) or list(sections)[-1:] or "Options"
-                title = panel if isinstance(panel, str) else panel[0]
-                if param.param_type_name == "argument":
-                    title = "Arguments"
+                panel = getattr(param, "rich_help_panel", None) or self.last
+                title = "Arguments" if param.param_type_name == "argument" else panel
                 sections.setdefault(title, []).append((_name(param), _text(param)))
-        sections |= {title: list(rows.items()) for title, rows in self.tables.items()}
+        sections[self.last] = sections.pop(self.last)
+        tables = {title: list(rows.items()) for title, rows in self.tables.items()}
+        sections = tables | sections if isinstance(self, Group) else sections | tables
         names = [name for rows in sections.values() for name, _ in rows]
         first = max((len(name) for name in names if len(name) <= NAMES), default=0)
         first = first if formatter.width >= NARROW else 2
@@ -89,6 +93,8 @@ class Command(Page, TyperCommand):
 class Group(Page, TyperGroup):
     """The list of commands."""
 
+    last = "Options"
+
 
 def _name(param: Any) -> str:
     """Option or argument as the first column has it."""
@@ -116,6 +122,7 @@ def shell_lines(line: str, width: int) -> str:
               -o merged
     """
     line = re.sub(r" (--?[a-z][\w-]*) (?=[^-|])", " \\1\N{NO-BREAK SPACE}", line)
+    line = line.replace("| jq ", "|\N{NO-BREAK SPACE}jq\N{NO-BREAK SPACE}")
     parts = textwrap.wrap(
         line, max(width - 6, 10), break_long_words=False, break_on_hyphens=False,
         initial_indent="  $ ", subsequent_indent=" " * 6,
