@@ -119,8 +119,8 @@ def _summary(report: CompressReport) -> str:
     lines = [
         f"Compressed in {report.seconds:.1f} s: {human_bytes(report.factors_bytes or 0)},"
         f" {report.ratio or 0:.1%} of the checkpoint's {human_bytes(report.checkpoint_bytes)}.",
-        f"Keeps {1 - error**2:.1%} of the update's energy (relative error {error:.3g}):"
-        f" {counted(kinds.count('factors'), 'matrix', 'matrices')} low-rank,"
+        f"Keeps {1 - error**2:.1%} of the update's energy (relative error {error:.3g}).",
+        f"{counted(kinds.count('factors'), 'matrix', 'matrices')} low-rank,"
         f" {counted(kinds.count('dense'), 'tensor')} in full,"
         f" {kinds.count('none')} unchanged or left out.",
         f"Base model + {' / '.join(counts)} tasks like this:"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from hf_tsv.cli import options
@@ -77,7 +78,7 @@ def _text(report: InspectReport) -> str:
     if report.adapter is not None:
         rows += [
             ("rank", str(report.adapter["rank"])),
-            ("modules", ", ".join(report.adapter["target_modules"])),
+            ("modules", _modules(report.adapter["target_modules"])),
         ]
     if report.factors is not None:
         found = report.factors
@@ -94,3 +95,9 @@ def _text(report: InspectReport) -> str:
         ]
     rows += [("note", text) for text in report.unknown]
     return table(rows)
+
+
+def _modules(names: Sequence[str]) -> str:
+    """Kinds of the modules that an adapter changes, and how many they are."""
+    kinds = sorted({name.rpartition(".")[2] for name in names})
+    return ", ".join(kinds) + (f" ({len(names)} in all)" if len(names) > len(kinds) else "")

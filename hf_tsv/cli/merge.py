@@ -164,7 +164,7 @@ def _preview(report: MergeReport, result: ResultOptions) -> str:
     ranks = [entry["rank"] for entry in report.treatments.values() if entry.get("rank")]
     rows += [("method", f"{report.method}, α = {report.settings['alpha']:g}")]
     rows += [("rank", _span(ranks))] if ranks else []
-    rows += [("weights", _treated(report))]
+    rows += [("weights", part) for part in _treated(report).split(", ")]
     rows += [("head", f"{file}, of {name}") for file, name in report.heads.items()]
     if report.masks:
         rows.append(("masks", f"{human_bytes(report.mask_bytes)} at most"))

@@ -138,7 +138,8 @@ def test_dry_run_as_text_writes_nothing(world: Path, hub: Hub) -> None:
     assert done.code == 0, done.err
     sha = hub.repos["org/vision"].branches["main"]
     assert f"task 1       org/vision@{sha}" in done.out
-    assert "13 weight matrices merged with tsv, 26 other tensors averaged, 39 copied" in done.out
+    assert "weights      13 weight matrices merged with tsv\n" in done.out
+    assert "weights      39 copied from the base model\n" in done.out
     assert "tsv, α = 1" in done.out and "push to" not in done.out
     assert list(world.iterdir()) == []
     assert not (Path(os.environ["HF_HOME"]) / "hub").exists()
