@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any
 
 import typer
 
@@ -29,7 +30,7 @@ class Commands(Group):
     """Commands by name; what lists them sees their first lines alone."""
 
     usage = ("COMMAND ...",)
-    tables: ClassVar = {
+    tables: Mapping[str, Mapping[str, str]] = {
         "Commands": COMMANDS,
         "Environment variables": {
             "HF_TOKEN": "Hub token, if you are not logged in with `hf auth login`.",

@@ -86,7 +86,7 @@ class Command(Page, TyperCommand):
         """Read the words, of which there must be some where the command needs an argument."""
         if self.missing and not args and not ctx.resilient_parsing:
             ctx.fail(f"{self.missing}\nExample: {self.examples[0]}")
-        found: list[str] = super().parse_args(ctx, args)  # type: ignore[misc]
+        found: list[str] = super().parse_args(ctx, args)
         return found
 
 
