@@ -25,7 +25,7 @@ SMALL = "bfloat16, conv too"
 PAPER = "r = k/T"
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     PLAIN: {},
-    SMALL: {"factor_dtype": "bfloat16", "compress_conv": True},
+    SMALL: {"dtype": "bfloat16", "compress_conv": True},
 }
 REQUIRED = 99.0
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from hf_tsv.verbs.reconstruct import reconstruct as reconstruct
     from hf_tsv.verbs.sweep import SweepReport as SweepReport
     from hf_tsv.verbs.sweep import sweep as sweep
+    from hf_tsv.verbs.tune import tune as tune
 
 _PUBLIC = {
     "models.loading": ["load_model", "pipeline"],
@@ -69,6 +70,7 @@ _PUBLIC = {
     "verbs.push": ["PushReport", "push"],
     "verbs.reconstruct": ["ReconstructReport", "reconstruct"],
     "verbs.sweep": ["SweepReport", "sweep"],
+    "verbs.tune": ["tune"],
 }
 """Public names, by the module that defines them."""
 

@@ -116,7 +116,8 @@ class Seed:
         output = self.results / "merged"
         models = [self.models / task for task in tasks]
         base = ("--base-model", self.models / "base")
-        done = command("merge", *models, *base, "-o", output, "--force", *options)
+        verb = "tune" if "--task" in options else "merge"
+        done = command(verb, *models, *base, "-o", output, "--force", *options)
         return {"report": done, "accuracies": self.accuracies(output, tasks)}
 
 
@@ -131,7 +132,7 @@ def method(seed: Seed, count: int, name: str) -> dict[str, Any]:
     tasks = seed.tasks[:count]
     images = (*seed.options(tasks, "validation"), "--limit", VALIDATION_IMAGES)
     alphas = f"{ALPHAS},{MORE_ALPHAS[name]}" if name in MORE_ALPHAS else ALPHAS
-    found = seed.merged(tasks, "--method", name, "--tune-alpha", alphas, *images)
+    found = seed.merged(tasks, "--method", name, "--alphas", alphas, *images)
     tuning = found["report"]["tuning"]
     return {
         "alpha": tuning["alpha"],

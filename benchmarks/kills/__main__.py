@@ -301,7 +301,7 @@ def scenarios_of(place: Place) -> list[Scenario]:
             "me/x",
         ),
         Scenario("compress", ("compress", full, *base, *to)),
-        Scenario("compress, adapter", ("compress", full, *base, "--format", "peft", *to)),
+        Scenario("compress, adapter", ("compress", full, *base, "--out-format", "peft", *to)),
         Scenario(
             "compress, pushed", ("compress", full, *base, "--push-to", "me/x"), repo_id="me/x"
         ),

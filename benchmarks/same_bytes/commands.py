@@ -73,7 +73,7 @@ def merges() -> Iterator[Command]:
     ):  # fmt: skip
         yield cli(f"merge-{method}", f"merge {PAIR} --method {method} --json +")
     ada = "--method ada --steps 3 --learning-rate 0.02 --batch-size 4 --seed 3"
-    yield cli("merge-ada", f"merge {PAIR} {ada} {IMAGES} --json +")
+    yield cli("merge-ada", f"tune {PAIR} {ada} {IMAGES} --json +")
     yield cli("merge-ada-again", "merge --recipe @merge-ada/out/hf_tsv_recipe.yaml --json +",
               like="merge-ada")  # fmt: skip
     yield cli("merge-again", "merge --recipe @merge-tsv/out/hf_tsv_recipe.yaml +", like="merge-tsv")
@@ -86,8 +86,8 @@ def merges() -> Iterator[Command]:
         "memory": "--max-memory 2GB --timings",
     }.items():  # fmt: skip
         yield cli(f"merge-{name}", f"merge {PAIR} {options} --json +")
-    tune = f"--tune-alpha 0.25:1:0.25 --split validation {IMAGES} --template {{}}"
-    yield cli("merge-tuned", f"merge {PAIR} {tune} --json +")
+    tune = f"--alphas 0.25:1:0.25 --split validation {IMAGES} --template {{}}"
+    yield cli("merge-tuned", f"tune {PAIR} {tune} --json +")
     yield cli("merge-plan", f"merge {PAIR} --dry-run")
     yield cli("merge-plan-json", f"merge {PAIR} --dry-run --json +")
     yield cli("merge-replaced", f"merge {PAIR} --alpha 0.5 --force +")
@@ -127,9 +127,9 @@ def compressions() -> Iterator[Command]:
     for name, options in {
         "": "", "rank": "--rank 3", "fraction": "--rank-fraction 0.3", "energy": "--energy 0.9",
         "budget": "--budget 40%", "bytes": "--budget 150KB --compress-conv",
-        "brain": "--factor-dtype bfloat16 --compress-conv --report",
-        "shards": "--max-shard-size 20KB", "peft": "--format peft",
-        "no-dense": "--format peft --no-dense --rank 4",
+        "brain": "--dtype bfloat16 --compress-conv --report",
+        "shards": "--max-shard-size 20KB", "peft": "--out-format peft",
+        "no-dense": "--out-format peft --no-dense --rank 4",
     }.items():  # fmt: skip
         label = f"compress-{name}".rstrip("-")
         yield cli(label, f"compress %full {BASE} {options} --json -o full-tsv")
@@ -217,7 +217,7 @@ def refusals() -> Iterator[Command]:
         "absent": "merge org/absent %full +", "base": "merge %vision %full +",
         "shapes": f"merge %wide-1 %full {BASE} +", "rank": f"merge {PAIR} --rank 0 +",
         "mask": f"merge {PAIR} --method tall-mask --rank 2 +", "factors": "reconstruct %full +",
-        "foreign": "push %vision me/x", "images": f"merge {PAIR} --method ada +",
+        "foreign": "push %vision me/x", "images": f"tune {PAIR} --method ada +",
         "inspect": "inspect %absent", "alone": f"interference %vision {BASE}",
         "budget": f"compress %full {BASE} --budget 1% +",
     }.items():  # fmt: skip

@@ -2,33 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+
+from hf_tsv.cli.help import Command, Group
 
 COMMANDS = {  # with the first line of their help: only the command that is called is imported
-    "merge": "Merge fine-tuned CLIP checkpoints into one multi-task checkpoint.",
+    "merge": "Merge fine-tuned CLIP checkpoints into one multi-task model.",
+    "tune": "Merge with α or coefficients that are learned from images.",
     "compress": "Compress a fine-tuned CLIP checkpoint into small task factors.",
-    "reconstruct": "Make a whole checkpoint of task factors and their base model again.",
-    "push": "Upload a finished folder as one commit, at once or after an upload that failed.",
-    "interference": "Measure who disturbs whom, layer by layer, before merging.",
-    "inspect": "Say what a checkpoint, a merge or task factors hold, from headers alone.",
-    "evaluate": "Measure what a model scores on labelled images, zero-shot.",
-    "sweep": "Measure what fine-tunes still score with fewer and fewer of their singular vectors.",
+    "reconstruct": "Rebuild a full checkpoint from task factors and their base model.",
+    "push": "Upload an output folder to the Hub as one commit; re-run it to resume.",
+    "interference": "Measure how much tasks interfere, layer by layer, before merging.",
+    "inspect": "Show what a checkpoint, a merge or task factors contain, without a download.",
+    "evaluate": "Measure zero-shot accuracy on labelled images.",
+    "sweep": "Measure how accuracy falls as fine-tunes keep fewer singular vectors.",
+    "env": "Show versions, devices and settings, for a bug report.",
 }
 
-MARKUP: Literal["markdown"] = "markdown"
+HELP = {"help_option_names": ["-h", "--help"]}
 
 
-class Commands(TyperGroup):
+class Commands(Group):
     """Commands by name; what lists them sees their first lines alone."""
+
+    usage = ("COMMAND ...",)
+    tables: Mapping[str, Mapping[str, str]] = {
+        "Commands": COMMANDS,
+        "Environment variables": {
+            "HF_TOKEN": "Hub token, if you are not logged in with `hf auth login`.",
+            "HF_HOME": "Folder of the Hub cache and of results that wait for their upload.",
+            "HF_HUB_OFFLINE=1": "Use the cache alone.",
+            "HF_DEBUG=1": "Show the traceback of an error and every request to the Hub.",
+            "NO_COLOR=1": "No colours.",
+        },
+    }
+    examples = (
+        "hf-tsv merge tanganke/clip-vit-base-patch32_sun397 tanganke/clip-vit-base-patch32_dtd"
+        " -o merged",
+        "hf-tsv COMMAND --help",
+    )
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         for name, line in COMMANDS.items():
-            self.add_command(TyperCommand(name, help=line, rich_markup_mode=MARKUP))
+            self.add_command(Command(name, help=line, rich_markup_mode=None))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words; `help` and `version` are commands too."""
+        if not args or args[0] == "help":
+            args = [*args[1:], "--help"]
+        return super().parse_args(ctx, ["--version"] if args == ["version"] else args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Name, whole command, and the words that are left for it."""
@@ -42,14 +69,14 @@ def _command(name: str) -> Any:
     from hf_tsv.cli.output import guarded
 
     module = import_module(f"hf_tsv.cli.{name}")
-    examples = module.EXAMPLES.replace("\n", "\n\n")  # a paragraph each
-    made = typer.Typer(
-        add_completion=False, rich_markup_mode=MARKUP, pretty_exceptions_enable=False
-    )
-    made.command(name, no_args_is_help=True, epilog=f"**Examples**\n\n{examples}")(
+    made = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    made.command(name, cls=Command, context_settings=HELP)(
         guarded()(flattened(getattr(module, name)))
     )
-    return typer.main.get_command(made)
+    command: Any = typer.main.get_command(made)
+    command.usage, command.examples = module.USAGE, module.EXAMPLES
+    command.missing, command.tables = module.MISSING, getattr(module, "TABLES", {})
+    return command
 
 
 app = typer.Typer(
@@ -57,12 +84,10 @@ app = typer.Typer(
     cls=Commands,
     help=(
         "Merge or compress fine-tuned CLIP checkpoints from the Hugging Face Hub with task singular"
-        " vectors, without training and without data."
+        " vectors."
     ),
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=MARKUP,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings=HELP,
     pretty_exceptions_enable=False,
 )
 
@@ -78,7 +103,12 @@ def _show_version(value: bool) -> None:
 @app.callback()
 def _root(
     version: bool = typer.Option(
-        False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        False,
+        "-V",
+        "--version",
+        callback=_show_version,
+        is_eager=True,
+        help="Show the version and exit.",
     ),
 ) -> None:
     pass

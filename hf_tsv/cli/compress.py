@@ -11,60 +11,63 @@ from hf_tsv.cli.output import Out, pinned, table
 from hf_tsv.recipes.compressing import FactorFormat
 from hf_tsv.recipes.settings import Dtype
 from hf_tsv.system.errors import RecipeError
-from hf_tsv.system.text import human_bytes
+from hf_tsv.system.text import counted, human_bytes
 
 if TYPE_CHECKING:
     from hf_tsv.reports.compression import CompressReport
 
-EXAMPLES = """\
-`hf-tsv compress org/clip-sun397 --rank-fraction 0.1 --push-to me/clip-sun397-tsv`
-`hf-tsv compress org/clip-sun397 --budget 10% --factor-dtype bfloat16 -o factors`
-`hf-tsv compress org/clip-sun397 --format peft --push-to me/clip-sun397-lora`
-`hf-tsv compress ./clip-c --base-model openai/clip-vit-base-patch32 --energy 0.95 -o factors`
-"""
+USAGE = ("CHECKPOINT", "-o DIR", "[OPTIONS]")
+MISSING = "Name the checkpoint to compress, and a folder for the result with -o."
+EXAMPLES = (
+    f"hf-tsv compress {options.SUN397} -o sun397-tsv",
+    f"hf-tsv compress {options.SUN397} --budget 10% --dtype bfloat16 --compress-conv -o sun397-tsv",
+    f"hf-tsv compress {options.SUN397} --rank 16 --out-format peft -o sun397-lora",
+    "hf-tsv compress ./my-clip --base-model openai/clip-vit-base-patch32 --push-to me/my-clip-tsv",
+)
 
 
 @dataclass(frozen=True)
 class KeepOptions:
-    PANEL = "How much is kept (give one)"
+    PANEL = "Size (give one)"
     rank_fraction: Annotated[
-        float | None, "Share of min(shape) of every matrix. [default: 0.1]"
+        float | None, "F", "Rank, as a share of each matrix's smaller side. [default: 0.1]"
     ] = None
-    rank: Annotated[int | None, "Singular vectors of every matrix."] = None
-    energy: Annotated[float | None, "Share of the squared singular values of every matrix."] = None
+    rank: Annotated[int | None, "N", "Rank: singular vectors kept of every matrix."] = None
+    energy: Annotated[
+        float | None, "E", "Share of the squared singular values kept of every matrix."
+    ] = None
     budget: Annotated[
-        str | None,
-        "SIZE",
-        "Bytes for everything, spent where they keep most: 10% of the checkpoint, 35MB.",
+        str | None, "SIZE", "Total size, spent where it keeps most: 35MB, or 10% of the checkpoint."
     ] = None
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    PANEL = "How it is stored"
-    factor_dtype: Annotated[Dtype, "Type of the stored updates."] = "float32"
+    PANEL = "Storage"
+    dtype: Annotated[Dtype, "DTYPE", "float32, float16 or bfloat16, which halves the size."] = (
+        "float32"
+    )
     compress_conv: Annotated[
-        bool,
-        "Decompose the patch convolution too (otherwise it is the largest tensor stored whole).",
+        bool, "Decompose the patch convolution too, the largest tensor otherwise stored in full."
     ] = False
-    format: Annotated[
+    out_format: Annotated[
         FactorFormat, "Task factors, or a LoRA adapter that PEFT loads without hf-tsv."
     ] = "factors"
     dense: Annotated[
         bool,
-        "With peft: also biases, norms and embeddings. Without, PEFT can combine it with other"
-        " adapters.",
+        "With peft: also store biases, norms and embeddings. PEFT can combine adapters only without"
+        " them. [default: --dense]",
     ] = True
     model_class: Annotated[
         str | None,
         "CLASS",
-        "With peft: the class it is for, such as CLIPModel. [default: the checkpoint's]",
+        "With peft: model class it is loaded on, such as CLIPModel. [default: the checkpoint's]",
     ] = None
 
 
 def compress(
     checkpoint: Annotated[
-        str, "CHECKPOINT", "Fine-tune to compress: org/name, org/name@revision, or a local folder."
+        str, "CHECKPOINT", "Fine-tuned checkpoint: org/name, org/name@revision, or a local folder."
     ],
     *,
     source: options.SourceOptions,
@@ -73,9 +76,7 @@ def compress(
     target: options.TargetOptions,
     files: Annotated[options.FileOptions, Only("max_shard_size")],
     report: Annotated[
-        bool,
-        options.TARGET,
-        "Put what is kept of which layer into the card, as a table and a picture.",
+        bool, options.TARGET, "Add a table and a picture of what is kept of each layer to the card."
     ] = False,
     compute: Annotated[options.ComputeOptions, Only("device")],
     run: options.RunOptions,
@@ -83,22 +84,25 @@ def compress(
 ) -> None:
     """Compress a fine-tuned CLIP checkpoint into small task factors.
 
-    Keeps the leading singular vectors of the update of every matrix, and the update itself of
-    everything else (TSV-Compress). Together with the base model they give the fine-tune again.
+    Keeps the leading singular vectors of every weight matrix's update, and the update of all other
+    tensors in full (TSV-Compress). Added to the base model, they approximate the fine-tune.
     """
-    out = Out(as_json=run.as_json, quiet=run.quiet)
-    from hf_tsv.checkpoints.sources import Access
+    out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
     from hf_tsv.recipes.compressing import Options, RankRule
+
+    chosen = Options(
+        RankRule(**vars(keep)), **vars(store), max_shard_size=files.shard_size, report=report
+    )
+    if not checkpoint:
+        raise RecipeError("There is nothing to compress.", "Name a checkpoint.")
+    from hf_tsv.checkpoints.sources import Access
     from hf_tsv.runs.target import Target
     from hf_tsv.verbs import compress as compress_
 
-    if not checkpoint:
-        raise RecipeError("There is nothing to compress.", "Name a checkpoint.")
-    rule, size = RankRule(**vars(keep)), files.shard_size
     done = compress_.run(
         checkpoint,
         source.base_model,
-        Options(rule, **vars(store), max_shard_size=size, report=report),
+        chosen,
         Target(**vars(target)),
         device=compute.device,
         access=Access.of(**vars(access), subfolder=source.subfolder),
@@ -110,21 +114,21 @@ def compress(
 
 def _summary(report: CompressReport) -> str:
     kinds = [weight["stored"] for weight in report.weights.values()]
-    shares = (f"{T} such tasks take {100 * r:.0f} %" for T, r in report.ratio_for_tasks.items())
+    counts, shares = report.ratio_for_tasks, report.ratio_for_tasks.values()
+    error = report.update_error or 0.0
     lines = [
         f"Compressed in {report.seconds:.1f} s: {human_bytes(report.factors_bytes or 0)},"
-        f" {100 * (report.ratio or 0):.1f} % of the checkpoint's"
-        f" {human_bytes(report.checkpoint_bytes)}; relative error of the update"
-        f" {report.update_error:.3g}.",
-        f"{kinds.count('factors')} weights low-rank, {kinds.count('dense')} whole,"
+        f" {report.ratio or 0:.1%} of the checkpoint's {human_bytes(report.checkpoint_bytes)}.",
+        f"Keeps {1 - error**2:.1%} of the update's energy (relative error {error:.3g}).",
+        f"{counted(kinds.count('factors'), 'matrix', 'matrices')} low-rank,"
+        f" {counted(kinds.count('dense'), 'tensor')} in full,"
         f" {kinds.count('none')} unchanged or left out.",
-        f"With the base model, {', '.join(shares)} of their checkpoints.",
+        f"Base model + {' / '.join(counts)} tasks like this:"
+        f" {' / '.join(f'{100 * share:.0f}' for share in shares)}% of the full checkpoints' size.",
     ]
     if names := report.left_out:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         lines.append(f"Changed, but not in the adapter: {', '.join(names[:4])}{more}.")
-    if report.url:
-        lines.append(f"Uploaded: {report.url}")
     return "\n".join(lines)
 
 
@@ -132,7 +136,7 @@ def _preview(report: CompressReport) -> str:
     size = "depends on the weights"
     if report.factors_bytes is not None:
         share = 100 * (report.ratio or 0)
-        size = f"at most {human_bytes(report.factors_bytes)}, {share:.1f} % of the checkpoint"
+        size = f"at most {human_bytes(report.factors_bytes)}, {share:.1f}% of the checkpoint"
     kinds = [weight["stored"] for weight in report.weights.values()]
     rule = ", ".join(f"{name} {value}" for name, value in report.rank_rule.items())
     return table(
@@ -140,10 +144,12 @@ def _preview(report: CompressReport) -> str:
             ("base model", pinned(report.base_model)),
             ("task", pinned(report.source)),
             ("rule", rule),
-            ("low-rank", f"{kinds.count('factors')} weights"),
-            ("whole", f"{kinds.count('dense')} weights"),
+            ("stored as", f"{report.out_format}, {report.dtype}"),
+            ("low-rank", counted(kinds.count("factors"), "matrix", "matrices")),
+            ("in full", counted(kinds.count("dense"), "tensor")),
             ("checkpoint", human_bytes(report.checkpoint_bytes)),
             ("output", size),
+            *([("folder", report.output)] if report.output else []),
             ("download", human_bytes(report.download_bytes)),
             ("peak memory", f"about {human_bytes(report.peak_memory_bytes)} beside the libraries"),
         ]

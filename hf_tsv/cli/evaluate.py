@@ -16,16 +16,18 @@ from hf_tsv.system.processes import is_leader
 if TYPE_CHECKING:
     from hf_tsv.verbs.evaluate import EvaluateReport
 
-EXAMPLES = """\
-`hf-tsv evaluate me/merged --task sun397=tanganke/sun397 --task dtd=tanganke/dtd`
-`hf-tsv evaluate me/merged --task dtd=tanganke/dtd --reference dtd=org/clip-dtd -o results`
-`hf-tsv evaluate me/merged --suite vit-b-32-8 --card --create-pr`
-`hf-tsv evaluate ./merged --task mine=./images --limit 200 --json | jq .accuracy`
-"""
+USAGE = ("REF", "--task NAME=DATASET...", "[OPTIONS]")
+MISSING = "Name a model, and images with --task NAME=DATASET or --suite NAME."
+EXAMPLES = (
+    "hf-tsv evaluate me/merged --task sun397=tanganke/sun397 --task dtd=tanganke/dtd",
+    f"hf-tsv evaluate me/merged --task dtd=tanganke/dtd --reference dtd={options.DTD} -o results",
+    "hf-tsv evaluate me/merged --suite vit-b-32-8 --card --create-pr",
+    "hf-tsv evaluate ./merged --task mine=./images --limit 200 --json | jq .accuracy",
+)
 
 
 def evaluate(
-    reference: Annotated[str, "REF", "The model: org/name, org/name@revision, or a local folder."],
+    reference: Annotated[str, "REF", "Model: org/name, org/name@revision, or a local folder."],
     *,
     images: ImageOptions,
     compute: Annotated[options.ComputeOptions, Only("batch_size", "device")],
@@ -37,21 +39,17 @@ def evaluate(
         ),
     ] = None,
     target: Annotated[options.TargetOptions, Only("force")],
-    card: Annotated[
-        bool,
-        options.TARGET,
-        "Add the results to the card of REF: the README.md of a folder, or by a commit.",
-    ] = False,
-    create_pr: Annotated[bool, options.TARGET, "Commit the card as a pull request."] = False,
-    run: Annotated[options.RunOptions, Only("as_json", "quiet")],
+    card: Annotated[bool, options.TARGET, "Add the results to the model card of REF."] = False,
+    create_pr: Annotated[bool, options.TARGET, "With --card: as a pull request."] = False,
+    run: Annotated[options.RunOptions, Only("as_json", "quiet", "verbose")],
     access: Annotated[options.AccessOptions, Only("token", "cache_dir")],
 ) -> None:
-    """Measure what a model scores on labelled images, zero-shot.
+    """Measure zero-shot accuracy on labelled images.
 
-    Top-1 accuracy of every task and confusion matrices; with the fine-tunes, the share of their
-    own accuracy that is kept. With -o a run that was stopped goes on with the next task.
+    Reports top-1 accuracy and a confusion matrix of every task; with --reference also the share of
+    the fine-tune's accuracy that is kept. With -o, the same command resumes a stopped run.
     """
-    out = Out(as_json=run.as_json, quiet=run.quiet)
+    out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
     from hf_tsv.verbs import evaluate as evaluate_
 
     groups = (images, compute, source, target, access)

@@ -14,10 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import is_dataclass
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from importlib import import_module
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import OptionInfo
+
+from hf_tsv.system.checks import choice
+from hf_tsv.system.errors import RecipeError
 
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 
@@ -60,6 +64,8 @@ def call(function: Callable[..., T], groups: Sequence[Any], *given: Any, **own: 
     """Call a function with those fields of groups that it has parameters for, and with its own."""
     taken = inspect.signature(function).parameters
     fields = {n: value for group in groups for n, value in vars(group).items() if n in taken}
+    if (device := fields.get("device")) not in (None, "auto", "cuda"):  # before the Hub is asked
+        import_module("hf_tsv.system.device").pick_device(device)
     return function(*given, **{**fields, **own})
 
 
@@ -100,7 +106,33 @@ def _options(
         if isinstance(info, OptionInfo) and given.default is False and not _names(info):
             info.param_decls = (flag(given.name),)  # otherwise typer adds its opposite
         info.rich_help_panel = info.rich_help_panel or panel
+        if isinstance(info, OptionInfo) and (values := _choices(kind)):
+            kind = str | None if type(None) in get_args(kind) else str
+            info.metavar = info.metavar or "|".join(values)
+            info.callback, info.autocompletion = _chosen(values), _completed(values)
         yield given.replace(kind=KEYWORD_ONLY, annotation=Annotated[kind, info])
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """Values of a `Literal` that an option takes, if it is one."""
+    parts = [kind] if get_origin(kind) is Literal else get_args(kind)
+    return next((get_args(part) for part in parts if get_origin(part) is Literal), ())
+
+
+def _chosen(values: tuple[str, ...]) -> Callable[[Any], Any]:
+    """Check of a value, which may be given by another name of it."""
+
+    def chosen(value: Any) -> Any:
+        try:
+            return value and choice("it", value, values)
+        except RecipeError as error:
+            raise typer.BadParameter(f"{value!r}. {error.hint}") from None
+
+    return chosen
+
+
+def _completed(values: tuple[str, ...]) -> Callable[[str], list[str]]:
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
 
 
 def _names(info: OptionInfo) -> list[str]:

@@ -17,35 +17,33 @@ if TYPE_CHECKING:
     from hf_tsv.recipes.images import EvaluationTask
 
 
-PANEL = Panel("What is classified")
-
-Limit = Annotated[int | None, PANEL, "Use only this many images of each task, for a quick look."]
+PANEL = Panel("Images")
 
 
 @dataclass(frozen=True)
 class DatasetOptions:
     PANEL = PANEL
     split: Annotated[
-        str | None, "Split of every dataset to use. [default: test, else validation, else train]"
+        str | None,
+        "NAME",
+        "Dataset split. [default: test, else validation or train; to tune α, validation]",
     ] = None
     image_column: Annotated[
-        str | None, "COLUMN", "Column of the images of --task. [default: the only column of images]"
+        str | None, "COLUMN", "Column of the images. [default: the only one there is]"
     ] = None
     label_column: Annotated[
-        str | None,
-        "COLUMN",
-        "Column of the labels of --task. [default: the only column of class labels]",
+        str | None, "COLUMN", "Column of the labels. [default: the only one there is]"
     ] = None
     classes: Annotated[
         Path | None,
         "FILE",
-        "Names of the classes of a single --task, one a line, in the order of the labels."
-        " [default: those of the dataset]",
+        "Class names, one a line in the order of the labels, for a single --task. [default: those"
+        " of the dataset]",
     ] = None
     template: Annotated[
         list[str] | None,
-        "Prompt of --task, with {} for the name of a class; repeatable."
-        " [default: a photo of a {}.]",
+        "TEXT",
+        "Prompt, with {} for the class name; repeatable. [default: a photo of a {}.]",
     ] = None
 
 
@@ -61,21 +59,21 @@ class ImageOptions:
     suite: Annotated[
         str | None,
         "NAME",
-        "Tasks, base model and fine-tunes of a paper, beside the rows it reports: vit-b-32-8;"
-        " b-16 or l-14, 14 or 20 tasks.",
+        "Tasks, base model and fine-tunes of the paper, beside the rows it reports: vit-b-32-8;"
+        " also b-16 or l-14, with 14 or 20 tasks.",
     ] = None
     fine_tunes: Annotated[
         list[str] | None,
         typer.Option(
             "--reference",
             metavar="NAME=REF",
-            help="The fine-tune of a task, which accuracy is compared with; repeatable."
-            " [default: those of the suite]",
+            help="Fine-tune of a task, to compare with; repeatable. With --suite those of the"
+            " suite are used.",
         ),
     ] = None
-    no_references: Annotated[bool, "Leave the fine-tunes of the suite out."] = False
+    no_references: Annotated[bool, "Do not evaluate the fine-tunes of the suite."] = False
     datasets: DatasetOptions
-    limit: Limit = None
+    limit: Annotated[int | None, "N", "Use at most N images per task, for a quick check."] = None
 
     @property
     def tasks(self) -> list[EvaluationTask]:
@@ -103,8 +101,8 @@ class ImageOptions:
 
 def notes(limit: int | None, errors: Mapping[str, str]) -> list[str]:
     """A table of what limits results on images; empty where nothing does."""
-    rows = [] if limit is None else [("of each task", f"{limit} images at most: a quick look")]
-    rows += [("failed", f"{name}: {why}") for name, why in errors.items()]
+    rows = [] if limit is None else [("limit", f"at most {limit} images per task")]
+    rows += [("failed", ", ".join(errors))] if errors else []
     return [table(rows)] if rows else []
 
 

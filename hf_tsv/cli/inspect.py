@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only
 from hf_tsv.cli.output import Out, pinned, table
-from hf_tsv.system.text import human_bytes
+from hf_tsv.system.text import counted, human_bytes
 
 if TYPE_CHECKING:
     from hf_tsv.verbs.inspect import InspectReport
 
-EXAMPLES = """\
-`hf-tsv inspect org/clip-a`
-`hf-tsv inspect me/clip-abc`  (the recipe it came from)
-`hf-tsv inspect me/clip-a-tsv --json | jq .factors`
-"""
+USAGE = ("REF", "[OPTIONS]")
+MISSING = "Name a checkpoint, a merge, task factors or an adapter."
+EXAMPLES = (
+    f"hf-tsv inspect {options.SUN397}",
+    "hf-tsv inspect ./merged",
+    "hf-tsv inspect me/clip-sun397-tsv --json | jq .factors",
+)
 
 
 def inspect(
     reference: Annotated[str, "REF", "org/name, org/name@revision, or a local folder."],
     *,
     source: Annotated[options.SourceOptions, Only("subfolder")],
-    run: Annotated[options.RunOptions, Only("as_json")],
+    run: Annotated[options.RunOptions, Only("as_json", "quiet", "verbose")],
     access: Annotated[options.AccessOptions, Only("token", "cache_dir")],
 ) -> None:
-    """Say what a checkpoint, a merge or task factors hold, from headers alone.
+    """Show what a checkpoint, a merge or task factors contain, without a download.
 
-    Reads the beginning of the weight files by HTTP range, and no weights.
+    Reads small files and the headers of the weight files.
     """
-    out = Out(as_json=run.as_json)
+    out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
     from hf_tsv.verbs import inspect as inspect_
 
     report = inspect_.inspect(
@@ -40,30 +43,43 @@ def inspect(
     out.result(_text(report), report.to_dict())
 
 
+KINDS = {
+    "factors": "task factors", "adapter": "LoRA adapter", "mask": "TALL-mask of a task",
+    "other": "not a checkpoint that hf-tsv reads",
+}  # fmt: skip
+
+
 def _text(report: InspectReport) -> str:
     rows = [
-        (report.kind, pinned({"ref": report.ref, "revision": report.revision})),
+        ("reference", pinned({"ref": report.ref, "revision": report.revision})),
+        ("kind", KINDS.get(report.kind, report.kind)),
         ("class", report.model_class or report.model_type or "unknown"),
         ("layout", report.layout or "unknown"),
-        ("base model", ", ".join(report.base_model) or "not said"),
-        ("license", report.license or "not said"),
+        ("base model", ", ".join(report.base_model) or "unknown"),
+        ("license", report.license or "unknown"),
         *(("file", f"{name}  {human_bytes(size)}") for name, size in report.files.items()),
         ("parameters", f"{report.parameters:,}"),
         *(
-            (name, f"{counts['tensors']} tensors, {human_bytes(counts['bytes'])}")
+            (name, f"{counted(counts['tensors'], 'tensor')}, {human_bytes(counts['bytes'])}")
             for name, counts in (report.dtypes | report.parts).items()
         ),
     ]
     done = Counter(entry["merge"] for entry in report.tensors.values() if "merge" in entry)
-    if done:
-        rows.append(("merge", ", ".join(f"{count} {name}" for name, count in done.items())))
+    if done and report.recipe is None:
+        rows.append(("in a merge", ", ".join(f"{count} {name}" for name, count in done.items())))
     if report.recipe is not None:
         inputs = report.recipe["inputs"]
-        rows.append(("made by", f"{report.recipe['settings']['method']} of {len(inputs)} tasks"))
+        method = report.recipe["settings"]["method"]
+        rows.append(("method", f"{method}, α = {report.recipe['settings']['alpha']:g}"))
         rows += [("task", pinned(entry)) for entry in inputs]
-        rows.append(("from", pinned(report.recipe["base_model"])))
+        rows.append(("made from", pinned(report.recipe["base_model"])))
     if report.heads:
         rows.append(("heads", ", ".join(report.heads)))
+    if report.adapter is not None:
+        rows += [
+            ("rank", str(report.adapter["rank"])),
+            ("modules", _modules(report.adapter["target_modules"])),
+        ]
     if report.factors is not None:
         found = report.factors
         stored = Counter(entry["stored"] for entry in report.tensors.values())
@@ -72,10 +88,16 @@ def _text(report: InspectReport) -> str:
         rows += [
             ("task", pinned(found["source"])),
             ("stored", ", ".join(f"{count} {name}" for name, count in stored.items())),
-            ("ranks", f"{min(ranks)} … {max(ranks)}" if ranks else "none"),
-            ("energy", f"{min(energies):.1%} … {max(energies):.1%} of an update kept"),
+            ("ranks", f"{min(ranks)} to {max(ranks)}" if ranks else "none"),
+            ("energy", f"{min(energies):.1%} to {max(energies):.1%} of each update kept"),
             ("size", f"{human_bytes(found['bytes'])}, {found['ratio']:.1%} of the checkpoint"),
-            ("error", f"{found['update_error']:.3g} of the update"),
+            ("error", f"{found['update_error']:.3g} relative error of the update"),
         ]
-    rows += [("unknown", text) for text in report.unknown]
+    rows += [("note", text) for text in report.unknown]
     return table(rows)
+
+
+def _modules(names: Sequence[str]) -> str:
+    """Kinds of the modules that an adapter changes, and how many they are."""
+    kinds = sorted({name.rpartition(".")[2] for name in names})
+    return ", ".join(kinds) + (f" ({len(names)} in all)" if len(names) > len(kinds) else "")

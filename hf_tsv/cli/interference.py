@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,22 +13,24 @@ from hf_tsv.cli.output import Out, table
 if TYPE_CHECKING:
     from hf_tsv.reports.interference import InterferenceReport
 
-EXAMPLES = """\
-`hf-tsv interference org/clip-a org/clip-b org/clip-c`
-`hf-tsv interference org/clip-a org/clip-b -o report`
-`hf-tsv interference org/clip-a org/clip-b --json | jq .total`
-"""
+USAGE = ("CHECKPOINTS...", "[OPTIONS]")
+MISSING = "Name at least two checkpoints."
+EXAMPLES = (
+    f"hf-tsv interference {options.SUN397} {options.DTD}",
+    f"hf-tsv interference {options.SUN397} {options.DTD} {options.SVHN} -o report",
+    "hf-tsv interference ./a ./b --base-model openai/clip-vit-base-patch32 --json | jq .total",
+)
 
 SHOWN = 5  # weights that are listed
 
 
 def interference(
     checkpoints: Annotated[
-        list[str] | None,
+        list[str],
         "CHECKPOINTS...",
-        "Fine-tunes of one base model, whole or as task factors: org/name, org/name@revision, or a"
-        " local folder.",
-    ] = None,
+        "Two or more fine-tuned checkpoints, task factors or adapters: org/name, org/name@revision,"
+        " or a local folder.",
+    ],
     *,
     source: options.SourceOptions,
     output: Annotated[
@@ -37,21 +40,21 @@ def interference(
     target: Annotated[options.TargetOptions, Only("force")],
     ranks: options.RankOptions,
     compute: Annotated[options.ComputeOptions, Only("device", "max_memory")],
-    run: Annotated[options.RunOptions, Only("as_json", "quiet")],
+    run: Annotated[options.RunOptions, Only("as_json", "quiet", "verbose")],
     access: options.AccessOptions,
 ) -> None:
-    """Measure who disturbs whom, layer by layer, before merging.
+    """Measure how much tasks interfere, layer by layer, before merging.
 
     Singular task interference is 0 where the leading singular vectors of different tasks are
-    orthogonal; it is shown as it is, and as the merge leaves it.
+    orthogonal. It is shown before and after TSV-Merge makes them so.
     """
-    out = Out(as_json=run.as_json, quiet=run.quiet)
+    out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
     from hf_tsv.checkpoints import names
     from hf_tsv.verbs import interference as interference_
 
     groups = (source, target, compute, access)
     own = {**ranks.arguments(), "output": output, "progress": run.progress}
-    report = call(interference_.interference, groups, checkpoints or [], **own)
+    report = call(interference_.interference, groups, checkpoints, **own)
     if output is not None:
         out.status(f"The report is {output / names.REPORT_PAGE}.")
     out.result(_text(report), report.to_dict())
@@ -63,14 +66,19 @@ def _text(report: InterferenceReport) -> str:
     tasks = [
         (t["name"], *(format(t[key], form) for key, form in told.items())) for t in report.tasks
     ]
-    head = ("task", "share", "update", "of base", "effective rank", "energy kept")
+    head = ("task", "share", "norm", "norm / base", "effective rank", "energy kept")
     most, least = report.extremes()
     worst = sorted(report.weights.items(), key=lambda entry: -entry[1]["sti"])[:SHOWN]
+    mean = report.total / max(1, len(report.weights)) / math.comb(len(report.tasks), 2)
     rows = [
-        ("interference", f"{report.total:.4g}, {report.total_after:.2g} after orthogonalisation"),
+        (
+            "interference",
+            f"{report.total:.4g} before orthogonalisation, {report.total_after:.2g} after",
+        ),
+        ("mean", f"{mean:.3g} per weight matrix and pair of tasks"),
         ("most" if most != least else "pair", _pair(report, most)),
         *([("least", _pair(report, least))] if most != least else []),
-        *((f"{entry['sti']:.4g}", label) for label, entry in worst),
+        *(("weight matrix", f"{label}: {entry['sti']:.4g}") for label, entry in worst),
     ]
     return f"{table(tasks, head)}\n\n{table(rows)}"
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from hf_tsv.checkpoints.names import Format
-from hf_tsv.cli import images, options
-from hf_tsv.cli.groups import Only, call, flag
-from hf_tsv.cli.output import Out, pinned, table
+from hf_tsv.checkpoints.names import RECIPE_FILE, Format
+from hf_tsv.cli import options
+from hf_tsv.cli.groups import Only, call
+from hf_tsv.cli.output import Out, pinned, shown, table
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
 from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.system.errors import RecipeError
-from hf_tsv.system.text import human_bytes
+from hf_tsv.system.text import counted, human_bytes
 
 if TYPE_CHECKING:
     from hf_tsv.reports.merging import MergeReport
@@ -22,173 +23,163 @@ if TYPE_CHECKING:
 else:
     MethodName = Literal[tuple(METHODS)]
 
-EXAMPLES = """\
-`hf-tsv merge org/clip-a org/clip-b@v1 ./clip-c --base-model openai/clip-vit-base-patch32 -o merged`
-`hf-tsv merge org/clip-a org/clip-b org/clip-c --push-to me/clip-abc --private`
-`hf-tsv merge org/clip-a org/clip-b -o merged --dry-run`
-`hf-tsv merge org/clip-a org/clip-b --method ada --task a=org/images-a --task b=./images -o merged`
-`hf-tsv merge org/clip-a org/clip-b --tune-alpha 0:2:0.1 --task a=org/images-a -o merged`
-`hf-tsv merge --recipe merged/hf_tsv_recipe.yaml -o again`
-**Methods**
-""" + "\n".join(f"`{method.name}`: {method.does}" for method in METHODS.values())
+USAGE = ("CHECKPOINTS...", "-o DIR", "[OPTIONS]")
+MISSING = "Name the checkpoints to merge, and a folder for the result with -o."
+BOTH = f"{options.SUN397} {options.DTD}"
+EXAMPLES = (
+    f"hf-tsv merge {BOTH} -o merged",
+    f"hf-tsv merge {BOTH} --push-to me/clip-sun397-dtd --private",
+    "hf-tsv merge ./my-clip org/clip@v1 --base-model openai/clip-vit-base-patch32 -o merged",
+    "hf-tsv merge --recipe merged -o again",
+)
+TABLES = {"Methods (--method)": {m.name: m.does for m in METHODS.values() if not m.learns}}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultOptions:
     PANEL = options.TARGET
     target: options.TargetOptions
-    out_format: Annotated[Format | None, "Files of the output. [default: as the base model]"] = None
-    keep_heads: Annotated[bool, "Write task heads beside the merged encoder, one file each."] = (
-        False
-    )
-    files: Annotated[options.FileOptions, Only("max_shard_size")]
+    out_format: Annotated[
+        Format | None, "NAME", "transformers or open_clip. [default: the base's]"
+    ] = None
+    keep_heads: Annotated[bool, "Also write the classification heads, one file each."] = False
+    files: options.FileOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions:
     PANEL = options.METHOD
-    method: Annotated[
-        MethodName,
-        "tsv, with coefficients learned on images (ada), one of its halves (low-rank, orthogonal),"
-        " or another method.",
-    ] = "tsv"
-    precision: Annotated[Precision, "Fast and checked, or full float64 SVDs throughout."] = "fast"
-    orthogonalizer: Annotated[
-        Orthogonalizer,
-        "With --precision exact: SVD or eigendecomposition; the same up to rounding.",
-    ] = "procrustes"
+    method: Annotated[MethodName, "NAME", "Merging method, see below."] = "tsv"
     alpha: Annotated[
         float | None,
+        "A",
         "Scale of the merged update. [default: 1; 0.3 for task-arithmetic, low-rank and consensus]",
-    ] = None
-    tune_alpha: Annotated[
-        str | None,
-        "FIRST:LAST:STEP",
-        "Choose it on validation images instead (--task): one merge, scored at each.",
     ] = None
     weights: Annotated[
         str | None, "W1,W2,...", "Factor of each task's update. [default: 1 for all]"
     ] = None
+    precision: Annotated[Precision, "fast: each result is checked; exact: float64 SVDs."] = "fast"
+    orthogonalizer: Annotated[
+        Orthogonalizer, "NAME", "With --precision exact: procrustes (SVD) or whitening."
+    ] = "procrustes"
     ranks: options.RankOptions
-    dtype: options.OutputDtype = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearningOptions:
-    PANEL = "With --method ada"
-    pictures: Annotated[images.ImageOptions, Only("task", "datasets")]
-    batch_size: Annotated[
-        int | None,
-        images.PANEL,
-        "Images of each task at a time. [default: 16 in a step of ada; else 64]",
-    ] = None
-    limit: images.Limit = None
-    steps: Annotated[int | None, "Steps of Adam. [default: 300]"] = None
-    learning_rate: Annotated[float | None, "Adam's learning rate. [default: 0.002]"] = None
-    seed: Annotated[int | None, "Seed for the order of the images. [default: 0]"] = None
 
 
 def merge(
     checkpoints: Annotated[
         list[str] | None,
         "CHECKPOINTS...",
-        "Fine-tunes to merge, whole or as task factors: org/name, org/name@revision, or a local"
+        "Fine-tuned checkpoints, task factors or adapters: org/name, org/name@revision, or a local"
         " folder.",
     ] = None,
     *,
     source: options.SourceOptions,
     recipe: Annotated[
         Path | None,
+        options.INPUTS,
         "FILE",
-        "Repeat a merge from its recipe; names checkpoints and settings by itself.",
+        "Repeat a merge from its recipe, which names checkpoints and settings.",
     ] = None,
     result: ResultOptions,
     how: MethodOptions,
-    learning: LearningOptions,
     compute: Annotated[options.ComputeOptions, Only("device", "max_memory")],
-    report: Annotated[
-        bool,
-        options.RUN,
-        "Measure who disturbs whom too: table and picture in the card, interference.json.",
-    ] = False,
+    report: Annotated[bool, options.TARGET, "Measure task interference for the card, too."] = False,
     run: options.RunOptions,
     access: options.AccessOptions,
 ) -> None:
-    """Merge fine-tuned CLIP checkpoints into one multi-task checkpoint.
+    """Merge fine-tuned CLIP checkpoints into one multi-task model.
 
     Keeps the leading singular vectors of every task's weight update, makes those of different
-    tasks orthogonal, and adds them to the base model (TSV-Merge). Needs neither data nor training,
-    unless coefficients are learned on images without labels (`--method ada`) or α is chosen on
-    images with labels (`--tune-alpha`): the options of what is classified are for these.
+    tasks orthogonal, and adds them to the base model (TSV-Merge). Needs neither data nor training;
+    `hf-tsv tune` learns α or coefficients from images.
     """
-    out = Out(as_json=run.as_json, quiet=run.quiet)
+    out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
+    if METHODS[how.method].learns:
+        problem = f"The method {how.method} learns from images."
+        raise RecipeError(problem, f"Use `hf-tsv tune --method {how.method} --task NAME=DATASET`.")
     from hf_tsv.verbs import merge as merge_
 
+    groups = (source, result, result.target, result.files, how, compute, run, access)
+    own = {**settings(result, how), "recipe": recipe, "report": report, "progress": run.progress}
+    told(out, call(merge_.merge, groups, checkpoints or [], **own), result, run)
+
+
+def settings(result: ResultOptions, how: MethodOptions) -> dict[str, Any]:
+    """Arguments of a function whose options have another form."""
     weights = None if how.weights is None else options.numbers("--weights", how.weights, "1,0.5,1")
-    groups = (source, result, result.target, how, compute, run, access)
-    own = {**how.ranks.arguments(), "recipe": recipe, "weights": weights, "report": report}
-    own |= {"progress": run.progress, "max_shard_size": result.files.shard_size}
-    done = call(merge_.merge, groups, checkpoints or [], **own, **_learned(how, learning))
-    out.delivered(done, _summary, _preview, timed=run.timings)
+    return {**how.ranks.arguments(), "weights": weights, "max_shard_size": result.files.shard_size}
 
 
-def _learned(how: MethodOptions, learning: LearningOptions) -> dict[str, Any]:
-    """Arguments for learning on images; none where no option asks for it."""
-    given = {k: v for k, v in vars(learning).items() if v is not None and k != "pictures"}
-    shown = {"task": learning.pictures.task, **vars(learning.pictures.datasets)}
-    said = [*(name for name, value in shown.items() if value), *given]
-    tasks = tuple(learning.pictures.tasks)
-    if how.tune_alpha is not None:
-        if other := given.keys() - {"limit", "batch_size"}:
-            raise RecipeError(f"{flag(min(other))} is an option of --method ada.", "Leave it out.")
-        from hf_tsv.recipes.learning import AlphaSearch
-
-        return {"tune_alpha": AlphaSearch(tasks, how.tune_alpha, **given)}  # type: ignore[arg-type]
-    if not said:
-        return {}
-    if not METHODS[how.method].learns:
-        raise RecipeError(
-            f"{flag(said[0])} is an option of --method ada and of --tune-alpha.", "Leave it out."
-        )
-    if "limit" in given:
-        raise RecipeError("--limit is an option of --tune-alpha.", "Leave it out.")
-    from hf_tsv.recipes.learning import Adaptation
-
-    return {"adaptation": Adaptation(tasks, **given)}
+def told(out: Out, report: MergeReport, result: ResultOptions, run: options.RunOptions) -> None:
+    """Tell what was merged, or would be."""
+    out.delivered(report, _summary, partial(_preview, result=result), timed=run.timings)
 
 
 def _summary(report: MergeReport) -> str:
-    counts = ", ".join(f"{count} {name}" for name, count in report.weights.items())
     lines = [
-        f"Merged {len(report.inputs)} checkpoints in {report.seconds:.1f} s:"
-        f" {counts}; {human_bytes(report.output_bytes)}."
+        f"Merged {counted(len(report.inputs), 'checkpoint')} in {report.seconds:.1f} s:"
+        f" {human_bytes(report.output_bytes)}.",
+        f"{_treated(report)}.",
     ]
     if report.adaptation:
         before, after = report.adaptation["entropy"]
-        lines.append(f"Entropy of predictions: {before:.3f} before, {after:.3f} after adaptation.")
+        lines.append(f"Entropy of predictions: {before:.3f} before, {after:.3f} after.")
     if report.heads:
-        lines.append(f"Kept beside it: {', '.join(report.heads)}.")
+        lines.append(f"Classification heads: {', '.join(report.heads)}.")
     if report.masks:
         lines.append(f"Masks, {human_bytes(report.mask_bytes)}: {', '.join(report.masks)}.")
     for name, heads in report.left_out.items():
         lines.append(f"Left out of {name}: {', '.join(heads)}.")
-    if report.url:
-        lines.append(f"Uploaded: {report.url}")
+    if report.output:
+        lines.append(f"Beside the weights: README.md (model card) and {RECIPE_FILE} (recipe).")
+    if report.output and not report.masks:
+        lines.append(f"Test it: `hf-tsv evaluate {shown(report.output)} --task NAME=DATASET`")
     return "\n".join(lines)
 
 
-def _preview(report: MergeReport) -> str:
+def _treated(report: MergeReport) -> str:
+    """Number of tensors by what was done with them."""
+    texts = {
+        "decomposed": f"merged with {report.method}",
+        "combined": f"merged with {report.method}",
+        "summed": "summed",
+        "averaged": "averaged",
+        "copied": "copied from the base model",
+    }
+    found = [(name, report.weights.get(name, 0)) for name in texts]
+    parts = [f"{count:,} {texts[name]}" for name, count in found if count]
+    first = next((name for name, count in found if count), "")
+    noun = ("weight matrix", "weight matrices") if first == "decomposed" else ("tensor", "tensors")
+    if parts:
+        count = report.weights[first]
+        parts[0] = f"{counted(count, *noun)} {texts[first]}"
+    if len(parts) > 1 and first == "decomposed":
+        parts[1] = parts[1].replace(" ", " other tensors ", 1)
+    return ", ".join(parts)
+
+
+def _preview(report: MergeReport, result: ResultOptions) -> str:
     rows = [("base model", pinned(report.base_model))]
     rows += [(f"task {i}", pinned(entry)) for i, entry in enumerate(report.inputs, start=1)]
-    rows += [(name, f"{count} tensors") for name, count in report.weights.items()]
+    ranks = [entry["rank"] for entry in report.treatments.values() if entry.get("rank")]
+    rows += [("method", f"{report.method}, α = {report.settings['alpha']:g}")]
+    rows += [("rank", _span(ranks))] if ranks else []
+    rows += [("weights", part) for part in _treated(report).split(", ")]
     rows += [("head", f"{file}, of {name}") for file, name in report.heads.items()]
     if report.masks:
         rows.append(("masks", f"{human_bytes(report.mask_bytes)} at most"))
     rows += [("left out", f"{name}: {', '.join(h)}") for name, h in report.left_out.items()]
+    dtype = report.settings["dtype"] or "as the base model"
     rows += [
-        ("method", report.method),
+        ("output", f"{human_bytes(report.output_bytes)}, {dtype}"),
+        *([("folder", report.output)] if report.output else []),
+        *([("push to", result.target.push_to)] if result.target.push_to else []),
         ("download", human_bytes(report.download_bytes)),
-        ("output", human_bytes(report.output_bytes)),
         ("peak memory", f"about {human_bytes(report.peak_memory_bytes)} beside the libraries"),
     ]
     return table(rows)
+
+
+def _span(numbers: list[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return f"{least}" if least == most else f"{least} to {most}"

@@ -13,9 +13,13 @@ from hf_tsv.cli.groups import Panel
 from hf_tsv.recipes.settings import Dtype, Qkv
 from hf_tsv.system.errors import RecipeError
 
-TARGET = Panel("Where the result goes")
-METHOD = Panel("How to merge")
-RUN = Panel("How to run")
+SUN397, DTD, SVHN = (f"tanganke/clip-vit-base-patch32_{task}" for task in ("sun397", "dtd", "svhn"))
+"""Public fine-tunes for the examples of help pages."""
+
+INPUTS = Panel("Inputs")
+TARGET = Panel("Output")
+METHOD = Panel("Method")
+RUN = Panel("Run")
 
 
 def folder(content: str) -> Any:
@@ -23,21 +27,22 @@ def folder(content: str) -> Any:
     return typer.Option("-o", "--output", metavar="DIR", help=content, rich_help_panel=TARGET)
 
 
-OutputDtype = Annotated[Dtype | None, "Type of the written weights. [default: as the base model]"]
+OutputDtype = Annotated[Dtype | None, "DTYPE", "float32, float16, bfloat16. [default: the base's]"]
 
 
 @dataclass(frozen=True)
 class SourceOptions:
     """Origin of the checkpoints."""
 
+    PANEL = INPUTS
     base_model: Annotated[
-        str | None, "REF", "Model before fine-tuning. [default: what model cards and factors say]"
+        str | None, "REF", "Base (pretrained) model. [default: taken from the model cards]"
     ] = None
     subfolder: Annotated[
         str | None,
         "DIR",
-        "Where the checkpoints lie in their repositories or folders; the same as org/name/DIR."
-        " Does not apply to the base model.",
+        "Subfolder of the weights in every checkpoint, but not in the base model. Same as"
+        " org/name/DIR.",
     ] = None
 
 
@@ -46,20 +51,24 @@ class TargetOptions:
     PANEL = TARGET
     output: Annotated[Path | None, folder("Folder to write.")] = None
     force: Annotated[bool, "Replace an output folder that hf-tsv wrote."] = False
-    push_to: Annotated[str | None, "REPO_ID", "Hub repository to upload to; created if needed."] = (
-        None
-    )
-    private: Annotated[bool | None, "Make a new repository private."] = None
-    revision: Annotated[str | None, "BRANCH", "Branch to push to; created if needed."] = None
+    push_to: Annotated[
+        str | None, "REPO_ID", "Upload to this Hub repository; created if needed."
+    ] = None
+    private: Annotated[bool | None, "Visibility of a repository that is created."] = None
+    revision: Annotated[
+        str | None,
+        "BRANCH",
+        "Branch to push to; created if needed. To read a branch or tag, write org/name@revision.",
+    ] = None
     create_pr: Annotated[bool, "Push as a pull request."] = False
-    commit_message: Annotated[str | None, "TEXT", "Summary of the commit."] = None
+    commit_message: Annotated[str | None, "TEXT", "Title of the commit."] = None
 
 
 @dataclass(frozen=True)
 class FileOptions:
     PANEL = TARGET
     dtype: OutputDtype = None
-    max_shard_size: Annotated[str, "SIZE", "Largest output file."] = "5GB"
+    max_shard_size: Annotated[str, "SIZE", "Largest weight file."] = "5GB"
 
     @property
     def shard_size(self) -> int | str:
@@ -70,21 +79,26 @@ class FileOptions:
 
 @dataclass(frozen=True)
 class RankOptions:
-    PANEL = METHOD
+    PANEL = "Decomposition"
     rank: Annotated[
-        int | None, "Singular vectors kept of each task. [default: min(shape) / number of tasks]"
+        int | None,
+        "N",
+        "Singular vectors kept of each task. [default: smaller side of the matrix / number of"
+        " tasks]",
     ] = None
-    rank_fraction: Annotated[float | None, "The same as a share of min(shape)."] = None
+    rank_fraction: Annotated[
+        float | None, "F", "Rank as a share of the smaller side, such as 0.1."
+    ] = None
     exclude: Annotated[
         list[str] | None,
         "GLOB",
-        "Weights to average instead of decomposing; repeatable, replaces the default."
-        " [default: text_projection.weight]",
+        "Matrices to average instead of decomposing; repeatable. [default: text_projection.weight]",
     ] = None
     qkv: Annotated[
         Qkv | None,
-        "Decompose attention projections one by one, or stacked as OpenCLIP stores them."
-        " [default: as the base model stores them]",
+        "split|fused",
+        "Decompose query, key and value weights one by one, or stacked. [default: as the base"
+        " model stores them]",
     ] = None
 
     def arguments(self) -> dict[str, Any]:
@@ -98,25 +112,28 @@ class RankOptions:
 @dataclass(frozen=True)
 class ComputeOptions:
     PANEL = RUN
-    batch_size: Annotated[int, "Images at a time."] = 64
-    device: Annotated[str | None, "NAME", "cpu, cuda, … [default: the best there is]"] = None
+    batch_size: Annotated[int, "N", "Images at a time."] = 64
+    device: Annotated[str | None, "NAME", "auto, cpu, cuda, cuda:1, mps, 0. [default: auto]"] = None
     max_memory: Annotated[
         str | None,
         "SIZE",
-        "Memory limit per process, such as 2GB; fewer weights are held at once to stay below it."
-        " [default: no limit]",
+        "Memory limit per process, such as 2GB; fewer weights are then processed at once."
+        " [default: none]",
     ] = None
 
 
 @dataclass(frozen=True)
 class RunOptions:
     PANEL = RUN
-    timings: Annotated[bool, "Show the seconds spent reading, waiting, computing and writing."] = (
-        False
-    )
-    dry_run: Annotated[bool, "Show what would be done; reads headers only, writes nothing."] = False
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no status.")] = False
+    timings: Annotated[bool, "Show where the time went."] = False
+    dry_run: Annotated[bool, "Show the plan. Reads only headers, writes nothing."] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="No progress bars and no status lines.")
+    ] = False
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Also show timings and requests to the Hub.")
+    ] = False
 
     @property
     def progress(self) -> bool | None:
@@ -127,13 +144,11 @@ class RunOptions:
 @dataclass(frozen=True)
 class AccessOptions:
     PANEL = RUN
-    token: Annotated[
-        str | None, "Hub token. [default: HF_TOKEN, or the one of `hf auth login`]"
-    ] = field(default=None, repr=False)
-    cache_dir: Annotated[Path | None, "Hub cache. [default: as the Hub client]"] = None
-    stream: Annotated[
-        bool, "Read tensors from the Hub when they are needed, without a copy on disk."
-    ] = False
+    token: Annotated[str | None, "TOKEN", "Hub token. [default: HF_TOKEN or `hf auth login`]"] = (
+        field(default=None, repr=False)
+    )
+    cache_dir: Annotated[Path | None, "DIR", "Hub cache. [default: $HF_HOME/hub]"] = None
+    stream: Annotated[bool, "Read weights from the Hub without a copy on disk."] = False
 
 
 def numbers(option: str, text: str, example: str) -> list[float]:

@@ -6,12 +6,14 @@ import io
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from hf_tsv.system.errors import HfTsvError
@@ -34,16 +36,24 @@ class Terminated(KeyboardInterrupt):
 class Out:
     """Results, warnings, hints and errors of one command; quiet, without its status lines."""
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+    def __init__(
+        self, *, as_json: bool = False, quiet: bool = False, verbose: bool = False
+    ) -> None:
         self.speaks = is_leader()
         self.as_json = as_json
         self.quiet = quiet or not self.speaks
+        self.verbose = verbose
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a terminal may not have every character
                 stream.reconfigure(errors="backslashreplace")
         logger = logging.getLogger("hf_tsv")
         logger.handlers = [_StderrHandler()]
         level = logging.WARNING if quiet else logging.INFO
+        if verbose and self.speaks:
+            for name in ("httpx", "httpx2"):  # requests of the Hub client
+                requests = logging.getLogger(name)
+                requests.handlers, requests.propagate = [_StderrHandler()], False
+                requests.setLevel(logging.INFO)
         logger.setLevel(level if self.speaks else logging.CRITICAL)
         logger.propagate = False
         from huggingface_hub.utils import logging as client_logging
@@ -54,7 +64,8 @@ class Out:
     def result(self, text: str, data: Mapping[str, Any]) -> None:
         """Print the result of the command: `text` for people, or `data` with `--json`."""
         if self.speaks:
-            print(json.dumps(data) if self.as_json else printable(text))
+            indent = 2 if sys.stdout.isatty() else None
+            print(json.dumps(data, indent=indent) if self.as_json else printable(text))
 
     def status(self, text: str) -> None:
         """Tell on stderr what was done, unless quiet."""
@@ -63,12 +74,19 @@ class Out:
 
     def delivered(self, report: Any, summary: Text, preview: Text, *, timed: bool = False) -> None:
         """Tell what a command wrote and where it is, or after a dry run what it would do."""
-        place = getattr(report, "output", None) or report.url or ""
+        folder, page, data = getattr(report, "output", None), _page(report.url), report.to_dict()
+        if not timed:
+            for entry in data.get("treatments", {}).values():
+                entry.pop("seconds", None)
         if not report.dry_run:
             self.status(summary(report))
-            if timed:
+            if timed or self.verbose:
                 self.status(_timings(report))
-        self.result(preview(report) if report.dry_run else place, report.to_dict())
+            if folder and page:
+                self.status(f"Uploaded to {page}.")
+            elif folder:
+                self.status(f"Upload it: `hf-tsv push {shown(folder)} REPO_ID`")
+        self.result(preview(report) if report.dry_run else folder or page, data)
 
 
 def table(
@@ -103,6 +121,17 @@ def pinned(entry: Mapping[str, str | None]) -> str:
     return at_revision(str(entry["ref"]), entry["revision"])
 
 
+def _page(url: str | None) -> str:
+    """Page of the model, or of the pull request, that an upload made or changed."""
+    return (url or "").partition("/commit/")[0]
+
+
+def shown(folder: str) -> str:
+    """A folder as a command names it, from the current folder if it is in there."""
+    path, here = Path(folder), Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
 def _timings(report: Any) -> str:
     """Seconds by what was done, and the weights of a merge that took longest."""
     weights = getattr(report, "treatments", {}).items()
@@ -127,6 +156,7 @@ class _StderrHandler(logging.Handler):
     """Log records as the lines people expect; a warning says that it is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        REDACTING.filter(record)
         warning = record.levelno >= logging.WARNING
         _print_stderr(("Warning: " if warning else "") + record.getMessage())
 

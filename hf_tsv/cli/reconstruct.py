@@ -12,10 +12,12 @@ from hf_tsv.system.text import human_bytes
 if TYPE_CHECKING:
     from hf_tsv.verbs.reconstruct import ReconstructReport
 
-EXAMPLES = """\
-`hf-tsv reconstruct me/clip-sun397-tsv -o full`
-`hf-tsv reconstruct ./factors --base-model openai/clip-vit-base-patch32 --push-to me/clip-sun397`
-"""
+USAGE = ("FACTORS", "-o DIR", "[OPTIONS]")
+MISSING = "Name the task factors, and a folder for the result with -o."
+EXAMPLES = (
+    "hf-tsv reconstruct me/clip-sun397-tsv -o full",
+    "hf-tsv reconstruct ./factors --base-model openai/clip-vit-base-patch32 --push-to me/clip",
+)
 
 
 def reconstruct(
@@ -27,14 +29,15 @@ def reconstruct(
     target: options.TargetOptions,
     files: options.FileOptions,
     compute: Annotated[options.ComputeOptions, Only("device", "max_memory")],
-    run: Annotated[options.RunOptions, Only("dry_run", "as_json", "quiet")],
+    run: Annotated[options.RunOptions, Only("dry_run", "as_json", "quiet", "verbose")],
     access: options.AccessOptions,
 ) -> None:
-    """Make a whole checkpoint of task factors and their base model again.
+    """Rebuild a full checkpoint from task factors and their base model.
 
-    The result is the complete base model with the task in it, and its task head if it had one.
+    The result is the complete base model with the task's update, and its classification head if it
+    had one.
     """
-    out = Out(as_json=run.as_json, quiet=run.quiet)
+    out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
     from hf_tsv.verbs import reconstruct as reconstruct_
 
     groups = (source, target, files, compute, run, access)
@@ -49,8 +52,6 @@ def _summary(report: ReconstructReport) -> str:
         f" {human_bytes(report.output_bytes)}; relative error of the update"
         f" {report.update_error:.3g}."
     ]
-    if report.url:
-        lines.append(f"Uploaded: {report.url}")
     return "\n".join(lines)
 
 

@@ -8,25 +8,27 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_tsv.cli import options
-from hf_tsv.cli.groups import Only, call
+from hf_tsv.cli.groups import Only, Panel, call
 from hf_tsv.cli.images import ImageOptions, notes
 from hf_tsv.cli.output import Out, table
 
 if TYPE_CHECKING:
     from hf_tsv.verbs.sweep import SweepReport
 
-EXAMPLES = """\
-`hf-tsv sweep --task dtd=tanganke/dtd --reference dtd=org/clip-dtd --rank-fraction 0.01,0.1 -o out`
-`hf-tsv sweep --suite vit-b-32-8 --limit 500`
-"""
+USAGE = ("--task NAME=DATASET...", "--reference NAME=REF...", "[OPTIONS]")
+MISSING = "Name images with --task and their fine-tune with --reference, or --suite NAME."
+EXAMPLES = (
+    f"hf-tsv sweep --task dtd=tanganke/dtd --reference dtd={options.DTD} -o results",
+    "hf-tsv sweep --suite vit-b-32-8 --limit 500 --rank-fraction 0.01,0.1",
+)
 
 
 def sweep(
     *,
     images: Annotated[ImageOptions, Only("task", "fine_tunes", "suite", "datasets", "limit")],
-    rank_fraction: Annotated[str, options.METHOD, "F1,F2,...", "Shares of min(shape)."] = (
-        "0.01,0.02,0.05,0.1,0.2,0.5"
-    ),
+    rank_fraction: Annotated[
+        str, Panel("Decomposition"), "F1,F2,...", "Ranks, as shares of each matrix's smaller side."
+    ] = "0.01,0.02,0.05,0.1,0.2,0.5",
     source: Annotated[options.SourceOptions, Only("base_model")],
     compute: Annotated[options.ComputeOptions, Only("batch_size", "device")],
     output: Annotated[
@@ -34,15 +36,15 @@ def sweep(
         options.folder("Folder for the results: sweep.json, and a picture with the extra `plots`."),
     ] = None,
     target: Annotated[options.TargetOptions, Only("force")],
-    run: Annotated[options.RunOptions, Only("as_json", "quiet")],
+    run: Annotated[options.RunOptions, Only("as_json", "quiet", "verbose")],
     access: Annotated[options.AccessOptions, Only("token", "cache_dir")],
 ) -> None:
-    """Measure what fine-tunes still score with fewer and fewer of their singular vectors.
+    """Measure how accuracy falls as fine-tunes keep fewer singular vectors.
 
-    Every fine-tune is taken apart once and classifies the images of its own task with each share
-    of the rank: how far it can be compressed.
+    Decomposes every fine-tune once and measures its accuracy on its own task at each rank: how far
+    it can be compressed.
     """
-    out = Out(as_json=run.as_json, quiet=run.quiet)
+    out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
     from hf_tsv.verbs import sweep as sweep_
 
     shares = options.numbers("--rank-fraction", rank_fraction, "0.01,0.1")

@@ -157,9 +157,9 @@ def _within_budget(measured: Sequence[Measured], job: Compression, budget: int) 
 
 def _smaller(options: Options) -> str:
     """Hint about the options that would reduce the size of what is stored whole."""
-    adapter_only = options.format == "peft"
+    adapter_only = options.out_format == "peft"
     flags = {
-        "--factor-dtype bfloat16": options.factor_dtype == "float32",
+        '`dtype="bfloat16"`': options.dtype == "float32",
         "--compress-conv": not (adapter_only or options.compress_conv),
         "--no-dense": adapter_only and options.dense,
     }
@@ -181,7 +181,7 @@ def _choice(item: Measured, held: int) -> Choice:
 
 def _fixed_bytes(measured: Sequence[Measured], job: Compression) -> tuple[int, int]:
     """Bytes of everything without a rank to choose, and the triplets per matrix they include."""
-    if job.options.format == "factors":
+    if job.options.out_format == "factors":
         whole = (m.candidate for m in measured if m.norm and not m.candidate.limit)
         return job.head_bytes + sum(candidate.dense_bytes or 0 for candidate in whole), 0
     largest = {m.candidate.name: m.numerical_rank for m in measured if m.candidate.limit}
@@ -190,6 +190,8 @@ def _fixed_bytes(measured: Sequence[Measured], job: Compression) -> tuple[int, i
     values = sum(spec_of(job, name).nbytes for name in plan.values)
     if not plan.biases:
         return values, 0
-    biases = sum(math.prod(base[name].shape) for name in plan.biases) * job.options.dtype.itemsize
+    biases = (
+        sum(math.prod(base[name].shape) for name in plan.biases) * job.options.torch_dtype.itemsize
+    )
     pairs = (m.candidate.triplet_bytes for m in measured if m.candidate.name in plan.pairs)
     return values + biases + sum(pairs), 1  # a bias needs a pair of rank 1 or more beside it

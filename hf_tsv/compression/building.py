@@ -36,13 +36,13 @@ def prepare(sources: Sources, options: Options) -> Compression:
     base, source = sources.base, job.source
     check_fit(base, [source])
     warnings = [*sources.warnings, *config_warnings(base, [source])]
-    if options.format == "peft" and base.format == "open_clip":
+    if options.out_format == "peft" and base.format == "open_clip":
         problem = f"The base model {base} is in OpenCLIP's format, which PEFT does not load."
-        raise CheckpointError(problem, "Leave --format out: task factors serve every format.")
-    if options.format == "peft" and not layout.is_clip(base.model_config):
+        raise CheckpointError(problem, "Leave `out_format=` out: task factors serve every format.")
+    if options.out_format == "peft" and not layout.is_clip(base.model_config):
         problem = f"The base model {base} is not CLIP, and adapters are made for CLIP only."
-        raise CheckpointError(problem, "Leave --format out: task factors serve every model.")
-    if options.format == "peft" and source.head:
+        raise CheckpointError(problem, "Leave `out_format=` out: task factors serve every model.")
+    if options.out_format == "peft" and source.head:
         warnings.append(f"An adapter has no place for the task head {', '.join(source.head)}.")
     for warning in warnings:
         logger.warning(warning)
@@ -96,7 +96,7 @@ def _compressed(
         if not any(item.norm for item in measured):
             raise equals_base(str(source), str(job.sources.base))
         started = time.monotonic()
-        write = write_factors if job.options.format == "factors" else write_adapter
+        write = write_factors if job.options.out_format == "factors" else write_adapter
         written = write(folder, job, spool, measured, choose_ranks(measured, job))
     seconds += Seconds(writing=time.monotonic() - started)
     config = _config(job, measured, written)
@@ -117,16 +117,16 @@ def _config(job: Compression, measured: Sequence[Measured], written: Written) ->
         base_model=Origin.of(base.pinned),
         source=Origin.of(source.pinned),
         rank_rule=options.rule.to_dict(),
-        factor_dtype=options.dtype,
+        factor_dtype=options.torch_dtype,
         compress_conv=options.compress_conv,
         checkpoint_bytes=job.checkpoint_bytes,
         base_bytes=job.base_bytes,
         factors_bytes=written.tensor_bytes,
         update_error=math.sqrt((lost + written.rounding) / total),
         weights=written.weights,
-        task_head=tuple(source.head) if options.format == "factors" else (),
+        task_head=tuple(source.head) if options.out_format == "factors" else (),
         model_config=companions.without_code(source.model_config),
-        format=FORMAT if options.format == "factors" else ADAPTER_FORMAT,
+        format=FORMAT if options.out_format == "factors" else ADAPTER_FORMAT,
         left_out=written.left_out,
     )
 

@@ -143,7 +143,7 @@ class Compression:
 
 def candidates_of(job: Compression) -> tuple[Candidate, ...]:
     """Candidates for all weights that base and fine-tuned checkpoint share."""
-    make = _candidate if job.options.format == "factors" else _adapter_candidate
+    make = _candidate if job.options.out_format == "factors" else _adapter_candidate
     held = job.source.tensors
     return tuple(
         make(name, held[name], job)
@@ -154,12 +154,12 @@ def candidates_of(job: Compression) -> tuple[Candidate, ...]:
 
 def _candidate(name: str, info: Described, job: Compression) -> Candidate:
     options = job.options
-    dense_bytes = math.prod(info.shape) * options.dtype.itemsize
+    dense_bytes = math.prod(info.shape) * options.torch_dtype.itemsize
     only_dense = Candidate(name, info.shape, info.dtype, 0, 0, dense_bytes)
     if len(info.shape) != 2 and not (options.compress_conv and len(info.shape) == 4):
         return only_dense
     rows, columns = matrix_shape(info.shape)
-    triplet_bytes = (rows + 1 + columns) * options.dtype.itemsize
+    triplet_bytes = (rows + 1 + columns) * options.torch_dtype.itemsize
     most = min(rows, columns, (dense_bytes - 1) // triplet_bytes)  # eq. 10
     wanted = options.rule.rank_before(min(rows, columns))
     if most == 0:
@@ -176,10 +176,10 @@ def _adapter_candidate(name: str, info: Described, job: Compression) -> Candidat
     if peft.is_target(name):
         rows, columns = info.shape
         limit = options.rule.rank_before(min(rows, columns)) or min(rows, columns)
-        triplet_bytes = (rows + columns) * options.dtype.itemsize
+        triplet_bytes = (rows + columns) * options.torch_dtype.itemsize
         return Candidate(name, info.shape, info.dtype, limit, triplet_bytes, None)
     # The change of a bias is stored in the dtype of the pairs, anything else as it is.
-    dtype = options.dtype if peft.is_bias(name) else info.dtype
+    dtype = options.torch_dtype if peft.is_bias(name) else info.dtype
     nbytes = TensorSpec(dtype, info.shape).nbytes if options.dense else 0
     return Candidate(name, info.shape, info.dtype, 0, 0, nbytes)
 

@@ -60,7 +60,7 @@ def write_factors(
     head = job.source.head
     pairs = zip(measured, ranks, strict=True)
     weights = {item.candidate.name: _stored(item, rank) for item, rank in pairs}
-    specs = tensor_specs(weights, job.options.dtype, head)
+    specs = tensor_specs(weights, job.options.torch_dtype, head)
     plan = plan_shards(specs, job.options.max_shard_size, FACTORS_FILE)
     rounding = 0.0
     writer = ShardWriter(folder, plan)
@@ -80,7 +80,7 @@ def _write_update(
     writer: ShardWriter, job: Compression, spool: Spool, item: Measured, weight: StoredWeight
 ) -> float:
     """Write the update of one weight, and return the squared error of rounding it."""
-    name, dtype = item.candidate.name, job.options.dtype
+    name, dtype = item.candidate.name, job.options.torch_dtype
     if weight.stored == "none":
         return 0.0
     if weight.stored == "dense":
@@ -101,7 +101,7 @@ def _write_update(
 def write_adapter(
     folder: Path, job: Compression, spool: Spool, measured: Sequence[Measured], ranks: Sequence[int]
 ) -> Written:
-    dtype, base = job.options.dtype, job.sources.base
+    dtype, base = job.options.torch_dtype, job.sources.base
     by_name = {item.candidate.name: item for item in measured}
     by_rank = zip(by_name.items(), ranks, strict=True)
     kept = {name: rank for (name, item), rank in by_rank if item.candidate.limit}
@@ -183,7 +183,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not rounded.isfinite().all():
         raise CheckpointError(
             f"The update of {name} does not fit into {str(dtype).removeprefix('torch.')}.",
-            "Use --factor-dtype bfloat16, whose range is that of float32.",
+            "Use `dtype=bfloat16`, whose range is that of float32.",
         )
     return rounded
 

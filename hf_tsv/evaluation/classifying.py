@@ -87,7 +87,7 @@ class Scoring:
         errors: dict[str, str] = {}
         for task in self.job.tasks:
             opened = partial(load, task, limit=self.job.limit, token=self.access.token)
-            with noted(errors, task.name):
+            with noted(errors, task.name, alone=len(self.job.tasks) == 1):
                 images = self._own(opened)
                 results[task.name] = self.scored(model, task, images)
                 data[task.name] = task, images

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_tsv.evaluation import model_index, suites
 from hf_tsv.recipes.images import EvaluationTask, listed
-from hf_tsv.system.errors import HfTsvError, LostProcessError, RecipeError
+from hf_tsv.system.errors import DataError, HfTsvError, LostProcessError, RecipeError
 from hf_tsv.system.folders import absolute, check_output_folder
 from hf_tsv.system.progress import logger
 
@@ -68,15 +68,27 @@ def chosen(
 
 
 @contextmanager
-def noted(errors: dict[str, str], task: str, prefix: str = "") -> Iterator[None]:
-    """Note an error of one task, and leave the others alone, unless a process is lost."""
+def noted(
+    errors: dict[str, str], task: str, prefix: str = "", *, alone: bool = False
+) -> Iterator[None]:
+    """Note an error of one task, and leave the others alone, unless a process is lost.
+
+    That of a task `alone` is not told: it is the error of the whole run.
+    """
     try:
         yield
     except LostProcessError:
         raise
     except HfTsvError as error:
         errors[task] = f"{prefix}{error}"
-        logger.warning("%s", error)
+        if not alone:
+            logger.warning("%s%s", prefix, error)
+
+
+def nothing_measured(errors: Mapping[str, str]) -> DataError:
+    """Error of a run in which every task failed; those of several tasks were told already."""
+    why = next(iter(errors.values())) if len(errors) == 1 else "the warnings say why."
+    return DataError(f"No task could be measured: {why}", "Correct that, and run it again.")
 
 
 def checked_folder(output: str | Path | None, file: str, *, force: bool) -> Path | None:

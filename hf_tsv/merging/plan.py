@@ -73,8 +73,7 @@ class MergePlan:
         count = Counter({"decomposed": 0, "averaged": 0, "copied": 0})
         for weight in self.weights:
             treatment = "copied" if weight.label in frozen else weight.treatment
-            added = treatment in ("summed", "combined")
-            count["averaged" if added else treatment] += len(weight.names)
+            count[treatment] += len(weight.names)
         return dict(count)
 
 

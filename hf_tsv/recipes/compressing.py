@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.recipes.settings import Dtype, Settings, share
-from hf_tsv.system.checks import check_choice, check_counts, size_in_bytes
+from hf_tsv.system.checks import check_counts, choice, size_in_bytes
 from hf_tsv.system.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -66,29 +66,28 @@ class Options:
     """Options of a compression, as [`compress`] and [`export_peft`] have them."""
 
     rule: RankRule = field(default_factory=RankRule)
-    factor_dtype: Dtype = "float32"
+    dtype: Dtype = "float32"
     compress_conv: bool = False
-    format: FactorFormat = "factors"
+    out_format: FactorFormat = "factors"
     dense: bool = True
     model_class: str | None = None
     max_shard_size: int | str = Settings.max_shard_size
     report: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("factor_dtype", self.factor_dtype, get_args(Dtype))
-        check_choice("format", self.format, get_args(FactorFormat))
+        for name, allowed in (("dtype", get_args(Dtype)), ("out_format", get_args(FactorFormat))):
+            object.__setattr__(self, name, choice(name, getattr(self, name), allowed))
         most = size_in_bytes(self.max_shard_size, name="max_shard_size")
-        if self.format == "factors" and (not self.dense or self.model_class is not None):
+        if self.out_format == "factors" and (not self.dense or self.model_class is not None):
             raise RecipeError(
-                "dense=False and model_class (--no-dense, --model-class) are about an adapter.",
-                "Add --format peft.",
+                "`dense=False` and `model_class=` are about an adapter.", 'Add `out_format="peft"`.'
             )
-        if self.format == "peft" and self.compress_conv:
+        if self.out_format == "peft" and self.compress_conv:
             raise RecipeError(
-                "A LoRA adapter stores the patch convolution whole.", "Leave --compress-conv out."
+                "A LoRA adapter stores the patch convolution whole.", "Leave `compress_conv=` out."
             )
-        if self.format == "peft" and most != size_in_bytes(Settings.max_shard_size):
-            raise RecipeError("A LoRA adapter is a single file.", "Leave --max-shard-size out.")
+        if self.out_format == "peft" and most != size_in_bytes(Settings.max_shard_size):
+            raise RecipeError("A LoRA adapter is a single file.", "Leave `max_shard_size=` out.")
         if self.model_class is not None and self.model_class not in layout.MODEL_CLASSES:
             raise RecipeError(
                 f"There is no CLIP class {self.model_class!r}.",
@@ -96,8 +95,8 @@ class Options:
             )
 
     @property
-    def dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:
         import torch
 
-        dtype: torch.dtype = getattr(torch, self.factor_dtype)
+        dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype

@@ -127,7 +127,7 @@ class AlphaSearch:
         for alpha in alphas:
             check_number("alpha", alpha)
         if not alphas:
-            raise RecipeError("There is no α to choose from.", "Write --tune-alpha 0:2:0.1.")
+            raise RecipeError("There is no α to choose from.", 'Write `alphas="0:2:0.1"`.')
         object.__setattr__(self, "alphas", tuple(map(float, alphas)))
         check_counts(limit=self.limit, batch_size=self.batch_size)
 

@@ -197,7 +197,7 @@ class CompressedCard(Card):
         for key, value in config.rank_rule.items():
             words += [f"--{key.replace('_', '-')}", str(value)]
         words += ["--compress-conv"] if config.compress_conv else []
-        words += ["--factor-dtype", self.dtype]
+        words += ["--dtype", self.dtype]
         return shlex.join([*words, *options, "-o", "compressed"])
 
 
@@ -244,7 +244,9 @@ class AdapterCard(CompressedCard):
     @property
     def command(self) -> str:
         dense = [] if self.dense else ["--no-dense"]
-        return self._compress_command("--format", "peft", "--model-class", self.model_class, *dense)
+        return self._compress_command(
+            "--out-format", "peft", "--model-class", self.model_class, *dense
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

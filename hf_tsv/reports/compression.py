@@ -16,9 +16,9 @@ class CompressReport(Report):
         output (`str`, *optional*): folder written, if it is kept.
         base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
         source (`dict[str, str | None]`): the same of the fine-tuned checkpoint.
-        format (`str`): `factors` or `peft`.
+        out_format (`str`): `factors` or `peft`.
         rank_rule (`dict[str, Any]`): the rule that applied, by name.
-        factor_dtype (`str`): of the stored updates.
+        dtype (`str`): of the stored updates.
         factors_bytes (`int`): of all stored tensors, headers aside; with `dry_run` at most that,
             None where it depends on the weights.
         checkpoint_bytes (`int`): of the tensors of the fine-tuned checkpoint.
@@ -38,9 +38,9 @@ class CompressReport(Report):
     output: str | None
     base_model: dict[str, str | None]
     source: dict[str, str | None]
-    format: str
+    out_format: str
     rank_rule: dict[str, Any]
-    factor_dtype: str
+    dtype: str
     factors_bytes: int | None
     checkpoint_bytes: int
     ratio: float | None

@@ -16,11 +16,13 @@ class MergeReport(Report):
         output (`str`, *optional*): the folder written, if it is kept.
         base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
         inputs (`list[dict[str, str | None]]`): the same of every task.
-        weights (`dict[str, int]`): tensors `decomposed`, `averaged` (or summed), `copied`.
+        weights (`dict[str, int]`): tensors `decomposed`, `averaged`, `copied`, and by some methods
+            `summed` or `combined`.
         output_bytes (`int`): size of the weight files.
         seconds (`float`): wall time.
         warnings (`list[str]`): what the user should know.
         method (`str`): see [`Settings`].
+        settings (`dict`): every choice, see [`Settings`].
         treatments (`dict[str, dict]`): per weight its treatment, rank and reason.
         left_out (`dict[str, list[str]]`): task heads not kept, by checkpoint.
         heads (`dict[str, str]`): files of the task heads that are kept, and of which checkpoint.
@@ -55,6 +57,7 @@ class MergeReport(Report):
     mask_bytes: int
     download_bytes: int
     peak_memory_bytes: int
+    settings: dict[str, Any] = field(default_factory=dict)
     tuning: dict[str, Any] | None = None
     adaptation: dict[str, Any] | None = None
     exact_decompositions: int = 0

@@ -11,6 +11,9 @@ from typing import Any
 from hf_tsv.reports.drawing import Picture, attempted
 from hf_tsv.system.folders import whole_folder
 
+SCHEMA_VERSION = 1
+"""Version of the fields of all reports, counted up when one is renamed or changes its meaning."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -18,7 +21,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Object that `--json` prints."""
-        return asdict(self)
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
     def write(self, folder: Path, file: str, draw: Callable[[], Sequence[Picture]]) -> None:
         """Write report and pictures into a folder that appears only when complete."""

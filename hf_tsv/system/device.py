@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from hf_tsv.system import processes
 from hf_tsv.system.errors import RecipeError
 
 
-def pick_device(name: str | None = None) -> torch.device:
-    """The device asked for, or the one accelerate chooses: cuda, xpu, mps, else cpu."""
-    if name is None and not torch.accelerator.is_available():
+def available() -> list[str]:
+    """Names of the devices of this machine."""
+    kind = torch.accelerator.current_accelerator()
+    count = torch.accelerator.device_count() if kind is not None else 0
+    return ["cpu", *(f"{kind}:{number}" for number in range(count))]
+
+
+def pick_device(name: str | int | torch.device | None = None) -> torch.device:
+    """The device asked for, or the one accelerate chooses: cuda, xpu, mps, else cpu.
+
+    A number is that of an accelerator, −1 is the cpu, and None and `auto` leave the choice.
+    """
+    text = None if name in (None, "auto") else str(name)
+    if text is None and not torch.accelerator.is_available():
         return torch.device("cpu")  # a second before accelerate is loaded
-    if name is None or (name == "cuda" and processes.launched() > 1):
+    if text is None or (text == "cuda" and processes.launched() > 1):
         from accelerate import PartialState
 
         return torch.device(PartialState().device)
+    if re.fullmatch("-?[0-9]{1,4}", text):
+        text = "cpu" if text == "-1" else f"{torch.accelerator.current_accelerator()}:{text}"
     try:
-        device = torch.device(name)
+        device = torch.device(text)
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise RecipeError(f"There is no device {name!r} here.", "Leave --device out.") from None
+        problem = f"There is no device {name!r} here."
+        raise RecipeError(problem, f"Choose auto, {', '.join(available())}.") from None
     return device

@@ -1,4 +1,4 @@
-"""Text for people: bytes, one line, quoting, redaction."""
+"""Text for people: bytes, counts, one line, quoting, redaction."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ def one_of(names: Mapping[str, object] | Sequence[str]) -> str:
     """
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Number of things, in the singular or plural.
+
+    Example:
+        >>> counted(1, "checkpoint"), counted(2, "checkpoint"), counted(0, "copy", "copies")
+        ('1 checkpoint', '2 checkpoints', '0 copies')
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def human_bytes(size: float) -> str:
@@ -70,4 +80,5 @@ def shortened(value: object) -> str:
 
 def first_line(error: Exception) -> str:
     """First line of an error of a library, cut short; its type if it has no message."""
-    return next(iter(redacted(str(error)).splitlines()), "")[:200] or type(error).__name__
+    line = next(iter(redacted(str(error)).splitlines()), "")[:200].rstrip(". ")
+    return line or type(error).__name__

@@ -48,7 +48,7 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
     budget: str | int | None = None,
-    factor_dtype: str = "float32",
+    dtype: str = "float32",
     compress_conv: bool = False,
     max_shard_size: int | str = Settings.max_shard_size,
     device: str | None = None,
@@ -75,7 +75,7 @@ def compress(
         rank (`int`, *optional*): triplets kept of every weight instead.
         energy (`float`, *optional*): share of the squared singular values kept instead.
         budget (`str` or `int`, *optional*): bytes spent instead: `"10%"`, `"35MB"` or a number.
-        factor_dtype (`str`): `float32`, `bfloat16` or `float16`.
+        dtype (`str` or `torch.dtype`): `float32`, `bfloat16` or `float16`.
         compress_conv (`bool`): decompose the patch convolution as well.
         report (`bool`): put table and picture of what is kept into the card.
         push_to, max_shard_size, device, force, private, revision, create_pr, commit_message, token,
@@ -95,7 +95,7 @@ def compress(
     """
     options = Options(
         RankRule(rank_fraction, rank, energy, budget),
-        factor_dtype,  # type: ignore[arg-type]
+        dtype,  # type: ignore[arg-type]
         compress_conv,
         max_shard_size=max_shard_size,
         report=report,
@@ -164,7 +164,7 @@ def _describe(folder: Path, job: Compression, done: Compressed, target: Target) 
     config = done.config
     kept = _kept(folder, config, done.measured) if job.options.report else None
     card: cards.Card
-    if job.options.format == "factors":
+    if job.options.out_format == "factors":
         card = cards.FactorsCard(repo_id=target.push_to, config=config, kept=kept)
     else:
         card = cards.AdapterCard(
@@ -192,7 +192,7 @@ def _report(job: Compression, target: Target, download_bytes: int) -> CompressRe
     """Report before any weight is read, whose sizes are upper bounds."""
     options, source = job.options, job.source
     sizes = [most_bytes(item, options.rule) for item in job.candidates]
-    most = sum(sizes) + (job.head_bytes if options.format == "factors" else 0)
+    most = sum(sizes) + (job.head_bytes if options.out_format == "factors" else 0)
     if options.rule.budget is not None:
         most = min(most, options.rule.budget_bytes(job.checkpoint_bytes))
     total = None if options.rule.energy is not None else most
@@ -210,9 +210,9 @@ def _report(job: Compression, target: Target, download_bytes: int) -> CompressRe
         output=None if target.output is None else str(target.output),
         base_model=pinned_entry(job.sources.base),
         source=pinned_entry(source),
-        format=options.format,
+        out_format=options.out_format,
         rank_rule=options.rule.to_dict(),
-        factor_dtype=options.factor_dtype,
+        dtype=options.dtype,
         factors_bytes=total,
         checkpoint_bytes=job.checkpoint_bytes,
         ratio=None if total is None else total / job.checkpoint_bytes,
@@ -253,7 +253,7 @@ def _measured_report(report: CompressReport, done: Compressed) -> CompressReport
 
 
 def _too_large(report: CompressReport) -> str:
-    narrow = " or --factor-dtype bfloat16" if report.factor_dtype == "float32" else ""
+    narrow = ' or `dtype="bfloat16"`' if report.dtype == "float32" else ""
     return (
         f"The result is {100 * (report.ratio or 0):.0f} % of the checkpoint's size;"
         f" keep less{narrow} to make it smaller."

@@ -17,13 +17,13 @@ from hf_tsv.evaluation import model_index, suites
 from hf_tsv.evaluation.classifying import Results, Scoring
 from hf_tsv.evaluation.data import refuse_not_installed
 from hf_tsv.evaluation.finished import Finished, finished_tasks
-from hf_tsv.evaluation.job import Evaluation, checked_folder, chosen
+from hf_tsv.evaluation.job import Evaluation, checked_folder, chosen, nothing_measured
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.recipes.settings import current_versions
 from hf_tsv.reports.report import Report
 from hf_tsv.system import processes
 from hf_tsv.system.checks import check_counts
-from hf_tsv.system.errors import DataError, HfTsvError, RecipeError
+from hf_tsv.system.errors import HfTsvError, RecipeError
 from hf_tsv.system.progress import logger, visible_by_default
 from hf_tsv.verbs import pictures
 
@@ -156,8 +156,7 @@ def evaluate(
         del model
         scoring.compare(data, results, errors)
         if not results:
-            said = f"No task could be evaluated; the first: {next(iter(errors.values()))}"
-            raise DataError(said, "Correct that, and run it again.")
+            raise nothing_measured(errors)
         group.agree()
         if group.rank:
             done: EvaluateReport = group.receive()

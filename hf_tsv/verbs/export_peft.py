@@ -22,7 +22,7 @@ def export_peft(
     rank: int | None = None,
     energy: float | None = None,
     budget: str | int | None = None,
-    factor_dtype: str = "float32",
+    dtype: str = "float32",
     dense: bool = True,
     model_class: str | None = None,
     device: str | None = None,
@@ -41,7 +41,7 @@ def export_peft(
     """Compress a fine-tuned CLIP checkpoint into a LoRA adapter that PEFT loads without hf-tsv.
 
     Args:
-        checkpoint, base_model, rank_fraction, rank, energy, budget, factor_dtype, report: as in
+        checkpoint, base_model, rank_fraction, rank, energy, budget, dtype, report: as in
             [`compress`].
         dense (`bool`): store what is no matrix of a linear layer too; without it stock PEFT can
             combine the adapter with others.
@@ -62,8 +62,8 @@ def export_peft(
     """
     options = Options(
         RankRule(rank_fraction, rank, energy, budget),
-        factor_dtype,  # type: ignore[arg-type]
-        format="peft",
+        dtype,  # type: ignore[arg-type]
+        out_format="peft",
         dense=dense,
         model_class=model_class,
         report=report,

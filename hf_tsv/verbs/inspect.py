@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.base_model import SaidBase, said_by
+from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.formats.description import FactorsConfig
 from hf_tsv.checkpoints.formats.heads import tasks_of
 from hf_tsv.checkpoints.formats.task import Task
@@ -58,6 +59,7 @@ class InspectReport(Report):
         recipe (`dict`, *optional*): inputs and settings of a merge.
         factors (`dict`, *optional*): origin, rule, type, bytes and error of task factors.
         heads (`list[str]`): tasks whose heads lie beside a merge.
+        adapter (`dict`, *optional*): `rank`, `target_modules` and `alpha` of an adapter.
         unknown (`list[str]`): facts that headers cannot tell.
     """
 
@@ -77,6 +79,7 @@ class InspectReport(Report):
     recipe: dict[str, Any] | None = None
     factors: dict[str, Any] | None = None
     heads: list[str] = field(default_factory=list)
+    adapter: dict[str, Any] | None = None
     unknown: list[str] = field(default_factory=list)
 
 
@@ -109,7 +112,7 @@ def inspect(
     form = format_of(pinned)
     with closing(files):
         if form.needs_base:
-            return _of_other(pinned, form, "What it changes depends on its base model.")
+            return _of_other(pinned, form, "An adapter is read together with its base model.")
         try:
             opened = form.open(pinned, without_base)
         except CheckpointError as error:
@@ -195,9 +198,28 @@ def _of_other(pinned: PinnedCheckpoint, form: InputFormat | None, why: str) -> I
         said, kind, scheme = said_by(pinned), "other", "open_clip" if open_clip else None
     else:
         said, kind, scheme = form.says_base(pinned), form.name, form.layout
+    if not infos and not _weight_files(pinned):
+        raise CheckpointError(
+            f"{pinned} has no model: there are no weight files.", "Check the path."
+        )
     tensors = {name: _described(info) for name, info in sorted(infos.items())}
     known = {"kind": kind, "layout": scheme, "unknown": list(dict.fromkeys(unknown))}
+    if pinned.files.size(ADAPTER_CONFIG) is not None:
+        known |= _adapter(read_json(pinned.files, ADAPTER_CONFIG, str(pinned)))
     return _report(pinned, said, infos, config, tensors=tensors, **known)
+
+
+def _adapter(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Class, rank and modules of an adapter, from its configuration."""
+    modules, mapping = config.get("target_modules"), config.get("auto_mapping")
+    names = modules if isinstance(modules, list) else [modules]
+    told = {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
+    return {
+        "model_class": _text(
+            (mapping if isinstance(mapping, dict) else {}).get("base_model_class")
+        ),
+        "adapter": {**told, "target_modules": sorted({_text(n) or "?" for n in names})},
+    }
 
 
 def _weight_files(pinned: PinnedCheckpoint) -> Sequence[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,10 +206,10 @@ def _refuse_no_images(settings: Settings, adaptation: Adaptation | None) -> None
     """Refuse a method that learns without images, and images for one that does not."""
     if settings.row.learns and adaptation is None:
         problem = f"The method {settings.method} learns from images, and there are none."
-        raise RecipeError(problem, "Name some for each task: --task NAME=DATASET.")
+        raise RecipeError(problem, "Use `tune`, and name images of each task.")
     if adaptation is not None and not settings.row.learns:
         problem = f"The method {settings.method} does not learn from images."
-        raise RecipeError(problem, "Use --method ada.")
+        raise RecipeError(problem, 'Use `method="ada"`.')
 
 
 def _refuse_no_report(work: Merge, sources: Sources) -> None:
@@ -306,6 +306,7 @@ def _report(run: Run, planned: Merge, done: Merged | None, started: float) -> Me
         seconds=round(time.monotonic() - started, 3),
         warnings=list(merge.warnings) if done is None else done.warnings,
         method=settings.method,
+        settings=asdict(settings),
         treatments=_treatments(merge, findings),
         left_out={str(item): list(item.left_out) for item in _cut(merge, inputs)},
         heads={file: str(item) for file, item in kept_heads(settings, inputs).items()},

@@ -17,7 +17,7 @@ from hf_tsv.checkpoints.formats.task import equals_base
 from hf_tsv.checkpoints.reference import at_revision
 from hf_tsv.checkpoints.sources import Access, open_sources
 from hf_tsv.evaluation.data import load, refuse_not_installed
-from hf_tsv.evaluation.job import checked_folder, chosen, noted
+from hf_tsv.evaluation.job import checked_folder, chosen, noted, nothing_measured
 from hf_tsv.evaluation.zero_shot import accuracies
 from hf_tsv.linalg import products, updates
 from hf_tsv.linalg.svd import SVD, truncated_svd
@@ -30,7 +30,7 @@ from hf_tsv.runs.reading import named
 from hf_tsv.system import processes
 from hf_tsv.system.checks import check_counts
 from hf_tsv.system.device import pick_device
-from hf_tsv.system.errors import DataError, RecipeError
+from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.progress import visible_by_default
 from hf_tsv.verbs import pictures
 
@@ -136,10 +136,10 @@ def sweep(
     results: dict[str, dict[str, Any]] = {}
     errors: dict[str, str] = {}
     for task in wanted.tasks:
-        with noted(errors, task.name):
+        with noted(errors, task.name, alone=len(wanted.tasks) == 1):
             results[task.name] = run.measured(task, wanted.fine_tunes[task.name])
     if not results:
-        raise DataError(f"No task could be measured; the first: {next(iter(errors.values()))}")
+        raise nothing_measured(errors)
     found = list(results.values())
 
     def means(what: str) -> list[float]:

@@ -167,7 +167,7 @@ def test_the_digests_are_those_of_the_base(zoo: Path, made: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_stored_byte_is_accounted_for(zoo: Path, tmp_path: Path, dtype: str) -> None:
-    factors = compress(zoo, "classifier", tmp_path / "out", factor_dtype=dtype)
+    factors = compress(zoo, "classifier", tmp_path / "out", dtype=dtype)
     content, entries = config_of(tmp_path / "out"), header(tmp_path / "out" / FACTORS_FILE)
     name_of_dtype = NAMES[DTYPES[dtype]]
     itemsize, expected = SIZES[name_of_dtype], {}
@@ -292,7 +292,7 @@ def test_a_task_head_keeps_its_dtype_whatever_that_of_the_factors(
     zoo: Path, tmp_path: Path
 ) -> None:
     source = load_file(zoo / "classifier" / "model.safetensors")
-    factors = compress(zoo, "classifier", tmp_path / "out", factor_dtype="float16")
+    factors = compress(zoo, "classifier", tmp_path / "out", dtype="float16")
     assert all(torch.equal(factors.head_tensor(name), source[name]) for name in HEAD)
 
 
@@ -326,7 +326,7 @@ def test_the_error_of_a_matrix_is_the_tail_of_its_spectrum(zoo: Path, made: Path
 def test_stored_vectors_are_orthonormal_up_to_rounding(
     zoo: Path, tmp_path: Path, dtype: str, tolerance: float
 ) -> None:
-    compress(zoo, "vision", tmp_path / "out", factor_dtype=dtype)
+    compress(zoo, "vision", tmp_path / "out", dtype=dtype)
     tensors = load_file(tmp_path / "out" / FACTORS_FILE)
     for name in (MATRIX, SQUARE):
         U, Vh = (tensors[f"{name}.{part}"].double() for part in ("U", "Vh"))
@@ -339,7 +339,7 @@ def test_stored_vectors_are_orthonormal_up_to_rounding(
 def test_the_figures_are_those_of_the_stored_tensors(
     zoo: Path, tmp_path: Path, dtype: str, rule: dict[str, Any]
 ) -> None:
-    compress(zoo, "vision", tmp_path / "out", factor_dtype=dtype, **rule)
+    compress(zoo, "vision", tmp_path / "out", dtype=dtype, **rule)
     content, tensors = config_of(tmp_path / "out"), load_file(tmp_path / "out" / FACTORS_FILE)
     truth = deltas(zoo, "vision")
     for name, weight in content["weights"].items():
@@ -363,7 +363,7 @@ def test_the_figures_are_those_of_the_stored_tensors(
 def test_rounding_counts_where_nothing_is_left_out(
     zoo: Path, tmp_path: Path, dtype: str, least: float, most: float
 ) -> None:
-    compress(zoo, "vision", tmp_path / "out", rank=32, factor_dtype=dtype)
+    compress(zoo, "vision", tmp_path / "out", rank=32, dtype=dtype)
     content, tensors = config_of(tmp_path / "out"), load_file(tmp_path / "out" / FACTORS_FILE)
     truth = deltas(zoo, "vision")
     lost = sum((tensors[f"{n}.delta"].double() - d).square().sum() for n, d in truth.items())

@@ -131,7 +131,7 @@ def test_what_does_not_agree_is_listed(family: Path, zoo: Path, tmp_path: Path) 
     done = run("merge", family / "a", zoo / "vision", "--base-model", family / "base", "-o",
                tmp_path / "m")  # fmt: skip
     assert done.code == 1 and "another architecture" in done.err and not (tmp_path / "m").exists()
-    adapter = run("compress", family / "a", "--base-model", family / "base", "--format", "peft",
+    adapter = run("compress", family / "a", "--base-model", family / "base", "--out-format", "peft",
                   "-o", tmp_path / "l")  # fmt: skip
     assert adapter.code == 1 and "not CLIP" in adapter.err and not (tmp_path / "l").exists()
 

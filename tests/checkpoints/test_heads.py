@@ -53,7 +53,7 @@ def merged(zoo: Path, tasks: list[Path], tmp_path: Path) -> Path:
     done = run("merge", *tasks, zoo / "vision", "--base-model", zoo / "base", "--keep-heads", "-o",
                tmp_path / "merged")  # fmt: skip
     assert done.code == 0, done.err
-    assert "Kept beside it: heads/digits.safetensors, heads/animals.safetensors." in done.err
+    assert "Classification heads: heads/digits.safetensors, heads/animals.safetensors." in done.err
     assert "Left out" not in done.err
     return tmp_path / "merged"
 

@@ -338,7 +338,7 @@ def test_from_the_hub_and_back(hub: Hub, models: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_for_open_clip_is_refused(models: Path, tmp_path: Path) -> None:
-    done = run("compress", models / "t1", "--base-model", models / "base", "--format", "peft",
+    done = run("compress", models / "t1", "--base-model", models / "base", "--out-format", "peft",
                "-o", tmp_path / "lora")  # fmt: skip
     assert done.code == 1 and "OpenCLIP" in done.err and not (tmp_path / "lora").exists()
 

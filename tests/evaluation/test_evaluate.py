@@ -148,7 +148,7 @@ def test_a_quick_look_is_always_the_same_and_says_so(zoo: Path, pets: Path) -> N
     assert first["tasks"] == second["tasks"] and first["tasks"]["pets"]["images"] == 7
     assert first["limit"] == 7
     assert sum(map(sum, first["tasks"]["pets"]["confusion"])) == 7
-    assert "7 images at most: a quick look" in run(*words).out
+    assert "at most 7 images per task" in run(*words).out
 
 
 def test_results_are_written_whole(zoo: Path, pets: Path, tmp_path: Path) -> None:
@@ -226,7 +226,8 @@ def test_failures_show_and_end_with_1(zoo: Path, pets: Path, tmp_path: Path) -> 
     done = run("evaluate", zoo / "base", "--task", f"pets={pets}", "--task", "no=./absent",
                "--reference", f"pets={tmp_path / 'gone'}", "-o", tmp_path / "r")  # fmt: skip
     assert done.code == 1 and "Traceback" not in done.err
-    assert "failed" in done.out and "./absent" in done.out and "gone" in done.out
+    assert done.out.splitlines()[-1].split() == ["failed", "no,", "pets"]
+    assert done.err.count("./absent") == done.err.count("its reference: ") == 1
     kept = json.loads((tmp_path / "r" / "evaluation.json").read_text())
     assert kept["tasks"]["pets"]["images"] == 24 and set(kept["errors"]) == {"no", "pets"}
 
@@ -249,6 +250,12 @@ def test_bad_arguments_end_in_one_line(
 ) -> None:
     done = run("evaluate", zoo / "base", *[word.replace("{pets}", str(pets)) for word in arguments])
     assert done.code == 1 and said in done.err and "Hint: " in done.err and done.out == ""
+
+
+def test_the_only_task_that_fails_is_told_once(zoo: Path, tmp_path: Path) -> None:
+    done = run("evaluate", zoo / "base", "--task", f"a={tmp_path / 'none'}")
+    assert done.code == 1 and done.err.count("cannot be read") == 1, done.err
+    assert "Error: No task could be measured: a: " in done.err and ".." not in done.err
 
 
 @pytest.mark.parametrize("dataset", ["~nobody-of-this-name/x", "x" * 300, "~nobody-here/x.parquet"])

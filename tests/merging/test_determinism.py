@@ -42,12 +42,12 @@ for name, options in {
     hf_tsv.merge(tasks, output=name, **options, **common)
 for name, options in {
     "share": {},
-    "energy": {"energy": 0.8, "factor_dtype": "bfloat16", "compress_conv": True},
-    "budget": {"budget": "40%", "factor_dtype": "float16"},
+    "energy": {"energy": 0.8, "dtype": "bfloat16", "compress_conv": True},
+    "budget": {"budget": "40%", "dtype": "float16"},
     "rank": {"rank": 200},
 }.items():
     hf_tsv.compress(tasks[0], output=name, **options, **common)
-hf_tsv.export_peft(tasks[1], output="lora", rank=9, factor_dtype="bfloat16", **common)
+hf_tsv.export_peft(tasks[1], output="lora", rank=9, dtype="bfloat16", **common)
 hf_tsv.reconstruct("energy", output="again", base_model=base, progress=False)
 hf_tsv.merge(["energy", "lora", tasks[2]], output="mixed", **common)
 report = hf_tsv.interference(tasks, **common).to_dict()

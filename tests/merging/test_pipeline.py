@@ -104,7 +104,10 @@ def test_threads_and_memory_change_the_time_and_no_byte(zoo: Path, tmp_path: Pat
 
 
 def test_timings_are_in_the_report(zoo: Path, tmp_path: Path) -> None:
-    report = merged(zoo, tmp_path / "out", "--json", "--quiet").json
+    plain = merged(zoo, tmp_path / "plain", "--json", "--quiet").json
+    assert plain["timings"]
+    assert not any("seconds" in entry for entry in plain["treatments"].values())
+    report = merged(zoo, tmp_path / "out", "--json", "--quiet", "--timings").json
     phases = {"reading", "waiting", "computing", "writing"}
     assert report["timings"].keys() == phases
     of_weights = [entry["seconds"] for entry in report["treatments"].values()]

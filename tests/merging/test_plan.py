@@ -144,15 +144,16 @@ def test_the_method_decides_about_matrices(
     assert vector == ("summed" if method == "task-arithmetic" else "averaged")
 
 
-def test_counts_put_sums_to_the_averages_and_unchanged_weights_to_the_copies(
+def test_counts_tell_sums_from_averages_and_put_unchanged_weights_to_the_copies(
     base: Checkpoint, shapes: dict[str, Any]
 ) -> None:
     plan = make_plan(base, tasks(shapes), Settings(method="task-arithmetic"))
     tower = len(vision(shapes)) - 1
     rest = len(shapes) - tower
-    assert plan.counts() == {"decomposed": 0, "averaged": tower, "copied": rest}
+    none = {"decomposed": 0, "averaged": 0}
+    assert plan.counts() == {**none, "summed": tower, "copied": rest}
     frozen = plan.counts(frozenset([FC1]))
-    assert frozen == {"decomposed": 0, "averaged": tower - 1, "copied": rest + 1}
+    assert frozen == {**none, "summed": tower - 1, "copied": rest + 1}
 
 
 # Ranks

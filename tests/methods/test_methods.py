@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_a_method_is_one_function_and_one_row(zoo: Path, tmp_path: Path) -> None
         assert file.read_bytes() == (tmp_path / "n" / file.name).read_bytes(), file.name
     card = (tmp_path / "m" / "README.md").read_text()
     assert "with the method `largest`." in card and " combined, " in card
-    assert f"largest: {LARGEST.does}" in run("merge", "--help", COLUMNS="200").out
+    assert re.search(f"\n  largest +{LARGEST.does}\n", run("merge", "--help", COLUMNS="100").out)
     for more in (["--rank", "3"], ["--report"]):
         refused = run(*words, *method, *more, "-o", tmp_path / "x")
         assert refused.code == 1 and "The method largest" in refused.err

@@ -731,7 +731,7 @@ def test_convolutions_are_switched_whole_or_as_factors(
 def test_factors_in_half_precision_are_added_in_float32(made: Made, tmp_path: Path) -> None:
     hf_tsv.compress(
         made.plain["full"], base_model=made.base, output=tmp_path / "full-tsv",
-        rank_fraction=0.5, factor_dtype="bfloat16",
+        rank_fraction=0.5, dtype="bfloat16",
     )  # fmt: skip
     hf_tsv.reconstruct(tmp_path / "full-tsv", output=tmp_path / "whole")
     tasks = TaskSwitcher.from_pretrained([tmp_path / "full-tsv"])

@@ -319,7 +319,7 @@ def test_the_card_of_factors_says_what_is_kept() -> None:
     assert "| `fc1.0.weight` | 64 × 32 | factors | 3 | 50.00 % |" in card
     assert "| task head | `classifier.weight` |" in card
     command = f"hf-tsv compress org/clip-a@{SHA} --base-model org/base@{SHA} --budget 10%"
-    assert f"\n{command} --factor-dtype float32 -o compressed\n" in card
+    assert f"\n{command} --dtype float32 -o compressed\n" in card
 
 
 def test_the_card_of_factors_lists_the_largest_updates_only() -> None:

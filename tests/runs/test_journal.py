@@ -462,8 +462,8 @@ def test_the_beginning_of_another_compression_is_not_gone_on_with(
     with stopping():
         compress()
     with pytest.raises(OutputError, match="other inputs or settings"):
-        compress(factor_dtype="bfloat16")
-    compress(factor_dtype="bfloat16", force=True)
+        compress(dtype="bfloat16")
+    compress(dtype="bfloat16", force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

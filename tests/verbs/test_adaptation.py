@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 import hf_tsv
 from hf_tsv import Adaptation, CheckpointError, DataError, Recipe, RecipeError
 from hf_tsv.checkpoints.names import RECIPE_FILE
-from hf_tsv.cli.merge import LearningOptions
+from hf_tsv.cli.tune import LearningOptions
 from hf_tsv.evaluation import data
 from hf_tsv.merging.work import prepare
 from hf_tsv.recipes.settings import Settings
@@ -441,7 +442,7 @@ def test_bad_recipes_are_refused(
 def test_the_command(zoo: Path, images: Path, tmp_path: Path) -> None:
     tasks = [w for name in CLASSES for w in ("--task", f"{name}={images / f'{name}.parquet'}")]
     numbers = ["--steps", "2", "--learning-rate", "0.02", "--batch-size", "4", "--seed", "3"]
-    done = run("merge", zoo / "vision", zoo / "full", "--base-model", zoo / "base", "-o",
+    done = run("tune", zoo / "vision", zoo / "full", "--base-model", zoo / "base", "-o",
                tmp_path / "out", "--method", "ada", *tasks, "--template", "a {}", *numbers,
                "--json")  # fmt: skip
     assert done.code == 0, done.err
@@ -455,29 +456,33 @@ def test_the_command(zoo: Path, images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--method ada", "--task NAME=DATASET"),
-        ("--method ada --steps 3", "no images to learn from"),
-        ("--method ada --task a=b --limit 3", "--limit is an option of --tune-alpha"),
-        ("--steps 3", "--steps is an option of --method ada"),
-        ("--learning-rate 0.1", "--learning-rate is an option of --method ada"),
-        ("--template a{}", "--template is an option of --method ada"),
-        ("--task a=b", "--task is an option of --method ada"),
+        ("--method ada", "no images to learn from"),
+        ("--method ada --task a=b --limit 3", "limit"),
+        ("--method ada --task a=b --alphas 0:1:1", "alphas"),
+        ("--task a=b --steps 3", "for the method ada only"),
+        ("--task a=b --learning-rate 0.1", "for the method ada only"),
+        ("--task a=b --seed 1", "for the method ada only"),
     ],
 )
 def test_options_that_do_not_fit_together(
     zoo: Path, tmp_path: Path, options: str, said: str
 ) -> None:
-    done = run("merge", zoo / "full", "--base-model", zoo / "base", "-o", tmp_path / "out",
+    done = run("tune", zoo / "full", "--base-model", zoo / "base", "-o", tmp_path / "out",
                *options.split())  # fmt: skip
-    assert done.code == 1 and said in done.err, done.err
+    assert done.code in (1, 2) and said in done.err, done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_merge_names_the_command_that_learns(tmp_path: Path) -> None:
+    done = run("merge", "org/a", "--method", "ada", "-o", tmp_path / "out")
+    assert done.code in (1, 2) and "Use `hf-tsv tune --method ada --task" in done.err
 
 
 def test_help_tells_the_defaults() -> None:
     hints = get_type_hints(LearningOptions, include_extras=True)
     for name in ("steps", "learning_rate", "batch_size", "seed"):
         told = hints[name].__metadata__[-1]
-        assert f"[default: {getattr(Adaptation, name)}" in told
+        assert re.search(rf"\[default: (64; )?{getattr(Adaptation, name)}\b", told)
 
 
 def test_the_bar_shows_the_entropy(

@@ -82,7 +82,7 @@ def test_energy_that_no_smaller_file_has_is_stored_whole(zoo: Path) -> None:
 @pytest.mark.parametrize("budget", ["45%", "70%", 60_000, "50kB"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_budget_is_kept_and_nearly_spent(zoo: Path, budget: str | int, dtype: str) -> None:
-    factors = compress(zoo, "vision", budget=budget, factor_dtype=dtype)
+    factors = compress(zoo, "vision", budget=budget, dtype=dtype)
     report = factors.report
     assert report is not None and report.factors_bytes is not None
     allowed = {"45%": 0.45 * report.checkpoint_bytes, "70%": 0.7 * report.checkpoint_bytes}
@@ -115,7 +115,7 @@ def test_a_budget_below_what_is_stored_whole_says_what_it_needs(zoo: Path, tmp_p
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_stored_bytes_follow_the_formula_to_the_byte(zoo: Path, tmp_path: Path, dtype: str) -> None:
     """r (d_out + 1 + d_in) per matrix and everything else whole, headers aside."""
-    report = compress(zoo, "full", tmp_path / "out", rank=4, factor_dtype=dtype).report
+    report = compress(zoo, "full", tmp_path / "out", rank=4, dtype=dtype).report
     assert report is not None
     size = getattr(torch, dtype).itemsize
     expected = 0
@@ -151,7 +151,7 @@ def test_the_truncation_is_the_best_of_its_rank(zoo: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_update_error_is_the_real_one(zoo: Path, dtype: str) -> None:
-    factors = compress(zoo, "vision", rank_fraction=0.3, factor_dtype=dtype)
+    factors = compress(zoo, "vision", rank_fraction=0.3, dtype=dtype)
     base, tuned = state(zoo / "base"), state(zoo / "vision")
     lost = total = 0.0
     for name in factors.config.weights:
@@ -186,7 +186,7 @@ def test_values_too_large_for_float16_are_refused(zoo: Path, tmp_path: Path) -> 
     tuned["vision_model.post_layernorm.bias"] += 1e5
     save_file(tuned, bad / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"post_layernorm\.bias does not fit into float16"):
-        api.compress(bad, base_model=zoo / "base", factor_dtype="float16", output=tmp_path / "out")
+        api.compress(bad, base_model=zoo / "base", dtype="float16", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -255,7 +255,7 @@ def test_reconstruct_is_exact_to_the_rounding_of_the_factors(
 ) -> None:
     """Three factors of a triplet are rounded, and a fixed number of triplets is summed."""
     exact = compress(zoo, "vision", rank=6)
-    compress(zoo, "vision", tmp_path / "factors", rank=6, factor_dtype=dtype)
+    compress(zoo, "vision", tmp_path / "factors", rank=6, dtype=dtype)
     api.reconstruct(tmp_path / "factors", output=tmp_path / "full")
     full, base = state(tmp_path / "full"), state(zoo / "base")
     for name in exact.config.weights:
@@ -580,7 +580,7 @@ def test_a_truncated_adapter_holds_the_truncated_updates(
 ) -> None:
     report = api.export_peft(
         zoo / "vision", base_model=zoo / "base", output=tmp_path / "lora", rank=rank,
-        factor_dtype=dtype,
+        dtype=dtype,
     )  # fmt: skip
     stored = load_file(tmp_path / "lora" / "adapter_model.safetensors").values()
     assert report.factors_bytes == sum(tensor.nbytes for tensor in stored)
@@ -764,7 +764,7 @@ def test_the_snippets_of_the_card_of_factors_run(
 
 
 def test_the_snippet_of_the_card_of_an_adapter_runs_without_hf_tsv(world: Path, hub: Hub) -> None:
-    done = hf_tsv("compress", "org/full", "--format", "peft", "--push-to", "me/lora", cwd=world)
+    done = hf_tsv("compress", "org/full", "--out-format", "peft", "--push-to", "me/lora", cwd=world)
     assert done.code == 0, done.err
     assert "Changed, but not in the adapter: logit_scale" in done.err
     files = hub.files("me/lora")
@@ -812,7 +812,7 @@ def test_quiet_prints_the_result_only(world: Path) -> None:
         (["org/nope"], ["org/nope does not exist"]),
         (["org/vision", "--rank", "3", "--energy", "0.5"], ["rank and energy exclude each other"]),
         (["org/vision", "--budget", "1kB"], ["budget is 1.0 kB", "28.0 kB"]),
-        (["org/vision", "--no-dense"], ["about an adapter", "--format peft"]),
+        (["org/vision", "--no-dense"], ["about an adapter", "peft"]),
     ],
     ids=lambda value: "-".join(value)[:50] if isinstance(value, list) else str(value),
 )
@@ -829,11 +829,11 @@ def test_bad_arguments_of_compress(
         ({"energy": 0.0}, r"energy is 0\.0"),
         ({"rank": 0}, "rank is 0"),
         ({"budget": "lots"}, "budget is 'lots'.*10%.*35MB"),
-        ({"factor_dtype": "int8"}, "factor_dtype is 'int8'"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"max_shard_size": "big"}, "max_shard_size is 'big'"),
         ({"base_model": "vision"}, "vision equals the base model"),
-        ({"format": "peft", "model_class": "Bert"}, "no CLIP class 'Bert'"),
-        ({"format": "peft", "model_class": "CLIPTextModel"}, "LoRA adapter"),
+        ({"out_format": "peft", "model_class": "Bert"}, "no CLIP class 'Bert'"),
+        ({"out_format": "peft", "model_class": "CLIPTextModel"}, "LoRA adapter"),
     ],
     ids=str,
 )
@@ -974,11 +974,11 @@ def test_a_result_larger_than_the_checkpoint_is_a_warning(zoo: Path, tmp_path: P
         {"budget": "100%"},
         {"budget": "70%"},
         {"rank": 4},
-        {"rank_fraction": 1.0, "factor_dtype": "bfloat16"},
-        {"format": "peft", "rank": 5},
-        {"format": "peft", "rank": 5, "factor_dtype": "bfloat16"},
-        {"format": "peft", "budget": "70%"},
-        {"format": "peft", "rank": 5, "dense": False},
+        {"rank_fraction": 1.0, "dtype": "bfloat16"},
+        {"out_format": "peft", "rank": 5},
+        {"out_format": "peft", "rank": 5, "dtype": "bfloat16"},
+        {"out_format": "peft", "budget": "70%"},
+        {"out_format": "peft", "rank": 5, "dense": False},
     ],
     ids=str,
 )
@@ -1028,7 +1028,7 @@ def kept_rows(card: str) -> dict[str, list[str]]:
     return {row[0].strip("`"): row[1:] for row in cells}
 
 
-@pytest.mark.parametrize("flags", [[], ["--format", "peft"]], ids=["factors", "peft"])
+@pytest.mark.parametrize("flags", [[], ["--out-format", "peft"]], ids=["factors", "peft"])
 def test_the_card_says_what_is_kept_of_which_layer(
     zoo: Path, tmp_path: Path, flags: list[str]
 ) -> None:
@@ -1061,7 +1061,8 @@ def test_the_card_says_what_is_kept_of_which_layer(
 
 def test_what_is_not_kept_is_in_the_table(zoo: Path, tmp_path: Path) -> None:
     done = hf_tsv("compress", zoo / "full", "--base-model", zoo / "base", "--rank", "2",
-                  "--format", "peft", "--no-dense", "--report", "-o", tmp_path / "out")  # fmt: skip
+                  "--out-format", "peft", "--no-dense", "--report",
+                  "-o", tmp_path / "out")  # fmt: skip
     assert done.code == 0, done.err
     rows = kept_rows((tmp_path / "out" / "README.md").read_text())
     assert rows["token_embedding"][1:3] == ["1 not kept", "0.00 %"]

@@ -121,6 +121,30 @@ def test_repositories_show_card_and_license(world: Path) -> None:
     assert done.json["ref"] == "org/vision"
 
 
+def test_a_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    done = run("inspect", tmp_path)
+    assert done.code == 1 and "has no model: there are no weight files" in done.err
+
+
+def test_an_adapter_tells_its_rank_modules_and_class(zoo: Path, tmp_path: Path) -> None:
+    hf_tsv.export_peft(zoo / "vision", base_model=zoo / "base", output=tmp_path / "lora", rank=3)
+    found = hf_tsv.inspect(tmp_path / "lora")
+    assert found.adapter is not None and found.adapter["rank"] == 3
+    assert any(name.endswith("q_proj") for name in found.adapter["target_modules"])
+    assert found.model_class == "CLIPVisionModel"
+    rows = [row.split() for row in run("inspect", tmp_path / "lora").out.splitlines()]
+    assert ["rank", "3"] in rows
+    assert any(row[0] == "modules" and row[-3:] == ["(12", "in", "all)"] for row in rows)
+
+
+def test_a_merge_tells_its_own_treatment_alone(zoo: Path, tmp_path: Path) -> None:
+    hf_tsv.merge([zoo / "vision", zoo / "full"], base_model=zoo / "base", output=tmp_path / "m")
+    rows = [row.split("  ")[0] for row in run("inspect", tmp_path / "m").out.splitlines()]
+    assert rows.count("method") == 1 and not {"merge", "in a merge"} & set(rows)
+    assert "in a merge" in run("inspect", zoo / "vision").out
+
+
 def test_pickles_are_not_loaded(zoo: Path, tmp_path: Path) -> None:
     """The file would write another one if it were."""
     folder = copied(zoo / "vision", tmp_path / "pickled")
@@ -209,10 +233,10 @@ def test_tensors_of_one_name_in_two_files_both_count(tmp_path: Path) -> None:
 
 def test_a_line_break_forges_no_row(hub: Hub, zoo: Path, tmp_path: Path) -> None:
     files = {file.name: file for file in (zoo / "vision").iterdir()}
-    card = '---\nlicense: "mit\\nmade by      somebody"\n---\n'
+    card = '---\nlicense: "mit\\nmethod      somebody"\n---\n'
     hub.add_repo("org/odd", {**files, "README.md": card})
     done = run("inspect", "org/odd", cwd=tmp_path)
-    assert not any(row.startswith("made by") for row in done.out.splitlines())
+    assert not any(row.startswith("method") for row in done.out.splitlines())
 
 
 @pytest.mark.parametrize("name", ["org/absent", "./nowhere", "a/b/c/d"])

@@ -24,7 +24,7 @@ from hf_tsv.merging.diagnosis import COMPARABLE, FAR_ABOVE
 TASKS = 3
 KEYS = {
     "tasks", "base_model", "total", "total_after", "pairs", "weights", "blocks", "kinds",
-    "spectra", "diagnoses", "warnings", "seconds", "timings", "device",
+    "spectra", "diagnoses", "warnings", "seconds", "timings", "device", "schema_version",
 }  # fmt: skip
 REPORT_FILES = [
     "blocks.png", "interference.html", "interference.json", "layers.png", "pairs.png", "ranks.png",
@@ -489,14 +489,14 @@ def test_what_decomposes_nothing_has_no_report(tasks: Path, tmp_path: Path, meth
 # The command
 
 
-def test_the_command_prints_who_disturbs_whom(tasks: Path) -> None:
+def test_the_command_prints_which_tasks_interfere(tasks: Path) -> None:
     done = run("interference", *(tasks / n for n in "abc"), "--base-model", tasks / "base")
     assert done.code == 0, done.err
     rows = done.out.splitlines()
-    assert rows[0].split()[:2] == ["task", "share"]
+    assert rows[0].split()[:2] == ["task", "share"] and max(map(len, rows)) <= 80
     assert [row.split()[0] for row in rows[2:5]] == ["a", "b", "c"]
     said = {row.split()[0]: row for row in rows[6:]}
-    assert {"interference", "most", "least"} <= set(said)
+    assert {"interference", "mean", "most", "least", "weight"} == set(said)
     found = report(tasks)
     most = {found.tasks[i]["name"] for i in found.extremes()[0]}
     assert set(said["most"].split(":")[0].split()[1:]) - {"and"} == most

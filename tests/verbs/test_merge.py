@@ -500,7 +500,7 @@ def test_the_exported_names() -> None:
         "LostProcessError", "MergeReport", "OutputError", "PushReport", "Recipe", "RecipeError",
         "ReconstructReport", "RepoError", "SweepReport", "TaskFactors", "TaskSwitcher",
         "__version__", "compress", "evaluate", "export_peft", "inspect", "interference",
-        "load_model", "merge", "pipeline", "push", "reconstruct", "sweep",
+        "load_model", "merge", "pipeline", "push", "reconstruct", "sweep", "tune",
     ]  # fmt: skip
     for name in hf_tsv.__all__:
         assert getattr(hf_tsv, name) is not None

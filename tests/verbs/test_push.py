@@ -44,7 +44,7 @@ def test_what_hf_tsv_writes_can_be_pushed(hub: Hub, outputs: Path, kind: str) ->
     assert done.code == 0, done.err
     assert pushed(hub) == contents(outputs / kind)
     repo = hub.repos["me/new"]
-    assert done.out == f"{hub.endpoint}/me/new/commit/{repo.branches['main']}\n"
+    assert done.out == f"{hub.endpoint}/me/new\n"
     assert len(repo.commits) == 2  # the first makes the repository
     assert f"Uploading to me/new.\nUploaded {len(contents(outputs / kind))} files (" in done.err
 
@@ -65,6 +65,12 @@ def test_options_of_an_upload(hub: Hub, outputs: Path) -> None:
     done = hf_tsv(*words, "--create-pr", "--commit-message", "Look!")
     assert done.out == f"{hub.endpoint}/me/new/discussions/1\n"
     assert hub.repos["me/new"].pull_requests[1].title == "Look!" and not pushed(hub)
+
+
+def test_the_order_of_hf_upload_is_understood(hub: Hub, outputs: Path) -> None:
+    done = hf_tsv("push", "me/new", outputs / "factors")
+    assert done.code == 0 and "the repository me/new" in done.err, done.err
+    assert pushed(hub) == contents(outputs / "factors")
 
 
 def test_a_push_of_another_kind_replaces_the_one_before(hub: Hub, outputs: Path) -> None:

@@ -105,7 +105,7 @@ def test_the_command_writes_results_and_a_picture(zoo: Path, images: Path, tmp_p
     done = run("sweep", *pairs, "--base-model", zoo / "base", "--rank-fraction", "0.5,0.1",
                "--limit", "6", "-o", tmp_path / "out")  # fmt: skip
     assert done.code == 0, done.err
-    assert "stored" in done.out and "a quick look" in done.out
+    assert "stored" in done.out and "at most 6 images per task" in done.out
     found = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert found["fractions"] == [0.1, 0.5] and list(found["tasks"]) == ["a", "b"]
     means = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,9 @@ def test_every_alpha_scores_as_its_own_merge_does(
     zoo: Path, pets: Path, tmp_path: Path, kind: str
 ) -> None:
     """`full` changes the text tower, and with it the heads."""
-    found = hf_tsv.merge(
-        [zoo / kind, zoo / "flat"], base_model=zoo / "base", output=tmp_path / "m",
-        tune_alpha=AlphaSearch({"pets": str(pets)}, ALPHAS), progress=False,
+    found = hf_tsv.tune(
+        [zoo / kind, zoo / "flat"], {"pets": str(pets)}, alphas=ALPHAS, base_model=zoo / "base",
+        output=tmp_path / "m", progress=False,
     ).tuning  # fmt: skip
     assert found is not None
     expected = []
@@ -60,14 +61,14 @@ def test_every_alpha_scores_as_its_own_merge_does(
 def test_the_output_is_that_of_the_alpha_that_was_found(
     zoo: Path, pets: Path, tmp_path: Path
 ) -> None:
-    common = ["merge", zoo / "vision", zoo / "flat", "--base-model", zoo / "base"]
-    done = run(*common, "--tune-alpha", "0.25:1:0.25", "--task", f"pets={pets}", "--limit", "6",
+    common = [zoo / "vision", zoo / "flat", "--base-model", zoo / "base"]
+    done = run("tune", *common, "--alphas", "0.25:1:0.25", "--task", f"pets={pets}", "--limit", "6",
                "--template", "{}", "-o", tmp_path / "m", "--json")  # fmt: skip
     assert done.code == 0, done.err
     tuning = done.json["tuning"]
     assert tuning["alphas"] == [0.25, 0.5, 0.75, 1.0] and tuning["images"] == {"pets": 6}
     assert f"α = {tuning['alpha']:g}" in done.err
-    run(*common, "--alpha", tuning["alpha"], "-o", tmp_path / "again")
+    run("merge", *common, "--alpha", tuning["alpha"], "-o", tmp_path / "again")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == (
         tmp_path / "again" / "model.safetensors"
     ).read_bytes()
@@ -124,10 +125,9 @@ def test_what_is_no_range_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--alpha", "1"], "alpha is given and is to be chosen"),
         (["--method", "tall-mask"], "has no α to choose"),
-        (["--method", "ada"], "has no α to choose"),
-        (["--steps", "3"], "--steps is an option of --method ada"),
+        (["--method", "ada"], "not for the method ada"),
+        (["--steps", "3"], "for the method ada only"),
         (["--split", "train2"], "pets: "),
         (["--limit", "0"], "limit is 0"),
     ],
@@ -135,23 +135,34 @@ def test_what_is_no_range_is_refused(text: str) -> None:
 def test_what_does_not_go_together_is_refused(
     zoo: Path, pets: Path, tmp_path: Path, options: list[str], said: str
 ) -> None:
-    done = run("merge", zoo / "vision", "--base-model", zoo / "base", "-o", tmp_path / "m",
-               "--tune-alpha", "0:1:0.5", "--task", f"pets={pets}", *options)  # fmt: skip
-    assert done.code == 1 and said in done.err, done.err
+    done = run("tune", zoo / "vision", "--base-model", zoo / "base", "-o", tmp_path / "m",
+               "--alphas", "0:1:0.5", "--task", f"pets={pets}", *options)  # fmt: skip
+    assert done.code in (1, 2) and said in done.err, done.err
     assert not list(tmp_path.iterdir())
 
 
-def test_images_are_named_and_only_for_what_uses_them(zoo: Path, tmp_path: Path) -> None:
-    common = ["merge", zoo / "vision", "--base-model", zoo / "base", "-o", tmp_path / "m"]
-    done = run(*common, "--tune-alpha", "0:1:0.5")
-    assert done.code == 1 and "no images to choose α on" in done.err
-    done = run(*common, "--task", "a=b")
-    assert done.code == 1 and "--task is an option of --method ada and of --tune-alpha" in done.err
+def test_an_alpha_that_is_given_is_not_chosen(zoo: Path, pets: Path) -> None:
+    with pytest.raises(RecipeError, match="α is given and is to be chosen"):
+        hf_tsv.tune(zoo / "vision", {"pets": str(pets)}, base_model=zoo / "base", alpha=1)
+
+
+def test_images_are_named(zoo: Path, tmp_path: Path) -> None:
+    words = [zoo / "vision", "--base-model", zoo / "base", "-o", tmp_path / "m"]
+    done = run("tune", *words)
+    assert done.code in (1, 2) and "no images to choose α on" in done.err
+    done = run("merge", *words, "--task", "a=b")
+    assert done.code == 2 and "--task" in done.err
+
+
+def test_arguments_of_a_merge_are_arguments_of_tune() -> None:
+    taken = inspect.signature(hf_tsv.tune).parameters
+    assert {"output", "base_model", "alphas", "dtype", "steps"} <= taken.keys()
+    assert not {"options", "recipe", "adaptation", "tune_alpha"} & taken.keys()
 
 
 def test_test_images_are_never_taken_by_default(zoo: Path, tmp_path: Path) -> None:
     data = make_folder(tmp_path / "pets")
     with pytest.raises(DataError, match="has no split 'validation'"):
-        hf_tsv.merge([zoo / "vision"], base_model=zoo / "base", output=tmp_path / "m",
-                     tune_alpha=AlphaSearch({"pets": str(data)}, "0,1"))  # fmt: skip
+        hf_tsv.tune([zoo / "vision"], {"pets": str(data)}, alphas="0,1", base_model=zoo / "base",
+                    output=tmp_path / "m")  # fmt: skip
     assert not (tmp_path / "m").exists()

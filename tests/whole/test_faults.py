@@ -595,7 +595,7 @@ def test_a_commit_whose_answer_is_lost_is_made_once(world: Path, hub: Hub) -> No
     assert done.code == 0, done.err
     repo = hub.repos["me/new"]
     assert len(repo.commits) == 2 and pushed(hub) == contents(world / "merged")
-    assert done.out == f"{hub.endpoint}/me/new/commit/{repo.branches['main']}\n"
+    assert done.out == f"{hub.endpoint}/me/new\n"
 
 
 def test_a_lost_answer_sends_no_large_file_again(world: Path, hub: Hub) -> None:

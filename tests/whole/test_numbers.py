@@ -188,7 +188,7 @@ RULES: Mapping[str, dict[str, Any]] = {
     "rank": {"rank": 2},
     "share": {"rank_fraction": 0.5, "compress_conv": True},
     "energy": {"energy": 0.9},
-    "budget": {"budget": "90%", "factor_dtype": "bfloat16"},
+    "budget": {"budget": "90%", "dtype": "bfloat16"},
 }
 
 

@@ -62,7 +62,7 @@ def search(
         for task, images in zip(wanted.tasks, data, strict=True)
     }
     done = replace(wanted, images=tuple(len(images.rows) for images in data), accuracies=found)
-    logger.info("α = %g is best: %.2f %% on validation images.", done.alpha, 100 * max(done.means))
+    logger.info("α = %g is best: %.2f%% on validation images.", done.alpha, 100 * max(done.means))
     return done
 
 
@@ -74,10 +74,10 @@ def _put(changed: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float) -> None
 def refuse_no_search(settings: Settings, alpha: float | None) -> None:
     """Refuse to choose an α that is given, that the method has not, or in several processes."""
     if alpha is not None:
-        raise RecipeError("alpha is given and is to be chosen.", "Leave one of them out.")
+        raise RecipeError("α is given and is to be chosen.", "Leave `alpha=` out.")
     if settings.row.learns or settings.row.alpha is None:
         problem = f"The method {settings.method} has no α to choose."
-        raise RecipeError(problem, "Leave --tune-alpha out.")
+        raise RecipeError(problem, "Use `merge` instead.")
     processes.alone("The choice of α", ", then repeat with --alpha")
 
 

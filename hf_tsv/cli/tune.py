@@ -1,0 +1,76 @@
+"""`hf-tsv tune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from hf_tsv.cli import images, options
+from hf_tsv.cli import merge as merging
+from hf_tsv.cli.groups import Only, call
+from hf_tsv.cli.output import Out
+from hf_tsv.methods.catalogue import METHODS
+
+USAGE = ("CHECKPOINTS...", "--task NAME=DATASET...", "-o DIR", "[OPTIONS]")
+MISSING = "Name the checkpoints to merge, images with --task, and a folder with -o."
+EXAMPLES = (
+    f"hf-tsv tune {merging.BOTH} --task sun397=tanganke/sun397 --split train --limit 500 -o tuned",
+    f"hf-tsv tune {merging.BOTH} --method ada --task dtd=tanganke/dtd -o learned",
+    "hf-tsv tune ./a ./b --method ties --alphas 0:3:0.1 --task a=./images -o tuned",
+)
+TABLES = {"Methods (--method)": {m.name: m.does for m in METHODS.values() if m.alpha is not None}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningOptions:
+    """Options of what is learned, and how."""
+
+    PANEL = "Learning"
+    alphas: Annotated[
+        str | None,
+        "FIRST:LAST:STEP",
+        "Values of α to try, or 0.5,1,1.5. Not with ada. [default: 0:2:0.1]",
+    ] = None
+    steps: Annotated[int | None, "N", "With ada: Adam steps. [default: 300]"] = None
+    learning_rate: Annotated[
+        float | None, "X", "With ada: Adam learning rate. [default: 0.002]"
+    ] = None
+    seed: Annotated[int | None, "N", "With ada: random seed for the image order. [default: 0]"] = (
+        None
+    )
+    batch_size: Annotated[
+        int | None, "N", "Images of each task at a time. [default: 64; 16 with ada]"
+    ] = None
+
+
+def tune(
+    checkpoints: Annotated[
+        list[str],
+        "CHECKPOINTS...",
+        "Fine-tuned checkpoints, task factors or adapters: org/name, org/name@revision, or a local"
+        " folder.",
+    ],
+    *,
+    source: options.SourceOptions,
+    pictures: Annotated[images.ImageOptions, Only("task", "datasets", "limit")],
+    learning: LearningOptions,
+    result: merging.ResultOptions,
+    how: Annotated[merging.MethodOptions, Only("method", "weights", "precision", "ranks")],
+    compute: Annotated[options.ComputeOptions, Only("device", "max_memory")],
+    run: options.RunOptions,
+    access: options.AccessOptions,
+) -> None:
+    """Merge with α or coefficients that are learned from images.
+
+    Tries values of α, the scale of the merged update, on labelled validation images, and writes the
+    merge with the best one. With `--method ada` it instead learns a coefficient of each task in
+    each weight, on images without labels (AdaMerging). The recipe repeats the merge without images.
+    """
+    out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
+    tasks = pictures.tasks
+    from hf_tsv.verbs import tune as tune_
+
+    groups = (source, pictures, learning, result, result.target, result.files, how, compute, run)
+    own = {**merging.settings(result, how), "progress": run.progress}
+    done = call(tune_.tune, (*groups, access), checkpoints, tasks, **own)
+    merging.told(out, done, result, run)
