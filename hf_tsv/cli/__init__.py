@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
 from hf_tsv.cli.help import Command, Group
 
@@ -62,16 +64,31 @@ class Commands(Group):
         name, _, rest = super().resolve_command(ctx, args)
         return name, name and _command(name), rest
 
+    def main(self, *args: Any, **settings: Any) -> NoReturn:
+        """Run and exit; what typer refuses is told as all other errors are."""
+        try:
+            sys.exit(super().main(*args, **{**settings, "standalone_mode": False}) or 0)
+        except TyperException as error:
+            if type(error).__name__ != "NoArgsIsHelpError":  # which has shown the help
+                from hf_tsv.cli.output import fail
+
+                message = error.format_message().replace("Value error, ", "")
+                command = getattr(getattr(error, "ctx", None), "command_path", "hf-tsv")
+                hint = f"See `{command} --help`."
+                fail(message if message[-1] in ".?)" else f"{message}.", hint, code=error.exit_code)
+            sys.exit(error.exit_code)
+
 
 def _command(name: str) -> Any:
     """A command with its options."""
     from hf_tsv.cli.groups import flattened
     from hf_tsv.cli.output import guarded
+    from hf_tsv.cli.usage import checked
 
     module = import_module(f"hf_tsv.cli.{name}")
     made = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     made.command(name, cls=Command, context_settings=HELP)(
-        guarded()(flattened(getattr(module, name)))
+        guarded(name)(checked(flattened(getattr(module, name))))
     )
     command: Any = typer.main.get_command(made)
     command.usage, command.examples = module.USAGE, module.EXAMPLES

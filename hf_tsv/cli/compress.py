@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only
-from hf_tsv.cli.output import Out, pinned, table
+from hf_tsv.cli.output import Out, kept, pinned, table
 from hf_tsv.recipes.compressing import FactorFormat
 from hf_tsv.recipes.settings import Dtype
-from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.text import counted, human_bytes
 
 if TYPE_CHECKING:
@@ -99,6 +98,7 @@ def compress(
     from hf_tsv.runs.target import Target
     from hf_tsv.verbs import compress as compress_
 
+    rule, size = RankRule(**vars(keep)), files.shard_size
     done = compress_.run(
         checkpoint,
         source.base_model,
@@ -115,11 +115,10 @@ def compress(
 def _summary(report: CompressReport) -> str:
     kinds = [weight["stored"] for weight in report.weights.values()]
     counts, shares = report.ratio_for_tasks, report.ratio_for_tasks.values()
-    error = report.update_error or 0.0
     lines = [
         f"Compressed in {report.seconds:.1f} s: {human_bytes(report.factors_bytes or 0)},"
         f" {report.ratio or 0:.1%} of the checkpoint's {human_bytes(report.checkpoint_bytes)}.",
-        f"Keeps {1 - error**2:.1%} of the update's energy (relative error {error:.3g}).",
+        f"It {kept(report.update_error)}.",
         f"{counted(kinds.count('factors'), 'matrix', 'matrices')} low-rank,"
         f" {counted(kinds.count('dense'), 'tensor')} in full,"
         f" {kinds.count('none')} unchanged or left out.",

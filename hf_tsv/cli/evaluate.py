@@ -11,7 +11,9 @@ from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.images import ImageOptions, notes
 from hf_tsv.cli.output import Out, table
+from hf_tsv.evaluation.job import chosen, refuse_no_card
 from hf_tsv.system.processes import is_leader
+from hf_tsv.system.text import counted
 
 if TYPE_CHECKING:
     from hf_tsv.verbs.evaluate import EvaluateReport
@@ -50,6 +52,8 @@ def evaluate(
     the fine-tune's accuracy that is kept. With -o, the same command resumes a stopped run.
     """
     out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
+    refuse_no_card(card=card, create_pr=create_pr)
+    chosen(images.tasks, images.suite, images.references, source.base_model)
     from hf_tsv.verbs import evaluate as evaluate_
 
     groups = (images, compute, source, target, access)
@@ -98,6 +102,6 @@ def _beside_the_paper(report: EvaluateReport) -> str:
     if len(done) < len(suite["tasks"]):
         ours.append(f"{len(done)} of {len(suite['tasks'])} tasks")
     if report.limit is not None:
-        ours.append(f"{report.limit} images of each")
+        ours.append(f"{counted(report.limit, 'image')} of each")
     means = _share(suite["accuracy"]), _share(suite["normalised"])
     return table(rows, (PUBLISHED, "accuracy", "kept"), (", ".join(ours), *means))

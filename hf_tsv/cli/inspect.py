@@ -55,7 +55,7 @@ def _text(report: InspectReport) -> str:
         ("kind", KINDS.get(report.kind, report.kind)),
         ("class", report.model_class or report.model_type or "unknown"),
         ("layout", report.layout or "unknown"),
-        ("base model", ", ".join(report.base_model) or "unknown"),
+        ("base model", ", ".join(report.base_model) or "unknown (no model card)"),
         ("license", report.license or "unknown"),
         *(("file", f"{name}  {human_bytes(size)}") for name, size in report.files.items()),
         ("parameters", f"{report.parameters:,}"),

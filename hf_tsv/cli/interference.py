@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.output import Out, table
+from hf_tsv.recipes.settings import refuse_one_alone
 
 if TYPE_CHECKING:
     from hf_tsv.reports.interference import InterferenceReport
@@ -49,6 +50,7 @@ def interference(
     orthogonal. It is shown before and after TSV-Merge makes them so.
     """
     out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
+    refuse_one_alone(checkpoints or [])
     from hf_tsv.checkpoints import names
     from hf_tsv.verbs import interference as interference_
 

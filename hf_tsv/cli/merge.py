@@ -11,9 +11,10 @@ from hf_tsv.checkpoints.names import RECIPE_FILE, Format
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.output import Out, pinned, shown, table
+from hf_tsv.cli.usage import numbers
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
 from hf_tsv.methods.catalogue import METHODS
-from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.errors import UsageError
 from hf_tsv.system.text import counted, human_bytes
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def merge(
     out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
     if METHODS[how.method].learns:
         problem = f"The method {how.method} learns from images."
-        raise RecipeError(problem, f"Use `hf-tsv tune --method {how.method} --task NAME=DATASET`.")
+        raise UsageError(problem, f"Use `hf-tsv tune --method {how.method} --task NAME=DATASET`.")
     from hf_tsv.verbs import merge as merge_
 
     groups = (source, result, result.target, result.files, how, compute, run, access)
@@ -106,7 +107,7 @@ def merge(
 
 def settings(result: ResultOptions, how: MethodOptions) -> dict[str, Any]:
     """Arguments of a function whose options have another form."""
-    weights = None if how.weights is None else options.numbers("--weights", how.weights, "1,0.5,1")
+    weights = None if how.weights is None else numbers("weights", how.weights)
     return {**how.ranks.arguments(), "weights": weights, "max_shard_size": result.files.shard_size}
 
 

@@ -11,7 +11,6 @@ import typer
 
 from hf_tsv.cli.groups import Panel
 from hf_tsv.recipes.settings import Dtype, Qkv
-from hf_tsv.system.errors import RecipeError
 
 SUN397, DTD, SVHN = (f"tanganke/clip-vit-base-patch32_{task}" for task in ("sun397", "dtd", "svhn"))
 """Public fine-tunes for the examples of help pages."""
@@ -149,11 +148,3 @@ class AccessOptions:
     )
     cache_dir: Annotated[Path | None, "DIR", "Hub cache. [default: $HF_HOME/hub]"] = None
     stream: Annotated[bool, "Read weights from the Hub without a copy on disk."] = False
-
-
-def numbers(option: str, text: str, example: str) -> list[float]:
-    """Numbers between commas, as an option has them."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise RecipeError(f"{option} is {text!r}.", f"Write numbers: {option} {example}.") from None

@@ -12,6 +12,7 @@ import torch
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.plan import MergePlan
+from hf_tsv.system.text import counted
 
 SAME_UPDATE = 0.999
 """Cosine from which on two updates count as one checkpoint under two names."""
@@ -85,7 +86,7 @@ def _same_updates(inputs: Sequence[Task], findings: Findings) -> Iterator[Diagno
         yield Diagnosis("same-update", text, cosine, SAME_UPDATE, (i, j))
         told = True
     if shared and not told:
-        text = f"Tasks have directions in common in {shared} weights; these are merged once."
+        text = f"Tasks share directions in {counted(shared, 'weight')}: these are merged once."
         yield Diagnosis("shared-directions", text, shared, 1)
 
 
@@ -110,7 +111,7 @@ def _other_bases(inputs: Sequence[Task], findings: Findings) -> Iterator[Diagnos
         if base_norm and norm >= COMPARABLE * base_norm:
             text = (
                 f"{item} is {norm / base_norm:.2g} of the base model's norm away from it: probably"
-                " a fine-tune of another model. Name its own --base-model."
+                " a fine-tune of another model. Name that one with `base_model=REF`."
             )
             yield Diagnosis("other-base", text, norm / base_norm, COMPARABLE, (i,))
 

@@ -18,7 +18,7 @@ from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.checkpoints.sources import Access, fetched, open_sources
 from hf_tsv.models import building
 from hf_tsv.models.building import PIPELINES, Found
-from hf_tsv.system.errors import CheckpointError, RecipeError
+from hf_tsv.system.errors import CheckpointError, RecipeError, public
 from hf_tsv.system.progress import visible_by_default
 from hf_tsv.system.text import one_of
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=Task)
 
 
+@public
 def load_model(  # noqa: PLR0913  (what users may ask for)
     reference: str | PathLike[str],
     *,
@@ -72,6 +73,7 @@ def load_model(  # noqa: PLR0913  (what users may ask for)
     return building.build(found, dtype, device)
 
 
+@public
 def pipeline(  # noqa: PLR0913  (what users may ask for)
     kind: str,
     /,
@@ -195,11 +197,12 @@ def _on_base(
 
 def _kind_of_head(task: str, kind: str | None) -> str:
     if task in PIPELINES:
-        raise RecipeError(f"{task} is a kind of pipeline, not a task.", f"Write kind={task!r}.")
+        raise RecipeError(
+            f"{task} is a kind of pipeline, not the task of a merge.", f"Write kind={task!r}."
+        )
     if kind not in (None, "image-classification"):
         raise RecipeError(
-            f"The head of the task {task!r} does image-classification, not {kind}.",
-            "Leave task=… out.",
+            f"The head of the task {task!r} does image-classification, not {kind}.", "Omit `task=`."
         )
     return "image-classification"
 
@@ -209,7 +212,7 @@ def _headed(item: T, task: str | None) -> T:
     if task is None:
         return item
     if item.description is not None:
-        raise CheckpointError(f"{item} holds one task.", "Leave task=… out.")
+        raise CheckpointError(f"{item} holds one task.", "Omit `task=`.")
     return heads.with_head(item, task)
 
 

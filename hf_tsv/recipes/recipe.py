@@ -15,8 +15,8 @@ from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.recipes.learning import Adaptation
 from hf_tsv.recipes.settings import Settings, current_versions
 from hf_tsv.system.checks import check_number
-from hf_tsv.system.errors import RecipeError
-from hf_tsv.system.text import shortened
+from hf_tsv.system.errors import RecipeError, UsageError, public
+from hf_tsv.system.text import as_keys, counted, shortened
 from hf_tsv.system.untrusted import MAX_BYTES, parse_yaml
 
 FORMAT_VERSION = 1
@@ -83,7 +83,9 @@ class Recipe:
             raise RecipeError(f"{recipe} has coefficients.", "Only the method ada does.")
         for label, row in self.coefficients.items():
             if len(row) != len(self.inputs):
-                counts = f"{len(row)} coefficients for {len(self.inputs)} inputs"
+                counts = (
+                    f"{counted(len(row), 'coefficient')} for {counted(len(self.inputs), 'input')}"
+                )
                 raise RecipeError(f"{shortened(label)} has {counts}.", "Give one for each input.")
             what = f"A coefficient of {shortened(label)}"
             for value in row:
@@ -111,6 +113,7 @@ class Recipe:
         return _dumped(content, allow_unicode=False) if lost else text
 
     @staticmethod
+    @public
     def load(path: str | Path) -> Recipe:
         """Read a recipe file, or the recipe of an output folder.
 
@@ -158,6 +161,9 @@ class Recipe:
             coefficients = {n: tuple(row) for n, row in content.pop("coefficients", {}).items()}
             learned = content.pop("adaptation", None)
             adaptation = None if learned is None else Adaptation.from_dict(learned)
+        except UsageError as error:
+            problem = f"{source}: {as_keys(error.message)}"
+            raise RecipeError(problem, error.hint and as_keys(error.hint)) from None
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"{source} is incomplete or malformed: {error}.") from None
         if not inputs:
@@ -199,7 +205,7 @@ def _refuse_not_installed(content: dict[str, Any]) -> None:
         return  # what is wrong otherwise is found later
     others = [f"{name}=={versions[name]}" for name in versions.keys() - current_versions().keys()]
     if packages := sorted(filter(PACKAGE.fullmatch, others)):
-        hint = f"If you trust its package: pip install {' '.join(packages)}"
+        hint = f"If you trust its package, run: pip install {' '.join(packages)}"
         raise RecipeError(f"The method {shortened(method)} is not installed.", hint)
 
 

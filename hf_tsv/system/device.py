@@ -7,7 +7,7 @@ import re
 import torch
 
 from hf_tsv.system import processes
-from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.errors import UsageError
 
 
 def available() -> list[str]:
@@ -36,5 +36,5 @@ def pick_device(name: str | int | torch.device | None = None) -> torch.device:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         problem = f"There is no device {name!r} here."
-        raise RecipeError(problem, f"Choose auto, {', '.join(available())}.") from None
+        raise UsageError(problem, f"Choose auto, {', '.join(available())}.") from None
     return device

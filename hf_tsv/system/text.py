@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 
 ADDRESS = re.compile(r"(https?://)(?:[^\s/'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?")
 
+ARGUMENT = re.compile(r"`(\w+)=([^`]*)`")
+"""An argument in a message, as Python code."""
+
 
 def one_of(names: Mapping[str, object] | Sequence[str]) -> str:
     """List of names as text.
@@ -18,6 +21,16 @@ def one_of(names: Mapping[str, object] | Sequence[str]) -> str:
     """
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def as_keys(text: str) -> str:
+    """Text in which arguments, as Python code in backticks, are keys of a file.
+
+    Example:
+        >>> as_keys("`rank=` and `alpha=2` cannot be combined.")
+        'rank and alpha: 2 cannot be combined.'
+    """
+    return ARGUMENT.sub(lambda found: ": ".join(filter(None, found.groups())), text)
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -79,6 +92,6 @@ def shortened(value: object) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """First line of an error of a library, cut short; its type if it has no message."""
-    line = next(iter(redacted(str(error)).splitlines()), "")[:200].rstrip(". ")
+    """First line of an error of a library, cut short and without its period; else its type."""
+    line = next(iter(redacted(str(error)).splitlines()), "")[:200].rstrip().rstrip(".")
     return line or type(error).__name__

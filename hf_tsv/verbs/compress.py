@@ -31,6 +31,7 @@ from hf_tsv.runs.lifecycle import underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.device import pick_device
+from hf_tsv.system.errors import public
 from hf_tsv.system.progress import logger
 from hf_tsv.verbs.factors import TaskFactors
 
@@ -38,6 +39,7 @@ TASK_COUNTS = (8, 14, 20)
 """Numbers of tasks that the paper reports."""
 
 
+@public
 def compress(
     checkpoint: str | PathLike[str],
     *,
@@ -253,9 +255,9 @@ def _measured_report(report: CompressReport, done: Compressed) -> CompressReport
 
 
 def _too_large(report: CompressReport) -> str:
-    narrow = ' or `dtype="bfloat16"`' if report.dtype == "float32" else ""
+    narrow = " or use `dtype=bfloat16`" if report.dtype == "float32" else ""
     return (
-        f"The result is {100 * (report.ratio or 0):.0f} % of the checkpoint's size;"
+        f"The result is {report.ratio or 0:.0%} of the checkpoint's size;"
         f" keep less{narrow} to make it smaller."
     )
 

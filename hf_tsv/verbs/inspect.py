@@ -27,7 +27,7 @@ from hf_tsv.merging.plan import treatments
 from hf_tsv.recipes.recipe import Recipe
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports.report import Report
-from hf_tsv.system.errors import CheckpointError, HfTsvError
+from hf_tsv.system.errors import CheckpointError, HfTsvError, public
 
 RECIPE_BYTES = 1_000_000
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT = "open_clip_config.json", "visual.conv1.weight"
@@ -83,6 +83,7 @@ class InspectReport(Report):
     unknown: list[str] = field(default_factory=list)
 
 
+@public
 def inspect(
     reference: str | PathLike[str],
     *,
@@ -274,7 +275,7 @@ def _recipe(pinned: PinnedCheckpoint) -> tuple[dict[str, Any] | None, list[str]]
     if size is None:
         return None, []
     if size > RECIPE_BYTES:
-        return None, [f"{RECIPE_FILE} has {size} bytes and is not read."]
+        return None, [f"{RECIPE_FILE} is too large and is not read."]
     try:
         return asdict(Recipe.from_yaml(pinned.files.read(RECIPE_FILE).decode(), RECIPE_FILE)), []
     except UnicodeDecodeError:

@@ -24,8 +24,9 @@ from hf_tsv.reports.report import Report
 from hf_tsv.runs import journal
 from hf_tsv.runs import target as target_
 from hf_tsv.runs.target import Target, waiting
-from hf_tsv.system.errors import CheckpointError, OutputError
+from hf_tsv.system.errors import CheckpointError, OutputError, public
 from hf_tsv.system.folders import UNDER_CONSTRUCTION, absolute
+from hf_tsv.system.text import counted
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class PushReport(Report):
     dry_run: bool = False
 
 
+@public
 def push(
     folder: str | PathLike[str],
     repo_id: str,
@@ -103,11 +105,11 @@ def _check_finished(folder: Path) -> list[PinnedCheckpoint]:
     work = journal.work_of(folder)
     if any(UNDER_CONSTRUCTION.fullmatch(name) for name in (folder.name, folder.parent.name)):
         raise OutputError(
-            f"{folder} is under construction.", "Finish it with the command it is of."
+            f"{folder} is not finished.", "Run the command that began it again to resume."
         )
     if not folder.is_dir() and work.is_dir():
         raise OutputError(
-            f"{folder} is not finished.", "The command that began it goes on where it stopped."
+            f"{folder} is not finished.", "Run the command that began it again to resume."
         )
     if not folder.is_dir():
         raise OutputError(f"There is no folder {folder}.", "Check the path.")
@@ -127,7 +129,7 @@ def _check_finished(folder: Path) -> list[PinnedCheckpoint]:
                 if entry.get("revision") is not None
             ]
         except CheckpointError as error:
-            error.hint = "Nothing was uploaded; make the folder again."
+            error.hint = "Nothing was uploaded; run the command that wrote the folder again."
             raise
 
 
@@ -149,7 +151,9 @@ def _check_beside(folder: Path, recipe: Recipe, owner: str) -> None:
         raise CheckpointError(f"{owner} has lost its task heads.")
     masks = len(list(folder.glob("masks/*/mask.safetensors")))
     if recipe.settings.row.beside and masks < len(recipe.inputs):
-        raise CheckpointError(f"{owner} has {masks} masks of {len(recipe.inputs)}.")
+        raise CheckpointError(
+            f"{owner} has masks of only {masks} of {counted(len(recipe.inputs), 'task')}."
+        )
 
 
 def _made_from(pinned: PinnedCheckpoint, files: LocalFiles) -> list[Mapping[str, Any]]:

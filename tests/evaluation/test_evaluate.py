@@ -237,11 +237,11 @@ def test_failures_show_and_end_with_1(zoo: Path, pets: Path, tmp_path: Path) -> 
     [
         (["--task", "pets"], "names no dataset"),
         (["--task", "=x"], "incomplete"),
-        ([], "nothing to evaluate on"),
+        ([], "No task given"),
         (["--task", "a={pets}", "--task", "a={pets}"], "given twice"),
-        (["--task", "a={pets}", "--reference", "b=x"], "reference for b"),
+        (["--task", "a={pets}", "--reference", "b=x"], "--reference has b"),
         (["--task", "a={pets}", "--reference", "b"], "NAME=REF"),
-        (["--task", "a={pets}", "--limit", "0"], "limit is 0"),
+        (["--task", "a={pets}", "--limit", "0"], "--limit must be at least 1"),
         (["--task", "a={pets}", "--template", "a pet"], "no single {}"),
     ],
 )
@@ -249,7 +249,7 @@ def test_bad_arguments_end_in_one_line(
     zoo: Path, pets: Path, arguments: list[str], said: str
 ) -> None:
     done = run("evaluate", zoo / "base", *[word.replace("{pets}", str(pets)) for word in arguments])
-    assert done.code == 1 and said in done.err and "Hint: " in done.err and done.out == ""
+    assert done.code == 2 and said in done.err and "Hint: " in done.err and done.out == ""
 
 
 def test_the_only_task_that_fails_is_told_once(zoo: Path, tmp_path: Path) -> None:

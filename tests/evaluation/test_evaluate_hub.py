@@ -135,7 +135,7 @@ def test_columns_and_names_on_the_command_line(hub: Hub, zoo: Path, tmp_path: Pa
     assert list(tuning["accuracies"]) == ["a"]
     names.write_text("cat\n\ndog\n")
     done = run("evaluate", zoo / "base", *words)
-    assert done.code == 1 and "names.txt has an empty line" in done.err
+    assert done.code == 2 and "names.txt is empty or has an empty line" in done.err
 
 
 # Suites

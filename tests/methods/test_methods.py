@@ -132,7 +132,7 @@ def test_a_method_is_one_function_and_one_row(zoo: Path, tmp_path: Path) -> None
     assert re.search(f"\n  largest +{LARGEST.does}\n", run("merge", "--help", COLUMNS="100").out)
     for more in (["--rank", "3"], ["--report"]):
         refused = run(*words, *method, *more, "-o", tmp_path / "x")
-        assert refused.code == 1 and "The method largest" in refused.err
+        assert refused.code == 2 and "The method largest" in refused.err
 
 
 def test_a_rule_that_is_not_there_is_an_error_with_a_hint(
@@ -286,4 +286,4 @@ def test_a_recipe_cannot_have_anything_installed(zoo: Path, tmp_path: Path) -> N
     )
     done = run("merge", "--recipe", recipe, "--dry-run")
     assert done.code == 1 and "rm -r" not in done.err and "-r y" not in done.err
-    assert "method is 'strange'" in done.err and "tall-mask" in done.err
+    assert "method cannot be 'strange'" in done.err and "tall-mask" in done.err

@@ -129,7 +129,7 @@ def test_what_is_no_range_is_refused(text: str) -> None:
         (["--method", "ada"], "not for the method ada"),
         (["--steps", "3"], "for the method ada only"),
         (["--split", "train2"], "pets: "),
-        (["--limit", "0"], "limit is 0"),
+        (["--limit", "0"], "--limit must be at least 1 (got 0)"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -142,7 +142,7 @@ def test_what_does_not_go_together_is_refused(
 
 
 def test_an_alpha_that_is_given_is_not_chosen(zoo: Path, pets: Path) -> None:
-    with pytest.raises(RecipeError, match="α is given and is to be chosen"):
+    with pytest.raises(RecipeError, match="a search for α cannot be combined"):
         hf_tsv.tune(zoo / "vision", {"pets": str(pets)}, base_model=zoo / "base", alpha=1)
 
 
