@@ -10,6 +10,7 @@ from hf_tsv.cli.groups import Only
 from hf_tsv.cli.output import Out, kept, pinned, table
 from hf_tsv.recipes.compressing import FactorFormat
 from hf_tsv.recipes.settings import Dtype
+from hf_tsv.system.errors import UsageError
 from hf_tsv.system.text import counted, human_bytes
 
 if TYPE_CHECKING:
@@ -93,12 +94,11 @@ def compress(
         RankRule(**vars(keep)), **vars(store), max_shard_size=files.shard_size, report=report
     )
     if not checkpoint:
-        raise RecipeError("There is nothing to compress.", "Name a checkpoint.")
+        raise UsageError("There is nothing to compress.", "Name a checkpoint.")
     from hf_tsv.checkpoints.sources import Access
     from hf_tsv.runs.target import Target
     from hf_tsv.verbs import compress as compress_
 
-    rule, size = RankRule(**vars(keep)), files.shard_size
     done = compress_.run(
         checkpoint,
         source.base_model,
