@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
 
 COMMANDS = {  # with the first line of their help: only the command that is called is imported
     "merge": "Merge fine-tuned CLIP checkpoints into one multi-task checkpoint.",
@@ -35,11 +37,26 @@ class Commands(TyperGroup):
         name, _, rest = super().resolve_command(ctx, args)
         return name, name and _command(name), rest
 
+    def main(self, *args: Any, **settings: Any) -> NoReturn:
+        """Run and exit; what typer refuses is told as all other errors are."""
+        try:
+            sys.exit(super().main(*args, **{**settings, "standalone_mode": False}) or 0)
+        except TyperException as error:
+            if type(error).__name__ != "NoArgsIsHelpError":  # which has shown the help
+                from hf_tsv.cli.output import fail
+
+                message = error.format_message().replace("Value error, ", "")
+                command = getattr(getattr(error, "ctx", None), "command_path", "hf-tsv")
+                hint = f"See `{command} --help`."
+                fail(message if message[-1] in ".?)" else f"{message}.", hint, code=error.exit_code)
+            sys.exit(error.exit_code)
+
 
 def _command(name: str) -> Any:
     """A command with its options."""
     from hf_tsv.cli.groups import flattened
     from hf_tsv.cli.output import guarded
+    from hf_tsv.cli.usage import checked
 
     module = import_module(f"hf_tsv.cli.{name}")
     examples = module.EXAMPLES.replace("\n", "\n\n")  # a paragraph each
@@ -47,7 +64,7 @@ def _command(name: str) -> Any:
         add_completion=False, rich_markup_mode=MARKUP, pretty_exceptions_enable=False
     )
     made.command(name, no_args_is_help=True, epilog=f"**Examples**\n\n{examples}")(
-        guarded()(flattened(getattr(module, name)))
+        guarded()(checked(flattened(getattr(module, name))))
     )
     return typer.main.get_command(made)
 

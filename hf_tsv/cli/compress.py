@@ -10,7 +10,6 @@ from hf_tsv.cli.groups import Only
 from hf_tsv.cli.output import Out, pinned, table
 from hf_tsv.recipes.compressing import FactorFormat
 from hf_tsv.recipes.settings import Dtype
-from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.text import human_bytes
 
 if TYPE_CHECKING:
@@ -92,8 +91,6 @@ def compress(
     from hf_tsv.runs.target import Target
     from hf_tsv.verbs import compress as compress_
 
-    if not checkpoint:
-        raise RecipeError("There is nothing to compress.", "Name a checkpoint.")
     rule, size = RankRule(**vars(keep)), files.shard_size
     done = compress_.run(
         checkpoint,

@@ -11,6 +11,7 @@ from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.images import ImageOptions, notes
 from hf_tsv.cli.output import Out, table
+from hf_tsv.evaluation.job import chosen, refuse_no_card
 from hf_tsv.system.processes import is_leader
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def evaluate(
     own accuracy that is kept. With -o a run that was stopped goes on with the next task.
     """
     out = Out(as_json=run.as_json, quiet=run.quiet)
+    refuse_no_card(card=card, create_pr=create_pr)
+    chosen(images.tasks, images.suite, images.references, source.base_model)
     from hf_tsv.verbs import evaluate as evaluate_
 
     groups = (images, compute, source, target, access)

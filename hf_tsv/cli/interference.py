@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.output import Out, table
+from hf_tsv.recipes.settings import refuse_one_alone
 
 if TYPE_CHECKING:
     from hf_tsv.reports.interference import InterferenceReport
@@ -46,6 +47,7 @@ def interference(
     orthogonal; it is shown as it is, and as the merge leaves it.
     """
     out = Out(as_json=run.as_json, quiet=run.quiet)
+    refuse_one_alone(checkpoints or [])
     from hf_tsv.checkpoints import names
     from hf_tsv.verbs import interference as interference_
 

@@ -10,6 +10,7 @@ from hf_tsv.checkpoints.names import Format
 from hf_tsv.cli import images, options
 from hf_tsv.cli.groups import Only, call, flag
 from hf_tsv.cli.output import Out, pinned, table
+from hf_tsv.cli.usage import numbers
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
 from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.system.errors import RecipeError
@@ -122,13 +123,14 @@ def merge(
     images with labels (`--tune-alpha`): the options of what is classified are for these.
     """
     out = Out(as_json=run.as_json, quiet=run.quiet)
+    weights = None if how.weights is None else numbers("weights", how.weights)
+    learned = _learned(how, learning)
     from hf_tsv.verbs import merge as merge_
 
-    weights = None if how.weights is None else options.numbers("--weights", how.weights, "1,0.5,1")
     groups = (source, result, result.target, how, compute, run, access)
     own = {**how.ranks.arguments(), "recipe": recipe, "weights": weights, "report": report}
     own |= {"progress": run.progress, "max_shard_size": result.files.shard_size}
-    done = call(merge_.merge, groups, checkpoints or [], **own, **_learned(how, learning))
+    done = call(merge_.merge, groups, checkpoints or [], **own, **learned)
     out.delivered(done, _summary, _preview, timed=run.timings)
 
 

@@ -11,7 +11,6 @@ import typer
 
 from hf_tsv.cli.groups import Panel
 from hf_tsv.recipes.settings import Dtype, Qkv
-from hf_tsv.system.errors import RecipeError
 
 TARGET = Panel("Where the result goes")
 METHOD = Panel("How to merge")
@@ -134,11 +133,3 @@ class AccessOptions:
     stream: Annotated[
         bool, "Read tensors from the Hub when they are needed, without a copy on disk."
     ] = False
-
-
-def numbers(option: str, text: str, example: str) -> list[float]:
-    """Numbers between commas, as an option has them."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise RecipeError(f"{option} is {text!r}.", f"Write numbers: {option} {example}.") from None

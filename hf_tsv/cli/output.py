@@ -6,19 +6,29 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
-from hf_tsv.system.errors import HfTsvError
+from hf_tsv.cli.groups import flag
+from hf_tsv.system.errors import HfTsvError, UsageError, debugging
 from hf_tsv.system.processes import LOST, is_leader
-from hf_tsv.system.text import one_line, printable, redacted
+from hf_tsv.system.text import ARGUMENT, one_line, printable, redacted
 
-EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+
+RED, GREEN, YELLOW, GREY = "1;31", "32", "33", "90"  # as the Hub client's command line has them
+
+NAMES = {
+    "checkpoints": "CHECKPOINTS", "output": "-o", "progress": "--quiet", "rank_fractions":
+    "--rank-fraction", "references": "--reference", "tasks": "--task", "templates": "--template",
+}  # fmt: skip
+"""Arguments whose option has another name."""
 
 # Seconds for the first process to say what is wrong: launchers end it when another one fails.
 TURN = 3.0
@@ -38,9 +48,6 @@ class Out:
         self.speaks = is_leader()
         self.as_json = as_json
         self.quiet = quiet or not self.speaks
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # a terminal may not have every character
-                stream.reconfigure(errors="backslashreplace")
         logger = logging.getLogger("hf_tsv")
         logger.handlers = [_StderrHandler()]
         level = logging.WARNING if quiet else logging.INFO
@@ -54,7 +61,7 @@ class Out:
     def result(self, text: str, data: Mapping[str, Any]) -> None:
         """Print the result of the command: `text` for people, or `data` with `--json`."""
         if self.speaks:
-            print(json.dumps(data) if self.as_json else printable(text))
+            print(json.dumps(data) if self.as_json else printable(as_options(text)))
 
     def status(self, text: str) -> None:
         """Tell on stderr what was done, unless quiet."""
@@ -65,7 +72,7 @@ class Out:
         """Tell what a command wrote and where it is, or after a dry run what it would do."""
         place = getattr(report, "output", None) or report.url or ""
         if not report.dry_run:
-            self.status(summary(report))
+            self.status(_done() + summary(report))
             if timed:
                 self.status(_timings(report))
         self.result(preview(report) if report.dry_run else place, report.to_dict())
@@ -127,23 +134,59 @@ class _StderrHandler(logging.Handler):
     """Log records as the lines people expect; a warning says that it is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        warning = record.levelno >= logging.WARNING
-        _print_stderr(("Warning: " if warning else "") + record.getMessage())
+        label = "Warning:" if record.levelno >= logging.WARNING else ""
+        _print_stderr(record.getMessage(), label, YELLOW)
 
 
-def _print_stderr(text: str) -> None:
-    """Names from repositories may hold escape codes; a terminal must not act on them."""
-    print(printable(text), file=sys.stderr, flush=True)
+def as_options(text: str) -> str:
+    """Text in which arguments, as Python code in backticks, are options.
+
+    Example:
+        >>> as_options('Give `output=DIR`, or add `force=True` and `out_format="peft"`.')
+        'Give -o DIR, or add --force and --out-format peft.'
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name, value = NAMES.get(found[1]) or flag(found[1]), found[2].strip("\"'")
+        if value in ("True", "False"):
+            return name if value == "True" else name.replace("--", "--no-", 1)
+        return f"{name} {value}".rstrip()
+
+    return ARGUMENT.sub(option, text)
+
+
+def _print_stderr(text: str, label: str = "", colour: str = "") -> None:
+    """Print a line in words of the command line, after a label in its colour.
+
+    Names from repositories may hold escape codes; a terminal must not act on them.
+    """
+    said = printable(as_options(text))
+    print(*filter(None, [_coloured(label, colour), said]), file=sys.stderr, flush=True)
+
+
+def _coloured(text: str, colour: str) -> str:
+    """Text in a colour, where stderr is a terminal that shows colours and may."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain or not text or not sys.stderr.isatty() else f"\033[{colour}m{text}\033[0m"
+
+
+def _done() -> str:
+    """Mark before what was done, on a terminal that has the character."""
+    marks = sys.stderr.isatty() and (sys.stderr.encoding or "").lower().startswith("utf")
+    return f"{_coloured('✓', GREEN)} " if marks else ""
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Known errors become one line, a hint and exit code 1; Ctrl-C becomes 130, SIGTERM 143.
+    """Known errors become one line, a hint and exit code 1, or 2 for wrong usage.
 
-    `HF_DEBUG=1` shows the traceback of a known error. Of several processes only the first speaks,
-    unless it is gone.
+    Ctrl-C becomes 130, SIGTERM 143. `HF_DEBUG=1` shows the traceback of a known error. Of several
+    processes only the first speaks, unless it is gone.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may not have every character
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except HfTsvError as error:
@@ -151,11 +194,16 @@ def guarded() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(TURN)
             _leave(EXIT_ERROR)
-        if os.environ.get("HF_DEBUG", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        if debugging():
             raise
-        _fail(error.message, error.hint)
+        fail(
+            error.message,
+            error.hint,
+            code=EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR,
+            wraps=error.__cause__ or error.__context__,
+        )
     except MemoryError:
-        _fail("There is not enough memory.", "Less goes on at a time with --max-memory.")
+        fail("There is not enough memory.", "Hold fewer weights at once with `max_memory=2GB`.")
     except KeyboardInterrupt as error:
         terminated = isinstance(error, Terminated)
         if is_leader():
@@ -167,12 +215,23 @@ def _terminate(signum: int, frame: object) -> None:
     raise Terminated
 
 
-def _fail(message: str, hint: str | None) -> None:
-    _print_stderr(f"Error: {message}" + (f"\nHint: {hint}" if hint else ""))
-    _leave(EXIT_ERROR)
+def fail(
+    message: str,
+    hint: str | None = None,
+    *,
+    code: int = EXIT_ERROR,
+    wraps: BaseException | None = None,
+) -> NoReturn:
+    """Print an error and its hint, and exit; `wraps` is an error of a library behind it."""
+    _print_stderr(message, "Error:", RED)
+    if hint:
+        _print_stderr(hint, "Hint:", GREY)
+    if wraps is not None and code == EXIT_ERROR and not isinstance(wraps, HfTsvError):
+        _print_stderr("HF_DEBUG=1 shows where it failed.", "Hint:", GREY)
+    _leave(code)
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     """Exit at once: an ordinary exit would wait for downloads that are still running."""
     sys.stdout.flush()
     sys.stderr.flush()

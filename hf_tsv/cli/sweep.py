@@ -11,6 +11,9 @@ from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.images import ImageOptions, notes
 from hf_tsv.cli.output import Out, table
+from hf_tsv.cli.usage import numbers
+from hf_tsv.evaluation.job import chosen, refuse_no_fine_tune
+from hf_tsv.recipes.settings import share
 
 if TYPE_CHECKING:
     from hf_tsv.verbs.sweep import SweepReport
@@ -43,9 +46,10 @@ def sweep(
     of the rank: how far it can be compressed.
     """
     out = Out(as_json=run.as_json, quiet=run.quiet)
+    shares = [share("rank_fraction", value) for value in numbers("rank_fraction", rank_fraction)]
+    refuse_no_fine_tune(chosen(images.tasks, images.suite, images.references, source.base_model))
     from hf_tsv.verbs import sweep as sweep_
 
-    shares = options.numbers("--rank-fraction", rank_fraction, "0.01,0.1")
     groups = (images, source, compute, target, access)
     own = {"rank_fractions": shares, "output": output, "progress": run.progress}
     report = call(sweep_.sweep, groups, images.tasks, images.references, **own)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_tsv.evaluation import model_index, suites
 from hf_tsv.recipes.images import EvaluationTask, listed
-from hf_tsv.system.errors import HfTsvError, LostProcessError, RecipeError
+from hf_tsv.system.errors import HfTsvError, LostProcessError, UsageError
 from hf_tsv.system.folders import absolute, check_output_folder
 from hf_tsv.system.progress import logger
 
@@ -52,7 +52,7 @@ def chosen(
     own = None if suite is None else suites.named(suite)
     given = [f"{n}={d}" for n, d in tasks.items()] if isinstance(tasks, Mapping) else tasks
     both = [*(own.tasks if own else ()), *given]
-    every = listed(both, "There is nothing to evaluate on.", templates=templates)
+    every = listed(both, "No task given.", templates=templates)
     base = None if base_model is None else fspath(base_model)
     if own is not None:
         references = own.references if references is None else references
@@ -60,11 +60,24 @@ def chosen(
     names = [task.name for task in every]
     fine_tunes = {name: fspath(ref) for name, ref in (references or {}).items()}
     if unknown := sorted(fine_tunes.keys() - set(names)):
-        raise RecipeError(
-            f"There is a reference for {unknown[0]}, and no such task.",
-            f"The tasks are {', '.join(names)}.",
+        raise UsageError(
+            f"`references=` has {unknown[0]}, which is no task.",
+            f"The tasks are: {', '.join(names)}.",
         )
     return Chosen(every, fine_tunes, base, own)
+
+
+def refuse_no_card(*, card: bool, create_pr: bool) -> None:
+    """Refuse a pull request of no card."""
+    if create_pr and not card:
+        raise UsageError("`create_pr=True` applies to the card.", "Add `card=True`.")
+
+
+def refuse_no_fine_tune(choice: Chosen) -> None:
+    """Refuse tasks without a fine-tune."""
+    if without := [task.name for task in choice.tasks if task.name not in choice.fine_tunes]:
+        hint = f"Name it: `references={without[0]}=REF`."
+        raise UsageError(f"The task {without[0]} has no fine-tune.", hint)
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from hf_tsv.merging.diagnosis import Diagnosis, diagnoses
 from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.plan import MergePlan, make_plan, resolved
 from hf_tsv.recipes.recipe import PinnedInput, Recipe, pinned_text
-from hf_tsv.recipes.settings import Settings, versions_of
+from hf_tsv.recipes.settings import Settings, scales_of, versions_of
 from hf_tsv.system import memory
-from hf_tsv.system.checks import check_number, size_in_bytes
+from hf_tsv.system.checks import size_in_bytes
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.progress import logger
 
@@ -73,7 +73,7 @@ class Merge:
     def within(self, max_memory: int | str | None, sources: Sources) -> Merge:
         """The same merge with as much parallelism as the memory of this process allows."""
         if max_memory is not None:
-            max_memory = size_in_bytes(max_memory, name="max_memory (--max-memory)")
+            max_memory = size_in_bytes(max_memory, name="max_memory")
         used = memory.resident() + LIBRARIES + sources.waiting_bytes()
         used += noted_bytes(self.plan.weights)
         threads = torch.get_num_threads()
@@ -150,16 +150,7 @@ def prepare(
         writes (`bool`): a checkpoint is to be written, which needs a processor.
         only_factors (`bool`): the tasks must be task factors.
     """
-    if not checkpoints:
-        raise RecipeError("There is nothing to merge.", "Name at least one checkpoint.")
-    scales = [1.0] * len(checkpoints) if scales is None else list(scales)
-    if len(scales) != len(checkpoints):
-        problem = f"There are {len(scales)} weights for {len(checkpoints)} checkpoints."
-        raise RecipeError(problem, "Give one weight for each checkpoint.")
-    for scale in scales:
-        check_number("A weight", scale)
-    if not any(scales):
-        raise RecipeError("Every weight is 0.", "Give at least one task a weight.")
+    scales = scales_of(checkpoints, scales)
     sources = open_sources(checkpoints, base_ref, access, only_factors=only_factors)
     settings = resolved(sources.base, settings)
     plan = make_plan(sources.base, sources.inputs, settings)
@@ -170,7 +161,7 @@ def prepare(
     merge = Merge(
         references=tuple(pinned_text(item.pinned) for item in sources.inputs),
         base=pinned_text(sources.base.pinned),
-        scales=tuple(map(float, scales)),
+        scales=tuple(scales),
         settings=settings,
         plan=plan,
         warnings=tuple(found),

@@ -18,7 +18,7 @@ from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.checkpoints.sources import Access, fetched, open_sources
 from hf_tsv.models import building
 from hf_tsv.models.building import PIPELINES, Found
-from hf_tsv.system.errors import CheckpointError, RecipeError
+from hf_tsv.system.errors import CheckpointError, RecipeError, public
 from hf_tsv.system.progress import visible_by_default
 from hf_tsv.system.text import one_of
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=Task)
 
 
+@public
 def load_model(  # noqa: PLR0913  (what users may ask for)
     reference: str | PathLike[str],
     *,
@@ -72,6 +73,7 @@ def load_model(  # noqa: PLR0913  (what users may ask for)
     return building.build(found, dtype, device)
 
 
+@public
 def pipeline(  # noqa: PLR0913  (what users may ask for)
     kind: str,
     /,

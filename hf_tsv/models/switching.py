@@ -21,7 +21,7 @@ from hf_tsv.checkpoints.sources import Access, open_sources
 from hf_tsv.linalg.updates import TaskSingularVectors, Update
 from hf_tsv.models import building
 from hf_tsv.models.building import Found
-from hf_tsv.system.errors import CheckpointError, RecipeError
+from hf_tsv.system.errors import CheckpointError, RecipeError, public
 from hf_tsv.system.progress import visible_by_default
 from hf_tsv.system.text import one_of
 
@@ -71,6 +71,7 @@ class TaskSwitcher:
         self._lock = threading.RLock()
 
     @classmethod
+    @public
     def from_pretrained(  # noqa: PLR0913  (what users may ask for)
         cls,
         references: Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]],
@@ -139,6 +140,7 @@ class TaskSwitcher:
         return list(self._tasks)
 
     @torch.no_grad()
+    @public
     def activate(self, task: str) -> None:
         """Write the weights of a task, one of `names`, into the model."""
         if task not in self._tasks:

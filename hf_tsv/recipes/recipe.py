@@ -15,8 +15,8 @@ from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.recipes.learning import Adaptation
 from hf_tsv.recipes.settings import Settings, current_versions
 from hf_tsv.system.checks import check_number
-from hf_tsv.system.errors import RecipeError
-from hf_tsv.system.text import shortened
+from hf_tsv.system.errors import RecipeError, UsageError, public
+from hf_tsv.system.text import as_keys, shortened
 from hf_tsv.system.untrusted import MAX_BYTES, parse_yaml
 
 FORMAT_VERSION = 1
@@ -111,6 +111,7 @@ class Recipe:
         return _dumped(content, allow_unicode=False) if lost else text
 
     @staticmethod
+    @public
     def load(path: str | Path) -> Recipe:
         """Read a recipe file, or the recipe of an output folder.
 
@@ -158,6 +159,9 @@ class Recipe:
             coefficients = {n: tuple(row) for n, row in content.pop("coefficients", {}).items()}
             learned = content.pop("adaptation", None)
             adaptation = None if learned is None else Adaptation.from_dict(learned)
+        except UsageError as error:
+            problem = f"{source}: {as_keys(error.message)}"
+            raise RecipeError(problem, error.hint and as_keys(error.hint)) from None
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"{source} is incomplete or malformed: {error}.") from None
         if not inputs:

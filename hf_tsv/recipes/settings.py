@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from hf_tsv.checkpoints.names import Format
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
 from hf_tsv.methods.catalogue import METHODS, Method
-from hf_tsv.system.checks import check_choice, check_counts, check_number, size_in_bytes
-from hf_tsv.system.errors import RecipeError
-from hf_tsv.system.text import shortened
+from hf_tsv.system.checks import argument, check_choice, check_counts, check_number, size_in_bytes
+from hf_tsv.system.errors import UsageError
+from hf_tsv.system.text import counted, shortened
 from hf_tsv.system.version import __version__
 
 Qkv = Literal["split", "fused"]
@@ -26,8 +27,37 @@ def share(name: str, value: float | None) -> float | None:
         return None
     check_number(name, value)
     if not 0 < value <= 1:
-        raise RecipeError(f"{name} is {float(value)}.", "Give a number above 0 and up to 1.")
+        raise UsageError(f"{argument(name)} must be above 0 and at most 1 (got {float(value):g}).")
     return float(value)
+
+
+def scales_of(checkpoints: Sequence[object], weights: Sequence[float] | None) -> list[float]:
+    """Factor of each task's update; 1 without weights."""
+    if not checkpoints:
+        raise UsageError("No checkpoint given.", "Name the fine-tunes to merge.")
+    scales = [1.0] * len(checkpoints) if weights is None else list(weights)
+    if len(scales) != len(checkpoints):
+        counts = f"{counted(len(scales), 'number')} for {counted(len(checkpoints), 'checkpoint')}"
+        raise UsageError(f"`weights=` has {counts}.", "Give one number for each checkpoint.")
+    for scale in scales:
+        check_number("Each of `weights=`", scale)
+    if not any(scales):
+        raise UsageError("`weights=` are all 0.", "Give at least one task another weight.")
+    return list(map(float, scales))
+
+
+def refuse_one_alone(checkpoints: Sequence[object]) -> None:
+    """Refuse to compare fewer than two tasks."""
+    if len(checkpoints) < 2:
+        problem = f"Task interference compares tasks, and there is {len(checkpoints) or 'none'}."
+        raise UsageError(problem, "Name at least two checkpoints.")
+
+
+def refuse_no_report(settings: Settings) -> None:
+    """Refuse to report on the interference of a method that has no singular vectors."""
+    if settings.row.vectors is None:
+        problem = f"The method {settings.method} uses no singular vectors, so it has no report."
+        raise UsageError(problem, "Omit `report=True`, or use `hf-tsv interference`.")
 
 
 def current_versions() -> dict[str, str]:
@@ -82,21 +112,26 @@ class Settings:
         check_number("alpha", self.alpha)
         object.__setattr__(self, "alpha", float(self.alpha))  # of NumPy or a whole number
         if self.row.alpha is None and self.alpha != 1:
-            raise RecipeError(f"The method {self.method} has no alpha.", "Leave alpha out.")
+            raise UsageError(f"The method {self.method} has no α.", "Omit `alpha=`.")
         ranked = self.rank is not None or self.rank_fraction is not None
         # Plain sums and means have always ignored them: older recipes may hold some.
         if ranked and self.row.ranks is None and self.row.of in ("matrices", "entries"):
-            why = f"The method {self.method} keeps no ranks to choose."
-            raise RecipeError(why, "Leave rank and rank_fraction out.")
+            why = f"The method {self.method} has no rank."
+            raise UsageError(why, "Omit `rank=` and `rank_fraction=`.")
         if self.rank is not None and self.rank_fraction is not None:
-            raise RecipeError("rank and rank_fraction exclude each other.", "Give one of them.")
+            raise UsageError(
+                "`rank=` and `rank_fraction=` cannot be combined.", "Give one of them."
+            )
         check_counts(rank=self.rank)
         object.__setattr__(self, "rank_fraction", share("rank_fraction", self.rank_fraction))
         globs: object = self.exclude
         if not isinstance(globs, list | tuple) or not all(isinstance(g, str) for g in globs):
-            raise RecipeError("exclude is not a list of globs.", "Write a list of names or globs.")
+            raise UsageError(
+                f"`exclude=` must be a list of names or globs (got {shortened(globs)})."
+            )
         object.__setattr__(self, "exclude", tuple(self.exclude))
         size_in_bytes(self.max_shard_size, name="max_shard_size")
         if type(self.keep_heads) is not bool:
-            said = shortened(self.keep_heads)
-            raise RecipeError(f"keep_heads is {said}.", "Write true or false.")
+            raise UsageError(
+                f"`keep_heads=` must be true or false (got {shortened(self.keep_heads)})."
+            )

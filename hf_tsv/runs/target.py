@@ -18,7 +18,7 @@ from hf_tsv import hub
 from hf_tsv.checkpoints.names import MARKERS, OLD_WEIGHTS
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
 from hf_tsv.system import folders
-from hf_tsv.system.errors import OutputError, RepoError
+from hf_tsv.system.errors import OutputError, RepoError, UsageError
 from hf_tsv.system.folders import absolute, check_output_folder, disk_errors
 from hf_tsv.system.progress import logger
 
@@ -41,24 +41,31 @@ class Target:
     create_pr: bool = False
     commit_message: str | None = None
 
+    def refuse_unusable(self, *, dry_run: bool) -> None:
+        """Refuse what no run can use; only a dry run may lack both a folder and a repository.
+
+        Raises:
+            [`UsageError`]: arguments are missing, or contradict one another.
+        """
+        about = {"private": self.private is not None, "revision": self.revision}
+        about |= {"create_pr": self.create_pr, "commit_message": self.commit_message}
+        if self.push_to is None and (given := [name for name, value in about.items() if value]):
+            raise UsageError(
+                f"`{given[0]}=` applies to an upload, and none is asked for.",
+                "Add `push_to=REPO_ID`. To read a revision of an input, write org/name@revision.",
+            )
+        if self.create_pr and self.revision not in (None, "main"):
+            problem = "`create_pr=True` and `revision=` cannot be combined."
+            raise UsageError(problem, "Pull requests start from the main branch: give one of them.")
+        if self.output is None and self.push_to is None and not dry_run:
+            raise UsageError("No output given.", "Pass `output=DIR`, `push_to=REPO_ID`, or both.")
+
     def checked(self, token: str | None, *, dry_run: bool) -> Target:
         """Refuse now what would fail after the work: a taken folder, a token that cannot write.
 
-        Only a dry run may lack both a folder and a repository. The result has an absolute folder
-        and a full repository id.
+        The result has an absolute folder and a full repository id.
         """
-        pushing = self.private is not None or self.revision or self.create_pr or self.commit_message
-        if self.push_to is None and pushing:
-            raise OutputError(
-                "--private, --revision, --create-pr and --commit-message are about an upload.",
-                "Add --push-to REPO_ID; to read a revision of an input write org/name@revision.",
-            )
-        if self.create_pr and self.revision not in (None, "main"):
-            problem = "A pull request cannot start from a revision."
-            raise OutputError(problem, "Give --create-pr or --revision.")
-        if self.output is None and self.push_to is None and not dry_run:
-            hint = "Add -o DIR or --push-to REPO_ID."
-            raise OutputError("There is no place for the result.", hint)
+        self.refuse_unusable(dry_run=dry_run)
         target = self
         if self.output is not None:
             output = absolute(self.output)

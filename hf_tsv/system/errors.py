@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class HfTsvError(Exception):
     """A problem the user can do something about.
 
+    Arguments are written as Python code in backticks, `` `force=True` ``, also in the hint; the
+    command line prints them as options.
+
     Args:
-        message (`str`): the problem, naming the thing (checkpoint, tensor, option).
+        message (`str`): the problem, naming the thing (checkpoint, tensor, argument) and its value.
         hint (`str`, *optional*): what the user can do next.
     """
 
@@ -33,7 +44,11 @@ class LostFileError(CheckpointError):
 
 
 class RecipeError(HfTsvError):
-    """A recipe or an option cannot be used."""
+    """A recipe or an argument cannot be used."""
+
+
+class UsageError(RecipeError):
+    """An argument, or a word on the command line, that no run can use."""
 
 
 class OutputError(HfTsvError):
@@ -46,3 +61,26 @@ class DataError(HfTsvError):
 
 class LostProcessError(HfTsvError):
     """One of the processes that share a run is gone, or failed."""
+
+
+def debugging() -> bool:
+    """Tell whether `HF_DEBUG` asks for whole tracebacks, as the Hub client reads it."""
+    return os.environ.get("HF_DEBUG", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def public(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a public function: the traceback of a known error ends where it was called.
+
+    With `HF_DEBUG=1` the traceback is whole.
+    """
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except HfTsvError as error:
+            if debugging():
+                raise
+            raise error.with_traceback(None) from None
+
+    return called

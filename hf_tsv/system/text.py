@@ -1,4 +1,4 @@
-"""Text for people: bytes, one line, quoting, redaction."""
+"""Text for people: bytes, counts, one line, quoting, redaction."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import reprlib
 from collections.abc import Mapping, Sequence
 
 ADDRESS = re.compile(r"(https?://)(?:[^\s/'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?")
+
+ARGUMENT = re.compile(r"`(\w+)=([^`]*)`")
+"""An argument in a message, as Python code."""
 
 
 def one_of(names: Mapping[str, object] | Sequence[str]) -> str:
@@ -18,6 +21,26 @@ def one_of(names: Mapping[str, object] | Sequence[str]) -> str:
     """
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def as_keys(text: str) -> str:
+    """Text in which arguments, as Python code in backticks, are keys of a file.
+
+    Example:
+        >>> as_keys("`rank=` and `alpha=2` cannot be combined.")
+        'rank and alpha: 2 cannot be combined.'
+    """
+    return ARGUMENT.sub(lambda found: ": ".join(filter(None, found.groups())), text)
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Number of things, in the singular or plural.
+
+    Example:
+        >>> counted(1, "checkpoint"), counted(2, "checkpoint"), counted(0, "copy", "copies")
+        ('1 checkpoint', '2 checkpoints', '0 copies')
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def human_bytes(size: float) -> str:
@@ -69,5 +92,6 @@ def shortened(value: object) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """First line of an error of a library, cut short; its type if it has no message."""
-    return next(iter(redacted(str(error)).splitlines()), "")[:200] or type(error).__name__
+    """First line of an error of a library, cut short and without its period; else its type."""
+    line = next(iter(redacted(str(error)).splitlines()), "")[:200].rstrip().rstrip(".")
+    return line or type(error).__name__

@@ -31,6 +31,7 @@ from hf_tsv.runs.lifecycle import underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.device import pick_device
+from hf_tsv.system.errors import public
 from hf_tsv.system.progress import logger
 from hf_tsv.verbs.factors import TaskFactors
 
@@ -38,6 +39,7 @@ TASK_COUNTS = (8, 14, 20)
 """Numbers of tasks that the paper reports."""
 
 
+@public
 def compress(
     checkpoint: str | PathLike[str],
     *,

@@ -17,13 +17,13 @@ from hf_tsv.evaluation import model_index, suites
 from hf_tsv.evaluation.classifying import Results, Scoring
 from hf_tsv.evaluation.data import refuse_not_installed
 from hf_tsv.evaluation.finished import Finished, finished_tasks
-from hf_tsv.evaluation.job import Evaluation, checked_folder, chosen
+from hf_tsv.evaluation.job import Evaluation, checked_folder, chosen, refuse_no_card
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.recipes.settings import current_versions
 from hf_tsv.reports.report import Report
 from hf_tsv.system import processes
 from hf_tsv.system.checks import check_counts
-from hf_tsv.system.errors import DataError, HfTsvError, RecipeError
+from hf_tsv.system.errors import DataError, HfTsvError, public
 from hf_tsv.system.progress import logger, visible_by_default
 from hf_tsv.verbs import pictures
 
@@ -68,6 +68,7 @@ class EvaluateReport(Report):
     versions: dict[str, str] = field(default_factory=current_versions)
 
 
+@public
 def evaluate(
     reference: str | PathLike[str],
     tasks: Mapping[str, str] | Sequence[str | EvaluationTask] = (),
@@ -134,8 +135,7 @@ def evaluate(
         if not group.rank:
             stack.enter_context(group.leading())
             refuse_not_installed("Evaluation", sklearn="scikit-learn")
-            if create_pr and not card:
-                raise RecipeError("create_pr is about the card.", "Add --card.")
+            refuse_no_card(card=card, create_pr=create_pr)
             check_counts(limit=limit, batch_size=batch_size)
             choice = chosen(tasks, suite, references, base_model, templates)
             folder = checked_folder(output, RESULTS_FILE, force=force)

@@ -9,9 +9,11 @@ from hf_tsv.checkpoints.sources import Access
 from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.reports.compression import CompressReport
 from hf_tsv.runs.target import Target
+from hf_tsv.system.errors import public
 from hf_tsv.verbs.compress import run
 
 
+@public
 def export_peft(
     checkpoint: str | PathLike[str],
     *,

@@ -18,7 +18,7 @@ from hf_tsv.reports import cards
 from hf_tsv.reports.compression import CompressReport
 from hf_tsv.reports.kept import KeptSection
 from hf_tsv.runs.target import Target, upload
-from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.errors import CheckpointError, public
 from hf_tsv.system.folders import whole_folder
 from hf_tsv.system.progress import visible_by_default
 
@@ -40,6 +40,7 @@ class TaskFactors(Factors):
     report: CompressReport | None = field(default=None, kw_only=True)
 
     @classmethod
+    @public
     def from_pretrained(
         cls,
         reference: str | Path,
@@ -83,6 +84,7 @@ class TaskFactors(Factors):
         """Factors of a commit or folder, with the report of the run that made them."""
         return cls(**vars(open_factors(pinned)), report=report)
 
+    @public
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> None:
         """Write the files and their card into a folder that appears whole.
 
@@ -93,6 +95,7 @@ class TaskFactors(Factors):
         assert target.output is not None  # checked above
         self._copy(target.output, None)
 
+    @public
     def push_to_hub(
         self,
         repo_id: str,

@@ -26,7 +26,7 @@ from hf_tsv.merging.plan import treatments
 from hf_tsv.recipes.recipe import Recipe
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports.report import Report
-from hf_tsv.system.errors import CheckpointError, HfTsvError
+from hf_tsv.system.errors import CheckpointError, HfTsvError, public
 
 RECIPE_BYTES = 1_000_000
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT = "open_clip_config.json", "visual.conv1.weight"
@@ -80,6 +80,7 @@ class InspectReport(Report):
     unknown: list[str] = field(default_factory=list)
 
 
+@public
 def inspect(
     reference: str | PathLike[str],
     *,

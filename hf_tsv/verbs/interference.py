@@ -23,7 +23,7 @@ from hf_tsv.merging.pipeline import merge_weights
 from hf_tsv.merging.plan import MergePlan
 from hf_tsv.merging.work import Merge, Merged, diagnosed, prepare, refuse_unchanged
 from hf_tsv.methods.interference import RANK_SHARES
-from hf_tsv.recipes.settings import Settings
+from hf_tsv.recipes.settings import Settings, refuse_one_alone
 from hf_tsv.reports import drawing
 from hf_tsv.reports.interference import InterferenceReport
 from hf_tsv.reports.page import interference_page
@@ -32,11 +32,12 @@ from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.device import pick_device
-from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.errors import RecipeError, public
 from hf_tsv.system.folders import absolute, check_output_folder, whole_folder
 from hf_tsv.system.progress import bar, logger
 
 
+@public
 def interference(
     checkpoints: Sequence[str | PathLike[str]],
     *,
@@ -86,10 +87,7 @@ def interference(
     globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     settings = Settings(rank=rank, rank_fraction=rank_fraction, exclude=globs, qkv=qkv)  # type: ignore[arg-type]
     references = [fspath(reference) for reference in checkpoints]
-    if len(references) < 2:
-        raise RecipeError(
-            "One task alone disturbs nobody.", "Name at least two fine-tunes of one base model."
-        )
+    refuse_one_alone(references)
     folder = None if output is None else absolute(Path(output))
     if folder is not None:
         check_output_folder(folder, [REPORT_PAGE], force=force)
@@ -126,8 +124,7 @@ def _measured(run: Run, work: Merge, device: torch.device) -> Merged:
 
 def refuse_nothing_decomposed(plan: MergePlan, inputs: Sequence[Task]) -> None:
     """Refuse to report on a merge in which no weight is decomposed, or of one task alone."""
-    if len(inputs) < 2:
-        raise RecipeError("One task alone disturbs nobody.", "Leave --report out.")
+    refuse_one_alone(inputs)
     if all(weight.treatment != "decomposed" for weight in plan.weights):
         why = Counter(weight.reason for weight in plan.weights if weight.reason)
         raise RecipeError(

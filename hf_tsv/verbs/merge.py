@@ -31,14 +31,14 @@ from hf_tsv.merging.work import (
     refuse_no_heads,
 )
 from hf_tsv.recipes.recipe import Recipe
-from hf_tsv.recipes.settings import Settings
+from hf_tsv.recipes.settings import Settings, refuse_no_report
 from hf_tsv.reports import cards, drawing, pictures
 from hf_tsv.reports.interference import InterferenceReport
 from hf_tsv.reports.merging import MergeReport
 from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.errors import RecipeError, public
 from hf_tsv.system.progress import logger
 from hf_tsv.verbs.interference import refuse_nothing_decomposed, summary
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from hf_tsv.recipes.learning import Adaptation, AlphaSearch
 
 
+@public
 def merge(
     checkpoints: str | PathLike[str] | Sequence[str | PathLike[str]] = (),
     *,
@@ -214,10 +215,7 @@ def _refuse_no_images(settings: Settings, adaptation: Adaptation | None) -> None
 
 def _refuse_no_report(work: Merge, sources: Sources) -> None:
     """Refuse to report on a merge that shows no interference."""
-    if work.settings.row.vectors is None:
-        method = work.settings.method
-        problem = f"The method {method} has no singular vectors of tasks to report on."
-        raise RecipeError(problem, "Leave --report out, or use `hf-tsv interference`.")
+    refuse_no_report(work.settings)
     refuse_nothing_decomposed(work.plan, sources.inputs)
 
 

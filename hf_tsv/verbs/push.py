@@ -24,7 +24,7 @@ from hf_tsv.reports.report import Report
 from hf_tsv.runs import journal
 from hf_tsv.runs import target as target_
 from hf_tsv.runs.target import Target, waiting
-from hf_tsv.system.errors import CheckpointError, OutputError
+from hf_tsv.system.errors import CheckpointError, OutputError, public
 from hf_tsv.system.folders import UNDER_CONSTRUCTION, absolute
 
 
@@ -50,6 +50,7 @@ class PushReport(Report):
     dry_run: bool = False
 
 
+@public
 def push(
     folder: str | PathLike[str],
     repo_id: str,

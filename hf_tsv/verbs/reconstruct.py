@@ -21,6 +21,7 @@ from hf_tsv.reports.report import Report
 from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
+from hf_tsv.system.errors import public
 from hf_tsv.system.version import __version__
 
 
@@ -59,6 +60,7 @@ class ReconstructReport(Report):
     dry_run: bool = False
 
 
+@public
 def reconstruct(
     factors: str | PathLike[str],
     *,

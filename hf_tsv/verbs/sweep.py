@@ -17,20 +17,20 @@ from hf_tsv.checkpoints.formats.task import equals_base
 from hf_tsv.checkpoints.reference import at_revision
 from hf_tsv.checkpoints.sources import Access, open_sources
 from hf_tsv.evaluation.data import load, refuse_not_installed
-from hf_tsv.evaluation.job import checked_folder, chosen, noted
+from hf_tsv.evaluation.job import checked_folder, chosen, noted, refuse_no_fine_tune
 from hf_tsv.evaluation.zero_shot import accuracies
 from hf_tsv.linalg import products, updates
 from hf_tsv.linalg.svd import SVD, truncated_svd
 from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import load_model, pipeline
 from hf_tsv.recipes.images import EvaluationTask
-from hf_tsv.recipes.settings import current_versions
+from hf_tsv.recipes.settings import current_versions, share
 from hf_tsv.reports.report import Report
 from hf_tsv.runs.reading import named
 from hf_tsv.system import processes
 from hf_tsv.system.checks import check_counts
 from hf_tsv.system.device import pick_device
-from hf_tsv.system.errors import DataError, RecipeError
+from hf_tsv.system.errors import DataError, UsageError, public
 from hf_tsv.system.progress import visible_by_default
 from hf_tsv.verbs import pictures
 
@@ -68,6 +68,7 @@ class SweepReport(Report):
     versions: dict[str, str] = field(default_factory=current_versions)
 
 
+@public
 def sweep(
     tasks: Mapping[str, str] | Sequence[str | EvaluationTask] = (),
     references: Mapping[str, str | PathLike[str]] | None = None,
@@ -115,17 +116,13 @@ def sweep(
     started = time.monotonic()
     processes.alone("`hf-tsv sweep`")
     refuse_not_installed("A sweep")
-    shares = [float(share) for share in rank_fractions]
-    if not shares or not all(0 < share <= 1 for share in shares):
-        raise RecipeError(
-            f"The shares of the rank are {shares}.", "Give numbers above 0 and up to 1."
-        )
-    fractions = sorted(set(shares))
+    for value in rank_fractions:
+        share("rank_fractions", value)
+    fractions = sorted(set(map(float, rank_fractions)))
+    if not fractions:
+        raise UsageError("`rank_fractions=` is empty.", "Give numbers above 0 and up to 1.")
     wanted = chosen(tasks, suite, references, base_model)
-    if without := [task.name for task in wanted.tasks if task.name not in wanted.fine_tunes]:
-        raise RecipeError(
-            f"The task {without[0]} has no fine-tune.", f"Name it: --reference {without[0]}=REF."
-        )
+    refuse_no_fine_tune(wanted)
     check_counts(limit=limit, batch_size=batch_size)
     folder = checked_folder(output, RESULTS_FILE, force=force)
     show = visible_by_default() if progress is None else progress

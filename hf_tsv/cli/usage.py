@@ -1,0 +1,79 @@
+"""Checks of the words on the command line, before a verb, and torch with it, is imported."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from hf_tsv.recipes.compressing import Options, RankRule
+from hf_tsv.recipes.settings import Settings, refuse_no_report, scales_of
+from hf_tsv.system.checks import check_counts, size_in_bytes
+from hf_tsv.system.errors import HfTsvError, UsageError
+
+T = TypeVar("T")
+
+REFERENCES = ("checkpoints", "checkpoint", "factors", "reference")
+
+
+def checked(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that refuses its options before it runs; whatever is wrong now is wrong usage."""
+
+    @functools.wraps(command)
+    def called(**values: Any) -> None:
+        try:
+            _check({name: value for name, value in values.items() if value is not None}, values)
+        except HfTsvError as error:
+            raise UsageError(error.message, error.hint) from error
+        command(**values)
+
+    return called
+
+
+def _check(given: Mapping[str, Any], names: Mapping[str, Any]) -> None:
+    """Make of the options given, by name, what the verb makes of them; `names` has all options."""
+    check_counts(limit=given.get("limit"), batch_size=given.get("batch_size"))
+    if "max_memory" in given:
+        size_in_bytes(given["max_memory"], name="max_memory")
+    if "energy" in names:
+        _made(Options, given, rule=_made(RankRule, given))
+    elif not isinstance(given.get("rank_fraction"), str):  # several: the command reads them
+        settings = _made(Settings, given)
+        if given.get("report"):
+            refuse_no_report(settings)
+    if "recipe" in names and "recipe" not in given:
+        weights = given.get("weights")
+        scales_of(given.get("checkpoints", []), weights and numbers("weights", weights))
+    if "push_to" in names:
+        from hf_tsv.runs.target import Target
+
+        _made(Target, given).refuse_unusable(dry_run=given.get("dry_run", False))
+    for reference, subfolder in _references(given):
+        from hf_tsv.checkpoints.reference import parse
+
+        parse(reference, subfolder)
+
+
+def _references(given: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """References with the subfolder that is meant."""
+    for name in REFERENCES:
+        found = given.get(name, [])
+        for reference in [found] if isinstance(found, str) else found:
+            yield reference, given.get("subfolder")
+    if "base_model" in given:
+        yield given["base_model"], None
+
+
+def _made(kind: Callable[..., T], given: Mapping[str, Any], **own: Any) -> T:
+    """A dataclass of those options that are its fields, and of its own."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in given.items() if name in names}, **own)
+
+
+def numbers(name: str, text: str) -> Sequence[float]:
+    """Numbers between commas, as an option has them; the error calls it `name`."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"`{name}=` must be numbers (got {text!r}).", "Write 1,0.5,1.") from None
