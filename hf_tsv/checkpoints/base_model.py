@@ -71,7 +71,7 @@ def infer(
     """
     names = dict.fromkeys(name for found in said.values() for name in found)
     speakers = [item for item, found in said.items() if found]
-    hint = "Name it with --base-model."
+    hint = "Name it with `base_model=REF`."
     if not names:
         raise CheckpointError("No checkpoint says which base model it was fine-tuned from.", hint)
     if len(names) == 1:

@@ -86,7 +86,7 @@ def _content(base: Checkpoint, name: str) -> dict[str, Any]:
     """Content of a companion file that may name code, and {} for any other."""
     _check_here(base, name)
     if (base.pinned.files.size(name) or 0) > LARGEST:
-        raise CheckpointError(f"{base}: {name} is too large to be what it says.", "Remove it.")
+        raise CheckpointError(f"{base}: {name} is too large for a file of this kind.", "Remove it.")
     return read_json(base.pinned.files, name, str(base)) if name in NAME_CLASSES else {}
 
 

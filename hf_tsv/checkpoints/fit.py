@@ -14,8 +14,8 @@ from hf_tsv.system.errors import CheckpointError
 def check_whole_clip(base: Checkpoint, what: str) -> None:
     """Refuse to classify images, for a feature named in the error, with a base that cannot."""
     if not layout.is_clip(base.model_config) or not layout.is_full_model(base.tensors):
-        problem = f"{what} classifies images, and the base model {base} is no CLIPModel."
-        raise CheckpointError(problem, "Name a whole CLIPModel with --base-model.")
+        problem = f"{what} classifies images, and the base model {base} is not a CLIPModel."
+        raise CheckpointError(problem, "Name a whole CLIPModel with `base_model=REF`.")
 
 
 def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
@@ -23,7 +23,7 @@ def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
     if base.left_out:
         raise CheckpointError(
             f"The base model {base} has a task head ({base.left_out[0]}), so it is a fine-tune.",
-            "Name the CLIPModel it was fine-tuned from with --base-model.",
+            "Name the CLIPModel it was fine-tuned from with `base_model=REF`.",
         )
     for item in inputs:
         theirs, ours = (str(one.model_config.get("model_type")) for one in (item, base))
@@ -31,14 +31,14 @@ def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
             raise CheckpointError(
                 f"{item} is of another architecture than the base model {base}: {theirs!r} and"
                 f" {ours!r}.",
-                "Name the model it was fine-tuned from with --base-model.",
+                "Name the model it was fine-tuned from with `base_model=REF`.",
             )
     problems = [problem for item in inputs for problem in _misfits(base, item)]
     if problems:
         raise CheckpointError(
             f"{len(problems)} weights do not fit the base model {base}:\n  "
             + "\n  ".join(problems),
-            "Check that these are fine-tunes of this base model, or name another --base-model.",
+            "Are these fine-tunes of this base model? Name another one with `base_model=REF`.",
         )
 
 

@@ -64,7 +64,7 @@ def flat_prefix_of(config: dict[str, Any], owner: str) -> str:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type.isprintable() or not model_type:
         raise CheckpointError(
-            f"{owner} is no model of transformers: its config.json says model_type"
+            f"{owner} is not a model of transformers: its config.json says model_type"
             f" {shortened(model_type)}.",
             "A checkpoint saved by save_pretrained has one.",
         )

@@ -103,8 +103,8 @@ def parse(text: str, subfolder: str | None = None) -> Reference:
     """
     if subfolder:  # transformers' default is the empty string
         if not _is_subfolder(subfolder):
-            hint = "Name a folder inside the repository."
-            raise RepoError(f"{subfolder!r} is no subfolder.", hint)
+            hint = "Give a path inside the repository, such as `subfolder=vision`."
+            raise RepoError(f"{subfolder!r} is not a subfolder.", hint)
         subfolder = str(PurePosixPath(subfolder))
     try:
         text.encode()
@@ -115,7 +115,7 @@ def parse(text: str, subfolder: str | None = None) -> Reference:
     if kind == "folder":
         text = str(Path(text) / subfolder) if subfolder else text
         if local_kind(text) != "folder":
-            raise CheckpointError(f"There is no folder {text!r}.", "Check --subfolder.")
+            raise CheckpointError(f"There is no folder {text!r}.", "Check `subfolder=`.")
         return Reference(text)
     if kind == "file":
         raise CheckpointError(f"{text} is a file.", "Give the folder that holds config.json.")

@@ -221,7 +221,7 @@ def _inferred_base(
     if None in revisions:  # factors of a folder: the same one must be here
         if local_kind(found) != "folder":
             problem = f"{speakers[0]} was made with the folder {found}, which is not here."
-            raise CheckpointError(problem, "Name the same base model with --base-model.")
+            raise CheckpointError(problem, "Name the same base model with `base_model=REF`.")
         return found
     revision = revisions.pop() if len(revisions) == 1 else None
     return f"hf://{at_revision(found, revision)}"
@@ -238,6 +238,6 @@ def _check_distinct(tasks: Sequence[PinnedCheckpoint], base: PinnedCheckpoint) -
         if identity(item) == identity(base):
             raise equals_base(str(item), str(base))
         if identity(item) in seen:
-            warnings.append(f"{item} is given twice; leave one out.")
+            warnings.append(f"{item} is given twice and counts twice: drop one of them.")
         seen.add(identity(item))
     return warnings

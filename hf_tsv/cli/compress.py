@@ -10,7 +10,7 @@ from hf_tsv.cli.groups import Only
 from hf_tsv.cli.output import Out, pinned, table
 from hf_tsv.recipes.compressing import FactorFormat
 from hf_tsv.recipes.settings import Dtype
-from hf_tsv.system.text import human_bytes
+from hf_tsv.system.text import counted, human_bytes
 
 if TYPE_CHECKING:
     from hf_tsv.reports.compression import CompressReport
@@ -107,19 +107,19 @@ def compress(
 
 def _summary(report: CompressReport) -> str:
     kinds = [weight["stored"] for weight in report.weights.values()]
-    shares = (f"{T} such tasks take {100 * r:.0f} %" for T, r in report.ratio_for_tasks.items())
+    shares = (f"{T} tasks like this: {r:.0%}" for T, r in report.ratio_for_tasks.items())
     lines = [
         f"Compressed in {report.seconds:.1f} s: {human_bytes(report.factors_bytes or 0)},"
-        f" {100 * (report.ratio or 0):.1f} % of the checkpoint's"
+        f" {report.ratio or 0:.1%} of the checkpoint's"
         f" {human_bytes(report.checkpoint_bytes)}; relative error of the update"
         f" {report.update_error:.3g}.",
-        f"{kinds.count('factors')} weights low-rank, {kinds.count('dense')} whole,"
+        f"{counted(kinds.count('factors'), 'weight')} low-rank, {kinds.count('dense')} whole,"
         f" {kinds.count('none')} unchanged or left out.",
-        f"With the base model, {', '.join(shares)} of their checkpoints.",
+        f"Base and {', '.join(shares)} of storing the full checkpoints.",
     ]
     if names := report.left_out:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        lines.append(f"Changed, but not in the adapter: {', '.join(names[:4])}{more}.")
+        lines.append(f"Changed, but not stored in the adapter: {', '.join(names[:4])}{more}.")
     if report.url:
         lines.append(f"Uploaded: {report.url}")
     return "\n".join(lines)
@@ -128,8 +128,8 @@ def _summary(report: CompressReport) -> str:
 def _preview(report: CompressReport) -> str:
     size = "depends on the weights"
     if report.factors_bytes is not None:
-        share = 100 * (report.ratio or 0)
-        size = f"at most {human_bytes(report.factors_bytes)}, {share:.1f} % of the checkpoint"
+        share = report.ratio or 0
+        size = f"at most {human_bytes(report.factors_bytes)}, {share:.1%} of the checkpoint"
     kinds = [weight["stored"] for weight in report.weights.values()]
     rule = ", ".join(f"{name} {value}" for name, value in report.rank_rule.items())
     return table(
@@ -137,8 +137,8 @@ def _preview(report: CompressReport) -> str:
             ("base model", pinned(report.base_model)),
             ("task", pinned(report.source)),
             ("rule", rule),
-            ("low-rank", f"{kinds.count('factors')} weights"),
-            ("whole", f"{kinds.count('dense')} weights"),
+            ("low-rank", counted(kinds.count("factors"), "weight")),
+            ("whole", counted(kinds.count("dense"), "weight")),
             ("checkpoint", human_bytes(report.checkpoint_bytes)),
             ("output", size),
             ("download", human_bytes(report.download_bytes)),

@@ -13,6 +13,7 @@ from hf_tsv.cli.images import ImageOptions, notes
 from hf_tsv.cli.output import Out, table
 from hf_tsv.evaluation.job import chosen, refuse_no_card
 from hf_tsv.system.processes import is_leader
+from hf_tsv.system.text import counted
 
 if TYPE_CHECKING:
     from hf_tsv.verbs.evaluate import EvaluateReport
@@ -103,6 +104,6 @@ def _beside_the_paper(report: EvaluateReport) -> str:
     if len(done) < len(suite["tasks"]):
         ours.append(f"{len(done)} of {len(suite['tasks'])} tasks")
     if report.limit is not None:
-        ours.append(f"{report.limit} images of each")
+        ours.append(f"{counted(report.limit, 'image')} of each")
     means = _share(suite["accuracy"]), _share(suite["normalised"])
     return table(rows, (PUBLISHED, "accuracy", "kept"), (", ".join(ours), *means))

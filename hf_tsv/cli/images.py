@@ -11,7 +11,8 @@ import typer
 
 from hf_tsv.cli.groups import Panel
 from hf_tsv.cli.output import table
-from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.errors import UsageError
+from hf_tsv.system.text import counted
 
 if TYPE_CHECKING:
     from hf_tsv.recipes.images import EvaluationTask
@@ -103,7 +104,11 @@ class ImageOptions:
 
 def notes(limit: int | None, errors: Mapping[str, str]) -> list[str]:
     """A table of what limits results on images; empty where nothing does."""
-    rows = [] if limit is None else [("of each task", f"{limit} images at most: a quick look")]
+    rows = (
+        []
+        if limit is None
+        else [("of each task", f"at most {counted(limit, 'image')}, for a quick check")]
+    )
     rows += [("failed", f"{name}: {why}") for name, why in errors.items()]
     return [table(rows)] if rows else []
 
@@ -112,21 +117,23 @@ def _named(text: str) -> tuple[str, str]:
     """A `--reference`: the name of its task, and the checkpoint."""
     name, equals, ref = text.partition("=")
     if not equals or not name or not ref:
-        raise RecipeError(f"--reference is {text!r}.", "Write NAME=REF.")
+        raise UsageError(
+            f"--reference: {text!r} is not NAME=REF.", "Write --reference dtd=org/clip-dtd."
+        )
     return name, ref
 
 
 def _lines(file: Path, tasks: Sequence[str]) -> tuple[str, ...]:
     """Names of classes, a line each."""
     if len(tasks) != 1:
-        raise RecipeError("--classes is for a single --task.", "Name one task at a time.")
+        raise UsageError("--classes needs exactly one --task.", "Name one task at a time.")
     try:
         names = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
+        raise UsageError(
             f"{file} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.",
-            "Give a text file with the name of one class on every line.",
+            "Give a text file with one class name per line.",
         ) from None
     if not names or not all(name.strip() for name in names):
-        raise RecipeError(f"{file} has an empty line or none.", "Write a class on every line.")
+        raise UsageError(f"{file} is empty or has an empty line.", "Write one class name per line.")
     return tuple(name.strip() for name in names)

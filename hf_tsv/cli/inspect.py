@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only
 from hf_tsv.cli.output import Out, pinned, table
-from hf_tsv.system.text import human_bytes
+from hf_tsv.system.text import counted, human_bytes
 
 if TYPE_CHECKING:
     from hf_tsv.verbs.inspect import InspectReport
@@ -45,12 +45,12 @@ def _text(report: InspectReport) -> str:
         (report.kind, pinned({"ref": report.ref, "revision": report.revision})),
         ("class", report.model_class or report.model_type or "unknown"),
         ("layout", report.layout or "unknown"),
-        ("base model", ", ".join(report.base_model) or "not said"),
-        ("license", report.license or "not said"),
+        ("base model", ", ".join(report.base_model) or "unknown (no model card)"),
+        ("license", report.license or "unknown"),
         *(("file", f"{name}  {human_bytes(size)}") for name, size in report.files.items()),
         ("parameters", f"{report.parameters:,}"),
         *(
-            (name, f"{counts['tensors']} tensors, {human_bytes(counts['bytes'])}")
+            (name, f"{counted(counts['tensors'], 'tensor')}, {human_bytes(counts['bytes'])}")
             for name, counts in (report.dtypes | report.parts).items()
         ),
     ]
@@ -59,7 +59,9 @@ def _text(report: InspectReport) -> str:
         rows.append(("merge", ", ".join(f"{count} {name}" for name, count in done.items())))
     if report.recipe is not None:
         inputs = report.recipe["inputs"]
-        rows.append(("made by", f"{report.recipe['settings']['method']} of {len(inputs)} tasks"))
+        rows.append(
+            ("made by", f"{report.recipe['settings']['method']} of {counted(len(inputs), 'task')}")
+        )
         rows += [("task", pinned(entry)) for entry in inputs]
         rows.append(("from", pinned(report.recipe["base_model"])))
     if report.heads:

@@ -13,8 +13,8 @@ from hf_tsv.cli.output import Out, pinned, table
 from hf_tsv.cli.usage import numbers
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
 from hf_tsv.methods.catalogue import METHODS
-from hf_tsv.system.errors import RecipeError
-from hf_tsv.system.text import human_bytes
+from hf_tsv.system.errors import UsageError
+from hf_tsv.system.text import counted, human_bytes
 
 if TYPE_CHECKING:
     from hf_tsv.reports.merging import MergeReport
@@ -142,18 +142,18 @@ def _learned(how: MethodOptions, learning: LearningOptions) -> dict[str, Any]:
     tasks = tuple(learning.pictures.tasks)
     if how.tune_alpha is not None:
         if other := given.keys() - {"limit", "batch_size"}:
-            raise RecipeError(f"{flag(min(other))} is an option of --method ada.", "Leave it out.")
+            raise UsageError(f"{flag(min(other))} is an option of --method ada.", "Leave it out.")
         from hf_tsv.recipes.learning import AlphaSearch
 
         return {"tune_alpha": AlphaSearch(tasks, how.tune_alpha, **given)}  # type: ignore[arg-type]
     if not said:
         return {}
     if not METHODS[how.method].learns:
-        raise RecipeError(
+        raise UsageError(
             f"{flag(said[0])} is an option of --method ada and of --tune-alpha.", "Leave it out."
         )
     if "limit" in given:
-        raise RecipeError("--limit is an option of --tune-alpha.", "Leave it out.")
+        raise UsageError("--limit is an option of --tune-alpha.", "Leave it out.")
     from hf_tsv.recipes.learning import Adaptation
 
     return {"adaptation": Adaptation(tasks, **given)}
@@ -162,7 +162,7 @@ def _learned(how: MethodOptions, learning: LearningOptions) -> dict[str, Any]:
 def _summary(report: MergeReport) -> str:
     counts = ", ".join(f"{count} {name}" for name, count in report.weights.items())
     lines = [
-        f"Merged {len(report.inputs)} checkpoints in {report.seconds:.1f} s:"
+        f"Merged {counted(len(report.inputs), 'checkpoint')} in {report.seconds:.1f} s:"
         f" {counts}; {human_bytes(report.output_bytes)}."
     ]
     if report.adaptation:
@@ -182,7 +182,7 @@ def _summary(report: MergeReport) -> str:
 def _preview(report: MergeReport) -> str:
     rows = [("base model", pinned(report.base_model))]
     rows += [(f"task {i}", pinned(entry)) for i, entry in enumerate(report.inputs, start=1)]
-    rows += [(name, f"{count} tensors") for name, count in report.weights.items()]
+    rows += [(name, counted(count, "tensor")) for name, count in report.weights.items()]
     rows += [("head", f"{file}, of {name}") for file, name in report.heads.items()]
     if report.masks:
         rows.append(("masks", f"{human_bytes(report.mask_bytes)} at most"))

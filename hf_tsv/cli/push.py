@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.output import Out, table
-from hf_tsv.system.text import human_bytes
+from hf_tsv.system.text import counted, human_bytes
 
 if TYPE_CHECKING:
     from hf_tsv.verbs.push import PushReport
@@ -47,8 +47,8 @@ def push(
 
 def _summary(report: PushReport) -> str:
     return (
-        f"Uploaded {len(report.files)} files ({human_bytes(report.bytes)}) to {report.repo_id}"
-        f" in {report.seconds:.1f} s."
+        f"Uploaded {counted(len(report.files), 'file')} ({human_bytes(report.bytes)}) to"
+        f" {report.repo_id} in {report.seconds:.1f} s."
     )
 
 

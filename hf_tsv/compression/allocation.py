@@ -142,9 +142,9 @@ def _within_budget(measured: Sequence[Measured], job: Compression, budget: int) 
     fixed, paid = _fixed_bytes(measured, job)
     if fixed > budget:
         raise RecipeError(
-            f"The budget is {human_bytes(budget)}, and what is stored whole (biases, norms, …)"
-            f" alone takes {human_bytes(fixed)}.",
-            f"Give a larger --budget{_smaller(job.options)}.",
+            f"`budget=` is {human_bytes(budget)}, and tensors stored whole (biases, norms, …)"
+            f" already take {human_bytes(fixed)}.",
+            f"Give a larger `budget=`{_smaller(job.options)}.",
         )
     free = [i for i, item in enumerate(measured) if item.norm and item.candidate.limit]
     held = [min(paid, len(measured[i].singular_values)) for i in free]
@@ -159,9 +159,9 @@ def _smaller(options: Options) -> str:
     """Hint about the options that would reduce the size of what is stored whole."""
     adapter_only = options.format == "peft"
     flags = {
-        "--factor-dtype bfloat16": options.factor_dtype == "float32",
-        "--compress-conv": not (adapter_only or options.compress_conv),
-        "--no-dense": adapter_only and options.dense,
+        "`dtype=bfloat16`": options.factor_dtype == "float32",
+        "`compress_conv=True`": not (adapter_only or options.compress_conv),
+        "`dense=False`": adapter_only and options.dense,
     }
     return "".join(f", or {flag}" for flag, helps in flags.items() if helps)
 

@@ -38,10 +38,10 @@ def prepare(sources: Sources, options: Options) -> Compression:
     warnings = [*sources.warnings, *config_warnings(base, [source])]
     if options.format == "peft" and base.format == "open_clip":
         problem = f"The base model {base} is in OpenCLIP's format, which PEFT does not load."
-        raise CheckpointError(problem, "Leave --format out: task factors serve every format.")
+        raise CheckpointError(problem, "Use `out_format=factors`, which serves every format.")
     if options.format == "peft" and not layout.is_clip(base.model_config):
         problem = f"The base model {base} is not CLIP, and adapters are made for CLIP only."
-        raise CheckpointError(problem, "Leave --format out: task factors serve every model.")
+        raise CheckpointError(problem, "Use `out_format=factors`, which serves every model.")
     if options.format == "peft" and source.head:
         warnings.append(f"An adapter has no place for the task head {', '.join(source.head)}.")
     for warning in warnings:
@@ -88,7 +88,7 @@ def _compressed(
     with Spool(work / journal.SPOOL, list(noted)) as spool:
         journal.rewrite(work, (item.to_entry() for item in spool.held))
         if resumed:
-            logger.info("%d of %d weights are there already.", len(spool.held), len(candidates))
+            logger.info("Resuming: %d of %d weights are done.", len(spool.held), len(candidates))
         left = len(candidates) - len(spool.held)
         logger.info("Compressing %d weights of %s on %s.", left, source, device.type)
         with journal.Journal(work) as notes, bar("Decomposing", left, visible=show) as advance:

@@ -98,7 +98,7 @@ class Compression:
         if item.description is not None:
             raise CheckpointError(
                 f"{item} holds task factors already.",
-                "Compress the fine-tuned checkpoint; `hf-tsv reconstruct` makes one of factors.",
+                "Compress the fine-tuned checkpoint; `hf-tsv reconstruct` makes one from factors.",
             )
         return item
 

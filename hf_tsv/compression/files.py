@@ -183,7 +183,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not rounded.isfinite().all():
         raise CheckpointError(
             f"The update of {name} does not fit into {str(dtype).removeprefix('torch.')}.",
-            "Use --factor-dtype bfloat16, whose range is that of float32.",
+            "Use `dtype=bfloat16`, which has the range of float32.",
         )
     return rounded
 

@@ -108,7 +108,7 @@ class Scoring:
         key = model.key(task, images) if self.finished.kept else None
         found: dict[str, Any] | None = self.group.shared(self.finished.get(key))
         if found is not None:
-            logger.info("%s is there already.", task.name)
+            logger.info("Resuming: %s is done.", task.name)
             return found
         found = _counted(task, images, *self._classified(model, task, images))
         self.finished.add(key, found)

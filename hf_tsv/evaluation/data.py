@@ -12,7 +12,7 @@ from hf_tsv import hub
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.system.errors import DataError, RecipeError, RepoError
 from hf_tsv.system.folders import local_kind
-from hf_tsv.system.text import first_line
+from hf_tsv.system.text import counted, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,7 +56,7 @@ class LabelledImages:
             except Exception as error:  # Pillow raises many types for damaged files
                 raise DataError(
                     f"{task}: image {i} of the split {self.split} cannot be read:"
-                    f" {first_line(error)}",
+                    f" {first_line(error)}.",
                     "Repair or remove it.",
                 ) from None
             label = row[self.label]
@@ -64,7 +64,7 @@ class LabelledImages:
             if type(label) is not int or not 0 <= label < len(self.classes):
                 raise DataError(
                     f"{task}: image {i} has the label {label!r}, and there are"
-                    f" {len(self.classes)} classes.",
+                    f" {counted(len(self.classes), 'class', 'classes')}.",
                     "Give the names of all classes, in the order of the labels.",
                 )
             labels.append(label)
@@ -76,7 +76,7 @@ def refuse_not_installed(what: str, **also: str) -> None:
     needed = {**LIBRARIES, **also}
     if missing := [package for module, package in needed.items() if find_spec(module) is None]:
         raise RecipeError(
-            f"{what} needs {', '.join(missing)}.", "Run `pip install 'hf-tsv[eval]'`."
+            f"{what} needs {' and '.join(missing)}.", f"Run `pip install {' '.join(missing)}`."
         )
 
 
@@ -156,7 +156,7 @@ def _column(
     if len(found) == 1:
         return found[0]
     raise DataError(
-        f"{task.name}: {task.dataset} has {len(found)} columns that may be the {what}s.",
+        f"{task.name}: {task.dataset} has {counted(len(found), 'column')} that may be the {what}s.",
         f"Say which; it has {', '.join(features)}.",
     )
 

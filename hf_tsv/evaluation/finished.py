@@ -15,6 +15,7 @@ from typing import IO, Any
 from hf_tsv.runs import journal
 from hf_tsv.system.folders import disk_errors, locked, make_parents, remove_empty
 from hf_tsv.system.progress import logger
+from hf_tsv.system.text import counted
 
 
 class Finished:
@@ -62,8 +63,8 @@ def finished_tasks(output: Path | None) -> Iterator[Finished]:
                 yield finished
             except BaseException:
                 if finished:
-                    kept = f"{len(finished)} finished results are kept in {path}"
-                    logger.warning("%s; the same command goes on from there.", kept)
+                    kept = f"Progress saved ({counted(len(finished), 'result')}) in {path}."
+                    logger.warning("%s Run the same command again to resume.", kept)
                 else:
                     path.unlink(missing_ok=True)
                     remove_empty(made)

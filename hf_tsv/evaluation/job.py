@@ -76,7 +76,7 @@ def refuse_no_card(*, card: bool, create_pr: bool) -> None:
 def refuse_no_fine_tune(choice: Chosen) -> None:
     """Refuse tasks without a fine-tune."""
     if without := [task.name for task in choice.tasks if task.name not in choice.fine_tunes]:
-        hint = f"Name it: `references={without[0]}=REF`."
+        hint = f"Name it as {without[0]}=REF with `references=`."
         raise UsageError(f"The task {without[0]} has no fine-tune.", hint)
 
 

@@ -55,14 +55,14 @@ def open_card(pinned: PinnedCheckpoint, *, token: str | None, create_pr: bool) -
 def _local_card(pinned: PinnedCheckpoint, create_pr: bool) -> Card:
     if create_pr:
         raise OutputError(
-            f"{pinned} is a folder, and --create-pr is about a repository.",
-            "Leave --create-pr out.",
+            f"{pinned} is a folder, and `create_pr=True` applies to a repository.",
+            "Omit `create_pr=True`.",
         )
     path = Path(pinned.ref).expanduser() / CARD
     if not path.is_file():
         raise OutputError(f"{pinned} has no {CARD} to add results to.", "Write a model card first.")
     if path.stat().st_size > MAX_BYTES:
-        raise OutputError(f"{path} is too large for a card.", "Leave --card out.")
+        raise OutputError(f"{path} is too large for a card.", "Omit `card=True`.")
     with disk_errors(path):
         return Card(_decoded(path.read_bytes(), str(path)), path.parent.resolve().name, path=path)
 
@@ -73,26 +73,26 @@ def _hub_card(pinned: PinnedCheckpoint, token: str | None, create_pr: bool) -> C
     if repo is None:
         raise OutputError(
             f"The card of {repo_id} cannot be written while the Hub cannot be reached.",
-            "Leave --card out, or try again with a connection.",
+            "Omit `card=True`, or try again with a connection.",
         )
     if pinned.files.subfolder:
         raise OutputError(
-            f"{pinned} is a part of a repository, whose card is about the whole.",
-            "Leave --card out.",
+            f"{pinned} is a subfolder, and a card describes the whole repository.",
+            "Omit `card=True`.",
         )
     if create_pr and branch != "main":
         raise OutputError(
-            "A pull request cannot start from a revision.", "Give --create-pr or a revision."
+            "`create_pr=True` and a revision cannot be combined.", "Give one of them."
         )
     if branch == pinned.revision:
         raise OutputError(
-            f"{pinned} is a commit, and a card is written to a branch.",
+            f"{pinned} is a commit, and results are added to the card of a branch.",
             f"Evaluate {repo_id} or {repo_id}@BRANCH.",
         )
     hub.writable_repo_id(repo_id, token=token, create_pr=create_pr)
     size = repo.sizes.get(CARD, 0)
     if size > MAX_BYTES:
-        raise OutputError(f"The card of {repo_id} is too large for one.", "Leave --card out.")
+        raise OutputError(f"The card of {repo_id} is too large for one.", "Omit `card=True`.")
     text = _decoded(bytes(hub.read_range(repo, CARD, 0, size)), f"the card of {repo_id}")
     name = repo_id.rpartition("/")[2]
     return Card(text, name, None, repo_id, branch, pinned.revision, create_pr)

@@ -10,7 +10,7 @@ from json import JSONDecodeError
 from typing import TypeVar
 
 from httpx2 import ConnectError, RequestError, TransportError, UnsupportedProtocol
-from huggingface_hub import HfApi, errors, get_token
+from huggingface_hub import HfApi, constants, errors, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_tsv.system.errors import RepoError
@@ -37,7 +37,7 @@ def api(token: str | None = None) -> HfApi:
     used = get_token() if token is None else token
     if used is not None and not re.fullmatch(r"[!-~]+", used):  # the client's errors would show it
         problem = "The token is empty or has characters that no token has."
-        raise RepoError(problem, "Copy it again from https://huggingface.co/settings/tokens.")
+        raise RepoError(problem, f"Copy it again from {constants.ENDPOINT}/settings/tokens.")
     return HfApi(token=token, library_name="hf-tsv", library_version=__version__)
 
 
@@ -99,11 +99,11 @@ def _explained(
     """Message and hint for an error of the client; a class comes before those it derives from."""
     match error:
         case errors.HFValidationError():
-            said = f"{repo_id!r} is not a repository id: {error}"
+            said = f"{repo_id!r} is not a repository id: {first_line(error)}."
             hint = "Give org/name." if writing else "Give org/name, org/name@revision, or a folder."
         case errors.GatedRepoError():
             said = f"{repo_id} is gated and this token has no access."
-            conditions = f"Accept its conditions at https://huggingface.co/{repo_id}"
+            conditions = f"Accept its conditions at {constants.ENDPOINT}/{repo_id}"
             hint = f"{conditions} and log in with `hf auth login`."
         case errors.RepositoryNotFoundError():
             said = f"{repo_id} does not exist on the Hub, or is private and this token cannot"
@@ -112,26 +112,26 @@ def _explained(
             hint += " for a local folder check the path."
         case errors.RevisionNotFoundError():
             said = f"{repo_id} has no revision {revision!r}."
-            hint = f"Branches and tags are listed at https://huggingface.co/{repo_id}/tree/main;"
+            hint = f"Its branches and tags: {constants.ENDPOINT}/{repo_id}/tree/main;"
             hint += " a slash in the name of one is written %2F."
         case errors.RemoteEntryNotFoundError():
-            said, hint = f"{repo_id}: {first_line(error)}", "Check the files of the repository."
+            said, hint = f"{repo_id}: {first_line(error)}.", "Check the files of the repository."
         case errors.LocalEntryNotFoundError():
             said, hint = _not_cached(error.__cause__, repo_id)
         case HfHubHTTPError():
             said, hint = _answered(error, repo_id, writing)
         case RequestError() | ConnectionError():
             said = f"{repo_id}: the Hub cannot be reached ({type(error).__name__})."
-            hint = "Check the connection and HF_ENDPOINT; with a warm cache use HF_HUB_OFFLINE=1."
+            hint = "Check the connection and HF_ENDPOINT; HF_HUB_OFFLINE=1 reads the cache alone."
         case JSONDecodeError():
             said, hint = _no_hub(repo_id)
         case OSError():
             why = error.strerror or first_line(error)
             said = f"{repo_id}: the cache cannot be written: {why}."
-            hint = "Free some space, or choose another folder with --cache-dir."
+            hint = "Free some space, or choose another folder with `cache_dir=DIR`."
         case _:  # from the Xet storage
             said = f"{repo_id}: the storage of the Hub failed: {first_line(error)}."
-            hint = "Try again later; with HF_HUB_DISABLE_XET=1 files go another way."
+            hint = "Try again later, or with HF_HUB_DISABLE_XET=1, which avoids that storage."
     return said, hint
 
 
@@ -158,13 +158,13 @@ def _answered(error: HfHubHTTPError, repo_id: str, writing: bool) -> tuple[str, 
         hint = f"Use a token that can {action} it: `hf auth login`."
         return f"This token may not {action} {repo_id}.", hint
     if status == MOVED_ON:
-        said = f"{repo_id} was changed by another commit meanwhile, so nothing was written."
+        said = f"{repo_id} received another commit in the meantime, so nothing was written."
         return said, "Run the same command again."
-    return f"{repo_id}: the Hub answered {status}: {first_line(error)}", "Try again later."
+    return f"{repo_id}: the Hub answered {status}: {first_line(error)}.", "Try again later."
 
 
 def first_line(error: Exception) -> str:
     """First line of an error's message, without the secrets in its addresses."""
     message = getattr(error, "server_message", None) or str(error)
     lines = (line.strip() for line in redacted(message).splitlines())
-    return next(filter(None, lines), "no message")
+    return next(filter(None, lines), "no message").rstrip(".")

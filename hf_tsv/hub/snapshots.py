@@ -67,7 +67,7 @@ def snapshot(
         except (OfflineModeIsEnabled, TransportError) as error:
             return _cached_snapshot(repo_id, revision, subfolder, configs, cache_dir, error)
         except TypeError as error:  # raised by the client for some keys of a card
-            problem = f"The model card of {repo_id} cannot be read: {first_line(error)}"
+            problem = f"The model card of {repo_id} cannot be read: {first_line(error)}."
             raise RepoError(problem, "Download the repository and merge the folder.") from None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     card = card_dict(info.card_data)
@@ -121,7 +121,7 @@ def _cached_snapshot(
         raise RepoError(
             f"{lacking} not in the local cache and the Hub cannot be reached"
             f" ({type(error).__name__}).",
-            "Run once with a connection, without HF_HUB_OFFLINE and --stream.",
+            "Run once with a connection, without HF_HUB_OFFLINE and `stream=True`.",
         ) from None
     folder = Path(config).parents[inside.count("/")]
     if not isinstance(error, OfflineModeIsEnabled):

@@ -54,8 +54,8 @@ def writable_repo_id(
         problem = f"Pushing to {repo_id} needs a token that can write; this one can only read."
         raise RepoError(problem, "Create one with the role 'write' and run `hf auth login`.")
     if create_pr and not exists:
-        problem = f"--create-pr needs an existing repository and {repo_id} does not exist."
-        raise RepoError(problem, "Leave --create-pr out to create it.")
+        problem = f"`create_pr=True` needs an existing repository, and {repo_id} does not exist."
+        raise RepoError(problem, "Omit `create_pr=True` to create it.")
     if exists and not create_pr:
         with translated(repo_id, None, writing=True):
             retried(lambda: api(token).auth_check(repo_id, write=True))
@@ -63,7 +63,7 @@ def writable_repo_id(
     if not exists and owner not in (namespaces := _writable_namespaces(user)):
         raise RepoError(
             f"This token cannot create {repo_id}: it writes to {', '.join(namespaces) or 'none'}.",
-            "Choose one of these namespaces, or use --create-pr on an existing repository.",
+            "Choose one of these namespaces, or use `create_pr=True` on an existing repository.",
         )
     return repo_id
 
@@ -92,8 +92,10 @@ def _writable_namespaces(user: dict[str, Any]) -> list[str]:
 
 def _check_visibility(info: ModelInfo, private: bool) -> None:
     if info.private is not None and bool(info.private) != private:
-        there, flag = ("private", "--no-private") if info.private else ("public", "--private")
-        hint = f"Leave {flag} out, or change the visibility in the settings of the repository."
+        there, flag = (
+            ("private", "`private=False`") if info.private else ("public", "`private=True`")
+        )
+        hint = f"Omit {flag}, or change the visibility in the settings of the repository."
         raise RepoError(f"{info.id} exists and is {there}, and {flag} does not change that.", hint)
 
 
@@ -107,7 +109,7 @@ def files_to_push(folder: Path, markers: Sequence[str]) -> dict[str, Path]:
     hidden = {name for name in files if "/." in f"/{name}"}
     files = {name: path for name, path in files.items() if path.is_file() and name not in hidden}
     if not files.keys() & set(markers):
-        problem = f"{folder} is no finished output of hf-tsv (it has no {' or '.join(markers)})."
+        problem = f"{folder} is not a finished output of hf-tsv (it has no {' or '.join(markers)})."
         raise OutputError(problem, "Name the output of a merge, a compression or a reconstruction.")
     root = folder.resolve()
     for name, path in files.items():
@@ -183,7 +185,7 @@ def push(
                 # Our own commit may have caused this, if its answer was lost: the retry is empty
                 if error.response.status_code != MOVED_ON or race == RACES - 1:
                     raise
-                logger.info("%s got another commit meanwhile; trying again.", repo_id)
+                logger.info("%s received another commit in the meantime; trying again.", repo_id)
                 time.sleep(RETRY_WAITS[race])
             except RuntimeError:
                 # The upload address may be too old (signed for an hour), or its answer was lost.
@@ -240,8 +242,8 @@ def _upload_errors(repo_id: str) -> Iterator[None]:
     except (TypeError, ValueError) as error:  # the client or the Hub refuses the card
         if str(error).startswith(STORAGE_REFUSES):
             said = first_line(ValueError(" ".join(str(error).splitlines())))
-            raise RepoError(f"{repo_id}: {said}", "Check the storage of its owner.") from None
-        said = f"{repo_id}: {first_line(error)}"
+            raise RepoError(f"{repo_id}: {said}.", "Check the storage of its owner.") from None
+        said = f"{repo_id}: {first_line(error)}."
         raise RepoError(said, "Check the metadata of its model card.") from None
     except (RuntimeError, OSError) as error:  # from the storage
         why = error.__cause__ if isinstance(error.__cause__, Exception) else error

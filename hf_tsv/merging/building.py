@@ -132,7 +132,7 @@ def _computed(
     plan, sources = merge.plan, run.sources
     finished = _kept(plan, work).keys() if resumed else ()
     if resumed:
-        logger.info("%d of %d weights are there already.", len(finished), len(plan.weights))
+        logger.info("Resuming: %d of %d weights are done.", len(finished), len(plan.weights))
     left = [weight for weight in plan.weights if weight.label not in finished]
     indices = processes.shares([operations(weight) for weight in left], group.count)
     shares = [{left[i].label for i in share} for share in indices]
@@ -172,7 +172,7 @@ def _all_noted(plan: MergePlan, work: Path, count: int) -> list[Finding]:
     """Findings of all processes in the order of the plan; bytes of several are read back."""
     noted = _kept(plan, work, count) if count > 1 else journal.read(work, Finding.from_dict)
     if missing := [weight.label for weight in plan.weights if weight.label not in noted]:
-        problem = f"{len(missing)} weights of other processes have not arrived, {missing[0]} first."
+        problem = f"{len(missing)} weights of other processes are missing, such as {missing[0]}."
         raise LostProcessError(problem, processes.AGAIN)
     return [noted[weight.label] for weight in plan.weights]
 
@@ -230,5 +230,5 @@ def _check_fingerprints(merge: Merge, sources: Sources, findings: Findings) -> N
     items = [*enumerate(sources.inputs), (-1, sources.base)]
     for (key, item), wanted in zip(items, merge.expected, strict=True):
         if wanted is not None and findings.fingerprint(key) not in (None, wanted):
-            problem = f"{item} is not what it was when the recipe was written."
-            raise CheckpointError(problem, "Restore the folder, or merge anew without the recipe.")
+            problem = f"{item} has changed since the recipe was written."
+            raise CheckpointError(problem, "Restore the folder, or merge without the recipe.")

@@ -98,8 +98,8 @@ def fitting(
         if most is None or needed <= most:
             return choice
     size = human_bytes(needed)
-    problem = f"About {size} of memory are needed, more than --max-memory allows."
-    raise RecipeError(problem, f"Give at least {size}.")
+    problem = f"The merge needs about {size} of memory, more than `max_memory=` allows."
+    raise RecipeError(problem, f"Give at least `max_memory={size.replace(' ', '')}`.")
 
 
 def _reading(weight: Weight) -> int:

@@ -110,7 +110,7 @@ def _other_bases(inputs: Sequence[Task], findings: Findings) -> Iterator[Diagnos
         if base_norm and norm >= COMPARABLE * base_norm:
             text = (
                 f"{item} is {norm / base_norm:.2g} of the base model's norm away from it: probably"
-                " a fine-tune of another model. Name its own --base-model."
+                " a fine-tune of another model. Name that one with `base_model=REF`."
             )
             yield Diagnosis("other-base", text, norm / base_norm, COMPARABLE, (i,))
 

@@ -105,7 +105,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype, weight: Weight) -> Tensor:
     if dtype.is_floating_point and stored.numel() and not products.largest_entry(stored) < math.inf:
         narrow = str(dtype).removeprefix("torch.")
         problem = f"Merged values of {weight.label} do not fit into {narrow}."
-        raise CheckpointError(problem, "Use --dtype float32 or a smaller --alpha.")
+        raise CheckpointError(problem, "Use `dtype=float32` or a smaller `alpha=`.")
     return stored
 
 

@@ -104,7 +104,7 @@ def lay_out(specs: dict[str, TensorSpec], base: Checkpoint, settings: Settings) 
         return plan_shards(specs, settings.max_shard_size)
     if not layout.is_full_model(base.tensors):
         problem = f"The base model {base} is one tower, and OpenCLIP stores whole models."
-        raise CheckpointError(problem, "Leave --out-format out.")
+        raise CheckpointError(problem, "Omit `out_format=`.")
     placed = open_clip.placed(specs)
     return plan_shards(specs, settings.max_shard_size, open_clip.SINGLE_FILE, placed)
 
@@ -210,7 +210,7 @@ def _rank_warnings(weights: Sequence[Weight], tasks: int, settings: Settings) ->
 
 def _exclude_warnings(base: Checkpoint, settings: Settings) -> list[str]:
     return [
-        f"--exclude {glob!r} matches no weight."
+        f"`exclude={glob}` matches no weight."
         for glob in settings.exclude
         if glob not in AVERAGED_BY_DEFAULT
         and not any(fnmatchcase(name, glob) for name in base.tensors)

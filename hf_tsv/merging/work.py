@@ -197,7 +197,7 @@ def of_recipe(recipe: Recipe, access: Access) -> tuple[Merge, Sources]:
     )
     merged = {w.label for w in merge.plan.weights if w.treatment in ("decomposed", "averaged")}
     if unknown := sorted(map(str, recipe.coefficients.keys() - merged)):
-        problem = f"The recipe has coefficients of {unknown[0]}, which is no weight that is merged."
+        problem = f"The recipe has coefficients of {unknown[0]}, which is not a merged weight."
         raise RecipeError(problem, "Use the recipe as it was written.")
     merge = replace(
         merge,
@@ -249,5 +249,5 @@ def kept_heads(settings: Settings, inputs: Sequence[Task]) -> dict[str, Task]:
 def refuse_no_heads(settings: Settings, inputs: Sequence[Task]) -> None:
     """Refuse to keep heads where there are none."""
     if settings.keep_heads and not kept_heads(settings, inputs):
-        hint = "Leave --keep-heads out; zero-shot classification needs none."
+        hint = "Omit `keep_heads=True`; zero-shot classification needs none."
         raise RecipeError("No checkpoint has a task head to keep.", hint)

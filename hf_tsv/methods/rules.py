@@ -13,6 +13,7 @@ from hf_tsv.linalg.choices import Orthogonalizer, Precision
 from hf_tsv.linalg.updates import TaskSingularVectors, Update, matrix_of
 from hf_tsv.methods.catalogue import Method
 from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.text import first_line
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def function_of(method: Method, name: str) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         owner = f" of {method.package}" if method.package else ""
         raise RecipeError(
-            f"The method {method.name}{owner} cannot be loaded: {error}.",
+            f"The method {method.name}{owner} cannot be loaded: {first_line(error)}.",
             "Install what it needs, or choose another method.",
         ) from error
 

@@ -24,7 +24,7 @@ BINS = 1 << (31 - DROPPED_BITS)
 
 def thresholds(weights: Iterable[Updates], tasks: int) -> list[float]:
     """Size from which on entries of each of T tasks are among its largest fifth."""
-    logger.info("Finding the largest entries of each task.")
+    logger.info("Trimming the updates to their largest entries.")
     found = [Sizes() for _ in range(tasks)]
     for updates in weights:
         entries = math.prod(updates.shape)

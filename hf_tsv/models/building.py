@@ -121,7 +121,7 @@ def understood(item: object) -> Iterator[None]:
         raise
     except Exception as error:  # strange configurations raise a dozen types
         raise CheckpointError(
-            f"{item} cannot be loaded with transformers: {first_line(error)}",
+            f"{item} cannot be loaded with transformers: {first_line(error)}.",
             "Its configuration does not describe it; save it again.",
         ) from error
 

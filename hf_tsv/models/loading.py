@@ -197,11 +197,12 @@ def _on_base(
 
 def _kind_of_head(task: str, kind: str | None) -> str:
     if task in PIPELINES:
-        raise RecipeError(f"{task} is a kind of pipeline, not a task.", f"Write kind={task!r}.")
+        raise RecipeError(
+            f"{task} is a kind of pipeline, not the task of a merge.", f"Write kind={task!r}."
+        )
     if kind not in (None, "image-classification"):
         raise RecipeError(
-            f"The head of the task {task!r} does image-classification, not {kind}.",
-            "Leave task=… out.",
+            f"The head of the task {task!r} does image-classification, not {kind}.", "Omit `task=`."
         )
     return "image-classification"
 
@@ -211,7 +212,7 @@ def _headed(item: T, task: str | None) -> T:
     if task is None:
         return item
     if item.description is not None:
-        raise CheckpointError(f"{item} holds one task.", "Leave task=… out.")
+        raise CheckpointError(f"{item} holds one task.", "Omit `task=`.")
     return heads.with_head(item, task)
 
 

@@ -104,7 +104,7 @@ class TaskSwitcher:
         """
         named = _named(references)
         if keep not in ("memory", "disk"):
-            raise RecipeError(f"keep is {keep!r}.", "Choose memory or disk.")
+            raise RecipeError(f"`keep=` cannot be {keep!r}.", "Choose memory or disk.")
         sources = open_sources(
             [fspath(ref) for ref in named.values()],
             None if base_model is None else fspath(base_model),

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.recipes.settings import Dtype, Settings, share
-from hf_tsv.system.checks import check_choice, check_counts, size_in_bytes
-from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.checks import argument, check_choice, check_counts, size_in_bytes
+from hf_tsv.system.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,9 @@ class RankRule:
     def __post_init__(self) -> None:
         given = [name for name in RankRule.__annotations__ if getattr(self, name) is not None]
         if len(given) > 1:
-            raise RecipeError(f"{' and '.join(given)} exclude each other.", "Give one of them.")
+            raise UsageError(
+                f"{' and '.join(map(argument, given))} cannot be combined.", "Give one."
+            )
         if not given:
             object.__setattr__(self, "rank_fraction", DEFAULT_RANK_FRACTION)
         for name in ("rank_fraction", "energy"):
@@ -79,18 +81,17 @@ class Options:
         check_choice("format", self.format, get_args(FactorFormat))
         most = size_in_bytes(self.max_shard_size, name="max_shard_size")
         if self.format == "factors" and (not self.dense or self.model_class is not None):
-            raise RecipeError(
-                "dense=False and model_class (--no-dense, --model-class) are about an adapter.",
-                "Add --format peft.",
+            raise UsageError(
+                "`dense=False` and `model_class=` apply to an adapter.", "Add `out_format=peft`."
             )
         if self.format == "peft" and self.compress_conv:
-            raise RecipeError(
-                "A LoRA adapter stores the patch convolution whole.", "Leave --compress-conv out."
+            raise UsageError(
+                "A LoRA adapter stores the patch convolution whole.", "Omit `compress_conv=True`."
             )
         if self.format == "peft" and most != size_in_bytes(Settings.max_shard_size):
-            raise RecipeError("A LoRA adapter is a single file.", "Leave --max-shard-size out.")
+            raise UsageError("A LoRA adapter is a single file.", "Omit `max_shard_size=`.")
         if self.model_class is not None and self.model_class not in layout.MODEL_CLASSES:
-            raise RecipeError(
+            raise UsageError(
                 f"There is no CLIP class {self.model_class!r}.",
                 f"Choose one of {', '.join(layout.MODEL_CLASSES)}.",
             )

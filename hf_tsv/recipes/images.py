@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.errors import UsageError
 from hf_tsv.system.folders import local_kind
 
 
@@ -48,14 +48,14 @@ class EvaluationTask:
         try:
             f"{self.name}{self.dataset}".encode()
         except UnicodeEncodeError:
-            raise RecipeError(
+            raise UsageError(
                 f"{self.dataset!r} is not valid text.", "Rename it: results are UTF-8."
             ) from None
         if not self.name.isprintable() or not self.name.strip() or not self.dataset.strip():
-            raise RecipeError(f"The task {self.name!r} is incomplete.", "Write NAME=DATASET.")
+            raise UsageError(f"The task {self.name!r} is incomplete.", "Write NAME=DATASET.")
         for template in self.templates:
             if template.count("{}") != 1:
-                raise RecipeError(
+                raise UsageError(
                     f"The template {template!r} of {self.name} has no single {{}}.",
                     "Write {} where the name of the class goes.",
                 )
@@ -72,12 +72,12 @@ class EvaluationTask:
         """
         name, equals, dataset = text.partition("=")
         if not equals:
-            raise RecipeError(f"The task {text!r} names no dataset.", "Write NAME=DATASET.")
+            raise UsageError(f"The task {text!r} names no dataset.", "Write NAME=DATASET.")
         if local_kind(dataset) is not None:
             return EvaluationTask(name, dataset, **choices)
         found = re.fullmatch(r"([^@:]+)(?::([^@]+))?(?:@(.+))?", dataset)
         if found is None:
-            raise RecipeError(
+            raise UsageError(
                 f"{dataset!r} is neither a path nor a dataset.", "Write org/name or a path."
             )
         return EvaluationTask(name, found[1], found[3], found[2], **choices)
@@ -101,7 +101,7 @@ def listed(
     ]
     names = [task.name for task in found]
     if not names:
-        raise RecipeError(nothing, "Name a task: --task NAME=DATASET.")
+        raise UsageError(nothing, "Name one as NAME=DATASET with `tasks=`.")
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise RecipeError(f"The task {twice} is given twice.", "Give each its own name.")
+        raise UsageError(f"The task {twice} is given twice.", "Give each task its own name.")
     return found

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_tsv.recipes.images import EvaluationTask, listed
 from hf_tsv.system.checks import check_counts, check_number
-from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.errors import UsageError
 
 VALIDATION = "validation"
 MOST = 1000  # values of α in one search
@@ -49,11 +49,13 @@ class Adaptation:
         for name, least in (("steps", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if type(value) is not int or not least <= value < 2**63:
-                raise RecipeError(f"{name} is {value!r}.", f"Give a whole number from {least} on.")
+                raise UsageError(
+                    f"`{name}=` must be a whole number, at least {least} (got {value!r})."
+                )
         check_number("learning_rate", self.learning_rate)
         rate = float(self.learning_rate)
         if not rate > 0:
-            raise RecipeError(f"learning_rate is {rate}.", "Give a number greater than 0.")
+            raise UsageError(f"`learning_rate=` must be above 0 (got {rate:g}).")
         object.__setattr__(self, "learning_rate", rate)
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,7 +76,7 @@ class Adaptation:
         """Adaptation with its result, from the form of [`to_dict`].
 
         Raises:
-            [`RecipeError`]: the content does not have that form.
+            [`UsageError`]: the content does not have that form.
         """
         entries: list[dict[str, Any]] = [
             {n: tuple(v) if isinstance(v, list) else v for n, v in item.items()}
@@ -87,7 +89,7 @@ class Adaptation:
             check_number("A number of the adaptation", number)
         if len(found.images) != len(tasks) or len(found.entropy) != 2:
             problem = "The adaptation does not say what was found for each task."
-            raise RecipeError(problem, "Use the recipe as it was written.")
+            raise UsageError(problem, "Use the recipe as it was written.")
         return found
 
 
@@ -127,7 +129,7 @@ class AlphaSearch:
         for alpha in alphas:
             check_number("alpha", alpha)
         if not alphas:
-            raise RecipeError("There is no α to choose from.", "Write --tune-alpha 0:2:0.1.")
+            raise UsageError("No α to choose from.", "Write `alphas=0:2:0.1`.")
         object.__setattr__(self, "alphas", tuple(map(float, alphas)))
         check_counts(limit=self.limit, batch_size=self.batch_size)
 
@@ -173,9 +175,9 @@ def alphas_of(text: str) -> list[float]:
         first, last, step = numbers if len(numbers) == 3 else (math.nan, math.nan, math.nan)
         if not all(map(math.isfinite, numbers)) or not (step > 0 and last >= first):
             hint = "Write FIRST:LAST:STEP (0:3:0.1), or 0.5,1,1.5."
-            raise RecipeError(f"The values of α are {text!r}.", hint)
+            raise UsageError(f"`alphas=` cannot be {text!r}.", hint)
         steps = (last - first) / step + 1e-9
         if steps + len(found) >= MOST:
-            raise RecipeError(f"{text} is more than {MOST} values of α.", "Take a larger step.")
+            raise UsageError(f"{text} gives more than {MOST} values of α.", "Take a larger step.")
         found += [round(first + i * step, 10) for i in range(math.floor(steps) + 1)]
     return found

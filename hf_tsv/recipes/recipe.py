@@ -203,7 +203,7 @@ def _refuse_not_installed(content: dict[str, Any]) -> None:
         return  # what is wrong otherwise is found later
     others = [f"{name}=={versions[name]}" for name in versions.keys() - current_versions().keys()]
     if packages := sorted(filter(PACKAGE.fullmatch, others)):
-        hint = f"If you trust its package: pip install {' '.join(packages)}"
+        hint = f"If you trust its package, run: pip install {' '.join(packages)}"
         raise RecipeError(f"The method {shortened(method)} is not installed.", hint)
 
 

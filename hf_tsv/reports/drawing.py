@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MISSING = "There are no pictures without matplotlib: pip install 'hf-tsv[plots]'."
-BROKEN = "There are no pictures: matplotlib is installed, but {} failed."
+MISSING = "No pictures: matplotlib is not installed. Run `pip install matplotlib`."
+BROKEN = "No pictures: matplotlib is installed, but {} failed."
 TEXT = "#7a7a7a"  # half way between white and black, as the background is transparent
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c46fa0", "#3d9bd6", TEXT)
 """Colours after Okabe and Ito: distinct for any colour vision, contrast ≥ 3 on white and black."""

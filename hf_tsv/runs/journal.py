@@ -19,6 +19,7 @@ from hf_tsv.system import folders
 from hf_tsv.system.errors import CheckpointError, LostFileError, OutputError, RecipeError
 from hf_tsv.system.folders import disk_errors, locked, make_parents, remove_empty
 from hf_tsv.system.progress import logger
+from hf_tsv.system.text import counted
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ JOB, FILES, FAILED, SPOOL = "job.json", "files", "failed", "vectors"
 OURS = re.compile(rf"{JOB}|{FILES}(-old)?|{FAILED}|{SPOOL}|done\..+")
 """Pattern of the names that a folder under construction may contain."""
 
-KEPT = "%d finished weights are kept in %s; the same command goes on from there."
+KEPT = "Progress saved (%s) in %s. Run the same command again to resume."
 
 
 def journal_file(rank: int) -> str:
@@ -159,7 +160,7 @@ def under_construction(
                 lost = isinstance(error, LostFileError)
                 again = lost or not isinstance(error, CheckpointError | RecipeError)
                 if count := len(read(work, dict)) if again else 0:
-                    logger.warning(KEPT, count, work)
+                    logger.warning(KEPT, counted(count, "weight"), work)
                 else:
                     shutil.rmtree(work, ignore_errors=True)
                     remove_empty(made)
@@ -172,15 +173,15 @@ def _refuse_strange(work: Path) -> None:
     """Refuse a folder of that name that hf-tsv did not make, because it would be cleared."""
     inside = work.iterdir() if work.is_dir() else ()
     if work.is_symlink() or not all(OURS.fullmatch(path.name) for path in inside):
-        problem = f"{work} is in the way, and hf-tsv did not make it."
-        raise OutputError(problem, "Move it, or choose another -o.")
+        problem = f"{work} is in the way, and hf-tsv did not write it."
+        raise OutputError(problem, "Move it, or choose another folder with `output=DIR`.")
 
 
 def _refuse_existing(target: Path) -> None:
     """Refuse an output that has appeared since the checks before the run."""
     if target.exists() and any(target.iterdir()):
-        hint = "Move it away and give the same command again, or choose another output."
-        raise OutputError(f"{target} has been written by something else meanwhile.", hint)
+        hint = "Move it and run the same command again, or choose another `output=DIR`."
+        raise OutputError(f"{target} was written by something else in the meantime.", hint)
 
 
 def _take_up(work: Path, file: IO[str], text: str, target: Path) -> None:
@@ -215,8 +216,10 @@ def _begin(
             write_index(files, plan)
         return True
     if begun not in ("", text) and files.is_dir() and not force:
-        hint = f"Finish it with the same command, add --force to start over, or remove {work}."
-        raise _OthersError(f"Another run has begun {target} with other inputs or settings.", hint)
+        hint = (
+            f"Finish it with that run's settings, add `force=True` to start over, or delete {work}."
+        )
+        raise _OthersError(f"{target} holds an unfinished run with other inputs or settings.", hint)
     file.truncate(0)
     _clear(work, {JOB})
     files.mkdir()

@@ -48,8 +48,8 @@ def named(label: str, tasks: Sequence[object]) -> Iterator[None]:
         whose = tasks if error.place is None else [tasks[error.place]]
         raise CheckpointError(
             f"{', '.join(map(str, whose))}: {label} cannot be decomposed: {error}.",
-            "Leave the checkpoint out or save it again; a merge can also average the weight, with"
-            f" --exclude '{label.replace('{q,k,v}', '?')}'.",
+            "Drop the checkpoint or save it again; a merge can also average the weight with"
+            f" `exclude={label.replace('{q,k,v}', '?')}`.",
         ) from None
 
 

@@ -92,13 +92,13 @@ class Target:
                 links = [p.resolve() for p in path.iterdir()] if path.is_dir() else []
                 if any(output in (p, *p.parents) for p in (path, *links)):
                     problem = f"The output folder {self.output} would replace the input {item.ref}."
-                    raise OutputError(problem, "Choose another one with -o.")
+                    raise OutputError(problem, "Choose another one with `output=DIR`.")
                 continue
             same = not item.is_local and repo_id_of(item.ref) == self.push_to
             if same and not self.create_pr and self._replaces(item):
                 raise OutputError(
                     f"Pushing to {self.push_to} would replace the input {item}.",
-                    "Choose another repository, a branch with --revision, or --create-pr.",
+                    "Choose another repository, `revision=BRANCH`, or `create_pr=True`.",
                 )
 
     def _replaces(self, item: PinnedCheckpoint) -> bool:
@@ -154,7 +154,7 @@ def push(folder: Path, target: Target, token: str | None) -> str | None:
     """Upload a folder if the target is a repository; an error has the command to do so later."""
     if target.push_to is None:
         return None
-    later = f"The result is complete in {folder}; upload it with `{target.push_command(folder)}`."
+    later = f"The result is complete in {folder}. Upload it with `{target.push_command(folder)}`."
     try:
         return upload(folder, target, token)
     except RepoError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_tsv.system import processes
-from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.errors import UsageError
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -20,5 +20,5 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise RecipeError(f"There is no device {name!r} here.", "Leave --device out.") from None
+        raise UsageError(f"There is no device {name!r} here.", "Omit `device=`.") from None
     return device

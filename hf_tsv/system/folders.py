@@ -26,9 +26,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = "Choose another folder with -o."
+        hint = "Choose another folder with `output=DIR`."
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            hint = "Free some space or choose another disk with -o."
+            hint = "Free some space or choose another disk with `output=DIR`."
         why = error.strerror or first_line(error)
         raise OutputError(f"Cannot write to {folder}: {why}.", hint) from None
 
@@ -38,7 +38,7 @@ def absolute(output: Path) -> Path:
     try:
         return output.expanduser().absolute()
     except RuntimeError as error:
-        raise OutputError(f"{output}: {error}", "Write the path out.") from None
+        raise OutputError(f"{output}: {first_line(error)}.", "Write the full path.") from None
 
 
 def check_free_space(folder: Path, needed: int) -> None:
@@ -48,9 +48,9 @@ def check_free_space(folder: Path, needed: int) -> None:
         free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutputError(
-            f"No space for {folder}: {human_bytes(needed)} are needed and {human_bytes(free)} are"
-            " free.",
-            "Free some space or choose another disk with -o.",
+            f"Not enough space for {folder}: {human_bytes(needed)} needed,"
+            f" {human_bytes(free)} free.",
+            "Free some space or choose another disk with `output=DIR`.",
         )
 
 
@@ -62,30 +62,30 @@ def check_output_folder(folder: Path, markers: Sequence[str], *, force: bool) ->
     """
     with disk_errors(folder):
         if UNDER_CONSTRUCTION.fullmatch(folder.name):
-            problem = f"{folder} is named like what a run works in."
-            raise OutputError(problem, "Choose another name with -o.")
+            problem = f"{folder} is a name that hf-tsv uses for unfinished runs."
+            raise OutputError(problem, "Choose another name with `output=DIR`.")
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             problem = f"{folder} exists and is not a folder."
-            raise OutputError(problem, "Choose another one with -o.")
+            raise OutputError(problem, "Choose another one with `output=DIR`.")
         current = folder.exists() and folder.samefile(Path.cwd())
         if current or os.path.ismount(folder):
             what = "the current folder" if current else "a mount point"
             problem = f"{folder} is {what} and cannot be replaced by the result."
-            raise OutputError(problem, "Name a new folder inside it with -o.")
+            raise OutputError(problem, "Name a new folder inside it: `output=DIR`.")
         parent = next(path for path in folder.absolute().parents if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            problem = f"Cannot write to {folder}: {parent} takes no new folder."
-            raise OutputError(problem, "Choose another folder with -o.")
+            problem = f"Cannot write to {folder}: {parent} is not a folder that you can write to."
+            raise OutputError(problem, "Choose another folder with `output=DIR`.")
         if not folder.exists() or not any(folder.iterdir()):
             return
         if not force:
             problem = f"The output folder {folder} exists."
-            raise OutputError(problem, "Choose another one with -o, or add --force.")
+            raise OutputError(problem, "Choose another one with `output=DIR`, or add `force=True`.")
         if not any((folder / marker).is_file() for marker in markers):
             raise OutputError(
-                f"{folder} was not written by hf-tsv (it has no {' or '.join(markers)}), so --force"
-                " does not replace it.",
-                "Remove it yourself or choose another one with -o.",
+                f"{folder} was not written by hf-tsv (it has no {' or '.join(markers)}), so"
+                " `force=True` does not replace it.",
+                "Delete it yourself, or choose another one with `output=DIR`.",
             )
 
 
@@ -135,7 +135,7 @@ def replace_folder(target: Path, new: Path, before: object) -> None:
     it was when the work began; `before` is its [`identity`] then.
     """
     if identity(target) != before:
-        hint = "Move it away and give the same command again, or choose another folder with -o."
+        hint = "Move it and run the same command again, or choose another `output=DIR`."
         raise OutputError(f"{target} was changed by something else in the meantime.", hint)
     _flush(new)
     if not target.exists():

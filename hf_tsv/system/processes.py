@@ -15,13 +15,14 @@ from datetime import timedelta
 from typing import Any
 
 from hf_tsv.system.errors import HfTsvError, LostProcessError, RecipeError
+from hf_tsv.system.text import first_line
 
 # Longest time processes wait for one another, such as for downloads of the first one; a dead
 # process is noticed at once.
 PATIENCE = timedelta(days=1)
 
 LOST = "A process of this run is gone."
-AGAIN = "Run the same command again; it goes on with what is finished."
+AGAIN = "Run the same command again to resume."
 
 
 def launched() -> int:
@@ -123,7 +124,7 @@ def joined() -> Iterator[Processes]:
             connection = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RecipeError(
-            f"The {launched()} processes of WORLD_SIZE do not meet: {str(error).splitlines()[0]}",
+            f"The {launched()} processes of WORLD_SIZE do not meet: {first_line(error)}.",
             "Start them with torchrun or accelerate launch, or unset WORLD_SIZE.",
         ) from None
     try:

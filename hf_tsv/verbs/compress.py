@@ -255,9 +255,9 @@ def _measured_report(report: CompressReport, done: Compressed) -> CompressReport
 
 
 def _too_large(report: CompressReport) -> str:
-    narrow = " or --factor-dtype bfloat16" if report.factor_dtype == "float32" else ""
+    narrow = " or use `dtype=bfloat16`" if report.factor_dtype == "float32" else ""
     return (
-        f"The result is {100 * (report.ratio or 0):.0f} % of the checkpoint's size;"
+        f"The result is {report.ratio or 0:.0%} of the checkpoint's size;"
         f" keep less{narrow} to make it smaller."
     )
 

@@ -157,7 +157,7 @@ def evaluate(
         scoring.compare(data, results, errors)
         if not results:
             said = f"No task could be evaluated; the first: {next(iter(errors.values()))}"
-            raise DataError(said, "Correct that, and run it again.")
+            raise DataError(said, "Correct it and run again.")
         group.agree()
         if group.rank:
             done: EvaluateReport = group.receive()

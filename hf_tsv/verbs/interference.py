@@ -130,7 +130,7 @@ def refuse_nothing_decomposed(plan: MergePlan, inputs: Sequence[Task]) -> None:
         raise RecipeError(
             f"No weight would be decomposed ({why.most_common(1)[0][0]}), so there is no"
             " interference to report on.",
-            "Exclude less, or name fewer tasks.",
+            "Use a narrower `exclude=`, or name fewer tasks.",
         )
 
 

@@ -38,7 +38,7 @@ from hf_tsv.reports.merging import MergeReport
 from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.errors import RecipeError, public
+from hf_tsv.system.errors import UsageError, public
 from hf_tsv.system.progress import logger
 from hf_tsv.verbs.interference import refuse_nothing_decomposed, summary
 
@@ -167,7 +167,7 @@ def merge(
             chosen = settings != Settings() or adaptation is not None or tune_alpha is not None
             if recipe is not None and (named or chosen):
                 problem = "A recipe already names the checkpoints and every setting."
-                raise RecipeError(problem, "Give a recipe, or checkpoints and settings.")
+                raise UsageError(problem, "Give a recipe, or checkpoints and settings.")
             if recipe is not None and not isinstance(recipe, Recipe):
                 recipe = Recipe.load(recipe)
             target = target.checked(token, dry_run=dry_run)
@@ -207,10 +207,10 @@ def _refuse_no_images(settings: Settings, adaptation: Adaptation | None) -> None
     """Refuse a method that learns without images, and images for one that does not."""
     if settings.row.learns and adaptation is None:
         problem = f"The method {settings.method} learns from images, and there are none."
-        raise RecipeError(problem, "Name some for each task: --task NAME=DATASET.")
+        raise UsageError(problem, "Name some for each task.")
     if adaptation is not None and not settings.row.learns:
         problem = f"The method {settings.method} does not learn from images."
-        raise RecipeError(problem, "Use --method ada.")
+        raise UsageError(problem, "Use `method=ada`.")
 
 
 def _refuse_no_report(work: Merge, sources: Sources) -> None:
@@ -241,7 +241,7 @@ def _describe(folder: Path, done: Merged, target: Target) -> None:
         tensors = {name: item.head_tensor(name) for name in item.head}
         heads.write(folder, file, tensors, companions.head_config(item.model_config, item.head))
     if settings.row.beside:
-        logger.info("Finding what each task needs.")
+        logger.info("Computing the mask of each task.")
         write_masks(folder, done)
     measured = picture = None
     if done.merge.measure:

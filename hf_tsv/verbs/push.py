@@ -104,11 +104,11 @@ def _check_finished(folder: Path) -> list[PinnedCheckpoint]:
     work = journal.work_of(folder)
     if any(UNDER_CONSTRUCTION.fullmatch(name) for name in (folder.name, folder.parent.name)):
         raise OutputError(
-            f"{folder} is under construction.", "Finish it with the command it is of."
+            f"{folder} is not finished.", "Run the command that began it again to resume."
         )
     if not folder.is_dir() and work.is_dir():
         raise OutputError(
-            f"{folder} is not finished.", "The command that began it goes on where it stopped."
+            f"{folder} is not finished.", "Run the command that began it again to resume."
         )
     if not folder.is_dir():
         raise OutputError(f"There is no folder {folder}.", "Check the path.")
@@ -128,7 +128,7 @@ def _check_finished(folder: Path) -> list[PinnedCheckpoint]:
                 if entry.get("revision") is not None
             ]
         except CheckpointError as error:
-            error.hint = "Nothing was uploaded; make the folder again."
+            error.hint = "Nothing was uploaded; run the command that wrote the folder again."
             raise
 
 

@@ -185,7 +185,9 @@ def _sorted(
             values[WRAPPER.sub(".", name)] = info
     for module, parts in pairs.items():
         if not {"A.weight", "B.weight"} <= parts.keys():
-            raise CheckpointError(f"{owner}: of {module} one half is missing.", "Save it again.")
+            raise CheckpointError(
+                f"{owner}: one of the two matrices of {module} is missing.", "Save it again."
+            )
     return pairs, values
 
 
@@ -230,7 +232,7 @@ def _scale(owner: str, config: Mapping[str, Any], module: str, r: int) -> float:
         return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
     except (TypeError, ValueError, OverflowError):
         hint = f"Correct lora_alpha and alpha_pattern in its {CONFIG_FILE}."
-        raise CheckpointError(f"{owner}: the scale of {module} is no number.", hint) from None
+        raise CheckpointError(f"{owner}: the scale of {module} is not a number.", hint) from None
 
 
 def _shape(first: TensorInfo, second: TensorInfo) -> tuple[int, ...]:
@@ -249,7 +251,7 @@ def _unreadable(message: str) -> CheckpointError:
 def _no_place(owner: str, name: str, base: Checkpoint) -> CheckpointError:
     return CheckpointError(
         f"{owner}: {name} is not in the base model {base}, or of another shape.",
-        "Name the base model that the adapter was trained on with --base-model.",
+        "Name the base model that the adapter was trained on with `base_model=REF`.",
     )
 
 
@@ -257,7 +259,7 @@ def _of_pattern(patterns: object, module: str, default: Any, owner: str) -> Any:
     """Value of the first pattern that ends a module's name, as PEFT looks it up."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         if max(len(pattern), len(module)) > LONGEST_PATTERN or REPEATED_GROUP.search(pattern):
-            problem = f"{owner}: the pattern {pattern[:60]!r} is not read: it may take for ever."
+            problem = f"{owner}: the pattern {pattern[:60]!r} is not read: it may take forever."
             raise CheckpointError(problem, f"Write names of modules into its {CONFIG_FILE}.")
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):

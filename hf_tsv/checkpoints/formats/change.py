@@ -105,4 +105,4 @@ def refuse_huge(name: str, task: object, update: Update, scale: float | None = N
         problem = f"{task}: {what} is more than {LARGEST_UPDATE:g}."
         raise CheckpointError(problem, "Give it a smaller weight.")
     problem = f"{task}: {name} differs from the base model by more than {LARGEST_UPDATE:g}."
-    raise CheckpointError(problem, "The checkpoint is damaged; leave it out or save it again.")
+    raise CheckpointError(problem, "The checkpoint is damaged; drop it or save it again.")

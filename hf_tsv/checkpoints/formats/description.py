@@ -152,7 +152,7 @@ def tensor_specs(
 
 def _check_format(content: Mapping[str, Any], owner: str) -> None:
     if content.get("format") == ADAPTER_FORMAT:
-        hint = "Load it with peft, or compress the checkpoint without --format peft."
+        hint = "Load it with peft, or compress the checkpoint to task factors."
         raise CheckpointError(f"{owner} is a PEFT adapter.", hint)
     version = content.get("format_version")
     if content.get("format") != FORMAT or type(version) is not int or version < 1:

@@ -68,7 +68,7 @@ def with_head(item: T, task: str) -> T:
     """Make the same merge, or task of one, with the head of one of [`tasks_of`]."""
     known = tasks_of(item)
     if task not in known:
-        there = f"It has those of {', '.join(known)}." if known else "Merge with --keep-heads."
+        there = f"It has those of {', '.join(known)}." if known else "Merge with `keep_heads=True`."
         raise CheckpointError(f"{item} has no head of the task {task!r}.", there)
     file = f"{FOLDER}/{task}{SUFFIX}"
     infos = read_header(item.pinned.files, file, str(item))

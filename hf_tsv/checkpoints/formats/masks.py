@@ -67,7 +67,7 @@ class Masked(Task):
             made_with = at_revision(self.base_ref, self.base_revision)
             raise CheckpointError(
                 f"{self}: {name} of the base model {w0.base} is not what the mask was made with.",
-                f"It was made with {made_with}; name that with --base-model.",
+                f"It was made with {made_with}; name it with `base_model=REF`.",
             )
         base, info = w0.tensor.cpu(), self.tensors[name]
         if name not in self.masks:
@@ -119,7 +119,7 @@ def open_masked(pinned: PinnedCheckpoint) -> Masked:
     config = read_json(pinned.files, CONFIG_FILE, owner)
     base, digests = config.get("base_model"), config.get("base_digests")
     if config.get("hf_tsv_mask") != FORMAT_VERSION:
-        problem = f"{owner}: {CONFIG_FILE} is of another version of hf-tsv."
+        problem = f"{owner}: {CONFIG_FILE} was written by another version of hf-tsv."
         raise CheckpointError(problem, "Use that version.")
     if not (isinstance(digests, dict) and isinstance(base, dict) and _is_origin(base)):
         problem = f"{owner}: {CONFIG_FILE} does not say what the mask belongs to."
@@ -131,7 +131,7 @@ def open_masked(pinned: PinnedCheckpoint) -> Masked:
     for name, info in masks.items():
         weight = merged.tensors.get(name)
         if weight is None or (info.dtype, info.shape) != (torch.uint8, packed_shape(weight.shape)):
-            problem = f"{owner}: the mask of {name} does not fit the merge it lies beside."
+            problem = f"{owner}: the mask of {name} does not fit the merge beside it."
             raise CheckpointError(problem, "Download both again, or merge again.")
     files = (*merged.weight_files, file, f"{within}/{CONFIG_FILE}")
     return Masked(
@@ -152,7 +152,7 @@ def _beside(files: Files, owner: str) -> tuple[Files, str]:
         place = PurePosixPath(files.subfolder)
     if place is None or place.parent.name != FOLDER:
         hint = f"Name it there: MERGE/{FOLDER}/{owner.rpartition('/')[2]}."
-        raise CheckpointError(f"{owner} does not lie beside the merge it belongs to.", hint)
+        raise CheckpointError(f"{owner} is not beside the merge it belongs to.", hint)
     within = f"{FOLDER}/{place.name}"
     if isinstance(files, HubFiles):
         above = str(place.parent.parent)

@@ -74,7 +74,7 @@ def parts_of(stored: str, shape: tuple[int, ...], owner: str) -> list[Part]:
     if found and own and (len(own) == 1 or (shape and shape[0] % len(own) == 0)):
         prefix = f"{'vision' if found[1] else 'text'}_model.encoder.layers.{int(found[2])}"
         return [Part(f"{prefix}.{part}", stored, i, len(own)) for i, part in enumerate(own)]
-    hint = "Of OpenCLIP the ViT models are supported that have one, such as ViT-B-32 or ViT-H-14."
+    hint = "Supported OpenCLIP models are plain ViTs, such as ViT-B-32 or ViT-H-14."
     raise CheckpointError(f"{owner}: {stored} has no place in the CLIP of transformers.", hint)
 
 
@@ -97,7 +97,7 @@ def placed(names: Iterable[str]) -> dict[str, Part]:
             stored = f"{tower}transformer.resblocks.{found[2]}.{stored}"
             result[name] = Part(name, stored, index, of)
         else:
-            raise CheckpointError(f"OpenCLIP has no place for {name}.", "Leave --out-format out.")
+            raise CheckpointError(f"OpenCLIP has no place for {name}.", "Omit `out_format=`.")
     return result
 
 
@@ -184,7 +184,7 @@ def _check_supported(vision: Mapping[str, Any], text: Mapping[str, Any], owner: 
     if odd:
         raise CheckpointError(
             f"{owner} is an OpenCLIP model that transformers' CLIP is not: it has {odd[0]}.",
-            "Of OpenCLIP the plain ViT models are supported, such as ViT-B-32 or ViT-H-14.",
+            "Supported OpenCLIP models are plain ViTs, such as ViT-B-32 or ViT-H-14.",
         )
 
 

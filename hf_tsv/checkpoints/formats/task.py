@@ -169,5 +169,5 @@ def distinct_names(pins: Sequence[PinnedCheckpoint]) -> list[str]:
 
 def equals_base(name: str, base: str) -> CheckpointError:
     """The error for an input without an update."""
-    hint = "Leave it out, or name the right --base-model."
+    hint = "Drop it, or name the right base with `base_model=REF`."
     return CheckpointError(f"{name} equals the base model {base}: it has no update.", hint)

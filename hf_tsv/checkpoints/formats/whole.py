@@ -149,7 +149,8 @@ def _open_open_clip(pinned: PinnedCheckpoint, single: str, owner: str) -> Checkp
             start, turned = info.start + part.index * size, part.transposed != info.transposed
             if info.transposed and part.of > 1:
                 raise CheckpointError(
-                    f"{owner}: the rows of {name} do not lie together.", "Save it as safetensors."
+                    f"{owner}: the rows of {name} are not stored contiguously.",
+                    "Save it as safetensors.",
                 )
             if part.name == "logit_scale" and info.nbytes == info.dtype.itemsize:
                 shape = ()  # some files hold a list of one

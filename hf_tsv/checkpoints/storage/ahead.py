@@ -159,7 +159,7 @@ class AheadFiles(HubFiles):
         try:
             return data.result()
         except CancelledError:
-            raise RepoError(f"{self.repo.repo_id} is not read any more.", "Run again.") from None
+            raise RepoError(f"{self.repo.repo_id} is no longer being read.", "Run again.") from None
 
     def _at(self, name: str, position: int) -> tuple[int, Future[bytearray] | None]:
         """Piece that holds a byte, and its data unless it was not announced or already read."""

@@ -140,7 +140,7 @@ class LocalFiles(Files):
 
 
 def _lost(path: Path, error: OSError) -> LostFileError:
-    hint = "Restore it, or download it again; the same command goes on then."
+    hint = "Restore it or download it again, then run the same command to resume."
     return LostFileError(f"{path} cannot be read: {error.strerror}.", hint)
 
 
@@ -190,7 +190,7 @@ def read_json(files: Files, name: str, owner: str) -> dict[str, Any]:
         value = parse_json(files.read(name, 0, min(size, MAX_BYTES + 1)))
     except OverflowError:
         raise CheckpointError(
-            f"{owner}: {name} says more than any {name} does, and is not read.",
+            f"{owner}: {name} is larger than any {name} should be, and is not read.",
             "Do not use this checkpoint; no library saves such files.",
         ) from None
     except ValueError:

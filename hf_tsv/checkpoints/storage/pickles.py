@@ -58,7 +58,7 @@ def read_pickle(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
         raw, entries = _archive(files, name, size)
     except (zipfile.BadZipFile, struct.error, ArithmeticError, EOFError, LookupError, OSError,
             RuntimeError, ValueError):  # fmt: skip
-        said = f"{owner}: {name} is no archive that torch.save writes since version 1.6."
+        said = f"{owner}: {name} is not an archive as torch.save has written since version 1.6."
         raise CheckpointError(said, convert) from None
     if raw is None:
         raise CheckpointError(f"{owner}: {name} is not as torch.save writes it.", convert)
@@ -79,7 +79,9 @@ def read_pickle(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
     if not tensors:
         raise CheckpointError(f"{owner}: {name} holds no state dict.", convert)
     if strange := [key for key in tensors if not is_tensor_name(key)]:
-        raise CheckpointError(f"{owner}: {name}: {str(strange[0])[:100]!r} is no name of a tensor.")
+        raise CheckpointError(
+            f"{owner}: {name}: {str(strange[0])[:100]!r} is not the name of a tensor."
+        )
     used = {tensor.key for tensor in tensors.values()}
     starts = _starts(files, name, size, {key: entries[key] for key in used if key in entries})
     result = {}
@@ -160,7 +162,7 @@ def _info(
     contiguous = _is_contiguous(shape, stride)
     turned = len(shape) == 2 and _is_contiguous(shape[::-1], stride[::-1])
     if not (tensor.as_stored and (contiguous or turned)):
-        said = f"{owner}: the values of {key} do not lie together in {file}."
+        said = f"{owner}: the values of {key} are not contiguous in {file}."
         raise CheckpointError(said, "Save it as safetensors.")
     nbytes = math.prod(shape) * dtype.itemsize
     skipped = tensor.offset * dtype.itemsize if type(tensor.offset) is int else -1

@@ -98,7 +98,7 @@ def read_tensor(
     if tensor.is_floating_point() and tensor.numel() and not math.isfinite(largest_entry(tensor)):
         count = int(tensor.numel() - tensor.isfinite().sum())
         problem = f"{owner}: {count} of {tensor.numel()} values of {name} are NaN or Inf."
-        raise CheckpointError(problem, "The checkpoint is damaged; leave it out or save it again.")
+        raise CheckpointError(problem, "The checkpoint is damaged; drop it or save it again.")
     return tensor
 
 

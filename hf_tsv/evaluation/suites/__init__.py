@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from hf_tsv.recipes.images import EvaluationTask
-from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.errors import UsageError
 
 FOLDER = Path(__file__).parent
 PUBLISHED = "published (paper)"  # label of a paper's rows beside measured ones
@@ -44,7 +44,7 @@ def named(name: str) -> Suite:
         for count in entry["published"]
     }
     if name not in suites:
-        raise RecipeError(f"There is no suite {name!r}.", f"There are {', '.join(suites)}.")
+        raise UsageError(f"There is no suite {name!r}.", f"The suites are: {', '.join(suites)}.")
     entry, count = suites[name]
     tasks, chosen = _read("tasks.yaml"), content["tasks"][:count]
     return Suite(

@@ -23,7 +23,7 @@ from hf_tsv.recipes.settings import Settings
 from hf_tsv.runs.lifecycle import underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.errors import UsageError
 from hf_tsv.system.processes import Processes
 from hf_tsv.system.progress import logger
 
@@ -62,7 +62,7 @@ def search(
         for task, images in zip(wanted.tasks, data, strict=True)
     }
     done = replace(wanted, images=tuple(len(images.rows) for images in data), accuracies=found)
-    logger.info("α = %g is best: %.2f %% on validation images.", done.alpha, 100 * max(done.means))
+    logger.info("α = %g is best: %.2f%% on validation images.", done.alpha, 100 * max(done.means))
     return done
 
 
@@ -74,11 +74,11 @@ def _put(changed: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float) -> None
 def refuse_no_search(settings: Settings, alpha: float | None) -> None:
     """Refuse to choose an α that is given, that the method has not, or in several processes."""
     if alpha is not None:
-        raise RecipeError("alpha is given and is to be chosen.", "Leave one of them out.")
+        raise UsageError("`alpha=` and a search for α cannot be combined.", "Give one.")
     if settings.row.learns or settings.row.alpha is None:
         problem = f"The method {settings.method} has no α to choose."
-        raise RecipeError(problem, "Leave --tune-alpha out.")
-    processes.alone("The choice of α", ", then repeat with --alpha")
+        raise UsageError(problem, "Use a method with an α, such as `method=tsv`.")
+    processes.alone("The choice of α", ", then repeat with `alpha=`")
 
 
 def tuned(

@@ -34,6 +34,7 @@ from hf_tsv.runs import reading
 from hf_tsv.runs.lifecycle import Run
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.progress import bar, logger
+from hf_tsv.system.text import counted
 from hf_tsv.verbs.learning.descent import DIGITS, Batches, descend
 
 WHOLE = "CLIPModel"
@@ -53,12 +54,12 @@ def adapting(merge: Merge, sources: Sources, adaptation: Adaptation) -> Merge:
     changed = (weight.label for weight in merge.plan.weights if weight.treatment != "copied")
     if not any(label.startswith(LEARNED) for label in changed):
         problem = "The method ada learns from images, and no checkpoint has a vision tower."
-        raise CheckpointError(problem, "Use --method tsv.")
+        raise CheckpointError(problem, "Use `method=tsv`.")
     tasks, images = len(sources.inputs), len(adaptation.tasks)
     if images < tasks:
         merge = merge.warned(
-            f"There are images of {images} task{'s' * (images != 1)} for {tasks} checkpoints: what"
-            " is learned favours those."
+            f"There are images of {counted(images, 'task')} for {counted(tasks, 'checkpoint')}:"
+            " what is learned favours those."
         )
     return replace(merge, adaptation=adaptation)
 
@@ -86,7 +87,7 @@ def adapted(merge: Merge, adaptation: Adaptation, run: Run, device: torch.device
     layers = layers_of(pipe.model, merge, sources, device, show=show)
     if not layers:
         problem = "No checkpoint changes the vision tower: there is nothing to learn from images."
-        raise CheckpointError(problem, "Use --method tsv.")
+        raise CheckpointError(problem, "Use `method=tsv`.")
     classes = [
         zero_shot.head(pipe.model, pipe.tokenizer, images.classes, task.templates).clone()
         for task, images in zip(adaptation.tasks, data, strict=True)

@@ -89,7 +89,7 @@ def entropy(model: Any, classes: Tensor, pixels: Tensor) -> Tensor:
 def _refuse_no_number(value: float, steps: int) -> None:
     if not math.isfinite(value):
         problem = f"The entropy of predictions is {value} after step {steps}."
-        raise DataError(problem, "Use a smaller --learning-rate.")
+        raise DataError(problem, "Use a smaller `learning_rate=`.")
 
 
 @torch.no_grad()
