@@ -64,7 +64,7 @@ def _command(name: str) -> Any:
         add_completion=False, rich_markup_mode=MARKUP, pretty_exceptions_enable=False
     )
     made.command(name, no_args_is_help=True, epilog=f"**Examples**\n\n{examples}")(
-        guarded()(checked(flattened(getattr(module, name))))
+        guarded(name)(checked(flattened(getattr(module, name))))
     )
     return typer.main.get_command(made)
 

@@ -177,7 +177,7 @@ def _done() -> str:
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
+def guarded(command: str) -> Iterator[None]:
     """Known errors become one line, a hint and exit code 1, or 2 for wrong usage.
 
     Ctrl-C becomes 130, SIGTERM 143. `HF_DEBUG=1` shows the traceback of a known error. Of several
@@ -196,12 +196,10 @@ def guarded() -> Iterator[None]:
             _leave(EXIT_ERROR)
         if debugging():
             raise
-        fail(
-            error.message,
-            error.hint,
-            code=EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR,
-            wraps=error.__cause__ or error.__context__,
-        )
+        if isinstance(error, UsageError):
+            hint = error.hint or f"See `hf-tsv {command} --help`."
+            fail(error.message, hint, code=EXIT_USAGE)
+        fail(error.message, error.hint, wraps=error.__cause__ or error.__context__)
     except MemoryError:
         fail("There is not enough memory.", "Hold fewer weights at once with `max_memory=2GB`.")
     except KeyboardInterrupt as error:
@@ -226,7 +224,7 @@ def fail(
     _print_stderr(message, "Error:", RED)
     if hint:
         _print_stderr(hint, "Hint:", GREY)
-    if wraps is not None and code == EXIT_ERROR and not isinstance(wraps, HfTsvError):
+    if wraps is not None and not isinstance(wraps, HfTsvError):
         _print_stderr("HF_DEBUG=1 shows where it failed.", "Hint:", GREY)
     _leave(code)
 

@@ -199,7 +199,7 @@ def test_another_base_model_is_refused(zoo: Path, merged: Path, tmp_path: Path) 
 
 def test_a_mask_away_from_its_merge_is_refused(merged: Path, tmp_path: Path) -> None:
     alone = copied(merged / "masks" / "full", tmp_path / "full")
-    with pytest.raises(CheckpointError, match="does not lie beside the merge"):
+    with pytest.raises(CheckpointError, match="is not beside the merge"):
         hf_tsv.load_model(alone, progress=False)
 
 
@@ -227,9 +227,9 @@ def test_a_mask_is_no_base_model_and_no_factors(zoo: Path, merged: Path, tmp_pat
     with pytest.raises(CheckpointError, match="is a mask, not task factors") as error:
         hf_tsv.reconstruct(merged / "masks" / "full", output=tmp_path / "m")
     assert "hf-tsv merge" in str(error.value.hint)
-    with pytest.raises(RecipeError, match="has no alpha"):
+    with pytest.raises(RecipeError, match="has no α"):
         hf_tsv.merge([zoo / "full"], output=tmp_path / "m", method="tall-mask", alpha=0.5)
-    with pytest.raises(RecipeError, match="keeps no ranks"):
+    with pytest.raises(RecipeError, match="has no rank"):
         hf_tsv.merge([zoo / "full"], output=tmp_path / "m", method="tall-mask", rank=2)
 
 

@@ -188,8 +188,8 @@ def damaged(file: Path, how: str) -> None:
     [
         ("cut", "torch.save"), ("text", "torch.save"), ("module", "more than tensors"),
         ("list", "no state dict"), ("legacy", "torch.save"), ("compressed", "torch.save"),
-        ("plain pickle", "torch.save"), ("strided", "do not lie together"),
-        ("negated", "do not lie together"),
+        ("plain pickle", "torch.save"), ("strided", "not contiguous"),
+        ("negated", "not contiguous"),
         ("quantised", "cannot be merged"),
     ],
 )  # fmt: skip

@@ -382,7 +382,7 @@ def test_a_damaged_config_is_refused(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("model_type", ["", None, 3, [], {}, ["clip"]])
 def test_a_config_of_no_model_is_refused(tmp_path: Path, model_type: Any) -> None:
     message = refused(folder_of(tmp_path, {"config.json": {"model_type": model_type}}))
-    assert f"no model of transformers: its config.json says model_type {model_type!r}" in message
+    assert f"not a model of transformers: its config.json says model_type {model_type!r}" in message
 
 
 # Whatever the bytes: read, or refused with a CheckpointError

@@ -79,7 +79,7 @@ def test_a_subfolder_of_a_repository(text: str, revision: str | None, subfolder:
     "subfolder", ["..", "a/../b", "/a", "a@b", "a\n", "a\\b", "n/" * 3000, "model.safetensors"]
 )
 def test_what_is_no_subfolder_is_refused(subfolder: str) -> None:
-    with pytest.raises(RepoError, match="is no subfolder"):
+    with pytest.raises(RepoError, match="is not a subfolder"):
         parse("org/name", subfolder)
     with pytest.raises(HfTsvError):
         parse(f"org/name@v1/{subfolder}")
@@ -615,6 +615,6 @@ def test_hf_hub_offline_is_honoured(hub: Hub, tmp_path: Path) -> None:
     assert first == f"{online.revision} mit b'w'"
     assert second == (
         "org/other is not in the local cache and the Hub cannot be reached"
-        " (OfflineModeIsEnabled). Run once with a connection, without HF_HUB_OFFLINE and --stream."
+        " (OfflineModeIsEnabled). Run once with a connection, without HF_HUB_OFFLINE and `stream=True`."
     )
     assert hub.requests == []

@@ -292,7 +292,7 @@ def test_a_new_and_an_empty_folder_are_fine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [".out.hf-tsv", ".out.hf-tsv-0123abcd"])
 def test_names_of_folders_that_runs_work_in_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(OutputError, match="named like"):
+    with pytest.raises(OutputError, match="unfinished runs"):
         check_output_folder(tmp_path / name, [MARKER], force=False)
 
 
@@ -352,7 +352,7 @@ def test_what_appears_in_the_meantime_is_not_overwritten(tmp_path: Path, force: 
 def test_too_little_space_is_noticed_before_the_work(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "there" / "yet"
     check_free_space(folder, 1)
-    with pytest.raises(OutputError, match=rf"No space for {folder}: 1000000\.0 TB are needed"):
+    with pytest.raises(OutputError, match=rf"Not enough space for {folder}: 1000000\.0 TB needed"):
         check_free_space(folder, 10**18)
     assert list(tmp_path.iterdir()) == []
 
@@ -420,7 +420,9 @@ def test_a_full_disk_is_an_output_error_and_nothing_is_left(tmp_path: Path) -> N
         check=True,
     )
     assert done.stdout.startswith(f"Cannot write to {tmp_path}")
-    assert "File too large. Free some space or choose another disk with -o." in done.stdout
+    assert (
+        "File too large. Free some space or choose another disk with `output=DIR`." in done.stdout
+    )
     assert list(tmp_path.iterdir()) == []
 
 

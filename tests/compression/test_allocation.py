@@ -40,12 +40,12 @@ def test_a_rule_alone_is_the_one_that_applies(name: str) -> None:
 
 @pytest.mark.parametrize(("first", "second"), [*combinations(GIVEN, 2)])
 def test_two_rules_exclude_each_other(first: str, second: str) -> None:
-    with pytest.raises(RecipeError, match=f"{first} and {second} exclude each other"):
+    with pytest.raises(RecipeError, match=f"`{first}=` and `{second}=` cannot be combined"):
         RankRule(**{first: GIVEN[first], second: GIVEN[second]})
 
 
 def test_the_default_given_in_words_excludes_another_rule_too() -> None:
-    with pytest.raises(RecipeError, match="rank_fraction and rank exclude each other"):
+    with pytest.raises(RecipeError, match="`rank_fraction=` and `rank=` cannot be combined"):
         RankRule(rank_fraction=DEFAULT_RANK_FRACTION, rank=1)
 
 

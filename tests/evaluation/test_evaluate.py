@@ -148,7 +148,7 @@ def test_a_quick_look_is_always_the_same_and_says_so(zoo: Path, pets: Path) -> N
     assert first["tasks"] == second["tasks"] and first["tasks"]["pets"]["images"] == 7
     assert first["limit"] == 7
     assert sum(map(sum, first["tasks"]["pets"]["confusion"])) == 7
-    assert "7 images at most: a quick look" in run(*words).out
+    assert "at most 7 images, for a quick check" in run(*words).out
 
 
 def test_results_are_written_whole(zoo: Path, pets: Path, tmp_path: Path) -> None:
@@ -236,9 +236,9 @@ def test_failures_show_and_end_with_1(zoo: Path, pets: Path, tmp_path: Path) -> 
     [
         (["--task", "pets"], "names no dataset"),
         (["--task", "=x"], "incomplete"),
-        ([], "nothing to evaluate on"),
+        ([], "No task given"),
         (["--task", "a={pets}", "--task", "a={pets}"], "given twice"),
-        (["--task", "a={pets}", "--reference", "b=x"], "reference for b"),
+        (["--task", "a={pets}", "--reference", "b=x"], "--reference has b"),
         (["--task", "a={pets}", "--reference", "b"], "NAME=REF"),
         (["--task", "a={pets}", "--limit", "0"], "limit is 0"),
         (["--task", "a={pets}", "--template", "a pet"], "no single {}"),
@@ -248,7 +248,7 @@ def test_bad_arguments_end_in_one_line(
     zoo: Path, pets: Path, arguments: list[str], said: str
 ) -> None:
     done = run("evaluate", zoo / "base", *[word.replace("{pets}", str(pets)) for word in arguments])
-    assert done.code == 1 and said in done.err and "Hint: " in done.err and done.out == ""
+    assert done.code == 2 and said in done.err and "Hint: " in done.err and done.out == ""
 
 
 @pytest.mark.parametrize("dataset", ["~nobody-of-this-name/x", "x" * 300, "~nobody-here/x.parquet"])

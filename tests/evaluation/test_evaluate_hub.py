@@ -134,10 +134,10 @@ def test_columns_and_names_on_the_command_line(hub: Hub, zoo: Path, tmp_path: Pa
     tuning = run(*merge, "--tune-alpha", "0:1:1", "--split", "test").json["tuning"]
     assert list(tuning["accuracies"]) == ["a"]
     done = run(*merge, "--force")
-    assert done.code == 1 and "--method ada and of --tune-alpha" in done.err
+    assert done.code == 2 and "--method ada and of --tune-alpha" in done.err
     names.write_text("cat\n\ndog\n")
     done = run("evaluate", zoo / "base", *words)
-    assert done.code == 1 and "names.txt has an empty line" in done.err
+    assert done.code == 2 and "names.txt is empty or has an empty line" in done.err
 
 
 # Suites

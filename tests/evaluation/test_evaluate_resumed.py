@@ -76,7 +76,7 @@ def test_a_run_that_stopped_goes_on_with_the_next_task(
         with pytest.raises(KeyboardInterrupt):
             evaluate(zoo, tasks, output, stop=stop)
         assert len(kept.read_text().splitlines()) == finished and not output.exists()
-        assert f"{finished} finished results are kept in {kept}" in caplog.text
+        assert f"Progress saved ({finished} result{'s' * (finished > 1)}) in {kept}" in caplog.text
         batches.clear()
     with kept.open("a") as file:
         file.write('{"key": "cut o')

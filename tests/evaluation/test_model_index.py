@@ -144,7 +144,7 @@ def test_the_card_of_a_repository(hub: Hub, zoo: Path, tmp_path: Path) -> None:
     assert report.card and report.card.endswith("/discussions/1")
     assert hub.files("org/clip")["README.md"].decode() == text
     assert len(read(hub.files("org/clip", "refs/pr/1")["README.md"].decode())) == 2
-    with pytest.raises(OutputError, match="is a commit, and a card is written to a branch"):
+    with pytest.raises(OutputError, match="is a commit, and results are added to the card"):
         hf_tsv.evaluate(f"org/clip@{sha}", {"data": "org/data"}, card=True)
     json.dumps(report.to_dict())
 
@@ -155,7 +155,7 @@ def test_a_branch_that_moved_on_is_not_overwritten(
     hub.add_repo("org/clip", zoo / "base")
     card = open_card(pin(parse("org/clip")), token=None, create_pr=False)
     hub.commit("org/clip", {"README.md": "---\nlicense: mit\n---\n"})
-    with pytest.raises(HfTsvError, match="org/clip was changed by another commit meanwhile"):
+    with pytest.raises(HfTsvError, match="org/clip received another commit in the meantime"):
         model_index.write(card, {"data": FULL}, token=None)
     assert hub.files("org/clip")["README.md"] == b"---\nlicense: mit\n---\n"
 
@@ -165,7 +165,7 @@ def test_rights_are_checked_before_the_work(hub: Hub, zoo: Path) -> None:
     with pytest.raises(HfTsvError, match="can only read"):
         hf_tsv.evaluate("org/clip", {"data": "org/data"}, card=True, token="hf_read")
     assert not any("datasets" in request.path for request in hub.requests)
-    with pytest.raises(HfTsvError, match="--create-pr is about a repository"):
+    with pytest.raises(HfTsvError, match="`create_pr=True` applies to a repository"):
         hf_tsv.evaluate(zoo / "base", {"d": "org/data"}, card=True, create_pr=True)
-    with pytest.raises(HfTsvError, match="Add --card"):
+    with pytest.raises(HfTsvError, match="Add `card=True`"):
         hf_tsv.evaluate("org/clip", {"data": "org/data"}, create_pr=True)

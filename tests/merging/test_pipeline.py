@@ -134,7 +134,7 @@ def test_less_memory_is_less_at_a_time(zoo: Path, tmp_path: Path) -> None:
     try:
         tasks = [zoo / "vision", zoo / "full"]
         free = hf_tsv.merge(tasks, **options).peak_memory_bytes
-        with pytest.raises(hf_tsv.RecipeError, match="memory are needed") as error:
+        with pytest.raises(hf_tsv.RecipeError, match="of memory") as error:
             hf_tsv.merge(tasks, **options, max_memory=1_000_000)
         assert "Give at least" in str(error.value)
         tight = hf_tsv.merge(tasks, **options, max_memory=100_000_000_000).peak_memory_bytes

@@ -89,7 +89,7 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_later(deep: Path, victim
     assert other.err.count("Error: A process of this run is gone.") == 1, other.err
     assert not (deep / output).exists() and (work / "job.json").exists()
     again = hf_tsv(*command(deep, output), cwd=deep)
-    assert again.code == 0 and "are there already" in again.err, again.err
+    assert again.code == 0 and "Resuming: " in again.err, again.err
     assert_same(deep / output, deep / "one")
     assert not work.exists()
 

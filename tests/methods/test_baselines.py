@@ -348,7 +348,7 @@ def test_what_says_nothing_to_a_method_is_refused(zoo: Path, tmp_path: Path, met
              method, "-o", tmp_path / "m"]  # fmt: skip
     for more in (["--rank", "3"], ["--rank-fraction", "0.1"], ["--report"]):
         done = run(*words, *more)
-        assert done.code == 1 and method in done.err and "Hint: " in done.err
+        assert done.code == 2 and method in done.err and "Hint: " in done.err
     assert not (tmp_path / "m").exists()
 
 

@@ -131,7 +131,7 @@ def test_a_method_is_one_function_and_one_row(zoo: Path, tmp_path: Path) -> None
     assert f"largest: {LARGEST.does}" in run("merge", "--help", COLUMNS="200").out
     for more in (["--rank", "3"], ["--report"]):
         refused = run(*words, *method, *more, "-o", tmp_path / "x")
-        assert refused.code == 1 and "The method largest" in refused.err
+        assert refused.code == 2 and "The method largest" in refused.err
 
 
 def test_a_rule_that_is_not_there_is_an_error_with_a_hint(

@@ -919,7 +919,7 @@ def test_factors_of_another_base_are_refused(made: Made, tmp_path: Path) -> None
 
 
 def test_w0_is_kept_in_memory_or_on_disk_and_nowhere_else(made: Made) -> None:
-    with pytest.raises(RecipeError, match=r"keep is 'gpu'.*memory or disk"):
+    with pytest.raises(RecipeError, match=r"`keep=` cannot be 'gpu'.*memory or disk"):
         switcher(made, "vision", keep="gpu")
 
 

@@ -278,7 +278,7 @@ def test_an_unknown_key_is_refused_so_that_no_choice_is_dropped(key: Any) -> Non
 
 
 def test_rank_and_rank_fraction_exclude_each_other() -> None:
-    with pytest.raises(RecipeError, match="rank and rank_fraction exclude each other"):
+    with pytest.raises(RecipeError, match="`rank=` and `rank_fraction=` cannot be combined"):
         Settings(rank=8, rank_fraction=0.5)
 
 

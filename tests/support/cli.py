@@ -189,9 +189,9 @@ def copied(folder: Path, target: Path) -> Path:
     return target
 
 
-def refused(done: Result, world: Path, hub: Hub, *parts: str) -> None:
-    """One clear line that names the thing, exit code 1, nothing written, nothing pushed."""
-    assert done.code == 1, (done.code, done.err)
+def refused(done: Result, world: Path, hub: Hub, *parts: str, code: int = 1) -> None:
+    """One clear line that names the thing, an exit code, nothing written, nothing pushed."""
+    assert done.code == code, (done.code, done.err)
     assert done.out == ""
     errors = [line for line in done.err.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1, done.err

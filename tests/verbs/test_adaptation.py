@@ -349,7 +349,7 @@ def test_what_cannot_be_learned_is_refused(
     refused("learns from images, and there are none", zoo, out)
     refused("method tsv does not learn", zoo, out, method="tsv", adaptation=found)
     refused("no checkpoint has a vision tower", zoo, out, "text", adaptation=found)
-    refused("no CLIPModel", zoo, out, "flat", base_model=zoo / "vision", adaptation=found)
+    refused("not a CLIPModel", zoo, out, "flat", base_model=zoo / "vision", adaptation=found)
     for steps in (1, 4):
         bad = how(images, learning_rate=1e30, steps=steps)
         refused(r"entropy of predictions is nan after step 1", zoo, out, adaptation=bad)
@@ -382,11 +382,11 @@ def test_a_vision_tower_that_is_the_base_s_own_is_refused(
         ({"tasks": ()}, "no images to learn from"),
         ({"tasks": ["a"]}, "names no dataset"),
         ({"tasks": ["a=x", "a=y"]}, "given twice"),
-        ({"steps": 0}, "steps is 0"),
-        ({"batch_size": 1.5}, "batch_size is 1.5"),
-        ({"seed": -1}, "seed is -1"),
-        ({"learning_rate": 0}, "learning_rate is 0"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"steps": 0}, "`steps=` must be a whole number, at least 1"),
+        ({"batch_size": 1.5}, "`batch_size=` must be a whole number, at least 1"),
+        ({"seed": -1}, "`seed=` must be a whole number, at least 0"),
+        ({"learning_rate": 0}, "`learning_rate=` must be above 0"),
+        ({"learning_rate": float("nan")}, "`learning_rate=` must be a finite number"),
     ],
 )
 def test_bad_choices_are_refused(choices: dict[str, Any], said: str) -> None:
@@ -455,7 +455,7 @@ def test_the_command(zoo: Path, images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--method ada", "--task NAME=DATASET"),
+        ("--method ada", "Name some for each task"),
         ("--method ada --steps 3", "no images to learn from"),
         ("--method ada --task a=b --limit 3", "--limit is an option of --tune-alpha"),
         ("--steps 3", "--steps is an option of --method ada"),
@@ -469,7 +469,7 @@ def test_options_that_do_not_fit_together(
 ) -> None:
     done = run("merge", zoo / "full", "--base-model", zoo / "base", "-o", tmp_path / "out",
                *options.split())  # fmt: skip
-    assert done.code == 1 and said in done.err, done.err
+    assert done.code == 2 and said in done.err, done.err
     assert not (tmp_path / "out").exists()
 
 

@@ -103,7 +103,7 @@ def test_a_budget_has_a_smaller_error_than_equal_shares_of_the_same_size(zoo: Pa
 
 
 def test_a_budget_below_what_is_stored_whole_says_what_it_needs(zoo: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"budget is 1\.9 kB.*alone takes 28\.0 kB") as error:
+    with pytest.raises(RecipeError, match=r"budget is 1\.9 kB.*already take 28\.0 kB") as error:
         compress(zoo, "vision", tmp_path / "out", budget="2%")
     assert "--compress-conv" in str(error.value)
     assert not (tmp_path / "out").exists() and list(tmp_path.iterdir()) == []
@@ -659,7 +659,7 @@ def test_a_budget_that_holds_no_more_than_what_has_no_rank(zoo: Path, tmp_path: 
     )
     assert report.factors_bytes == least.factors_bytes
     assert report.update_error == pytest.approx(least.update_error, rel=1e-6)
-    with pytest.raises(RecipeError, match="alone takes"):
+    with pytest.raises(RecipeError, match="already take"):
         api.export_peft(
             zoo / "vision", output=tmp_path / "x", budget=least.factors_bytes - 1, **options
         )
@@ -766,7 +766,7 @@ def test_the_snippets_of_the_card_of_factors_run(
 def test_the_snippet_of_the_card_of_an_adapter_runs_without_hf_tsv(world: Path, hub: Hub) -> None:
     done = hf_tsv("compress", "org/full", "--format", "peft", "--push-to", "me/lora", cwd=world)
     assert done.code == 0, done.err
-    assert "Changed, but not in the adapter: logit_scale" in done.err
+    assert "Changed, but not stored in the adapter: logit_scale" in done.err
     files = hub.files("me/lora")
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files.keys()
     code = "import sys; sys.modules['hf_tsv'] = None\n" + snippet_of(files["README.md"].decode())
@@ -812,7 +812,7 @@ def test_quiet_prints_the_result_only(world: Path) -> None:
         (["org/nope"], ["org/nope does not exist"]),
         (["org/vision", "--rank", "3", "--energy", "0.5"], ["rank and energy exclude each other"]),
         (["org/vision", "--budget", "1kB"], ["budget is 1.0 kB", "28.0 kB"]),
-        (["org/vision", "--no-dense"], ["about an adapter", "--format peft"]),
+        (["org/vision", "--no-dense"], ["apply to an adapter", "--format peft"]),
     ],
     ids=lambda value: "-".join(value)[:50] if isinstance(value, list) else str(value),
 )
@@ -964,7 +964,7 @@ def test_a_result_larger_than_the_checkpoint_is_a_warning(zoo: Path, tmp_path: P
     report = api.compress(tmp_path / "tuned", base_model=tmp_path / "base", energy=1.0).report
     assert report is not None
     (warning,) = report.warnings
-    assert "200 % of the checkpoint's size" in warning and "bfloat16" in warning
+    assert "200% of the checkpoint's size" in warning and "bfloat16" in warning
 
 
 @pytest.mark.parametrize("kind", ["vision", "classifier"])

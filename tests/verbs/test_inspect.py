@@ -215,8 +215,10 @@ def test_a_line_break_forges_no_row(hub: Hub, zoo: Path, tmp_path: Path) -> None
     assert not any(row.startswith("made by") for row in done.out.splitlines())
 
 
-@pytest.mark.parametrize("name", ["org/absent", "./nowhere", "a/b/c/d"])
-def test_what_is_not_there_is_one_clear_line(hub: Hub, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "code"), [("org/absent", 1), ("./nowhere", 2), ("a/b/c/d", 1)])
+def test_what_is_not_there_is_one_clear_line(
+    hub: Hub, tmp_path: Path, name: str, code: int
+) -> None:
     done = run("inspect", name, cwd=tmp_path)
-    assert done.code == 1 and "Error: " in done.err and "Hint: " in done.err
+    assert done.code == code and "Error: " in done.err and "Hint: " in done.err
     assert "Traceback" not in done.err and done.out == ""

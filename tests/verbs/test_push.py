@@ -129,9 +129,9 @@ def test_a_folder_under_construction(hub: Hub, outputs: Path, tmp_path: Path) ->
     copied(outputs / "factors", work / ".factors.hf-tsv-0123abcd")
     for name in (".merged.hf-tsv", ".merged.hf-tsv/files", ".factors.hf-tsv-0123abcd"):
         done = hf_tsv("push", work / name, "me/new")
-        refused(done, tmp_path, hub, f"{work / name} is under construction")
+        refused(done, tmp_path, hub, f"{work / name} is not finished")
     done = hf_tsv("push", work / "merged", "me/new")
-    refused(done, tmp_path, hub, f"{work / 'merged'} is not finished", "goes on where it stopped")
+    refused(done, tmp_path, hub, f"{work / 'merged'} is not finished", "to resume")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,9 @@ def test_a_weight_file_that_is_cut_short(
     folder = copied(outputs / kind, tmp_path / "cut")
     (folder / file).write_bytes((folder / file).read_bytes()[:-1])
     done = hf_tsv("push", folder, "me/new")
-    refused(done, tmp_path, hub, f"{folder}: {file} is truncated", "make the folder again")
+    refused(
+        done, tmp_path, hub, f"{folder}: {file} is truncated", "the command that wrote the folder"
+    )
     assert hub.requests == []
 
 
@@ -171,7 +173,9 @@ def test_a_file_that_is_not_there(
 ) -> None:
     folder = copied(outputs / kind, tmp_path / "lost")
     (folder / file).unlink()
-    refused(hf_tsv("push", folder, "me/new"), tmp_path, hub, said, "make the folder again")
+    refused(
+        hf_tsv("push", folder, "me/new"), tmp_path, hub, said, "the command that wrote the folder"
+    )
     assert hub.requests == []
 
 
@@ -217,7 +221,7 @@ def test_a_failed_upload_keeps_the_folder_and_says_how_to_push_it(hub: Hub, outp
     hub.fail("/commit/", 403)
     done = hf_tsv(*words)
     assert done.code == 1 and "Traceback" not in done.err
-    assert f"The result is complete in {outputs / 'merge'}; upload it with `" in done.err
+    assert f"The result is complete in {outputs / 'merge'}. Upload it with `" in done.err
     assert len(hub.repos["me/new"].commits) == 1
     line = shlex.split(done.err.split("`")[1])
     assert line[0] == "hf-tsv"
@@ -284,7 +288,7 @@ def test_a_push_that_is_stopped_says_how_to_go_on(
     done = hf_tsv("push", outputs / "merge", "me/new", "--private")
     assert (done.code, done.out) == (code, "") and said in done.err, done.err
     command = f"`hf-tsv push {outputs / 'merge'} me/new --private`"
-    assert f"The result is complete in {outputs / 'merge'}; upload it with {command}" in done.err
+    assert f"The result is complete in {outputs / 'merge'}. Upload it with {command}" in done.err
     assert len(hub.repos["me/new"].commits) == 1
 
 
@@ -328,7 +332,7 @@ def test_a_folder_that_is_gone_removes_nothing_from_its_repository(
     folder = copied(outputs / "merge", tmp_path / "merge")
     api.push(folder, "me/new")
     shutil.rmtree(folder)
-    with pytest.raises(OutputError, match="no finished output"):
+    with pytest.raises(OutputError, match="not a finished output"):
         push(folder, "me/new", Names(MARKERS, OLD_WEIGHTS), commit_message="again")
     assert pushed(hub) == contents(outputs / "merge")
 

@@ -138,13 +138,13 @@ def test_a_fine_tune_that_is_its_base_does_not_cost_the_others(
 def test_a_share_that_is_none_is_refused(zoo: Path, images: Path, text: str) -> None:
     done = run("sweep", "--task", f"a={images}", "--reference", f"a={zoo / 'vision'}",
                "--rank-fraction", text)  # fmt: skip
-    assert done.code == 1 and ("rank" in done.err), done.err
+    assert done.code == 2 and ("rank" in done.err), done.err
 
 
 def test_a_task_needs_its_fine_tune(zoo: Path, images: Path) -> None:
     with pytest.raises(RecipeError, match="The task a has no fine-tune"):
         hf_tsv.sweep({"a": str(images)})
-    with pytest.raises(RecipeError, match="no such task"):
+    with pytest.raises(RecipeError, match="which is no task"):
         hf_tsv.sweep({"a": str(images)}, {"b": zoo / "vision"})
     with pytest.raises(DataError, match="No task could be measured"):
         hf_tsv.sweep({"a": str(images)}, {"a": zoo / "nothing"}, base_model=zoo / "base")

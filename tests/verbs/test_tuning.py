@@ -124,12 +124,11 @@ def test_what_is_no_range_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--alpha", "1"], "alpha is given and is to be chosen"),
+        (["--alpha", "1"], "--alpha and a search for α cannot be combined"),
         (["--method", "tall-mask"], "has no α to choose"),
         (["--method", "ada"], "has no α to choose"),
         (["--steps", "3"], "--steps is an option of --method ada"),
-        (["--split", "train2"], "pets: "),
-        (["--limit", "0"], "limit is 0"),
+        (["--limit", "0"], "--limit must be at least 1 (got 0)"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -137,16 +136,23 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     done = run("merge", zoo / "vision", "--base-model", zoo / "base", "-o", tmp_path / "m",
                "--tune-alpha", "0:1:0.5", "--task", f"pets={pets}", *options)  # fmt: skip
-    assert done.code == 1 and said in done.err, done.err
+    assert done.code == 2 and said in done.err, done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_split_that_is_not_there_is_an_error(zoo: Path, pets: Path, tmp_path: Path) -> None:
+    done = run("merge", zoo / "vision", "--base-model", zoo / "base", "-o", tmp_path / "m",
+               "--tune-alpha", "0:1:0.5", "--task", f"pets={pets}", "--split", "train2")  # fmt: skip
+    assert done.code == 1 and "pets: " in done.err, done.err
     assert not list(tmp_path.iterdir())
 
 
 def test_images_are_named_and_only_for_what_uses_them(zoo: Path, tmp_path: Path) -> None:
     common = ["merge", zoo / "vision", "--base-model", zoo / "base", "-o", tmp_path / "m"]
     done = run(*common, "--tune-alpha", "0:1:0.5")
-    assert done.code == 1 and "no images to choose α on" in done.err
+    assert done.code == 2 and "no images to choose α on" in done.err
     done = run(*common, "--task", "a=b")
-    assert done.code == 1 and "--task is an option of --method ada and of --tune-alpha" in done.err
+    assert done.code == 2 and "--task is an option of --method ada and of --tune-alpha" in done.err
 
 
 def test_test_images_are_never_taken_by_default(zoo: Path, tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def test_faults_that_stay_are_one_message(
     disturb(hub)
     done = hf_tsv(*MERGE, *flags, cwd=world)
     kept = world / ".merged.hf-tsv"
-    assert not kept.exists() or "the same command goes on from there" in done.err
+    assert not kept.exists() or "Run the same command again to resume" in done.err
     shutil.rmtree(kept, ignore_errors=True)
     refused(done, world, hub, said, hint)
     assert "cache cannot be written" not in done.err
@@ -412,7 +412,7 @@ def complete(done: Result) -> tuple[Path, list[str]]:
     errors = [line for line in done.err.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1 and "Traceback" not in done.err, done.err
     assert "The result is complete in " in done.err, done.err
-    words = shlex.split(done.err.split("upload it with `")[1].split("`")[0])
+    words = shlex.split(done.err.split("Upload it with `")[1].split("`")[0])
     assert words[:2] == ["hf-tsv", "push"]
     return Path(words[2]), words[1:]
 
@@ -426,7 +426,7 @@ FAILS: dict[str, tuple[Callable[[Hub], object], str]] = {
             "/commit/", action=lambda: hub.commit("me/new", {f"{len(hub.requests)}": "x"}),
             times=math.inf,
         ),
-        "me/new was changed by another commit meanwhile",
+        "me/new received another commit in the meantime",
     ),
     "expired": (
         lambda hub: hub.fail("/commit/", action=hub.users.clear),
@@ -616,7 +616,7 @@ def test_a_card_whose_answer_is_lost_is_written_once(hub: Hub) -> None:
     url = push_file("me/new", "README.md", new, **words)
     repo = hub.repos["me/new"]
     assert len(repo.commits) == 2 and url.endswith(repo.branches["main"])
-    with pytest.raises(HfTsvError, match="was changed by another commit meanwhile"):
+    with pytest.raises(HfTsvError, match="received another commit in the meantime"):
         push_file("me/new", "README.md", new + b"er", **words)
     assert hub.files("me/new")["README.md"] == new
 

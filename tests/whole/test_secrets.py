@@ -239,7 +239,7 @@ def test_what_a_run_that_stopped_goes_on_from(
 
     monkeypatch.setattr(pipeline, "_merge_one", merge_some)
     words = ["merge", "org/vision", "org/flat", "-o", "merged", "--stream", "--token", TOKEN]
-    assert "finished weights are kept in" in traces.command(*words, token=None).err
+    assert "Progress saved (" in traces.command(*words, token=None).err
     assert (traces.place / "work" / ".merged.hf-tsv" / "job.json").is_file()
     assert_nothing_leaked(traces)
 
