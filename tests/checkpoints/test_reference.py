@@ -615,6 +615,7 @@ def test_hf_hub_offline_is_honoured(hub: Hub, tmp_path: Path) -> None:
     assert first == f"{online.revision} mit b'w'"
     assert second == (
         "org/other is not in the local cache and the Hub cannot be reached"
-        " (OfflineModeIsEnabled). Run once with a connection, without HF_HUB_OFFLINE and `stream=True`."
+        " (OfflineModeIsEnabled). Run once with a connection, without HF_HUB_OFFLINE and"
+        " `stream=True`."
     )
     assert hub.requests == []

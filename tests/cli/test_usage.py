@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -39,7 +40,7 @@ WRONG = {
     MERGE + "--max-shard-size big": "--max-shard-size: invalid size 'big'.",
     MERGE + "--alpha x": "'--alpha'",
     MERGE + "--alpha nan": "--alpha must be a finite number (got nan).",
-    MERGE + "--method average --alpha 2": "The method average has no α.\nHint: Omit --alpha.",
+    MERGE + "--method tall-mask --alpha 2": "The method tall-mask has no α.\nHint: Omit --alpha.",
     MERGE + "--method ties --report": "Hint: Omit --report, or use `hf-tsv interference`.",
     MERGE + "--dtype nope": "nope",
     MERGE + "--method nope": "nope",
@@ -76,7 +77,8 @@ WRONG = {
 def test_wrong_usage_ends_with_2_before_torch_is_imported(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", IN_ONE_PROCESS], input=json.dumps([*map(shlex.split, WRONG)]),
-        capture_output=True, text=True, check=True, cwd=tmp_path, timeout=120,
+        capture_output=True, text=True, check=True, cwd=tmp_path, timeout=300,
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"},
     )  # fmt: skip
     ends = map(json.loads, done.stdout.splitlines())
     for (words, said), (code, err, torch) in zip(WRONG.items(), ends, strict=True):

@@ -142,7 +142,7 @@ def test_what_does_not_go_together_is_refused(
 
 def test_a_split_that_is_not_there_is_an_error(zoo: Path, pets: Path, tmp_path: Path) -> None:
     done = run("merge", zoo / "vision", "--base-model", zoo / "base", "-o", tmp_path / "m",
-               "--tune-alpha", "0:1:0.5", "--task", f"pets={pets}", "--split", "train2")  # fmt: skip
+               "--tune-alpha", "0:1:1", "--task", f"pets={pets}", "--split", "train2")  # fmt: skip
     assert done.code == 1 and "pets: " in done.err, done.err
     assert not list(tmp_path.iterdir())
 
