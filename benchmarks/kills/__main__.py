@@ -198,7 +198,7 @@ def finish(
         if not again():
             tally.kills += 1
         else:
-            found = re.search(r"(\d+) of \d+ weights are there already", place.log())
+            found = re.search(r"(\d+) of \d+ weights are done", place.log())
             if found and done:
                 tally.resumed += 1
                 if int(found[1]) < done:

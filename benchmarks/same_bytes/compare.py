@@ -19,7 +19,7 @@ CHANGING: tuple[tuple[str, str], ...] = (
 
 ON_STDERR: tuple[tuple[str, str], ...] = (
     (r"\b\d+(\.\d+)? (s|ms|seconds|MB/s)\b", r"0 \2"),
-    (r"\d+ of (\d+ weights are there already.\n\w+) \d+", r"0 of \1 0"),
+    (r"\d+ of (\d+ weights are done.\n\w+) \d+", r"0 of \1 0"),
     (r"^0 s +\S+$", "a slow weight"),
     (r".*(?:torch/distributed|torchrun|OMP_NUM_THREADS|\[rank\d\]|socket\.cpp).*\n", ""),
 )

@@ -9,6 +9,7 @@ from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.text import counted
 
 
 def check_whole_clip(base: Checkpoint, what: str) -> None:
@@ -36,7 +37,7 @@ def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
     problems = [problem for item in inputs for problem in _misfits(base, item)]
     if problems:
         raise CheckpointError(
-            f"{len(problems)} weights do not fit the base model {base}:\n  "
+            f"{counted(len(problems), 'weight does', 'weights do')} not fit the base model {base}:\n  "
             + "\n  ".join(problems),
             "Are these fine-tunes of this base model? Name another one with `base_model=REF`.",
         )
@@ -70,7 +71,7 @@ def _misfits(base: Checkpoint, item: Task) -> list[str]:
     }
     for part, count in sorted(Counter(extra.values()).items()):
         if part not in base_parts:
-            problems.append(f"{item}: the base has no {part} ({count} weights)")
+            problems.append(f"{item}: the base has no {part} ({counted(count, 'weight')})")
     mine = [name for name, part in extra.items() if part in base_parts]
     return problems + [f"{item}: {name} is not in the base" for name in mine]
 

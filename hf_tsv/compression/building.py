@@ -29,6 +29,7 @@ from hf_tsv.runs.lifecycle import Run
 from hf_tsv.runs.reading import Seconds
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.progress import bar, logger
+from hf_tsv.system.text import counted
 
 
 def prepare(sources: Sources, options: Options) -> Compression:
@@ -90,7 +91,7 @@ def _compressed(
         if resumed:
             logger.info("Resuming: %d of %d weights are done.", len(spool.held), len(candidates))
         left = len(candidates) - len(spool.held)
-        logger.info("Compressing %d weights of %s on %s.", left, source, device.type)
+        logger.info("Compressing %s of %s on %s.", counted(left, "weight"), source, device.type)
         with journal.Journal(work) as notes, bar("Decomposing", left, visible=show) as advance:
             measured, seconds = measure(job, spool, notes, device, advance)
         if not any(item.norm for item in measured):

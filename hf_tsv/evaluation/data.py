@@ -166,7 +166,8 @@ def _classes(task: EvaluationTask, feature: Any, label: str) -> tuple[str, ...]:
     own = tuple(getattr(feature, "names", None) or ())
     if task.classes and own and len(own) != len(task.classes):
         raise DataError(
-            f"{task.name}: {len(task.classes)} names for the {len(own)} classes of {task.dataset}.",
+            f"{task.name}: {counted(len(task.classes), 'name')} for the"
+            f" {counted(len(own), 'class', 'classes')} of {task.dataset}.",
             "Give one name for each class, in the order of the labels.",
         )
     if classes := task.classes or own:

@@ -89,7 +89,7 @@ def noted(errors: dict[str, str], task: str, prefix: str = "") -> Iterator[None]
         raise
     except HfTsvError as error:
         errors[task] = f"{prefix}{error}"
-        logger.warning("%s", error)
+        logger.warning("Skipped %s after an error, which is reported at the end.", task)
 
 
 def checked_folder(output: str | Path | None, file: str, *, force: bool) -> Path | None:

@@ -21,6 +21,11 @@ from hf_tsv.system.threads import in_parallel
 WRONG_SIZE = "Consistency check failed"
 """First words of the client's error for a body whose length differs from the file's."""
 
+STOPPED = (
+    "The download stopped. Complete files stay in the cache: run the same command again for the"
+    " rest. `hf cache prune` deletes partial files."
+)
+
 
 def uncached(repo: RepoSnapshot, filenames: Sequence[str]) -> list[str]:
     """Files of `filenames` that are not in the cache, or are cut short there."""
@@ -72,7 +77,12 @@ def download(wanted: Sequence[Wanted], *, visible: bool = True) -> list[Path]:
     total = sum(repo.sizes[name] for repo, name in files)
     with bar("Downloading", total, in_bytes=True, visible=visible) as advance:
         counting = _counting_tqdm(advance)
-        in_parallel(lambda file: _download_file(*file, counting), files)
+        try:
+            in_parallel(lambda file: _download_file(*file, counting), files)
+        except KeyboardInterrupt:
+            if files:
+                logger.warning(STOPPED)
+            raise
     return [_cached_folder(item) for item in wanted]
 
 

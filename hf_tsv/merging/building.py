@@ -31,6 +31,7 @@ from hf_tsv.system.errors import CheckpointError, HfTsvError, LostProcessError, 
 from hf_tsv.system.folders import disk_errors
 from hf_tsv.system.processes import Processes
 from hf_tsv.system.progress import bar, logger
+from hf_tsv.system.text import counted
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,9 @@ def _computed(
     left = [weight for weight in plan.weights if weight.label not in finished]
     indices = processes.shares([operations(weight) for weight in left], group.count)
     shares = [{left[i].label for i in share} for share in indices]
-    tasks = f"{len(sources.inputs)} task{'s' * (len(sources.inputs) != 1)}"
+    tasks = counted(len(sources.inputs), "task")
     where = device.type if group.count == 1 else f"{device.type}, {group.count} processes"
-    logger.info("%s %d weights of %s on %s.", merge.verb, len(left), tasks, where)
+    logger.info("%s %s of %s on %s.", merge.verb, counted(len(left), "weight"), tasks, where)
     assigned = _Assignment(merge, work.absolute(), shares)
     group.send(assigned)
     with bar(merge.verb, len(shares[0]), visible=run.show) as advance:
@@ -172,7 +173,7 @@ def _all_noted(plan: MergePlan, work: Path, count: int) -> list[Finding]:
     """Findings of all processes in the order of the plan; bytes of several are read back."""
     noted = _kept(plan, work, count) if count > 1 else journal.read(work, Finding.from_dict)
     if missing := [weight.label for weight in plan.weights if weight.label not in noted]:
-        problem = f"{len(missing)} weights of other processes are missing, such as {missing[0]}."
+        problem = f"Weights of other processes are missing: {len(missing)}, such as {missing[0]}."
         raise LostProcessError(problem, processes.AGAIN)
     return [noted[weight.label] for weight in plan.weights]
 

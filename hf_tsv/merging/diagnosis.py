@@ -12,6 +12,7 @@ import torch
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.plan import MergePlan
+from hf_tsv.system.text import counted
 
 SAME_UPDATE = 0.999
 """Cosine from which on two updates count as one checkpoint under two names."""
@@ -85,7 +86,7 @@ def _same_updates(inputs: Sequence[Task], findings: Findings) -> Iterator[Diagno
         yield Diagnosis("same-update", text, cosine, SAME_UPDATE, (i, j))
         told = True
     if shared and not told:
-        text = f"Tasks have directions in common in {shared} weights; these are merged once."
+        text = f"Tasks share directions in {counted(shared, 'weight')}: these are merged once."
         yield Diagnosis("shared-directions", text, shared, 1)
 
 

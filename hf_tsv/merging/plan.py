@@ -21,6 +21,7 @@ from hf_tsv.checkpoints.storage.writer import ShardPlan, plan_shards
 from hf_tsv.linalg.updates import default_rank, rank_at
 from hf_tsv.recipes.settings import AVERAGED_BY_DEFAULT, Qkv, Settings
 from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.text import counted
 
 NEGLIGIBLE_ENERGY = 1e-9
 """Share of an update too small to warn of."""
@@ -170,7 +171,10 @@ def _treat(
     if len(shape) != 2:
         return weight("averaged", "not a matrix")
     if (tasks := len(inputs)) > min(shape) and method.ranks in ("share", "free"):
-        return weight("averaged", f"{tasks} tasks do not fit into {min(shape)} directions")
+        return weight(
+            "averaged",
+            f"{counted(tasks, 'task')} do not fit into {counted(min(shape), 'direction')}",
+        )
     return weight(method.treatment, rank=_rank(shape, tasks, settings))
 
 
@@ -203,8 +207,8 @@ def _rank_warnings(weights: Sequence[Weight], tasks: int, settings: Settings) ->
     decomposed = [weight for weight in weights if weight.treatment == "decomposed"]
     if lowered := sum(w.rank < _wanted_rank(w.shape, tasks, settings) for w in decomposed):
         yield (
-            f"The rank was lowered to ⌊k/{tasks}⌋ in {lowered} weights: more directions of"
-            f" {tasks} tasks cannot be orthogonal."
+            f"The rank was lowered to ⌊k/{tasks}⌋ in {counted(lowered, 'weight')}: more"
+            f" directions of {counted(tasks, 'task')} cannot be orthogonal."
         )
 
 
@@ -230,7 +234,7 @@ def _energy_warnings(weights: Sequence[Weight], inputs: Sequence[Task]) -> Itera
                 short += lost > 0
         if missing > NEGLIGIBLE_ENERGY * total:
             yield (
-                f"{item} keeps fewer singular vectors than this merge uses in {short} weights:"
-                f" {100 * missing / total:.2g} % of the energy of its update is missing."
+                f"{item} keeps fewer singular vectors than this merge uses in"
+                f" {counted(short, 'weight')}: {100 * missing / total:.2g}% of the energy of its update is missing."
                 " Compress with a larger rank for the exact merge."
             )

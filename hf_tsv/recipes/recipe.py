@@ -16,7 +16,7 @@ from hf_tsv.recipes.learning import Adaptation
 from hf_tsv.recipes.settings import Settings, current_versions
 from hf_tsv.system.checks import check_number
 from hf_tsv.system.errors import RecipeError, UsageError, public
-from hf_tsv.system.text import as_keys, shortened
+from hf_tsv.system.text import as_keys, counted, shortened
 from hf_tsv.system.untrusted import MAX_BYTES, parse_yaml
 
 FORMAT_VERSION = 1
@@ -83,7 +83,9 @@ class Recipe:
             raise RecipeError(f"{recipe} has coefficients.", "Only the method ada does.")
         for label, row in self.coefficients.items():
             if len(row) != len(self.inputs):
-                counts = f"{len(row)} coefficients for {len(self.inputs)} inputs"
+                counts = (
+                    f"{counted(len(row), 'coefficient')} for {counted(len(self.inputs), 'input')}"
+                )
                 raise RecipeError(f"{shortened(label)} has {counts}.", "Give one for each input.")
             what = f"A coefficient of {shortened(label)}"
             for value in row:

@@ -156,7 +156,7 @@ def evaluate(
         del model
         scoring.compare(data, results, errors)
         if not results:
-            said = f"No task could be evaluated; the first: {next(iter(errors.values()))}"
+            said = f"No task could be evaluated. First error: {next(iter(errors.values()))}"
             raise DataError(said, "Correct it and run again.")
         group.agree()
         if group.rank:
@@ -205,5 +205,5 @@ def _delivered(report: EvaluateReport, job: Evaluation, token: str | None) -> Ev
     try:
         return replace(report, card=model_index.write(job.card, report.tasks, token=token))
     except HfTsvError as error:  # the measured results must not be lost
-        logger.warning("%s", error)
+        logger.warning("The results were not added to the card.")
         return replace(report, errors={**report.errors, model_index.CARD: str(error)})

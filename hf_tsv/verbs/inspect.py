@@ -253,7 +253,7 @@ def _recipe(pinned: PinnedCheckpoint) -> tuple[dict[str, Any] | None, list[str]]
     if size is None:
         return None, []
     if size > RECIPE_BYTES:
-        return None, [f"{RECIPE_FILE} has {size} bytes and is not read."]
+        return None, [f"{RECIPE_FILE} is too large and is not read."]
     try:
         return asdict(Recipe.from_yaml(pinned.files.read(RECIPE_FILE).decode(), RECIPE_FILE)), []
     except UnicodeDecodeError:

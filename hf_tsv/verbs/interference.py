@@ -35,6 +35,7 @@ from hf_tsv.system.device import pick_device
 from hf_tsv.system.errors import RecipeError, public
 from hf_tsv.system.folders import absolute, check_output_folder, whole_folder
 from hf_tsv.system.progress import bar, logger
+from hf_tsv.system.text import counted
 
 
 @public
@@ -111,7 +112,8 @@ def interference(
 def _measured(run: Run, work: Merge, device: torch.device) -> Merged:
     """Merge every weight, and write none."""
     weights, noted, tasks = work.plan.weights, list[Finding](), len(run.sources.inputs)
-    logger.info("Measuring %d weights of %d tasks on %s.", len(weights), tasks, device.type)
+    told = counted(len(weights), "weight"), counted(tasks, "task"), device.type
+    logger.info("Measuring %s of %s on %s.", *told)
     with bar("Measuring", len(weights), visible=run.show) as advance:
 
         def done(finding: Finding) -> None:

@@ -26,6 +26,7 @@ from hf_tsv.runs import target as target_
 from hf_tsv.runs.target import Target, waiting
 from hf_tsv.system.errors import CheckpointError, OutputError, public
 from hf_tsv.system.folders import UNDER_CONSTRUCTION, absolute
+from hf_tsv.system.text import counted
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,9 @@ def _check_beside(folder: Path, recipe: Recipe, owner: str) -> None:
         raise CheckpointError(f"{owner} has lost its task heads.")
     masks = len(list(folder.glob("masks/*/mask.safetensors")))
     if recipe.settings.row.beside and masks < len(recipe.inputs):
-        raise CheckpointError(f"{owner} has {masks} masks of {len(recipe.inputs)}.")
+        raise CheckpointError(
+            f"{owner} has masks of only {masks} of {counted(len(recipe.inputs), 'task')}."
+        )
 
 
 def _made_from(pinned: PinnedCheckpoint, files: LocalFiles) -> list[Mapping[str, Any]]:

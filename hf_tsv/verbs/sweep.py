@@ -136,7 +136,7 @@ def sweep(
         with noted(errors, task.name):
             results[task.name] = run.measured(task, wanted.fine_tunes[task.name])
     if not results:
-        raise DataError(f"No task could be measured; the first: {next(iter(errors.values()))}")
+        raise DataError(f"No task could be measured. First error: {next(iter(errors.values()))}")
     found = list(results.values())
 
     def means(what: str) -> list[float]:

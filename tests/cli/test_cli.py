@@ -353,7 +353,7 @@ def test_an_interrupted_merge_goes_on_where_it_stopped(
     assert not (tmp_path / "merged").exists()
     again = hf_tsv(*command, "-o", "merged", cwd=tmp_path)
     assert again.code == 0, again.err
-    found = re.search(r"(\d+) of 37 weights are there already", again.err)
+    found = re.search(r"(\d+) of 37 weights are done", again.err)
     assert found is not None and 0 < int(found[1]) < 37, again.err
     for name in ("model.safetensors", "hf_tsv_recipe.yaml", "config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (whole / name).read_bytes()

@@ -405,7 +405,7 @@ def good(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"coefficients": {FC1: [1.0]}}, "has 1 coefficients for 2 inputs"),
+        ({"coefficients": {FC1: [1.0]}}, "has 1 coefficient for 2 inputs"),
         ({"coefficients": {FC1: [1.0, float("nan")]}}, "is nan"),
         ({"coefficients": {FC1: [1.0, float("inf")]}}, "is inf"),
         ({"coefficients": {FC1: [1.0, True]}}, "is True"),
