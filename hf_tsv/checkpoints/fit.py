@@ -37,8 +37,8 @@ def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
     problems = [problem for item in inputs for problem in _misfits(base, item)]
     if problems:
         raise CheckpointError(
-            f"{counted(len(problems), 'weight does', 'weights do')} not fit the base model {base}:\n  "
-            + "\n  ".join(problems),
+            f"{counted(len(problems), 'weight does', 'weights do')} not fit the base model"
+            f" {base}:\n  " + "\n  ".join(problems),
             "Are these fine-tunes of this base model? Name another one with `base_model=REF`.",
         )
 

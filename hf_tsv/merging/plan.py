@@ -235,6 +235,7 @@ def _energy_warnings(weights: Sequence[Weight], inputs: Sequence[Task]) -> Itera
         if missing > NEGLIGIBLE_ENERGY * total:
             yield (
                 f"{item} keeps fewer singular vectors than this merge uses in"
-                f" {counted(short, 'weight')}: {100 * missing / total:.2g}% of the energy of its update is missing."
+                f" {counted(short, 'weight')}:"
+                f" {100 * missing / total:.2g}% of the energy of its update is missing."
                 " Compress with a larger rank for the exact merge."
             )

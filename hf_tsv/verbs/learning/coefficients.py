@@ -75,8 +75,8 @@ def adapted(merge: Merge, adaptation: Adaptation, run: Run, device: torch.device
     """
     from transformers.utils import logging
 
-    tasks = counted(len(adaptation.tasks), "task")
-    logger.info("Learning coefficients on images of %s.", tasks)
+    what = counted(len(adaptation.tasks), "task")
+    logger.info("Learning coefficients on images of %s.", what)
     sources, show, token = run.sources, run.show, run.sources.access.token
     data = [_without_labels(load(task, token=token)) for task in adaptation.tasks]
     if not show:
