@@ -107,7 +107,9 @@ def compress(
 
 def _summary(report: CompressReport) -> str:
     kinds = [weight["stored"] for weight in report.weights.values()]
-    shares = (f"{T} tasks like this: {r:.0%}" for T, r in report.ratio_for_tasks.items())
+    shares = (
+        f"{counted(int(T), 'task')} like this: {r:.0%}" for T, r in report.ratio_for_tasks.items()
+    )
     lines = [
         f"Compressed in {report.seconds:.1f} s: {human_bytes(report.factors_bytes or 0)},"
         f" {report.ratio or 0:.1%} of the checkpoint's"

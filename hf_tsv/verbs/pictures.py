@@ -137,5 +137,5 @@ def _confusion(file: str, name: str, found: Mapping[str, Any]) -> Picture:
     axes.set(xlabel="taken for", ylabel="class" if size <= NAMED else "class, by number")
     title = f"{kit.short_names([name])[0]}: share of each class"
     axes.set_title(title, fontsize=11, color=TEXT, parse_math=False)
-    alt = f"Confusion of {one_line(name)}: {found['accuracy']:.1%} lie on the diagonal."
+    alt = f"Confusion of {one_line(name)}: {found['accuracy']:.1%} are on the diagonal."
     return Picture(file, f"Confusion of {one_line(name)}", alt, kit.to_png(figure))
