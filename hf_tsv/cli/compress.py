@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only
-from hf_tsv.cli.output import Out, pinned, table
+from hf_tsv.cli.output import Out, kept, pinned, table
 from hf_tsv.recipes.compressing import FactorFormat
 from hf_tsv.recipes.settings import Dtype
 from hf_tsv.system.text import counted, human_bytes
@@ -107,17 +107,15 @@ def compress(
 
 def _summary(report: CompressReport) -> str:
     kinds = [weight["stored"] for weight in report.weights.values()]
-    shares = (
-        f"{counted(int(T), 'task')} like this: {r:.0%}" for T, r in report.ratio_for_tasks.items()
-    )
+    tasks, shares = report.ratio_for_tasks, report.ratio_for_tasks.values()
     lines = [
         f"Compressed in {report.seconds:.1f} s: {human_bytes(report.factors_bytes or 0)},"
-        f" {report.ratio or 0:.1%} of the checkpoint's"
-        f" {human_bytes(report.checkpoint_bytes)}; relative error of the update"
-        f" {report.update_error:.3g}.",
+        f" {report.ratio or 0:.1%} of the checkpoint's {human_bytes(report.checkpoint_bytes)};"
+        f" {kept(report.update_error)}.",
         f"{counted(kinds.count('factors'), 'weight')} low-rank, {kinds.count('dense')} whole,"
         f" {kinds.count('none')} unchanged or left out.",
-        f"Base and {', '.join(shares)} of storing the full checkpoints.",
+        f"Base + {' / '.join(tasks)} tasks like this: {' / '.join(f'{r:.0%}' for r in shares)} of"
+        " storing the full checkpoints.",
     ]
     if names := report.left_out:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""

@@ -110,6 +110,13 @@ def pinned(entry: Mapping[str, str | None]) -> str:
     return at_revision(str(entry["ref"]), entry["revision"])
 
 
+def kept(error: float | None) -> str:
+    """Share of an update's squared norm that is kept, given the relative error of the rest."""
+    found = error or 0.0
+    energy = max(0.0, 1 - found**2)
+    return f"keeps {energy:.1%} of the fine-tuning update's energy (relative error {found:.3g})"
+
+
 def _timings(report: Any) -> str:
     """Seconds by what was done, and the weights of a merge that took longest."""
     weights = getattr(report, "treatments", {}).items()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only, call
-from hf_tsv.cli.output import Out, pinned, table
+from hf_tsv.cli.output import Out, kept, pinned, table
 from hf_tsv.system.text import human_bytes
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def reconstruct(
 def _summary(report: ReconstructReport) -> str:
     lines = [
         f"Reconstructed {pinned(report.source)} in {report.seconds:.1f} s:"
-        f" {human_bytes(report.output_bytes)}; relative error of the update"
-        f" {report.update_error:.3g}."
+        f" {human_bytes(report.output_bytes)}; {kept(report.update_error)}."
     ]
     if report.url:
         lines.append(f"Uploaded: {report.url}")

@@ -43,7 +43,7 @@ def faults(file: Path) -> Iterator[str]:
             "a number of things without `counted`": rf"(?<!of )(?<!over )(\{{\}}|%d) {COUNTED}",
             "a space before %": r"(\{\}|\d|%[.\d]*[dfg]) %(%| of|$)",
             "a word that readers stop at": below and FRAGMENTS,
-            "two periods": r"(?<!\.)\.\.(?!\.)(?=$| )",
+            "two periods": r"\w\.\.(?=$| )",
         }
         for fault, rule in rules.items():
             if rule and re.search(rule, plain):
