@@ -114,7 +114,7 @@ def _summary(report: CompressReport) -> str:
         f" {kept(report.update_error)}.",
         f"{counted(kinds.count('factors'), 'weight')} low-rank, {kinds.count('dense')} whole,"
         f" {kinds.count('none')} unchanged or left out.",
-        f"Base + {' / '.join(tasks)} tasks like this: {' / '.join(f'{r:.0%}' for r in shares)} of"
+        f"Base + {' / '.join(tasks)} such tasks: {' / '.join(f'{r:.0%}' for r in shares)} of"
         " storing the full checkpoints.",
     ]
     if names := report.left_out:

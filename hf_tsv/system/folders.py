@@ -45,7 +45,12 @@ def check_free_space(folder: Path, needed: int) -> None:
     """Refuse early when the disk of a folder, which may be absent, has too few bytes left."""
     with disk_errors(folder):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(existing).free
+        total, _, free = shutil.disk_usage(existing)
+    if not total:
+        raise OutputError(
+            f"Cannot write to {folder}: {existing} is not on a disk.",
+            "Choose another folder with `output=DIR`.",
+        )
     if free < needed:
         raise OutputError(
             f"Not enough space for {folder}: {human_bytes(needed)} needed,"
