@@ -49,6 +49,10 @@ def _check(given: Mapping[str, Any], names: Mapping[str, Any]) -> None:
         from hf_tsv.runs.target import Target
 
         _made(Target, given).refuse_unusable(dry_run=given.get("dry_run", False))
+    if repo_id := given.get("push_to", given.get("repo_id")):
+        from hf_tsv import hub
+
+        hub.check_repo_id(repo_id)
     for reference, subfolder in _references(given):
         from hf_tsv.checkpoints.reference import parse
 

@@ -14,10 +14,17 @@ from hf_tsv.hub.snapshots import (
     dataset_commit,
     snapshot,
 )
-from hf_tsv.hub.uploads import Names, files_to_push, push, push_file, writable_repo_id
+from hf_tsv.hub.uploads import (
+    Names,
+    check_repo_id,
+    files_to_push,
+    push,
+    push_file,
+    writable_repo_id,
+)
 
 __all__ = [
-    "WEIGHT_SUFFIXES", "Names", "RepoSnapshot", "Wanted", "card_dict", "conversion",
-    "dataset_commit", "download", "files_to_push", "missing", "push", "push_file", "read_range",
+    "WEIGHT_SUFFIXES", "Names", "RepoSnapshot", "Wanted", "card_dict", "check_repo_id",
+    "conversion", "dataset_commit", "download", "files_to_push", "missing", "push", "push_file", "read_range",
     "snapshot", "uncached", "writable_repo_id",
 ]  # fmt: skip

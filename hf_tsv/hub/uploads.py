@@ -15,6 +15,7 @@ from typing import Any
 from httpx2 import RequestError
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, errors, get_token
 from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.utils._validators import validate_repo_id
 
 from hf_tsv.hub.client import MOVED_ON, RETRY_WAITS, SILENCE, api, first_line, retried, translated
 from hf_tsv.system.errors import OutputError, RepoError
@@ -28,6 +29,12 @@ STORAGE_REFUSES = "LFS batch API returned errors"
 """First words of the client's error for a full storage, or a storage without the right to it."""
 
 HUB_ERRORS = (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse, without asking the Hub, what is no `org/name` and no `name`."""
+    with translated(repo_id, None, writing=True):
+        validate_repo_id(repo_id)
 
 
 def writable_repo_id(

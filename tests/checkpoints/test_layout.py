@@ -167,7 +167,7 @@ def test_the_settings_of_a_tower_are_found_in_every_config(
 
 @pytest.mark.parametrize("model_type", ["", None, 1, [], {}, "a\nb"])
 def test_what_is_no_model_is_refused(model_type: Any) -> None:
-    with pytest.raises(CheckpointError, match="org/model is no model of transformers"):
+    with pytest.raises(CheckpointError, match="org/model is not a model of transformers"):
         flat_prefix_of({"model_type": model_type}, "org/model")
 
 

@@ -136,8 +136,8 @@ from hf_tsv.cli import options, push as module
 def push(target: options.TargetOptions, again: Annotated[bool, typer.Option("--force")]): ...
 
 module.push = push
-import importlib, hf_tsv.cli
-importlib.reload(hf_tsv.cli)
+from hf_tsv.cli import _command
+_command("push")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "TypeError: push declares --force twice." in done.stderr

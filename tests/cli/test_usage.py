@@ -59,6 +59,8 @@ WRONG = {
     "compress": "",
     "reconstruct org/a": "No output given.",
     "reconstruct org/a -o out --dtype nope": "nope",
+    "push merged a/b/c": "'a/b/c' is not a repository id",
+    MERGE + "--push-to ./x": "'./x' is not a repository id",
     "push only-one": "Missing argument",
     "interference org/a": "Hint: Name at least two checkpoints.",
     "inspect ''": "There is no folder ''.",

@@ -54,13 +54,13 @@ def test_the_default_given_in_words_excludes_another_rule_too() -> None:
     "value", [0, 0.0, -0.1, 1.1, 10**400, float("nan"), float("inf"), True, "0.1", [0.1]]
 )
 def test_a_share_is_a_number_above_0_and_up_to_1(name: str, value: Any) -> None:
-    with pytest.raises(RecipeError, match=f"{name} is "):
+    with pytest.raises(RecipeError, match=f"^`{name}=` must be "):
         RankRule(**{name: value})
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, 2.5, True, "3", [3], float("nan")])
 def test_a_rank_is_a_whole_number_from_1_on(value: Any) -> None:
-    with pytest.raises(RecipeError, match=r"rank is .*whole number"):
+    with pytest.raises(RecipeError, match=r"^`rank=` must be (at least 1|a whole number) "):
         RankRule(rank=value)
 
 

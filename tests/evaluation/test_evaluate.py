@@ -240,7 +240,7 @@ def test_failures_show_and_end_with_1(zoo: Path, pets: Path, tmp_path: Path) -> 
         (["--task", "a={pets}", "--task", "a={pets}"], "given twice"),
         (["--task", "a={pets}", "--reference", "b=x"], "--reference has b"),
         (["--task", "a={pets}", "--reference", "b"], "NAME=REF"),
-        (["--task", "a={pets}", "--limit", "0"], "limit is 0"),
+        (["--task", "a={pets}", "--limit", "0"], "--limit must be at least 1"),
         (["--task", "a={pets}", "--template", "a pet"], "no single {}"),
     ],
 )

@@ -285,4 +285,4 @@ def test_a_recipe_cannot_have_anything_installed(zoo: Path, tmp_path: Path) -> N
     )
     done = run("merge", "--recipe", recipe, "--dry-run")
     assert done.code == 1 and "rm -r" not in done.err and "-r y" not in done.err
-    assert "method is 'strange'" in done.err and "tall-mask" in done.err
+    assert "method cannot be 'strange'" in done.err and "tall-mask" in done.err

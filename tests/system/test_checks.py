@@ -118,5 +118,5 @@ def test_what_is_no_percentage_is_refused(share: str) -> None:
 
 @pytest.mark.parametrize(("share", "percent"), [("0.1", "10"), (0.1, "10"), ("0.025", "2.5")])
 def test_a_budget_below_a_byte_may_have_been_meant_as_a_share(share: Any, percent: str) -> None:
-    with pytest.raises(RecipeError, match=rf"^budget is .*Did you mean {percent}%\?"):
+    with pytest.raises(RecipeError, match=rf"^`budget=`: invalid size .*Did you mean {percent}%\?"):
         RankRule(budget=share)

@@ -347,5 +347,7 @@ def test_a_merge_that_lacks_what_belongs_beside_it_is_refused(
     else:
         copied(outputs / kind, tmp_path / "m")
     shutil.rmtree(tmp_path / "m" / lost)
-    with pytest.raises(CheckpointError, match="task heads" if kind == "heads" else "1 masks of 2"):
+    with pytest.raises(
+        CheckpointError, match="task heads" if kind == "heads" else "masks of only 1 of 2 tasks"
+    ):
         api.push(tmp_path / "m", "me/new")
