@@ -41,7 +41,7 @@ def run(name: str, method: str, limit: int | None, folder: Path) -> EvaluateRepo
     return hf_tsv.evaluate(merged, suite=name, limit=limit, output=results, force=True)
 
 
-@guarded()
+@guarded("evaluate")
 def main(words: Sequence[str] | None = None) -> None:
     """Merge, evaluate, print; exit 1 if a task could not be evaluated."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)

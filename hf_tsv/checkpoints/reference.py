@@ -125,8 +125,9 @@ def parse(text: str, subfolder: str | None = None) -> Reference:
         uri = parse_hf_uri(text if text.startswith(("hf://", "https://")) else f"hf://{text}")
         validate_repo_id(uri.id)
     except (HfUriError, HFValidationError) as error:
+        said = getattr(error, "msg", error)
         raise RepoError(
-            f"{text!r} is neither a folder nor a repository: {getattr(error, 'msg', error)}",
+            f"{text!r} is neither a folder nor a repository: {str(said).strip(' .')}.",
             "Write org/name, org/name@revision, hf://org/name, or the path of an existing folder.",
         ) from None
     inside = str(PurePosixPath(path)) if (path := uri.path_in_repo.strip("/")) else ""

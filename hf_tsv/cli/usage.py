@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_tsv.recipes.compressing import Options, RankRule
@@ -49,7 +50,8 @@ def _check(given: Mapping[str, Any], names: Mapping[str, Any]) -> None:
         from hf_tsv.runs.target import Target
 
         _made(Target, given).refuse_unusable(dry_run=given.get("dry_run", False))
-    if repo_id := given.get("push_to", given.get("repo_id")):
+    repo_id = given.get("push_to", given.get("repo_id"))
+    if repo_id and not Path(repo_id).is_dir():
         from hf_tsv import hub
 
         hub.check_repo_id(repo_id)

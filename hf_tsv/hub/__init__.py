@@ -25,6 +25,6 @@ from hf_tsv.hub.uploads import (
 
 __all__ = [
     "WEIGHT_SUFFIXES", "Names", "RepoSnapshot", "Wanted", "card_dict", "check_repo_id",
-    "conversion", "dataset_commit", "download", "files_to_push", "missing", "push", "push_file", "read_range",
-    "snapshot", "uncached", "writable_repo_id",
+    "conversion", "dataset_commit", "download", "files_to_push", "missing", "push", "push_file",
+    "read_range", "snapshot", "uncached", "writable_repo_id",
 ]  # fmt: skip

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hf_tsv"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-COUNTED = r"(weights|checkpoints|tasks|tensors|files|images|inputs|classes|coefficients|masks)\b"
+THINGS = r"(weights|checkpoints|tasks|tensors|files|images|inputs|classes|coefficients|masks)"
+COUNTED = rf"(?<!of )(?<!over )(?<!\+ )(\{{\}}|%d) {THINGS}\b"
 OPTION = re.compile(r"(?<![\w-])(--[a-z]|-o\b)")
 FRAGMENTS = re.compile(r"\b(go(es)? on|lies?|makes? again|leave (it|\S*-\S+) out)\b", re.IGNORECASE)
 
@@ -40,7 +41,7 @@ def faults(file: Path) -> Iterator[str]:
         below = "cli" not in file.relative_to(PACKAGE).parts
         rules = {
             "an option where Python has an argument": below and " " in plain and OPTION,
-            "a number of things without `counted`": rf"(?<!of )(?<!over )(\{{\}}|%d) {COUNTED}",
+            "a number of things without `counted`": COUNTED,
             "a space before %": r"(\{\}|\d|%[.\d]*[dfg]) %(%| of|$)",
             "a word that readers stop at": below and FRAGMENTS,
             "two periods": r"\w\.\.(?=$| )",
