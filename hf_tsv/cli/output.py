@@ -63,16 +63,16 @@ class Out:
         if self.speaks:
             print(json.dumps(data) if self.as_json else printable(as_options(text)))
 
-    def status(self, text: str) -> None:
-        """Tell on stderr what was done, unless quiet."""
+    def status(self, text: str, *, done: bool = False) -> None:
+        """Tell on stderr what is under way, or with a mark what is done, unless quiet."""
         if not self.quiet:
-            _print_stderr(text)
+            _print_stderr(text, _mark() if done else "", GREEN)
 
     def delivered(self, report: Any, summary: Text, preview: Text, *, timed: bool = False) -> None:
         """Tell what a command wrote and where it is, or after a dry run what it would do."""
         place = getattr(report, "output", None) or report.url or ""
         if not report.dry_run:
-            self.status(_done() + summary(report))
+            self.status(summary(report), done=True)
             if timed:
                 self.status(_timings(report))
         self.result(preview(report) if report.dry_run else place, report.to_dict())
@@ -177,10 +177,10 @@ def _coloured(text: str, colour: str) -> str:
     return text if plain or not text or not sys.stderr.isatty() else f"\033[{colour}m{text}\033[0m"
 
 
-def _done() -> str:
-    """Mark before what was done, on a terminal that has the character."""
-    marks = sys.stderr.isatty() and (sys.stderr.encoding or "").lower().startswith("utf")
-    return f"{_coloured('✓', GREEN)} " if marks else ""
+def _mark() -> str:
+    """Mark before what is done, on a terminal that has the character."""
+    utf8 = (sys.stderr.encoding or "").lower().startswith("utf")
+    return "✓" if utf8 and sys.stderr.isatty() else ""
 
 
 @contextmanager
