@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -37,10 +37,11 @@ class Commands(TyperGroup):
         name, _, rest = super().resolve_command(ctx, args)
         return name, name and _command(name), rest
 
-    def main(self, *args: Any, **settings: Any) -> NoReturn:
+    def main(self, *args: Any, standalone_mode: bool = True, **settings: Any) -> Any:
         """Run and exit; what typer refuses is told as all other errors are."""
         try:
-            sys.exit(super().main(*args, **{**settings, "standalone_mode": False}) or 0)
+            code = super().main(*args, standalone_mode=False, **settings)
+            return sys.exit(code or 0) if standalone_mode else code
         except TyperException as error:
             if type(error).__name__ != "NoArgsIsHelpError":  # which has shown the help
                 from hf_tsv.cli.output import fail
