@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_tsv.system.errors import HfTsvError
 from hf_tsv.system.processes import LOST, is_leader
+from hf_tsv.system.progress import above_bars
 from hf_tsv.system.text import one_line, printable, redacted
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
@@ -133,7 +134,8 @@ class _StderrHandler(logging.Handler):
 
 def _print_stderr(text: str) -> None:
     """Names from repositories may hold escape codes; a terminal must not act on them."""
-    print(printable(text), file=sys.stderr, flush=True)
+    with above_bars():
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def push(
     out = Out(as_json=run.as_json, quiet=run.quiet)
     from hf_tsv.verbs import push as push_
 
-    report = call(push_.push, (target, run, access), folder, repo_id)
+    report = call(push_.push, (target, run, access), folder, repo_id, progress=run.progress)
     out.delivered(report, _summary, _preview)
 
 

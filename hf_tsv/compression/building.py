@@ -16,6 +16,7 @@ from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.fit import check_fit, config_warnings
 from hf_tsv.checkpoints.formats.description import ADAPTER_FORMAT, FORMAT, FactorsConfig, Origin
 from hf_tsv.checkpoints.formats.task import equals_base
+from hf_tsv.checkpoints.layout import brief
 from hf_tsv.checkpoints.names import FACTORS_CONFIG
 from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.compression.allocation import choose_ranks
@@ -89,8 +90,9 @@ def _compressed(
         journal.rewrite(work, (item.to_entry() for item in spool.held))
         if resumed:
             logger.info("%d of %d weights are there already.", len(spool.held), len(candidates))
-        left = len(candidates) - len(spool.held)
-        logger.info("Compressing %d weights of %s on %s.", left, source, device.type)
+        held = {item.candidate.name for item in spool.held}
+        left = [(brief(n), item.cost) for n, item in candidates.items() if n not in held]
+        logger.info("Compressing %d weights of %s on %s.", len(left), source, device.type)
         with journal.Journal(work) as notes, bar("Decomposing", left, visible=show) as advance:
             measured, seconds = measure(job, spool, notes, device, advance)
         if not any(item.norm for item in measured):

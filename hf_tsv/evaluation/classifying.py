@@ -46,11 +46,6 @@ class Scoring:
 
     def model(self, reference: str) -> Loaded:
         """Load a model with its tokenizer and image processor, in every process."""
-        from transformers.utils import logging
-
-        if not self.show:
-            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
         known: Any = {"token": self.access.token, "cache_dir": self.access.cache_dir}
         known |= {"base_model": self.job.base_model, "progress": self.show}
 

@@ -19,7 +19,7 @@ from hf_tsv.checkpoints.sources import Access, Sources, open_sources
 from hf_tsv.checkpoints.storage.tensors import digest
 from hf_tsv.checkpoints.storage.writer import ShardWriter
 from hf_tsv.merging import loading, pipeline
-from hf_tsv.merging.costs import operations
+from hf_tsv.merging.costs import operations, steps
 from hf_tsv.merging.findings import Finding, Findings
 from hf_tsv.merging.plan import MergePlan
 from hf_tsv.merging.work import Merge, Merged, diagnosed, refuse_unchanged
@@ -141,7 +141,8 @@ def _computed(
     logger.info("%s %d weights of %s on %s.", merge.verb, len(left), tasks, where)
     assigned = _Assignment(merge, work.absolute(), shares)
     group.send(assigned)
-    with bar(merge.verb, len(shares[0]), visible=run.show) as advance:
+    own = steps(weight for weight in left if weight.label in shares[0])
+    with bar(merge.verb, own, visible=run.show) as advance:
         error = _merge_share(assigned, 0, sources, device, advance)
     group.agree(error)
     findings = Findings(len(sources.inputs), _all_noted(plan, work, group.count))

@@ -18,6 +18,7 @@ from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.system.device import pick_device
 from hf_tsv.system.errors import CheckpointError, HfTsvError
+from hf_tsv.system.progress import others_silent
 from hf_tsv.system.text import first_line
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def build(
         dtype = reduce(torch.promote_types, stored)
     cls = getattr(transformers, found.model_class)
     model: PreTrainedModel
-    with understood(found.item):
+    with understood(found.item), others_silent():
         config = cls.config_class.from_dict(_class_config(found))
         _check_described(config, found)
         model, info = cls.from_pretrained(

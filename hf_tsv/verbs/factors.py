@@ -102,16 +102,18 @@ class TaskFactors(Factors):
         create_pr: bool = False,
         commit_message: str | None = None,
         token: str | None = None,
+        progress: bool | None = None,
     ) -> str:
         """Upload the files and their card as one commit.
 
         Args:
             repo_id (`str`): `org/name`; created if needed.
-            private, revision, create_pr, commit_message, token: as in [`merge`].
+            private, revision, create_pr, commit_message, token, progress: as in [`merge`].
 
         Returns:
             `str`: address of the commit or pull request.
         """
+        show = visible_by_default() if progress is None else progress
         target = Target(None, repo_id, False, private, revision, create_pr, commit_message)
         target = target.checked(token, dry_run=False)
         for origin in (self.config.source, self.config.base_model):
@@ -121,7 +123,7 @@ class TaskFactors(Factors):
         with tempfile.TemporaryDirectory(prefix="hf-tsv-") as parent:
             folder = Path(parent) / "factors"
             self._copy(folder, target.push_to)
-            return upload(folder, target, token)
+            return upload(folder, target, token, show=show)
 
     def _copy(self, folder: Path, repo_id: str | None) -> None:
         files = self.pinned.files

@@ -18,6 +18,7 @@ from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.checkpoints.names import REPORT_FILE, REPORT_PAGE
 from hf_tsv.checkpoints.sources import Access
+from hf_tsv.merging.costs import steps
 from hf_tsv.merging.findings import Finding, Findings
 from hf_tsv.merging.pipeline import merge_weights
 from hf_tsv.merging.plan import MergePlan
@@ -114,7 +115,7 @@ def _measured(run: Run, work: Merge, device: torch.device) -> Merged:
     """Merge every weight, and write none."""
     weights, noted, tasks = work.plan.weights, list[Finding](), len(run.sources.inputs)
     logger.info("Measuring %d weights of %d tasks on %s.", len(weights), tasks, device.type)
-    with bar("Measuring", len(weights), visible=run.show) as advance:
+    with bar("Measuring", steps(weights), visible=run.show) as advance:
 
         def done(finding: Finding) -> None:
             noted.append(finding)

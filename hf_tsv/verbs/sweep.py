@@ -110,8 +110,6 @@ def sweep(
         >>> import hf_tsv
         >>> hf_tsv.sweep({"dtd": "tanganke/dtd"}, {"dtd": "org/clip-dtd"})  # doctest: +SKIP
     """
-    from transformers.utils import logging
-
     started = time.monotonic()
     processes.alone("`hf-tsv sweep`")
     refuse_not_installed("A sweep")
@@ -129,8 +127,6 @@ def sweep(
     check_counts(limit=limit, batch_size=batch_size)
     folder = checked_folder(output, RESULTS_FILE, force=force)
     show = visible_by_default() if progress is None else progress
-    if not show:
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     access = Access.of(token, cache_dir)
     run = _Run(fractions, wanted.base_model, access, pick_device(device), limit, batch_size, show)
     results: dict[str, dict[str, Any]] = {}

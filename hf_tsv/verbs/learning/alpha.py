@@ -38,10 +38,6 @@ def search(
     Raises:
         [`HfTsvError`]: a dataset cannot be read, or the base model is no whole CLIP.
     """
-    from transformers.utils import logging
-
-    if not show:
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     base, device, reached = once.merge.base, once.device, once.sources.access
     access: Any = {"token": reached.token, "cache_dir": reached.cache_dir, "progress": False}
     pipe = pipeline(
