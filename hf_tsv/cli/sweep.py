@@ -47,7 +47,7 @@ def sweep(
 
     shares = options.numbers("--rank-fraction", rank_fraction, "0.01,0.1")
     groups = (images, source, compute, target, access)
-    own = {"rank_fractions": shares, "output": output, "progress": run.progress}
+    own = {"rank_fraction": shares, "output": output, "progress": run.progress}
     report = call(sweep_.sweep, groups, images.tasks, images.references, **own)
     out.result(_text(report), report.to_dict())
     if report.errors:

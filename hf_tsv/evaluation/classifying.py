@@ -19,7 +19,7 @@ from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import pipeline
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.recipes.settings import current_versions
-from hf_tsv.system.device import pick_device
+from hf_tsv.system.device import AnyDevice, pick_device
 from hf_tsv.system.errors import HfTsvError
 from hf_tsv.system.processes import Processes
 from hf_tsv.system.progress import bar, logger
@@ -38,7 +38,7 @@ class Scoring:
     """Settings that every model and task of an evaluation shares."""
 
     job: Evaluation
-    device: str | None
+    device: AnyDevice | None
     access: Access
     show: bool
     group: Processes

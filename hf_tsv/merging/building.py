@@ -26,7 +26,7 @@ from hf_tsv.merging.work import Merge, Merged, diagnosed, refuse_unchanged
 from hf_tsv.runs import journal
 from hf_tsv.runs.lifecycle import Run
 from hf_tsv.system import processes
-from hf_tsv.system.device import pick_device
+from hf_tsv.system.device import AnyDevice, pick_device
 from hf_tsv.system.errors import CheckpointError, HfTsvError, LostProcessError, OutputError
 from hf_tsv.system.folders import disk_errors
 from hf_tsv.system.processes import Processes
@@ -46,7 +46,7 @@ class _Assignment:
 def built(
     run: Run,
     merge: Merge,
-    device_name: str | None,
+    device_name: AnyDevice | None,
     group: Processes,
     *,
     before: Callable[[Merge, Run, torch.device], Merge] | None = None,
@@ -94,7 +94,7 @@ def _check_inputs(merge: Merge, sources: Sources) -> None:
             item.head_tensor(name)
 
 
-def follow(group: Processes, device_name: str | None, access: Access) -> Any:
+def follow(group: Processes, device_name: AnyDevice | None, access: Access) -> Any:
     """Do this process's share of what the first one prepares, and return what that one reports."""
     message = group.receive()
     if not isinstance(message, _Assignment):
@@ -105,7 +105,7 @@ def follow(group: Processes, device_name: str | None, access: Access) -> Any:
 
 
 def _do_share(
-    assigned: _Assignment, rank: int, device_name: str | None, access: Access
+    assigned: _Assignment, rank: int, device_name: AnyDevice | None, access: Access
 ) -> HfTsvError | None:
     """Open what the first process has pinned, and work on it; returns what went wrong."""
     merge, work = assigned.merge, assigned.work

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from hf_tsv.checkpoints.names import Format
+from hf_tsv.linalg.choices import Dtype as Dtype  # noqa: PLC0414
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
+from hf_tsv.linalg.choices import dtype_name as dtype_name  # noqa: PLC0414
 from hf_tsv.methods.catalogue import METHODS, Method
 from hf_tsv.system.checks import check_choice, check_counts, check_number, size_in_bytes
 from hf_tsv.system.errors import RecipeError
@@ -14,7 +16,6 @@ from hf_tsv.system.text import shortened
 from hf_tsv.system.version import __version__
 
 Qkv = Literal["split", "fused"]
-Dtype = Literal["float32", "float16", "bfloat16"]
 
 AVERAGED_BY_DEFAULT = ("text_projection.weight",)
 """The paper's code averages the text projection although it is a matrix; so do we."""
@@ -76,6 +77,7 @@ class Settings:
         check_choice("precision", self.precision, get_args(Precision))
         check_choice("qkv", self.qkv, (None, *get_args(Qkv)))
         check_choice("out_format", self.out_format, (None, *get_args(Format)))
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         check_choice("dtype", self.dtype, (None, *get_args(Dtype)))
         if self.alpha is None:
             object.__setattr__(self, "alpha", 1.0 if self.row.alpha is None else self.row.alpha)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import accumulate
+from threading import Event, RLock, Thread
 from typing import Any
 
 from hf_tsv.system.text import human_bytes, one_line, printable
@@ -18,14 +18,10 @@ from hf_tsv.system.text import human_bytes, one_line, printable
 logger = logging.getLogger("hf_tsv")
 
 LINE_EVERY, LINE_SHARE, LINE_AFTER = 30.0, 0.1, 10.0
-"""A log gets a line every so many seconds, or after that share of the work if that takes longer
-than the last of the three."""
-
-TICK = 1.0
-"""Seconds after which the time that is shown is renewed, also within a long step."""
+"""A log has a line after so many seconds, or after that share of the work and the last seconds."""
 
 _drawn: list[Any] = []
-"""Bars that are on the terminal now."""
+"""Bars on the terminal."""
 
 
 class _Handler(logging.Handler):
@@ -84,31 +80,36 @@ def others_silent(*, visible: bool = False) -> Iterator[None]:
             getattr(client, f"{again}_progress_bars")()
 
 
-class Pace:
-    """Work that is done, and the time that is left by the costs of its steps.
+class Progress:
+    """Progress of some work: the share that is done, and the time left by the costs of its steps.
 
     Args:
         work (`int` or `Sequence[tuple[str, float]]`): number of equal steps, or name and cost of
             each in the order in which they are done.
+        in_bytes (`bool`): steps are bytes.
         clock (`Callable`): seconds.
     """
 
     def __init__(
-        self, work: int | Sequence[tuple[str, float]], clock: Callable[[], float] = time.monotonic
+        self,
+        description: str,
+        work: int | Sequence[tuple[str, float]],
+        *,
+        in_bytes: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._names, self._costs = [], [0.0]
-        if not isinstance(work, int):
-            self._names = [one_line(name) for name, _ in work]
-            self._costs = list(accumulate((cost for _, cost in work), initial=0.0))
-        self.steps = work if isinstance(work, int) else len(work)
-        self.done = 0
-        self._clock = clock
+        self.description, self.clock = description, clock
+        self.steps, self.done = work if isinstance(work, int) else len(work), 0
+        self._named = [] if isinstance(work, int) else [*work, ("", 0.0)]
+        self._costs = list(accumulate((cost for _, cost in self._named), initial=0.0))
+        self._amount: Callable[[int], str] = human_bytes if in_bytes else str
         self._began = self._stepped = clock()
+        self._said = 0.0, 0.0  # seconds and share at the last line
 
-    def advance(self, steps: int) -> None:
+    def advance(self, steps: int, description: str | None = None) -> None:
         """Count steps that are done."""
-        self.done = min(self.done + steps, self.steps)
-        self._stepped = self._clock()
+        self.done, self._stepped = min(self.done + steps, self.steps), self.clock()
+        self.description = description or self.description
 
     @property
     def share(self) -> float:
@@ -117,21 +118,29 @@ class Pace:
         return self._costs[self.done] / whole if whole else self.done / self.steps
 
     @property
-    def spent(self) -> float:
-        """Seconds since the beginning."""
-        return self._clock() - self._began
-
-    @property
     def left(self) -> float | None:
-        """Seconds until the end, as estimated at the last step; None before the first."""
-        if not self.share:
+        """Seconds until the end, as estimated at the last step; None in the first hundredth."""
+        if self.share < 0.01:
             return None
-        return max(0.0, (self._stepped - self._began) / self.share - self.spent)
+        return max(0.0, (self._stepped - self._began) / self.share + self._began - self.clock())
 
-    @property
-    def name(self) -> str:
-        """Name of the step in work, if it has one."""
-        return self._names[self.done] if self.done < len(self._names) else ""
+    def __str__(self) -> str:
+        """Steps, seconds spent and left, and the step in work."""
+        left = "" if self.left is None or self.done == self.steps else f"<{_minutes(self.left)}"
+        spent = f"[{_minutes(self.clock() - self._began)}{left}]"
+        amount = f"{self._amount(self.done)}/{self._amount(self.steps)}"
+        name = self._named[self.done][0] if self._named else ""
+        return one_line(f"{amount} {spent} {name}").rstrip()
+
+    def line(self) -> str | None:
+        """Line for a log, if it is time for one."""
+        spent = self.clock() - self._began
+        since, more = spent - self._said[0], self.share - self._said[1]
+        late = since >= LINE_EVERY or (since >= LINE_AFTER and more >= LINE_SHARE)
+        if not late or self.done == self.steps:
+            return None
+        self._said = spent, self.share
+        return f"{one_line(self.description)}: {self.share:.0%}, {self}"
 
 
 @contextmanager
@@ -142,110 +151,71 @@ def bar(
     in_bytes: bool = False,
     visible: bool = True,
 ) -> Iterator[Callable[..., None]]:
-    """Show the progress of the body: a bar, or where there is no terminal a line now and then.
+    """Show the progress of the body: as a bar, or in a log as a line now and then.
 
-    The work is a number of steps or of bytes, or name and cost of each step, in the order in which
-    they are done. The function it gives, safe from any thread, takes the number of steps done, and
-    a new description if it changes.
+    The work is that of [`Progress`]. The function it gives, safe from any thread, takes the number
+    of steps done, and a new description if it changes.
     """
-    pace, lock, ended = Pace(work), threading.RLock(), threading.Event()
-    if not visible or not pace.steps:
+    if not visible or not work:
         yield lambda steps, description=None: None
         return
-    shown = (_Bar if drawable() else _Lines)(one_line(description), pace, in_bytes)
+    progress, lock, ended = Progress(description, work, in_bytes=in_bytes), RLock(), Event()
+    drawn = _bar_of(progress) if drawable() else None
+
+    def tell() -> None:
+        with lock:
+            if drawn is not None:
+                drawn.set_description_str(one_line(progress.description), refresh=False)
+                drawn.update(progress.share - drawn.n)
+            elif line := progress.line():
+                print(line, file=sys.stderr, flush=True)
 
     def advance(steps: int, description: str | None = None) -> None:
         with lock:
-            shown.description = one_line(description or shown.description)
-            pace.advance(steps)
-            shown.tell()
+            progress.advance(steps, description)
+            tell()
 
     def tick() -> None:
-        while not ended.wait(TICK):
-            with lock:
-                shown.tell()
+        while not ended.wait(1.0):
+            tell()
 
-    ticking = threading.Thread(target=tick, name="hf-tsv-progress", daemon=True)
+    ticking = Thread(target=tick, name="hf-tsv-progress", daemon=True)
     ticking.start()
     try:
         yield advance
     finally:
         ended.set()
         ticking.join()
-        shown.close()
+        if drawn is not None:
+            _drawn.remove(drawn)
+            drawn.close()
 
 
-class _Lines:
-    """Progress as a line now and then."""
+def _bar_of(progress: Progress) -> Any:
+    """Bar of tqdm, which is a widget in a notebook that has ipywidgets."""
+    from tqdm.auto import tqdm
 
-    def __init__(self, description: str, pace: Pace, in_bytes: bool) -> None:
-        self.description = description
-        self.pace = pace
-        self._amount = human_bytes if in_bytes else str
-        self._said = 0.0, 0.0
+    class Bar(tqdm):  # type: ignore[misc]
+        monitor_interval = 0  # no thread of its own
 
-    def tell(self) -> None:
-        pace = self.pace
-        since, more = pace.spent - self._said[0], pace.share - self._said[1]
-        if pace.done == pace.steps or since < LINE_AFTER:
-            return
-        if since >= LINE_EVERY or more >= LINE_SHARE:
-            self._said = pace.spent, pace.share
-            text = f"{self.description}: {pace.share:.0%}, {self.told()}"
-            print(printable(text), file=sys.stderr, flush=True)
+        @property
+        def format_dict(self) -> dict[str, Any]:
+            return {**super().format_dict, "told": str(progress)}
 
-    def told(self) -> str:
-        """Steps, seconds spent and left, and the step in work."""
-        pace = self.pace
-        done, steps = self._amount(pace.done), self._amount(pace.steps)
-        left = "" if pace.left is None or pace.done == pace.steps else f"<{_clock(pace.left)}"
-        return f"{done}/{steps} [{_clock(pace.spent)}{left}] {pace.name}".rstrip()
-
-    def close(self) -> None:
-        """Leave what is printed."""
+    Bar.set_lock(RLock())  # tqdm's own lock starts a process
+    form = "{desc}: {percentage:3.0f}%|{bar}| {told}"
+    text = one_line(progress.description)
+    drawn = Bar(total=1.0, desc=text, bar_format=form, dynamic_ncols=True, miniters=0)
+    drawn.set_description_str(text)
+    _drawn.append(drawn)
+    return drawn
 
 
-class _Bar(_Lines):
-    """Progress as a bar of tqdm, which notebooks show as a widget where they have ipywidgets."""
-
-    def __init__(self, description: str, pace: Pace, in_bytes: bool) -> None:
-        super().__init__(description, pace, in_bytes)
-        from tqdm.auto import tqdm
-
-        told = self.told
-
-        class Told(tqdm):  # type: ignore[misc]
-            monitor_interval = 0
-
-            @property
-            def format_dict(self) -> dict[str, Any]:
-                return {**super().format_dict, "told": told()}
-
-        Told.set_lock(threading.RLock())  # tqdm's own one starts a process
-        self._drawn = Told(
-            total=1.0,
-            desc=description,
-            bar_format="{l_bar}{bar}| {told}",
-            dynamic_ncols=True,
-            mininterval=0.1,
-            miniters=0,
-        )
-        _drawn.append(self._drawn)
-
-    def tell(self) -> None:
-        self._drawn.set_description_str(self.description + ": ", refresh=False)
-        self._drawn.update(self.pace.share - self._drawn.n)
-
-    def close(self) -> None:
-        _drawn.remove(self._drawn)
-        self._drawn.close()
-
-
-def _clock(seconds: float) -> str:
+def _minutes(seconds: float) -> str:
     """Time as minutes and seconds, with hours where there are some.
 
     Example:
-        >>> _clock(3725)
+        >>> _minutes(3725)
         '1:02:05'
     """
     minutes, rest = divmod(round(seconds), 60)

@@ -22,6 +22,7 @@ from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, open_sources
 from hf_tsv.compression.building import Compressed, built, most_bytes, prepare
 from hf_tsv.compression.candidates import Compression, Measured
 from hf_tsv.compression.measuring import energy_curves
+from hf_tsv.linalg.choices import AnyDtype
 from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import cards, drawing, pictures
@@ -30,7 +31,7 @@ from hf_tsv.reports.kept import KeptSection
 from hf_tsv.runs.lifecycle import underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.device import pick_device
+from hf_tsv.system.device import AnyDevice, pick_device
 from hf_tsv.system.progress import logger
 from hf_tsv.verbs.factors import TaskFactors
 
@@ -48,10 +49,10 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
     budget: str | int | None = None,
-    factor_dtype: str = "float32",
+    factor_dtype: AnyDtype = "float32",
     compress_conv: bool = False,
     max_shard_size: int | str = Settings.max_shard_size,
-    device: str | None = None,
+    device: AnyDevice | None = None,
     force: bool = False,
     private: bool | None = None,
     revision: str | None = None,
@@ -133,7 +134,7 @@ def run(
     options: Options,
     target: Target,
     *,
-    device: str | None = None,
+    device: AnyDevice | None = None,
     access: Access = DEFAULT_ACCESS,
     dry_run: bool = False,
     progress: bool | None = None,

@@ -23,14 +23,16 @@ from hf_tsv.recipes.settings import current_versions
 from hf_tsv.reports.report import Report
 from hf_tsv.system import processes
 from hf_tsv.system.checks import check_counts
+from hf_tsv.system.device import AnyDevice
 from hf_tsv.system.errors import DataError, HfTsvError, RecipeError
 from hf_tsv.system.progress import logger, visible_by_default
 from hf_tsv.verbs import pictures
 
 RESULTS_FILE = "evaluation.json"
+MEASURES = ("accuracy", "normalised")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluateReport(Report):
     """Accuracy of a model on tasks.
 
@@ -67,6 +69,14 @@ class EvaluateReport(Report):
     suite: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=current_versions)
 
+    def table(self) -> list[list[str | float]]:
+        """Accuracy of each task, and the share of its fine-tune's."""
+        rows: list[list[str | float]] = [
+            [name, *(f"{found[what]:.1%}" if what in found else "" for what in MEASURES)]
+            for name, found in self.tasks.items()
+        ]
+        return [["task", "accuracy", "of the fine-tune's"], *rows]
+
 
 def evaluate(
     reference: str | PathLike[str],
@@ -82,7 +92,7 @@ def evaluate(
     batch_size: int = 64,
     templates: Sequence[str] = (),
     base_model: str | PathLike[str] | None = None,
-    device: str | None = None,
+    device: AnyDevice | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     subfolder: str | None = None,

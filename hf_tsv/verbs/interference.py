@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.checkpoints.names import REPORT_FILE, REPORT_PAGE
+from hf_tsv.checkpoints.reference import listed
 from hf_tsv.checkpoints.sources import Access
 from hf_tsv.merging.costs import steps
 from hf_tsv.merging.findings import Finding, Findings
@@ -24,7 +25,7 @@ from hf_tsv.merging.pipeline import merge_weights
 from hf_tsv.merging.plan import MergePlan
 from hf_tsv.merging.work import Merge, Merged, diagnosed, prepare, refuse_unchanged
 from hf_tsv.methods.interference import RANK_SHARES
-from hf_tsv.recipes.settings import Settings
+from hf_tsv.recipes.settings import Qkv, Settings
 from hf_tsv.reports import drawing
 from hf_tsv.reports.interference import InterferenceReport
 from hf_tsv.reports.page import interference_page
@@ -32,14 +33,14 @@ from hf_tsv.reports.pictures import of_interference
 from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.device import pick_device
+from hf_tsv.system.device import AnyDevice, pick_device
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.folders import absolute, check_output_folder, whole_folder
 from hf_tsv.system.progress import bar, logger
 
 
 def interference(
-    checkpoints: Sequence[str | PathLike[str]],
+    checkpoints: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
     base_model: str | PathLike[str] | None = None,
     output: str | Path | None = None,
@@ -47,8 +48,8 @@ def interference(
     rank: int | None = None,
     rank_fraction: float | None = None,
     exclude: str | Sequence[str] = Settings.exclude,
-    qkv: str | None = Settings.qkv,
-    device: str | None = None,
+    qkv: Qkv | None = Settings.qkv,
+    device: AnyDevice | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     subfolder: str | None = None,
@@ -85,8 +86,8 @@ def interference(
     processes.alone("`hf-tsv interference`")
     started = time.monotonic()
     globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    settings = Settings(rank=rank, rank_fraction=rank_fraction, exclude=globs, qkv=qkv)  # type: ignore[arg-type]
-    references = [fspath(reference) for reference in checkpoints]
+    settings = Settings(rank=rank, rank_fraction=rank_fraction, exclude=globs, qkv=qkv)
+    references = listed(checkpoints)
     if len(references) < 2:
         raise RecipeError(
             "One task alone disturbs nobody.", "Name at least two fine-tunes of one base model."

@@ -29,7 +29,7 @@ from hf_tsv.system.folders import UNDER_CONSTRUCTION, absolute
 from hf_tsv.system.progress import visible_by_default
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PushReport(Report):
     """Summary of an upload.
 

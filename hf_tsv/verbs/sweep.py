@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from hf_tsv.reports.report import Report
 from hf_tsv.runs.reading import named
 from hf_tsv.system import processes
 from hf_tsv.system.checks import check_counts
-from hf_tsv.system.device import pick_device
+from hf_tsv.system.device import AnyDevice, pick_device
 from hf_tsv.system.errors import DataError, RecipeError
 from hf_tsv.system.progress import visible_by_default
 from hf_tsv.verbs import pictures
@@ -38,7 +39,7 @@ RESULTS_FILE = "sweep.json"
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepReport(Report):
     """Accuracy of fine-tunes with shares of their singular values.
 
@@ -67,19 +68,26 @@ class SweepReport(Report):
     seconds: float
     versions: dict[str, str] = field(default_factory=current_versions)
 
+    def table(self) -> list[list[str | float]]:
+        """Accuracy of each task and of all, at every share and whole."""
+        found = {name: [*task["accuracies"], task["full"]] for name, task in self.tasks.items()}
+        found["mean"] = [*self.mean, self.full]
+        rows: list[list[str | float]] = [["task", *map("{:.0%}".format, self.fractions), "whole"]]
+        return rows + [[name, *map("{:.1%}".format, values)] for name, values in found.items()]
+
 
 def sweep(
     tasks: Mapping[str, str] | Sequence[str | EvaluationTask] = (),
     references: Mapping[str, str | PathLike[str]] | None = None,
     *,
-    rank_fractions: Sequence[float] = FRACTIONS,
+    rank_fraction: float | Sequence[float] = FRACTIONS,
     suite: str | None = None,
     base_model: str | PathLike[str] | None = None,
     output: str | Path | None = None,
     force: bool = False,
     limit: int | None = None,
     batch_size: int = 64,
-    device: str | None = None,
+    device: AnyDevice | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     progress: bool | None = None,
@@ -93,7 +101,7 @@ def sweep(
         tasks, suite, limit, batch_size: as in [`evaluate`].
         references (`Mapping[str, str]`, *optional*): the fine-tune of each task; default: those of
             the suite.
-        rank_fractions (`Sequence[float]`): shares of k = min(d_out, d_in).
+        rank_fraction (`float` or `Sequence[float]`): shares of k = min(d_out, d_in).
         base_model (`str`, *optional*): W0; default: that of the suite, else the one named in
             the fine-tunes' cards.
         output (`str` or `Path`, *optional*): folder to write `sweep.json` to, and with matplotlib
@@ -113,7 +121,7 @@ def sweep(
     started = time.monotonic()
     processes.alone("`hf-tsv sweep`")
     refuse_not_installed("A sweep")
-    shares = [float(share) for share in rank_fractions]
+    shares = [float(share) for share in np.atleast_1d(rank_fraction)]
     if not shares or not all(0 < share <= 1 for share in shares):
         raise RecipeError(
             f"The shares of the rank are {shares}.", "Give numbers above 0 and up to 1."

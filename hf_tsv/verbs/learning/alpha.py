@@ -23,6 +23,7 @@ from hf_tsv.recipes.settings import Settings
 from hf_tsv.runs.lifecycle import underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
+from hf_tsv.system.device import AnyDevice
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.processes import Processes
 from hf_tsv.system.progress import logger
@@ -81,7 +82,7 @@ def tuned(
     work: Merge,
     wanted: AlphaSearch,
     access: Access,
-    device: str | None,
+    device: AnyDevice | None,
     group: Processes,
     progress: bool | None,
 ) -> Merge:
