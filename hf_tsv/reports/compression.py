@@ -59,3 +59,8 @@ class CompressReport(Report):
     device: str | None = None
     url: str | None = None
     dry_run: bool = False
+
+    @property
+    def report(self) -> CompressReport:
+        """Itself, so that a plan has its report where [`TaskFactors`] have theirs."""
+        return self

@@ -63,6 +63,7 @@ def compress(
     subfolder: str | None = None,
     stream: bool = False,
     report: bool = False,
+    dry_run: bool = False,
     progress: bool | None = None,
 ) -> TaskFactors:
     """Compress a fine-tuned CLIP checkpoint into task factors (TSV-Compress, section 4.3).
@@ -79,6 +80,7 @@ def compress(
         factor_dtype (`str`): `float32`, `bfloat16` or `float16`.
         compress_conv (`bool`): decompose the patch convolution as well.
         report (`bool`): put table and picture of what is kept into the card.
+        dry_run (`bool`): plan only; the result has a `report` and nothing else.
         push_to, max_shard_size, device, force, private, revision, create_pr, commit_message, token,
             cache_dir, subfolder, stream, progress: as in [`merge`].
 
@@ -114,6 +116,7 @@ def compress(
             target,
             device=device,
             access=Access.of(token, cache_dir, subfolder, stream=stream),
+            dry_run=dry_run,
             progress=progress,
         )
     except BaseException:
@@ -122,6 +125,11 @@ def compress(
         raise
     if owned is not None:
         done = replace(done, output=None)
+    if dry_run:
+        if owned is not None:
+            owned.rmdir()
+        planned: Any = done
+        return planned  # type: ignore[no-any-return]
     factors = TaskFactors.opened(pin(parse(str(Path(output).expanduser().absolute()))), done)
     if owned is not None:
         weakref.finalize(factors.pinned.files, shutil.rmtree, owned, ignore_errors=True)

@@ -125,6 +125,22 @@ def test_a_pipeline_is_made_as_transformers_makes_one(zoo: Path) -> None:
     assert made.task == "image-feature-extraction"
 
 
+def test_a_plan_of_a_compression_has_its_report(zoo: Path, tmp_path: Path) -> None:
+    options: Any = {"base_model": zoo / "base", "progress": False, "rank": 3}
+    plan = hf_tsv.compress(zoo / "vision", output=tmp_path / "f", dry_run=True, **options).report
+    assert plan is not None and plan.dry_run and not (tmp_path / "f").exists()
+    done = hf_tsv.compress(zoo / "vision", output=tmp_path / "f", **options).report
+    assert done is not None and 0 < (done.factors_bytes or 0) <= (plan.factors_bytes or 0)
+    alone = hf_tsv.compress(zoo / "vision", dry_run=True, **options).report
+    assert alone is not None and alone.output is None
+    adapter = hf_tsv.export_peft(zoo / "vision", dry_run=True, **options)
+    assert (
+        adapter.dry_run
+        and repr(adapter).startswith("CompressReport('")
+        and "dry run" in repr(adapter)
+    )
+
+
 def test_several_checkpoints_that_are_no_list() -> None:
     call: Any = hf_tsv.merge
     with pytest.raises(RecipeError, match=r"Write `merge\(\['org/a', 'org/b'\], …\)`\."):
@@ -180,6 +196,9 @@ hf_tsv.merge("org/a", dtype="fp16", device=torch.device("cpu"))
 factors = hf_tsv.compress("org/a", rank_fraction=0.1)
 assert factors.report is not None
 print(factors.report.checkpoint_bytes + 1, len(factors), list(factors), factors.weights["x"].rank)
+planned = hf_tsv.compress("org/a", dry_run=True).report
+assert planned is not None
+print(planned.checkpoint_bytes + 1)
 print(hf_tsv.export_peft("org/a", output="lora", dry_run=True).left_out)
 print(hf_tsv.reconstruct("me/f", output="full", dtype="bf16", device="auto").update_error + 1)
 print(hf_tsv.interference(["org/a", "org/b"]).total + 1)
@@ -210,7 +229,6 @@ def test_a_script_of_a_user_is_typed(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     lines = SCRIPT.splitlines()
-    wrong = [
-        lines[int(number) - 1] for number in re.findall(r"script\.py:(\d+): error", done.stdout)
-    ]
+    found = re.findall(r"script\.py:(\d+): error", done.stdout)
+    wrong = [lines[int(number) - 1] for number in found]
     assert wrong == lines[-5:], done.stdout + done.stderr
