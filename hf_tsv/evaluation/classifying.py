@@ -15,11 +15,12 @@ from hf_tsv.evaluation import prompt_heads, zero_shot
 from hf_tsv.evaluation.data import LabelledImages, load
 from hf_tsv.evaluation.finished import Finished
 from hf_tsv.evaluation.job import Evaluation, noted
+from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import pipeline
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.recipes.settings import current_versions
-from hf_tsv.system.device import AnyDevice, pick_device
+from hf_tsv.system.device import pick_device
 from hf_tsv.system.errors import HfTsvError
 from hf_tsv.system.processes import Processes
 from hf_tsv.system.progress import bar, logger

@@ -11,17 +11,5 @@ Precision = Literal["fast", "exact"]
 Orthogonalizer = Literal["procrustes", "whitening"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 AnyDtype = Union[Dtype, Literal["auto", "half", "fp16", "bf16", "fp32"], "torch.dtype"]
-
-DTYPES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-"""Other names of types."""
-
-
-def dtype_name(value: object) -> str | None:
-    """Our name of a `torch.dtype` or of an alias; None for "auto" and None, others as they are.
-
-    Example:
-        >>> dtype_name("bf16"), dtype_name("float32"), dtype_name("auto")
-        ('bfloat16', 'float32', None)
-    """
-    name = str(value).removeprefix("torch.")
-    return None if name in ("auto", "None") else DTYPES.get(name, name)
+AnyDevice = Union[str, int, "torch.device"]
+"""A device as torch names it, `auto`, the number of an accelerator, or -1 for the CPU."""

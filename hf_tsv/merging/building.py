@@ -18,6 +18,7 @@ from hf_tsv.checkpoints import companions
 from hf_tsv.checkpoints.sources import Access, Sources, open_sources
 from hf_tsv.checkpoints.storage.tensors import digest
 from hf_tsv.checkpoints.storage.writer import ShardWriter
+from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.merging import loading, pipeline
 from hf_tsv.merging.costs import operations, steps
 from hf_tsv.merging.findings import Finding, Findings
@@ -26,7 +27,7 @@ from hf_tsv.merging.work import Merge, Merged, diagnosed, refuse_unchanged
 from hf_tsv.runs import journal
 from hf_tsv.runs.lifecycle import Run
 from hf_tsv.system import processes
-from hf_tsv.system.device import AnyDevice, pick_device
+from hf_tsv.system.device import pick_device
 from hf_tsv.system.errors import CheckpointError, HfTsvError, LostProcessError, OutputError
 from hf_tsv.system.folders import disk_errors
 from hf_tsv.system.processes import Processes

@@ -16,9 +16,9 @@ from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.formats import heads
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
-from hf_tsv.linalg.choices import AnyDtype, Dtype, dtype_name
-from hf_tsv.system.checks import check_choice
-from hf_tsv.system.device import AnyDevice, pick_device
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype, Dtype
+from hf_tsv.system.checks import choice
+from hf_tsv.system.device import pick_device
 from hf_tsv.system.errors import CheckpointError, HfTsvError
 from hf_tsv.system.progress import others_silent
 from hf_tsv.system.text import first_line
@@ -92,8 +92,8 @@ def build(found: Found, dtype: AnyDtype | None, device: AnyDevice | None) -> Pre
     if found.model_class == "CLIPForImageClassification":
         state |= {name: found.item.head_tensor(name) for name in found.item.head}
     if not isinstance(dtype, torch.dtype | None):
-        check_choice("dtype", dtype_name(dtype), (None, *get_args(Dtype)))
-        dtype = getattr(torch, dtype_name(dtype) or "", None)
+        names = ("auto", *get_args(Dtype))
+        dtype = getattr(torch, choice("dtype", dtype, names), None)
     if dtype is None:
         stored = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
         widest = reduce(torch.promote_types, stored)

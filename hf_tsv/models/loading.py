@@ -14,10 +14,9 @@ from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.opening import format_of, open_base
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.checkpoints.sources import Access, fetched, open_sources
-from hf_tsv.linalg.choices import AnyDtype
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.models import building
 from hf_tsv.models.building import PIPELINES, Found, Kind
-from hf_tsv.system.device import AnyDevice
 from hf_tsv.system.errors import CheckpointError, RecipeError
 from hf_tsv.system.progress import visible_by_default
 from hf_tsv.system.text import one_of

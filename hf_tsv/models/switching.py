@@ -18,11 +18,10 @@ from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.reference import listed, task_name
 from hf_tsv.checkpoints.sources import Access, open_sources
-from hf_tsv.linalg.choices import AnyDtype
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.linalg.updates import TaskSingularVectors, Update
 from hf_tsv.models import building
 from hf_tsv.models.building import Found
-from hf_tsv.system.device import AnyDevice
 from hf_tsv.system.errors import CheckpointError, RecipeError
 from hf_tsv.system.progress import visible_by_default
 from hf_tsv.system.text import one_of

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hf_tsv.checkpoints import layout
-from hf_tsv.recipes.settings import Dtype, Settings, dtype_name, share
-from hf_tsv.system.checks import check_choice, check_counts, size_in_bytes
+from hf_tsv.recipes.settings import Dtype, Settings, share
+from hf_tsv.system.checks import check_counts, choice, size_in_bytes
 from hf_tsv.system.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -75,9 +75,11 @@ class Options:
     report: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factor_dtype", dtype_name(self.factor_dtype) or "float32")
-        check_choice("factor_dtype", self.factor_dtype, get_args(Dtype))
-        check_choice("format", self.format, get_args(FactorFormat))
+        for name, allowed in (
+            ("factor_dtype", get_args(Dtype)),
+            ("format", get_args(FactorFormat)),
+        ):
+            object.__setattr__(self, name, choice(name, getattr(self, name), allowed))
         most = size_in_bytes(self.max_shard_size, name="max_shard_size")
         if self.format == "factors" and (not self.dense or self.model_class is not None):
             raise RecipeError(

@@ -8,9 +8,8 @@ from typing import Literal, get_args
 from hf_tsv.checkpoints.names import Format
 from hf_tsv.linalg.choices import Dtype as Dtype  # noqa: PLC0414
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
-from hf_tsv.linalg.choices import dtype_name as dtype_name  # noqa: PLC0414
 from hf_tsv.methods.catalogue import METHODS, Method
-from hf_tsv.system.checks import check_choice, check_counts, check_number, size_in_bytes
+from hf_tsv.system.checks import check_counts, check_number, choice, size_in_bytes
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.text import shortened
 from hf_tsv.system.version import __version__
@@ -72,13 +71,15 @@ class Settings:
         return METHODS[self.method]
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, tuple(METHODS))
-        check_choice("orthogonalizer", self.orthogonalizer, get_args(Orthogonalizer))
-        check_choice("precision", self.precision, get_args(Precision))
-        check_choice("qkv", self.qkv, (None, *get_args(Qkv)))
-        check_choice("out_format", self.out_format, (None, *get_args(Format)))
-        object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        check_choice("dtype", self.dtype, (None, *get_args(Dtype)))
+        for name, allowed in {
+            "method": tuple(METHODS),
+            "orthogonalizer": get_args(Orthogonalizer),
+            "precision": get_args(Precision),
+            "qkv": (None, *get_args(Qkv)),
+            "out_format": (None, *get_args(Format)),
+            "dtype": (None, *get_args(Dtype)),
+        }.items():
+            object.__setattr__(self, name, choice(name, getattr(self, name), allowed))
         if self.alpha is None:
             object.__setattr__(self, "alpha", 1.0 if self.row.alpha is None else self.row.alpha)
         check_number("alpha", self.alpha)

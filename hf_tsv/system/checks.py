@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from fractions import Fraction
 from numbers import Real
+from typing import Any
 
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.text import shortened
@@ -37,11 +40,31 @@ def check_counts(**numbers: object) -> None:
             raise RecipeError(f"{name} is {shortened(number)}.", "Give a whole number from 1 on.")
 
 
-def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Refuse what is not one of the values allowed; `name` is what the error calls it."""
-    if value not in allowed:
-        choices = ", ".join(str(a) for a in allowed if a is not None)
-        raise RecipeError(f"{name} is {shortened(value)}.", f"Choose one of {choices}.")
+OTHER_NAMES = {
+    "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16",
+    "linear": "average",
+}  # fmt: skip
+"""Names of other tools for types and methods."""
+
+
+def choice(name: str, value: object, allowed: Sequence[object]) -> Any:
+    """One of the values allowed, by its own name or another one; `name` is for the error.
+
+    Example:
+        >>> choice("method", "task_arithmetic", ["tsv", "task-arithmetic"])
+        'task-arithmetic'
+    """
+    if value in allowed:
+        return value
+    names = [one for one in allowed if isinstance(one, str)]
+    text = str(value).removeprefix("torch.").lower()
+    text = OTHER_NAMES.get(text, text).replace("_", "-")
+    for one in names:
+        if one.replace("_", "-") == text:
+            return one
+    close = get_close_matches(text, names, 1)
+    hint = f"Did you mean {close[0]}?" if close else f"Choose one of {', '.join(names)}."
+    raise RecipeError(f"{name} is {shortened(value)}.", hint)
 
 
 def size_in_bytes(size: int | str, of: int | None = None, *, name: str = "size") -> int:

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from hf_tsv.system import processes
 from hf_tsv.system.errors import RecipeError
-from hf_tsv.system.text import one_of
-
-AnyDevice = str | int | torch.device
-"""A device as torch names it, `auto`, the number of an accelerator, or -1 for the CPU."""
 
 
-def pick_device(name: AnyDevice | None = None) -> torch.device:
-    """The device asked for; by default the one accelerate chooses: cuda, xpu, mps, else cpu."""
-    text = "auto" if name is None else str(name).strip().lower()
-    here = torch.accelerator.is_available()
-    if text == "auto" and not here:
+def available() -> list[str]:
+    """Names of the devices of this machine."""
+    kind = torch.accelerator.current_accelerator()
+    count = torch.accelerator.device_count() if kind is not None else 0
+    return ["cpu", *(f"{kind}:{number}" for number in range(count))]
+
+
+def pick_device(name: str | int | torch.device | None = None) -> torch.device:
+    """The device asked for, or the one accelerate chooses: cuda, xpu, mps, else cpu.
+
+    A number is that of an accelerator, −1 is the cpu, and None and `auto` leave the choice.
+    """
+    text = None if name in (None, "auto") else str(name)
+    if text is None and not torch.accelerator.is_available():
         return torch.device("cpu")  # a second before accelerate is loaded
-    if text == "auto" or (text == "cuda" and processes.launched() > 1):
+    if text is None or (text == "cuda" and processes.launched() > 1):
         from accelerate import PartialState
 
         return torch.device(PartialState().device)
-    kind = torch.accelerator.current_accelerator() if here else None
-    if text.isdecimal():
-        text = f"{kind.type if kind else 'cuda'}:{text}"
+    if re.fullmatch("-?[0-9]{1,4}", text):
+        text = "cpu" if text == "-1" else f"{torch.accelerator.current_accelerator()}:{text}"
     try:
-        device = torch.device("cpu" if text == "-1" else text)
+        device = torch.device(text)
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
-        count = torch.accelerator.device_count() if kind else 0
-        there = ["auto", "cpu", *(f"{kind.type}:{i}" for i in range(count) if kind)]
-        hint = f"Choose {one_of(there)}."
-        raise RecipeError(f"There is no device {name!r} here.", hint) from None
+        problem = f"There is no device {name!r} here."
+        raise RecipeError(problem, f"Choose auto, {', '.join(available())}.") from None
     return device

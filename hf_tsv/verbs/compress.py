@@ -22,7 +22,7 @@ from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, open_sources
 from hf_tsv.compression.building import Compressed, built, most_bytes, prepare
 from hf_tsv.compression.candidates import Compression, Measured
 from hf_tsv.compression.measuring import energy_curves
-from hf_tsv.linalg.choices import AnyDtype
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import cards, drawing, pictures
@@ -31,7 +31,7 @@ from hf_tsv.reports.kept import KeptSection
 from hf_tsv.runs.lifecycle import underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.device import AnyDevice, pick_device
+from hf_tsv.system.device import pick_device
 from hf_tsv.system.progress import logger
 from hf_tsv.verbs.factors import TaskFactors
 

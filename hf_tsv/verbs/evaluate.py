@@ -18,12 +18,12 @@ from hf_tsv.evaluation.classifying import Results, Scoring
 from hf_tsv.evaluation.data import refuse_not_installed
 from hf_tsv.evaluation.finished import Finished, finished_tasks
 from hf_tsv.evaluation.job import Evaluation, checked_folder, chosen
+from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.recipes.settings import current_versions
 from hf_tsv.reports.report import Report
 from hf_tsv.system import processes
 from hf_tsv.system.checks import check_counts
-from hf_tsv.system.device import AnyDevice
 from hf_tsv.system.errors import DataError, HfTsvError, RecipeError
 from hf_tsv.system.progress import logger, visible_by_default
 from hf_tsv.verbs import pictures

@@ -6,11 +6,10 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from hf_tsv.checkpoints.sources import Access
-from hf_tsv.linalg.choices import AnyDtype
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.reports.compression import CompressReport
 from hf_tsv.runs.target import Target
-from hf_tsv.system.device import AnyDevice
 from hf_tsv.verbs.compress import run
 
 

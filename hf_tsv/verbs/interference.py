@@ -19,6 +19,7 @@ from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.checkpoints.names import REPORT_FILE, REPORT_PAGE
 from hf_tsv.checkpoints.reference import listed
 from hf_tsv.checkpoints.sources import Access
+from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.merging.costs import steps
 from hf_tsv.merging.findings import Finding, Findings
 from hf_tsv.merging.pipeline import merge_weights
@@ -33,7 +34,7 @@ from hf_tsv.reports.pictures import of_interference
 from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.device import AnyDevice, pick_device
+from hf_tsv.system.device import pick_device
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.folders import absolute, check_output_folder, whole_folder
 from hf_tsv.system.progress import bar, logger

@@ -19,7 +19,7 @@ from hf_tsv.checkpoints.formats.task import Task, pinned_entry
 from hf_tsv.checkpoints.names import RECIPE_FILE, REPORT_FILE, Format
 from hf_tsv.checkpoints.reference import listed
 from hf_tsv.checkpoints.sources import Access, Sources
-from hf_tsv.linalg.choices import AnyDtype, Orthogonalizer, Precision
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype, Orthogonalizer, Precision
 from hf_tsv.merging.building import built, follow
 from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.masking import mask_bytes, mask_folders, write_masks
@@ -41,7 +41,6 @@ from hf_tsv.reports.merging import MergeReport
 from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.device import AnyDevice
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.progress import logger
 from hf_tsv.verbs.interference import refuse_nothing_decomposed, summary
@@ -153,6 +152,7 @@ def merge(
     if more:
         problem = "Several checkpoints are one argument, a list."
         raise RecipeError(problem, f"Write `merge({[checkpoints, *more]}, …)`.")
+    dtype = None if dtype == "auto" else dtype
     started = time.monotonic()
     access = Access.of(token, cache_dir, subfolder, stream=stream)
     with processes.joined() as group:

@@ -12,7 +12,7 @@ from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.task import pinned_entry
 from hf_tsv.checkpoints.names import RECONSTRUCTION_FILE
 from hf_tsv.checkpoints.sources import Access, Sources
-from hf_tsv.linalg.choices import AnyDtype
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.merging.building import built, follow
 from hf_tsv.merging.plan import lay_out, spec_of
 from hf_tsv.merging.work import Merge, Merged, prepare
@@ -22,7 +22,6 @@ from hf_tsv.reports.report import Report
 from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.device import AnyDevice
 from hf_tsv.system.version import __version__
 
 
@@ -104,6 +103,7 @@ def reconstruct(
         >>> import hf_tsv
         >>> hf_tsv.reconstruct("me/clip-sun397-tsv", output="full")  # doctest: +SKIP
     """
+    dtype = None if dtype == "auto" else dtype
     started = time.monotonic()
     access = Access.of(token, cache_dir, subfolder, stream=stream)
     with processes.joined() as group:

@@ -21,6 +21,7 @@ from hf_tsv.evaluation.data import load, refuse_not_installed
 from hf_tsv.evaluation.job import checked_folder, chosen, noted
 from hf_tsv.evaluation.zero_shot import accuracies
 from hf_tsv.linalg import products, updates
+from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.linalg.svd import SVD, truncated_svd
 from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import load_model, pipeline
@@ -30,7 +31,7 @@ from hf_tsv.reports.report import Report
 from hf_tsv.runs.reading import named
 from hf_tsv.system import processes
 from hf_tsv.system.checks import check_counts
-from hf_tsv.system.device import AnyDevice, pick_device
+from hf_tsv.system.device import pick_device
 from hf_tsv.system.errors import DataError, RecipeError
 from hf_tsv.system.progress import visible_by_default
 from hf_tsv.verbs import pictures

@@ -14,7 +14,6 @@ import torch
 
 import hf_tsv
 from hf_tsv import RecipeError
-from hf_tsv.linalg.choices import dtype_name
 from hf_tsv.methods.catalogue import METHODS, MethodName
 from hf_tsv.reports.report import Report
 from hf_tsv.system.device import pick_device
@@ -87,34 +86,29 @@ def test_results_are_tables() -> None:
 
 
 def test_names_of_devices() -> None:
-    for name in (None, "auto", "cpu", -1, "-1", torch.device("cpu"), "CPU "):
+    for name in (None, "auto", "cpu", -1, "-1", torch.device("cpu")):
         device = pick_device(name)
         assert device.type == "cpu" or torch.accelerator.is_available()
     if not torch.accelerator.is_available():
         for wrong in (0, "0", "cuda:1", "gpu"):
-            with pytest.raises(RecipeError, match=r"no device .* here\. Choose auto or cpu\."):
+            with pytest.raises(RecipeError, match=r"no device .* here"):
                 pick_device(wrong)
 
 
 def test_names_of_types(made: dict[str, Any], zoo: Path) -> None:
-    for name in ("bf16", "bfloat16", torch.bfloat16, "torch.bfloat16"):
-        assert dtype_name(name) == "bfloat16"
-    assert [dtype_name(name) for name in ("half", "fp16", "fp32", "auto", None, "int3")] == [
-        "float16", "float16", "float32", None, None, "int3",
-    ]  # fmt: skip
     options: Any = {"base_model": zoo / "base", "progress": False, "dry_run": True}
     sizes = {
         str(dtype): hf_tsv.merge(zoo / "vision", dtype=dtype, **options).output_bytes
         for dtype in ("auto", "fp32", torch.float16, "half")
     }
     assert sizes["auto"] == sizes["fp32"] > sizes["torch.float16"] == sizes["half"]
-    with pytest.raises(RecipeError, match="dtype is 'int3'"):
+    with pytest.raises(RecipeError, match=r"dtype.* '?int3"):
         hf_tsv.merge(zoo / "vision", dtype="int3", **options)
     factors = Path(str(made["factors"]))
     for dtype in ("fp16", torch.float16):
         model = hf_tsv.load_model(factors, base_model=zoo / "base", dtype=dtype, device=-1)
         assert model.dtype == torch.float16
-    with pytest.raises(RecipeError, match="dtype is 'int3'"):
+    with pytest.raises(RecipeError, match=r"dtype.* '?int3"):
         hf_tsv.load_model(factors, base_model=zoo / "base", dtype="int3")  # type: ignore[arg-type]
 
 

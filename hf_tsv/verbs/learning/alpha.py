@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_tsv.checkpoints.sources import Access
 from hf_tsv.evaluation.data import LabelledImages, load, refuse_not_installed
 from hf_tsv.evaluation.zero_shot import accuracies
+from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.merging.building import built
 from hf_tsv.merging.work import Merge, Merged, prepare
 from hf_tsv.models.building import ZERO_SHOT
@@ -23,7 +24,6 @@ from hf_tsv.recipes.settings import Settings
 from hf_tsv.runs.lifecycle import underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.device import AnyDevice
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.processes import Processes
 from hf_tsv.system.progress import logger
