@@ -1,7 +1,26 @@
-"""Merge and compress fine-tuned CLIP checkpoints with task singular vectors."""
+"""Merge and compress fine-tuned CLIP checkpoints with task singular vectors.
+
+Example:
+    >>> import hf_tsv
+    >>> hf_tsv.merge(["org/clip-a", "org/clip-b"], output="merged")  # doctest: +SKIP
+    >>> classify = hf_tsv.pipeline("zero-shot-image-classification", "merged")  # doctest: +SKIP
+
+Merging: `merge`, `interference` (what tasks do to one another), `evaluate`, `push`, `inspect`.
+Compressing: `compress` and `export_peft` (LoRA), `reconstruct`, `sweep` (accuracy by rank).
+Loading: `load_model`, `pipeline`, `TaskFactors`, `TaskSwitcher` (several tasks in one model).
+
+Functions return reports, whose `to_dict()` has all that the command line prints with `--json`.
+Errors are `HfTsvError`s with a `message` and a `hint`. Warnings are printed; what is being done,
+such as which base model was found, is printed after `logging.getLogger("hf_tsv").setLevel("INFO")`.
+`progress=False` hides bars. `help(hf_tsv.merge)` explains every argument.
+
+`from hf_tsv import *` leaves out `inspect` and `pipeline`, the names of a module of Python and a
+function of transformers.
+"""
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -76,15 +95,17 @@ _PUBLIC = {
 
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES.keys() - {"inspect", "pipeline"})  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import hf_tsv` stays cheap."""
     if name not in _HOMES:
         raise AttributeError(f"module 'hf_tsv' has no attribute {name!r}")
-    return getattr(import_module(f"hf_tsv.{_HOMES[name]}"), name)
+    with warnings.catch_warnings():  # bars are text in a notebook without ipywidgets
+        warnings.filterwarnings("ignore", "IProgress not found")
+        return getattr(import_module(f"hf_tsv.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(_HOMES)

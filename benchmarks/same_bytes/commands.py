@@ -229,7 +229,7 @@ API = {
     "load": """
 show("factors", hf_tsv.load_model("@compress/full-tsv"))
 show("vision", hf_tsv.load_model("%vision", base_model="%base", kind="image-feature-extraction"))
-show("head", hf_tsv.load_model("@heads/out", kind="image-classification", task="heads-a"))
+show("head", hf_tsv.load_model("@heads/out", kind="image-classification", head="heads-a"))
 """,
     "switch": """
 refs = ["@compress/full-tsv", "@compress-vision/vision-tsv"]
@@ -247,7 +247,7 @@ import PIL.Image
 image = PIL.Image.open("%pets/test/cat/0.png")
 classify = hf_tsv.pipeline("zero-shot-image-classification", "@merge-tsv/out")
 print(classify(image, candidate_labels=["cat", "dog"]))
-classify = hf_tsv.pipeline("image-classification", "@heads/out", task="heads-b")
+classify = hf_tsv.pipeline("image-classification", "@heads/out", head="heads-b")
 print(classify(image))
 """,
     "verbs": """

@@ -152,6 +152,16 @@ def block_and_kind(label: str) -> tuple[str, str]:
     return "other", label.removesuffix(".weight").rpartition("embeddings.")[2]
 
 
+def brief(label: str) -> str:
+    """Short name of a weight, for people who watch it.
+
+    Example:
+        >>> brief("vision_model.encoder.layers.3.mlp.fc1.weight"), brief("logit_scale")
+        ('vision 3 mlp.fc1', 'logit_scale')
+    """
+    return " ".join(block_and_kind(label)).removeprefix("other ")
+
+
 def kind_order(kind: str) -> tuple[int, str]:
     """Sort key of kinds of layers: those of a block in the order of computation, then others."""
     return KINDS.index(kind) if kind in KINDS else len(KINDS), kind

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
@@ -201,3 +202,8 @@ def card_license(card: Mapping[str, Any]) -> str | None:
     """Licence in the front matter of a card, if it is one identifier."""
     value = card.get("license")
     return value if isinstance(value, str) else None
+
+
+def listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
+    """Names as text; a single one is a list of one."""
+    return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names)]

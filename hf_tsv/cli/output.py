@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from hf_tsv.cli.groups import flag
 from hf_tsv.system.errors import HfTsvError, UsageError, debugging
 from hf_tsv.system.processes import LOST, is_leader
+from hf_tsv.system.progress import above_bars
 from hf_tsv.system.text import ARGUMENT, one_line, printable, redacted
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
@@ -27,7 +28,7 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 RED, GREEN, YELLOW, GREY = "1;31", "32", "33", "90"  # as the Hub client's command line has them
 
 NAMES = {
-    "checkpoints": "CHECKPOINTS", "output": "-o", "progress": "--quiet", "rank_fractions":
+    "checkpoints": "CHECKPOINTS", "output": "-o", "progress": "--quiet", "rank_fraction":
     "--rank-fraction", "references": "--reference", "tasks": "--task", "templates": "--template",
 }  # fmt: skip
 """Arguments whose option has another name."""
@@ -199,7 +200,8 @@ def _print_stderr(text: str, label: str = "", colour: str = "") -> None:
     Names from repositories may hold escape codes; a terminal must not act on them.
     """
     said = printable(as_options(text))
-    print(*filter(None, [_coloured(label, colour), said]), file=sys.stderr, flush=True)
+    with above_bars():
+        print(*filter(None, [_coloured(label, colour), said]), file=sys.stderr, flush=True)
 
 
 def _coloured(text: str, colour: str) -> str:

@@ -46,7 +46,7 @@ def push(
     if Path(repo_id).is_dir() and not Path(folder).exists():  # in the order of `hf upload`
         folder, repo_id = repo_id, folder
         out.status(f"The folder is {folder}, the repository {repo_id}.")
-    report = call(push_.push, (target, run, access), folder, repo_id)
+    report = call(push_.push, (target, run, access), folder, repo_id, progress=run.progress)
     out.delivered(report, _summary, _preview)
 
 

@@ -53,7 +53,7 @@ def sweep(
     from hf_tsv.verbs import sweep as sweep_
 
     groups = (images, source, compute, target, access)
-    own = {"rank_fractions": shares, "output": output, "progress": run.progress}
+    own = {"rank_fraction": shares, "output": output, "progress": run.progress}
     report = call(sweep_.sweep, groups, images.tasks, images.references, **own)
     out.result(_text(report), report.to_dict())
     if report.errors:

@@ -16,6 +16,7 @@ from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.fit import check_fit, config_warnings
 from hf_tsv.checkpoints.formats.description import ADAPTER_FORMAT, FORMAT, FactorsConfig, Origin
 from hf_tsv.checkpoints.formats.task import equals_base
+from hf_tsv.checkpoints.layout import brief
 from hf_tsv.checkpoints.names import FACTORS_CONFIG
 from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.compression.allocation import choose_ranks
@@ -90,8 +91,10 @@ def _compressed(
         journal.rewrite(work, (item.to_entry() for item in spool.held))
         if resumed:
             logger.info("Resuming: %d of %d weights are done.", len(spool.held), len(candidates))
-        left = len(candidates) - len(spool.held)
-        logger.info("Compressing %s of %s on %s.", counted(left, "weight"), source, device.type)
+        held = {item.candidate.name for item in spool.held}
+        left = [(brief(n), item.cost) for n, item in candidates.items() if n not in held]
+        told = counted(len(left), "weight"), source, device.type
+        logger.info("Compressing %s of %s on %s.", *told)
         with journal.Journal(work) as notes, bar("Decomposing", left, visible=show) as advance:
             measured, seconds = measure(job, spool, notes, device, advance)
         if not any(item.norm for item in measured):

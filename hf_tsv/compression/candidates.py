@@ -18,7 +18,7 @@ from hf_tsv.checkpoints.formats.task import Task, identity_entry
 from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.checkpoints.storage.tensors import Described, TensorSpec, byte_view
 from hf_tsv.compression import peft
-from hf_tsv.linalg import updates
+from hf_tsv.linalg import svd, updates
 from hf_tsv.linalg.updates import TaskSingularVectors, matrix_shape
 from hf_tsv.recipes.compressing import Options
 from hf_tsv.recipes.settings import current_versions
@@ -42,6 +42,15 @@ class Candidate:
     limit: int
     triplet_bytes: int
     dense_bytes: int | None
+
+    @property
+    def cost(self) -> float:
+        """Operations of reading and decomposing it, approximately."""
+        values = 2 * svd.PER_VALUE * math.prod(self.shape)
+        if not self.limit:
+            return values
+        rows, columns = matrix_shape(self.shape)
+        return values + svd.operations(rows, columns, self.limit)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from hf_tsv.evaluation import prompt_heads, zero_shot
 from hf_tsv.evaluation.data import LabelledImages, load
 from hf_tsv.evaluation.finished import Finished
 from hf_tsv.evaluation.job import Evaluation, noted
+from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import pipeline
 from hf_tsv.recipes.images import EvaluationTask
@@ -38,7 +39,7 @@ class Scoring:
     """Settings that every model and task of an evaluation shares."""
 
     job: Evaluation
-    device: str | None
+    device: AnyDevice | None
     access: Access
     show: bool
     group: Processes
@@ -46,11 +47,6 @@ class Scoring:
 
     def model(self, reference: str) -> Loaded:
         """Load a model with its tokenizer and image processor, in every process."""
-        from transformers.utils import logging
-
-        if not self.show:
-            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
         known: Any = {"token": self.access.token, "cache_dir": self.access.cache_dir}
         known |= {"base_model": self.job.base_model, "progress": self.show}
 

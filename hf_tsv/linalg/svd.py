@@ -43,11 +43,20 @@ SINGLE_CERTIFICATE = 1e-4  # in float32, the working precision of MPS
 # Measured: 0.03 for a spectrum of which half is flat and half zero.
 SMALLEST_SQUARE = 0.1
 
+PER_VALUE = 200.0
+"""Operations that reading, checking and adding one value count for."""
+
 # Entries of the matrices decomposed at a time: 0.5 GB. Eigenvectors take several times that.
 BATCH = 1 << 26
 
 # Largest exponent of the powers of two that matrices are divided by: their inverse is a number.
 EXPONENTS = 1022
+
+
+def operations(rows: int, columns: int, rank: int) -> float:
+    """Floating-point operations of the leading triplets of one matrix, approximately."""
+    short = min(rows, columns)
+    return rows * columns * short + 4.0 * short**3 + 4.0 * rows * columns * rank
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from hf_tsv.checkpoints import companions
 from hf_tsv.checkpoints.sources import Access, Sources, open_sources
 from hf_tsv.checkpoints.storage.tensors import digest
 from hf_tsv.checkpoints.storage.writer import ShardWriter
+from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.merging import loading, pipeline
-from hf_tsv.merging.costs import operations
+from hf_tsv.merging.costs import operations, steps
 from hf_tsv.merging.findings import Finding, Findings
 from hf_tsv.merging.plan import MergePlan
 from hf_tsv.merging.work import Merge, Merged, diagnosed, refuse_unchanged
@@ -47,7 +48,7 @@ class _Assignment:
 def built(
     run: Run,
     merge: Merge,
-    device_name: str | None,
+    device_name: AnyDevice | None,
     group: Processes,
     *,
     before: Callable[[Merge, Run, torch.device], Merge] | None = None,
@@ -95,7 +96,7 @@ def _check_inputs(merge: Merge, sources: Sources) -> None:
             item.head_tensor(name)
 
 
-def follow(group: Processes, device_name: str | None, access: Access) -> Any:
+def follow(group: Processes, device_name: AnyDevice | None, access: Access) -> Any:
     """Do this process's share of what the first one prepares, and return what that one reports."""
     message = group.receive()
     if not isinstance(message, _Assignment):
@@ -106,7 +107,7 @@ def follow(group: Processes, device_name: str | None, access: Access) -> Any:
 
 
 def _do_share(
-    assigned: _Assignment, rank: int, device_name: str | None, access: Access
+    assigned: _Assignment, rank: int, device_name: AnyDevice | None, access: Access
 ) -> HfTsvError | None:
     """Open what the first process has pinned, and work on it; returns what went wrong."""
     merge, work = assigned.merge, assigned.work
@@ -142,7 +143,8 @@ def _computed(
     logger.info("%s %s of %s on %s.", merge.verb, counted(len(left), "weight"), tasks, where)
     assigned = _Assignment(merge, work.absolute(), shares)
     group.send(assigned)
-    with bar(merge.verb, len(shares[0]), visible=run.show) as advance:
+    own = steps(weight for weight in left if weight.label in shares[0])
+    with bar(merge.verb, own, visible=run.show) as advance:
         error = _merge_share(assigned, 0, sources, device, advance)
     group.agree(error)
     findings = Findings(len(sources.inputs), _all_noted(plan, work, group.count))

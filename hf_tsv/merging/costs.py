@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from hf_tsv.checkpoints.layout import brief
+from hf_tsv.linalg import svd
 from hf_tsv.methods.interference import ROWS
 from hf_tsv.runs.reading import LITTLE
 from hf_tsv.system.errors import RecipeError
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
 EIGH = 9.0
 """Factor of n³ in the operations of a full symmetric eigendecomposition. Leading pairs take 4/3 n³
 at a third of the speed of a matrix product, hence 4 n³ in `operations`."""
-
-PER_VALUE = 200.0
-"""Operations that reading, checking and adding one value count for."""
 
 NOTED, NOTED_PAIR = 8_000, 64
 """Bytes held per weight for the whole run (header entry, plan, finding, line of the report), and
@@ -36,17 +35,21 @@ class Parallelism:
     ahead: bool = True
 
 
+def steps(weights: Iterable[Weight]) -> list[tuple[str, float]]:
+    """Short name and cost of each weight, for a bar."""
+    return [(brief(weight.label), operations(weight)) for weight in weights]
+
+
 def operations(weight: Weight) -> float:
     """Floating-point operations of a weight, approximately."""
     tasks = len(weight.inputs)
-    values = PER_VALUE * prod(weight.shape) * (tasks + 1)
+    values = svd.PER_VALUE * prod(weight.shape) * (tasks + 1)
     if weight.treatment != "decomposed":
         return values
     (m, n), columns = weight.shape, weight.rank * tasks
-    short, inner = min(m, n), min(columns, max(m, n))
-    truncation = m * n * short + 4 * short**3 + 4 * m * n * weight.rank
+    inner = min(columns, max(m, n))
     sides = sum(d * inner * min(d, inner) + EIGH * min(d, inner) ** 3 for d in (m, n))
-    return values + tasks * truncation + sides + 4 * m * n * columns
+    return values + tasks * svd.operations(m, n, weight.rank) + sides + 4 * m * n * columns
 
 
 def peak_memory(

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 GROUP = "hf_tsv.methods"
 """Group of the entry points by which other packages add methods."""
 
+MethodName = Literal[
+    "tsv", "ada", "low-rank", "orthogonal", "task-arithmetic", "average", "ties", "consensus",
+    "iso-c", "iso-cts", "tall-mask",
+]  # fmt: skip
+"""Names of our own methods; packages add more."""
+
 Treatment = Literal["decomposed", "averaged", "summed", "combined"]
 
 TREATMENTS: dict[str, Treatment] = {

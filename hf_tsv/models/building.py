@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,15 +16,20 @@ from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.formats import heads
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype, Dtype
+from hf_tsv.system.checks import choice
 from hf_tsv.system.device import pick_device
 from hf_tsv.system.errors import CheckpointError, HfTsvError
+from hf_tsv.system.progress import others_silent
 from hf_tsv.system.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-ZERO_SHOT = "zero-shot-image-classification"
-PIPELINES = {  # kinds of transformers pipelines that CLIP supports, and the class for each
+
+ZERO_SHOT: Final = "zero-shot-image-classification"
+Kind = Literal["zero-shot-image-classification", "image-feature-extraction", "image-classification"]
+PIPELINES: dict[str, str] = {  # pipelines of transformers that CLIP has, and their classes
     ZERO_SHOT: "CLIPModel",
     "image-feature-extraction": "CLIPVisionModel",
     "image-classification": "CLIPForImageClassification",
@@ -60,7 +65,7 @@ def check_head(item: Task, model_class: str) -> None:
         kept = heads.tasks_of(item) if item.description is None else []
         raise CheckpointError(
             f"{item} has no classification head, which image-classification needs.",
-            f"Choose one of its tasks with task=…: {', '.join(kept)}."
+            f"Choose one of its heads with `head=…`: {', '.join(kept)}."
             if kept
             else "Use zero-shot-image-classification with candidate_labels.",
         )
@@ -75,9 +80,7 @@ def check_parts(items: Sequence[Task], model_class: str) -> None:
         )
 
 
-def build(
-    found: Found, dtype: torch.dtype | None, device: str | torch.device | None
-) -> PreTrainedModel:
+def build(found: Found, dtype: AnyDtype | None, device: AnyDevice | None) -> PreTrainedModel:
     """Build the transformers model in evaluation mode, and close its files; see [`load_model`]."""
     import transformers
 
@@ -88,12 +91,16 @@ def build(
     }
     if found.model_class == "CLIPForImageClassification":
         state |= {name: found.item.head_tensor(name) for name in found.item.head}
+    if not isinstance(dtype, torch.dtype | None):
+        names = ("auto", *get_args(Dtype))
+        dtype = getattr(torch, choice("dtype", dtype, names), None)
     if dtype is None:
         stored = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-        dtype = reduce(torch.promote_types, stored)
+        widest = reduce(torch.promote_types, stored)
+        dtype = widest
     cls = getattr(transformers, found.model_class)
     model: PreTrainedModel
-    with understood(found.item):
+    with understood(found.item), others_silent():
         config = cls.config_class.from_dict(_class_config(found))
         _check_described(config, found)
         model, info = cls.from_pretrained(
@@ -108,7 +115,7 @@ def build(
     for item in (found.item, found.base):
         item.pinned.files.close()
     if device is not None:
-        torch.nn.Module.to(model, pick_device(str(device)))
+        torch.nn.Module.to(model, pick_device(device))
     return model
 
 

@@ -6,8 +6,6 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.fit import check_fit
 from hf_tsv.checkpoints.formats import heads
@@ -16,8 +14,9 @@ from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.opening import format_of, open_base
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.checkpoints.sources import Access, fetched, open_sources
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.models import building
-from hf_tsv.models.building import PIPELINES, Found
+from hf_tsv.models.building import PIPELINES, Found, Kind
 from hf_tsv.system.errors import CheckpointError, RecipeError, public
 from hf_tsv.system.progress import visible_by_default
 from hf_tsv.system.text import one_of
@@ -33,11 +32,11 @@ T = TypeVar("T", bound=Task)
 def load_model(  # noqa: PLR0913  (what users may ask for)
     reference: str | PathLike[str],
     *,
-    kind: str | None = None,
-    task: str | None = None,
+    kind: Kind | None = None,
+    head: str | None = None,
     base_model: str | PathLike[str] | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
+    dtype: AnyDtype | None = None,
+    device: AnyDevice | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     subfolder: str | None = None,
@@ -52,10 +51,12 @@ def load_model(  # noqa: PLR0913  (what users may ask for)
         reference (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
         kind (`str`, *optional*): kind of pipeline, which determines the class; default: the class
             of the checkpoint; for factors that of the base model, or of their task head.
-        task (`str`, *optional*): task whose head a classifier gets, from those beside a merge.
+        head (`str`, *optional*): name of the classifier's head, from those beside a merge.
         base_model (`str`, *optional*): default: the one named by the factors or the card.
-        dtype (`torch.dtype`, *optional*): default: the stored type, or one that holds all of them.
-        device (`str`, *optional*): default: cpu.
+        dtype (`torch.dtype` or `str`, *optional*): `"bfloat16"`, `"bf16"` and so on; default
+            and `"auto"`: the stored type, or one that holds all of them.
+        device (`str`, `int` or `torch.device`, *optional*): `"cuda:1"`, `0` (the first
+            accelerator), `-1` (the CPU), `"auto"` (the best there is); default: the CPU.
         token, cache_dir, subfolder, progress: as in [`merge`].
 
     Returns:
@@ -69,20 +70,19 @@ def load_model(  # noqa: PLR0913  (what users may ask for)
         >>> model = load_model("me/clip-sun397-tsv")  # doctest: +SKIP
     """
     access = Access.of(token, cache_dir, subfolder)
-    found = _find(reference, kind, task, base_model, access, progress, processor=False)
+    found = _find(reference, kind, head, base_model, access, progress, processor=False)
     return building.build(found, dtype, device)
 
 
 @public
 def pipeline(  # noqa: PLR0913  (what users may ask for)
-    kind: str,
-    /,
+    task: Kind,
     model: str | PathLike[str],
     *,
-    task: str | None = None,
+    head: str | None = None,
     base_model: str | PathLike[str] | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
+    dtype: AnyDtype | None = None,
+    device: AnyDevice | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     subfolder: str | None = None,
@@ -92,7 +92,7 @@ def pipeline(  # noqa: PLR0913  (what users may ask for)
     """Make a transformers pipeline from task factors, or from any CLIP checkpoint.
 
     Args:
-        kind (`str`): `zero-shot-image-classification`, `image-feature-extraction`, or
+        task (`str`): `zero-shot-image-classification`, `image-feature-extraction`, or
             `image-classification`.
         model (`str`): reference, as in [`load_model`], like all that follow it.
         base_model (`str`, *optional*): its processor and tokenizer are used if the repository has
@@ -113,7 +113,7 @@ def pipeline(  # noqa: PLR0913  (what users may ask for)
 
     given = {"image_processor", "tokenizer"} <= kwargs.keys()
     access = Access.of(token, cache_dir, subfolder)
-    found = _find(model, kind, task, base_model, access, progress, processor=not given)
+    found = _find(model, task, head, base_model, access, progress, processor=not given)
     with building.understood(found.processor):
         if "image_processor" not in kwargs:
             load: Any = transformers.AutoImageProcessor.from_pretrained  # without annotations
@@ -124,14 +124,14 @@ def pipeline(  # noqa: PLR0913  (what users may ask for)
             )
     loaded = building.build(found, dtype, device)
     make: Any = transformers.pipeline  # its overloads want a literal task
-    made: Pipeline = make(kind, model=loaded, device=loaded.device, **kwargs)
+    made: Pipeline = make(task, model=loaded, device=loaded.device, **kwargs)
     return made
 
 
 def _find(
     reference: str | PathLike[str],
     kind: str | None,
-    task: str | None,
+    head: str | None,
     base_model: str | PathLike[str] | None,
     access: Access,
     progress: bool | None,
@@ -140,16 +140,16 @@ def _find(
 ) -> Found:
     if kind is not None and kind not in PIPELINES:
         raise RecipeError(f"There is no CLIP pipeline {kind!r}.", f"Choose {one_of(PIPELINES)}.")
-    if task is not None:
-        kind = _kind_of_head(task, kind)
+    if head is not None:
+        kind = _kind_of_head(head, kind)
     text = fspath(reference)
     pinned = pin(parse(text, access.subfolder), token=access.token, cache_dir=access.cache_dir)
     form = format_of(pinned).task
     if not form.loads_as_model:
         raise CheckpointError(f"{pinned} {form.says}.", form.loading)
     wanted = None if kind is None else PIPELINES[kind]
-    item, base, model_class = _complete(pinned, task, wanted, processor=processor) or _on_base(
-        text, task, wanted, None if base_model is None else fspath(base_model), access
+    item, base, model_class = _complete(pinned, head, wanted, processor=processor) or _on_base(
+        text, head, wanted, None if base_model is None else fspath(base_model), access
     )
     own_processor = _has_processor(item, model_class)
     items = [item] if item is base else [item, base]
@@ -169,14 +169,14 @@ def _find(
 
 
 def _complete(
-    pinned: PinnedCheckpoint, task: str | None, wanted: str | None, *, processor: bool
+    pinned: PinnedCheckpoint, head: str | None, wanted: str | None, *, processor: bool
 ) -> tuple[Task, Checkpoint, str] | None:
     """A checkpoint that has everything, as its own base, and its class; None: it needs a base."""
     if not format_of(pinned).task.is_whole:
         return None
     whole = open_base(pinned)
     building.check_clip(whole)
-    whole = _headed(whole, task)
+    whole = _headed(whole, head)
     model_class = wanted or layout.saved_class(whole.model_config)
     lacking = processor and not _has_processor(whole, model_class)
     lacking = lacking or bool(building.missing_parts([whole], model_class))
@@ -184,7 +184,7 @@ def _complete(
 
 
 def _on_base(
-    text: str, task: str | None, wanted: str | None, base_text: str | None, access: Access
+    text: str, head: str | None, wanted: str | None, base_text: str | None, access: Access
 ) -> tuple[Task, Checkpoint, str]:
     """A fine-tune, its base model, and the class of the two."""
     sources = open_sources([text], base_text, access)
@@ -192,28 +192,26 @@ def _on_base(
     building.check_clip(item)
     check_fit(base, [item])
     model_class = wanted or item.model_class or layout.saved_class(base.model_config)
-    return _headed(item, task), base, model_class
+    return _headed(item, head), base, model_class
 
 
-def _kind_of_head(task: str, kind: str | None) -> str:
-    if task in PIPELINES:
-        raise RecipeError(
-            f"{task} is a kind of pipeline, not the task of a merge.", f"Write kind={task!r}."
-        )
+def _kind_of_head(head: str, kind: str | None) -> str:
+    if head in PIPELINES:
+        raise RecipeError(f"{head} is a kind of pipeline, not a head.", "Omit `head=`.")
     if kind not in (None, "image-classification"):
         raise RecipeError(
-            f"The head of the task {task!r} does image-classification, not {kind}.", "Omit `task=`."
+            f"The head {head!r} does image-classification, not {kind}.", "Omit `head=`."
         )
     return "image-classification"
 
 
-def _headed(item: T, task: str | None) -> T:
-    """Add the head of a task, if one is named."""
-    if task is None:
+def _headed(item: T, head: str | None) -> T:
+    """Add a head, if one is named."""
+    if head is None:
         return item
     if item.description is not None:
-        raise CheckpointError(f"{item} holds one task.", "Omit `task=`.")
-    return heads.with_head(item, task)
+        raise CheckpointError(f"{item} holds one task.", "Omit `head=`.")
+    return heads.with_head(item, head)
 
 
 def _has_processor(item: Task, model_class: str) -> bool:

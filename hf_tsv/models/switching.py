@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.fit import check_fit
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
-from hf_tsv.checkpoints.reference import task_name
+from hf_tsv.checkpoints.reference import listed, task_name
 from hf_tsv.checkpoints.sources import Access, open_sources
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.linalg.updates import TaskSingularVectors, Update
 from hf_tsv.models import building
 from hf_tsv.models.building import Found
@@ -27,6 +28,7 @@ from hf_tsv.system.text import one_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 Keep = Literal["memory", "disk"]
 
@@ -40,10 +42,13 @@ class TaskSwitcher:
     W0 is read again from the checkpoint `base`; without it a copy is kept of every weight that a
     task changes.
 
+    `tasks["a"]` activates a task and is the model; `len`, `in`, iteration and `keys()` are about
+    the names. A `with` block ends with the base model. Whoever knows PEFT: [`activate`] is
+    `set_adapter`, [`deactivate`] `disable_adapters`, `active` `active_adapter`.
+
     Example:
-        >>> tasks = TaskSwitcher.from_pretrained(["me/a-tsv", "me/b-tsv"])  # doctest: +SKIP
-        >>> tasks.activate("a")  # doctest: +SKIP
-        >>> tasks.model.get_image_features(pixel_values)  # doctest: +SKIP
+        >>> with TaskSwitcher.from_pretrained(["me/a-tsv", "me/b-tsv"]) as tasks:  # doctest: +SKIP
+        ...     tasks["a"].get_image_features(pixel_values)
     """
 
     def __init__(
@@ -79,8 +84,8 @@ class TaskSwitcher:
         base_model: str | PathLike[str] | None = None,
         model_class: str | None = None,
         keep: Keep = "memory",
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
+        dtype: AnyDtype | None = None,
+        device: AnyDevice | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
         progress: bool | None = None,
@@ -95,8 +100,8 @@ class TaskSwitcher:
                 base model.
             keep (`str`): source of the restored W0: a copy in `"memory"` of what tasks change, or
                 the base model's file on `"disk"`, slower and without the copy.
-            dtype (`torch.dtype`, *optional*): default: that of the stored base.
-            device (`str`, *optional*): default: cpu.
+            dtype (`torch.dtype` or `str`, *optional*): default: that of the stored base.
+            device (`str`, `int` or `torch.device`, *optional*): as in [`load_model`].
             token, cache_dir, progress: as in [`merge`].
 
         Raises:
@@ -138,6 +143,30 @@ class TaskSwitcher:
     def names(self) -> list[str]:
         """Names of the tasks."""
         return list(self._tasks)
+
+    def keys(self) -> list[str]:
+        """Names of the tasks, as those of a dictionary."""
+        return self.names
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __getitem__(self, task: str) -> PreTrainedModel:
+        """The model, with the weights of a task."""
+        self.activate(task)
+        return self.model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.deactivate()
+
+    def __repr__(self) -> str:
+        return f"TaskSwitcher({type(self.model).__name__}, {self.names}, active={self.active!r})"
 
     @torch.no_grad()
     @public
@@ -224,14 +253,13 @@ def _updates(
 def _named(
     references: Sequence[str | PathLike[str]] | Mapping[str, str | PathLike[str]],
 ) -> dict[str, str | PathLike[str]]:
-    references = [references] if isinstance(references, str | PathLike) else references
     if not references:
         raise RecipeError("There are no tasks to switch between.", "Name at least one.")
     if isinstance(references, Mapping):
         return dict(references)
     named: dict[str, str | PathLike[str]] = {}
-    for reference in references:
-        name = task_name(fspath(reference))
+    for reference in listed(references):
+        name = task_name(reference)
         if name in named:
             raise RecipeError(
                 f"{named[name]} and {reference} are both called {name!r}.",

@@ -93,6 +93,7 @@ def listed(
 
     If there is none, `nothing` is the message of the error.
     """
+    tasks = [tasks] if isinstance(tasks, str | EvaluationTask) else tasks
     named = [f"{n}={d}" for n, d in tasks.items()] if isinstance(tasks, Mapping) else tasks
     choices = {"templates": tuple(templates)} if templates else {}
     found = [

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from hf_tsv.checkpoints.names import Format
+from hf_tsv.linalg.choices import Dtype as Dtype  # noqa: PLC0414
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
 from hf_tsv.methods.catalogue import METHODS, Method
 from hf_tsv.system.checks import argument, check_counts, check_number, choice, size_in_bytes
@@ -15,7 +16,6 @@ from hf_tsv.system.text import counted, shortened
 from hf_tsv.system.version import __version__
 
 Qkv = Literal["split", "fused"]
-Dtype = Literal["float32", "float16", "bfloat16"]
 
 AVERAGED_BY_DEFAULT = ("text_projection.weight",)
 """The paper's code averages the text projection although it is a matrix; so do we."""

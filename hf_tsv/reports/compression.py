@@ -8,7 +8,7 @@ from typing import Any
 from hf_tsv.reports.report import Report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompressReport(Report):
     """Results of a compression, or with `dry_run` those it would have.
 
@@ -59,3 +59,8 @@ class CompressReport(Report):
     device: str | None = None
     url: str | None = None
     dry_run: bool = False
+
+    @property
+    def report(self) -> CompressReport:
+        """Itself, so that a plan has its report where [`TaskFactors`] have theirs."""
+        return self

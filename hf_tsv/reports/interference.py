@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_tsv.reports.report import Report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InterferenceReport(Report):
     """Measure of who disturbs whom.
 
@@ -39,6 +39,8 @@ class InterferenceReport(Report):
         device (`str`): type of device computed on.
     """
 
+    HEAT: ClassVar[bool] = True
+
     tasks: list[dict[str, Any]]
     base_model: dict[str, str | None]
     total: float
@@ -57,6 +59,11 @@ class InterferenceReport(Report):
     def to_json(self) -> str:
         """Content of `interference.json`."""
         return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    def table(self) -> list[list[str | float]]:
+        """Interference of every two tasks."""
+        names: list[str | float] = [task["name"] for task in self.tasks]
+        return [["", *names], *([n, *row] for n, row in zip(names, self.pairs, strict=True))]
 
     def extremes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Pairs of tasks that interfere most and least, of those that take part."""

@@ -8,7 +8,7 @@ from typing import Any
 from hf_tsv.reports.report import Report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport(Report):
     """Results of a merge, or with `dry_run` those it would have.
 

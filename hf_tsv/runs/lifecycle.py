@@ -59,7 +59,7 @@ class Run:
         folder = final_folder(self.target, identity)
         with waiting(folder):
             yield folder
-            self.url = push(folder, self.target, self.sources.access.token)
+            self.url = push(folder, self.target, self.sources.access.token, show=self.show)
 
 
 @contextmanager

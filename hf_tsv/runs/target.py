@@ -20,7 +20,7 @@ from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
 from hf_tsv.system import folders
 from hf_tsv.system.errors import OutputError, RepoError, UsageError
 from hf_tsv.system.folders import absolute, check_output_folder, disk_errors
-from hf_tsv.system.progress import logger
+from hf_tsv.system.progress import logger, others_silent
 
 UNPUSHED = Path(constants.HF_HOME) / "hf-tsv" / "unpushed"
 """Folder of results that are only to be uploaded, until their upload succeeds."""
@@ -150,13 +150,13 @@ def waiting(folder: Path) -> Iterator[None]:
             shutil.rmtree(folder.parent, ignore_errors=True)
 
 
-def push(folder: Path, target: Target, token: str | None) -> str | None:
+def push(folder: Path, target: Target, token: str | None, *, show: bool) -> str | None:
     """Upload a folder if the target is a repository; an error has the command to do so later."""
     if target.push_to is None:
         return None
     later = f"The result is complete in {folder}. Upload it with `{target.push_command(folder)}`."
     try:
-        return upload(folder, target, token)
+        return upload(folder, target, token, show=show)
     except RepoError as error:
         error.hint = f"{later} {error.hint or ''}".rstrip()
         raise
@@ -165,16 +165,17 @@ def push(folder: Path, target: Target, token: str | None) -> str | None:
         raise
 
 
-def upload(folder: Path, target: Target, token: str | None) -> str:
+def upload(folder: Path, target: Target, token: str | None, *, show: bool) -> str:
     """Upload a folder to a target's repository; give the address of the commit or pull request."""
     logger.info("Uploading to %s.", target.push_to)
-    return hub.push(
-        folder,
-        str(target.push_to),
-        hub.Names(MARKERS, OLD_WEIGHTS),
-        token=token,
-        private=target.private,
-        revision=target.revision,
-        create_pr=target.create_pr,
-        commit_message=target.commit_message,
-    )
+    with others_silent(visible=show):
+        return hub.push(
+            folder,
+            str(target.push_to),
+            hub.Names(MARKERS, OLD_WEIGHTS),
+            token=token,
+            private=target.private,
+            revision=target.revision,
+            create_pr=target.create_pr,
+            commit_message=target.commit_message,
+        )

@@ -22,6 +22,7 @@ from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, open_sources
 from hf_tsv.compression.building import Compressed, built, most_bytes, prepare
 from hf_tsv.compression.candidates import Compression, Measured
 from hf_tsv.compression.measuring import energy_curves
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import cards, drawing, pictures
@@ -50,10 +51,10 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
     budget: str | int | None = None,
-    dtype: str = "float32",
+    dtype: AnyDtype = "float32",
     compress_conv: bool = False,
     max_shard_size: int | str = Settings.max_shard_size,
-    device: str | None = None,
+    device: AnyDevice | None = None,
     force: bool = False,
     private: bool | None = None,
     revision: str | None = None,
@@ -64,6 +65,7 @@ def compress(
     subfolder: str | None = None,
     stream: bool = False,
     report: bool = False,
+    dry_run: bool = False,
     progress: bool | None = None,
 ) -> TaskFactors:
     """Compress a fine-tuned CLIP checkpoint into task factors (TSV-Compress, section 4.3).
@@ -80,6 +82,7 @@ def compress(
         dtype (`str` or `torch.dtype`): `float32`, `bfloat16` or `float16`.
         compress_conv (`bool`): decompose the patch convolution as well.
         report (`bool`): put table and picture of what is kept into the card.
+        dry_run (`bool`): plan only; the result has a `report` and nothing else.
         push_to, max_shard_size, device, force, private, revision, create_pr, commit_message, token,
             cache_dir, subfolder, stream, progress: as in [`merge`].
 
@@ -115,6 +118,7 @@ def compress(
             target,
             device=device,
             access=Access.of(token, cache_dir, subfolder, stream=stream),
+            dry_run=dry_run,
             progress=progress,
         )
     except BaseException:
@@ -123,6 +127,11 @@ def compress(
         raise
     if owned is not None:
         done = replace(done, output=None)
+    if dry_run:
+        if owned is not None:
+            owned.rmdir()
+        planned: Any = done
+        return planned  # type: ignore[no-any-return]
     factors = TaskFactors.opened(pin(parse(str(Path(output).expanduser().absolute()))), done)
     if owned is not None:
         weakref.finalize(factors.pinned.files, shutil.rmtree, owned, ignore_errors=True)
@@ -135,7 +144,7 @@ def run(
     options: Options,
     target: Target,
     *,
-    device: str | None = None,
+    device: AnyDevice | None = None,
     access: Access = DEFAULT_ACCESS,
     dry_run: bool = False,
     progress: bool | None = None,

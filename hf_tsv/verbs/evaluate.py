@@ -23,7 +23,8 @@ from hf_tsv.evaluation.job import (
     chosen,
     nothing_measured,
     refuse_no_card,
-)  # fmt: skip
+)
+from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.recipes.settings import current_versions
 from hf_tsv.reports.report import Report
@@ -34,9 +35,10 @@ from hf_tsv.system.progress import logger, visible_by_default
 from hf_tsv.verbs import pictures
 
 RESULTS_FILE = "evaluation.json"
+MEASURES = ("accuracy", "normalised")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluateReport(Report):
     """Accuracy of a model on tasks.
 
@@ -73,6 +75,14 @@ class EvaluateReport(Report):
     suite: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=current_versions)
 
+    def table(self) -> list[list[str | float]]:
+        """Accuracy of each task, and the share of its fine-tune's."""
+        rows: list[list[str | float]] = [
+            [name, *(f"{found[what]:.1%}" if what in found else "" for what in MEASURES)]
+            for name, found in self.tasks.items()
+        ]
+        return [["task", "accuracy", "of the fine-tune's"], *rows]
+
 
 @public
 def evaluate(
@@ -89,7 +99,7 @@ def evaluate(
     batch_size: int = 64,
     templates: Sequence[str] = (),
     base_model: str | PathLike[str] | None = None,
-    device: str | None = None,
+    device: AnyDevice | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     subfolder: str | None = None,

@@ -6,6 +6,7 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from hf_tsv.checkpoints.sources import Access
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.reports.compression import CompressReport
 from hf_tsv.runs.target import Target
@@ -24,10 +25,10 @@ def export_peft(
     rank: int | None = None,
     energy: float | None = None,
     budget: str | int | None = None,
-    dtype: str = "float32",
+    dtype: AnyDtype = "float32",
     dense: bool = True,
     model_class: str | None = None,
-    device: str | None = None,
+    device: AnyDevice | None = None,
     force: bool = False,
     private: bool | None = None,
     revision: str | None = None,
@@ -38,6 +39,7 @@ def export_peft(
     subfolder: str | None = None,
     stream: bool = False,
     report: bool = False,
+    dry_run: bool = False,
     progress: bool | None = None,
 ) -> CompressReport:
     """Compress a fine-tuned CLIP checkpoint into a LoRA adapter that PEFT loads without hf-tsv.
@@ -50,7 +52,7 @@ def export_peft(
         model_class (`str`, *optional*): the class it will be loaded into; default: that of the
             checkpoint.
         output, push_to, device, force, private, revision, create_pr, commit_message, token,
-            cache_dir, subfolder, stream, progress: as in [`merge`].
+            cache_dir, subfolder, stream, dry_run, progress: as in [`merge`].
 
     Returns:
         [`CompressReport`]: results; `left_out` names what an adapter has no place for.
@@ -79,5 +81,6 @@ def export_peft(
         target,
         device=device,
         access=Access.of(token, cache_dir, subfolder, stream=stream),
+        dry_run=dry_run,
         progress=progress,
     )

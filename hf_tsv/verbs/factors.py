@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from hf_tsv.checkpoints.formats.description import StoredWeight
 from hf_tsv.checkpoints.formats.factors import Factors, open_factors
 from hf_tsv.checkpoints.names import COMPRESSION, FACTORS_CONFIG
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.checkpoints.storage.files import LocalFiles
 from hf_tsv.hub import Wanted, download
+from hf_tsv.linalg.updates import Update
 from hf_tsv.reports import cards
 from hf_tsv.reports.compression import CompressReport
 from hf_tsv.reports.kept import KeptSection
@@ -21,15 +24,20 @@ from hf_tsv.runs.target import Target, upload
 from hf_tsv.system.errors import CheckpointError, public
 from hf_tsv.system.folders import whole_folder
 from hf_tsv.system.progress import visible_by_default
+from hf_tsv.system.text import human_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TaskFactors(Factors):
     """A compressed task: a handle on its files, which are read one weight at a time.
 
     Args:
-        report ([`CompressReport`], *optional*): of the compression that made them just now; the
-            others are those of [`Factors`].
+        report ([`CompressReport`], *optional*): of the compression that made them just now; None
+            after [`from_pretrained`], where `config` says how much is kept (`factors_bytes`,
+            `checkpoint_bytes`, `update_error`). The others are those of [`Factors`].
+
+    Like a dictionary it has names of weights (`len`, `in`, iteration, `keys()`), and
+    `factors[name]` reads an update; `weights` says of each how it is stored.
 
     Example:
         >>> factors = TaskFactors.from_pretrained("me/clip-sun397-tsv")  # doctest: +SKIP
@@ -38,6 +46,30 @@ class TaskFactors(Factors):
     """
 
     report: CompressReport | None = field(default=None, kw_only=True)
+
+    @property
+    def weights(self) -> Mapping[str, StoredWeight]:
+        """Form, rank, energy and bytes of every weight, by name."""
+        return self.config.weights
+
+    def keys(self) -> Iterable[str]:
+        """Names of the weights."""
+        return self.weights.keys()
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __getitem__(self, name: str) -> Update | None:
+        return self.update(name)
+
+    def __repr__(self) -> str:
+        size, whole = self.config.factors_bytes, self.config.checkpoint_bytes
+        share = f"{size / whole:.1%} of the checkpoint" if whole else "empty"
+        told = f"{str(self)!r}, {len(self)} weights, {human_bytes(size)}, {share}"
+        return f"TaskFactors({told})"
 
     @classmethod
     @public
@@ -105,16 +137,18 @@ class TaskFactors(Factors):
         create_pr: bool = False,
         commit_message: str | None = None,
         token: str | None = None,
+        progress: bool | None = None,
     ) -> str:
         """Upload the files and their card as one commit.
 
         Args:
             repo_id (`str`): `org/name`; created if needed.
-            private, revision, create_pr, commit_message, token: as in [`merge`].
+            private, revision, create_pr, commit_message, token, progress: as in [`merge`].
 
         Returns:
             `str`: address of the commit or pull request.
         """
+        show = visible_by_default() if progress is None else progress
         target = Target(None, repo_id, False, private, revision, create_pr, commit_message)
         target = target.checked(token, dry_run=False)
         for origin in (self.config.source, self.config.base_model):
@@ -124,7 +158,7 @@ class TaskFactors(Factors):
         with tempfile.TemporaryDirectory(prefix="hf-tsv-") as parent:
             folder = Path(parent) / "factors"
             self._copy(folder, target.push_to)
-            return upload(folder, target, token)
+            return upload(folder, target, token, show=show)
 
     def _copy(self, folder: Path, repo_id: str | None) -> None:
         files = self.pinned.files

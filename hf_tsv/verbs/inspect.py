@@ -34,7 +34,7 @@ OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT = "open_clip_config.json", "visual.conv1.weig
 LONGEST_TEXT = 200  # characters shown of a value from a configuration
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InspectReport(Report):
     """Content of a checkpoint, a merge, or task factors.
 

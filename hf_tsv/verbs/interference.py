@@ -17,13 +17,16 @@ from torch import Tensor
 from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.checkpoints.names import REPORT_FILE, REPORT_PAGE
+from hf_tsv.checkpoints.reference import listed
 from hf_tsv.checkpoints.sources import Access
+from hf_tsv.linalg.choices import AnyDevice
+from hf_tsv.merging.costs import steps
 from hf_tsv.merging.findings import Finding, Findings
 from hf_tsv.merging.pipeline import merge_weights
 from hf_tsv.merging.plan import MergePlan
 from hf_tsv.merging.work import Merge, Merged, diagnosed, prepare, refuse_unchanged
 from hf_tsv.methods.interference import RANK_SHARES
-from hf_tsv.recipes.settings import Settings, refuse_one_alone
+from hf_tsv.recipes.settings import Qkv, Settings, refuse_one_alone
 from hf_tsv.reports import drawing
 from hf_tsv.reports.interference import InterferenceReport
 from hf_tsv.reports.page import interference_page
@@ -40,7 +43,7 @@ from hf_tsv.system.text import counted
 
 @public
 def interference(
-    checkpoints: Sequence[str | PathLike[str]],
+    checkpoints: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
     base_model: str | PathLike[str] | None = None,
     output: str | Path | None = None,
@@ -48,8 +51,8 @@ def interference(
     rank: int | None = None,
     rank_fraction: float | None = None,
     exclude: str | Sequence[str] = Settings.exclude,
-    qkv: str | None = Settings.qkv,
-    device: str | None = None,
+    qkv: Qkv | None = Settings.qkv,
+    device: AnyDevice | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     subfolder: str | None = None,
@@ -86,8 +89,8 @@ def interference(
     processes.alone("`hf-tsv interference`")
     started = time.monotonic()
     globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    settings = Settings(rank=rank, rank_fraction=rank_fraction, exclude=globs, qkv=qkv)  # type: ignore[arg-type]
-    references = [fspath(reference) for reference in checkpoints]
+    settings = Settings(rank=rank, rank_fraction=rank_fraction, exclude=globs, qkv=qkv)
+    references = listed(checkpoints)
     refuse_one_alone(references)
     folder = None if output is None else absolute(Path(output))
     if folder is not None:
@@ -114,7 +117,7 @@ def _measured(run: Run, work: Merge, device: torch.device) -> Merged:
     weights, noted, tasks = work.plan.weights, list[Finding](), len(run.sources.inputs)
     told = counted(len(weights), "weight"), counted(tasks, "task"), device.type
     logger.info("Measuring %s of %s on %s.", *told)
-    with bar("Measuring", len(weights), visible=run.show) as advance:
+    with bar("Measuring", steps(weights), visible=run.show) as advance:
 
         def done(finding: Finding) -> None:
             noted.append(finding)

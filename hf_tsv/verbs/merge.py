@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 import torch
 
@@ -16,8 +16,10 @@ from hf_tsv.checkpoints.fit import check_whole_clip
 from hf_tsv.checkpoints.formats import heads
 from hf_tsv.checkpoints.formats.description import Origin
 from hf_tsv.checkpoints.formats.task import Task, pinned_entry
-from hf_tsv.checkpoints.names import RECIPE_FILE, REPORT_FILE
+from hf_tsv.checkpoints.names import RECIPE_FILE, REPORT_FILE, Format
+from hf_tsv.checkpoints.reference import listed
 from hf_tsv.checkpoints.sources import Access, Sources
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype, Orthogonalizer, Precision
 from hf_tsv.merging.building import built, follow
 from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.masking import mask_bytes, mask_folders, write_masks
@@ -30,8 +32,9 @@ from hf_tsv.merging.work import (
     recipe_of,
     refuse_no_heads,
 )
+from hf_tsv.methods.catalogue import MethodName
 from hf_tsv.recipes.recipe import Recipe
-from hf_tsv.recipes.settings import Settings, refuse_no_report
+from hf_tsv.recipes.settings import Qkv, Settings, refuse_no_report
 from hf_tsv.reports import cards, drawing, pictures
 from hf_tsv.reports.interference import InterferenceReport
 from hf_tsv.reports.merging import MergeReport
@@ -49,27 +52,27 @@ if TYPE_CHECKING:
 @public
 def merge(
     checkpoints: str | PathLike[str] | Sequence[str | PathLike[str]] = (),
-    *,
+    *more: Never,
     base_model: str | PathLike[str] | None = None,
     output: str | Path | None = None,
     push_to: str | None = None,
     recipe: str | Path | Recipe | None = None,
-    method: str = Settings.method,
+    method: MethodName | str = Settings.method,
     adaptation: Adaptation | None = None,
-    orthogonalizer: str = Settings.orthogonalizer,
-    precision: str = Settings.precision,
+    orthogonalizer: Orthogonalizer = Settings.orthogonalizer,
+    precision: Precision = Settings.precision,
     alpha: float | None = None,
     tune_alpha: AlphaSearch | None = None,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     rank_fraction: float | None = None,
     exclude: str | Sequence[str] = Settings.exclude,
-    qkv: str | None = Settings.qkv,
-    dtype: str | None = None,
+    qkv: Qkv | None = Settings.qkv,
+    dtype: AnyDtype | None = None,
     max_shard_size: int | str = Settings.max_shard_size,
-    out_format: str | None = None,
+    out_format: Format | None = None,
     keep_heads: bool = False,
-    device: str | None = None,
+    device: AnyDevice | None = None,
     force: bool = False,
     private: bool | None = None,
     revision: str | None = None,
@@ -112,12 +115,14 @@ def merge(
         exclude (`Sequence[str]`): globs of weights that are averaged instead.
         qkv (`str`, *optional*): `split` or `fused` attention projections; default: as the base
             stores them.
-        dtype (`str`, *optional*): of the output; default as the base.
+        dtype (`str` or `torch.dtype`, *optional*): `float32`, `float16` or `bfloat16`, also as
+            `"fp32"`, `"fp16"` or `"bf16"`; default and `"auto"`: as the base.
         max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
         out_format (`str`, *optional*): `transformers` or `open_clip`; default: as the base.
         keep_heads (`bool`): write the task heads beside the merged encoder, one file each, for
-            `hf_tsv.pipeline("image-classification", output, task=…)`.
-        device (`str`, *optional*): default: the one accelerate chooses.
+            `hf_tsv.pipeline("image-classification", output, head=…)`.
+        device (`str`, `int` or `torch.device`, *optional*): `"cuda:1"`, `0` (the first
+            accelerator), `-1` (the CPU); default and `"auto"`: the one accelerate chooses.
         force (`bool`): replace an output folder that hf-tsv wrote.
         private (`bool`, *optional*): make a new repository private.
         revision (`str`, *optional*): branch to push to.
@@ -145,6 +150,10 @@ def merge(
         >>> import hf_tsv
         >>> hf_tsv.merge(["org/clip-a", "org/clip-b"], output="merged")  # doctest: +SKIP
     """
+    if more:
+        problem = "Several checkpoints are one argument, a list."
+        raise UsageError(problem, f"Write `merge({[checkpoints, *more]}, …)`.")
+    dtype = None if dtype == "auto" else dtype
     started = time.monotonic()
     access = Access.of(token, cache_dir, subfolder, stream=stream)
     with processes.joined() as group:
@@ -152,7 +161,7 @@ def merge(
             done: MergeReport = follow(group, device, access)
             return done
         with group.leading():
-            references = _listed(checkpoints)
+            references = listed(checkpoints)
             base_ref = None if base_model is None else fspath(base_model)
             target = Target(
                 None if output is None else Path(output),
@@ -160,8 +169,8 @@ def merge(
             )  # fmt: skip
             settings = Settings(
                 method, orthogonalizer, alpha, rank, rank_fraction,  # type: ignore[arg-type]
-                tuple(_listed(exclude)), qkv, dtype, max_shard_size, precision,  # type: ignore[arg-type]
-                out_format, keep_heads,  # type: ignore[arg-type]
+                tuple(listed(exclude)), qkv, dtype, max_shard_size, precision,  # type: ignore[arg-type]
+                out_format, keep_heads,
             )  # fmt: skip
             named = references or base_ref is not None or weights is not None or subfolder
             chosen = settings != Settings() or adaptation is not None or tune_alpha is not None
@@ -226,11 +235,6 @@ def _learned(merge: Merge, run: Run, device: torch.device) -> Merge:
     from hf_tsv.verbs.learning.coefficients import adapted
 
     return adapted(merge, merge.adaptation, run, device)
-
-
-def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
-    """A single name where a list is expected is a list of one."""
-    return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names)]
 
 
 def _describe(folder: Path, done: Merged, target: Target) -> None:

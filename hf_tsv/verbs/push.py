@@ -26,10 +26,11 @@ from hf_tsv.runs import target as target_
 from hf_tsv.runs.target import Target, waiting
 from hf_tsv.system.errors import CheckpointError, OutputError, public
 from hf_tsv.system.folders import UNDER_CONSTRUCTION, absolute
+from hf_tsv.system.progress import visible_by_default
 from hf_tsv.system.text import counted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PushReport(Report):
     """Summary of an upload.
 
@@ -62,6 +63,7 @@ def push(
     commit_message: str | None = None,
     token: str | None = None,
     dry_run: bool = False,
+    progress: bool | None = None,
 ) -> PushReport:
     """Upload a finished folder that hf-tsv wrote, as one commit.
 
@@ -72,7 +74,7 @@ def push(
     Args:
         folder (`str`): output of a merge, a compression or a reconstruction.
         repo_id (`str`): repository to upload to; created if needed.
-        private, revision, create_pr, commit_message, token: as in [`merge`].
+        private, revision, create_pr, commit_message, token, progress: as in [`merge`].
         dry_run (`bool`): check the folder and the rights only.
 
     Returns:
@@ -86,6 +88,7 @@ def push(
         >>> hf_tsv.push("merged", "me/clip-abc")  # doctest: +SKIP
     """
     started = time.monotonic()
+    show = visible_by_default() if progress is None else progress
     place = absolute(Path(fspath(folder)))
     inputs = _check_finished(place)
     target = Target(None, repo_id, False, private, revision, create_pr, commit_message)
@@ -95,7 +98,7 @@ def push(
     url = None
     if not dry_run:
         with waiting(place):
-            url = target_.push(place, target, token)
+            url = target_.push(place, target, token, show=show)
     seconds, total = round(time.monotonic() - started, 3), sum(sizes.values())
     return PushReport(str(place), str(target.push_to), sizes, total, seconds, url, dry_run)
 

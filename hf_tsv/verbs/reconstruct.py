@@ -12,6 +12,7 @@ from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.task import pinned_entry
 from hf_tsv.checkpoints.names import RECONSTRUCTION_FILE
 from hf_tsv.checkpoints.sources import Access, Sources
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.merging.building import built, follow
 from hf_tsv.merging.plan import lay_out, spec_of
 from hf_tsv.merging.work import Merge, Merged, prepare
@@ -25,7 +26,7 @@ from hf_tsv.system.errors import public
 from hf_tsv.system.version import __version__
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReconstructReport(Report):
     """Account of a reconstruction, or with `dry_run` of what it would do.
 
@@ -67,9 +68,9 @@ def reconstruct(
     base_model: str | PathLike[str] | None = None,
     output: str | Path | None = None,
     push_to: str | None = None,
-    dtype: str | None = None,
+    dtype: AnyDtype | None = None,
     max_shard_size: int | str = Settings.max_shard_size,
-    device: str | None = None,
+    device: AnyDevice | None = None,
     force: bool = False,
     private: bool | None = None,
     revision: str | None = None,
@@ -90,8 +91,7 @@ def reconstruct(
     Args:
         factors (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
         base_model (`str`, *optional*): W0; default: the one the factors were made from.
-        dtype (`str`, *optional*): of the output; default as the base.
-        output, push_to, max_shard_size, device, force, private, revision, create_pr,
+        output, push_to, dtype, max_shard_size, device, force, private, revision, create_pr,
             commit_message, token, cache_dir, subfolder, stream, max_memory, dry_run, progress: as
             in [`merge`].
 
@@ -105,6 +105,7 @@ def reconstruct(
         >>> import hf_tsv
         >>> hf_tsv.reconstruct("me/clip-sun397-tsv", output="full")  # doctest: +SKIP
     """
+    dtype = None if dtype == "auto" else dtype
     started = time.monotonic()
     access = Access.of(token, cache_dir, subfolder, stream=stream)
     with processes.joined() as group:

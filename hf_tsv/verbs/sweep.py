@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from hf_tsv.evaluation.job import (
 )  # fmt: skip
 from hf_tsv.evaluation.zero_shot import accuracies
 from hf_tsv.linalg import products, updates
+from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.linalg.svd import SVD, truncated_svd
 from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import load_model, pipeline
@@ -44,7 +46,7 @@ RESULTS_FILE = "sweep.json"
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepReport(Report):
     """Accuracy of fine-tunes with shares of their singular values.
 
@@ -73,20 +75,27 @@ class SweepReport(Report):
     seconds: float
     versions: dict[str, str] = field(default_factory=current_versions)
 
+    def table(self) -> list[list[str | float]]:
+        """Accuracy of each task and of all, at every share and whole."""
+        found = {name: [*task["accuracies"], task["full"]] for name, task in self.tasks.items()}
+        found["mean"] = [*self.mean, self.full]
+        rows: list[list[str | float]] = [["task", *map("{:.0%}".format, self.fractions), "whole"]]
+        return rows + [[name, *map("{:.1%}".format, values)] for name, values in found.items()]
+
 
 @public
 def sweep(
     tasks: Mapping[str, str] | Sequence[str | EvaluationTask] = (),
     references: Mapping[str, str | PathLike[str]] | None = None,
     *,
-    rank_fractions: Sequence[float] = FRACTIONS,
+    rank_fraction: float | Sequence[float] = FRACTIONS,
     suite: str | None = None,
     base_model: str | PathLike[str] | None = None,
     output: str | Path | None = None,
     force: bool = False,
     limit: int | None = None,
     batch_size: int = 64,
-    device: str | None = None,
+    device: AnyDevice | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     progress: bool | None = None,
@@ -100,7 +109,7 @@ def sweep(
         tasks, suite, limit, batch_size: as in [`evaluate`].
         references (`Mapping[str, str]`, *optional*): the fine-tune of each task; default: those of
             the suite.
-        rank_fractions (`Sequence[float]`): shares of k = min(d_out, d_in).
+        rank_fraction (`float` or `Sequence[float]`): shares of k = min(d_out, d_in).
         base_model (`str`, *optional*): W0; default: that of the suite, else the one named in
             the fine-tunes' cards.
         output (`str` or `Path`, *optional*): folder to write `sweep.json` to, and with matplotlib
@@ -117,23 +126,18 @@ def sweep(
         >>> import hf_tsv
         >>> hf_tsv.sweep({"dtd": "tanganke/dtd"}, {"dtd": "org/clip-dtd"})  # doctest: +SKIP
     """
-    from transformers.utils import logging
-
     started = time.monotonic()
     processes.alone("`hf-tsv sweep`")
     refuse_not_installed("A sweep")
-    for value in rank_fractions:
-        share("rank_fractions", value)
-    fractions = sorted(set(map(float, rank_fractions)))
-    if not fractions:
-        raise UsageError("`rank_fractions=` is empty.", "Give numbers above 0 and up to 1.")
+    shares = [share("rank_fraction", value) for value in np.atleast_1d(rank_fraction)]
+    if not shares:
+        raise UsageError("`rank_fraction=` is empty.", "Give numbers above 0 and up to 1.")
+    fractions = sorted(set(shares))
     wanted = chosen(tasks, suite, references, base_model)
     refuse_no_fine_tune(wanted)
     check_counts(limit=limit, batch_size=batch_size)
     folder = checked_folder(output, RESULTS_FILE, force=force)
     show = visible_by_default() if progress is None else progress
-    if not show:
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     access = Access.of(token, cache_dir)
     run = _Run(fractions, wanted.base_model, access, pick_device(device), limit, batch_size, show)
     results: dict[str, dict[str, Any]] = {}

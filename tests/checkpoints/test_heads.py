@@ -89,7 +89,7 @@ def test_each_task_is_classified_with_its_own_head(
     """The same as transformers computes with the merged encoder under the fine-tune's head."""
     from transformers import AutoImageProcessor, CLIPForImageClassification
 
-    found = hf_tsv.pipeline(CLASSES, merged, task=task)(image(), top_k=None)
+    found = hf_tsv.pipeline(CLASSES, merged, head=task)(image(), top_k=None)
     folder = next(folder for folder in tasks if folder.name == task)
     model = clips.load(CLIPForImageClassification, folder).eval()
     encoder = {
@@ -103,7 +103,7 @@ def test_each_task_is_classified_with_its_own_head(
         scores = model(**inputs).logits.softmax(-1)[0]
     expected = dict(zip(LABELS[task], scores.tolist(), strict=True))
     assert {entry["label"]: pytest.approx(entry["score"]) for entry in found} == expected
-    loaded = hf_tsv.load_model(merged, task=task)
+    loaded = hf_tsv.load_model(merged, head=task)
     assert type(loaded).__name__ == "CLIPForImageClassification"
     assert list(loaded.config.id2label.values()) == LABELS[task]
 
@@ -132,7 +132,7 @@ def test_a_task_that_is_none(merged: Path, options: dict[str, str], said: str) -
 def test_a_merge_without_heads_says_how_to_get_them(zoo: Path, tmp_path: Path) -> None:
     hf_tsv.merge([zoo / "vision"], base_model=zoo / "base", output=tmp_path / "m")
     with pytest.raises(CheckpointError, match="--keep-heads"):
-        hf_tsv.load_model(tmp_path / "m", task="vision")
+        hf_tsv.load_model(tmp_path / "m", head="vision")
     done = run("merge", zoo / "vision", zoo / "flat", "--base-model", zoo / "base", "--keep-heads",
                "-o", tmp_path / "n")  # fmt: skip
     assert done.code == 1 and "No checkpoint has a task head" in done.err
@@ -184,7 +184,7 @@ def save(files: dict[str, bytes], folder: Path) -> Path:
 def test_heads_of_factors_and_of_adapters(zoo: Path, tasks: list[Path], tmp_path: Path) -> None:
     hf_tsv.compress(tasks[0], base_model=zoo / "base", output=tmp_path / "digits")
     with pytest.raises(CheckpointError, match="holds one task"):
-        hf_tsv.load_model(tmp_path / "digits", task="digits")
+        hf_tsv.load_model(tmp_path / "digits", head="digits")
     lora(tasks[1], tmp_path / "animals")
     report = hf_tsv.merge([tmp_path / "digits", tmp_path / "animals"], base_model=zoo / "base",
                           output=tmp_path / "m", keep_heads=True)  # fmt: skip
@@ -192,9 +192,9 @@ def test_heads_of_factors_and_of_adapters(zoo: Path, tasks: list[Path], tmp_path
     for name, labels in LABELS.items():
         kept = load_file(tmp_path / "m" / "heads" / f"{name}.safetensors")
         assert len(kept["classifier.bias"]) == len(labels)
-    model: Any = hf_tsv.load_model(tmp_path / "m", task="digits")
+    model: Any = hf_tsv.load_model(tmp_path / "m", head="digits")
     assert list(model.config.id2label.values()) == LABELS["digits"]
-    model = hf_tsv.load_model(tmp_path / "m", task="animals")  # PEFT keeps no labels
+    model = hf_tsv.load_model(tmp_path / "m", head="animals")  # PEFT keeps no labels
     assert list(model.config.id2label) == [0, 1, 2, 3, 4]
 
 
@@ -218,10 +218,10 @@ def test_a_damaged_head_is_refused(merged: Path) -> None:
     for config in (None, "{", "[]"):
         save_file(tensors, file, metadata=None if config is None else {"config": config})
         with pytest.raises(CheckpointError, match="does not say what its labels are"):
-            hf_tsv.load_model(merged, task="digits")
+            hf_tsv.load_model(merged, head="digits")
     file.write_bytes(content[:-4])
     with pytest.raises(CheckpointError, match="truncated"):
-        hf_tsv.load_model(merged, task="digits")
+        hf_tsv.load_model(merged, head="digits")
 
 
 def test_a_damaged_head_is_found_before_the_work(

@@ -621,7 +621,10 @@ def test_what_an_error_quotes_is_short_and_stays_on_its_line(
     assert all(c.isprintable() or c == "\n" for c in looked.out + looked.err)
 
 
-def test_a_bar_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_shows_names_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with bar("[red]one\x1b[31m[/red]\nHint", 2) as advance:
         advance(1, "[link=http://x]two\u202e[/nothing]")
     shown = capsys.readouterr().err

@@ -143,7 +143,7 @@ def test_the_head_of_a_masked_task(zoo: Path, tmp_path: Path) -> None:
     hf_tsv.merge([zoo / "classifier", zoo / "vision"], base_model=zoo / "base",
                  output=tmp_path / "m", method="tall-mask", keep_heads=True,
                  progress=False)  # fmt: skip
-    model = hf_tsv.load_model(tmp_path / "m" / "masks" / "classifier", task="classifier",
+    model = hf_tsv.load_model(tmp_path / "m" / "masks" / "classifier", head="classifier",
                               kind="image-classification", progress=False)  # fmt: skip
     kept = load_file(tmp_path / "m" / "heads" / "classifier.safetensors")
     assert torch.equal(model.state_dict()["classifier.weight"], kept["classifier.weight"])

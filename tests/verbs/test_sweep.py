@@ -66,7 +66,7 @@ def test_every_share_scores_as_its_own_checkpoint_does(
     zoo: Path, far: Path, images: Path, tmp_path: Path
 ) -> None:
     task = hf_tsv.EvaluationTask("blocks", str(images), templates=("{}",))
-    report = hf_tsv.sweep([task], {"blocks": far}, rank_fractions=FRACTIONS,
+    report = hf_tsv.sweep([task], {"blocks": far}, rank_fraction=FRACTIONS,
                           base_model=zoo / "base", progress=False)  # fmt: skip
     expected = []
     for i, fraction in enumerate(FRACTIONS):
@@ -82,7 +82,7 @@ def test_every_share_scores_as_its_own_checkpoint_does(
 
 
 def test_what_is_stored_is_counted_as_the_paper_does(zoo: Path, far: Path, images: Path) -> None:
-    report = hf_tsv.sweep({"blocks": str(images)}, {"blocks": far}, rank_fractions=[0.1, 1],
+    report = hf_tsv.sweep({"blocks": str(images)}, {"blocks": far}, rank_fraction=[0.1, 1],
                           base_model=zoo / "base", limit=3, progress=False)  # fmt: skip
     base = load_file(zoo / "base" / "model.safetensors")
     state = load_file(far / "model.safetensors")

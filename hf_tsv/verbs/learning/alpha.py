@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_tsv.checkpoints.sources import Access
 from hf_tsv.evaluation.data import LabelledImages, load, refuse_not_installed
 from hf_tsv.evaluation.zero_shot import accuracies
+from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.merging.building import built
 from hf_tsv.merging.work import Merge, Merged, prepare
 from hf_tsv.models.building import ZERO_SHOT
@@ -38,10 +39,6 @@ def search(
     Raises:
         [`HfTsvError`]: a dataset cannot be read, or the base model is no whole CLIP.
     """
-    from transformers.utils import logging
-
-    if not show:
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     base, device, reached = once.merge.base, once.device, once.sources.access
     access: Any = {"token": reached.token, "cache_dir": reached.cache_dir, "progress": False}
     pipe = pipeline(
@@ -85,7 +82,7 @@ def tuned(
     work: Merge,
     wanted: AlphaSearch,
     access: Access,
-    device: str | None,
+    device: AnyDevice | None,
     group: Processes,
     progress: bool | None,
 ) -> Merge:

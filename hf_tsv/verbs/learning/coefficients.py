@@ -24,6 +24,7 @@ from hf_tsv.evaluation.data import LabelledImages, load, refuse_not_installed
 from hf_tsv.linalg import products, updates
 from hf_tsv.linalg.updates import TaskSingularVectors
 from hf_tsv.merging import loading
+from hf_tsv.merging.costs import steps
 from hf_tsv.merging.plan import Weight
 from hf_tsv.merging.work import Merge
 from hf_tsv.methods.ada import Layer, orthonormal_vectors
@@ -73,14 +74,10 @@ def adapted(merge: Merge, adaptation: Adaptation, run: Run, device: torch.device
         [`HfTsvError`]: a dataset cannot be read, the base model has no processor, or the entropy
             is not finite.
     """
-    from transformers.utils import logging
-
     what = counted(len(adaptation.tasks), "task")
     logger.info("Learning coefficients on images of %s.", what)
     sources, show, token = run.sources, run.show, run.sources.access.token
     data = [_without_labels(load(task, token=token)) for task in adaptation.tasks]
-    if not show:
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     access: Any = {"token": token, "cache_dir": sources.access.cache_dir, "progress": show}
     pipe: Any = pipeline(ZERO_SHOT, merge.base, dtype=torch.float32, device=str(device), **access)
     pipe.model.requires_grad_(False)
@@ -127,7 +124,7 @@ def layers_of(
     found = []
     with (
         products.threads(merge.parallelism.threads),
-        bar("Orthogonalising", len(weights), visible=show) as advance,
+        bar("Orthogonalising", steps(weights), visible=show) as advance,
     ):
         for loaded in loading.read_weights(weights, merge, sources, device):
             if loaded.deltas and parameters.keys() >= set(_own_names(loaded.weight)):
