@@ -129,10 +129,11 @@ def sweep(
     started = time.monotonic()
     processes.alone("`hf-tsv sweep`")
     refuse_not_installed("A sweep")
-    shares = [share("rank_fraction", value) for value in np.atleast_1d(rank_fraction)]
-    if not shares:
+    for value in np.atleast_1d(rank_fraction):
+        share("rank_fraction", value)
+    fractions = sorted(set(map(float, np.atleast_1d(rank_fraction))))
+    if not fractions:
         raise UsageError("`rank_fraction=` is empty.", "Give numbers above 0 and up to 1.")
-    fractions = sorted(set(shares))
     wanted = chosen(tasks, suite, references, base_model)
     refuse_no_fine_tune(wanted)
     check_counts(limit=limit, batch_size=batch_size)
