@@ -18,7 +18,7 @@ from hf_tsv.checkpoints.opening import format_of, open_base, open_task, without_
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, Reference, at_revision, parse, pin
 from hf_tsv.checkpoints.storage.ahead import AHEAD_BYTES, AheadFiles, Connections
 from hf_tsv.checkpoints.storage.files import Files, LocalFiles
-from hf_tsv.system.errors import CheckpointError, HfTsvError
+from hf_tsv.system.errors import CheckpointError, HfTsvError, RecipeError
 from hf_tsv.system.folders import check_free_space, local_kind
 from hf_tsv.system.progress import logger
 from hf_tsv.system.text import human_bytes
@@ -177,7 +177,12 @@ def open_sources(
     inputs = tuple(next(found) if item is None else item for item in opened)
     if only_factors:
         _refuse_others(tasks, inputs)
-    warnings = _check_distinct(tasks, base_pin)
+    _refuse_twice(tasks, base_pin)
+    warnings: list[str] = []
+    if base_reference is not None:
+        said = {str(item): item.says_base() for item in inputs}
+        names = {item: one.names for item, one in said.items() if not one.made_with}
+        warnings = base_model.contradicted(names, base_pin, _parents(pinned))
     return Sources(base(), inputs, access, tuple(warnings))
 
 
@@ -203,19 +208,13 @@ def _inferred_base(
 ) -> str:
     """Reference of the base model that cards, configs and factors agree on."""
 
-    def parents(name: str) -> list[str]:
-        try:
-            return base_model.named_by(pinned(parse(f"hf://{name}")))
-        except HfTsvError:  # gone, private, or a folder elsewhere: it says nothing
-            return []
-
     def said_by(pair: tuple[PinnedCheckpoint, Task | None]) -> SaidBase:
         task, item = pair
         return format_of(task).says_base(task) if item is None else item.says_base()
 
     said = in_parallel(said_by, zip(tasks, opened, strict=True))
     names = {str(task): one.names for task, one in zip(tasks, said, strict=True)}
-    found, speakers = base_model.infer(names, parents)
+    found, speakers = base_model.infer(names, _parents(pinned))
     logger.info("Base model: %s, named by %s.", found, ", ".join(speakers))
     revisions = {one.revision for one in said if one.made_with and found in one.names}
     if None in revisions:  # factors of a folder: the same one must be here
@@ -227,17 +226,29 @@ def _inferred_base(
     return f"hf://{at_revision(found, revision)}"
 
 
-def _check_distinct(tasks: Sequence[PinnedCheckpoint], base: PinnedCheckpoint) -> list[str]:
-    """An input that is the base is an error; one that is given twice a warning."""
+def _parents(pinned: Callable[[Reference], PinnedCheckpoint]) -> Callable[[str], list[str]]:
+    """Look-up of the base models that a repository names."""
+
+    def parents(name: str) -> list[str]:
+        try:
+            return base_model.named_by(pinned(parse(f"hf://{name}")))
+        except HfTsvError:  # gone, private, or a folder elsewhere: it says nothing
+            return []
+
+    return parents
+
+
+def _refuse_twice(tasks: Sequence[PinnedCheckpoint], base: PinnedCheckpoint) -> None:
+    """Refuse an input that is the base, or that is given twice."""
 
     def identity(item: PinnedCheckpoint) -> tuple[str, str | None]:
         return (str(Path(item.ref).resolve()) if item.is_local else item.ref, item.revision)
 
-    warnings, seen = [], set()
+    seen = set()
     for item in tasks:
         if identity(item) == identity(base):
             raise equals_base(str(item), str(base))
         if identity(item) in seen:
-            warnings.append(f"{item} is given twice; leave one out.")
+            hint = "Leave one out; a larger weight counts a task more."
+            raise RecipeError(f"{item} is given twice.", hint)
         seen.add(identity(item))
-    return warnings

@@ -95,10 +95,11 @@ def compress(
     if not checkpoint:
         raise RecipeError("There is nothing to compress.", "Name a checkpoint.")
     rule, size = RankRule(**vars(keep)), files.shard_size
+    more = {"report": report, "allow_other_base": source.allow_other_base}
     done = compress_.run(
         checkpoint,
         source.base_model,
-        Options(rule, **vars(store), max_shard_size=size, report=report),
+        Options(rule, **vars(store), max_shard_size=size, **more),  # type: ignore[arg-type]
         Target(**vars(target)),
         device=compute.device,
         access=Access.of(**vars(access), subfolder=source.subfolder),

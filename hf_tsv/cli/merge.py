@@ -158,7 +158,7 @@ def _learned(how: MethodOptions, learning: LearningOptions) -> dict[str, Any]:
 
 
 def _summary(report: MergeReport) -> str:
-    counts = ", ".join(f"{count} {name}" for name, count in report.weights.items())
+    counts = ", ".join(f"{count} {name}" for name, count in report.weights.items() if count)
     lines = [
         f"Merged {len(report.inputs)} checkpoints in {report.seconds:.1f} s:"
         f" {counts}; {human_bytes(report.output_bytes)}."
@@ -180,7 +180,7 @@ def _summary(report: MergeReport) -> str:
 def _preview(report: MergeReport) -> str:
     rows = [("base model", pinned(report.base_model))]
     rows += [(f"task {i}", pinned(entry)) for i, entry in enumerate(report.inputs, start=1)]
-    rows += [(name, f"{count} tensors") for name, count in report.weights.items()]
+    rows += [(name, f"{count} tensors") for name, count in report.weights.items() if count]
     rows += [("head", f"{file}, of {name}") for file, name in report.heads.items()]
     if report.masks:
         rows.append(("masks", f"{human_bytes(report.mask_bytes)} at most"))

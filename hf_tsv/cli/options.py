@@ -39,6 +39,9 @@ class SourceOptions:
         "Where the checkpoints lie in their repositories or folders; the same as org/name/DIR."
         " Does not apply to the base model.",
     ] = None
+    allow_other_base: Annotated[
+        bool, "Go on although an update is as large as that of a fine-tune of another model."
+    ] = False
 
 
 @dataclass(frozen=True)

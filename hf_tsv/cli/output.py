@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
-from hf_tsv.system.errors import HfTsvError
+from hf_tsv.system.errors import HfTsvError, debugging
 from hf_tsv.system.processes import LOST, is_leader
 from hf_tsv.system.text import one_line, printable, redacted
 
@@ -151,7 +151,7 @@ def guarded() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(TURN)
             _leave(EXIT_ERROR)
-        if os.environ.get("HF_DEBUG", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        if debugging():
             raise
         _fail(error.message, error.hint)
     except MemoryError:

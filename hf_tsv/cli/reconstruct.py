@@ -23,7 +23,7 @@ def reconstruct(
         str, "FACTORS", "Task factors: org/name, org/name@revision, or a local folder."
     ],
     *,
-    source: options.SourceOptions,
+    source: Annotated[options.SourceOptions, Only("base_model", "subfolder")],
     target: options.TargetOptions,
     files: options.FileOptions,
     compute: Annotated[options.ComputeOptions, Only("device", "max_memory")],

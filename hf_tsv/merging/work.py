@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_tsv.checkpoints import companions
+from hf_tsv.checkpoints.fit import OTHER_BASE, other_base
 from hf_tsv.checkpoints.formats import heads
 from hf_tsv.checkpoints.formats.task import Task, distinct_names, equals_base, identity_entry
 from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, Sources, open_sources
@@ -50,6 +51,7 @@ class Merge:
         coefficients (`dict[str, tuple[float, ...]]`): factor of each task by weight, for the method
             ada; `adaptation` says how they are learned, or were.
         tuning ([`AlphaSearch`], *optional*): how α was chosen.
+        allow_other_base (`bool`): merge even what seems to be fine-tuned from another model.
     """
 
     references: tuple[str, ...]
@@ -69,6 +71,7 @@ class Merge:
     coefficients: dict[str, tuple[float, ...]] = field(default_factory=dict)
     adaptation: Adaptation | None = None
     tuning: AlphaSearch | None = None
+    allow_other_base: bool = False
 
     def within(self, max_memory: int | str | None, sources: Sources) -> Merge:
         """The same merge with as much parallelism as the memory of this process allows."""
@@ -127,8 +130,16 @@ def diagnosed(merge: Merge, sources: Sources, device: torch.device, findings: Fi
     """The merge with what its weights showed; tells what is odd about the inputs."""
     found = diagnoses(sources.inputs, merge.scales, merge.plan, findings)
     for diagnosis in found:
+        for item in (sources.inputs[i] for i in diagnosis.tasks if _is_other_base(diagnosis)):
+            if item.is_whole and not merge.allow_other_base:
+                raise other_base(item, sources.base, diagnosis.value)
+    for diagnosis in found:
         logger.warning(diagnosis.text)
     return Merged(merge, sources, device, findings, tuple(found))
+
+
+def _is_other_base(diagnosis: Diagnosis) -> bool:
+    return diagnosis.kind == "other-base" and diagnosis.value >= OTHER_BASE
 
 
 def prepare(
@@ -161,11 +172,15 @@ def prepare(
     if not any(scales):
         raise RecipeError("Every weight is 0.", "Give at least one task a weight.")
     sources = open_sources(checkpoints, base_ref, access, only_factors=only_factors)
+    for warning in sources.warnings:  # what they say may explain why the plan is refused
+        logger.warning(warning)
     settings = resolved(sources.base, settings)
     plan = make_plan(sources.base, sources.inputs, settings)
     missing = companions.warnings(sources.base) if writes else []
-    found = [*warnings, *sources.warnings, *plan.warnings, *missing]
-    for warning in found:
+    if len(checkpoints) == 1 and sources.inputs[0].is_whole and settings.alpha == 1:
+        logger.info("%s is the only checkpoint: it is not merged with another.", *sources.inputs)
+    later = [*warnings, *_alpha_warnings(settings.alpha), *plan.warnings, *missing]
+    for warning in later:
         logger.warning(warning)
     merge = Merge(
         references=tuple(pinned_text(item.pinned) for item in sources.inputs),
@@ -173,10 +188,17 @@ def prepare(
         scales=tuple(map(float, scales)),
         settings=settings,
         plan=plan,
-        warnings=tuple(found),
+        warnings=(*sources.warnings, *later),
         expected=(None,) * (len(checkpoints) + 1),
     )
     return merge, sources
+
+
+def _alpha_warnings(alpha: float) -> list[str]:
+    """Warnings about values of α that work, and are rarely meant."""
+    if alpha == 0:
+        return ["α is 0: the result is the base model."]
+    return [f"α is {alpha:g}: the updates are subtracted."] if alpha < 0 else []
 
 
 def refuse_unchanged(plan: MergePlan, sources: Sources) -> None:

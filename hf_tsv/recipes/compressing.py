@@ -73,6 +73,7 @@ class Options:
     model_class: str | None = None
     max_shard_size: int | str = Settings.max_shard_size
     report: bool = False
+    allow_other_base: bool = False
 
     def __post_init__(self) -> None:
         check_choice("factor_dtype", self.factor_dtype, get_args(Dtype))

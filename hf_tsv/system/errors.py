@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+
+def debugging() -> bool:
+    """Tell whether all details are asked for: `HF_DEBUG=1`, as the Hub client reads it."""
+    return os.environ.get("HF_DEBUG", "").upper() in {"1", "ON", "YES", "TRUE"}
+
 
 class HfTsvError(Exception):
     """A problem the user can do something about.

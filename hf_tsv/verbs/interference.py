@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_tsv.checkpoints.fit import refuse_other_base
 from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.checkpoints.names import REPORT_FILE, REPORT_PAGE
@@ -47,6 +48,7 @@ def interference(
     rank_fraction: float | None = None,
     exclude: str | Sequence[str] = Settings.exclude,
     qkv: str | None = Settings.qkv,
+    allow_other_base: bool = False,
     device: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -69,7 +71,8 @@ def interference(
         exclude (`Sequence[str]`): globs of weights that a merge would average.
         qkv (`str`, *optional*): `split` or `fused` attention projections; default: as the base
             stores them.
-        device, token, cache_dir, subfolder, stream, max_memory, progress: as in [`merge`].
+        allow_other_base, device, token, cache_dir, subfolder, stream, max_memory, progress: as in
+            [`merge`].
 
     Returns:
         [`InterferenceReport`]: all of it.
@@ -98,10 +101,14 @@ def interference(
     work, sources = prepare(references, base_ref, None, settings, access, writes=False)
     refuse_nothing_decomposed(work.plan, sources.inputs)
     with underway(sources, Target(folder), progress) as run:
-        work = replace(work, measure=True).within(max_memory, sources)
+        work = replace(work, measure=True, allow_other_base=allow_other_base).within(
+            max_memory, sources
+        )
         place = pick_device(device)
         run.fetch()
         refuse_unchanged(work.plan, run.sources)
+        if not allow_other_base:
+            refuse_other_base(run.sources.base, run.sources.inputs)
         measured = _measured(run, work, place)
     report = summary(measured, time.monotonic() - started)
     if folder is not None:

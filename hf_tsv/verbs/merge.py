@@ -68,6 +68,7 @@ def merge(
     max_shard_size: int | str = Settings.max_shard_size,
     out_format: str | None = None,
     keep_heads: bool = False,
+    allow_other_base: bool = False,
     device: str | None = None,
     force: bool = False,
     private: bool | None = None,
@@ -116,6 +117,8 @@ def merge(
         out_format (`str`, *optional*): `transformers` or `open_clip`; default: as the base.
         keep_heads (`bool`): write the task heads beside the merged encoder, one file each, for
             `hf_tsv.pipeline("image-classification", output, task=…)`.
+        allow_other_base (`bool`): merge even checkpoints that are so far from the base model (half
+            its norm) that they seem to be fine-tunes of another.
         device (`str`, *optional*): default: the one accelerate chooses.
         force (`bool`): replace an output folder that hf-tsv wrote.
         private (`bool`, *optional*): make a new repository private.
@@ -188,7 +191,9 @@ def merge(
             refuse_no_heads(work.settings, sources.inputs)
             if report:
                 _refuse_no_report(work, sources)
-            work = replace(work, measure=report).within(max_memory, sources)
+            allowed = allow_other_base or work.allow_other_base
+            work = replace(work, measure=report, allow_other_base=allowed)
+            work = work.within(max_memory, sources)
             if tune_alpha is not None and not dry_run:
                 target.refuse_inputs([item.pinned for item in sources.all()])
                 work = tuned(work, tune_alpha, sources.access, device, group, progress)

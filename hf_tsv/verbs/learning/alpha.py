@@ -102,6 +102,7 @@ def tuned(
         work.references, work.base, work.scales, settings, replace(access, subfolder=None),
         writes=False,
     )  # fmt: skip
+    once = replace(once, allow_other_base=work.allow_other_base)
     once = once.within(work.max_memory, sources)
     with (
         underway(sources, Target(), progress) as run,
