@@ -48,6 +48,8 @@ class Access:
 
 DEFAULT_ACCESS = Access()
 
+LEVELS = 3  # folders above a task in which the folder of its base model is looked for
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -217,11 +219,14 @@ def _inferred_base(
     found, speakers = base_model.infer(names, _parents(pinned))
     logger.info("Base model: %s, named by %s.", found, ", ".join(speakers))
     revisions = {one.revision for one in said if one.made_with and found in one.names}
-    if None in revisions:  # factors of a folder: the same one must be here
-        if local_kind(found) != "folder":
+    if None in revisions:  # factors of a folder: the same one must be here, or beside them
+        near = [Path(task.ref).absolute() for task in tasks if task.is_local]
+        beside = [str(up / found) for path in near for up in path.parents[:LEVELS]]
+        places = [place for place in (found, *beside) if local_kind(place) == "folder"]
+        if not places:
             problem = f"{speakers[0]} was made with the folder {found}, which is not here."
-            raise CheckpointError(problem, "Name the same base model with --base-model.")
-        return found
+            raise CheckpointError(problem, "Name the same base model with `base_model=`.")
+        return places[0]
     revision = revisions.pop() if len(revisions) == 1 else None
     return f"hf://{at_revision(found, revision)}"
 

@@ -9,7 +9,7 @@ from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only
 from hf_tsv.cli.output import Out, pinned, table
 from hf_tsv.recipes.compressing import FactorFormat
-from hf_tsv.recipes.settings import Dtype
+from hf_tsv.recipes.settings import Dtype, Settings
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.text import human_bytes
 
@@ -94,7 +94,7 @@ def compress(
 
     if not checkpoint:
         raise RecipeError("There is nothing to compress.", "Name a checkpoint.")
-    rule, size = RankRule(**vars(keep)), files.shard_size
+    rule, size = RankRule(**vars(keep)), files.shard_size or Settings.max_shard_size
     more = {"report": report, "allow_other_base": source.allow_other_base}
     done = compress_.run(
         checkpoint,

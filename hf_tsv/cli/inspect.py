@@ -61,7 +61,8 @@ def _text(report: InspectReport) -> str:
         inputs = report.recipe["inputs"]
         rows.append(("made by", f"{report.recipe['settings']['method']} of {len(inputs)} tasks"))
         rows += [("task", pinned(entry)) for entry in inputs]
-        rows.append(("from", pinned(report.recipe["base_model"])))
+        base = report.recipe["base_model"]
+        rows += [("from", pinned(base))] if base else []
     if report.heads:
         rows.append(("heads", ", ".join(report.heads)))
     if report.factors is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from hf_tsv.checkpoints.names import Format
@@ -48,15 +47,18 @@ class ResultOptions:
 class MethodOptions:
     PANEL = options.METHOD
     method: Annotated[
-        MethodName,
+        MethodName | None,
         "tsv, with coefficients learned on images (ada), one of its halves (low-rank, orthogonal),"
-        " or another method.",
-    ] = "tsv"
-    precision: Annotated[Precision, "Fast and checked, or full float64 SVDs throughout."] = "fast"
+        " or another method. [default: tsv]",
+    ] = None
+    precision: Annotated[
+        Precision | None, "Fast and checked, or full float64 SVDs throughout. [default: fast]"
+    ] = None
     orthogonalizer: Annotated[
-        Orthogonalizer,
-        "With --precision exact: SVD or eigendecomposition; the same up to rounding.",
-    ] = "procrustes"
+        Orthogonalizer | None,
+        "With --precision exact: SVD or eigendecomposition; the same up to rounding."
+        " [default: procrustes]",
+    ] = None
     alpha: Annotated[
         float | None,
         "Scale of the merged update. [default: 1; 0.3 for task-arithmetic, low-rank and consensus]",
@@ -98,9 +100,10 @@ def merge(
     *,
     source: options.SourceOptions,
     recipe: Annotated[
-        Path | None,
-        "FILE",
-        "Repeat a merge from its recipe; names checkpoints and settings by itself.",
+        str | None,
+        "RECIPE",
+        "Repeat a merge from its recipe: a file, an output folder, or org/name@revision. Other"
+        " options replace its own settings, and CHECKPOINTS are the local folders it names.",
     ] = None,
     result: ResultOptions,
     how: MethodOptions,
@@ -146,7 +149,7 @@ def _learned(how: MethodOptions, learning: LearningOptions) -> dict[str, Any]:
         return {"tune_alpha": AlphaSearch(tasks, how.tune_alpha, **given)}  # type: ignore[arg-type]
     if not said:
         return {}
-    if not METHODS[how.method].learns:
+    if how.method is None or not METHODS[how.method].learns:
         raise RecipeError(
             f"{flag(said[0])} is an option of --method ada and of --tune-alpha.", "Leave it out."
         )

@@ -62,13 +62,13 @@ class TargetOptions:
 class FileOptions:
     PANEL = TARGET
     dtype: OutputDtype = None
-    max_shard_size: Annotated[str, "SIZE", "Largest output file."] = "5GB"
+    max_shard_size: Annotated[str | None, "SIZE", "Largest output file. [default: 5GB]"] = None
 
     @property
-    def shard_size(self) -> int | str:
+    def shard_size(self) -> int | str | None:
         """Size as given; a plain number as a number, which is how recipes hold it."""
         text = self.max_shard_size
-        return int(text) if re.fullmatch("[0-9]{1,19}", text) else text
+        return int(text) if text and re.fullmatch("[0-9]{1,19}", text) else text
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from hf_tsv.checkpoints.formats.description import ADAPTER_FORMAT, FORMAT, Facto
 from hf_tsv.checkpoints.formats.task import equals_base
 from hf_tsv.checkpoints.names import FACTORS_CONFIG
 from hf_tsv.checkpoints.sources import Sources
-from hf_tsv.compression.allocation import choose_ranks
+from hf_tsv.compression.allocation import choose_ranks, refuse_small_budget
 from hf_tsv.compression.candidates import Candidate, Compression, Measured, Spool, candidates_of
 from hf_tsv.compression.files import Written, write_adapter, write_factors
 from hf_tsv.compression.measuring import measure
@@ -79,6 +79,7 @@ def built(run: Run, job: Compression, device: torch.device) -> Iterator[tuple[Pa
     job = replace(job, sources=run.sources)
     if not job.options.allow_other_base:
         refuse_other_base(run.sources.base, run.sources.inputs)
+    refuse_small_budget(job)
     with (
         run.result(identity) as final,
         journal.under_construction(

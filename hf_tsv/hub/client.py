@@ -10,7 +10,7 @@ from json import JSONDecodeError
 from typing import TypeVar
 
 from httpx2 import ConnectError, RequestError, TransportError, UnsupportedProtocol
-from huggingface_hub import HfApi, errors, get_token
+from huggingface_hub import HfApi, constants, errors, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_tsv.system.errors import RepoError
@@ -37,7 +37,7 @@ def api(token: str | None = None) -> HfApi:
     used = get_token() if token is None else token
     if used is not None and not re.fullmatch(r"[!-~]+", used):  # the client's errors would show it
         problem = "The token is empty or has characters that no token has."
-        raise RepoError(problem, "Copy it again from https://huggingface.co/settings/tokens.")
+        raise RepoError(problem, f"Copy it again from {constants.ENDPOINT}/settings/tokens.")
     return HfApi(token=token, library_name="hf-tsv", library_version=__version__)
 
 
@@ -103,7 +103,7 @@ def _explained(
             hint = "Give org/name." if writing else "Give org/name, org/name@revision, or a folder."
         case errors.GatedRepoError():
             said = f"{repo_id} is gated and this token has no access."
-            conditions = f"Accept its conditions at https://huggingface.co/{repo_id}"
+            conditions = f"Accept its conditions at {constants.ENDPOINT}/{repo_id}"
             hint = f"{conditions} and log in with `hf auth login`."
         case errors.RepositoryNotFoundError():
             said = f"{repo_id} does not exist on the Hub, or is private and this token cannot"
@@ -112,7 +112,7 @@ def _explained(
             hint += " for a local folder check the path."
         case errors.RevisionNotFoundError():
             said = f"{repo_id} has no revision {revision!r}."
-            hint = f"Branches and tags are listed at https://huggingface.co/{repo_id}/tree/main;"
+            hint = f"Branches and tags are listed at {constants.ENDPOINT}/{repo_id}/tree/main;"
             hint += " a slash in the name of one is written %2F."
         case errors.RemoteEntryNotFoundError():
             said, hint = f"{repo_id}: {first_line(error)}", "Check the files of the repository."

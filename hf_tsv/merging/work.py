@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,6 +124,13 @@ class Merged:
         """Warnings of before the first weight, then of what the weights showed."""
         return [*self.merge.warnings, *(found.text for found in self.diagnoses)]
 
+    def published(self, text: str) -> str:
+        """A text that others may read: with the names of local folders instead of their paths."""
+        for item in self.sources.all():
+            if item.pinned.is_local and "/" in item.pinned.ref:
+                text = text.replace(item.pinned.ref, item.pinned.name)
+        return text
+
 
 def diagnosed(merge: Merge, sources: Sources, device: torch.device, findings: Findings) -> Merged:
     """The merge with what its weights showed; tells what is odd about the inputs."""
@@ -213,14 +219,11 @@ def refuse_unchanged(plan: MergePlan, sources: Sources) -> None:
 
 
 def of_recipe(recipe: Recipe, access: Access) -> tuple[Merge, Sources]:
-    """Prepare the merge that a recipe describes."""
-    for item in (*recipe.inputs, recipe.base_model):
-        if item.revision is None and not Path(item.ref).expanduser().is_dir():
-            problem = f"The recipe was made from the folder {item.ref}, which is not here."
-            raise RecipeError(problem, "Run it where that folder is, or restore it.")
+    """Prepare the merge that a recipe describes, whose folders are where it says."""
+    base = recipe.base_model
     merge, sources = prepare(
         [pinned_text(item) for item in recipe.inputs],
-        pinned_text(recipe.base_model),
+        None if base is None else pinned_text(base),
         [item.weight for item in recipe.inputs],
         recipe.settings,
         access,
@@ -232,7 +235,11 @@ def of_recipe(recipe: Recipe, access: Access) -> tuple[Merge, Sources]:
         raise RecipeError(problem, "Use the recipe as it was written.")
     merge = replace(
         merge,
-        expected=tuple(item.fingerprint for item in (*recipe.inputs, recipe.base_model)),
+        expected=(
+            *(item.fingerprint for item in recipe.inputs),
+            None if base is None else base.fingerprint,
+        ),
+        allow_other_base=recipe.allow_other_base,
         recipe_device=recipe.device,
         coefficients=recipe.coefficients,
         adaptation=recipe.adaptation,
@@ -256,7 +263,7 @@ def recipe_of(done: Merged) -> Recipe:
 
     def pinned(item: Task, key: int, scale: float = 1.0) -> PinnedInput:
         fingerprint = done.findings.fingerprint(key) if item.pinned.is_local else None
-        return PinnedInput(item.pinned.ref, item.pinned.revision, fingerprint, scale)
+        return PinnedInput(item.pinned.name, item.pinned.revision, fingerprint, scale)
 
     return Recipe(
         pinned(sources.base, -1),
@@ -266,6 +273,7 @@ def recipe_of(done: Merged) -> Recipe:
         versions_of(merge.settings.row),
         coefficients=merge.coefficients,
         adaptation=merge.adaptation,
+        allow_other_base=merge.allow_other_base and any(map(_is_other_base, done.diagnoses)),
     )
 
 

@@ -45,7 +45,10 @@ def check_free_space(folder: Path, needed: int) -> None:
     """Refuse early when the disk of a folder, which may be absent, has too few bytes left."""
     with disk_errors(folder):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(existing).free
+        total, _, free = shutil.disk_usage(existing)
+    if not total and needed > 0:  # what the system shows as files, such as /proc
+        problem = f"Cannot write to {folder}: {existing} takes no new folder."
+        raise OutputError(problem, "Choose another folder with `output=`.")
     if free < needed:
         raise OutputError(
             f"No space for {folder}: {human_bytes(needed)} are needed and {human_bytes(free)} are"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_tsv.checkpoints.fit import refuse_other_base
-from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry
+from hf_tsv.checkpoints.formats.task import Task, distinct_names, published_entry
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.checkpoints.names import REPORT_FILE, REPORT_PAGE
 from hf_tsv.checkpoints.sources import Access
@@ -184,7 +184,7 @@ def summary(done: Merged, seconds: float) -> InterferenceReport:
                 part[name] = part.get(name, 0.0) + weights[label][name]
     return InterferenceReport(
         tasks=_tasks(done, pairs),
-        base_model=pinned_entry(done.sources.base),
+        base_model=published_entry(done.sources.base),
         total=sum(entry["sti"] for entry in weights.values()),
         total_after=sum(entry["sti_after"] for entry in weights.values()),
         pairs=pairs.tolist(),
@@ -192,8 +192,10 @@ def summary(done: Merged, seconds: float) -> InterferenceReport:
         blocks=blocks,
         kinds=kinds,
         spectra=_spectra(list(measured.values()), done.merge.scales),
-        diagnoses=[asdict(found) for found in done.diagnoses],
-        warnings=done.warnings,
+        diagnoses=[
+            {**asdict(found), "text": done.published(found.text)} for found in done.diagnoses
+        ],
+        warnings=list(map(done.published, done.warnings)),
         seconds=round(seconds, 3),
         timings=findings.seconds.rounded(),
         device=done.device.type,
@@ -240,7 +242,7 @@ def _tasks(done: Merged, pairs: Tensor) -> list[dict[str, Any]]:
         entries.append(
             {
                 "name": name,
-                **pinned_entry(item),
+                **published_entry(item),
                 "norm": norm,
                 "relative_norm": own / base_norm if base_norm else 0.0,
                 "effective_rank": effective / energy if energy else 0.0,

@@ -30,6 +30,7 @@ from hf_tsv.merging.work import (
     recipe_of,
     refuse_no_heads,
 )
+from hf_tsv.recipes import repeating
 from hf_tsv.recipes.recipe import Recipe
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import cards, drawing, pictures
@@ -53,19 +54,19 @@ def merge(
     output: str | Path | None = None,
     push_to: str | None = None,
     recipe: str | Path | Recipe | None = None,
-    method: str = Settings.method,
+    method: str | None = None,
     adaptation: Adaptation | None = None,
-    orthogonalizer: str = Settings.orthogonalizer,
-    precision: str = Settings.precision,
+    orthogonalizer: str | None = None,
+    precision: str | None = None,
     alpha: float | None = None,
     tune_alpha: AlphaSearch | None = None,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     rank_fraction: float | None = None,
-    exclude: str | Sequence[str] = Settings.exclude,
-    qkv: str | None = Settings.qkv,
+    exclude: str | Sequence[str] | None = None,
+    qkv: str | None = None,
     dtype: str | None = None,
-    max_shard_size: int | str = Settings.max_shard_size,
+    max_shard_size: int | str | None = None,
     out_format: str | None = None,
     keep_heads: bool = False,
     allow_other_base: bool = False,
@@ -92,28 +93,30 @@ def merge(
         base_model (`str`, *optional*): W0; default: the one the checkpoints' cards agree on.
         output (`str` or `Path`, *optional*): folder to write.
         push_to (`str`, *optional*): repository to upload to.
-        recipe (`str`, `Path` or [`Recipe`], *optional*): repeat a merge; instead of
-            `checkpoints`, `base_model` and the settings.
-        method (`str`): `tsv`, `ada`, `low-rank`, `orthogonal`, `task-arithmetic`, `average`,
-            `ties`, `consensus`, `iso-c`, `iso-cts`, or `tall-mask`, whose tasks are loaded one by
-            one; or the name of a method that another package adds.
+        recipe (`str`, `Path` or [`Recipe`], *optional*): merge to repeat: a file, an output folder,
+            or `org/name@revision`. Settings given beside it replace its own; `checkpoints` are then
+            the local folders that it names.
+        method (`str`, *optional*): `tsv`, the default, `ada`, `low-rank`, `orthogonal`,
+            `task-arithmetic`, `average`, `ties`, `consensus`, `iso-c`, `iso-cts`, or `tall-mask`,
+            whose tasks are loaded one by one; or the name of a method that another package adds.
         adaptation ([`Adaptation`], *optional*): images that the method `ada` learns a coefficient
             of each task in each weight on, and how.
-        orthogonalizer (`str`): `procrustes` or `whitening`; the same result up to rounding, and
-            with `precision="fast"` the same computation.
-        precision (`str`): `fast`: by Gram matrices in float64, each result checked, with a full SVD
-            of what fails the check; `exact`: full float64 SVDs only.
+        orthogonalizer (`str`, *optional*): `procrustes`, the default, or `whitening`; the same
+            result up to rounding, and with `precision="fast"` the same computation.
+        precision (`str`, *optional*): `fast`, the default: by Gram matrices in float64, each result
+            checked, with a full SVD of what fails the check; `exact`: full float64 SVDs only.
         alpha (`float`, *optional*): α, scale of the merged update; default: 1, and 0.3 for the
             sums `task-arithmetic`, `low-rank` and `consensus`.
         tune_alpha ([`AlphaSearch`], *optional*): choose α on validation images instead.
         weights (`Sequence[float]`, *optional*): factor of each task's update.
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
         rank_fraction (`float`, *optional*): the same as a share of k.
-        exclude (`Sequence[str]`): globs of weights that are averaged instead.
+        exclude (`Sequence[str]`, *optional*): globs of weights that are averaged instead; default:
+            `text_projection.weight`.
         qkv (`str`, *optional*): `split` or `fused` attention projections; default: as the base
             stores them.
         dtype (`str`, *optional*): of the output; default as the base.
-        max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
+        max_shard_size (`int` or `str`, *optional*): bytes of an output file; default `"5GB"`.
         out_format (`str`, *optional*): `transformers` or `open_clip`; default: as the base.
         keep_heads (`bool`): write the task heads beside the merged encoder, one file each, for
             `hf_tsv.pipeline("image-classification", output, task=…)`.
@@ -160,21 +163,23 @@ def merge(
                 None if output is None else Path(output),
                 push_to, force, private, revision, create_pr, commit_message,
             )  # fmt: skip
-            settings = Settings(
-                method, orthogonalizer, alpha, rank, rank_fraction,  # type: ignore[arg-type]
-                tuple(_listed(exclude)), qkv, dtype, max_shard_size, precision,  # type: ignore[arg-type]
-                out_format, keep_heads,  # type: ignore[arg-type]
-            )  # fmt: skip
-            named = references or base_ref is not None or weights is not None or subfolder
-            chosen = settings != Settings() or adaptation is not None or tune_alpha is not None
-            if recipe is not None and (named or chosen):
-                problem = "A recipe already names the checkpoints and every setting."
-                raise RecipeError(problem, "Give a recipe, or checkpoints and settings.")
-            if recipe is not None and not isinstance(recipe, Recipe):
-                recipe = Recipe.load(recipe)
+            given: dict[str, Any] = {
+                "method": method, "orthogonalizer": orthogonalizer, "alpha": alpha, "rank": rank,
+                "rank_fraction": rank_fraction, "qkv": qkv, "dtype": dtype,
+                "exclude": None if exclude is None else tuple(_listed(exclude)),
+                "max_shard_size": max_shard_size, "precision": precision,
+                "out_format": out_format, "keep_heads": keep_heads or None,
+            }  # fmt: skip
+            given = {name: value for name, value in given.items() if value is not None}
+            settings = Settings(**given)
+            if recipe is not None and (subfolder or adaptation is not None or tune_alpha):
+                problem = "A recipe names subfolders and what was learned by itself."
+                raise RecipeError(problem, "Leave the recipe out, or the other options.")
             target = target.checked(token, dry_run=dry_run)
             if recipe is not None:
-                work, sources = of_recipe(recipe, access)
+                found, beside = repeating.load(recipe, access)
+                found = repeating.changed(found, given, weights, base_ref)
+                work, sources = of_recipe(repeating.placed(found, references, beside), access)
             else:
                 if tune_alpha is not None:
                     from hf_tsv.verbs.learning.alpha import refuse_no_search, tuned
@@ -235,9 +240,9 @@ def _learned(merge: Merge, run: Run, device: torch.device) -> Merge:
     return adapted(merge, merge.adaptation, run, device)
 
 
-def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
-    """A single name where a list is expected is a list of one."""
-    return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names)]
+def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]] | None) -> list[str]:
+    """A single name where a list is expected is a list of one, and None an empty one."""
+    return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names or ())]
 
 
 def _describe(folder: Path, done: Merged, target: Target) -> None:
@@ -286,7 +291,7 @@ def _card(
         heads=[Path(file).stem for file in kept_heads(merge.settings, inputs)],
         masks=mask_folders(merge.settings, inputs),
         tuning=merge.tuning,
-        warnings=done.warnings,
+        warnings=list(map(done.published, done.warnings)),
         interference=measured,
         picture=picture,
     )

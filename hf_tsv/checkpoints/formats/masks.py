@@ -105,7 +105,7 @@ def write_config(
     content = {
         "hf_tsv_mask": FORMAT_VERSION,
         "task": task,
-        "base_model": {"ref": base.ref, "revision": base.revision},
+        "base_model": {"ref": base.name, "revision": base.revision},
         "mask_scale": scale,
         "base_digests": dict(digests),
     }
