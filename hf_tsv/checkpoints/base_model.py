@@ -27,6 +27,7 @@ class SaidBase:
     names: tuple[str, ...]  # repository ids, or a folder; empty when it names none
     made_with: bool = False  # it was made with exactly the one it names
     revision: str | None = None  # commit of that one; None for a folder
+    fingerprint: str | None = None  # sha256 that stands for its weights
 
 
 def said_by(item: PinnedCheckpoint) -> SaidBase:

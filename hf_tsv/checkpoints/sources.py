@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from hf_tsv import hub
-from hf_tsv.checkpoints import base_model, companions
+from hf_tsv.checkpoints import base_model, companions, places
 from hf_tsv.checkpoints.base_model import SaidBase
 from hf_tsv.checkpoints.formats.task import Task, equals_base
 from hf_tsv.checkpoints.formats.whole import Checkpoint
@@ -222,11 +222,12 @@ def _inferred_base(
     if None in revisions:  # factors of a folder: the same one must be here, or beside them
         near = [Path(task.ref).absolute() for task in tasks if task.is_local]
         beside = [str(up / found) for path in near for up in path.parents[:LEVELS]]
-        places = [place for place in (found, *beside) if local_kind(place) == "folder"]
-        if not places:
+        known = [places.noted(one.fingerprint) for one in said]
+        there = [place for place in (*known, found, *beside) if local_kind(place) == "folder"]
+        if not there:
             problem = f"{speakers[0]} was made with the folder {found}, which is not here."
             raise CheckpointError(problem, "Name the same base model with `base_model=`.")
-        return places[0]
+        return there[0]
     revision = revisions.pop() if len(revisions) == 1 else None
     return f"hf://{at_revision(found, revision)}"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_tsv.checkpoints import companions, layout
+from hf_tsv.checkpoints import companions, layout, places
 from hf_tsv.checkpoints.fit import (
     OTHER_BASE,
     check_fit,
@@ -112,6 +112,7 @@ def _compressed(
         written = write(folder, job, spool, measured, choose_ranks(measured, job))
     seconds += Seconds(writing=time.monotonic() - started)
     config = _config(job, measured, written)
+    places.note(config.base_fingerprint(), job.sources.base.pinned)
     (folder / FACTORS_CONFIG).write_text(config.to_json(), encoding="utf-8")
     return Compressed(config, measured, written.file_bytes, seconds)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_tsv.checkpoints import companions
+from hf_tsv.checkpoints import companions, places
 from hf_tsv.checkpoints.fit import OTHER_BASE, other_base
 from hf_tsv.checkpoints.formats import heads
 from hf_tsv.checkpoints.formats.task import Task, distinct_names, equals_base, identity_entry
@@ -258,11 +258,12 @@ def _version_warnings(recipe: Recipe) -> list[str]:
 
 
 def recipe_of(done: Merged) -> Recipe:
-    """The recipe that repeats a merge."""
+    """The recipe that repeats a merge; this machine remembers where its local folders are."""
     merge, sources = done.merge, done.sources
 
     def pinned(item: Task, key: int, scale: float = 1.0) -> PinnedInput:
         fingerprint = done.findings.fingerprint(key) if item.pinned.is_local else None
+        places.note(fingerprint, item.pinned)
         return PinnedInput(item.pinned.name, item.pinned.revision, fingerprint, scale)
 
     return Recipe(

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_tsv.checkpoints import places
 from hf_tsv.checkpoints.names import RECIPE_FILE
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.recipes.recipe import PinnedInput, Recipe, pinned_text
@@ -83,8 +84,8 @@ def _tell(name: str, value: object, before: object) -> None:
 def placed(recipe: Recipe, supplied: Sequence[str], beside: Path | None) -> Recipe:
     """The recipe with the paths of its local folders on this machine.
 
-    Those supplied are matched by name, then by what they hold. Others are looked for in the current
-    folder, and in and beside the folder of the recipe, `beside`.
+    Those supplied are matched by name, then by what they hold. Others are looked for where they
+    were, in the current folder, and in and beside the folder of the recipe, `beside`.
 
     Raises:
         [`RecipeError`]: a folder is not found, or one that is supplied is not of the recipe.
@@ -125,10 +126,10 @@ def _places(item: PinnedInput, beside: Path | None) -> Iterator[str]:
     """Folders that an input without a revision may be."""
     tried = [Path(item.ref)]
     if item.is_folder:
-        tried.append(Path(_name(item.ref)))
+        tried = [Path(places.noted(item.fingerprint)), *tried, Path(_name(item.ref))]
     if beside is not None:
         tried += [beside / tried[-1], beside.parent / tried[-1]]
-    return (str(path) for path in tried if local_kind(str(path)) == "folder")
+    return (str(path) for path in tried if path.parts and local_kind(str(path)) == "folder")
 
 
 def _matched(wanted: Mapping[int, PinnedInput], supplied: Sequence[str]) -> dict[int, str]:

@@ -147,8 +147,8 @@ def test_the_description_says_where_the_factors_come_from(zoo: Path, made: Path)
     assert content["hf_tsv_version"] == hf_tsv.__version__
     assert content["rank_rule"] == {"rank": RANK}
     assert content["left_out"] == []
-    assert content["source"] == {"ref": str(zoo / "classifier"), "revision": None, "license": None}
-    assert content["base_model"]["ref"] == str(zoo / "base")
+    assert content["source"] == {"ref": "classifier", "revision": None, "license": None}
+    assert content["base_model"]["ref"] == "base"
     assert content["base_model"]["revision"] is None
     assert content["model_config"] == json.loads((zoo / "classifier/config.json").read_text())
 

@@ -235,5 +235,5 @@ def test_a_mask_is_no_base_model_and_no_factors(zoo: Path, merged: Path, tmp_pat
 
 def test_the_description_names_base_and_task(zoo: Path, merged: Path) -> None:
     said = json.loads((merged / "masks" / "full" / CONFIG_FILE).read_text())
-    assert said["base_model"] == {"ref": str(zoo / "base"), "revision": None}
-    assert said["task"] == str(zoo / "full") and said["mask_scale"] == SCALE
+    assert said["base_model"] == {"ref": "base", "revision": None}
+    assert said["task"] == "full" and said["mask_scale"] == SCALE

@@ -185,7 +185,7 @@ def test_a_gated_repository(world: Path, hub: Hub, zoo: Path) -> None:
     files = {file.name: file for file in (zoo / "flat").iterdir()}
     hub.add_repo("acme/clip", {**files, "README.md": CARD}, gated="auto")
     done = hf_tsv_process("merge", "org/vision", "acme/clip", "-o", "merged", cwd=world)
-    refused(done, world, hub, "acme/clip is gated", "https://huggingface.co/acme/clip")
+    refused(done, world, hub, "acme/clip is gated", f"{hub.endpoint}/acme/clip")
     assert hf_tsv("merge", "org/vision", "acme/clip", "-o", "merged", cwd=world) == done
 
 

@@ -46,21 +46,30 @@ def test_folders_are_names_and_fingerprints(local: Path, world: Path) -> None:
 def test_folders_beside_the_recipe_are_found(
     local: Path, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    api.merge(recipe=world / "merged", output=world / "where they were", **QUIET)
+    assert same(world / "where they were", world / "merged")
+    local = local.rename(world / "moved")
     (world / "merged").rename(local / "merged")
     api.merge(recipe=local / "merged", output=world / "again", **QUIET)
     assert same(world / "again", local / "merged")
-    monkeypatch.chdir(local)
+    for name in ("vision", "flat", "base"):
+        (local / name).rename(local / f"{name}-")
+    (world / "here").mkdir()
+    for name in ("vision", "flat", "base"):
+        (local / f"{name}-").rename(world / "here" / name)
+    monkeypatch.chdir(world / "here")
     shutil.copy(local / "merged" / RECIPE_FILE, world / "r.yaml")
     assert api.merge(recipe=world / "r.yaml", dry_run=True).output is None
 
 
 def test_folders_are_supplied_by_name_or_by_what_they_hold(local: Path, world: Path) -> None:
-    words = ("merge", "--recipe", "merged", "--base-model", "private/base", "-o")
-    done = hf_tsv(*words, "m1", "private/flat", "private/vision", cwd=world)
+    local.rename(world / "moved")
+    words = ("merge", "--recipe", "merged", "--base-model", "moved/base", "-o")
+    done = hf_tsv(*words, "m1", "moved/flat", "moved/vision", cwd=world)
     assert done.code == 0, done.err
-    (local / "flat").rename(local / "x")
-    (local / "vision").rename(local / "y")
-    done = hf_tsv(*words, "m2", "private/x", "private/y", cwd=world)
+    (world / "moved" / "flat").rename(world / "moved" / "x")
+    (world / "moved" / "vision").rename(world / "moved" / "y")
+    done = hf_tsv(*words, "m2", "moved/x", "moved/y", cwd=world)
     assert done.code == 0, done.err
     assert same(world / "m1", world / "merged") and same(world / "m2", world / "merged")
 
@@ -69,15 +78,16 @@ def test_folders_are_supplied_by_name_or_by_what_they_hold(local: Path, world: P
     ("given", "said"),
     [
         ((), "local folder vision, which is not here"),
-        (("private/vision",), "local folder flat, which is not here"),
+        (("moved/vision",), "local folder flat, which is not here"),
         (("org/vision",), "org/vision is no local folder"),
-        (("private/vision", "private/flat", "merged"), "merged is none of the local folders"),
+        (("moved/vision", "moved/flat", "merged"), "merged is none of the local folders"),
     ],
 )
 def test_what_does_not_fit_the_recipe_is_refused(
     local: Path, world: Path, given: tuple[str, ...], said: str
 ) -> None:
-    words = ("merge", "--recipe", "merged", "--base-model", "private/base", "-o", "m")
+    local.rename(world / "moved")
+    words = ("merge", "--recipe", "merged", "--base-model", "moved/base", "-o", "m")
     done = hf_tsv(*words, *given, cwd=world)
     assert done.code and said in done.err and "Hint: " in done.err, done.err
 
@@ -149,12 +159,14 @@ def test_nothing_public_holds_a_path_of_this_machine(local: Path, world: Path, h
 
 
 def test_factors_of_folders_find_their_base_beside_them(local: Path, world: Path) -> None:
-    api.compress(local / "vision", base_model=local / "base", output=local / "f", **QUIET)
+    api.compress(local / "vision", base_model=local / "base", output=world / "f", **QUIET)
+    assert api.load_model(world / "f").config.model_type == "clip"  # where it was
+    local = local.rename(world / "moved")
+    (world / "f").rename(local / "f")
     assert api.load_model(local / "f").config.model_type == "clip"
+    (local / "base").rename(local / "other")
     with pytest.raises(api.HfTsvError, match="folder base, which is not here"):
-        api.load_model(
-            shutil.copytree(local / "f", world.parent / "elsewhere" / "deep" / "er" / "f")
-        )
+        api.load_model(local / "f")
 
 
 def test_images_of_a_recipe_have_no_path(tmp_path: Path) -> None:
