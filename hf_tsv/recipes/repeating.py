@@ -72,6 +72,7 @@ def changed(
         if before is not None and not folder:
             _tell("base_model", base, pinned_text(before))
         kept = before.fingerprint if before is not None and folder else None
+        base = str(Path(base).expanduser().absolute()) if folder else base
         before = PinnedInput(base, fingerprint=kept)
     return replace(recipe, settings=settings, inputs=inputs, base_model=before)
 
@@ -91,12 +92,13 @@ def placed(recipe: Recipe, supplied: Sequence[str], beside: Path | None) -> Reci
         [`RecipeError`]: a folder is not found, or one that is supplied is not of the recipe.
     """
     items = [*recipe.inputs, *([recipe.base_model] if recipe.base_model else [])]
-    wanted = [i for i, item in enumerate(items) if item.is_folder]
+    found = {i: item.ref for i, item in enumerate(items) if _is_path(item)}
+    wanted = [i for i, item in enumerate(items) if item.is_folder and i not in found]
     for path in supplied:
         if local_kind(path) != "folder":
             problem = f"{path} is no local folder, and the recipe names its own repositories."
             raise RecipeError(problem, "Name local folders beside a recipe, or leave it out.")
-    found = _matched({i: items[i] for i in wanted}, supplied)
+    found |= _matched({i: items[i] for i in wanted}, supplied)
     if unknown := [path for path in supplied if path not in found.values()]:
         names = ", ".join(_name(items[i].ref) for i in wanted) or "none"
         problem = f"{unknown[0]} is none of the local folders of the recipe ({names})."
@@ -122,13 +124,17 @@ def _name(ref: str) -> str:
     return Path(ref).name or ref
 
 
+def _is_path(item: PinnedInput) -> bool:
+    """Tell whether it is an absolute path, as in older recipes, of a folder that is here."""
+    return Path(item.ref).is_absolute() and local_kind(item.ref) == "folder"
+
+
 def _places(item: PinnedInput, beside: Path | None) -> Iterator[str]:
     """Folders that an input without a revision may be."""
-    tried = [Path(item.ref)]
-    if item.is_folder:
-        tried = [Path(places.noted(item.fingerprint)), *tried, Path(_name(item.ref))]
+    own = Path(_name(item.ref) if item.is_folder else item.ref)
+    tried = [Path(places.noted(item.fingerprint)), own]
     if beside is not None:
-        tried += [beside / tried[-1], beside.parent / tried[-1]]
+        tried += [beside / own, beside.parent / own]
     return (str(path) for path in tried if path.parts and local_kind(str(path)) == "folder")
 
 
@@ -141,7 +147,7 @@ def _matched(wanted: Mapping[int, PinnedInput], supplied: Sequence[str]) -> dict
         name = _name(item.ref)
         if names.count(name) == 1 == given.count(name):
             found[i] = supplied[given.index(name)]
-    for path in supplied if supplied else ():
+    for path in supplied:
         left = [i for i in wanted if i not in found]
         if path in found.values() or not left:
             continue

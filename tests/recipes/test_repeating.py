@@ -52,11 +52,9 @@ def test_folders_beside_the_recipe_are_found(
     (world / "merged").rename(local / "merged")
     api.merge(recipe=local / "merged", output=world / "again", **QUIET)
     assert same(world / "again", local / "merged")
-    for name in ("vision", "flat", "base"):
-        (local / name).rename(local / f"{name}-")
     (world / "here").mkdir()
     for name in ("vision", "flat", "base"):
-        (local / f"{name}-").rename(world / "here" / name)
+        (local / name).rename(world / "here" / name)
     monkeypatch.chdir(world / "here")
     shutil.copy(local / "merged" / RECIPE_FILE, world / "r.yaml")
     assert api.merge(recipe=world / "r.yaml", dry_run=True).output is None

@@ -113,3 +113,30 @@ def test_a_sum_is_not_called_an_average(world: Path) -> None:
     assert "39 summed" in card and "averaged" not in card
     found = hf_tsv("inspect", "m", "--json", cwd=world).json
     assert not any("merge" in entry for entry in found["tensors"].values())
+
+
+def test_a_budget_that_cannot_do_is_refused_before_the_work(world: Path, hub: Hub) -> None:
+    words = ("compress", "org/vision", "-o", "out", "--budget")
+    done = hf_tsv(*words, "1kB", cwd=world)
+    refused(done, world, hub, "what is stored whole (biases, norms, …) alone takes 28.0 kB")
+    assert "Compressing" not in done.err
+    for given, meant in (("0.1", "10%"), ("10", "10%"), ("0.5", "50%")):
+        refused(hf_tsv(*words, given, cwd=world), world, hub, f"Did you mean {meant}?")
+
+
+def test_an_output_in_an_input_or_where_nothing_can_be_written_is_refused(
+    world: Path, zoo: Path
+) -> None:
+    inside = zoo / "vision" / "out"
+    with pytest.raises(api.OutputError, match="would lie in the input"):
+        api.merge([zoo / "vision", "org/flat"], base_model="org/base", output=inside)
+    with pytest.raises(api.OutputError, match=r"/proc takes no new folder"):
+        api.merge(TASKS, output="/proc/x")
+    with pytest.raises(api.HfTsvError, match="nothing to merge"):
+        api.merge(None, output=world / "m")  # type: ignore[arg-type]
+
+
+def test_a_reconstruction_says_what_it_is(world: Path) -> None:
+    api.compress("org/vision", output=world / "f", progress=False)
+    done = hf_tsv("reconstruct", "f", "-o", "c", cwd=world)
+    assert "whole base model with the task in it; the fine-tune was a CLIPVisionModel." in done.err
