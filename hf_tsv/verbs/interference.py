@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_tsv.checkpoints.fit import refuse_other_base
-from hf_tsv.checkpoints.formats.task import Task, distinct_names, published_entry
+from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry, published_entry
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.checkpoints.names import REPORT_FILE, REPORT_PAGE
 from hf_tsv.checkpoints.sources import Access
@@ -113,7 +113,7 @@ def interference(
     report = summary(measured, time.monotonic() - started)
     if folder is not None:
         with whole_folder(folder) as staging:
-            write_report(staging, report)
+            write_report(staging, published(report, measured))
     return report
 
 
@@ -142,6 +142,18 @@ def refuse_nothing_decomposed(plan: MergePlan, inputs: Sequence[Task]) -> None:
             " interference to report on.",
             "Exclude less, or name fewer tasks.",
         )
+
+
+def published(report: InterferenceReport, done: Merged) -> InterferenceReport:
+    """The report as others may read it: local folders by their names."""
+    pairs = zip(report.tasks, done.sources.inputs, strict=True)
+    return replace(
+        report,
+        tasks=[{**entry, **published_entry(item)} for entry, item in pairs],
+        base_model=published_entry(done.sources.base),
+        diagnoses=[{**d, "text": done.published(d["text"])} for d in report.diagnoses],
+        warnings=list(map(done.published, report.warnings)),
+    )
 
 
 def write_report(folder: Path, report: InterferenceReport) -> None:
@@ -184,7 +196,7 @@ def summary(done: Merged, seconds: float) -> InterferenceReport:
                 part[name] = part.get(name, 0.0) + weights[label][name]
     return InterferenceReport(
         tasks=_tasks(done, pairs),
-        base_model=published_entry(done.sources.base),
+        base_model=pinned_entry(done.sources.base),
         total=sum(entry["sti"] for entry in weights.values()),
         total_after=sum(entry["sti_after"] for entry in weights.values()),
         pairs=pairs.tolist(),
@@ -192,10 +204,8 @@ def summary(done: Merged, seconds: float) -> InterferenceReport:
         blocks=blocks,
         kinds=kinds,
         spectra=_spectra(list(measured.values()), done.merge.scales),
-        diagnoses=[
-            {**asdict(found), "text": done.published(found.text)} for found in done.diagnoses
-        ],
-        warnings=list(map(done.published, done.warnings)),
+        diagnoses=[asdict(found) for found in done.diagnoses],
+        warnings=done.warnings,
         seconds=round(seconds, 3),
         timings=findings.seconds.rounded(),
         device=done.device.type,
@@ -242,7 +252,7 @@ def _tasks(done: Merged, pairs: Tensor) -> list[dict[str, Any]]:
         entries.append(
             {
                 "name": name,
-                **published_entry(item),
+                **pinned_entry(item),
                 "norm": norm,
                 "relative_norm": own / base_norm if base_norm else 0.0,
                 "effective_rank": effective / energy if energy else 0.0,

@@ -41,7 +41,7 @@ from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.progress import logger
-from hf_tsv.verbs.interference import refuse_nothing_decomposed, summary
+from hf_tsv.verbs.interference import published, refuse_nothing_decomposed, summary
 
 if TYPE_CHECKING:
     from hf_tsv.recipes.learning import Adaptation, AlphaSearch
@@ -257,7 +257,7 @@ def _describe(folder: Path, done: Merged, target: Target) -> None:
         write_masks(folder, done)
     measured = picture = None
     if done.merge.measure:
-        measured = found = summary(done, done.findings.seconds.computing)
+        measured = found = published(summary(done, done.findings.seconds.computing), done)
         (folder / REPORT_FILE).write_text(measured.to_json(), encoding="utf-8")
         picture = drawing.attempted(lambda: pictures.of_merge(found))
         if picture is not None:

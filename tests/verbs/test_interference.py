@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import hf_tsv
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.merging.diagnosis import COMPARABLE, FAR_ABOVE
+from hf_tsv.system.errors import CheckpointError
 
 TASKS = 3
 KEYS = {
@@ -366,7 +367,10 @@ def test_the_weight_it_advises_helps(tasks: Path) -> None:
 def test_a_fine_tune_of_another_model_is_named(tasks: Path, tmp_path: Path) -> None:
     other = clips.make_base(tmp_path / "other", seed=5)
     stranger = clips.make_fine_tune(other, tasks / "stranger", 40, "vision")
-    only(report(tasks, ["a", "b", "stranger"]), str(stranger), "a fine-tune of another model")
+    with pytest.raises(CheckpointError, match="stranger is .* a fine-tune of another model"):
+        report(tasks, ["a", "b", "stranger"])
+    found = report(tasks, ["a", "b", "stranger"], allow_other_base=True)
+    only(found, str(stranger), "a fine-tune of another model")
 
 
 def test_a_low_rank_fine_tune_is_named(tasks: Path) -> None:
