@@ -58,7 +58,7 @@ def changed(
         own["alpha"] = None  # that of the other method
         recipe = replace(recipe, coefficients={}, adaptation=None)
     settings = Settings(**{**own, **given})
-    for name in given:
+    for name in own:
         _tell(name, getattr(settings, name), getattr(recipe.settings, name))
     inputs, before = recipe.inputs, recipe.base_model
     if weights is not None:
@@ -79,7 +79,8 @@ def changed(
 
 def _tell(name: str, value: object, before: object) -> None:
     if value != before:
-        logger.info("%s is %s, and not %s as in the recipe.", name, value, before)
+        new, old = ("not set" if one is None else one for one in (value, before))
+        logger.info("%s is %s here, and %s in the recipe.", name, new, old)
 
 
 def placed(recipe: Recipe, supplied: Sequence[str], beside: Path | None) -> Recipe:

@@ -132,8 +132,14 @@ def test_options_replace_the_settings_of_a_recipe_with_a_note(world: Path) -> No
     words = ("merge", "--recipe", file, "-o", "m", "--method", "tsv", "--dtype", "bfloat16")
     done = hf_tsv(*words, "--rank", "3", "--weights", "1,2", cwd=world)
     assert done.code == 0, done.err
-    for note in ("method is tsv, and not task-arithmetic", "rank is 3, and not None", "weights is"):
+    for note in (
+        "method is tsv here, and task-arithmetic in the recipe.",
+        "rank is 3 here, and not set in the recipe.",
+        "rank_fraction is not set here, and 0.5 in the recipe.",
+        "weights is [1.0, 2.0] here, and [1.0, 1.0] in the recipe.",
+    ):
         assert note in done.err
+    assert "precision" not in done.err
     written = yaml.safe_load((world / "m" / RECIPE_FILE).read_text())
     wanted = {"method": "tsv", "alpha": 1.0, "dtype": "bfloat16", "rank": 3}
     assert wanted.items() <= written.items() and "rank_fraction" not in written
