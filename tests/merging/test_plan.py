@@ -378,7 +378,8 @@ def test_another_patch_size_does_not_fit(base: Checkpoint, shapes: dict[str, Any
     other = vision(shapes)
     other["vision_model.embeddings.patch_embedding.weight"] = (32, 3, 16, 16)
     other["vision_model.embeddings.position_embedding.weight"] = (5, 32)
-    assert len(misfit(base, headers("task", other))) == 2
+    with pytest.raises(CheckpointError, match=r"(?s)patch size 16; base has 32, 2, 8\.\n2 weights"):
+        make_plan(base, [headers("task", other)], Settings())
 
 
 def test_a_base_with_a_task_head_is_a_fine_tune(base: Checkpoint, shapes: dict[str, Any]) -> None:
