@@ -69,7 +69,8 @@ class PinnedCheckpoint:
         """What may be published of the reference: a repository, or a folder without its path."""
         if not self.is_local:
             return self.ref
-        return Path(self.ref).expanduser().resolve().name or "folder"
+        path = Path(self.ref).expanduser()
+        return path.name if path.name not in ("", "..") else path.resolve().name or "folder"
 
     def __str__(self) -> str:
         return at_revision(self.ref, self.asked_revision)

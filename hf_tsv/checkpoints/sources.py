@@ -217,7 +217,6 @@ def _inferred_base(
     said = in_parallel(said_by, zip(tasks, opened, strict=True))
     names = {str(task): one.names for task, one in zip(tasks, said, strict=True)}
     found, speakers = base_model.infer(names, _parents(pinned))
-    logger.info("Base model: %s, named by %s.", found, ", ".join(speakers))
     revisions = {one.revision for one in said if one.made_with and found in one.names}
     if None in revisions:  # factors of a folder: the same one must be here, or beside them
         near = [Path(task.ref).absolute() for task in tasks if task.is_local]
@@ -227,7 +226,10 @@ def _inferred_base(
         if not there:
             problem = f"{speakers[0]} was made with the folder {found}, which is not here."
             raise CheckpointError(problem, "Name the same base model with `base_model=`.")
-        return there[0]
+        found = there[0]
+    logger.info("Base model: %s, named by %s.", found, ", ".join(speakers))
+    if None in revisions:
+        return found
     revision = revisions.pop() if len(revisions) == 1 else None
     return f"hf://{at_revision(found, revision)}"
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import hf_tsv
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.merging.diagnosis import COMPARABLE, FAR_ABOVE
-from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.errors import CheckpointError, RecipeError
 
 TASKS = 3
 KEYS = {
@@ -135,17 +135,9 @@ def test_checkpoints_of_one_name_are_told_apart(tasks: Path, tmp_path: Path) -> 
         [tasks / "a", tmp_path / "other" / "a", tasks / "c"], base_model=tasks / "base",
         progress=False,
     )  # fmt: skip
-    assert [t["name"] for t in found.tasks] == [
-        str(tasks / "a"),
-        str(tmp_path / "other" / "a"),
-        "c",
-    ]
-    twice = report(tasks, "aac")
-    assert [task["name"] for task in twice.tasks] == [
-        f"{tasks / 'a'} (1)",
-        f"{tasks / 'a'} (2)",
-        "c",
-    ]
+    assert [t["name"] for t in found.tasks] == [f"{tasks.name}/a", "other/a", "c"]
+    with pytest.raises(RecipeError, match="is given twice"):
+        report(tasks, "aac")
 
 
 def largest(s: torch.Tensor) -> torch.Tensor:

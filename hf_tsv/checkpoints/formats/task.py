@@ -174,7 +174,8 @@ def distinct_names(pins: Sequence[PinnedCheckpoint]) -> list[str]:
 
 def _longer_name(item: PinnedCheckpoint) -> str:
     """A repository, or a folder with the name of the folder it lies in."""
-    return "/".join(Path(item.ref).absolute().parts[-2:]) if item.is_local else item.ref
+    path = Path(item.ref).expanduser().absolute()
+    return "/".join(path.parts[-2:]) if item.is_local else item.ref
 
 
 def equals_base(name: str, base: str) -> CheckpointError:
