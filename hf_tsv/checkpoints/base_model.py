@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
-from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
 from hf_tsv.checkpoints.storage.files import read_json
 from hf_tsv.system.errors import CheckpointError, HfTsvError
+from hf_tsv.system.text import one_of
 from hf_tsv.system.threads import in_parallel
 
 CONFIG = ("config.json", "_name_or_path")
@@ -25,6 +27,7 @@ class SaidBase:
     names: tuple[str, ...]  # repository ids, or a folder; empty when it names none
     made_with: bool = False  # it was made with exactly the one it names
     revision: str | None = None  # commit of that one; None for a folder
+    fingerprint: str | None = None  # sha256 that stands for its weights
 
 
 def said_by(item: PinnedCheckpoint) -> SaidBase:
@@ -89,6 +92,37 @@ def infer(
     ]
     problem = f"The checkpoints name different base models: {'; '.join(lines)}."
     raise CheckpointError(problem, hint)
+
+
+def contradicted(
+    said: Mapping[str, Sequence[str]],
+    base: PinnedCheckpoint,
+    parents: Callable[[str], Sequence[str]],
+) -> list[str]:
+    """Warnings about inputs that name other bases than the given one, and none it is the base of.
+
+    `said` has the bases that each input names, and `parents` returns those of a model.
+    """
+    others = {
+        item: names
+        for item, names in said.items()
+        if names and not any(_stands_for(base, name) for name in names)
+    }
+    known = _followed(list(dict.fromkeys(n for names in others.values() for n in names)), parents)
+    return [
+        f"{item} says it was fine-tuned from {one_of(names[:MOST_SHOWN])}, not {base}."
+        for item, names in others.items()
+        if not any(_stands_for(base, up) for name in names for up in _beyond(name, known))
+    ]
+
+
+def _stands_for(base: PinnedCheckpoint, name: str) -> bool:
+    """Tell whether a base model may be the one of that name: a folder may be a copy of it."""
+    if not base.is_local:
+        return repo_id_of(base.ref).lower() == repo_id_of(name).lower()
+    path = Path(base.ref).expanduser().resolve()
+    cached = f"models--{name.replace('/', '--')}"  # the Hub client's cache
+    return path.name.lower() == Path(name).name.lower() or cached in path.parts
 
 
 def _followed(

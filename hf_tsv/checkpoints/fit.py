@@ -2,14 +2,61 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
-from hf_tsv.system.errors import CheckpointError
+from hf_tsv.checkpoints.storage.tensors import TensorInfo
+from hf_tsv.linalg.updates import norm_of
+from hf_tsv.system.errors import CheckpointError, debugging
 from hf_tsv.system.text import counted
+
+OTHER_BASE = 0.5
+"""‖Δ‖ / ‖W0‖ from which an input is refused as a fine-tune of another model. Fine-tunes have 0.005
+to 0.05, and two models that have nothing in common 1 or more.
+"""
+
+SHOWN = 3  # tensors that do not fit which an error lists
+LOOKS = 4  # matrices of an input that are measured before the work
+
+
+def other_base(item: object, base: object, ratio: float) -> CheckpointError:
+    """The error for an update of `ratio` times the norm of the base model."""
+    return CheckpointError(
+        f"{item} is {ratio:.2g} of the base model's norm away from {base}: it is probably a"
+        " fine-tune of another model.",
+        "Name the model it was fine-tuned from with `base_model=REF`. If you mean it, add"
+        " `allow_other_base=True`.",
+    )
+
+
+def refuse_other_base(base: Checkpoint, inputs: Sequence[Task]) -> None:
+    """Look at the smallest matrices of inputs that are stored whole, before the work.
+
+    Only what is far from the base in all of them is refused here; the norms of all weights are
+    compared when they have been read. Updates that are stored as such do not depend on the base.
+    """
+    matrices = [name for name, info in base.tensors.items() if _is_matrix(info)]
+    matrices.sort(key=lambda name: base.tensors[name].nbytes)
+    for item in inputs if matrices else ():
+        norm = base_norm = 0.0
+        for name in [name for name in matrices if item.is_whole and name in item.tensors][:LOOKS]:
+            w0 = base.original([name])
+            change, own = item.change(w0), norm_of(w0.tensor)
+            if change is None or change.norm < OTHER_BASE * own:
+                break
+            norm, base_norm = math.hypot(norm, change.norm), math.hypot(base_norm, own)
+        else:
+            if base_norm:
+                raise other_base(item, base, norm / base_norm)
+
+
+def _is_matrix(info: TensorInfo) -> bool:
+    return info.dtype.is_floating_point and len(info.shape) == 2 and info.nbytes > 0
 
 
 def check_whole_clip(base: Checkpoint, what: str) -> None:
@@ -34,13 +81,44 @@ def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
                 f" {ours!r}.",
                 "Name the model it was fine-tuned from with `base_model=REF`.",
             )
-    problems = [problem for item in inputs for problem in _misfits(base, item)]
+    found = [(item, problems) for item in inputs if (problems := _misfits(base, item))]
+    problems = [problem for _, own in found for problem in own]
     if problems:
-        raise CheckpointError(
-            f"{counted(len(problems), 'weight does', 'weights do')} not fit the base model"
-            f" {base}:\n  " + "\n  ".join(problems),
-            "Are these fine-tunes of this base model? Name another one with `base_model=REF`.",
-        )
+        more = len(problems) - SHOWN
+        if more > 1 and not debugging():
+            problems = [*problems[:SHOWN], f"… and {more} more (HF_DEBUG=1 lists all)"]
+        total = SHOWN + more
+        lines = [
+            *filter(None, (_other_sizes(base, item) for item, _ in found)),
+            f"{counted(total, 'weight does', 'weights do')} not fit the base model {base}:",
+            *(f"  {line}" for line in problems),
+        ]
+        hint = "Name the model that these were fine-tuned from with `base_model=REF`."
+        raise CheckpointError("\n".join(lines), hint)
+
+
+def _other_sizes(base: Checkpoint, item: Task) -> str:
+    """Sentence about the first tower of another size than the base's; empty if there is none."""
+    for tower in ("vision", "text"):
+        ours, theirs = _sizes(base, tower), _sizes(item, tower)
+        if ours and theirs and ours != theirs:
+            told = ", ".join(f"{name} {value}" for name, value in theirs.items())
+            own = ", ".join(map(str, ours.values()))
+            return f"{item} has a {tower} tower with {told}; {base} has {own}."
+    return ""
+
+
+def _sizes(item: Task, tower: str) -> dict[str, int]:
+    """Sizes of a tower, from its tensors: a config.json leaves out what is the default."""
+    layer = re.compile(rf"{tower}_model\.encoder\.layers\.(\d+)\.")
+    depth = len({found[1] for name in item.tensors if (found := layer.match(name))})
+    part = {"vision": "patch", "text": "token"}[tower]
+    table = item.tensors.get(f"{tower}_model.embeddings.{part}_embedding.weight")
+    if table is None or len(table.shape) != {"vision": 4, "text": 2}[tower]:
+        return {}
+    if tower == "text":
+        return {"hidden size": table.shape[1], "layers": depth}
+    return {"hidden size": table.shape[0], "layers": depth, "patch size": table.shape[-1]}
 
 
 def _misfits(base: Checkpoint, item: Task) -> list[str]:

@@ -65,6 +65,14 @@ class PinnedCheckpoint:
         """Tell whether this is a folder on this machine."""
         return self.revision is None
 
+    @property
+    def name(self) -> str:
+        """What may be published of the reference: a repository, or a folder without its path."""
+        if not self.is_local:
+            return self.ref
+        path = Path(self.ref).expanduser()
+        return path.name if path.name not in ("", "..") else path.resolve().name or "folder"
+
     def __str__(self) -> str:
         return at_revision(self.ref, self.asked_revision)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from hf_tsv import hub
-from hf_tsv.checkpoints import base_model, companions
+from hf_tsv.checkpoints import base_model, companions, places
 from hf_tsv.checkpoints.base_model import SaidBase
 from hf_tsv.checkpoints.formats.task import Task, equals_base
 from hf_tsv.checkpoints.formats.whole import Checkpoint
@@ -47,6 +47,8 @@ class Access:
 
 
 DEFAULT_ACCESS = Access()
+
+LEVELS = 3  # folders above a task in which the folder of its base model is looked for
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,12 @@ def open_sources(
     inputs = tuple(next(found) if item is None else item for item in opened)
     if only_factors:
         _refuse_others(tasks, inputs)
-    warnings = _check_distinct(tasks, base_pin)
+    _refuse_twice(tasks, base_pin)
+    warnings: list[str] = []
+    if base_reference is not None:
+        said = {str(item): item.says_base() for item in inputs}
+        names = {item: one.names for item, one in said.items() if not one.made_with}
+        warnings = base_model.contradicted(names, base_pin, _parents(pinned))
     return Sources(base(), inputs, access, tuple(warnings))
 
 
@@ -203,41 +210,53 @@ def _inferred_base(
 ) -> str:
     """Reference of the base model that cards, configs and factors agree on."""
 
-    def parents(name: str) -> list[str]:
-        try:
-            return base_model.named_by(pinned(parse(f"hf://{name}")))
-        except HfTsvError:  # gone, private, or a folder elsewhere: it says nothing
-            return []
-
     def said_by(pair: tuple[PinnedCheckpoint, Task | None]) -> SaidBase:
         task, item = pair
         return format_of(task).says_base(task) if item is None else item.says_base()
 
     said = in_parallel(said_by, zip(tasks, opened, strict=True))
     names = {str(task): one.names for task, one in zip(tasks, said, strict=True)}
-    found, speakers = base_model.infer(names, parents)
-    logger.info("Base model: %s, named by %s.", found, ", ".join(speakers))
+    found, speakers = base_model.infer(names, _parents(pinned))
     revisions = {one.revision for one in said if one.made_with and found in one.names}
-    if None in revisions:  # factors of a folder: the same one must be here
-        if local_kind(found) != "folder":
+    if None in revisions:  # factors of a folder: the same one must be here, or beside them
+        near = [Path(task.ref).absolute() for task in tasks if task.is_local]
+        beside = [str(up / found) for path in near for up in path.parents[:LEVELS]]
+        known = [places.noted(one.fingerprint) for one in said]
+        there = [place for place in (*known, found, *beside) if local_kind(place) == "folder"]
+        if not there:
             problem = f"{speakers[0]} was made with the folder {found}, which is not here."
             raise CheckpointError(problem, "Name the same base model with `base_model=REF`.")
+        found = there[0]
+    logger.info("Base model: %s, named by %s.", found, ", ".join(speakers))
+    if None in revisions:
         return found
     revision = revisions.pop() if len(revisions) == 1 else None
     return f"hf://{at_revision(found, revision)}"
 
 
-def _check_distinct(tasks: Sequence[PinnedCheckpoint], base: PinnedCheckpoint) -> list[str]:
-    """An input that is the base is an error; one that is given twice a warning."""
+def _parents(pinned: Callable[[Reference], PinnedCheckpoint]) -> Callable[[str], list[str]]:
+    """Look-up of the base models that a repository names."""
+
+    def parents(name: str) -> list[str]:
+        try:
+            return base_model.named_by(pinned(parse(f"hf://{name}")))
+        except HfTsvError:  # gone, private, or a folder elsewhere: it says nothing
+            return []
+
+    return parents
+
+
+def _refuse_twice(tasks: Sequence[PinnedCheckpoint], base: PinnedCheckpoint) -> None:
+    """Refuse an input that is the base, or that is given twice."""
 
     def identity(item: PinnedCheckpoint) -> tuple[str, str | None]:
         return (str(Path(item.ref).resolve()) if item.is_local else item.ref, item.revision)
 
-    warnings, seen = [], set()
+    seen = set()
     for item in tasks:
         if identity(item) == identity(base):
             raise equals_base(str(item), str(base))
         if identity(item) in seen:
-            warnings.append(f"{item} is given twice and counts twice: drop one of them.")
+            hint = "Omit one; a larger weight counts a task more."
+            raise UsageError(f"{item} is given twice.", hint)
         seen.add(identity(item))
-    return warnings

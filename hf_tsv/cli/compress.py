@@ -9,7 +9,7 @@ from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only
 from hf_tsv.cli.output import Out, kept, pinned, table
 from hf_tsv.recipes.compressing import FactorFormat
-from hf_tsv.recipes.settings import Dtype
+from hf_tsv.recipes.settings import Dtype, Settings
 from hf_tsv.system.errors import UsageError
 from hf_tsv.system.text import counted, human_bytes
 
@@ -90,9 +90,9 @@ def compress(
     out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
     from hf_tsv.recipes.compressing import Options, RankRule
 
-    chosen = Options(
-        RankRule(**vars(keep)), **vars(store), max_shard_size=files.shard_size, report=report
-    )
+    size = files.shard_size or Settings.max_shard_size
+    more = {"report": report, "allow_other_base": source.allow_other_base}
+    chosen = Options(RankRule(**vars(keep)), **vars(store), max_shard_size=size, **more)  # type: ignore[arg-type]
     if not checkpoint:
         raise UsageError("There is nothing to compress.", "Name a checkpoint.")
     from hf_tsv.checkpoints.sources import Access

@@ -33,7 +33,7 @@ def evaluate(
     *,
     images: ImageOptions,
     compute: Annotated[options.ComputeOptions, Only("batch_size", "device")],
-    source: options.SourceOptions,
+    source: Annotated[options.SourceOptions, Only("base_model", "subfolder")],
     output: Annotated[
         Path | None,
         options.folder(

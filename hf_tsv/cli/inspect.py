@@ -72,7 +72,8 @@ def _text(report: InspectReport) -> str:
         method = report.recipe["settings"]["method"]
         rows.append(("method", f"{method}, α = {report.recipe['settings']['alpha']:g}"))
         rows += [("task", pinned(entry)) for entry in inputs]
-        rows.append(("made from", pinned(report.recipe["base_model"])))
+        base = report.recipe["base_model"]
+        rows += [("made from", pinned(base))] if base else []
     if report.heads:
         rows.append(("heads", ", ".join(report.heads)))
     if report.adapter is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from hf_tsv.checkpoints.names import RECIPE_FILE, Format
@@ -50,7 +49,7 @@ class ResultOptions:
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions:
     PANEL = options.METHOD
-    method: Annotated[MethodName, "NAME", "Merging method, see below."] = "tsv"
+    method: Annotated[MethodName | None, "NAME", "Merging method, see below. [default: tsv]"] = None
     alpha: Annotated[
         float | None,
         "A",
@@ -59,10 +58,14 @@ class MethodOptions:
     weights: Annotated[
         str | None, "W1,W2,...", "Factor of each task's update. [default: 1 for all]"
     ] = None
-    precision: Annotated[Precision, "fast: each result is checked; exact: float64 SVDs."] = "fast"
+    precision: Annotated[
+        Precision | None, "fast: each result is checked; exact: float64 SVDs. [default: fast]"
+    ] = None
     orthogonalizer: Annotated[
-        Orthogonalizer, "NAME", "With --precision exact: procrustes (SVD) or whitening."
-    ] = "procrustes"
+        Orthogonalizer | None,
+        "NAME",
+        "With --precision exact: procrustes (SVD) or whitening. [default: procrustes]",
+    ] = None
     ranks: options.RankOptions
 
 
@@ -76,10 +79,11 @@ def merge(
     *,
     source: options.SourceOptions,
     recipe: Annotated[
-        Path | None,
+        str | None,
         options.INPUTS,
-        "FILE",
-        "Repeat a merge from its recipe, which names checkpoints and settings.",
+        "RECIPE",
+        "Repeat a merge: a recipe file, an output folder, or org/name[@revision]. Options replace"
+        " its settings; CHECKPOINTS supply local folders.",
     ] = None,
     result: ResultOptions,
     how: MethodOptions,
@@ -95,7 +99,7 @@ def merge(
     `hf-tsv tune` learns α or coefficients from images.
     """
     out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
-    if METHODS[how.method].learns:
+    if how.method and METHODS[how.method].learns:
         problem = f"The method {how.method} learns from images."
         raise UsageError(problem, f"Use `hf-tsv tune --method {how.method} --task NAME=DATASET`.")
     from hf_tsv.verbs import merge as merge_

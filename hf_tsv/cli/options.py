@@ -43,6 +43,9 @@ class SourceOptions:
         "Subfolder of the weights in every checkpoint, but not in the base model. Same as"
         " org/name/DIR.",
     ] = None
+    allow_other_base: Annotated[
+        bool, "Go on although an update is as large as that of a fine-tune of another model."
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,13 @@ class TargetOptions:
 class FileOptions:
     PANEL = TARGET
     dtype: OutputDtype = None
-    max_shard_size: Annotated[str, "SIZE", "Largest weight file."] = "5GB"
+    max_shard_size: Annotated[str | None, "SIZE", "Largest weight file. [default: 5GB]"] = None
 
     @property
-    def shard_size(self) -> int | str:
+    def shard_size(self) -> int | str | None:
         """Size as given; a plain number as a number, which is how recipes hold it."""
         text = self.max_shard_size
-        return int(text) if re.fullmatch("[0-9]{1,19}", text) else text
+        return int(text) if text and re.fullmatch("[0-9]{1,19}", text) else text
 
 
 @dataclass(frozen=True)

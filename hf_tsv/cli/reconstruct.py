@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.output import Out, kept, pinned, table
+from hf_tsv.recipes.settings import Settings
 from hf_tsv.system.text import human_bytes
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def reconstruct(
         str, "FACTORS", "Task factors: org/name, org/name@revision, or a local folder."
     ],
     *,
-    source: options.SourceOptions,
+    source: Annotated[options.SourceOptions, Only("base_model", "subfolder")],
     target: options.TargetOptions,
     files: options.FileOptions,
     compute: Annotated[options.ComputeOptions, Only("device", "max_memory")],
@@ -41,7 +42,8 @@ def reconstruct(
     from hf_tsv.verbs import reconstruct as reconstruct_
 
     groups = (source, target, files, compute, run, access)
-    own = {"max_shard_size": files.shard_size, "progress": run.progress}
+    size = files.shard_size or Settings.max_shard_size
+    own = {"max_shard_size": size, "progress": run.progress}
     report = call(reconstruct_.reconstruct, groups, factors, **own)
     out.delivered(report, _summary, _preview)
 

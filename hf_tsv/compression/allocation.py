@@ -140,12 +140,7 @@ def _rank(item: Measured, rule: RankRule) -> int:
 def _within_budget(measured: Sequence[Measured], job: Compression, budget: int) -> list[int]:
     ranks = [_rank(item, job.options.rule) for item in measured]
     fixed, paid = _fixed_bytes(measured, job)
-    if fixed > budget:
-        raise RecipeError(
-            f"`budget=` is {human_bytes(budget)}, and tensors stored whole (biases, norms, …)"
-            f" already take {human_bytes(fixed)}.",
-            f"Give a larger `budget=`{_smaller(job.options)}.",
-        )
+    _refuse_above(fixed, budget, job.options)
     free = [i for i, item in enumerate(measured) if item.norm and item.candidate.limit]
     held = [min(paid, len(measured[i].singular_values)) for i in free]
     choices = [_choice(measured[i], already) for i, already in zip(free, held, strict=True)]
@@ -153,6 +148,30 @@ def _within_budget(measured: Sequence[Measured], job: Compression, budget: int) 
     for i, already, rank in zip(free, held, chosen, strict=True):
         ranks[i] = DENSE if rank == DENSE else already + rank
     return ranks
+
+
+def refuse_small_budget(job: Compression) -> None:
+    """Refuse a budget for task factors that what is stored whole exceeds, before the work.
+
+    Headers say how much it is if everything was changed; only if that is too much, it is read.
+    """
+    rule, base = job.options.rule, job.sources.base
+    if rule.budget is None or job.options.out_format != "factors":
+        return
+    budget = rule.budget_bytes(job.checkpoint_bytes)
+    sizes = {item.name: item.dense_bytes or 0 for item in job.candidates if not item.limit}
+    if job.head_bytes + sum(sizes.values()) > budget:
+        changed = (name for name in sizes if job.source.differs(base.original([name])))
+        _refuse_above(job.head_bytes + sum(map(sizes.__getitem__, changed)), budget, job.options)
+
+
+def _refuse_above(fixed: int, budget: int, options: Options) -> None:
+    if fixed > budget:
+        raise RecipeError(
+            f"The budget is {human_bytes(budget)}, and what is stored whole (biases, norms, …)"
+            f" alone takes {human_bytes(fixed)}.",
+            f"Give a larger --budget{_smaller(options)}.",
+        )
 
 
 def _smaller(options: Options) -> str:

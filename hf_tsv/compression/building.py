@@ -12,14 +12,20 @@ from typing import Any
 
 import torch
 
-from hf_tsv.checkpoints import companions, layout
-from hf_tsv.checkpoints.fit import check_fit, config_warnings
+from hf_tsv.checkpoints import companions, layout, places
+from hf_tsv.checkpoints.fit import (
+    OTHER_BASE,
+    check_fit,
+    config_warnings,
+    other_base,
+    refuse_other_base,
+)
 from hf_tsv.checkpoints.formats.description import ADAPTER_FORMAT, FORMAT, FactorsConfig, Origin
 from hf_tsv.checkpoints.formats.task import equals_base
 from hf_tsv.checkpoints.layout import brief
 from hf_tsv.checkpoints.names import FACTORS_CONFIG
 from hf_tsv.checkpoints.sources import Sources
-from hf_tsv.compression.allocation import choose_ranks
+from hf_tsv.compression.allocation import choose_ranks, refuse_small_budget
 from hf_tsv.compression.candidates import Candidate, Compression, Measured, Spool, candidates_of
 from hf_tsv.compression.files import Written, write_adapter, write_factors
 from hf_tsv.compression.measuring import measure
@@ -36,8 +42,10 @@ from hf_tsv.system.text import counted
 def prepare(sources: Sources, options: Options) -> Compression:
     job = Compression(sources, options, (), ())
     base, source = sources.base, job.source
+    for warning in sources.warnings:  # what they say may explain why it does not fit
+        logger.warning(warning)
     check_fit(base, [source])
-    warnings = [*sources.warnings, *config_warnings(base, [source])]
+    warnings = config_warnings(base, [source])
     if options.out_format == "peft" and base.format == "open_clip":
         problem = f"The base model {base} is in OpenCLIP's format, which PEFT does not load."
         raise CheckpointError(problem, "Use `out_format=factors`, which serves every format.")
@@ -48,7 +56,7 @@ def prepare(sources: Sources, options: Options) -> Compression:
         warnings.append(f"An adapter has no place for the task head {', '.join(source.head)}.")
     for warning in warnings:
         logger.warning(warning)
-    return replace(job, candidates=candidates_of(job), warnings=tuple(warnings))
+    return replace(job, candidates=candidates_of(job), warnings=(*sources.warnings, *warnings))
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,9 @@ def built(run: Run, job: Compression, device: torch.device) -> Iterator[tuple[Pa
     run.check_space(identity, disk_bytes(job))
     run.fetch()
     job = replace(job, sources=run.sources)
+    if not job.options.allow_other_base:
+        refuse_other_base(run.sources.base, run.sources.inputs)
+    refuse_small_budget(job)
     with (
         run.result(identity) as final,
         journal.under_construction(
@@ -99,13 +110,25 @@ def _compressed(
             measured, seconds = measure(job, spool, notes, device, advance)
         if not any(item.norm for item in measured):
             raise equals_base(str(source), str(job.sources.base))
+        _refuse_far(job, measured)
         started = time.monotonic()
         write = write_factors if job.options.out_format == "factors" else write_adapter
         written = write(folder, job, spool, measured, choose_ranks(measured, job))
     seconds += Seconds(writing=time.monotonic() - started)
     config = _config(job, measured, written)
+    places.note(config.base_fingerprint(), job.sources.base.pinned)
     (folder / FACTORS_CONFIG).write_text(config.to_json(), encoding="utf-8")
     return Compressed(config, measured, written.file_bytes, seconds)
+
+
+def _refuse_far(job: Compression, measured: Sequence[Measured]) -> None:
+    """Refuse an update that is too large for a fine-tune of this base model."""
+    changed = [item for item in measured if item.norm]
+    norm = math.hypot(*(item.norm for item in changed))
+    base_norm = math.hypot(*(item.base_norm for item in changed))
+    may_be = job.options.allow_other_base or not job.source.is_whole
+    if norm >= OTHER_BASE * base_norm > 0 and not may_be:
+        raise other_base(job.source, job.sources.base, norm / base_norm)
 
 
 def _noted(entry: dict[str, Any], candidates: Mapping[str, Candidate]) -> Measured:

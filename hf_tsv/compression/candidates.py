@@ -57,15 +57,16 @@ class Candidate:
 class Measured:
     """Weight after its decomposition, with digests of W0 and of the bytes of its vectors.
 
-    `norm` is ‖Δ‖, Frobenius; `singular_values` are those that may be kept, float64, descending;
-    `numerical_rank` counts those above storage rounding. `place` is the offset of the vectors in
-    the spool; `exact` ones are from a full SVD.
+    `norm` is ‖Δ‖, Frobenius, and `base_norm` ‖W0‖; `singular_values` are those that may be kept,
+    float64, descending; `numerical_rank` counts those above storage rounding. `place` is the offset
+    of the vectors in the spool; `exact` ones are from a full SVD.
     """
 
     candidate: Candidate
     base_sha256: str
     norm: float
     singular_values: Tensor
+    base_norm: float = 0.0
     numerical_rank: int = 0
     place: int = 0
     sha256: str = ""

@@ -159,7 +159,7 @@ def plan_adapter(
         [name for name, info in base.tensors.items() if info.dtype.is_floating_point],
         job.model_class,
         dense=job.options.dense,
-        base_model=base.pinned.ref,
+        base_model=base.pinned.name,
         revision=base.pinned.revision,
     )
 

@@ -111,11 +111,12 @@ def measure(
 
 @dataclass(frozen=True)
 class _Loaded:
-    """Update of one weight, its norm and storage noise, digest of W0, and seconds of reading."""
+    """Update of one weight, its norm and storage noise, ‖W0‖, its digest, seconds of reading."""
 
     candidate: Candidate
     delta: Tensor
     norm: float
+    base_norm: float
     base_sha256: str
     floor: float
     seconds: float
@@ -131,8 +132,9 @@ def _load(job: Compression, candidate: Candidate) -> _Loaded:
     norm = products.frobenius_norm(delta)
     norm = norm if norm**2 else 0.0  # no stored type has numbers so small
     floor = updates.storage_noise(w0, w1, norm, overwrite=True) if candidate.limit else 0.0
-    sha256 = original.digest()
-    return _Loaded(candidate, delta, norm, sha256, floor, time.monotonic() - started)
+    base_norm, sha256 = updates.norm_of(w0), original.digest()
+    seconds = time.monotonic() - started
+    return _Loaded(candidate, delta, norm, base_norm, sha256, floor, seconds)
 
 
 def _decompose(
@@ -140,7 +142,7 @@ def _decompose(
 ) -> tuple[Measured, TaskSingularVectors | None]:
     """Leading triplets of one weight, as many as may be kept; None if none may."""
     candidate, delta, norm = loaded.candidate, loaded.delta, loaded.norm
-    item = Measured(candidate, loaded.base_sha256, norm, torch.empty(0))
+    item = Measured(candidate, loaded.base_sha256, norm, torch.empty(0), loaded.base_norm)
     if not norm or not candidate.limit:
         return item, None
     delta = delta.to(device)

@@ -112,7 +112,7 @@ def _explained(
             hint += " for a local folder check the path."
         case errors.RevisionNotFoundError():
             said = f"{repo_id} has no revision {revision!r}."
-            hint = f"Its branches and tags: {constants.ENDPOINT}/{repo_id}/tree/main;"
+            hint = f"Branches and tags are listed at {constants.ENDPOINT}/{repo_id}/tree/main;"
             hint += " a slash in the name of one is written %2F."
         case errors.RemoteEntryNotFoundError():
             said, hint = f"{repo_id}: {first_line(error)}.", "Check the files of the repository."

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hf_tsv.checkpoints import companions
+from hf_tsv.checkpoints.fit import refuse_other_base
 from hf_tsv.checkpoints.sources import Access, Sources, open_sources
 from hf_tsv.checkpoints.storage.tensors import digest
 from hf_tsv.checkpoints.storage.writer import ShardWriter
@@ -90,6 +91,8 @@ def built(
 def _check_inputs(merge: Merge, sources: Sources) -> None:
     """Find damage, and inputs without an update, before the work."""
     refuse_unchanged(merge.plan, sources)
+    if not merge.allow_other_base:
+        refuse_other_base(sources.base, sources.inputs)
     companions.check(sources.base)
     for item in sources.inputs if merge.settings.keep_heads else ():
         for name in item.head:

@@ -74,7 +74,7 @@ def write_masks(folder: Path, done: Merged) -> None:
         for writer in writers:
             writer.close()
     for place, item in zip(places, inputs, strict=True):
-        task = at_revision(item.pinned.ref, item.pinned.revision)
+        task = at_revision(item.pinned.name, item.pinned.revision)
         masks.write_config(place, task, base.pinned, digests, mask_of.scale)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -70,12 +70,16 @@ class MergePlan:
     warnings: tuple[str, ...]
 
     def counts(self, frozen: frozenset[str] = frozenset()) -> dict[str, int]:
-        """Tensors per treatment; those in `frozen` turned out unchanged and were copied."""
-        count = Counter({"decomposed": 0, "averaged": 0, "copied": 0})
+        """Tensors per treatment; those in `frozen` turned out unchanged and were copied.
+
+        Sums and entries that are combined are counted only where the method has them.
+        """
+        count: Counter[str] = Counter()
         for weight in self.weights:
             treatment = "copied" if weight.label in frozen else weight.treatment
             count[treatment] += len(weight.names)
-        return dict(count)
+        always = ("decomposed", "averaged", "copied")
+        return {t: count[t] for t in get_args(Treatment) if t in always or count[t]}
 
 
 def make_plan(base: Checkpoint, inputs: Sequence[Task], settings: Settings) -> MergePlan:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_tsv.checkpoints import companions
+from hf_tsv.checkpoints import companions, places
+from hf_tsv.checkpoints.fit import OTHER_BASE, other_base
 from hf_tsv.checkpoints.formats import heads
 from hf_tsv.checkpoints.formats.task import Task, distinct_names, equals_base, identity_entry
 from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, Sources, open_sources
@@ -50,6 +50,7 @@ class Merge:
         coefficients (`dict[str, tuple[float, ...]]`): factor of each task by weight, for the method
             ada; `adaptation` says how they are learned, or were.
         tuning ([`AlphaSearch`], *optional*): how α was chosen.
+        allow_other_base (`bool`): merge even what seems to be fine-tuned from another model.
     """
 
     references: tuple[str, ...]
@@ -69,6 +70,7 @@ class Merge:
     coefficients: dict[str, tuple[float, ...]] = field(default_factory=dict)
     adaptation: Adaptation | None = None
     tuning: AlphaSearch | None = None
+    allow_other_base: bool = False
 
     def within(self, max_memory: int | str | None, sources: Sources) -> Merge:
         """The same merge with as much parallelism as the memory of this process allows."""
@@ -122,13 +124,28 @@ class Merged:
         """Warnings of before the first weight, then of what the weights showed."""
         return [*self.merge.warnings, *(found.text for found in self.diagnoses)]
 
+    def published(self, text: str) -> str:
+        """A text that others may read: with the names of local folders instead of their paths."""
+        for item in self.sources.all():
+            if item.pinned.is_local and "/" in item.pinned.ref:
+                text = text.replace(item.pinned.ref, item.pinned.name)
+        return text
+
 
 def diagnosed(merge: Merge, sources: Sources, device: torch.device, findings: Findings) -> Merged:
     """The merge with what its weights showed; tells what is odd about the inputs."""
     found = diagnoses(sources.inputs, merge.scales, merge.plan, findings)
     for diagnosis in found:
+        for item in (sources.inputs[i] for i in diagnosis.tasks if _is_other_base(diagnosis)):
+            if item.is_whole and not merge.allow_other_base:
+                raise other_base(item, sources.base, diagnosis.value)
+    for diagnosis in found:
         logger.warning(diagnosis.text)
     return Merged(merge, sources, device, findings, tuple(found))
+
+
+def _is_other_base(diagnosis: Diagnosis) -> bool:
+    return diagnosis.kind == "other-base" and diagnosis.value >= OTHER_BASE
 
 
 def prepare(
@@ -152,11 +169,15 @@ def prepare(
     """
     scales = scales_of(checkpoints, scales)
     sources = open_sources(checkpoints, base_ref, access, only_factors=only_factors)
+    for warning in sources.warnings:  # what they say may explain why the plan is refused
+        logger.warning(warning)
     settings = resolved(sources.base, settings)
     plan = make_plan(sources.base, sources.inputs, settings)
     missing = companions.warnings(sources.base) if writes else []
-    found = [*warnings, *sources.warnings, *plan.warnings, *missing]
-    for warning in found:
+    if len(checkpoints) == 1 and sources.inputs[0].is_whole and settings.alpha == 1:
+        logger.info("%s is the only checkpoint: it is not merged with another.", *sources.inputs)
+    later = [*warnings, *_alpha_warnings(settings.alpha), *plan.warnings, *missing]
+    for warning in later:
         logger.warning(warning)
     merge = Merge(
         references=tuple(pinned_text(item.pinned) for item in sources.inputs),
@@ -164,10 +185,17 @@ def prepare(
         scales=tuple(scales),
         settings=settings,
         plan=plan,
-        warnings=tuple(found),
+        warnings=(*sources.warnings, *later),
         expected=(None,) * (len(checkpoints) + 1),
     )
     return merge, sources
+
+
+def _alpha_warnings(alpha: float) -> list[str]:
+    """Warnings about values of α that work, and are rarely meant."""
+    if alpha == 0:
+        return ["α is 0: the result is the base model."]
+    return [f"α is {alpha:g}: the updates are subtracted."] if alpha < 0 else []
 
 
 def refuse_unchanged(plan: MergePlan, sources: Sources) -> None:
@@ -182,14 +210,11 @@ def refuse_unchanged(plan: MergePlan, sources: Sources) -> None:
 
 
 def of_recipe(recipe: Recipe, access: Access) -> tuple[Merge, Sources]:
-    """Prepare the merge that a recipe describes."""
-    for item in (*recipe.inputs, recipe.base_model):
-        if item.revision is None and not Path(item.ref).expanduser().is_dir():
-            problem = f"The recipe was made from the folder {item.ref}, which is not here."
-            raise RecipeError(problem, "Run it where that folder is, or restore it.")
+    """Prepare the merge that a recipe describes, whose folders are where it says."""
+    base = recipe.base_model
     merge, sources = prepare(
         [pinned_text(item) for item in recipe.inputs],
-        pinned_text(recipe.base_model),
+        None if base is None else pinned_text(base),
         [item.weight for item in recipe.inputs],
         recipe.settings,
         access,
@@ -201,7 +226,11 @@ def of_recipe(recipe: Recipe, access: Access) -> tuple[Merge, Sources]:
         raise RecipeError(problem, "Use the recipe as it was written.")
     merge = replace(
         merge,
-        expected=tuple(item.fingerprint for item in (*recipe.inputs, recipe.base_model)),
+        expected=(
+            *(item.fingerprint for item in recipe.inputs),
+            None if base is None else base.fingerprint,
+        ),
+        allow_other_base=recipe.allow_other_base,
         recipe_device=recipe.device,
         coefficients=recipe.coefficients,
         adaptation=recipe.adaptation,
@@ -220,12 +249,13 @@ def _version_warnings(recipe: Recipe) -> list[str]:
 
 
 def recipe_of(done: Merged) -> Recipe:
-    """The recipe that repeats a merge."""
+    """The recipe that repeats a merge; this machine remembers where its local folders are."""
     merge, sources = done.merge, done.sources
 
     def pinned(item: Task, key: int, scale: float = 1.0) -> PinnedInput:
         fingerprint = done.findings.fingerprint(key) if item.pinned.is_local else None
-        return PinnedInput(item.pinned.ref, item.pinned.revision, fingerprint, scale)
+        places.note(fingerprint, item.pinned)
+        return PinnedInput(item.pinned.name, item.pinned.revision, fingerprint, scale)
 
     return Recipe(
         pinned(sources.base, -1),
@@ -235,6 +265,7 @@ def recipe_of(done: Merged) -> Recipe:
         versions_of(merge.settings.row),
         coefficients=merge.coefficients,
         adaptation=merge.adaptation,
+        allow_other_base=merge.allow_other_base and any(map(_is_other_base, done.diagnoses)),
     )
 
 

@@ -75,6 +75,7 @@ class Options:
     model_class: str | None = None
     max_shard_size: int | str = Settings.max_shard_size
     report: bool = False
+    allow_other_base: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("dtype", get_args(Dtype)), ("out_format", get_args(FactorFormat))):

@@ -66,7 +66,7 @@ class Adaptation:
                 for f in fields(EvaluationTask)
                 if (value := getattr(task, f.name)) != f.default
             }
-            for task in self.tasks
+            for task in (replace(task, dataset=task.shown) for task in self.tasks)
         ]
         found = {"images": list(self.images), "entropy": list(self.entropy)}
         return {**asdict(self), "tasks": tasks, **found}

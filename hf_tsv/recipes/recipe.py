@@ -21,6 +21,9 @@ from hf_tsv.system.untrusted import MAX_BYTES, parse_yaml
 
 FORMAT_VERSION = 1
 
+SHORT = "{method: tsv, base_model: org/base, inputs: [org/a, org/b]}"
+"""A recipe as somebody would write it, in one line."""
+
 PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,98}[A-Za-z0-9])?==[A-Za-z0-9.+!]{1,50}")
 """Name and version of a package, as pip reads them."""
 
@@ -30,7 +33,7 @@ class PinnedInput:
     """One checkpoint of a recipe.
 
     Args:
-        ref (`str`): repository id or folder.
+        ref (`str`): repository id, or the name of a folder without its path.
         revision (`str`, *optional*): commit sha, for a repository.
         fingerprint (`str`, *optional*): sha256 of the weights used, for a folder.
         weight (`float`): factor of this task's update.
@@ -50,13 +53,18 @@ class PinnedInput:
         check_number(f"The weight of {self.ref}", self.weight)
         object.__setattr__(self, "weight", float(self.weight))
 
+    @property
+    def is_folder(self) -> bool:
+        """Tell whether it was a local folder where the recipe was written."""
+        return self.revision is None and self.fingerprint is not None
+
 
 @dataclass(frozen=True)
 class Recipe:
     """A merge that can be repeated to the byte, on the same type of device and versions.
 
     Args:
-        base_model ([`PinnedInput`]): W0.
+        base_model ([`PinnedInput`], *optional*): W0; None: the one the inputs' cards agree on.
         inputs (`tuple[PinnedInput, ...]`): the tasks.
         settings ([`Settings`]): every choice.
         device (`str`): type of device the weights were computed on.
@@ -64,15 +72,17 @@ class Recipe:
         coefficients (`dict[str, tuple[float, ...]]`): of each input, by weight, for the method
             `ada`; 1 in weights that are not named.
         adaptation ([`Adaptation`], *optional*): how they were learned.
+        allow_other_base (`bool`): an input is so far from the base that it had to be allowed.
     """
 
-    base_model: PinnedInput
+    base_model: PinnedInput | None
     inputs: tuple[PinnedInput, ...]
     settings: Settings
     device: str = "cpu"
     versions: dict[str, str] = field(default_factory=current_versions)
     coefficients: dict[str, tuple[float, ...]] = field(default_factory=dict)
     adaptation: Adaptation | None = None
+    allow_other_base: bool = False
 
     def __post_init__(self) -> None:
         method, learned = self.settings.row, bool(self.coefficients or self.adaptation)
@@ -97,13 +107,19 @@ class Recipe:
         """Recipe as written into every output; without its coefficients it is only to be read."""
         content: dict[str, Any] = {
             "hf_tsv_recipe": FORMAT_VERSION,
-            **asdict(self.settings),
+            **{k: v for k, v in asdict(self.settings).items() if v is not None},
             "exclude": list(self.settings.exclude),
-            "base_model": {k: v for k, v in _known(self.base_model).items() if k != "weight"},
+        }
+        if self.base_model is not None:
+            base = _known(self.base_model)
+            content["base_model"] = {k: v for k, v in base.items() if k != "weight"}
+        content |= {
             "inputs": [_known(item) for item in self.inputs],
             "device": self.device,
             "versions": self.versions,
         }
+        if self.allow_other_base:
+            content["allow_other_base"] = True
         if self.adaptation is not None:
             content["adaptation"] = self.adaptation.to_dict()
         if self.coefficients and coefficients:
@@ -137,25 +153,19 @@ class Recipe:
     @staticmethod
     def from_yaml(text: str, source: str = "recipe") -> Recipe:
         """Parse a recipe; unknown keys are errors, so that no choice is dropped silently."""
-        try:
-            content = parse_yaml(text)
-        except OverflowError:
-            raise RecipeError(f"{source} is larger than any recipe, and is not read.") from None
-        except ValueError as error:
-            raise RecipeError(f"{source} is {error}.") from None
-        if not isinstance(content, dict) or "hf_tsv_recipe" not in content:
-            hint = f"Every output holds one as {RECIPE_FILE}."
-            raise RecipeError(f"{source} is not an hf-tsv recipe.", hint)
-        version = content.pop("hf_tsv_recipe")
-        if type(version) is not int or version != FORMAT_VERSION:
-            problem = f"{source} has a recipe format this version does not know."
-            raise RecipeError(problem, "Update hf-tsv.")
+        content = _content(text, source)
         try:
             names = {f.name for f in fields(Settings)}
             _refuse_not_installed(content)
             settings = Settings(**{key: content.pop(key) for key in list(content) if key in names})
-            base = PinnedInput(**content.pop("base_model"))
-            inputs = tuple(PinnedInput(**item) for item in content.pop("inputs"))
+            base = content.pop("base_model", None)
+            base = None if base is None else _pinned(base, f"base_model of {source}")
+            listed = content.pop("inputs", [])
+            if not isinstance(listed, list):
+                said = f"inputs of {source} is {shortened(listed)}, and no list."
+                raise RecipeError(said, f"Write it like this: {SHORT}")
+            inputs = tuple(_pinned(item, f"An input of {source}") for item in listed)
+            allowed = content.pop("allow_other_base", False)
             device = content.pop("device", "cpu")
             versions = content.pop("versions", {})
             coefficients = {n: tuple(row) for n, row in content.pop("coefficients", {}).items()}
@@ -167,8 +177,11 @@ class Recipe:
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"{source} is incomplete or malformed: {error}.") from None
         if not inputs:
-            raise RecipeError(f"{source} names no inputs.")
-        if base.weight != 1:
+            raise RecipeError(f"{source} names no inputs.", f"Write it like this: {SHORT}")
+        if type(allowed) is not bool:
+            said = f"allow_other_base is {shortened(allowed)}."
+            raise RecipeError(said, "Write true or false.")
+        if base is not None and base.weight != 1:
             raise RecipeError(f"{source} gives base_model a weight; only inputs have one.")
         if not isinstance(device, str):
             raise RecipeError(f"device is {shortened(device)}.", "Write a string.")
@@ -177,7 +190,36 @@ class Recipe:
             raise RecipeError(f"versions is {shortened(versions)}.", "Write names with versions.")
         if content:
             raise RecipeError(f"{source} has an unknown key: {min(map(str, content))}.")
-        return Recipe(base, inputs, settings, device, versions, coefficients, adaptation)
+        return Recipe(base, inputs, settings, device, versions, coefficients, adaptation, allowed)
+
+
+def _content(text: str, source: str) -> dict[str, Any]:
+    """Keys and values of a recipe in a format that this version knows."""
+    try:
+        content = parse_yaml(text)
+    except OverflowError:
+        raise RecipeError(f"{source} is larger than any recipe, and is not read.") from None
+    except ValueError as error:
+        raise RecipeError(f"{source} is {error}.") from None
+    if not isinstance(content, dict) or not {"hf_tsv_recipe", "inputs"} & content.keys():
+        hint = f"Every output holds one as {RECIPE_FILE}; a short one is: {SHORT}"
+        raise RecipeError(f"{source} is not an hf-tsv recipe.", hint)
+    version = content.pop("hf_tsv_recipe", FORMAT_VERSION)
+    if type(version) is not int or version != FORMAT_VERSION:
+        problem = f"{source} has a recipe format this version does not know."
+        raise RecipeError(problem, "Update hf-tsv.")
+    return content
+
+
+def _pinned(value: object, what: str) -> PinnedInput:
+    """One checkpoint of a recipe: its reference alone, or with its revision and weight."""
+    if isinstance(value, str):
+        return PinnedInput(value)
+    names = [f.name for f in fields(PinnedInput)]
+    if not isinstance(value, dict) or "ref" not in value or value.keys() - set(names):
+        hint = f"Write org/name, or a mapping of {', '.join(names)}, of which ref is needed."
+        raise RecipeError(f"{what} is {shortened(value)}.", hint)
+    return PinnedInput(**value)
 
 
 class _Row(list[float]):

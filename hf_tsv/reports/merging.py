@@ -16,8 +16,8 @@ class MergeReport(Report):
         output (`str`, *optional*): the folder written, if it is kept.
         base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
         inputs (`list[dict[str, str | None]]`): the same of every task.
-        weights (`dict[str, int]`): tensors `decomposed`, `averaged`, `copied`, and by some methods
-            `summed` or `combined`.
+        weights (`dict[str, int]`): tensors `decomposed`, `averaged`, `copied`, and if there are any
+            `summed` or `combined` entry by entry.
         output_bytes (`int`): size of the weight files.
         seconds (`float`): wall time.
         warnings (`list[str]`): what the user should know.

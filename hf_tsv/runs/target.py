@@ -93,6 +93,9 @@ class Target:
                 if any(output in (p, *p.parents) for p in (path, *links)):
                     problem = f"The output folder {self.output} would replace the input {item.ref}."
                     raise OutputError(problem, "Choose another one with `output=DIR`.")
+                if path in output.parents:
+                    problem = f"The output folder {self.output} would be in the input {item.ref}."
+                    raise OutputError(problem, "Choose a folder outside of it with `output=DIR`.")
                 continue
             same = not item.is_local and repo_id_of(item.ref) == self.push_to
             if same and not self.create_pr and self._replaces(item):

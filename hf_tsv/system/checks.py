@@ -87,14 +87,15 @@ def size_in_bytes(size: int | str, of: int | None = None, *, name: str = "size")
     found = SIZE.fullmatch(size) if isinstance(size, str) else None
     number = Fraction(found[1] if found else size if type(size) is int else 0)
     unit = found[2].lower().rstrip("b") if found else ""
-    if unit != "%" and 1 <= number * UNITS[unit] < LIMIT:
+    bare = of is not None and number <= 100 and not (found and found[2])  # a share without its %
+    if not bare and unit != "%" and 1 <= number * UNITS[unit] < LIMIT:
         return int(number * UNITS[unit])
     if unit == "%" and of is not None and 0 < number <= 100:
         return int(number * of / 100)
     hint = "Examples: 2GB, 800MB."
     if of is not None:
         hint = "Examples: 10%, 35MB."
-        if isinstance(size, float) or (found and not found[2]):
-            share = float(size)
-            hint = f"Did you mean {100 * share:g}%? {hint}" if 0 < share < 1 else hint
+        if type(size) in (int, float) or (found and not found[2]):
+            share = float(size) * (100 if float(size) < 1 else 1)
+            hint = f"Did you mean {share:g}%? {hint}" if 0 < share <= 100 else hint
     raise UsageError(f"{argument(name)}: invalid size {shortened(size)}.", hint)

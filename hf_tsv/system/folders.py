@@ -46,11 +46,9 @@ def check_free_space(folder: Path, needed: int) -> None:
     with disk_errors(folder):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         total, _, free = shutil.disk_usage(existing)
-    if not total:
-        raise OutputError(
-            f"Cannot write to {folder}: {existing} is not on a disk.",
-            "Choose another folder with `output=DIR`.",
-        )
+    if not total and needed > 0:  # what the system shows as files, such as /proc
+        problem = f"Cannot write to {folder}: {existing} takes no new folder."
+        raise OutputError(problem, "Choose another folder with `output=DIR`.")
     if free < needed:
         raise OutputError(
             f"Not enough space for {folder}: {human_bytes(needed)} needed,"

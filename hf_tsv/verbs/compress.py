@@ -53,6 +53,7 @@ def compress(
     budget: str | int | None = None,
     dtype: AnyDtype = "float32",
     compress_conv: bool = False,
+    allow_other_base: bool = False,
     max_shard_size: int | str = Settings.max_shard_size,
     device: AnyDevice | None = None,
     force: bool = False,
@@ -83,8 +84,8 @@ def compress(
         compress_conv (`bool`): decompose the patch convolution as well.
         report (`bool`): put table and picture of what is kept into the card.
         dry_run (`bool`): plan only; the result has a `report` and nothing else.
-        push_to, max_shard_size, device, force, private, revision, create_pr, commit_message, token,
-            cache_dir, subfolder, stream, progress: as in [`merge`].
+        allow_other_base, push_to, max_shard_size, device, force, private, revision, create_pr,
+            commit_message, token, cache_dir, subfolder, stream, progress: as in [`merge`].
 
     Returns:
         [`TaskFactors`]: with a [`CompressReport`] as `report`.
@@ -104,6 +105,7 @@ def compress(
         compress_conv,
         max_shard_size=max_shard_size,
         report=report,
+        allow_other_base=allow_other_base,
     )
     owned = None
     if output is None:

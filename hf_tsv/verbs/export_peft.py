@@ -28,6 +28,7 @@ def export_peft(
     dtype: AnyDtype = "float32",
     dense: bool = True,
     model_class: str | None = None,
+    allow_other_base: bool = False,
     device: AnyDevice | None = None,
     force: bool = False,
     private: bool | None = None,
@@ -51,8 +52,8 @@ def export_peft(
             combine the adapter with others.
         model_class (`str`, *optional*): the class it will be loaded into; default: that of the
             checkpoint.
-        output, push_to, device, force, private, revision, create_pr, commit_message, token,
-            cache_dir, subfolder, stream, dry_run, progress: as in [`merge`].
+        allow_other_base, output, push_to, device, force, private, revision, create_pr,
+            commit_message, token, cache_dir, subfolder, stream, dry_run, progress: as in [`merge`].
 
     Returns:
         [`CompressReport`]: results; `left_out` names what an adapter has no place for.
@@ -71,6 +72,7 @@ def export_peft(
         dense=dense,
         model_class=model_class,
         report=report,
+        allow_other_base=allow_other_base,
     )
     place = None if output is None else Path(output)
     target = Target(place, push_to, force, private, revision, create_pr, commit_message)

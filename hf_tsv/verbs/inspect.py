@@ -53,9 +53,9 @@ class InspectReport(Report):
         dtypes (`dict[str, dict[str, int]]`): `tensors` and `bytes` by type.
         parts (`dict[str, dict[str, int]]`): `tensors`, `parameters` and `bytes` by tower or
             projection.
-        tensors (`dict[str, dict]`): `shape`, `dtype` and `bytes`; for checkpoints the treatment by
-            `merge` and its `reason`; for factors how it is `stored`, `rank`, `numerical_rank` and
-            `energy`.
+        tensors (`dict[str, dict]`): `shape`, `dtype` and `bytes`; for checkpoints that are no merge
+            the treatment by `merge` and its `reason`; for factors how it is `stored`, `rank`,
+            `numerical_rank` and `energy`.
         recipe (`dict`, *optional*): inputs and settings of a merge.
         factors (`dict`, *optional*): origin, rule, type, bytes and error of task factors.
         heads (`list[str]`): tasks whose heads lie beside a merge.
@@ -128,19 +128,19 @@ def inspect(
 def _of_checkpoint(pinned: PinnedCheckpoint, form: InputFormat, opened: Task) -> InspectReport:
     infos, head = _infos(opened.tensors), _infos(opened.head)
     tensors: dict[str, dict[str, Any]] = {}
+    recipe, unknown = _recipe(pinned)
+    kind = "merge" if opened.is_whole and recipe else form.name
     for weight in treatments(opened, Settings()):
-        info = infos[weight.names[0]]
-        tensors[weight.label] = {**_described(info), "merge": weight.treatment}
-        if weight.reason:
-            tensors[weight.label]["reason"] = weight.reason
+        entry = tensors[weight.label] = _described(infos[weight.names[0]])
+        if kind != "merge":  # which says itself how it was made
+            entry["merge"] = weight.treatment
+            entry |= {"reason": weight.reason} if weight.reason else {}
     for name, info in head.items():
         tensors[name] = {**_described(info), "merge": "left out", "reason": "a task head"}
-    recipe, unknown = _recipe(pinned)
     config = opened.model_config
     clip = layout.is_clip(config)
     if not clip:
         unknown.append(f"Not CLIP but {config['model_type']!r}: generic layout.")
-    kind = "merge" if opened.is_whole and recipe else form.name
     model_class = layout.saved_class(config) if clip else _architecture(config)
     known = {"kind": kind, "model_class": model_class, "layout": form.layout or opened.format}
     more = {"tensors": tensors, "recipe": recipe, "heads": tasks_of(opened), "unknown": unknown}

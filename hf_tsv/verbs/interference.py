@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry
+from hf_tsv.checkpoints.fit import refuse_other_base
+from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry, published_entry
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.checkpoints.names import REPORT_FILE, REPORT_PAGE
 from hf_tsv.checkpoints.reference import listed
@@ -52,6 +53,7 @@ def interference(
     rank_fraction: float | None = None,
     exclude: str | Sequence[str] = Settings.exclude,
     qkv: Qkv | None = Settings.qkv,
+    allow_other_base: bool = False,
     device: AnyDevice | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -74,7 +76,8 @@ def interference(
         exclude (`Sequence[str]`): globs of weights that a merge would average.
         qkv (`str`, *optional*): `split` or `fused` attention projections; default: as the base
             stores them.
-        device, token, cache_dir, subfolder, stream, max_memory, progress: as in [`merge`].
+        allow_other_base, device, token, cache_dir, subfolder, stream, max_memory, progress: as in
+            [`merge`].
 
     Returns:
         [`InterferenceReport`]: all of it.
@@ -100,15 +103,19 @@ def interference(
     work, sources = prepare(references, base_ref, None, settings, access, writes=False)
     refuse_nothing_decomposed(work.plan, sources.inputs)
     with underway(sources, Target(folder), progress) as run:
-        work = replace(work, measure=True).within(max_memory, sources)
+        work = replace(work, measure=True, allow_other_base=allow_other_base).within(
+            max_memory, sources
+        )
         place = pick_device(device)
         run.fetch()
         refuse_unchanged(work.plan, run.sources)
+        if not allow_other_base:
+            refuse_other_base(run.sources.base, run.sources.inputs)
         measured = _measured(run, work, place)
     report = summary(measured, time.monotonic() - started)
     if folder is not None:
         with whole_folder(folder) as staging:
-            write_report(staging, report)
+            write_report(staging, published(report, measured))
     return report
 
 
@@ -137,6 +144,18 @@ def refuse_nothing_decomposed(plan: MergePlan, inputs: Sequence[Task]) -> None:
             " interference to report on.",
             "Use a narrower `exclude=`, or name fewer tasks.",
         )
+
+
+def published(report: InterferenceReport, done: Merged) -> InterferenceReport:
+    """The report as others may read it: local folders by their names."""
+    pairs = zip(report.tasks, done.sources.inputs, strict=True)
+    return replace(
+        report,
+        tasks=[{**entry, **published_entry(item)} for entry, item in pairs],
+        base_model=published_entry(done.sources.base),
+        diagnoses=[{**d, "text": done.published(d["text"])} for d in report.diagnoses],
+        warnings=list(map(done.published, report.warnings)),
+    )
 
 
 def write_report(folder: Path, report: InterferenceReport) -> None:

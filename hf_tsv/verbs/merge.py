@@ -33,6 +33,7 @@ from hf_tsv.merging.work import (
     refuse_no_heads,
 )
 from hf_tsv.methods.catalogue import MethodName
+from hf_tsv.recipes import repeating
 from hf_tsv.recipes.recipe import Recipe
 from hf_tsv.recipes.settings import Qkv, Settings, refuse_no_report
 from hf_tsv.reports import cards, drawing, pictures
@@ -43,7 +44,7 @@ from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.errors import UsageError, public
 from hf_tsv.system.progress import logger
-from hf_tsv.verbs.interference import refuse_nothing_decomposed, summary
+from hf_tsv.verbs.interference import published, refuse_nothing_decomposed, summary
 
 if TYPE_CHECKING:
     from hf_tsv.recipes.learning import Adaptation, AlphaSearch
@@ -57,21 +58,22 @@ def merge(
     output: str | Path | None = None,
     push_to: str | None = None,
     recipe: str | Path | Recipe | None = None,
-    method: MethodName | str = Settings.method,
+    method: MethodName | str | None = None,
     adaptation: Adaptation | None = None,
-    orthogonalizer: Orthogonalizer = Settings.orthogonalizer,
-    precision: Precision = Settings.precision,
+    orthogonalizer: Orthogonalizer | None = None,
+    precision: Precision | None = None,
     alpha: float | None = None,
     tune_alpha: AlphaSearch | None = None,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     rank_fraction: float | None = None,
-    exclude: str | Sequence[str] = Settings.exclude,
-    qkv: Qkv | None = Settings.qkv,
+    exclude: str | Sequence[str] | None = None,
+    qkv: Qkv | None = None,
     dtype: AnyDtype | None = None,
-    max_shard_size: int | str = Settings.max_shard_size,
+    max_shard_size: int | str | None = None,
     out_format: Format | None = None,
     keep_heads: bool = False,
+    allow_other_base: bool = False,
     device: AnyDevice | None = None,
     force: bool = False,
     private: bool | None = None,
@@ -95,32 +97,36 @@ def merge(
         base_model (`str`, *optional*): W0; default: the one the checkpoints' cards agree on.
         output (`str` or `Path`, *optional*): folder to write.
         push_to (`str`, *optional*): repository to upload to.
-        recipe (`str`, `Path` or [`Recipe`], *optional*): repeat a merge; instead of
-            `checkpoints`, `base_model` and the settings.
-        method (`str`): `tsv`, `ada`, `low-rank`, `orthogonal`, `task-arithmetic`, `average`,
-            `ties`, `consensus`, `iso-c`, `iso-cts`, or `tall-mask`, whose tasks are loaded one by
-            one; or the name of a method that another package adds.
+        recipe (`str`, `Path` or [`Recipe`], *optional*): merge to repeat: a file, an output folder,
+            or `org/name@revision`. Settings given beside it replace its own; `checkpoints` are then
+            the local folders that it names.
+        method (`str`, *optional*): `tsv`, the default, `ada`, `low-rank`, `orthogonal`,
+            `task-arithmetic`, `average`, `ties`, `consensus`, `iso-c`, `iso-cts`, or `tall-mask`,
+            whose tasks are loaded one by one; or the name of a method that another package adds.
         adaptation ([`Adaptation`], *optional*): images that the method `ada` learns a coefficient
             of each task in each weight on, and how.
-        orthogonalizer (`str`): `procrustes` or `whitening`; the same result up to rounding, and
-            with `precision="fast"` the same computation.
-        precision (`str`): `fast`: by Gram matrices in float64, each result checked, with a full SVD
-            of what fails the check; `exact`: full float64 SVDs only.
+        orthogonalizer (`str`, *optional*): `procrustes`, the default, or `whitening`; the same
+            result up to rounding, and with `precision="fast"` the same computation.
+        precision (`str`, *optional*): `fast`, the default: by Gram matrices in float64, each result
+            checked, with a full SVD of what fails the check; `exact`: full float64 SVDs only.
         alpha (`float`, *optional*): α, scale of the merged update; default: 1, and 0.3 for the
             sums `task-arithmetic`, `low-rank` and `consensus`.
         tune_alpha ([`AlphaSearch`], *optional*): choose α on validation images instead.
         weights (`Sequence[float]`, *optional*): factor of each task's update.
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
         rank_fraction (`float`, *optional*): the same as a share of k.
-        exclude (`Sequence[str]`): globs of weights that are averaged instead.
+        exclude (`Sequence[str]`, *optional*): globs of weights that are averaged instead; default:
+            `text_projection.weight`.
         qkv (`str`, *optional*): `split` or `fused` attention projections; default: as the base
             stores them.
         dtype (`str` or `torch.dtype`, *optional*): `float32`, `float16` or `bfloat16`, also as
             `"fp32"`, `"fp16"` or `"bf16"`; default and `"auto"`: as the base.
-        max_shard_size (`int` or `str`): bytes of an output file, or `"5GB"`.
+        max_shard_size (`int` or `str`, *optional*): bytes of an output file; default `"5GB"`.
         out_format (`str`, *optional*): `transformers` or `open_clip`; default: as the base.
         keep_heads (`bool`): write the task heads beside the merged encoder, one file each, for
             `hf_tsv.pipeline("image-classification", output, head=…)`.
+        allow_other_base (`bool`): merge even checkpoints that are so far from the base model (half
+            its norm) that they seem to be fine-tunes of another.
         device (`str`, `int` or `torch.device`, *optional*): `"cuda:1"`, `0` (the first
             accelerator), `-1` (the CPU); default and `"auto"`: the one accelerate chooses.
         force (`bool`): replace an output folder that hf-tsv wrote.
@@ -167,26 +173,26 @@ def merge(
                 None if output is None else Path(output),
                 push_to, force, private, revision, create_pr, commit_message,
             )  # fmt: skip
-            settings = Settings(
-                method, orthogonalizer, alpha, rank, rank_fraction,  # type: ignore[arg-type]
-                tuple(listed(exclude)), qkv, dtype, max_shard_size, precision,  # type: ignore[arg-type]
-                out_format, keep_heads,
-            )  # fmt: skip
-            named = references or base_ref is not None or weights is not None or subfolder
-            chosen = settings != Settings() or adaptation is not None or tune_alpha is not None
-            if recipe is not None and (named or chosen):
-                problem = "A recipe already names the checkpoints and every setting."
-                raise UsageError(problem, "Give a recipe, or checkpoints and settings.")
-            if recipe is not None and not isinstance(recipe, Recipe):
-                recipe = Recipe.load(recipe)
+            given: dict[str, Any] = {
+                "method": method, "orthogonalizer": orthogonalizer, "alpha": alpha, "rank": rank,
+                "rank_fraction": rank_fraction, "qkv": qkv, "dtype": dtype,
+                "exclude": None if exclude is None else tuple(listed(exclude)),
+                "max_shard_size": max_shard_size, "precision": precision,
+                "out_format": out_format, "keep_heads": keep_heads or None,
+            }  # fmt: skip
+            given = {name: value for name, value in given.items() if value is not None}
+            settings = Settings(**given)
+            if recipe is not None and (subfolder or adaptation is not None or tune_alpha):
+                problem = "A recipe names subfolders and what was learned by itself."
+                raise UsageError(problem, "Omit the recipe, or the other options.")
             target = target.checked(token, dry_run=dry_run)
             if recipe is not None:
-                work, sources = of_recipe(recipe, access)
+                found, beside = repeating.load(recipe, access)
+                found = repeating.changed(found, given, weights, base_ref)
+                work, sources = of_recipe(repeating.placed(found, references, beside), access)
             else:
                 if tune_alpha is not None:
-                    from hf_tsv.verbs.learning.alpha import refuse_no_search, tuned
-
-                    refuse_no_search(settings, alpha)
+                    _refuse_no_search(settings, alpha)
                 _refuse_no_images(settings, adaptation)
                 work, sources = prepare(references, base_ref, weights, settings, access)
                 if tune_alpha is not None:
@@ -198,8 +204,12 @@ def merge(
             refuse_no_heads(work.settings, sources.inputs)
             if report:
                 _refuse_no_report(work, sources)
-            work = replace(work, measure=report).within(max_memory, sources)
+            allowed = allow_other_base or work.allow_other_base
+            work = replace(work, measure=report, allow_other_base=allowed)
+            work = work.within(max_memory, sources)
             if tune_alpha is not None and not dry_run:
+                from hf_tsv.verbs.learning.alpha import tuned
+
                 target.refuse_inputs([item.pinned for item in sources.all()])
                 work = tuned(work, tune_alpha, sources.access, device, group, progress)
             merged = None
@@ -210,6 +220,16 @@ def merge(
             done = _report(run, work, merged, started)
             group.dismiss(done)
             return done
+
+
+def _refuse_no_search(settings: Settings, alpha: float | None) -> None:
+    """Refuse to choose an α that is given, that the method has not, or in several processes."""
+    if alpha is not None:
+        raise UsageError("`alpha=` and a search for α cannot be combined.", "Give one.")
+    if settings.row.learns or settings.row.alpha is None:
+        problem = f"The method {settings.method} has no α to choose."
+        raise UsageError(problem, "Use `merge` instead.")
+    processes.alone("The choice of α", ", then repeat with `alpha=`")
 
 
 def _refuse_no_images(settings: Settings, adaptation: Adaptation | None) -> None:
@@ -249,7 +269,7 @@ def _describe(folder: Path, done: Merged, target: Target) -> None:
         write_masks(folder, done)
     measured = picture = None
     if done.merge.measure:
-        measured = found = summary(done, done.findings.seconds.computing)
+        measured = found = published(summary(done, done.findings.seconds.computing), done)
         (folder / REPORT_FILE).write_text(measured.to_json(), encoding="utf-8")
         picture = drawing.attempted(lambda: pictures.of_merge(found))
         if picture is not None:
@@ -283,7 +303,7 @@ def _card(
         heads=[Path(file).stem for file in kept_heads(merge.settings, inputs)],
         masks=mask_folders(merge.settings, inputs),
         tuning=merge.tuning,
-        warnings=done.warnings,
+        warnings=list(map(done.published, done.warnings)),
         interference=measured,
         picture=picture,
     )

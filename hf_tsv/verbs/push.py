@@ -166,7 +166,7 @@ def _made_from(pinned: PinnedCheckpoint, files: LocalFiles) -> list[Mapping[str,
         text = files.read(RECIPE_FILE).decode(errors="replace")
         recipe = Recipe.from_yaml(text, f"{owner}/{RECIPE_FILE}")
         _check_beside(files.root, recipe, owner)
-        return [vars(item) for item in (*recipe.inputs, recipe.base_model)]
+        return [vars(item) for item in (*recipe.inputs, recipe.base_model) if item is not None]
     factors = files.size(FACTORS_CONFIG) is not None
     content = read_json(files, FACTORS_CONFIG if factors else names.RECONSTRUCTION_FILE, owner)
     entries = [content.get(key) for key in ("source" if factors else "factors", "base_model")]

@@ -9,7 +9,7 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from hf_tsv.checkpoints import layout
-from hf_tsv.checkpoints.formats.task import pinned_entry
+from hf_tsv.checkpoints.formats.task import pinned_entry, published_entry
 from hf_tsv.checkpoints.names import RECONSTRUCTION_FILE
 from hf_tsv.checkpoints.sources import Access, Sources
 from hf_tsv.linalg.choices import AnyDevice, AnyDtype
@@ -23,6 +23,7 @@ from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.errors import public
+from hf_tsv.system.progress import logger
 from hf_tsv.system.version import __version__
 
 
@@ -158,6 +159,10 @@ def _report(run: Run, planned: Merge, done: Merged | None, started: float) -> Re
 
 def _with_head(work: Merge, sources: Sources) -> Merge:
     """The same reconstruction with a place for the task head in its output files."""
+    config, base = sources.inputs[0].model_config, sources.base.model_config
+    if layout.is_clip(config) and (own := layout.saved_class(config)) != layout.saved_class(base):
+        whole = "The result is the whole base model with the task in it"
+        logger.info("%s; the fine-tune was a %s.", whole, own)
     head = {n: spec_of(info, work.settings) for n, info in sources.inputs[0].head.items()}
     specs = work.plan.specs | head
     plan = replace(work.plan, specs=specs, shards=lay_out(specs, sources.base, work.settings))
@@ -172,8 +177,8 @@ def _describe(folder: Path, done: Merged, target: Target) -> None:
     fingerprint = done.findings.fingerprint(0) if item.pinned.is_local else None
     origin = {
         "hf_tsv_version": __version__,
-        "factors": {**pinned_entry(item), "fingerprint": fingerprint},
-        "base_model": pinned_entry(base),
+        "factors": {**published_entry(item), "fingerprint": fingerprint},
+        "base_model": published_entry(base),
         "source": {"ref": config.source.ref, "revision": config.source.revision},
         "dtype": settings.dtype,
     }
@@ -182,7 +187,7 @@ def _describe(folder: Path, done: Merged, target: Target) -> None:
     card = cards.ReconstructedCard(
         repo_id=target.push_to,
         config=config,
-        factors=cards.CardInput(item.pinned.ref, item.pinned.revision),
+        factors=cards.CardInput(item.pinned.name, item.pinned.revision),
         full_model=layout.is_full_model(base.tensors),
         out_format=settings.out_format or base.format,
     )

@@ -110,7 +110,7 @@ def test_a_masked_task_is_an_input_like_any_other(zoo: Path, merged: Path, tmp_p
     done = run("compress", merged / "masks" / "full", "-o", tmp_path / "factors")
     assert done.code == 0, done.err
     done = run("inspect", merged / "masks" / "full", "--json")
-    assert (done.json["kind"], done.json["base_model"]) == ("mask", [str(zoo / "base")])
+    assert (done.json["kind"], done.json["base_model"]) == ("mask", ["base"])
 
 
 def test_a_run_that_is_stopped_while_masks_are_written_goes_on(
@@ -194,7 +194,7 @@ def test_another_base_model_is_refused(zoo: Path, merged: Path, tmp_path: Path) 
     save_file(state, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="is not what the mask was made with") as error:
         hf_tsv.load_model(merged / "masks" / "full", base_model=other, progress=False)
-    assert str(zoo / "base") in str(error.value.hint)
+    assert "made with base;" in str(error.value.hint)
 
 
 def test_a_mask_away_from_its_merge_is_refused(merged: Path, tmp_path: Path) -> None:
@@ -235,5 +235,5 @@ def test_a_mask_is_no_base_model_and_no_factors(zoo: Path, merged: Path, tmp_pat
 
 def test_the_description_names_base_and_task(zoo: Path, merged: Path) -> None:
     said = json.loads((merged / "masks" / "full" / CONFIG_FILE).read_text())
-    assert said["base_model"] == {"ref": str(zoo / "base"), "revision": None}
-    assert said["task"] == str(zoo / "full") and said["mask_scale"] == SCALE
+    assert said["base_model"] == {"ref": "base", "revision": None}
+    assert said["task"] == "full" and said["mask_scale"] == SCALE

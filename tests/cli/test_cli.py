@@ -153,11 +153,9 @@ def test_quiet_prints_the_result_and_warnings_only(world: Path) -> None:
         assert other(*words, cwd=world) == done
 
 
-def test_the_same_checkpoint_twice_is_a_warning(world: Path) -> None:
-    done = hf_tsv("merge", "org/vision", "org/vision", "-o", "merged", "--json", cwd=world)
-    assert done.code == 0
-    assert "Warning: org/vision is given twice" in done.err
-    assert "given twice" in done.json["warnings"][0]
+def test_the_same_checkpoint_twice_is_refused(world: Path, hub: Hub) -> None:
+    done = hf_tsv("merge", "org/vision", "org/flat", "org/vision", "-o", "merged", cwd=world)
+    refused(done, world, hub, "org/vision is given twice", "Leave one out")
 
 
 @pytest.mark.parametrize(

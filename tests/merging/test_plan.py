@@ -144,16 +144,18 @@ def test_the_method_decides_about_matrices(
     assert vector == ("summed" if method == "task-arithmetic" else "averaged")
 
 
-def test_counts_tell_sums_from_averages_and_put_unchanged_weights_to_the_copies(
+def test_counts_say_what_is_done_and_put_unchanged_weights_to_the_copies(
     base: Checkpoint, shapes: dict[str, Any]
 ) -> None:
     plan = make_plan(base, tasks(shapes), Settings(method="task-arithmetic"))
     tower = len(vision(shapes)) - 1
     rest = len(shapes) - tower
     none = {"decomposed": 0, "averaged": 0}
-    assert plan.counts() == {**none, "summed": tower, "copied": rest}
+    assert plan.counts() == none | {"summed": tower, "copied": rest}
     frozen = plan.counts(frozenset([FC1]))
-    assert frozen == {**none, "summed": tower - 1, "copied": rest + 1}
+    assert frozen == none | {"summed": tower - 1, "copied": rest + 1}
+    ties = make_plan(base, tasks(shapes), Settings(method="ties")).counts()
+    assert "summed" not in ties and ties["combined"] + ties["averaged"] == tower
 
 
 # Ranks
@@ -304,9 +306,10 @@ def test_each_weight_knows_which_checkpoints_hold_it(
 def misfit(base: Checkpoint, *inputs: Checkpoint) -> list[str]:
     with pytest.raises(CheckpointError) as error:
         make_plan(base, inputs, Settings())
-    assert "--base-model" in (error.value.hint or "")
+    assert "`base_model=`" in (error.value.hint or "")
     first, *lines = error.value.message.split("\n  ")
-    assert first == f"{len(lines)} weights do not fit the base model base:"
+    count = f"{len(lines)} weights do" if len(lines) > 1 else "1 weight does"
+    assert first == f"{count} not fit the base model base:"
     return lines
 
 
@@ -324,6 +327,31 @@ def test_everything_that_does_not_fit_is_listed_at_once(
         "first: vision_model.extra.weight is not in the base",
         "second: vision_model.embeddings.class_embedding is torch.int64, in the base torch.float32",
     ]
+
+
+def test_another_architecture_is_one_sentence_and_three_tensors(
+    base: Checkpoint, shapes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    larger = {
+        name: tuple(2 * size for size in shape)
+        for name, shape in vision(shapes).items()
+        if name != POSITION_IDS
+    }
+    task = headers("task", larger)
+    with pytest.raises(CheckpointError) as error:
+        make_plan(base, [task], Settings())
+    said, count, *lines = error.value.message.splitlines()
+    assert said == (
+        "task has a vision tower with hidden size 64, layers 2, patch size 16; base has 32, 2, 8."
+    )
+    total = int(count.split()[0])
+    assert count == f"{total} weights do not fit the base model base:" and total > 20
+    assert len(lines) == 4 and all("has shape" in line for line in lines[:3])
+    assert lines[3] == f"  … and {total - 3} more (HF_DEBUG=1 lists all)"
+    monkeypatch.setenv("HF_DEBUG", "1")
+    with pytest.raises(CheckpointError) as error:
+        make_plan(base, [task], Settings())
+    assert len(error.value.message.splitlines()) == total + 2
 
 
 def test_a_full_model_must_be_complete(base: Checkpoint, shapes: dict[str, Any]) -> None:
@@ -350,7 +378,8 @@ def test_another_patch_size_does_not_fit(base: Checkpoint, shapes: dict[str, Any
     other = vision(shapes)
     other["vision_model.embeddings.patch_embedding.weight"] = (32, 3, 16, 16)
     other["vision_model.embeddings.position_embedding.weight"] = (5, 32)
-    assert len(misfit(base, headers("task", other))) == 2
+    with pytest.raises(CheckpointError, match=r"(?s)patch size 16; base has 32, 2, 8\.\n2 weights"):
+        make_plan(base, [headers("task", other)], Settings())
 
 
 def test_a_base_with_a_task_head_is_a_fine_tune(base: Checkpoint, shapes: dict[str, Any]) -> None:

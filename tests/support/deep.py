@@ -22,6 +22,7 @@ def state(folder: Path, prefix: str = "") -> dict[str, Tensor]:
 def deep_checkpoints(folder: Path, layers: int, width: int = 256, tasks: int = 2) -> None:
     """A vision-only base and fine-tunes, written without a model class."""
     config = {**clips.VISION, "model_type": "clip_vision_model", "num_hidden_layers": layers}
+    base: dict[str, Tensor] = {}
     for index, name in enumerate(("base", *(f"t{i + 1}" for i in range(tasks)))):
         generator = torch.Generator().manual_seed(index)
         tensors = {"vision_model.post_layernorm.weight": torch.full((width,), 1.0 + index)}
@@ -32,6 +33,9 @@ def deep_checkpoints(folder: Path, layers: int, width: int = 256, tasks: int = 2
                 tensors[f"{prefix}.self_attn.{key}.weight"] = w
             tensors[f"{prefix}.mlp.fc1.weight"] = torch.randn(4 * width, width, generator=generator)
             tensors[f"{prefix}.mlp.fc2.weight"] = torch.randn(width, 4 * width, generator=generator)
+        base = tensors if not index else base
+        if index:  # a fine-tune is near its base
+            tensors = {n: base[n] + 0.1 * w if w.dim() > 1 else w for n, w in tensors.items()}
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(config))
         save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})

@@ -356,7 +356,7 @@ def test_what_cannot_be_learned_is_refused(
         refused(r"entropy of predictions is nan after step 1", zoo, out, adaptation=bad)
     gone = Adaptation({"pets": str(tmp_path / "gone.parquet")})  # type: ignore[arg-type]
     refused("pets: the dataset .* cannot be read", zoo, out, adaptation=gone)
-    with pytest.raises(RecipeError, match="already names"):
+    with pytest.raises(RecipeError, match="what was learned"):
         hf_tsv.merge(recipe=tmp_path / "recipe.yaml", adaptation=found, output=out)
     monkeypatch.setitem(data.LIBRARIES, "no_such_module", "no-such-package")
     refused(r"needs no-such-package.*hf-tsv\[eval\]", zoo, out, adaptation=found)

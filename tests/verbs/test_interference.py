@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import hf_tsv
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.merging.diagnosis import COMPARABLE, FAR_ABOVE
+from hf_tsv.system.errors import CheckpointError, RecipeError
 
 TASKS = 3
 KEYS = {
@@ -134,17 +135,9 @@ def test_checkpoints_of_one_name_are_told_apart(tasks: Path, tmp_path: Path) -> 
         [tasks / "a", tmp_path / "other" / "a", tasks / "c"], base_model=tasks / "base",
         progress=False,
     )  # fmt: skip
-    assert [t["name"] for t in found.tasks] == [
-        str(tasks / "a"),
-        str(tmp_path / "other" / "a"),
-        "c",
-    ]
-    twice = report(tasks, "aac")
-    assert [task["name"] for task in twice.tasks] == [
-        f"{tasks / 'a'} (1)",
-        f"{tasks / 'a'} (2)",
-        "c",
-    ]
+    assert [t["name"] for t in found.tasks] == [f"{tasks.name}/a", "other/a", "c"]
+    with pytest.raises(RecipeError, match="is given twice"):
+        report(tasks, "aac")
 
 
 def largest(s: torch.Tensor) -> torch.Tensor:
@@ -366,7 +359,10 @@ def test_the_weight_it_advises_helps(tasks: Path) -> None:
 def test_a_fine_tune_of_another_model_is_named(tasks: Path, tmp_path: Path) -> None:
     other = clips.make_base(tmp_path / "other", seed=5)
     stranger = clips.make_fine_tune(other, tasks / "stranger", 40, "vision")
-    only(report(tasks, ["a", "b", "stranger"]), str(stranger), "a fine-tune of another model")
+    with pytest.raises(CheckpointError, match=r"stranger is .* a fine-tune of another model"):
+        report(tasks, ["a", "b", "stranger"])
+    found = report(tasks, ["a", "b", "stranger"], allow_other_base=True)
+    only(found, str(stranger), "a fine-tune of another model")
 
 
 def test_a_low_rank_fine_tune_is_named(tasks: Path) -> None:
@@ -509,7 +505,12 @@ def test_json_has_the_keys_that_are_promised(tasks: Path, tmp_path: Path) -> Non
     assert done.code == 0, done.err
     assert set(done.json) == KEYS
     assert set(next(iter(done.json["weights"].values()))) == WEIGHT_KEYS
-    assert json.loads((tmp_path / "r" / "interference.json").read_text()) == done.json
+    written = json.loads((tmp_path / "r" / "interference.json").read_text())
+    public = {"base_model", "tasks"}  # which name folders without their path
+    assert {k: v for k, v in written.items() if k not in public} == {
+        k: v for k, v in done.json.items() if k not in public
+    }
+    assert [task["ref"] for task in written["tasks"]] == ["a", "b"]
     again = run(*words)
     assert again.code == 1 and "--force" in again.err
     forced = run(*words, "--force")

@@ -322,10 +322,10 @@ def test_a_recipe_notices_a_folder_that_changed(zoo: Path, tmp_path: Path) -> No
     assert not (tmp_path / "again").exists()
 
 
-def test_a_recipe_excludes_other_choices(zoo: Path, tmp_path: Path) -> None:
+def test_a_choice_beside_a_recipe_replaces_its_own(zoo: Path, tmp_path: Path) -> None:
     merge_zoo(zoo, tmp_path / "out", "vision")
-    with pytest.raises(RecipeError, match="already names"):
-        hf_tsv.merge(recipe=tmp_path / "out", alpha=2.0, output=tmp_path / "again")
+    hf_tsv.merge(recipe=tmp_path / "out", alpha=2.0, output=tmp_path / "again")
+    assert hf_tsv.Recipe.load(tmp_path / "again").settings.alpha == 2.0
 
 
 def test_output_files_have_ordinary_permissions_and_metadata(zoo: Path, tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_a_recipe_does_not_take_a_repository_for_a_folder(
     hf_tsv.merge("mine/clip", base_model=zoo / "base", output="out")
     task.rename(tmp_path / "moved")
     hub.add_repo("mine/clip", zoo / "vision")
-    with pytest.raises(RecipeError, match="folder mine/clip, which is not here"):
+    with pytest.raises(RecipeError, match="local folder clip, which is not here"):
         hf_tsv.merge(recipe="out", output="again")
 
 

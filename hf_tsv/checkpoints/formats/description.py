@@ -55,14 +55,14 @@ class StoredWeight:
 class Origin:
     """A checkpoint that factors were made from."""
 
-    ref: str  # repository id, or folder
+    ref: str  # repository id, or the name of a folder without its path
     revision: str | None = None  # commit; None for a folder
     license: str | None = None  # as its card states
 
     @staticmethod
     def of(pinned: PinnedCheckpoint) -> Origin:
         """A pinned checkpoint as an origin."""
-        return Origin(pinned.ref, pinned.revision, reference.card_license(pinned.card))
+        return Origin(pinned.name, pinned.revision, reference.card_license(pinned.card))
 
 
 @dataclass(frozen=True, kw_only=True)

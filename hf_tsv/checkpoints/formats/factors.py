@@ -49,7 +49,8 @@ class Factors(Task):
     def says_base(self) -> SaidBase:
         """Base model that they were made with."""
         origin = self.config.base_model
-        return SaidBase((origin.ref,), made_with=True, revision=origin.revision)
+        content = self.config.base_fingerprint()
+        return SaidBase((origin.ref,), True, origin.revision, content)
 
     @property
     def description(self) -> FactorsConfig:

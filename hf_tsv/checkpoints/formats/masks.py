@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_tsv.checkpoints import places
 from hf_tsv.checkpoints.base_model import SaidBase
 from hf_tsv.checkpoints.formats.change import Original
 from hf_tsv.checkpoints.formats.task import Task
@@ -20,7 +21,7 @@ from hf_tsv.checkpoints.formats.whole import open_checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.storage.files import Files, HubFiles, LocalFiles, read_json
 from hf_tsv.checkpoints.storage.headers import read_header
-from hf_tsv.checkpoints.storage.tensors import TensorInfo, read_tensor
+from hf_tsv.checkpoints.storage.tensors import TensorInfo, fingerprint, read_tensor
 from hf_tsv.system.errors import CheckpointError
 
 FOLDER = "masks"  # beside the weights of a merge, with a folder for each task
@@ -54,7 +55,8 @@ class Masked(Task):
 
     def says_base(self) -> SaidBase:
         """Base model that it was made with."""
-        return SaidBase((self.base_ref,), made_with=True, revision=self.base_revision)
+        content = fingerprint(self.digests)
+        return SaidBase((self.base_ref,), True, self.base_revision, content)
 
     def parts(self, name: str) -> list[TensorInfo]:
         """Tensors of the files that reading one weight needs, besides the base model's."""
@@ -105,10 +107,11 @@ def write_config(
     content = {
         "hf_tsv_mask": FORMAT_VERSION,
         "task": task,
-        "base_model": {"ref": base.ref, "revision": base.revision},
+        "base_model": {"ref": base.name, "revision": base.revision},
         "mask_scale": scale,
         "base_digests": dict(digests),
     }
+    places.note(fingerprint(digests), base)
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 

@@ -139,6 +139,11 @@ def pinned_entry(item: Task) -> dict[str, str | None]:
     return {"ref": item.pinned.ref, "revision": item.pinned.revision}
 
 
+def published_entry(item: Task) -> dict[str, str | None]:
+    """Entry of a checkpoint in a file that others may read: of a folder the name alone."""
+    return {"ref": item.pinned.name, "revision": item.pinned.revision}
+
+
 def identity_entry(item: Task) -> dict[str, Any]:
     """Commit of a checkpoint; or its folder, with the sizes of its files and their times of change.
 
@@ -157,14 +162,20 @@ def identity_entry(item: Task) -> dict[str, Any]:
 
 def distinct_names(pins: Sequence[PinnedCheckpoint]) -> list[str]:
     """Short names of checkpoints: the last part of each reference, more where needed."""
-    names = [Path(item.ref).name or item.ref for item in pins]
-    for longer in (lambda item: item.ref, str):
+    names = [Path(item.name).name for item in pins]
+    for longer in (_longer_name, lambda item: _longer_name(item) if item.is_local else str(item)):
         pairs = zip(names, pins, strict=True)
         names = [longer(item) if names.count(name) > 1 else name for name, item in pairs]
     return [
         f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name
         for i, name in enumerate(names)
     ]
+
+
+def _longer_name(item: PinnedCheckpoint) -> str:
+    """A repository, or a folder with the name of the folder it lies in."""
+    path = Path(item.ref).expanduser().absolute()
+    return "/".join(path.parts[-2:]) if item.is_local else item.ref
 
 
 def equals_base(name: str, base: str) -> CheckpointError:

@@ -20,11 +20,8 @@ from hf_tsv.merging.work import Merge, Merged, prepare
 from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import load_model, pipeline
 from hf_tsv.recipes.learning import AlphaSearch
-from hf_tsv.recipes.settings import Settings
 from hf_tsv.runs.lifecycle import underway
 from hf_tsv.runs.target import Target
-from hf_tsv.system import processes
-from hf_tsv.system.errors import UsageError
 from hf_tsv.system.processes import Processes
 from hf_tsv.system.progress import logger
 
@@ -68,16 +65,6 @@ def _put(changed: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float) -> None
         torch.lerp(w0, w1, alpha, out=parameter)
 
 
-def refuse_no_search(settings: Settings, alpha: float | None) -> None:
-    """Refuse to choose an α that is given, that the method has not, or in several processes."""
-    if alpha is not None:
-        raise UsageError("`alpha=` and a search for α cannot be combined.", "Give one.")
-    if settings.row.learns or settings.row.alpha is None:
-        problem = f"The method {settings.method} has no α to choose."
-        raise UsageError(problem, "Use `merge` instead.")
-    processes.alone("The choice of α", ", then repeat with `alpha=`")
-
-
 def tuned(
     work: Merge,
     wanted: AlphaSearch,
@@ -99,6 +86,7 @@ def tuned(
         work.references, work.base, work.scales, settings, replace(access, subfolder=None),
         writes=False,
     )  # fmt: skip
+    once = replace(once, allow_other_base=work.allow_other_base)
     once = once.within(work.max_memory, sources)
     with (
         underway(sources, Target(), progress) as run,
