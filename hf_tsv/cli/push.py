@@ -46,6 +46,8 @@ def push(
 
 
 def _summary(report: PushReport) -> str:
+    if not report.changed:
+        return f"Nothing was uploaded: {report.repo_id} has all {len(report.files)} files already."
     return (
         f"Uploaded {len(report.files)} files ({human_bytes(report.bytes)}) to {report.repo_id}"
         f" in {report.seconds:.1f} s."

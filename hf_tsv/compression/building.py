@@ -16,7 +16,7 @@ from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.fit import check_fit, config_warnings
 from hf_tsv.checkpoints.formats.description import ADAPTER_FORMAT, FORMAT, FactorsConfig, Origin
 from hf_tsv.checkpoints.formats.task import equals_base
-from hf_tsv.checkpoints.names import FACTORS_CONFIG
+from hf_tsv.checkpoints.names import CONFIG_FILE, FACTORS_CONFIG
 from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.compression.allocation import choose_ranks
 from hf_tsv.compression.candidates import Candidate, Compression, Measured, Spool, candidates_of
@@ -101,6 +101,8 @@ def _compressed(
     seconds += Seconds(writing=time.monotonic() - started)
     config = _config(job, measured, written)
     (folder / FACTORS_CONFIG).write_text(config.to_json(), encoding="utf-8")
+    if config.format == FORMAT:
+        (folder / CONFIG_FILE).write_text(config.model_json(), encoding="utf-8")
     return Compressed(config, measured, written.file_bytes, seconds)
 
 

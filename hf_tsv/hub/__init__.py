@@ -14,10 +14,10 @@ from hf_tsv.hub.snapshots import (
     dataset_commit,
     snapshot,
 )
-from hf_tsv.hub.uploads import Names, files_to_push, push, push_file, writable_repo_id
+from hf_tsv.hub.uploads import Names, Pushed, files_to_push, push, push_file, writable_repo_id
 
 __all__ = [
-    "WEIGHT_SUFFIXES", "Names", "RepoSnapshot", "Wanted", "card_dict", "conversion",
-    "dataset_commit", "download", "files_to_push", "missing", "push", "push_file", "read_range",
-    "snapshot", "uncached", "writable_repo_id",
+    "WEIGHT_SUFFIXES", "Names", "Pushed", "RepoSnapshot", "Wanted", "card_dict",
+    "conversion", "dataset_commit", "download", "files_to_push", "missing", "push", "push_file",
+    "read_range", "snapshot", "uncached", "writable_repo_id",
 ]  # fmt: skip

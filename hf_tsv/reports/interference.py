@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
+from hf_tsv.checkpoints.reference import without_folders
 from hf_tsv.reports.report import Report
+from hf_tsv.runs.publishing import without_paths
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,22 @@ class InterferenceReport(Report):
     def to_json(self) -> str:
         """Content of `interference.json`."""
         return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    def public(self) -> InterferenceReport:
+        """The same with the names of local folders instead of their paths, to be published."""
+        entries = [*self.tasks, self.base_model]
+        folders = [entry["ref"] for entry in entries if entry["revision"] is None]
+
+        def said(text: str) -> str:
+            return without_folders(text, folders)
+
+        return replace(
+            self,
+            tasks=[without_paths(task) for task in self.tasks],
+            base_model=without_paths(self.base_model),
+            diagnoses=[{**found, "text": said(found["text"])} for found in self.diagnoses],
+            warnings=[said(text) for text in self.warnings],
+        )
 
     def extremes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Pairs of tasks that interfere most and least, of those that take part."""

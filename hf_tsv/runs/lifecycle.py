@@ -59,7 +59,8 @@ class Run:
         folder = final_folder(self.target, identity)
         with waiting(folder):
             yield folder
-            self.url = push(folder, self.target, self.sources.access.token)
+            pushed = push(folder, self.target, self.sources.access.token)
+            self.url = None if pushed is None else pushed.url
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from hf_tsv.checkpoints.formats import heads
 from hf_tsv.checkpoints.formats.description import Origin
 from hf_tsv.checkpoints.formats.task import Task, pinned_entry
 from hf_tsv.checkpoints.names import RECIPE_FILE, REPORT_FILE
+from hf_tsv.checkpoints.reference import without_folders
 from hf_tsv.checkpoints.sources import Access, Sources
 from hf_tsv.merging.building import built, follow
 from hf_tsv.merging.findings import Findings
@@ -196,7 +197,7 @@ def merge(
             with underway(sources, target, progress) as run:
                 if not dry_run:
                     with built(run, work, device, group, before=_learned) as (folder, merged):
-                        _describe(folder, merged, target)
+                        _describe(folder, merged)
             done = _report(run, work, merged, started)
             group.dismiss(done)
             return done
@@ -235,7 +236,7 @@ def _listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[
     return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names)]
 
 
-def _describe(folder: Path, done: Merged, target: Target) -> None:
+def _describe(folder: Path, done: Merged) -> None:
     """Write recipe and card of a merge."""
     recipe, settings = recipe_of(done), done.merge.settings
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
@@ -247,18 +248,17 @@ def _describe(folder: Path, done: Merged, target: Target) -> None:
         write_masks(folder, done)
     measured = picture = None
     if done.merge.measure:
-        measured = found = summary(done, done.findings.seconds.computing)
+        measured = found = summary(done, done.findings.seconds.computing).public()
         (folder / REPORT_FILE).write_text(measured.to_json(), encoding="utf-8")
         picture = drawing.attempted(lambda: pictures.of_merge(found))
         if picture is not None:
             (folder / picture.file).write_bytes(picture.png)
-    card = _card(done, target, recipe, measured, picture)
+    card = _card(done, recipe, measured, picture)
     (folder / "README.md").write_text(cards.render(card), encoding="utf-8")
 
 
 def _card(
     done: Merged,
-    target: Target,
     recipe: Recipe,
     measured: InterferenceReport | None,
     picture: drawing.Picture | None,
@@ -266,10 +266,15 @@ def _card(
     merge, base, inputs = done.merge, done.sources.base, done.sources.inputs
 
     def card_input(item: Task, scale: float = 1.0) -> cards.CardInput:
-        return cards.CardInput.of(Origin.of(item.pinned), scale)
+        return cards.CardInput.of(Origin.of(item.pinned), scale, item.pinned.card)
+
+    specs = merge.plan.specs.values()
+    dtypes = {
+        str(spec.dtype).removeprefix("torch.") for spec in specs if spec.dtype.is_floating_point
+    }
+    folders = [item.pinned.ref for item in (base, *inputs) if item.pinned.is_local]
 
     return cards.MergeCard(
-        repo_id=target.push_to,
         recipe=recipe,
         base=card_input(base),
         inputs=[card_input(*pair) for pair in zip(inputs, merge.scales, strict=True)],
@@ -277,11 +282,12 @@ def _card(
         full_model=layout.is_full_model(base.tensors),
         out_format=merge.settings.out_format or base.format,
         counts=merge.plan.counts(done.findings.frozen),
+        dtype=" and ".join(sorted(dtypes)),
         left_out={card_input(item).name: item.left_out for item in _cut(merge, inputs)},
         heads=[Path(file).stem for file in kept_heads(merge.settings, inputs)],
         masks=mask_folders(merge.settings, inputs),
         tuning=merge.tuning,
-        warnings=done.warnings,
+        warnings=[without_folders(text, folders) for text in done.warnings],
         interference=measured,
         picture=picture,
     )
