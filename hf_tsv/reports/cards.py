@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from hf_tsv.checkpoints.layout import MODEL_CLASSES, is_clip
 from hf_tsv.checkpoints.reference import at_revision, card_datasets, repo_id_of
 from hf_tsv.recipes.settings import current_versions
-from hf_tsv.reports.templates import cell, counted, environment, percent, plain
+from hf_tsv.reports.templates import cell, counted, environment, plain
 
 if TYPE_CHECKING:
     from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin, StoredWeight
@@ -178,8 +178,8 @@ class MergeCard(Card):
         settings, row = self.recipe.settings, self.method
         said = [] if row.alpha is None else [f"α = {settings.alpha:g}"]
         if row.ranks in ("share", "free"):
-            share = settings.rank_fraction or 1 / len(self.inputs)
-            kept = f"{percent(share)} of the singular directions of each task"
+            share = 100 * (settings.rank_fraction or 1 / len(self.inputs))
+            kept = f"{share:.3g}% of the singular directions of each task"
             said.append(f"rank {settings.rank} for each task" if settings.rank else kept)
         return ", ".join([*said, f"weights in {self.dtype}"])
 
@@ -229,12 +229,14 @@ class MergeCard(Card):
 class CompressedCard(Card):
     """Card of a compressed task, or of its reconstruction.
 
-    `full_model`: its base model has both towers of CLIP; `datasets` are those of the fine-tune.
+    `full_model`: its base model has both towers of CLIP; `datasets` are those of the fine-tune,
+    `kept` is a section on what is kept.
     """
 
     config: FactorsConfig
     full_model: bool
     datasets: Sequence[str] = ()
+    kept: KeptSection | None = None
 
     @property
     def base(self) -> CardInput:
@@ -300,7 +302,6 @@ class FactorsCard(CompressedCard):
     """Card of task factors."""
 
     template: ClassVar[str] = "factors.md.jinja"
-    kept: KeptSection | None = None
 
     @property
     def front_matter(self) -> ModelCardData:
@@ -329,7 +330,6 @@ class AdapterCard(CompressedCard):
     template: ClassVar[str] = "adapter.md.jinja"
     model_class: str
     dense: bool
-    kept: KeptSection | None = None
 
     @property
     def front_matter(self) -> ModelCardData:

@@ -208,10 +208,10 @@ def test_the_card_names_the_method(method: Any, said: str) -> None:
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
-        (Settings(), "α = 1, 50.0% of the singular directions of each task, weights in float32"),
+        (Settings(), "α = 1, 50% of the singular directions of each task, weights in float32"),
         (Settings(alpha=0.5, rank=16), "α = 0.5, rank 16 for each task, weights in float32"),
         (Settings(method="task-arithmetic"), "α = 0.3, weights in float32"),
-        (Settings(method="average"), "weights in float32"),
+        (Settings(method="average"), "α = 1, weights in float32"),
     ],
 )
 def test_the_card_names_the_parameters(choice: Settings, said: str) -> None:
@@ -237,7 +237,7 @@ def test_a_sum_with_masks_is_not_offered_as_a_model() -> None:
 
 
 def test_the_licence_has_a_paragraph() -> None:
-    assert "`mit`, as the cards of all fine-tunes say." in card_of(hub("org/a", license="mit"))
+    assert "The license is `mit`, as the cards of all fine-tunes say." in card_of(hub("org/a", license="mit"))
     assert "No license is given here: the cards of the fine-tunes name none" in card_of(
         hub("org/a")
     )

@@ -699,7 +699,7 @@ def test_compress_push_reconstruct_and_merge_through_the_hub(world: Path, hub: H
         assert done.code == 0, done.err
         files = hub.files(f"me/{kind}-tsv")
         assert {name for name in files if not name.startswith(".")} == {
-            "README.md", "task_factors.safetensors", "tsv_config.json"
+            "README.md", "config.json", "task_factors.safetensors", "tsv_config.json"
         }  # fmt: skip
         report = done.json
         keys = {"factors_bytes", "checkpoint_bytes", "ratio", "update_error", "weights"}
@@ -739,7 +739,8 @@ def snippet_of(card: str, language: str = "python") -> str:
 
 
 def names_after(code: str) -> dict[str, Any]:
-    """What a script has at its end."""
+    """What a script has at its end; the photo it may read is in the folder it runs in."""
+    Image.new("RGB", (50, 40)).save("photo.jpg")
     names: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         exec(code, names)
@@ -771,8 +772,28 @@ def test_the_snippet_of_the_card_of_an_adapter_runs_without_hf_tsv(world: Path, 
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files.keys()
     code = "import sys; sys.modules['hf_tsv'] = None\n" + snippet_of(files["README.md"].decode())
     code += "\nassert type(merged).__name__ == 'CLIPModel'"
+    Image.new("RGB", (50, 40)).save(world / "photo.jpg")
     ran = ended(fork("-c", code, cwd=world, freezing=True))
     assert ran.code == 0, ran.err
+    assert "a photo of a dog" in ran.out
+
+
+def test_the_snippet_of_an_adapter_of_one_tower_applies_it_and_auto_model_does_not(
+    world: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModel, CLIPVisionModel
+
+    api.export_peft("org/flat", push_to="me/lora")
+    card = hub.files("me/lora")["README.md"].decode()
+    assert "On `CLIPModel` or `AutoModel` the adapter has\n**no effect**" in card
+    monkeypatch.chdir(world)
+    names = names_after(snippet_of(card))
+    names["model"].get_base_model()  # a PeftModel
+    pixels = names["inputs"]["pixel_values"]
+    base = CLIPVisionModel.from_pretrained("org/base")(pixels).pooler_output
+    ignored = AutoModel.from_pretrained("me/lora").vision_model(pixels).pooler_output
+    assert torch.equal(ignored, base)
+    assert not torch.allclose(names["features"], base, atol=1e-3)
 
 
 def test_the_snippet_of_the_card_of_a_reconstruction_runs(
