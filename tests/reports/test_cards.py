@@ -237,7 +237,9 @@ def test_a_sum_with_masks_is_not_offered_as_a_model() -> None:
 
 
 def test_the_licence_has_a_paragraph() -> None:
-    assert "The license is `mit`, as the cards of all fine-tunes say." in card_of(hub("org/a", license="mit"))
+    assert "The license is `mit`, as the cards of all fine-tunes say." in card_of(
+        hub("org/a", license="mit")
+    )
     assert "No license is given here: the cards of the fine-tunes name none" in card_of(
         hub("org/a")
     )
