@@ -14,7 +14,7 @@ from hf_tsv.runs.publishing import without_paths
 
 @dataclass(frozen=True)
 class InterferenceReport(Report):
-    """Measure of who disturbs whom.
+    """Measure of task interference.
 
     Args:
         tasks (`list[dict]`): of every task its name, `ref` and `revision`, `norm` of its update and
@@ -59,6 +59,12 @@ class InterferenceReport(Report):
     def to_json(self) -> str:
         """Content of `interference.json`."""
         return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    @property
+    def per_pair(self) -> float:
+        """Mean interference of two tasks alone in one weight, comparable between merges."""
+        count = len(self.tasks) * (len(self.tasks) - 1) * len(self.weights)
+        return sum(map(sum, self.pairs)) / count if count else 0.0
 
     def public(self) -> InterferenceReport:
         """The same with the names of local folders instead of their paths, to be published."""

@@ -1,7 +1,8 @@
-"""The verb `interference`: who disturbs whom, in which layer, before anything is merged."""
+"""The verb `interference`: which tasks interfere, in which layers, before anything is merged."""
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.checkpoints.names import REPORT_FILE, REPORT_PAGE
+from hf_tsv.checkpoints.reference import at_revision
 from hf_tsv.checkpoints.sources import Access
 from hf_tsv.merging.findings import Finding, Findings
 from hf_tsv.merging.pipeline import merge_weights
@@ -55,7 +57,7 @@ def interference(
     max_memory: int | str | None = None,
     progress: bool | None = None,
 ) -> InterferenceReport:
-    """Measure who disturbs whom in a merge, layer by layer (section 3.2).
+    """Measure which tasks interfere in a merge, layer by layer (section 3.2).
 
     Args:
         checkpoints (`Sequence[str]`): `org/name`, `org/name@revision`, `hf://…` or folders, of
@@ -88,7 +90,7 @@ def interference(
     references = [fspath(reference) for reference in checkpoints]
     if len(references) < 2:
         raise RecipeError(
-            "One task alone disturbs nobody.", "Name at least two fine-tunes of one base model."
+            "`interference` compares tasks.", "Name at least two fine-tunes of one base model."
         )
     folder = None if output is None else absolute(Path(output))
     if folder is not None:
@@ -106,7 +108,7 @@ def interference(
     report = summary(measured, time.monotonic() - started)
     if folder is not None:
         with whole_folder(folder) as staging:
-            write_report(staging, report)
+            write_report(staging, report.public(), settings)
     return report
 
 
@@ -127,7 +129,7 @@ def _measured(run: Run, work: Merge, device: torch.device) -> Merged:
 def refuse_nothing_decomposed(plan: MergePlan, inputs: Sequence[Task]) -> None:
     """Refuse to report on a merge in which no weight is decomposed, or of one task alone."""
     if len(inputs) < 2:
-        raise RecipeError("One task alone disturbs nobody.", "Leave --report out.")
+        raise RecipeError("A report compares tasks, and there is one.", "Leave --report out.")
     if all(weight.treatment != "decomposed" for weight in plan.weights):
         why = Counter(weight.reason for weight in plan.weights if weight.reason)
         raise RecipeError(
@@ -137,13 +139,22 @@ def refuse_nothing_decomposed(plan: MergePlan, inputs: Sequence[Task]) -> None:
         )
 
 
-def write_report(folder: Path, report: InterferenceReport) -> None:
+def write_report(folder: Path, report: InterferenceReport, settings: Settings) -> None:
     """Write a report into a folder as JSON, pictures and a page."""
+    base, *refs = (at_revision(e["ref"], e["revision"]) for e in (report.base_model, *report.tasks))
+    words = ["hf-tsv", "interference", *refs, "--base-model", base]
+    words += ["--rank", str(settings.rank)] if settings.rank else []
+    words += ["--rank-fraction", str(settings.rank_fraction)] if settings.rank_fraction else []
+    words += ["--qkv", settings.qkv] if settings.qkv else []
+    globs = () if settings.exclude == Settings.exclude else settings.exclude
+    words += [word for glob in globs for word in ("--exclude", glob)]
     pictures = drawing.attempted(lambda: of_interference(report)) or []
     for picture in pictures:
         (folder / picture.file).write_bytes(picture.png)
     (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
-    (folder / REPORT_PAGE).write_text(interference_page(report, pictures), encoding="utf-8")
+    (folder / REPORT_PAGE).write_text(
+        interference_page(report, pictures, shlex.join(words)), encoding="utf-8"
+    )
 
 
 def summary(done: Merged, seconds: float) -> InterferenceReport:

@@ -130,7 +130,7 @@ def merge(
         stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
         max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
             on at a time then.
-        report (`bool`): measure who disturbs whom too, from the same decompositions; table and
+        report (`bool`): measure task interference too, from the same decompositions; table and
             picture in the card, and all of it in `interference.json` beside the weights.
         dry_run (`bool`): plan only; touches neither disk nor Hub.
         progress (`bool`, *optional*): show bars; default: on a terminal.
