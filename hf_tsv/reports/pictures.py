@@ -98,7 +98,7 @@ def _pairs(axes: Axes, report: InterferenceReport) -> None:
     shown = np.where(np.eye(count, dtype=bool), np.nan, pairs)
     off = pairs[~np.eye(count, dtype=bool)]
     top, low = float(off.max()) or 1.0, float(off.min())
-    low = low if low < 0.95 * top else 0.0  # two tasks, or all pairs alike
+    low = low if low < 0.999 * top else 0.0  # two tasks, or all pairs alike
     size = 9 if count <= kit.NUMBERED else 7
     kit.name_rows_and_columns(axes, _labels(report), size, rotation=45, ha="right")
     kit.heat_map(axes, shown, lambda value: number_text(value, top), low=low, top=top)

@@ -514,7 +514,7 @@ def test_json_has_the_keys_that_are_promised(tasks: Path, tmp_path: Path) -> Non
         entry["ref"] = Path(entry["ref"]).name
     assert written == done.json
     page = (tmp_path / "r" / "interference.html").read_text()
-    assert str(tasks.parent) not in page and "hf-tsv interference a b c --base-model base" in page
+    assert str(tasks.parent) not in page and "hf-tsv interference a b --base-model base" in page
     again = run(*words)
     assert again.code == 1 and "--force" in again.err
     forced = run(*words, "--force")
