@@ -21,7 +21,8 @@ def with_table(text: str) -> str:
 
     A new table is placed before the sections that end our cards, in another card at the end.
     """
-    results: list[Any] = ModelCard(text, ignore_metadata_errors=True).data.eval_results or []
+    data: Any = ModelCard(text, ignore_metadata_errors=True).data
+    results = data.eval_results or []
     ours = [
         (one, one.metric_args or {})
         for one in results
