@@ -90,7 +90,7 @@ def interference(
     references = [fspath(reference) for reference in checkpoints]
     if len(references) < 2:
         raise RecipeError(
-            "`interference` compares tasks.", "Name at least two fine-tunes of one base model."
+            "One task alone disturbs nobody.", "Name at least two fine-tunes of one base model."
         )
     folder = None if output is None else absolute(Path(output))
     if folder is not None:
@@ -129,7 +129,7 @@ def _measured(run: Run, work: Merge, device: torch.device) -> Merged:
 def refuse_nothing_decomposed(plan: MergePlan, inputs: Sequence[Task]) -> None:
     """Refuse to report on a merge in which no weight is decomposed, or of one task alone."""
     if len(inputs) < 2:
-        raise RecipeError("A report compares tasks, and there is one.", "Leave --report out.")
+        raise RecipeError("One task alone disturbs nobody.", "Leave --report out.")
     if all(weight.treatment != "decomposed" for weight in plan.weights):
         why = Counter(weight.reason for weight in plan.weights if weight.reason)
         raise RecipeError(
