@@ -64,6 +64,7 @@ class Adaptation:
                 for f in fields(EvaluationTask)
                 if (value := getattr(task, f.name)) != f.default
             }
+            | {"dataset": task.shown}  # a recipe is published: no path of this machine
             for task in self.tasks
         ]
         found = {"images": list(self.images), "entropy": list(self.entropy)}
