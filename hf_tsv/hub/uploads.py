@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from json import JSONDecodeError
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ RACES = len(RETRY_WAITS) + 1
 
 STORAGE_REFUSES = "LFS batch API returned errors"
 """First words of the client's error for a full storage, or a storage without the right to it."""
+
+NOTHING_NEW = "No files have been modified"
+"""First words of the client's warning about an empty commit, which is told here in other words."""
+
+getLogger("huggingface_hub.hf_api").addFilter(
+    lambda said: not str(said.msg).startswith(NOTHING_NEW)
+)
 
 HUB_ERRORS = (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError)
 
