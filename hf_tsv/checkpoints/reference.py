@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path, PurePosixPath
@@ -26,6 +26,7 @@ LONGEST_SUBFOLDER = 1000
 CARD_BYTES = 1_000_000  # of a card are read; its front matter has to end within them
 # Revisions that are written unquoted; in others a slash would begin a subfolder.
 PULL_REQUEST = re.compile(r"refs/(pr|convert)/\w+")
+DATASET = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 
 @dataclass(frozen=True)
@@ -215,3 +216,22 @@ def card_license(card: Mapping[str, Any]) -> str | None:
 def listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
     """Names as text; a single one is a list of one."""
     return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names)]
+
+
+def card_datasets(card: Mapping[str, Any]) -> tuple[str, ...]:
+    """Repositories of the datasets in the front matter of a card."""
+    value = card.get("datasets")
+    names = value if isinstance(value, list) else [value]
+    return tuple(n for n in names if isinstance(n, str) and DATASET.fullmatch(n))
+
+
+def without_folders(text: str, refs: Iterable[str]) -> str:
+    """Text in which the folders of this machine are names only, as it may be published.
+
+    Example:
+        >>> without_folders("/home/me/a is given twice.", ["/home/me/a"])
+        'a is given twice.'
+    """
+    for ref in sorted(refs, key=len, reverse=True):
+        text = text.replace(ref, Path(ref).name or ref)
+    return text

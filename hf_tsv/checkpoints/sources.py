@@ -18,7 +18,7 @@ from hf_tsv.checkpoints.opening import format_of, open_base, open_task, without_
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, Reference, at_revision, parse, pin
 from hf_tsv.checkpoints.storage.ahead import AHEAD_BYTES, AheadFiles, Connections
 from hf_tsv.checkpoints.storage.files import Files, LocalFiles
-from hf_tsv.system.errors import CheckpointError, HfTsvError
+from hf_tsv.system.errors import CheckpointError, HfTsvError, UsageError
 from hf_tsv.system.folders import check_free_space, local_kind
 from hf_tsv.system.progress import logger
 from hf_tsv.system.text import human_bytes

@@ -51,8 +51,11 @@ def push(
 
 
 def _summary(report: PushReport) -> str:
-    files = f"{counted(len(report.files), 'file')} ({human_bytes(report.bytes)})"
-    return f"Uploaded {files} to {report.repo_id} in {report.seconds:.1f} s."
+    files = counted(len(report.files), "file")
+    if not report.changed:
+        return f"Nothing was uploaded: {report.repo_id} has all {files} already."
+    size = human_bytes(report.bytes)
+    return f"Uploaded {files} ({size}) to {report.repo_id} in {report.seconds:.1f} s."
 
 
 def _preview(report: PushReport) -> str:

@@ -23,7 +23,7 @@ from hf_tsv.checkpoints.fit import (
 from hf_tsv.checkpoints.formats.description import ADAPTER_FORMAT, FORMAT, FactorsConfig, Origin
 from hf_tsv.checkpoints.formats.task import equals_base
 from hf_tsv.checkpoints.layout import brief
-from hf_tsv.checkpoints.names import FACTORS_CONFIG
+from hf_tsv.checkpoints.names import CONFIG_FILE, FACTORS_CONFIG
 from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.compression.allocation import choose_ranks, refuse_small_budget
 from hf_tsv.compression.candidates import Candidate, Compression, Measured, Spool, candidates_of
@@ -118,6 +118,8 @@ def _compressed(
     config = _config(job, measured, written)
     places.note(config.base_fingerprint(), job.sources.base.pinned)
     (folder / FACTORS_CONFIG).write_text(config.to_json(), encoding="utf-8")
+    if config.format == FORMAT:
+        (folder / CONFIG_FILE).write_text(config.model_json(), encoding="utf-8")
     return Compressed(config, measured, written.file_bytes, seconds)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from hf_tsv import hub
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
 from hf_tsv.system.errors import OutputError
-from hf_tsv.system.folders import disk_errors
+from hf_tsv.system.folders import disk_errors, local_kind
 from hf_tsv.system.untrusted import MAX_BYTES, parse_yaml
 
 CARD = "README.md"
+DIGITS = 4  # of an accuracy
 TASK = "zero-shot-image-classification"
 FRONT_MATTER = re.compile(r"\A(\s*---[ \t]*\r?\n)(.*?)(?=^---[ \t]*\r?$)", re.DOTALL | re.MULTILINE)
 BLOCK = re.compile(r"^([\"']?)model-index\1[ \t]*:.*?(?=^[^\s-]|\Z)", re.DOTALL | re.MULTILINE)
@@ -105,9 +106,18 @@ def _decoded(content: bytes, what: str) -> str:
         raise OutputError(f"{what} is not UTF-8.", "Save it as UTF-8.") from None
 
 
-def write(card: Card, tasks: Mapping[str, Mapping[str, Any]], *, token: str | None) -> str:
-    """Write results by task into a card; return its path, or the address of the commit."""
-    text = with_results(card, [eval_result(name, found) for name, found in tasks.items()])
+def write(
+    card: Card,
+    tasks: Mapping[str, Mapping[str, Any]],
+    *,
+    token: str | None,
+    body: Callable[[str], str] = str,
+) -> str:
+    """Write results by task into a card; return its path, or the address of the commit.
+
+    The text with results in its front matter goes through `body` before it is written.
+    """
+    text = body(with_results(card, [eval_result(name, found) for name, found in tasks.items()]))
     if card.path is None:
         assert card.repo_id is not None
         return hub.push_file(
@@ -133,6 +143,12 @@ def eval_result(name: str, found: Mapping[str, Any]) -> EvalResult:
     elif path.exists():
         kind = "imagefolder"
     few = found["images"] < found["total"]
+    args: dict[str, Any] = {"images": found["images"]} if few else {}
+    args |= {"templates": found["templates"]} if "templates" in found else {}
+    if own := found.get("reference"):
+        ref = str(own["ref"])
+        args["reference"] = ref if local_kind(ref) is None else Path(ref).expanduser().name
+        args["reference_accuracy"] = round(own["accuracy"], DIGITS)
     drawn = f" on {found['images']} of {found['total']} images, drawn at random"
     return EvalResult(
         task_type=TASK,
@@ -142,9 +158,9 @@ def eval_result(name: str, found: Mapping[str, Any]) -> EvalResult:
         dataset_split=found["split"],
         dataset_revision=found["revision"],
         metric_type="accuracy",
-        metric_value=found["accuracy"],
+        metric_value=round(found["accuracy"], DIGITS),
         metric_name=f"Accuracy{drawn if few else ''}",
-        metric_args={"images": found["images"]} if few else None,
+        metric_args=args or None,
     )
 
 
@@ -190,4 +206,5 @@ def _same(entry: dict[str, Any], metric: dict[str, Any]) -> str:
     data = entry["dataset"]
     local = "/" not in data["type"]
     parts = [data["type"], data["name"] if local else None, data.get("config"), data.get("split")]
-    return repr([entry["task"]["type"], *parts, metric["type"], metric.get("args")])
+    images = (metric.get("args") or {}).get("images")
+    return repr([entry["task"]["type"], *parts, metric["type"], images])

@@ -16,6 +16,7 @@ from hf_tsv.hub.snapshots import (
 )
 from hf_tsv.hub.uploads import (
     Names,
+    Pushed,
     check_repo_id,
     files_to_push,
     push,
@@ -24,7 +25,7 @@ from hf_tsv.hub.uploads import (
 )
 
 __all__ = [
-    "WEIGHT_SUFFIXES", "Names", "RepoSnapshot", "Wanted", "card_dict", "check_repo_id",
+    "WEIGHT_SUFFIXES", "Names", "Pushed", "RepoSnapshot", "Wanted", "card_dict", "check_repo_id",
     "conversion", "dataset_commit", "download", "files_to_push", "missing", "push", "push_file",
     "read_range", "snapshot", "uncached", "writable_repo_id",
 ]  # fmt: skip

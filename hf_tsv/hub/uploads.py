@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from json import JSONDecodeError
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ RACES = len(RETRY_WAITS) + 1
 
 STORAGE_REFUSES = "LFS batch API returned errors"
 """First words of the client's error for a full storage, or a storage without the right to it."""
+
+NOTHING_NEW = "No files have been modified"
+"""First words of the client's warning about an empty commit, which is told here in other words."""
+
+getLogger("huggingface_hub.hf_api").addFilter(
+    lambda said: not str(said.msg).startswith(NOTHING_NEW)
+)
 
 HUB_ERRORS = (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError)
 
@@ -132,10 +140,23 @@ def files_to_push(folder: Path, markers: Sequence[str]) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Names:
-    """Names, one of which every finished output has, and patterns of the files that it replaces."""
+    """Names, one of which every finished output has, and patterns of the files that it replaces.
+
+    `published` gives the content of files that is uploaded instead of theirs, from the files and
+    the repository.
+    """
 
     markers: Sequence[str]
     replaced: Sequence[str]
+    published: Callable[[dict[str, Path], str], dict[str, bytes]] = lambda files, repo_id: {}
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Address of a commit or pull request, and whether the repository changed by it."""
+
+    url: str
+    changed: bool
 
 
 def push(
@@ -148,13 +169,12 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
-) -> str:
+) -> Pushed:
     """Upload a finished folder as one commit; weights of an earlier upload are replaced.
 
     Large files are uploaded first, except those that the repository already has; then one commit
     makes all of them appear at once. `upload_folder` would make several commits. The repository is
-    created if needed, `private` if asked for. The result is the address of the commit or pull
-    request.
+    created if needed, `private` if asked for. If it has all files already, there is no new commit.
     """
     client = api(token)
     with translated(repo_id, revision, writing=True), _upload_errors(repo_id):
@@ -163,6 +183,7 @@ def push(
             if revision is not None and revision != "main" and not revision.startswith("refs/"):
                 retried(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True))
         files = files_to_push(folder, names.markers)  # once: the folder may be gone by the next try
+        contents: dict[str, Path | bytes] = {**files, **names.published(files, repo_id)}
         for race in range(RACES):
             head = retried(
                 lambda: client.model_info(
@@ -179,7 +200,7 @@ def push(
                 repo_id,
                 [
                     *(CommitOperationDelete(name) for name in old if name not in files),
-                    *(CommitOperationAdd(name, path) for name, path in files.items()),
+                    *(CommitOperationAdd(name, new) for name, new in contents.items()),
                 ],
                 commit_message=commit_message or "Upload model made with hf-tsv",
                 revision=revision,
@@ -187,7 +208,9 @@ def push(
                 parent_commit=head.sha,
             )
             try:
-                return _committed(commit, create_pr)
+                made = _committed(commit, create_pr)
+                new = race > 0 or made.oid != head.sha  # a race may be lost to our own commit
+                return Pushed(redacted(str(made.pr_url or made.commit_url)), new)
             except errors.HfHubHTTPError as error:
                 # Our own commit may have caused this, if its answer was lost: the retry is empty
                 if error.response.status_code != MOVED_ON or race == RACES - 1:
@@ -230,13 +253,13 @@ def push_file(
         )
 
     with translated(repo_id, branch, writing=True), _upload_errors(repo_id):
-        return _committed(commit, create_pr)
-
-
-def _committed(commit: Callable[[], CommitInfo], create_pr: bool) -> str:
-    """Make a commit, retried unless a retry after a lost answer would open two pull requests."""
-    made = commit() if create_pr else retried(commit)
+        made = _committed(commit, create_pr)
     return redacted(str(made.pr_url or made.commit_url))
+
+
+def _committed(commit: Callable[[], CommitInfo], create_pr: bool) -> CommitInfo:
+    """Make a commit, retried unless a retry after a lost answer would open two pull requests."""
+    return commit() if create_pr else retried(commit)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class Merge:
         verb (`str`): what is done, for the bar.
         task_head (`bool`): the output gets the task head of the only input.
         max_memory (`int`, *optional*): bytes each process may use; `parallelism` fits into them.
-        measure (`bool`): find who disturbs whom.
+        measure (`bool`): measure task interference.
         known (`Any`): result of the method's pass over all weights before the first is merged.
         coefficients (`dict[str, tuple[float, ...]]`): factor of each task by weight, for the method
             ada; `adaptation` says how they are learned, or were.

@@ -25,7 +25,7 @@ Row = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Interference:
-    """Who disturbs whom in one weight, tasks in the order they were given in.
+    """Interference of tasks in one weight, tasks in the order they were given in.
 
     `sti` is the singular task interference of the truncated factors, `sti_after` that of the
     orthonormal ones: 0 but for rounding, and for directions that tasks share exactly. `pairs` are

@@ -6,45 +6,59 @@ changes three places: the card, the verb that makes it, and the template.
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_tsv.checkpoints.layout import is_clip
-from hf_tsv.checkpoints.reference import at_revision, repo_id_of
-from hf_tsv.reports.templates import cell, environment, plain
+from hf_tsv.checkpoints.layout import MODEL_CLASSES, is_clip
+from hf_tsv.checkpoints.reference import at_revision, card_datasets, repo_id_of
+from hf_tsv.recipes.settings import current_versions
+from hf_tsv.reports.templates import cell, counted, environment, plain
 
 if TYPE_CHECKING:
     from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin, StoredWeight
     from hf_tsv.checkpoints.names import Format
+    from hf_tsv.methods.catalogue import Method
     from hf_tsv.recipes.learning import AlphaSearch
     from hf_tsv.recipes.recipe import Recipe
     from hf_tsv.reports.drawing import Picture
     from hf_tsv.reports.interference import InterferenceReport
     from hf_tsv.reports.kept import KeptSection
 
+FEATURES = "image-feature-extraction"
+
+NO_CARD: Mapping[str, Any] = {}
+
 LARGEST_SHOWN = 10  # weights that a card of factors lists; all are in its configuration file
 
 
 @dataclass(frozen=True)
 class CardInput:
-    """Checkpoint that a card names, see [`Origin`], with the factor of its update."""
+    """Checkpoint that a card names, see [`Origin`], with the factor of its update.
+
+    `datasets` are those that its own card names.
+    """
 
     ref: str
     revision: str | None
     license: str | None = None
     weight: float = 1.0
+    datasets: Sequence[str] = ()
 
     @classmethod
-    def of(cls, origin: Origin, weight: float = 1.0) -> CardInput:
-        """Checkpoint that an origin names."""
-        return cls(origin.ref, origin.revision, origin.license, weight)
+    def of(
+        cls, origin: Origin, weight: float = 1.0, card: Mapping[str, Any] = NO_CARD
+    ) -> CardInput:
+        """Checkpoint that an origin names, with the front matter of its card."""
+        return cls(origin.ref, origin.revision, origin.license, weight, card_datasets(card))
 
     @property
     def name(self) -> str:
@@ -59,6 +73,19 @@ class CardInput:
         return self.ref[len(self.repo_id) + 1 :]
 
     @property
+    def public(self) -> str:
+        """Reference to the commit, or the folder's name."""
+        return self.name if self.revision is None else at_revision(self.ref, self.revision)
+
+    @property
+    def arguments(self) -> str:
+        """Arguments of a `from_pretrained` that loads it, as Python."""
+        if self.revision is None:
+            return json.dumps(self.name)
+        inside = f", subfolder={json.dumps(self.subfolder)}" if self.subfolder else ""
+        return f"{json.dumps(self.repo_id)}{inside}, revision={json.dumps(self.revision)}"
+
+    @property
     def link(self) -> str:
         """Markdown for a table: a link to the commit, or the folder's name as code."""
         if self.revision is None:
@@ -71,22 +98,17 @@ class CardInput:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """Card of something that will be pushed to a repository, or stay in a folder.
+    """Card of a folder: its code loads from ".", which a push replaces by the repository.
 
     Every kind has `front_matter`, metadata for the Hub that as text is YAML.
     """
 
     template: ClassVar[str]
-    repo_id: str | None
 
     @property
-    def place(self) -> str:
-        """Place to load from, as Python and the shell name it: the repository or this folder."""
-        return self.repo_id or "."
-
-    @property
-    def place_note(self) -> str:
-        return "" if self.repo_id else '  # "." is this folder'
+    def versions(self) -> Mapping[str, str]:
+        """Versions of the libraries that it was made with."""
+        return current_versions()
 
 
 def render(card: Card) -> str:
@@ -102,7 +124,8 @@ class MergeCard(Card):
     """Card of a merged checkpoint; `full_model`: with both towers of CLIP.
 
     `counts` has the number of tensors by treatment, `left_out` the task heads not kept by
-    checkpoint, `heads` the tasks whose heads are kept, `masks` the folders of TALL-masks.
+    checkpoint, `heads` the tasks whose heads are kept, `masks` the folders of TALL-masks, `dtype`
+    the type of the weights.
     """
 
     template: ClassVar[str] = "merge.md.jinja"
@@ -113,6 +136,7 @@ class MergeCard(Card):
     full_model: bool
     out_format: Format
     counts: Mapping[str, int]
+    dtype: str
     left_out: Mapping[str, Sequence[str]]
     heads: Sequence[str] = ()
     masks: Sequence[str] = ()
@@ -128,11 +152,59 @@ class MergeCard(Card):
         return ModelCardData(
             base_model=list(dict.fromkeys(on_hub)) or None,
             base_model_relation="merge" if on_hub else None,
+            datasets=datasets_of(self.inputs),
             library_name=self.out_format,
-            pipeline_tag=_pipeline_tag(self.full_model),
+            pipeline_tag=None if self.masks else _pipeline_tag(self.full_model),
             tags=["merge", "task-singular-vectors", "hf-tsv", _family(self.model_type)],
-            license=common_license(self.inputs),
+            license=self.license,
         )
+
+    @property
+    def license(self) -> str | None:
+        return common_license(self.inputs)
+
+    @property
+    def method(self) -> Method:
+        return self.recipe.settings.row
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Versions that the recipe names."""
+        return self.recipe.versions
+
+    @property
+    def parameters(self) -> str:
+        """Choices of the method, as a part of a sentence."""
+        settings, row = self.recipe.settings, self.method
+        said = [] if row.alpha is None else [f"α = {settings.alpha:g}"]
+        if row.ranks in ("share", "free"):
+            share = 100 * (settings.rank_fraction or 1 / len(self.inputs))
+            kept = f"{share:.3g}% of the singular directions of each task"
+            said.append(f"rank {settings.rank} for each task" if settings.rank else kept)
+        return ", ".join([*said, f"weights in {self.dtype}"])
+
+    @property
+    def treated(self) -> str:
+        """Sentence on how many tensors were merged in which way."""
+        row, merged, copied = self.method, self.counts["decomposed"], self.counts["copied"]
+        rest = sum(self.counts.values()) - merged - copied
+        others = ("tensor was", "tensors were")
+        if merged:
+            others = ("other tensor (bias, norm, …) was", "other tensors (biases, norms, …) were")
+        how = {"sum": "summed", "entries": "combined"}.get(row.of, "averaged")
+        how = "summed" if self.masks else how
+        name = "TSV-Merge" if row.ranks == "share" else f"`{row.name}`"
+        matrices = counted(merged, "weight matrix was", "weight matrices were")
+        unchanged = counted(copied, "unchanged tensor comes", "unchanged tensors come")
+        said = [f"{matrices} merged with {name}"] if merged else []
+        said += [f"{counted(rest, *others)} {how}"] if rest else []
+        said += [f"{unchanged} from the base model"] if copied else []
+        return f"{'; '.join(said)}."
+
+    @property
+    def recipe_text(self) -> str:
+        """Recipe to be read: without coefficients, and what was not chosen."""
+        return re.sub(r"(?m)^ *\w+: null\n", "", self.recipe.to_yaml(coefficients=False))
 
     @property
     def title(self) -> str:
@@ -155,9 +227,16 @@ class MergeCard(Card):
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedCard(Card):
-    """Card of a compressed task, or of its reconstruction."""
+    """Card of a compressed task, or of its reconstruction.
+
+    `full_model`: its base model has both towers of CLIP; `datasets` are those of the fine-tune,
+    `kept` is a section on what is kept.
+    """
 
     config: FactorsConfig
+    full_model: bool
+    datasets: Sequence[str] = ()
+    kept: KeptSection | None = None
 
     @property
     def base(self) -> CardInput:
@@ -168,6 +247,15 @@ class CompressedCard(Card):
         return CardInput.of(self.config.source)
 
     @property
+    def license(self) -> str | None:
+        return self.source.license
+
+    @property
+    def energy(self) -> float:
+        """Share of the squared norm of the update that is kept."""
+        return max(0.0, 1 - self.config.update_error**2)
+
+    @property
     def dtype(self) -> str:
         return str(self.config.factor_dtype).removeprefix("torch.")
 
@@ -175,25 +263,33 @@ class CompressedCard(Card):
     def family(self) -> str:
         return _family(str(self.config.model_config.get("model_type", "clip")))
 
+    @property
+    def clip(self) -> bool:
+        return self.family == "clip"
+
+    @property
+    def pipeline_tag(self) -> str:
+        head = bool(self.config.task_head)
+        return "image-classification" if head else _pipeline_tag(self.full_model)
+
     def _data(
-        self, relation: str, library: str, tags: list[str], pipeline_tag: str | None = None
+        self, relation: str, library: str, tags: list[str], parent: CardInput
     ) -> ModelCardData:
-        """Metadata with the base model, if it lies on the Hub, and the licence of the source."""
-        on_hub = bool(self.base.revision)
+        """Metadata with the model it descends from, if that lies on the Hub."""
         return ModelCardData(
-            base_model=self.base.repo_id if on_hub else None,
-            base_model_relation=relation if on_hub else None,
+            base_model=parent.repo_id if parent.revision else None,
+            base_model_relation=relation if parent.revision else None,
+            datasets=list(self.datasets) or None,
             library_name=library,
-            pipeline_tag=pipeline_tag,
+            pipeline_tag=self.pipeline_tag,
             tags=tags,
-            license=self.source.license,
+            license=self.license,
         )
 
     def _compress_command(self, *options: str) -> str:
         """Command that makes the same files again."""
         config = self.config
-        source, base = (at_revision(item.ref, item.revision) for item in (self.source, self.base))
-        words = ["hf-tsv", "compress", source, "--base-model", base]
+        words = ["hf-tsv", "compress", self.source.public, "--base-model", self.base.public]
         for key, value in config.rank_rule.items():
             words += [f"--{key.replace('_', '-')}", str(value)]
         words += ["--compress-conv"] if config.compress_conv else []
@@ -206,12 +302,11 @@ class FactorsCard(CompressedCard):
     """Card of task factors."""
 
     template: ClassVar[str] = "factors.md.jinja"
-    kept: KeptSection | None = None
 
     @property
     def front_matter(self) -> ModelCardData:
         tags = ["task-singular-vectors", "task-factors", "hf-tsv", self.family]
-        return self._data("adapter", "hf-tsv", tags)
+        return self._data("adapter", "hf-tsv", tags, self.base)
 
     @property
     def kinds(self) -> Counter[str]:
@@ -235,11 +330,21 @@ class AdapterCard(CompressedCard):
     template: ClassVar[str] = "adapter.md.jinja"
     model_class: str
     dense: bool
-    kept: KeptSection | None = None
 
     @property
     def front_matter(self) -> ModelCardData:
-        return self._data("adapter", "peft", ["lora", "task-singular-vectors", "hf-tsv", "clip"])
+        tags = ["lora", "task-singular-vectors", "hf-tsv", "clip"]
+        return self._data("adapter", "peft", tags, self.base)
+
+    @property
+    def pipeline_tag(self) -> str:
+        return _pipeline_tag(self.model_class == "CLIPModel")
+
+    @property
+    def unfit_classes(self) -> list[str]:
+        """Classes of other names, which apply nothing of it, without an error."""
+        flat = MODEL_CLASSES[self.model_class].flat_prefix
+        return ["CLIPModel", "AutoModel"] if flat else ["CLIPVisionModel"]
 
     @property
     def command(self) -> str:
@@ -251,22 +356,33 @@ class AdapterCard(CompressedCard):
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructedCard(CompressedCard):
-    """Card of a checkpoint made from task factors; `full_model`: with both towers of CLIP."""
+    """Card of a checkpoint made from task factors."""
 
     template: ClassVar[str] = "reconstructed.md.jinja"
     factors: CardInput
-    full_model: bool
     out_format: Format
 
     @property
     def front_matter(self) -> ModelCardData:
         tags = ["task-singular-vectors", "hf-tsv", self.family]
-        kind = "image-classification" if self.config.task_head else _pipeline_tag(self.full_model)
-        return self._data("finetune", self.out_format, tags, kind)
+        parent = self.source if self.source.revision else self.base
+        return self._data("finetune", self.out_format, tags, parent)
 
     @property
     def model_class(self) -> str:
-        return "CLIPForImageClassification" if self.config.task_head else "AutoModel"
+        if self.config.task_head:
+            return "CLIPForImageClassification"
+        return "CLIPModel" if self.full_model and self.clip else "AutoModel"
+
+    @property
+    def command(self) -> str:
+        words = ["hf-tsv", "reconstruct", self.factors.public, "--base-model", self.base.public]
+        return shlex.join([*words, "-o", "reconstructed"])
+
+
+def datasets_of(inputs: Sequence[CardInput]) -> list[str] | None:
+    """Datasets of all inputs, each once; None if no card names any."""
+    return list(dict.fromkeys(name for item in inputs for name in item.datasets)) or None
 
 
 def common_license(inputs: Sequence[CardInput]) -> str | None:
@@ -281,4 +397,4 @@ def _family(model_type: str) -> str:
 
 
 def _pipeline_tag(full_model: bool) -> str:
-    return "zero-shot-image-classification" if full_model else "image-feature-extraction"
+    return "zero-shot-image-classification" if full_model else FEATURES

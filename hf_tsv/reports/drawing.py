@@ -114,16 +114,24 @@ def percent_text(axes: Axes) -> None:
 
 
 def heat_map(
-    axes: Axes, values: Any, named: Callable[[float], str], *, top: float = 1.0, **bar: Any
+    axes: Axes,
+    values: Any,
+    named: Callable[[float], str],
+    *,
+    low: float = 0.0,
+    top: float = 1.0,
+    **bar: Any,
 ) -> None:
     """Draw a matrix, with its numbers if it is small; NaN stays empty."""
-    image = axes.imshow(values, cmap=HEAT, vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+    image = axes.imshow(
+        values, cmap=HEAT, vmin=low, vmax=top, aspect="auto", interpolation="nearest"
+    )
     axes.spines[:].set_visible(False)
     if len(values) <= NUMBERED:
         for (i, j), value in np.ndenumerate(values):
             if not math.isnan(value):
-                axes.text(j, i, named(value), ha="center", va="center", fontsize=8.5,
-                          color="black" if value > 0.6 * top else "white")  # fmt: skip
+                colour = "black" if value - low > 0.6 * (top - low) else "white"
+                axes.text(j, i, named(value), ha="center", va="center", fontsize=8.5, color=colour)
     scale = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, **bar)
     scale.outline.set_visible(False)
     scale.ax.tick_params(colors=TEXT, labelsize=8)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, ClassVar
 
+from hf_tsv.checkpoints.reference import without_folders
 from hf_tsv.reports.report import Report
+from hf_tsv.runs.publishing import without_paths
 
 
 @dataclass(frozen=True, repr=False)
 class InterferenceReport(Report):
-    """Measure of who disturbs whom.
+    """Measure of task interference.
 
     Args:
         tasks (`list[dict]`): of every task its name, `ref` and `revision`, `norm` of its update and
@@ -64,6 +66,28 @@ class InterferenceReport(Report):
         """Interference of every two tasks."""
         names: list[str | float] = [task["name"] for task in self.tasks]
         return [["", *names], *([n, *row] for n, row in zip(names, self.pairs, strict=True))]
+
+    @property
+    def per_pair(self) -> float:
+        """Mean interference of two tasks alone in one weight, comparable between merges."""
+        count = len(self.tasks) * (len(self.tasks) - 1) * len(self.weights)
+        return sum(map(sum, self.pairs)) / count if count else 0.0
+
+    def public(self) -> InterferenceReport:
+        """The same with the names of local folders instead of their paths, to be published."""
+        entries = [*self.tasks, self.base_model]
+        folders = [entry["ref"] for entry in entries if entry["revision"] is None]
+
+        def said(text: str) -> str:
+            return without_folders(text, folders)
+
+        return replace(
+            self,
+            tasks=[without_paths(task) for task in self.tasks],
+            base_model=without_paths(self.base_model),
+            diagnoses=[{**found, "text": said(found["text"])} for found in self.diagnoses],
+            warnings=[said(text) for text in self.warnings],
+        )
 
     def extremes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Pairs of tasks that interfere most and least, of those that take part."""

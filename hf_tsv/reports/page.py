@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from hf_tsv.reports.interference import InterferenceReport
 
 
-def interference_page(report: InterferenceReport, pictures: Sequence[Picture]) -> str:
+def interference_page(report: InterferenceReport, pictures: Sequence[Picture], command: str) -> str:
     """HTML page with all of a report: warnings, tasks, pictures, and every weight.
+
+    The command is the one that wrote it.
 
     Text from repositories is escaped. A content security policy runs only the page's own script,
     which sorts tables, and loads nothing.
@@ -32,6 +34,7 @@ def interference_page(report: InterferenceReport, pictures: Sequence[Picture]) -
         .get_template("interference.html.jinja")
         .render(
             report=report,
+            command=one_line(command),
             names=[one_line(task["name"]) for task in report.tasks],
             weights=_weights(report),
             images=[(picture, base64.b64encode(picture.png).decode()) for picture in pictures],

@@ -46,7 +46,7 @@ def of_interference(report: InterferenceReport) -> list[Picture]:
     # The largest rank used of any task; updates of lower rank use less.
     ranks = layers_of({name: max(weight["ranks"]) for name, weight in report.weights.items()})
     drawn = [
-        ("pairs.png", "Who disturbs whom", _pairs_alt(report), kit.to_png(pairs)),
+        ("pairs.png", "Pairwise interference", _pairs_alt(report), kit.to_png(pairs)),
         ("blocks.png", "Interference by block", _blocks_alt(report), kit.to_png(blocks)),
         ("layers.png", "Interference by layer", _layers_alt(sti), _depth_png(sti, "STI")),
         ("spectrum.png", "Spectrum and retained energy", _spectra_alt(report), _spectra(report)),
@@ -62,7 +62,7 @@ def of_merge(report: InterferenceReport) -> Picture:
     _pairs(left, report)
     _blocks(right, report)
     alt = f"{_pairs_alt(report)} {_blocks_alt(report)}"
-    return Picture("interference.png", "Who disturbs whom", alt, kit.to_png(figure))
+    return Picture("interference.png", "Task interference", alt, kit.to_png(figure))
 
 
 def of_compression(
@@ -96,11 +96,13 @@ def _pairs(axes: Axes, report: InterferenceReport) -> None:
     pairs = np.asarray(report.pairs)
     count = len(pairs)
     shown = np.where(np.eye(count, dtype=bool), np.nan, pairs)
-    top = float(pairs.max()) or 1.0
+    off = pairs[~np.eye(count, dtype=bool)]
+    top, low = float(off.max()) or 1.0, float(off.min())
+    low = low if low < 0.999 * top else 0.0  # two tasks, or all pairs alike
     size = 9 if count <= kit.NUMBERED else 7
     kit.name_rows_and_columns(axes, _labels(report), size, rotation=45, ha="right")
-    kit.heat_map(axes, shown, lambda value: number_text(value, top), top=top)
-    axes.set_title("STI of every two tasks", fontsize=11, color=TEXT)
+    kit.heat_map(axes, shown, lambda value: number_text(value, top), low=low, top=top)
+    axes.set_title("Pairwise interference (STI)", fontsize=11, color=TEXT)
 
 
 def _pairs_alt(report: InterferenceReport) -> str:
@@ -109,7 +111,7 @@ def _pairs_alt(report: InterferenceReport) -> str:
     if (a, b) == (c, d):
         return f"{names[a]} and {names[b]}: {number_text(report.pairs[a][b])}."
     return (
-        f"{names[a]} and {names[b]} disturb each other most ({number_text(report.pairs[a][b])}),"
+        f"{names[a]} and {names[b]} interfere most ({number_text(report.pairs[a][b])}),"
         f" {names[c]} and {names[d]} least ({number_text(report.pairs[c][d])})."
     )
 
@@ -130,7 +132,7 @@ def _blocks(axes: Axes, report: InterferenceReport) -> None:
         axes.plot(
             range(len(blocks)), [report.blocks[block]["sti_after"] for block in blocks], "D",
             markersize=4, color=COLOURS[1], clip_on=False,
-            label=f"after orthogonalisation, {number_text(report.total_after)} in all",
+            label=f"after orthogonalisation: {number_text(report.total_after)} in all",
         )  # fmt: skip
     step = max(1, -(-len(blocks) // 13))
     ticks = [i for i, block in enumerate(blocks) if _depth(block)[1] % step == 0]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from hf_tsv.runs.publishing import THIS_FOLDER
 from hf_tsv.system.text import human_bytes, one_line
 
 
@@ -27,9 +28,45 @@ def environment() -> Environment:
         autoescape=select_autoescape(["html.jinja"], default=False),
         undefined=StrictUndefined,
     )
-    own = (plain, code, cell, fenced, human_bytes, one_line)
+    own = (plain, code, cell, fenced, human_bytes, one_line, percent, counted)
     made.filters |= {"quoted": json.dumps, **{filter_.__name__: filter_ for filter_ in own}}
+    url = homepage()
+    made.globals |= {"this_folder": THIS_FOLDER, "url": url}
+    made.globals["tool"] = f"[hf-tsv]({url})" if url else "`hf-tsv`"
     return made
+
+
+def homepage() -> str | None:
+    """Address of the project, as the installed package says; None until it has one."""
+    from importlib.metadata import PackageNotFoundError, metadata
+
+    try:
+        said = metadata("hf-tsv").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        return None
+    urls = dict(line.split(", ", 1) for line in said)
+    url = urls.get("Homepage") or urls.get("Repository")
+    return None if url is None or "OWNER" in url else url
+
+
+def percent(share: float) -> str:
+    """Share as text, with as many digits as say something.
+
+    Example:
+        >>> percent(0.2394), percent(0.00421), percent(0.99996)
+        ('23.9%', '0.42%', '100.0%')
+    """
+    return f"{100 * share:.1f}%" if share >= 0.01 or not share else f"{100 * share:.2g}%"
+
+
+def counted(count: int, singular: str, plural: str = "") -> str:
+    """Count with its noun.
+
+    Example:
+        >>> counted(1, "matrix", "matrices"), counted(2, "tensor")
+        ('1 matrix', '2 tensors')
+    """
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
 
 
 def plain(text: object) -> str:

@@ -19,7 +19,7 @@ from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.runs import journal
 from hf_tsv.runs.target import Target, final_folder, push, waiting
 from hf_tsv.system.folders import check_free_space
-from hf_tsv.system.progress import visible_by_default
+from hf_tsv.system.progress import logger, visible_by_default
 
 
 @dataclass
@@ -59,7 +59,10 @@ class Run:
         folder = final_folder(self.target, identity)
         with waiting(folder):
             yield folder
-            self.url = push(folder, self.target, self.sources.access.token, show=self.show)
+            pushed = push(folder, self.target, self.sources.access.token, show=self.show)
+            self.url = None if pushed is None else pushed.url
+            if pushed is not None and not pushed.changed:
+                logger.info("%s has all of these files already.", self.target.push_to)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from hf_tsv import hub
 from hf_tsv.checkpoints.names import MARKERS, OLD_WEIGHTS
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
+from hf_tsv.runs.publishing import published
 from hf_tsv.system import folders
 from hf_tsv.system.errors import OutputError, RepoError, UsageError
 from hf_tsv.system.folders import absolute, check_output_folder, disk_errors
@@ -153,7 +154,7 @@ def waiting(folder: Path) -> Iterator[None]:
             shutil.rmtree(folder.parent, ignore_errors=True)
 
 
-def push(folder: Path, target: Target, token: str | None, *, show: bool) -> str | None:
+def push(folder: Path, target: Target, token: str | None, *, show: bool) -> hub.Pushed | None:
     """Upload a folder if the target is a repository; an error has the command to do so later."""
     if target.push_to is None:
         return None
@@ -168,14 +169,14 @@ def push(folder: Path, target: Target, token: str | None, *, show: bool) -> str 
         raise
 
 
-def upload(folder: Path, target: Target, token: str | None, *, show: bool) -> str:
-    """Upload a folder to a target's repository; give the address of the commit or pull request."""
+def upload(folder: Path, target: Target, token: str | None, *, show: bool) -> hub.Pushed:
+    """Upload a folder to a target's repository, as it is published."""
     logger.info("Uploading to %s.", target.push_to)
     with others_silent(visible=show):
         return hub.push(
             folder,
             str(target.push_to),
-            hub.Names(MARKERS, OLD_WEIGHTS),
+            hub.Names(MARKERS, OLD_WEIGHTS, published),
             token=token,
             private=target.private,
             revision=target.revision,

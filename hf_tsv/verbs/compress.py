@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.description import FactorsConfig, StoredWeight
 from hf_tsv.checkpoints.formats.task import pinned_entry
-from hf_tsv.checkpoints.reference import parse, pin
+from hf_tsv.checkpoints.reference import card_datasets, parse, pin
 from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, open_sources
 from hf_tsv.compression.building import Compressed, built, most_bytes, prepare
 from hf_tsv.compression.candidates import Compression, Measured
@@ -163,7 +164,7 @@ def run(
             return replace(report, seconds=round(time.monotonic() - started, 3), dry_run=True)
         place = pick_device(device)
         with built(begun, job, place) as (folder, done):
-            _describe(folder, job, done, target)
+            _describe(folder, job, done)
     report = _measured_report(report, done)
     if done.config.factors_bytes >= done.config.checkpoint_bytes:
         report.warnings.append(_too_large(report))
@@ -172,21 +173,22 @@ def run(
     return replace(report, seconds=seconds, device=place.type, url=begun.url)
 
 
-def _describe(folder: Path, job: Compression, done: Compressed, target: Target) -> None:
+def _describe(folder: Path, job: Compression, done: Compressed) -> None:
     """Write the card, and the picture it shows."""
     config = done.config
     kept = _kept(folder, config, done.measured) if job.options.report else None
+    said: Any = {
+        "config": config,
+        "full_model": layout.is_full_model(job.sources.base.tensors),
+        "datasets": card_datasets(job.source.pinned.card),
+        "kept": kept,
+    }
     card: cards.Card
     if job.options.out_format == "factors":
-        card = cards.FactorsCard(repo_id=target.push_to, config=config, kept=kept)
+        card = cards.FactorsCard(**said)
     else:
-        card = cards.AdapterCard(
-            repo_id=target.push_to,
-            config=config,
-            model_class=job.model_class,
-            dense=job.options.dense,
-            kept=kept,
-        )
+        dense = job.options.dense
+        card = cards.AdapterCard(**said, model_class=job.model_class, dense=dense)
     (folder / "README.md").write_text(cards.render(card), encoding="utf-8")
 
 

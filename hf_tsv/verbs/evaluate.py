@@ -28,6 +28,7 @@ from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.recipes.settings import current_versions
 from hf_tsv.reports.report import Report
+from hf_tsv.reports.results import with_table
 from hf_tsv.system import processes
 from hf_tsv.system.checks import check_counts
 from hf_tsv.system.errors import HfTsvError, public
@@ -124,8 +125,8 @@ def evaluate(
             the model's is divided; default: those of the suite; {} for none.
         output (`str` or `Path`, *optional*): folder to write `evaluation.json` to, and with
             matplotlib the pictures `accuracy.png`, `radar.png` and `confusion-….png`.
-        card (`bool`): add the results to the model's card, as `model-index`: to the README.md of a
-            folder, or by a commit to a repository.
+        card (`bool`): add the results to the model's card, as `model-index` and as a table: to the
+            README.md of a folder, or by a commit to a repository.
         create_pr (`bool`): add them by a pull request.
         limit (`int`, *optional*): number of images per task, for a quick look; default: all.
         batch_size (`int`): images at a time.
@@ -218,7 +219,8 @@ def _delivered(report: EvaluateReport, job: Evaluation, token: str | None) -> Ev
     if job.card is None:
         return report
     try:
-        return replace(report, card=model_index.write(job.card, report.tasks, token=token))
+        card = model_index.write(job.card, report.tasks, token=token, body=with_table)
+        return replace(report, card=card)
     except HfTsvError as error:  # the measured results must not be lost
         logger.warning("The results were not added to the card.")
         return replace(report, errors={**report.errors, model_index.CARD: str(error)})

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from hf_tsv.checkpoints.formats.description import StoredWeight
 from hf_tsv.checkpoints.formats.factors import Factors, open_factors
-from hf_tsv.checkpoints.names import COMPRESSION, FACTORS_CONFIG
-from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
+from hf_tsv.checkpoints.names import COMPRESSION, CONFIG_FILE, FACTORS_CONFIG
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, card_datasets, parse, pin
 from hf_tsv.checkpoints.storage.files import LocalFiles
 from hf_tsv.hub import Wanted, download
 from hf_tsv.linalg.updates import Update
 from hf_tsv.reports import cards
+from hf_tsv.reports.cards import FEATURES
 from hf_tsv.reports.compression import CompressReport
 from hf_tsv.reports.kept import KeptSection
 from hf_tsv.runs.target import Target, upload
@@ -125,7 +126,7 @@ class TaskFactors(Factors):
         target = Target(Path(folder), force=force).checked(None, dry_run=False)
         target.refuse_inputs([self.pinned])
         assert target.output is not None  # checked above
-        self._copy(target.output, None)
+        self._copy(target.output)
 
     @public
     def push_to_hub(
@@ -157,10 +158,10 @@ class TaskFactors(Factors):
                 target.refuse_inputs([replace(made_from, asked_revision=None)])
         with tempfile.TemporaryDirectory(prefix="hf-tsv-") as parent:
             folder = Path(parent) / "factors"
-            self._copy(folder, target.push_to)
-            return upload(folder, target, token, show=show)
+            self._copy(folder)
+            return upload(folder, target, token, show=show).url
 
-    def _copy(self, folder: Path, repo_id: str | None) -> None:
+    def _copy(self, folder: Path) -> None:
         files = self.pinned.files
         if files.folder is None:
             raise CheckpointError(f"{self} is not downloaded.", "Use TaskFactors.from_pretrained.")
@@ -171,5 +172,11 @@ class TaskFactors(Factors):
             if files.size(COMPRESSION) is not None and not files.is_elsewhere(COMPRESSION):
                 shutil.copyfile(files.folder / COMPRESSION, staging / COMPRESSION)
                 kept = KeptSection.of(self.config, COMPRESSION)
-            card = cards.FactorsCard(repo_id=repo_id, config=self.config, kept=kept)
+            (staging / CONFIG_FILE).write_text(self.config.model_json(), encoding="utf-8")
+            card = cards.FactorsCard(
+                config=self.config,
+                full_model=self.pinned.card.get("pipeline_tag") != FEATURES,
+                datasets=card_datasets(self.pinned.card),
+                kept=kept,
+            )
             (staging / "README.md").write_text(cards.render(card), encoding="utf-8")

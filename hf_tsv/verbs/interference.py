@@ -1,7 +1,8 @@
-"""The verb `interference`: who disturbs whom, in which layer, before anything is merged."""
+"""The verb `interference`: which tasks interfere, in which layers, before anything is merged."""
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 
 from hf_tsv.checkpoints.fit import refuse_other_base
-from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry, published_entry
+from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry
 from hf_tsv.checkpoints.layout import block_and_kind
 from hf_tsv.checkpoints.names import REPORT_FILE, REPORT_PAGE
-from hf_tsv.checkpoints.reference import listed
+from hf_tsv.checkpoints.reference import at_revision, listed
 from hf_tsv.checkpoints.sources import Access
 from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.merging.costs import steps
@@ -62,7 +63,7 @@ def interference(
     max_memory: int | str | None = None,
     progress: bool | None = None,
 ) -> InterferenceReport:
-    """Measure who disturbs whom in a merge, layer by layer (section 3.2).
+    """Measure which tasks interfere in a merge, layer by layer (section 3.2).
 
     Args:
         checkpoints (`Sequence[str]`): `org/name`, `org/name@revision`, `hf://…` or folders, of
@@ -115,7 +116,7 @@ def interference(
     report = summary(measured, time.monotonic() - started)
     if folder is not None:
         with whole_folder(folder) as staging:
-            write_report(staging, published(report, measured))
+            write_report(staging, report.public(), settings)
     return report
 
 
@@ -146,25 +147,22 @@ def refuse_nothing_decomposed(plan: MergePlan, inputs: Sequence[Task]) -> None:
         )
 
 
-def published(report: InterferenceReport, done: Merged) -> InterferenceReport:
-    """The report as others may read it: local folders by their names."""
-    pairs = zip(report.tasks, done.sources.inputs, strict=True)
-    return replace(
-        report,
-        tasks=[{**entry, **published_entry(item)} for entry, item in pairs],
-        base_model=published_entry(done.sources.base),
-        diagnoses=[{**d, "text": done.published(d["text"])} for d in report.diagnoses],
-        warnings=list(map(done.published, report.warnings)),
-    )
-
-
-def write_report(folder: Path, report: InterferenceReport) -> None:
+def write_report(folder: Path, report: InterferenceReport, settings: Settings) -> None:
     """Write a report into a folder as JSON, pictures and a page."""
+    base, *refs = (at_revision(e["ref"], e["revision"]) for e in (report.base_model, *report.tasks))
+    words = ["hf-tsv", "interference", *refs, "--base-model", base]
+    words += ["--rank", str(settings.rank)] if settings.rank else []
+    words += ["--rank-fraction", str(settings.rank_fraction)] if settings.rank_fraction else []
+    words += ["--qkv", settings.qkv] if settings.qkv else []
+    globs = () if settings.exclude == Settings.exclude else settings.exclude
+    words += [word for glob in globs for word in ("--exclude", glob)]
     pictures = drawing.attempted(lambda: of_interference(report)) or []
     for picture in pictures:
         (folder / picture.file).write_bytes(picture.png)
     (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
-    (folder / REPORT_PAGE).write_text(interference_page(report, pictures), encoding="utf-8")
+    (folder / REPORT_PAGE).write_text(
+        interference_page(report, pictures, shlex.join(words)), encoding="utf-8"
+    )
 
 
 def summary(done: Merged, seconds: float) -> InterferenceReport:

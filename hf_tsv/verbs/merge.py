@@ -44,7 +44,7 @@ from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.errors import UsageError, public
 from hf_tsv.system.progress import logger
-from hf_tsv.verbs.interference import published, refuse_nothing_decomposed, summary
+from hf_tsv.verbs.interference import refuse_nothing_decomposed, summary
 
 if TYPE_CHECKING:
     from hf_tsv.recipes.learning import Adaptation, AlphaSearch
@@ -141,7 +141,7 @@ def merge(
         stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
         max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes
             on at a time then.
-        report (`bool`): measure who disturbs whom too, from the same decompositions; table and
+        report (`bool`): measure task interference too, from the same decompositions; table and
             picture in the card, and all of it in `interference.json` beside the weights.
         dry_run (`bool`): plan only; touches neither disk nor Hub.
         progress (`bool`, *optional*): show bars; default: on a terminal.
@@ -191,16 +191,11 @@ def merge(
                 found = repeating.changed(found, given, weights, base_ref)
                 work, sources = of_recipe(repeating.placed(found, references, beside), access)
             else:
+                _refuse_no_images(settings, adaptation)
                 if tune_alpha is not None:
                     _refuse_no_search(settings, alpha)
-                _refuse_no_images(settings, adaptation)
                 work, sources = prepare(references, base_ref, weights, settings, access)
-                if tune_alpha is not None:
-                    check_whole_clip(sources.base, "Choosing α")
-                if adaptation is not None:
-                    from hf_tsv.verbs.learning.coefficients import adapting
-
-                    work = adapting(work, sources, adaptation)
+                work = _learning(work, sources, tune_alpha, adaptation)
             refuse_no_heads(work.settings, sources.inputs)
             if report:
                 _refuse_no_report(work, sources)
@@ -216,10 +211,23 @@ def merge(
             with underway(sources, target, progress) as run:
                 if not dry_run:
                     with built(run, work, device, group, before=_learned) as (folder, merged):
-                        _describe(folder, merged, target)
+                        _describe(folder, merged)
             done = _report(run, work, merged, started)
             group.dismiss(done)
             return done
+
+
+def _learning(
+    work: Merge, sources: Sources, tune_alpha: AlphaSearch | None, adaptation: Adaptation | None
+) -> Merge:
+    """The same merge, if its model can learn what is to be learned."""
+    if tune_alpha is not None:
+        check_whole_clip(sources.base, "Choosing α")
+    if adaptation is None:
+        return work
+    from hf_tsv.verbs.learning.coefficients import adapting
+
+    return adapting(work, sources, adaptation)
 
 
 def _refuse_no_search(settings: Settings, alpha: float | None) -> None:
@@ -257,7 +265,7 @@ def _learned(merge: Merge, run: Run, device: torch.device) -> Merge:
     return adapted(merge, merge.adaptation, run, device)
 
 
-def _describe(folder: Path, done: Merged, target: Target) -> None:
+def _describe(folder: Path, done: Merged) -> None:
     """Write recipe and card of a merge."""
     recipe, settings = recipe_of(done), done.merge.settings
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
@@ -269,18 +277,17 @@ def _describe(folder: Path, done: Merged, target: Target) -> None:
         write_masks(folder, done)
     measured = picture = None
     if done.merge.measure:
-        measured = found = published(summary(done, done.findings.seconds.computing), done)
+        measured = found = summary(done, done.findings.seconds.computing).public()
         (folder / REPORT_FILE).write_text(measured.to_json(), encoding="utf-8")
         picture = drawing.attempted(lambda: pictures.of_merge(found))
         if picture is not None:
             (folder / picture.file).write_bytes(picture.png)
-    card = _card(done, target, recipe, measured, picture)
+    card = _card(done, recipe, measured, picture)
     (folder / "README.md").write_text(cards.render(card), encoding="utf-8")
 
 
 def _card(
     done: Merged,
-    target: Target,
     recipe: Recipe,
     measured: InterferenceReport | None,
     picture: drawing.Picture | None,
@@ -288,10 +295,13 @@ def _card(
     merge, base, inputs = done.merge, done.sources.base, done.sources.inputs
 
     def card_input(item: Task, scale: float = 1.0) -> cards.CardInput:
-        return cards.CardInput.of(Origin.of(item.pinned), scale)
+        return cards.CardInput.of(Origin.of(item.pinned), scale, item.pinned.card)
 
+    specs = merge.plan.specs.values()
+    dtypes = {
+        str(spec.dtype).removeprefix("torch.") for spec in specs if spec.dtype.is_floating_point
+    }
     return cards.MergeCard(
-        repo_id=target.push_to,
         recipe=recipe,
         base=card_input(base),
         inputs=[card_input(*pair) for pair in zip(inputs, merge.scales, strict=True)],
@@ -299,6 +309,7 @@ def _card(
         full_model=layout.is_full_model(base.tensors),
         out_format=merge.settings.out_format or base.format,
         counts=merge.plan.counts(done.findings.frozen),
+        dtype=" and ".join(sorted(dtypes)),
         left_out={card_input(item).name: item.left_out for item in _cut(merge, inputs)},
         heads=[Path(file).stem for file in kept_heads(merge.settings, inputs)],
         masks=mask_folders(merge.settings, inputs),

@@ -37,7 +37,8 @@ def of_sweep(report: Mapping[str, Any]) -> Picture:
     axes = figure.subplots()
     shares = report["fractions"]
     for found in report["tasks"].values():
-        axes.plot(shares, found["accuracies"], color=TEXT, alpha=0.3, linewidth=0.8)
+        label = "one task each" if found is next(iter(report["tasks"].values())) else None
+        axes.plot(shares, found["accuracies"], color=TEXT, alpha=0.5, linewidth=0.8, label=label)
     axes.plot(shares, report["mean"], color=COLOURS[0], linewidth=2, marker="o", markersize=4,
               label="low rank, mean of the tasks")  # fmt: skip
     axes.axhline(report["full"], color=COLOURS[1], linewidth=1.4, label="fine-tunes, mean")
@@ -134,7 +135,7 @@ def _confusion(file: str, name: str, found: Mapping[str, Any]) -> Picture:
         turned = {"rotation": 90} if size > LARGE else {"rotation": 45, "ha": "right"}
         kit.name_rows_and_columns(axes, names, font, **turned)
     kit.heat_map(axes, shares, "{:.0%}".format, format="{x:.0%}")
-    axes.set(xlabel="taken for", ylabel="class" if size <= NAMED else "class, by number")
+    axes.set(xlabel="predicted", ylabel="true class" if size <= NAMED else "true class, by number")
     title = f"{kit.short_names([name])[0]}: share of each class"
     axes.set_title(title, fontsize=11, color=TEXT, parse_math=False)
     alt = f"Confusion of {one_line(name)}: {found['accuracy']:.1%} are on the diagonal."

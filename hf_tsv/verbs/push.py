@@ -23,6 +23,7 @@ from hf_tsv.recipes.recipe import Recipe
 from hf_tsv.reports.report import Report
 from hf_tsv.runs import journal
 from hf_tsv.runs import target as target_
+from hf_tsv.runs.publishing import published
 from hf_tsv.runs.target import Target, waiting
 from hf_tsv.system.errors import CheckpointError, OutputError, public
 from hf_tsv.system.folders import UNDER_CONSTRUCTION, absolute
@@ -38,6 +39,7 @@ class PushReport(Report):
         folder (`str`): uploaded folder.
         repo_id (`str`): repository it was uploaded to.
         files (`dict[str, int]`): bytes of each file; `bytes` has their sum.
+        changed (`bool`): whether the repository changed; not if it had all files already.
         seconds (`float`): wall time.
         url (`str`, *optional*): commit or pull request on the Hub.
         dry_run (`bool`): whether the upload was only checked.
@@ -49,6 +51,7 @@ class PushReport(Report):
     bytes: int
     seconds: float
     url: str | None = None
+    changed: bool = True
     dry_run: bool = False
 
 
@@ -94,13 +97,24 @@ def push(
     target = Target(None, repo_id, False, private, revision, create_pr, commit_message)
     target = target.checked(token, dry_run=dry_run)
     target.refuse_inputs(inputs)
-    sizes = {name: path.stat().st_size for name, path in hub.files_to_push(place, MARKERS).items()}
-    url = None
-    if not dry_run:
+    files = hub.files_to_push(place, MARKERS)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    done = None
+    if dry_run:
+        published(files, str(target.push_to))  # says what names folders of this machine
+    else:
         with waiting(place):
-            url = target_.push(place, target, token, show=show)
-    seconds, total = round(time.monotonic() - started, 3), sum(sizes.values())
-    return PushReport(str(place), str(target.push_to), sizes, total, seconds, url, dry_run)
+            done = target_.push(place, target, token, show=show)
+    return PushReport(
+        folder=str(place),
+        repo_id=str(target.push_to),
+        files=sizes,
+        bytes=sum(sizes.values()),
+        seconds=round(time.monotonic() - started, 3),
+        url=None if done is None else done.url,
+        changed=done is not None and done.changed,
+        dry_run=dry_run,
+    )
 
 
 def _check_finished(folder: Path) -> list[PinnedCheckpoint]:

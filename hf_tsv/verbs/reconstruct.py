@@ -11,6 +11,7 @@ from pathlib import Path
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.task import pinned_entry, published_entry
 from hf_tsv.checkpoints.names import RECONSTRUCTION_FILE
+from hf_tsv.checkpoints.reference import card_datasets
 from hf_tsv.checkpoints.sources import Access, Sources
 from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.merging.building import built, follow
@@ -129,7 +130,7 @@ def reconstruct(
             with underway(sources, target, progress) as run:
                 if not dry_run:
                     with built(run, work, device, group) as (folder, merged):
-                        _describe(folder, merged, target)
+                        _describe(folder, merged)
             report = _report(run, work, merged, started)
             group.dismiss(report)
             return report
@@ -169,7 +170,7 @@ def _with_head(work: Merge, sources: Sources) -> Merge:
     return replace(work, plan=plan, task_head=True, verb="Reconstructing")
 
 
-def _describe(folder: Path, done: Merged, target: Target) -> None:
+def _describe(folder: Path, done: Merged) -> None:
     """Write origin and card of a reconstruction."""
     (item,), base, settings = done.sources.inputs, done.sources.base, done.merge.settings
     config = item.description
@@ -185,8 +186,8 @@ def _describe(folder: Path, done: Merged, target: Target) -> None:
     text = json.dumps(origin, indent=2, ensure_ascii=False) + "\n"
     (folder / RECONSTRUCTION_FILE).write_text(text, encoding="utf-8")
     card = cards.ReconstructedCard(
-        repo_id=target.push_to,
         config=config,
+        datasets=card_datasets(item.pinned.card),
         factors=cards.CardInput(item.pinned.name, item.pinned.revision),
         full_model=layout.is_full_model(base.tensors),
         out_format=settings.out_format or base.format,

@@ -25,6 +25,7 @@ from cli import copied, ended, hf_tsv, hf_tsv_process, hf_tsv_script, refused
 from clips import CARD
 from forks import fork
 from hub import Hub, User
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hf_tsv.cli import COMMANDS
@@ -88,13 +89,11 @@ def test_the_snippet_of_the_card_loads_the_pushed_model_without_hf_tsv(
 import sys
 sys.modules["hf_tsv"] = None
 {snippet}
-import numpy
-from PIL import Image
-image = Image.fromarray(numpy.zeros((40, 50, 3), dtype="uint8"))
-assert len(classifier(image, candidate_labels=["a cat", "a dog"])) == 2
 """
-    done = ended(fork("-c", code, freezing=True))
+    Image.new("RGB", (50, 40)).save(world / "photo.jpg")
+    done = ended(fork("-c", code, cwd=world, freezing=True))
     assert done.code == 0, done.err
+    assert "'score'" in done.out and "a dog" in done.out
 
 
 def test_push_to_a_branch_as_a_pull_request_with_a_message(world: Path, hub: Hub) -> None:

@@ -16,6 +16,7 @@ import hf_tsv
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.evaluation import model_index
 from hf_tsv.evaluation.model_index import Card, eval_result, open_card, with_results
+from hf_tsv.reports.results import with_table
 from hf_tsv.system.errors import HfTsvError, OutputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
@@ -108,9 +109,37 @@ def test_a_card_that_cannot_take_results_is_refused(front: str) -> None:
         with_results(Card(f"---\n{front}---\n", "m", path=Path("README.md")), [])
 
 
+def test_the_table_in_the_card_says_what_was_compared_and_is_replaced() -> None:
+    reference = {"ref": "org/fine-tune", "accuracy": 0.5}
+    found = {**FULL, "accuracy": 1 / 3, "templates": ["a photo of a {}."], "reference": reference}
+    card = Card("---\nlicense: mit\n---\n\n# Mine\n\n## License\n\nMIT.\n", "m")
+    text = with_table(with_results(card, [eval_result("a|b", found)]))
+    row = "| `a\\|b` | `org/data` | `test` | all | 33.3% | `org/fine-tune` | 50.0% | 66.7% |\n"
+    assert row in text and "with `a photo of a {}.`, measured by" in text
+    assert "value: 0.3333\n" in text and read(text)["org/data", "Accuracy", 0.3333]
+    assert text.index("# Mine") < text.index("## Evaluation results") < text.index("## License")
+    plain = {**FULL, "dataset": "org/other", "accuracy": 0.25}
+    again = with_table(with_results(Card(text, "m"), [eval_result("c", plain)]))
+    assert row in again and again.count("## Evaluation results") == 1
+    assert "| `c` | `org/other` | `test` | all | 25.0% | – | – | – |\n" in again
+    assert again.endswith("## License\n\nMIT.\n")
+    worse = with_table(with_results(Card(again, "m"), [eval_result("a|b", FULL)]))
+    assert (
+        "org/fine-tune" not in worse
+        and "| `a\\|b` | `org/data` | `test` | all | 25.0% |\n" in worse
+    )
+
+
+def test_the_table_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    reference = {"ref": str(tmp_path), "accuracy": 0.5}
+    found = {**FULL, "dataset": str(tmp_path), "revision": None, "reference": reference}
+    text = with_table(with_results(Card("", "m"), [eval_result("a", found)]))
+    assert str(tmp_path) not in text and f"`{tmp_path.name}`" in text
+
+
 def test_carriage_returns_stay() -> None:
     text = with_results(Card("---\r\nlicense: mit\r\n---\r\nHi\r\n", "m"), [eval_result("d", FULL)])
-    assert "\n" not in text.replace("\r\n", "") and read(text)
+    assert "\n" not in with_table(text).replace("\r\n", "") and read(text)
 
 
 def test_the_card_of_a_folder(hub: Hub, zoo: Path, tmp_path: Path) -> None:
@@ -126,7 +155,9 @@ def test_the_card_of_a_folder(hub: Hub, zoo: Path, tmp_path: Path) -> None:
     text = (folder / "README.md").read_bytes().decode()
     ((kind, name, value),) = read(text)
     assert (kind, value) == ("org/data", report.accuracy) and "5 of 12 images" in name
-    assert text.startswith(f"---\n{HEAD}model-index:\n- name: clip\n") and text.endswith(BODY)
+    assert text.startswith(f"---\n{HEAD}model-index:\n- name: clip\n")
+    assert f"{BODY}\n<!-- results of hf-tsv evaluate -->\n## Evaluation results\n" in text
+    assert f"\n| `data` | `org/data` | `test` | 5 | {value:.1%} |\n" in text
     assert {path.name for path in folder.iterdir()} == before
     assert (folder / "README.md").stat().st_mode & 0o777 == 0o640
 
@@ -137,7 +168,7 @@ def test_the_card_of_a_repository(hub: Hub, zoo: Path, tmp_path: Path) -> None:
     hub.commit("org/clip", {"README.md": f"---\n{HEAD}{BODY}"})
     report = hf_tsv.evaluate("org/clip", {"data": "org/data"}, card=True)
     text = hub.files("org/clip")["README.md"].decode()
-    assert read(text) and text.startswith(f"---\n{HEAD}") and text.endswith(BODY)
+    assert read(text) and text.startswith(f"---\n{HEAD}") and BODY.rstrip() in text
     assert report.card and "/org/clip/commit/" in report.card
     assert len(hub.files("org/clip")) == len(list((zoo / "base").iterdir())) + 1
     report = hf_tsv.evaluate("org/clip", {"other": "org/data"}, card=True, create_pr=True, limit=3)

@@ -142,7 +142,7 @@ def test_a_pull_request_needs_a_repository(hub: Hub) -> None:
 
 
 def test_a_push_is_one_commit(hub: Hub, result: Path) -> None:
-    url = push(result, "me/new", commit_message="Merge two")
+    url = push(result, "me/new", commit_message="Merge two").url
     commits = HfApi().list_repo_commits("me/new")
     assert [commit.title for commit in commits] == ["Merge two", "initial commit"]
     assert url == f"{hub.endpoint}/me/new/commit/{commits[0].commit_id}"
@@ -184,7 +184,7 @@ def test_a_branch_is_made_for_a_push_and_main_stays(hub: Hub, result: Path) -> N
 
 def test_a_pull_request_leaves_main_alone(hub: Hub, result: Path) -> None:
     main = hub.add_repo("other/there", {"model-00001-of-00002.safetensors": "old"})
-    url = push(result, "other/there", create_pr=True)
+    url = push(result, "other/there", create_pr=True).url
     assert url == f"{hub.endpoint}/other/there/discussions/1"
     assert hub.repos["other/there"].branches == {"main": main}
     proposed = hub.files("other/there", "refs/pr/1")

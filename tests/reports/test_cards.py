@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from names import prose
 
 from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin, StoredWeight
-from hf_tsv.checkpoints.reference import card_license, task_name
+from hf_tsv.checkpoints.reference import card_datasets, card_license, task_name
 from hf_tsv.recipes.recipe import PinnedInput, Recipe
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports.cards import (
@@ -30,6 +30,7 @@ from hf_tsv.reports.cards import (
     render,
 )
 from hf_tsv.reports.templates import code, plain, templates
+from hf_tsv.runs.publishing import named
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 BASE = CardInput("org/base", SHA)
@@ -67,8 +68,8 @@ def card_of(
         choice or Settings(),
     )
     fields: dict[str, Any] = {
-        "repo_id": None,
         "model_type": "clip",
+        "dtype": "float32",
         "full_model": True,
         "out_format": "transformers",
         "counts": {"decomposed": 12, "averaged": 3, "copied": 5},
@@ -97,6 +98,14 @@ def test_the_front_matter_says_what_the_hub_needs() -> None:
         "pipeline_tag": "zero-shot-image-classification",
         "tags": ["merge", "task-singular-vectors", "hf-tsv", "clip"],
     }
+
+
+def test_the_datasets_of_the_fine_tunes_are_in_the_front_matter() -> None:
+    inputs = [CardInput("org/a", SHA, datasets=("mnist", "org/x")), *hub("org/b")]
+    inputs += [CardInput("org/c", SHA, datasets=("org/x",))]
+    assert front_matter(card_of(inputs))["datasets"] == ["mnist", "org/x"]
+    assert card_datasets({"datasets": ["org/x", "a b", 3, "../x/y/z", None]}) == ("org/x",)
+    assert card_datasets({"datasets": "mnist"}) == ("mnist",) and card_datasets({}) == ()
 
 
 def test_one_tower_is_for_features() -> None:
@@ -149,7 +158,7 @@ def test_the_card_links_every_checkpoint_at_its_commit() -> None:
     card = card_of([CardInput("org/a", SHA, weight=0.5), CardInput("/data/secret/b", None)])
     url = f"https://huggingface.co/org/a/tree/{SHA}"
     assert f"| task 1 | [`org/a`]({url}) at `{SHA[:12]}` | 0.5 |" in card
-    assert "| task 2 | `b` (a local folder) | 1.0 |" in card
+    assert "| task 2 | `b` (a local folder) | 1 |" in card
     assert f"| base model | [`org/base`](https://huggingface.co/org/base/tree/{SHA})" in card
 
 
@@ -160,6 +169,7 @@ def test_the_card_holds_the_recipe_as_it_is() -> None:
     recipe = Recipe.from_yaml(block)
     assert recipe.settings.alpha == 0.3
     assert [item.ref for item in recipe.inputs] == ["org/a", "org/b"]
+    assert "null" not in block and "<details><summary>The recipe</summary>" in card
 
 
 @pytest.mark.parametrize("full_model", [True, False])
@@ -167,7 +177,8 @@ def test_the_card_holds_the_recipe_as_it_is() -> None:
 def test_the_code_of_the_card_is_python_that_loads_the_result(
     full_model: bool, repo_id: str | None
 ) -> None:
-    card = card_of(hub("org/a"), full_model=full_model, repo_id=repo_id)
+    card = card_of(hub("org/a"), full_model=full_model)
+    card = card if repo_id is None else named(card, repo_id)
     (block,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
     compile(block, "card", "exec")
     loaded = re.findall(r'(?:from_pretrained\(|model=)"([^"]*)"', block)
@@ -183,11 +194,55 @@ def test_the_code_of_the_card_is_python_that_loads_the_result(
     ],
 )
 def test_the_card_names_the_method(method: Any, said: str) -> None:
-    verb = "summed" if method == "task-arithmetic" else "averaged"
-    counts = {"decomposed": 12, verb: 3, "copied": 5}
-    card = card_of(hub("org/a", "org/b"), choice=Settings(method=method), counts=counts)
+    card = card_of(hub("org/a", "org/b"), choice=Settings(method=method))
     assert said in card
-    assert f"12 tensors were decomposed, 3 {verb}, 5 copied from the base model." in card
+    how = "summed" if method == "task-arithmetic" else "averaged"
+    name = "TSV-Merge" if method == "tsv" else f"`{method}`"
+    assert (
+        f"12 weight matrices were merged with {name}; 3 other tensors (biases, norms, …) were"
+        in card
+    )
+    assert f" were {how}; 5 unchanged tensors come from the base model." in card
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (Settings(), "α = 1, 50% of the singular directions of each task, weights in float32"),
+        (Settings(alpha=0.5, rank=16), "α = 0.5, rank 16 for each task, weights in float32"),
+        (Settings(method="task-arithmetic"), "α = 0.3, weights in float32"),
+        (Settings(method="average"), "α = 1, weights in float32"),
+    ],
+)
+def test_the_card_names_the_parameters(choice: Settings, said: str) -> None:
+    assert f"\nParameters: {said}.\n" in card_of(hub("org/a", "org/b"), choice=choice)
+
+
+def test_one_tensor_is_singular() -> None:
+    card = card_of(hub("org/a"), counts={"decomposed": 1, "averaged": 1, "copied": 1})
+    assert "1 weight matrix was merged with TSV-Merge; 1 other tensor (bias, norm, …) was" in card
+    assert "1 unchanged tensor comes from the base model." in card
+    assert "This is a merge of 1 fine-tuned CLIP checkpoint, made" in card
+
+
+def test_a_sum_with_masks_is_not_offered_as_a_model() -> None:
+    choice = Settings(method="tall-mask")
+    card = card_of(hub("org/a", "org/b"), choice=choice, masks=["masks/a", "masks/b"])
+    assert "pipeline_tag" not in front_matter(card) and "transformers import" not in card
+    assert "**The weights of this repository alone are not a usable model:**" in card
+    (block,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    compile(block, "card", "exec")
+    assert set(re.findall(r'"(\.[^"]*)"', named(block, "."))) == {"./masks/a"}
+    assert 'load_model("me/x/masks/a")' in named(card, "me/x")
+
+
+def test_the_licence_has_a_paragraph() -> None:
+    assert "The license is `mit`, as the cards of all fine-tunes say." in card_of(
+        hub("org/a", license="mit")
+    )
+    assert "No license is given here: the cards of the fine-tunes name none" in card_of(
+        hub("org/a")
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,7 +272,8 @@ def test_task_heads_and_warnings_are_listed() -> None:
 def test_the_card_ends_in_one_newline_and_leaves_no_template_behind() -> None:
     card = card_of(hub("org/a", "org/b"), warnings=["w"], left_out={"org/a": ["h"]})
     assert card.endswith("```\n") and not card.endswith("\n\n")
-    assert "\n\n\n" not in card
+    for every in (card, *compressed_cards(described()).values()):
+        assert "\n\n\n" not in every and "| | |" not in every and " %" not in every
     assert not re.search(r"\{\{|\{%|%\}", card)
 
 
@@ -248,47 +304,50 @@ def described(
     )  # fmt: skip
 
 
-def compressed_cards(config: FactorsConfig, repo_id: str | None = None) -> dict[str, str]:
-    said: dict[str, Any] = {"config": config, "repo_id": repo_id}
+def compressed_cards(config: FactorsConfig) -> dict[str, str]:
+    said: dict[str, Any] = {"config": config, "full_model": True, "datasets": ["mnist"]}
     return {
         "factors": render(FactorsCard(**said)),
         "adapter": render(AdapterCard(**said, model_class="CLIPModel", dense=True)),
-        "reconstructed": reconstruction(config, repo_id=repo_id),
+        "reconstructed": reconstruction(config),
     }
 
 
 def reconstruction(config: FactorsConfig, **said: Any) -> str:
     fields: dict[str, Any] = {
-        "repo_id": None,
         "factors": CardInput.of(config.source),
         "full_model": True,
+        "datasets": ["mnist"],
         "out_format": "transformers",
     }
     return render(ReconstructedCard(config=config, **(fields | said)))
 
 
 def test_the_front_matter_of_compressed_tasks() -> None:
-    common = {"base_model": "org/base", "license": "mit"}
+    common = {"license": "mit", "datasets": ["mnist"]}
+    common |= {"pipeline_tag": "zero-shot-image-classification"}
     tags = ["task-singular-vectors", "hf-tsv", "clip"]
     found = {kind: front_matter(card) for kind, card in compressed_cards(described()).items()}
     assert found == {
         "factors": {
             **common,
+            "base_model": "org/base",
             "base_model_relation": "adapter",
             "library_name": "hf-tsv",
             "tags": ["task-singular-vectors", "task-factors", "hf-tsv", "clip"],
         },
         "adapter": {
             **common,
+            "base_model": "org/base",
             "base_model_relation": "adapter",
             "library_name": "peft",
             "tags": ["lora", *tags],
         },
         "reconstructed": {
             **common,
+            "base_model": "org/clip-a",
             "base_model_relation": "finetune",
             "library_name": "transformers",
-            "pipeline_tag": "zero-shot-image-classification",
             "tags": tags,
         },
     }
@@ -315,27 +374,83 @@ def test_a_reconstruction_names_the_pipeline_that_it_fits(
 
 def test_the_card_of_factors_says_what_is_kept() -> None:
     card = compressed_cards(described(head=["classifier.weight"]))["factors"]
-    assert "| size | 1.4 kB, 14.2 % of the checkpoint's 10.0 kB |" in card
-    assert "1 matrices as factors, 1 tensors whole, 1 unchanged or left out, in float32" in card
-    assert "| `fc1.0.weight` | 64 × 32 | factors | 3 | 50.00 % |" in card
-    assert "| task head | `classifier.weight` |" in card
+    first = card.split("\n# ")[1].splitlines()[2]
+    assert first.startswith("**14.2% of the size of the fine-tuned checkpoint** (1.4 kB instead of")
+    assert "with 93.8% of the energy of its fine-tuning update (relative error 0.25)" in first
+    assert "1 matrix as factors, 1 tensor whole, 1 unchanged or left out, in float32" in card
+    assert "| `fc1.0.weight` | 64 × 32 | factors | 3 | 50.0% |" in card
+    assert "**Task head:** `classifier.weight`\n" in card
+    assert 'hf_tsv.pipeline("image-classification", ".")' in card
     command = f"hf-tsv compress org/clip-a@{SHA} --base-model org/base@{SHA} --budget 10%"
     assert f"\n{command} --dtype float32 -o compressed\n" in card
 
 
 def test_the_card_of_factors_lists_the_largest_updates_only() -> None:
-    assert "All updates, as in" in compressed_cards(described(weights=8))["factors"]
+    assert (
+        "All updates, as in `tsv_config.json`" in compressed_cards(described(weights=8))["factors"]
+    )
     card = compressed_cards(described(weights=40))["factors"]
-    assert "The largest updates" in card and card.count("| 64 × 32 |") == 10
+    assert "The 10 largest updates" in card and card.count("| 64 × 32 |") == 10
 
 
 @pytest.mark.parametrize("repo_id", [None, "me/a-tsv"])
 def test_the_code_of_compressed_tasks_is_python_that_loads_them(repo_id: str | None) -> None:
-    for kind, card in compressed_cards(described(), repo_id).items():
+    for kind, local in compressed_cards(described()).items():
+        card = local if repo_id is None else named(local, repo_id)
         blocks = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
         for block in blocks:
             compile(block, kind, "exec")
         assert f'"{repo_id or "."}"' in blocks[0], kind
+
+
+@pytest.mark.parametrize(
+    ("model_class", "unfit"),
+    [("CLIPVisionModel", "`CLIPModel` or `AutoModel`"), ("CLIPModel", "`CLIPVisionModel`")],
+)
+def test_the_card_of_an_adapter_leads_with_auto_peft_and_says_what_it_does_not_fit(
+    model_class: str, unfit: str
+) -> None:
+    said: dict[str, Any] = {"config": described(), "full_model": True, "dense": True}
+    card = render(AdapterCard(**said, model_class=model_class))
+    (block,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    compile(block, "card", "exec")
+    assert (
+        block.startswith("from peft import AutoPeftModel\n")
+        and "PeftModel.from_pretrained(base" not in card
+    )
+    assert f"On {unfit} the adapter has\n**no effect**" in card
+
+
+def test_paths_of_local_folders_are_in_no_card() -> None:
+    local = CardInput("/data/secret/clip-a", None)
+    texts = [card_of([local], CardInput("./private/base", None)).split("<details>")[0]]
+    texts += compressed_cards(described("secret/clip-a", local=True)).values()
+    for text in texts:
+        assert "/data" not in text and "private" not in text
+
+
+NOTE = '  # "." is this folder'
+
+
+@pytest.mark.parametrize(
+    ("line", "published"),
+    [
+        (f'model = load("."){NOTE}', 'model = load("me/x")'),
+        (f'model = load("./masks/a"){NOTE}', 'model = load("me/x/masks/a")'),
+        (f'open_clip.create("local-dir:."){NOTE}', 'open_clip.create("hf-hub:me/x")'),
+        (
+            f"hf-tsv merge . another-task -o merged{NOTE}",
+            "hf-tsv merge me/x another-task -o merged",
+        ),
+        (f'task(".", head="a.b"){NOTE}\r', 'task("me/x", head="a.b")\r'),
+        ('open(".")  # mine', 'open(".")  # mine'),
+        ('"." is this folder.', '"." is this folder.'),
+    ],
+)
+def test_only_marked_lines_of_a_card_get_the_name_of_the_repository(
+    line: str, published: str
+) -> None:
+    assert named(f"a\n{line}\nb .\n", "me/x") == f"a\n{published}\nb .\n"
 
 
 @pytest.mark.parametrize(

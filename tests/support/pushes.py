@@ -6,6 +6,8 @@ from pathlib import Path
 
 from hub import Hub, Request
 
+from hf_tsv.runs import publishing
+
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {
@@ -13,6 +15,12 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+def published(folder: Path, repo_id: str = "me/new") -> dict[str, bytes]:
+    """Files of a folder as they are uploaded: the card names the repository, no file a folder."""
+    files = {name: folder / name for name in contents(folder)}
+    return {**contents(folder), **publishing.published(files, repo_id)}
 
 
 def pushed(hub: Hub, repo_id: str = "me/new", revision: str = "main") -> dict[str, bytes]:

@@ -319,6 +319,7 @@ def test_the_recipe_is_compact_and_the_card_says_what_was_learned(
     card = (tmp_path / "out" / "README.md").read_text()
     assert "without data" not in card and FC1 not in card
     assert "unlabelled images" in card and "`pets`" in card and "| 12 |" in card
+    assert str(images) not in text and str(images) not in card.partition("<details>")[0]
     assert Recipe.from_yaml(text).to_yaml() == text
 
 

@@ -18,6 +18,7 @@ from cli import copied, ended, hf_tsv, hf_tsv_process, refused
 from deep import deep_checkpoints, relative_error, state
 from forks import fork
 from hub import Hub
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -699,7 +700,7 @@ def test_compress_push_reconstruct_and_merge_through_the_hub(world: Path, hub: H
         assert done.code == 0, done.err
         files = hub.files(f"me/{kind}-tsv")
         assert {name for name in files if not name.startswith(".")} == {
-            "README.md", "task_factors.safetensors", "tsv_config.json"
+            "README.md", "config.json", "task_factors.safetensors", "tsv_config.json"
         }  # fmt: skip
         report = done.json
         keys = {"factors_bytes", "checkpoint_bytes", "ratio", "update_error", "weights"}
@@ -739,7 +740,8 @@ def snippet_of(card: str, language: str = "python") -> str:
 
 
 def names_after(code: str) -> dict[str, Any]:
-    """What a script has at its end."""
+    """What a script has at its end; the photo it may read is in the folder it runs in."""
+    Image.new("RGB", (50, 40)).save("photo.jpg")
     names: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         exec(code, names)
@@ -771,6 +773,30 @@ def test_the_snippet_of_the_card_of_an_adapter_runs_without_hf_tsv(world: Path, 
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files.keys()
     code = "import sys; sys.modules['hf_tsv'] = None\n" + snippet_of(files["README.md"].decode())
     code += "\nassert type(merged).__name__ == 'CLIPModel'"
+    Image.new("RGB", (50, 40)).save(world / "photo.jpg")
+    ran = ended(fork("-c", code, cwd=world, freezing=True))
+    assert ran.code == 0, ran.err
+    assert "a photo of a dog" in ran.out
+
+
+def test_an_adapter_of_one_tower_is_applied_as_its_card_says_and_not_by_auto_model(
+    world: Path, hub: Hub
+) -> None:
+    api.export_peft("org/flat", push_to="me/lora")
+    card = hub.files("me/lora")["README.md"].decode()
+    assert "On `CLIPModel` or `AutoModel` the adapter has\n**no effect**" in card
+    code = f"""
+{snippet_of(card)}
+import torch
+from transformers import AutoModel, CLIPVisionModel
+
+pixels = inputs["pixel_values"]
+base = CLIPVisionModel.from_pretrained("org/base")(pixels).pooler_output
+ignored = AutoModel.from_pretrained("me/lora").vision_model(pixels).pooler_output
+assert torch.equal(ignored, base)
+assert not torch.allclose(merged(pixels).pooler_output, base, atol=1e-3)
+"""
+    Image.new("RGB", (50, 40)).save(world / "photo.jpg")
     ran = ended(fork("-c", code, cwd=world, freezing=True))
     assert ran.code == 0, ran.err
 
@@ -1053,7 +1079,7 @@ def test_the_card_says_what_is_kept_of_which_layer(
     said = str(kept[0]) if len(set(kept)) == 1 else f"{min(kept)} to {max(kept)}"
     assert int(count) == len(fc1) and ranks.startswith(said)
     share = sum(w["energy"] * w["norm"] ** 2 for w in fc1) / sum(w["norm"] ** 2 for w in fc1)
-    assert energy == f"{100 * share:.2f} %"
+    assert energy == f"{100 * share:.1f}%"
     assert size == human_bytes(sum(w["bytes"] for w in fc1))
 
 
@@ -1063,7 +1089,7 @@ def test_what_is_not_kept_is_in_the_table(zoo: Path, tmp_path: Path) -> None:
                   "-o", tmp_path / "out")  # fmt: skip
     assert done.code == 0, done.err
     rows = kept_rows((tmp_path / "out" / "README.md").read_text())
-    assert rows["token_embedding"][1:3] == ["1 not kept", "0.00 %"]
+    assert rows["token_embedding"][1:3] == ["1 not kept", "0.0%"]
     assert "not kept" in rows["no matrices"][1]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -14,10 +16,10 @@ import pytest
 from cli import copied, hf_tsv, refused
 from forks import fork
 from hub import Hub, User
-from pushes import contents, pushed, sent
+from pushes import contents, published, pushed, sent
 
 import hf_tsv as api
-from hf_tsv.checkpoints.names import MARKERS, OLD_WEIGHTS
+from hf_tsv.checkpoints.names import MARKERS, OLD_WEIGHTS, RECIPE_FILE
 from hf_tsv.hub import Names, push
 from hf_tsv.system.errors import CheckpointError, OutputError, RepoError
 
@@ -42,11 +44,92 @@ def outputs(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_hf_tsv_writes_can_be_pushed(hub: Hub, outputs: Path, kind: str) -> None:
     done = hf_tsv("push", outputs / kind, "me/new")
     assert done.code == 0, done.err
-    assert pushed(hub) == contents(outputs / kind)
+    assert pushed(hub) == published(outputs / kind)
     repo = hub.repos["me/new"]
     assert done.out == f"{hub.endpoint}/me/new\n"
     assert len(repo.commits) == 2  # the first makes the repository
-    assert f"Uploading to me/new.\nUploaded {len(contents(outputs / kind))} files (" in done.err
+    assert "Uploading to me/new.\n" in done.err
+    assert f"\nUploaded {len(contents(outputs / kind))} files (" in done.err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pushed_card_names_its_repository(hub: Hub, outputs: Path, kind: str) -> None:
+    local = (outputs / kind / "README.md").read_text()
+    assert hf_tsv("push", outputs / kind, "me/new").code == 0
+    card = pushed(hub)["README.md"].decode()
+    assert local.count('# "." is this folder') == card.count("me/new") > 0
+    assert not re.search(r'"\.["/]|local-dir| \. |this folder', card.partition("<details>")[0])
+    assert (outputs / kind / "README.md").read_text() == local
+
+
+def test_every_way_to_the_hub_names_the_repository(hub: Hub, world: Path) -> None:
+    api.compress("org/vision", push_to="me/at-once").push_to_hub("me/later")
+    api.merge(["org/vision", "org/flat"], push_to="me/merged")
+    for repo in ("me/at-once", "me/later", "me/merged"):
+        card = pushed(hub, repo)["README.md"].decode()
+        assert f'"{repo}"' in card and '"."' not in card
+
+
+def test_what_the_user_wrote_into_the_card_is_pushed_as_it_is(
+    hub: Hub, outputs: Path, tmp_path: Path
+) -> None:
+    folder = copied(outputs / "factors", tmp_path / "edited")
+    own = b'# Mine\r\n\r\n`open(".")` lists "." and ./a\r\n```python\r\nx = "."\r\n'
+    line = b'model = load(".")  # "." is this folder\r\n```\r\n'
+    (folder / "README.md").write_bytes(own + line)
+    assert hf_tsv("push", folder, "me/new").code == 0
+    assert pushed(hub)["README.md"] == own + b'model = load("me/new")\r\n```\r\n'
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_path_of_this_machine_is_published(
+    hub: Hub, outputs: Path, zoo: Path, kind: str
+) -> None:
+    assert hf_tsv("push", outputs / kind, "me/new").code == 0
+    for name, content in pushed(hub).items():
+        if name != RECIPE_FILE:
+            assert str(zoo.parent).encode() not in content.partition(b"<details>")[0], name
+            assert str(outputs).encode() not in content, name
+    if kind == "factors":
+        config = json.loads(pushed(hub)["tsv_config.json"])
+        assert config["base_model"]["ref"] == "base" and config["source"]["ref"] == "vision"
+        assert json.loads((outputs / kind / "tsv_config.json").read_text())["base_model"][
+            "ref"
+        ] == (str(zoo / "base"))
+
+
+@pytest.mark.parametrize("file", [RECIPE_FILE, "README.md"])
+def test_a_path_that_an_older_folder_holds_is_named_before_it_is_published(
+    hub: Hub, outputs: Path, tmp_path: Path, file: str
+) -> None:
+    folder = copied(outputs / "merge", tmp_path / "old")
+    text = (folder / file).read_text()
+    (folder / file).write_text(f"{text}# made from /home/me/client-x/clip-a\n")
+    for more in (["--dry-run"], []):
+        done = hf_tsv("push", folder, "me/new", *more)
+        said = rf"Warning: .*/{file} names a folder of this machine: /"
+        assert done.code == 0 and re.search(said, done.err), done.err
+
+
+def test_factors_can_be_counted_and_listed(hub: Hub, outputs: Path) -> None:
+    from transformers import AutoConfig
+
+    api.push(outputs / "factors", "me/new")
+    assert type(AutoConfig.from_pretrained("me/new")).__name__ == "CLIPVisionConfig"
+    card = pushed(hub)["README.md"].decode()
+    assert "pipeline_tag: zero-shot-image-classification" in card
+
+
+def test_a_push_that_changes_nothing_says_so(hub: Hub, outputs: Path) -> None:
+    words = ["push", outputs / "factors", "me/new"]
+    assert hf_tsv(*words).code == 0
+    commits = len(hub.repos["me/new"].commits)
+    again = hf_tsv(*words)
+    assert again.code == 0 and len(hub.repos["me/new"].commits) == commits
+    count = len(contents(outputs / "factors"))
+    assert f"Nothing was uploaded: me/new has all {count} files already.\n" in again.err
+    assert "Uploaded" not in again.err and "No files have been modified" not in again.err
+    assert not hf_tsv(*words, "--json").json["changed"]
 
 
 def test_a_push_is_what_push_to_does(hub: Hub, outputs: Path, zoo: Path) -> None:
@@ -54,14 +137,16 @@ def test_a_push_is_what_push_to_does(hub: Hub, outputs: Path, zoo: Path) -> None
     assert hf_tsv(*words, "--push-to", "me/direct", "-o", outputs / "again").code == 0
     assert hf_tsv("push", outputs / "again", "me/later").code == 0
     shutil.rmtree(outputs / "again")
-    assert pushed(hub, "me/later") == pushed(hub, "me/direct")
+    later, direct = pushed(hub, "me/later"), pushed(hub, "me/direct")
+    card = direct.pop("README.md").replace(b"me/direct", b"me/later")
+    assert later.pop("README.md") == card and later == direct
 
 
 def test_options_of_an_upload(hub: Hub, outputs: Path) -> None:
     words = ["push", outputs / "factors", "me/new"]
     assert hf_tsv(*words, "--private", "--revision", "tsv").code == 0
     assert hub.repos["me/new"].private and not pushed(hub)
-    assert pushed(hub, revision="tsv") == contents(outputs / "factors")
+    assert pushed(hub, revision="tsv") == published(outputs / "factors")
     done = hf_tsv(*words, "--create-pr", "--commit-message", "Look!")
     assert done.out == f"{hub.endpoint}/me/new/discussions/1\n"
     assert hub.repos["me/new"].pull_requests[1].title == "Look!" and not pushed(hub)
@@ -76,7 +161,7 @@ def test_the_order_of_hf_upload_is_understood(hub: Hub, outputs: Path) -> None:
 def test_a_push_of_another_kind_replaces_the_one_before(hub: Hub, outputs: Path) -> None:
     for kind in KINDS:
         assert hf_tsv("push", outputs / kind, "me/new", "-q").code == 0
-        there, folder = pushed(hub), contents(outputs / kind)
+        there, folder = pushed(hub), published(outputs / kind)
         assert {name: there.get(name) for name in folder} == folder
         weights = {name for name in there if name.endswith(".safetensors") or name in MARKERS}
         assert weights <= set(folder)
@@ -95,7 +180,7 @@ def test_the_report_says_what_was_uploaded(hub: Hub, outputs: Path) -> None:
     assert found.pop("seconds") >= 0
     assert found == {
         "folder": str(outputs / "merge"), "repo_id": "me/new", "files": files,
-        "bytes": sum(files.values()), "dry_run": False,
+        "bytes": sum(files.values()), "changed": True, "dry_run": False,
         "url": f"{hub.endpoint}/me/new/commit/{hub.repos['me/new'].branches['main']}",
     }  # fmt: skip
     assert api.push(outputs / "merge", "me/new").url == found["url"]
@@ -233,7 +318,7 @@ def test_a_failed_upload_keeps_the_folder_and_says_how_to_push_it(hub: Hub, outp
     assert line[0] == "hf-tsv"
     again = hf_tsv(*line[1:])
     assert again.code == 0, again.err
-    assert pushed(hub) == contents(outputs / "merge")
+    assert pushed(hub) == published(outputs / "merge")
     head = hub.repos["me/new"].resolve("main")
     assert hub.repos["me/new"].private and head.message == "It's mine"
 
@@ -246,7 +331,7 @@ def test_what_the_hub_has_is_not_sent_again(hub: Hub, outputs: Path) -> None:
     assert len(sent(hub)) == len(shards) > 2
     hub.requests.clear()
     api.push(outputs / "shards", "me/new")
-    assert sent(hub) == [] and pushed(hub) == contents(outputs / "shards")
+    assert sent(hub) == [] and pushed(hub) == published(outputs / "shards")
 
 
 def test_only_what_failed_is_sent_again(hub: Hub, outputs: Path) -> None:
@@ -260,7 +345,7 @@ def test_only_what_failed_is_sent_again(hub: Hub, outputs: Path) -> None:
     hub.requests.clear()
     api.push(outputs / "shards", "me/new")
     assert there == 2 and len(sent(hub)) == every - there
-    assert pushed(hub) == contents(outputs / "shards")
+    assert pushed(hub) == published(outputs / "shards")
 
 
 def test_a_push_that_is_killed_leaves_no_commit_and_goes_on(hub: Hub, outputs: Path) -> None:
@@ -280,7 +365,7 @@ def test_a_push_that_is_killed_leaves_no_commit_and_goes_on(hub: Hub, outputs: P
     hub.requests.clear()
     assert hf_tsv("push", outputs / "shards", "me/new").code == 0
     assert not any(oid in request.path for oid in there for request in sent(hub))
-    assert pushed(hub) == {**contents(outputs / "shards"), "notes.txt": b"kept"}
+    assert pushed(hub) == {**published(outputs / "shards"), "notes.txt": b"kept"}
 
 
 @pytest.mark.parametrize(
@@ -340,7 +425,7 @@ def test_a_folder_that_is_gone_removes_nothing_from_its_repository(
     shutil.rmtree(folder)
     with pytest.raises(OutputError, match="not a finished output"):
         push(folder, "me/new", Names(MARKERS, OLD_WEIGHTS), commit_message="again")
-    assert pushed(hub) == contents(outputs / "merge")
+    assert pushed(hub) == published(outputs / "merge")
 
 
 @pytest.mark.parametrize(("kind", "lost"), [("heads", "heads"), ("masks", "masks/vision")])

@@ -104,6 +104,10 @@ class FactorsConfig:
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
+    def model_json(self) -> str:
+        """Content of `config.json`, by which the Hub counts downloads of factors."""
+        return json.dumps(self.model_config, indent=2, ensure_ascii=False) + "\n"
+
     @staticmethod
     def from_dict(content: Mapping[str, Any], owner: str) -> FactorsConfig:
         """Parse and check the content of `tsv_config.json`, whose owner errors name.
