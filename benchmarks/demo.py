@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +64,8 @@ def merging(method: str, output: Path) -> list[str]:
 
 def begun(command: Sequence[str]) -> subprocess.Popen[str]:
     """Process of a command of hf-tsv that says nothing but its errors."""
-    return subprocess.Popen([HF_TSV, *command[1:], "--quiet"], stderr=subprocess.PIPE, text=True)
+    words, pipe = [str(HF_TSV), *command[1:], "--quiet"], subprocess.PIPE
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
 
 
 def finished(process: subprocess.Popen[str]) -> None:
@@ -133,7 +135,8 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     command = merging("tsv", output)
     print("Eight fine-tunes of one tiny CLIP, each on a task of its own, become one model:\n")
-    print(f"  {' '.join(command)}\n", flush=True)
+    lines = textwrap.wrap(" ".join(command), 90, break_long_words=False, break_on_hyphens=False)
+    print("  " + " \\\n    ".join(lines) + "\n", flush=True)
     rows = measured(output, command)
     Console().print(table(rows, NAMES))
     print("normalised: mean share of each fine-tune's own accuracy that the model keeps")
