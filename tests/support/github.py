@@ -46,6 +46,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    def finish(self) -> None:
+        super().finish()
+        self.connection.close()  # the server knows only the socket below
+
     def log_message(self, *_: object) -> None:
         pass
 
