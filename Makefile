@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install test lint types demo fix clean
+.PHONY: install test lint types demo demo-train notebook fix clean
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): PyTorch, transformers and the tools of the tests, once, in minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	touch $@
@@ -27,9 +28,16 @@ types: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/python -m benchmarks.demo
 
+demo-train: $(INSTALLED)
+	$(BIN)/python -m benchmarks.demo_train
+
+# The outputs that readers of the notebook see.
+notebook: $(INSTALLED)
+	$(BIN)/jupyter-execute --inplace examples/first_merge.ipynb
+
 fix: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .demo .accuracy .fuzz build dist
+	rm -rf $(VENV) .demo examples/merged .accuracy .fuzz build dist

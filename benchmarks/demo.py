@@ -1,100 +1,31 @@
-"""Demo of hf-tsv in a few minutes: tiny CLIPs are trained, merged, compressed and measured.
+"""First merge in a minute: the trained tiny CLIPs of `examples/tiny/`, merged and measured.
 
-`python -m benchmarks.demo` trains a base and one fine-tune per task (cached in `.demo/`), runs
-`hf-tsv merge` with three methods, compresses every task to several sizes, measures the interference
-of tasks, and prints accuracies on test images that were not trained on.
+`python -m benchmarks.demo` merges eight fine-tunes with `hf-tsv merge`, once with task singular
+vectors and once by simple averaging, and prints accuracies on test images beside those of the base
+model and of each fine-tune. Nothing is trained: that is `python -m benchmarks.demo_train`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import compression, interference
-from benchmarks.prepared import bars, quiet_libraries, trained
+from benchmarks.prepared import CACHE, bars, quiet_libraries
+from benchmarks.tiny_clip import BASE, NAMES, TINY
 
-ALPHAS = (0.2, 0.3, 0.5)
 HF_TSV = Path(sys.executable).with_name("hf-tsv")
-TSV, AVERAGE, ARITHMETIC = "TSV-Merge", "average", "task arithmetic"
-BASE, FINE_TUNED = "base, zero-shot", "fine-tuned, one model a task"
-
-
-def merge(folder: Path, names: Sequence[str], output: Path, *options: str) -> Path:
-    """Run `hf-tsv merge` on the fine-tunes in `folder`."""
-    command = [HF_TSV, "merge", *(folder / name for name in names), "--base-model", folder / "base"]
-    options = ("-o", str(output), "--force", "--quiet", *options)
-    done = subprocess.run(
-        [*map(str, command), *options], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return output
-
-
-def merge_all(folder: Path, names: Sequence[str], progress: Progress) -> dict[str, Path]:
-    """Make every merge of the demo, two processes at a time."""
-    wanted = {TSV: ["--method", "tsv", "--report"], AVERAGE: ["--method", "average"]}
-    for alpha in ALPHAS:
-        wanted[f"{ARITHMETIC} {alpha}"] = ["--method", "task-arithmetic", "--alpha", str(alpha)]
-    bar = progress.add_task("Merging with hf-tsv", total=len(wanted))
-
-    def run(item: tuple[str, list[str]]) -> tuple[str, Path]:
-        name, options = item
-        output = merge(folder, names, folder / f"merged-{name.replace(' ', '-').lower()}", *options)
-        progress.advance(bar)
-        return name, output
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(run, wanted.items()))
-
-
-def measure(
-    folder: Path, merged: dict[str, Path], seed: int, progress: Progress
-) -> dict[str, list[float]]:
-    """Test accuracy, in per cent, of every row of the table, by task."""
-    from benchmarks.tiny_clip.evaluation import accuracy, load_model, load_vision
-    from benchmarks.tiny_clip.first_tasks import FIRST_TASKS
-
-    bar = progress.add_task("Measuring on test images", total=len(ALPHAS) + 5)
-
-    def of_model(path: Path, split: str) -> list[float]:
-        model, processor = load_model(path)
-        return [
-            accuracy(model, model.vision_model, processor, task, split, seed)  # type: ignore[arg-type]
-            for task in FIRST_TASKS
-        ]
-
-    rows = {BASE: of_model(folder / "base", "test")}
-    progress.advance(bar)
-    validation = {}
-    for alpha in ALPHAS:
-        validation[alpha] = sum(of_model(merged[f"{ARITHMETIC} {alpha}"], "validation"))
-        progress.advance(bar)
-    best = max(validation, key=lambda alpha: validation[alpha])
-    rows[AVERAGE] = of_model(merged[AVERAGE], "test")
-    progress.advance(bar)
-    rows[f"{ARITHMETIC}, α = {best}"] = of_model(merged[f"{ARITHMETIC} {best}"], "test")
-    progress.advance(bar)
-    rows[TSV] = of_model(merged[TSV], "test")
-    progress.advance(bar)
-    model, processor = load_model(folder / "base")
-    rows[FINE_TUNED] = [
-        accuracy(model, load_vision(folder / task.name), processor, task, "test", seed)
-        for task in FIRST_TASKS
-    ]
-    progress.advance(bar)
-    return rows
+TSV, AVERAGE = "TSV-Merge", "average"
+UNTRAINED, FINE_TUNED = "base, zero-shot", "fine-tuned, one model a task"
 
 
 def normalised(row: Sequence[float], fine_tuned: Sequence[float]) -> float:
@@ -119,47 +50,104 @@ def table(rows: dict[str, list[float]], names: Sequence[str]) -> Table:
     return result
 
 
+def shown(path: Path) -> str:
+    """Path as a person would type it here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def merging(method: str, output: Path) -> list[str]:
+    """Command that merges the eight fine-tunes."""
+    tasks = [shown(TINY / name) for name in NAMES]
+    options = ["--base-model", shown(BASE), "--method", method, "-o", shown(output), "--force"]
+    return ["hf-tsv", "merge", *tasks, *options]
+
+
+def begun(command: Sequence[str]) -> subprocess.Popen[str]:
+    """Process of a command of hf-tsv that says nothing but its errors."""
+    words, pipe = [str(HF_TSV), *command[1:], "--quiet"], subprocess.PIPE
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
+
+
+def finished(process: subprocess.Popen[str]) -> None:
+    """Wait for a command; its own error ends the demo."""
+    _, said = process.communicate()
+    if process.returncode:
+        raise SystemExit(said)
+
+
+def measured(output: Path, command: Sequence[str]) -> dict[str, list[float]]:
+    """Merge, and measure the test accuracy in per cent of every model on every task.
+
+    Args:
+        output: folder for the merge by task singular vectors; the average gets one beside it.
+        command: command that writes it.
+
+    Returns:
+        Accuracies by model, in the order of the tasks.
+    """
+    plain = output.with_name(f"{output.name}-average")
+    with bars() as progress:
+        merges = progress.add_task("Merging with hf-tsv", total=2)
+        bar = progress.add_task("Measuring on test images", total=4 * len(NAMES))
+        jobs = {TSV: begun(command), AVERAGE: begun(merging("average", plain))}
+
+        import hf_tsv
+        from benchmarks.tiny_clip.checkpoints import quietly
+        from benchmarks.tiny_clip.evaluation import accuracy, load_model
+        from benchmarks.tiny_clip.first_tasks import FIRST_TASKS
+
+        base, processor = load_model(BASE)
+        rows: dict[str, list[float]] = {}
+
+        def add(name: str, towers: Sequence[object]) -> None:
+            rows[name] = []
+            for task, tower in zip(FIRST_TASKS, towers, strict=True):
+                found = accuracy(base, tower, processor, task, "test", 0)  # type: ignore[arg-type]
+                rows[name].append(found)
+                progress.advance(bar)
+
+        add(UNTRAINED, [base.vision_model] * len(NAMES))
+        folders = {AVERAGE: plain, TSV: output}
+        for name, folder in folders.items():
+            finished(jobs[name])
+            progress.advance(merges)
+            add(name, [load_model(folder)[0].vision_model] * len(NAMES))
+        kind = "image-feature-extraction"
+        add(
+            FINE_TUNED,
+            [
+                quietly(lambda n=name: hf_tsv.load_model(TINY / n, kind=kind, base_model=BASE))
+                for name in NAMES
+            ],
+        )
+    return rows
+
+
 def main() -> None:
-    """Train, merge, compress, measure, print."""
+    """Merge, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seed", type=int, default=0, help="of all data and training")
+    parser.add_argument("-o", "--output", type=Path, default=CACHE / "merged", help="merged model")
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     arguments = parser.parse_args()
     started = time.monotonic()
     quiet_libraries()
-
-    from benchmarks.tiny_clip.first_tasks import FIRST_TASKS
-
-    names = [task.name for task in FIRST_TASKS]
-    with bars() as progress:
-        folder = trained(arguments.seed, progress)
-        merged = merge_all(folder, names, progress)
-        rows = measure(folder, merged, arguments.seed, progress)
-        points = compression.measure(folder, rows[FINE_TUNED], arguments.seed, progress)
-        found = interference.report(folder, names)
-        groups = [*interference.extremes(found["pairs"]), range(len(names))]
-        pairs = interference.measure(
-            folder, found, groups, rows[FINE_TUNED], arguments.seed, progress
-        )
-    Console().print(table(rows, names))
-    plot = folder / "compression.svg"
-    compression.plot(points, plot)
-    Console().print(compression.table(points))
-    print("The pair of tasks that interferes most, the pair that interferes least, and all eight:")
-    Console().print(interference.table(pairs))
+    output = arguments.output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    command = merging("tsv", output)
+    print("Eight fine-tunes of one tiny CLIP, each on a task of its own, become one model:\n")
+    lines = textwrap.wrap(" ".join(command), 90, break_long_words=False, break_on_hyphens=False)
+    print("  " + " \\\n    ".join(lines) + "\n", flush=True)
+    rows = measured(output, command)
+    Console().print(table(rows, NAMES))
+    print("normalised: mean share of each fine-tune's own accuracy that the model keeps")
     seconds = time.monotonic() - started
     if arguments.json:
-        compressed = [asdict(point) for point in points]
-        content = {"tasks": names, "accuracy": rows, "compressed": compressed}
-        content["interference"] = [asdict(row) for row in pairs]
-        content["seconds"] = round(seconds, 1)
+        content = {"tasks": NAMES, "accuracy": rows, "seconds": round(seconds, 1)}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"The plot of compression is in {plot}")
-    print(f"Who disturbs whom is in {folder / 'interference' / 'interference.html'}")
-    print(f"\nDone in {seconds:.0f} s. The merged model is in\n{merged[TSV]}\nLoad it with\n")
+    print(f"\nDone in {seconds:.0f} s. The merged model is in {shown(output)}. Load it with\n")
     print("  from transformers import CLIPModel, CLIPProcessor")
-    print(f"  model = CLIPModel.from_pretrained({str(merged[TSV])!r})")
-    print(f"  processor = CLIPProcessor.from_pretrained({str(merged[TSV])!r})")
+    print(f"  model = CLIPModel.from_pretrained({shown(output)!r})")
+    print(f"  processor = CLIPProcessor.from_pretrained({shown(output)!r})")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -24,10 +29,41 @@ def quiet_libraries() -> None:
     logging.disable(logging.WARNING)
 
 
-def bars() -> Progress:
-    """Make progress bars for several jobs, on stderr."""
+@contextmanager
+def bars(every: float = 10) -> Iterator[Progress]:
+    """Progress bars for several jobs on stderr; without a terminal, lines.
+
+    Args:
+        every: seconds from line to line.
+    """
     columns = TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn()
-    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
+    console = Console(stderr=True)
+    progress = Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    )
+    ended = Event()
+
+    def lines() -> None:
+        started = time.monotonic()
+        while not ended.wait(every):
+            jobs = [
+                f"{task.description}: {task.completed:.0f} of {task.total:.0f}"
+                for task in progress.tasks
+                if not task.finished
+            ]
+            seconds = f"{time.monotonic() - started:.0f} s"
+            print(f"[{seconds}] {', '.join(jobs) or 'Working'}", file=sys.stderr, flush=True)
+
+    thread = Thread(target=lines, daemon=True)
+    if progress.disable:
+        thread.start()
+    try:
+        with progress:
+            yield progress
+    finally:
+        ended.set()
+        if progress.disable:
+            thread.join()
 
 
 def trained(

@@ -10,3 +10,17 @@ seed 0, for likeness to CLIP and its fine-tunes:
 - A learning rate and a number of steps that move the weights by 6 to 9 %, about 70 % of it in the
   leading twentieth of the directions.
 """
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny"
+"""Trained models that lie in the repository: the base model and one folder a fine-tune."""
+
+BASE = TINY / "base"
+
+NAMES = (
+    "letters", "digits", "shapes", "colours", "orientation", "textures", "counting", "position",
+)  # fmt: skip
+"""Names of the first 8 tasks, known before torch is imported."""

@@ -7,30 +7,13 @@ import sys
 import sysconfig
 import venv
 import zipfile
-from importlib.metadata import Distribution, PathDistribution, distribution
+from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
+from environments import link_requirements
 
 ROOT = Path(__file__).parents[2]
-
-
-def link_requirements(wanting: Distribution, site: Path, done: set[str]) -> None:
-    """Put what a distribution says it needs, and nothing else, from here into an environment."""
-    for line in wanting.requires or ():
-        requirement = Requirement(line)
-        if requirement.name in done or (
-            requirement.marker and not requirement.marker.evaluate({"extra": ""})
-        ):
-            continue
-        done.add(requirement.name)
-        found = distribution(requirement.name)
-        assert requirement.specifier.contains(found.version, prereleases=True), line
-        for name in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
-            if not (site / name).exists():
-                (site / name).symlink_to(str(found.locate_file(name)))
-        link_requirements(found, site, done)
 
 
 def test_the_wheel_installs_and_works_in_an_empty_environment(
@@ -49,7 +32,7 @@ def test_the_wheel_installs_and_works_in_an_empty_environment(
     assert "hf_tsv/py.typed" in names
     suites = {f"hf_tsv/evaluation/suites/{name}.yaml" for name in ("suites", "tasks")}
     assert suites <= set(names)
-    assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "examples"))]
 
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
