@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install test lint types demo fix clean
+.PHONY: install test lint types demo docs fix clean
 
 install: $(INSTALLED)
 
@@ -31,5 +31,9 @@ fix: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m mkdocs build --quiet --strict
+
 clean:
-	rm -rf $(VENV) .demo .accuracy .fuzz build dist
+	rm -rf $(VENV) site .demo .accuracy .fuzz build dist
