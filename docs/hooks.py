@@ -38,7 +38,7 @@ def repository() -> str:
 
 
 def root_page(file: str) -> str:
-    """A file at the root as a page: links into `docs/` are relative, others lead to the repository."""
+    """A file at the root as a page, with links relative to `docs/`, or to the repository."""
     pages = {there: page for page, there in ROOT_PAGES.items()}
 
     def turned(found: re.Match[str]) -> str:
@@ -171,7 +171,7 @@ class Raised:
 
 
 def errors_raised() -> list[Raised]:
-    """Every `raise` of a known error in the source, with its texts; empty where they are computed."""
+    """Every known error that the source makes, with its texts; empty where they are computed."""
     found = []
     kinds = error_kinds()
     for path in sorted((ROOT / "hf_tsv").rglob("*.py")):
@@ -259,8 +259,9 @@ def errors_page() -> str:
     lines = [
         "# All error messages",
         "",
-        f"Generated from the source. “{HOLE}” stands for a name or a number. Search this page for the"
-        " fixed part of a message; [Troubleshooting](troubleshooting.md) explains the frequent ones."
+        f"Generated from the source. “{HOLE}” stands for a name or a number. Search this page for"
+        " the fixed part of a message; [Troubleshooting](troubleshooting.md) explains the frequent"
+        " ones."
         " In Python a message names arguments (`force=True`), on the command line options"
         " (`--force`).",
         "",

@@ -22,10 +22,11 @@ MEASURED = ("base", "average", "task-arithmetic", "consensus", "tsv-default", "f
 WIDTH, BAR, GAP, LEFT, FULL = 900, 22, 10, 165, 200
 
 STYLE = """
-text { font: 14px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #24292f }
+text { font: 14px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #24292f }
 .title { font-weight: 600; font-size: 16px }
 .note { font-size: 12.5px; fill: #57606a }
-.bar { fill: #afb8c1 } .best { fill: #4051b5 } .bound { fill: none; stroke: #8c959f; stroke-dasharray: 4 3 }
+.bar { fill: #afb8c1 } .best { fill: #4051b5 }
+.bound { fill: none; stroke: #8c959f; stroke-dasharray: 4 3 }
 .strong { font-weight: 600 }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3 } .note { fill: #9198a1 }
@@ -49,19 +50,19 @@ def measured() -> list[float]:
     return [sum(row) / len(row) for row in rows]
 
 
-def panel(x: int, title: str, note: str, values: list[float], decimals: int) -> list[str]:
+def panel(x: int, title: str, note: str, values: list[float]) -> list[str]:
     """One half of the picture."""
     lines = [f'<text class="title" x="{x}" y="24">{title}</text>']
     lines.append(f'<text class="note" x="{x}" y="44">{note}</text>')
     for i, (label, value) in enumerate(zip(PUBLISHED.values(), values, strict=True)):
-        y = 60 + i * (BAR + GAP)
+        y, start = 60 + i * (BAR + GAP), x + LEFT
         kind = {"TSV-Merge": "best"}.get(label, "bound" if label.startswith("fine") else "bar")
         strong = ' class="strong"' if kind == "best" else ""
         width = value / 100 * FULL
         lines += [
-            f'<text x="{x + LEFT - 8}" y="{y + 16}" text-anchor="end"{strong}>{label}</text>',
-            f'<rect class="{kind}" x="{x + LEFT}" y="{y}" width="{width:.1f}" height="{BAR}" rx="3"/>',
-            f'<text x="{x + LEFT + width + 8:.1f}" y="{y + 16}"{strong}>{value:.{decimals}f}%</text>',
+            f'<text x="{start - 8}" y="{y + 16}" text-anchor="end"{strong}>{label}</text>',
+            f'<rect class="{kind}" x="{start}" y="{y}" width="{width:.1f}" height="{BAR}" rx="3"/>',
+            f'<text x="{start + width + 8:.1f}" y="{y + 16}"{strong}>{value:.1f}%</text>',
         ]
     return lines
 
@@ -72,9 +73,9 @@ def picture() -> str:
     label = "Accuracy of merges of eight fine-tunes, published and measured; TSV-Merge is highest"
     body = [
         *panel(0, "Published", "ViT-B/32, 8 tasks; the paper's own fine-tunes",
-               list(published().values()), 1),
+               list(published().values())),
         *panel(WIDTH // 2, "Measured here", "tiny CLIPs trained in this repository, 8 tasks",
-               measured(), 1),
+               measured()),
     ]  # fmt: skip
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"'

@@ -6,6 +6,7 @@ Hub of the tests serves under the real names. What stands on the screen at the e
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT)]
 
-COLUMNS, LINES = 92, 60
+COLUMNS, LINES = 106, 60
 COMMAND = (
     "hf-tsv merge tanganke/clip-vit-base-patch32_"
     "{sun397,stanford-cars,resisc45,eurosat,svhn,gtsrb,mnist,dtd} \\\n"
@@ -100,7 +101,7 @@ def main() -> None:
         del environment["HF_HUB_DISABLE_PROGRESS_BARS"]
         shown = screen(written_over(recorded(COMMAND, work, environment)))
         shown = shown.replace(str(work), "~")
-    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     console.print(Text.assemble(("$ ", "green"), COMMAND))
     console.print(Text.from_ansi(shown))
     svg = console.export_svg(title="hf-tsv merge", font_aspect_ratio=0.61)

@@ -18,7 +18,7 @@ def fine_tune(task: str) -> str:
 
 def make(folder: Path) -> Path:
     """A tiny base model and a fine-tune of it for each task, in folders of their own."""
-    clips.make_base(folder / "base")
+    clips.make_base(folder / "base", positions=77)  # letters are tokens here
     for seed, task in enumerate(TASKS, start=1):
         clips.make_fine_tune(folder / "base", folder / task, seed)
     return folder
