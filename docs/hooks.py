@@ -318,7 +318,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Make links of the names that docstrings have in brackets: [`Name`]."""
+    """Links where docstrings have names in brackets, [`Name`], and types without their Markdown."""
     if page.file.src_uri != "api.md":
         return html
     known = set(re.findall(r'id="hf_tsv\.(\w+)"', html))
@@ -328,4 +328,6 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
         code = f"<code>{name}</code>"
         return f'<a href="#hf_tsv.{name}">{code}</a>' if name in known else code
 
-    return re.sub(r"\[<code>(\w+)</code>\]", linked, html)
+    html = re.sub(r"\[<code>(\w+)</code>\]", linked, html)
+    # Types in docstrings are Markdown; mkdocstrings shows them as code.
+    return re.sub(r"<code>[^<]*`[^<]*</code>", lambda m: re.sub(r"[`*]", "", m[0]), html)
