@@ -13,6 +13,7 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -79,41 +80,49 @@ def cli_page() -> str:
 
 def _command_section(name: str, command: Any) -> Iterator[str]:
     context = command.make_context(name, [], resilient_parsing=True)
-    yield f"## hf-tsv {name} {{#{name}}}"
-    yield ""
-    yield str(command.help).strip()
-    yield ""
+    yield f"## hf-tsv {name} {{#{name}}}\n"
+    yield cleandoc(command.help or "") + "\n"
     usage = " ".join(command.collect_usage_pieces(context))
-    yield f"```text\nhf-tsv {name} {usage.replace('{', '').replace('}', '')}\n```"
-    yield ""
-    panels: dict[str, list[Any]] = defaultdict(list)
+    yield f"```text\nhf-tsv {name} {usage}\n```\n"
+    sections: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.params:
         if getattr(parameter, "hidden", False):
             continue
-        default = "Arguments" if parameter.param_type_name == "argument" else "Options"
-        panels[getattr(parameter, "rich_help_panel", None) or default].append(parameter)
-    for panel in sorted(panels, key=lambda title: title != "Arguments"):
-        yield f"**{panel}**"
+        panel = getattr(parameter, "rich_help_panel", None)
+        title = panel if isinstance(panel, str) else (list(sections) or ["Options"])[-1]
+        if parameter.param_type_name == "argument":
+            title = "Arguments"
+        elif title == "Arguments":
+            title = "Options"
+        sections.setdefault(title, []).append((_names(parameter), _help(parameter)))
+    sections |= {
+        title: list(rows.items()) for title, rows in getattr(command, "tables", {}).items()
+    }
+    for title, rows in sections.items():
+        yield f"**{title}**\n"
+        yield "| | |\n|---|---|"
+        for names, text in rows:
+            text = re.sub(r"\[(?=default|required)", r"\\[", " ".join(text.split()))
+            yield f"| `{names}` | {text.replace('|', '&#124;')} |"
         yield ""
-        yield "| | |"
-        yield "|---|---|"
-        for parameter in panels[panel]:
-            yield _row(parameter, context)
-        yield ""
-    if command.epilog:
-        yield from (line for line in str(command.epilog).splitlines())
-        yield ""
+    yield "**Examples**\n"
+    yield "```bash\n" + "\n".join(getattr(command, "examples", ())) + "\n```\n"
 
 
-def _row(parameter: Any, context: Any) -> str:
-    """A line of the table: names with the form of the value, and the help."""
-    names, text = parameter.get_help_record(context)
-    names, _, value = names.partition("<")  # a list of choices
+def _names(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
-        value = ""
-    shown = f"`{names.strip()}`" + f" `{value.rstrip('>').replace('|', ', ')}`" * bool(value)
-    text = re.sub(r"\[(default|required)", r"\\[\1", " ".join(text.split()))
-    return f"| {shown} | {text.replace('|', '&#124;')} |"
+        return str(parameter.metavar or parameter.name.upper())
+    names = ", ".join(sorted(parameter.opts, key=len))
+    if parameter.secondary_opts:
+        return f"{names} / {', '.join(parameter.secondary_opts)}"
+    return names if parameter.is_flag else f"{names} {parameter.metavar or 'TEXT'}"
+
+
+def _help(parameter: Any) -> str:
+    text, default = str(parameter.help or ""), parameter.default
+    if default in (None, ..., False, True, (), []) or callable(default) or "[default" in text:
+        return text
+    return f"{text} [default: {default}]"
 
 
 # The Python interface
