@@ -102,8 +102,8 @@ def _command_section(name: str, command: Any) -> Iterator[str]:
         yield f"**{title}**\n"
         yield "| | |\n|---|---|"
         for names, text in rows:
-            text = re.sub(r"\[(?=default|required)", r"\\[", " ".join(text.split()))
-            yield f"| `{names}` | {text.replace('|', '&#124;')} |"
+            cell = re.sub(r"\[(?=default|required)", r"\\[", " ".join(text.split()))
+            yield f"| `{names}` | {cell.replace('|', '&#124;')} |"
         yield ""
     yield "**Examples**\n"
     yield "```bash\n" + "\n".join(getattr(command, "examples", ())) + "\n```\n"
