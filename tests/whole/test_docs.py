@@ -199,16 +199,14 @@ def test_blocks_that_are_not_run_are_few_and_say_why() -> None:
 
 def slug(heading: str) -> str:
     """Anchor of a heading, as GitHub and mkdocs make it."""
-    if given := re.search(r"\{ ?#([\w-]+) ?\}\s*$", heading):
-        return given[1]
-    text = re.sub(r"[`*]|\[|\]\([^)]*\)", "", heading).strip().lower()
+    text = re.sub(r"<[^>]*>|[`*]|\[|\]\([^)]*\)", "", heading).strip().lower()
     return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", text))
 
 
 def anchors(page: Path) -> set[str]:
     text = re.sub(r"^( *)```.*?^\1```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     found = {slug(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
-    return found | set(re.findall(r"\{ #([\w-]+) \}", text))
+    return found | set(re.findall(r'<a id="([\w-]+)"></a>', text))
 
 
 def links(page: Path) -> set[str]:
