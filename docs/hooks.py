@@ -302,7 +302,12 @@ def slug(message: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([*_<>|\[\]])", r"\\\1", " ".join(text.split()))
+    """A message as Markdown; what is code in it stays as it is."""
+
+    def escaped(found: re.Match[str]) -> str:
+        return found[0] if found[0][0] == "`" else f"\\{found[0]}"
+
+    return re.sub(r"`[^`]*`|[*_<>|\[\]`]", escaped, " ".join(text.split()))
 
 
 # What mkdocs calls

@@ -194,6 +194,38 @@ def test_blocks_that_are_not_run_are_few_and_say_why() -> None:
     assert len(run) > 25 and len(excused) < len(run)
 
 
+def code_of(page: Path) -> Iterator[str]:
+    """Lines of commands, whole ones, and code within sentences."""
+    for block in blocks(page):
+        if block.language == "bash":
+            yield from block.text.replace("\\\n", " ").splitlines()
+    text = re.sub(r"^( *)```.*?^\1```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    yield from re.findall(r"`([^`\n]+)`", text)
+
+
+def test_options_that_are_named_exist() -> None:
+    from hf_tsv import cli
+
+    options = {
+        name: {o for p in cli._command(name).params for o in (*p.opts, *p.secondary_opts)}
+        for name in cli.COMMANDS
+    }
+    every = set().union(*options.values(), {"--help", "--install-completion", "--version", "-V"})
+    wrong = []
+    for page in PAGES:
+        for code in code_of(page):
+            ours = re.search(rf"hf[-_]tsv ({'|'.join(options)})\b(.*)", code)
+            if ours:
+                known, rest = options[ours[1]] | {"--help"}, ours[2].partition(" #")[0]
+            elif code.startswith("--") and page.name != "benchmarks.md":
+                known, rest = every, code
+            else:
+                continue
+            given = re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", rest, re.IGNORECASE)
+            wrong += [(page.name, code, flag) for flag in given if flag not in known]
+    assert wrong == []
+
+
 # Links
 
 
