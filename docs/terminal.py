@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT)]
 
-COLUMNS, LINES = 106, 60
+COLUMNS, LINES = 100, 60
 COMMAND = (
-    "hf-tsv merge tanganke/clip-vit-base-patch32_"
+    "hf-tsv merge \\\n    tanganke/clip-vit-base-patch32_"
     "{sun397,stanford-cars,resisc45,eurosat,svhn,gtsrb,mnist,dtd} \\\n"
     "    --base-model openai/clip-vit-base-patch32 -o merged"
 )
