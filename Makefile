@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install test lint types demo demo-train notebook fix clean
+.PHONY: install test lint types demo demo-train notebook docs fix clean
 
 install: $(INSTALLED)
 
@@ -39,5 +39,9 @@ fix: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 clean:
-	rm -rf $(VENV) .demo examples/merged .accuracy .fuzz build dist
+	rm -rf $(VENV) site .demo examples/merged .accuracy .fuzz build dist

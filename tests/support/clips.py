@@ -61,18 +61,22 @@ def load(cls: Any, folder: str | Path, **kwargs: Any) -> Any:
         return cls.from_pretrained(folder, **kwargs)
 
 
-def make_base(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def make_base(
+    folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, positions: int = 24
+) -> Path:
     """A complete CLIPModel repository: weights, config, tokenizer and image processor."""
     from transformers import CLIPModel
 
     torch.manual_seed(seed)
-    model = CLIPModel(clip_config()).eval().to(dtype)
+    config = clip_config()
+    config.text_config.max_position_embeddings = positions
+    model = CLIPModel(config).eval().to(dtype)
     save(model, folder)
-    save_processor(folder)
+    save_processor(folder, positions)
     return folder
 
 
-def save_processor(folder: Path) -> None:
+def save_processor(folder: Path, positions: int = 24) -> None:
     """A byte-level CLIP tokenizer and a 32x32 image processor, as transformers writes them."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPImageProcessor, CLIPTokenizer
@@ -87,7 +91,7 @@ def save_processor(folder: Path) -> None:
     (source / "vocab.json").write_text(json.dumps(vocab))
     (source / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer(str(source / "vocab.json"), str(source / "merges.txt"))
-    tokenizer.model_max_length = 24
+    tokenizer.model_max_length = positions
     tokenizer.save_pretrained(folder)
     for file in source.iterdir():
         file.unlink()
