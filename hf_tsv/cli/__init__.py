@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 from typer.exceptions import TyperException
@@ -64,10 +64,11 @@ class Commands(Group):
         name, _, rest = super().resolve_command(ctx, args)
         return name, name and _command(name), rest
 
-    def main(self, *args: Any, **settings: Any) -> NoReturn:
+    def main(self, *args: Any, standalone_mode: bool = True, **settings: Any) -> Any:
         """Run and exit; what typer refuses is told as all other errors are."""
         try:
-            sys.exit(super().main(*args, **{**settings, "standalone_mode": False}) or 0)
+            code = super().main(*args, **{**settings, "standalone_mode": False})
+            return sys.exit(code or 0) if standalone_mode else code
         except TyperException as error:
             if type(error).__name__ != "NoArgsIsHelpError":  # which has shown the help
                 from hf_tsv.cli.output import fail
@@ -75,7 +76,8 @@ class Commands(Group):
                 message = error.format_message().replace("Value error, ", "")
                 command = getattr(getattr(error, "ctx", None), "command_path", "hf-tsv")
                 hint = f"See `{command} --help`."
-                fail(message if message[-1] in ".?)" else f"{message}.", hint, code=error.exit_code)
+                ended = message[-1] in ".?)" or "\n" in message  # a command must get no period
+                fail(message if ended else f"{message}.", hint, code=error.exit_code)
             sys.exit(error.exit_code)
 
 

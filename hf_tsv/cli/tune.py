@@ -10,6 +10,8 @@ from hf_tsv.cli import merge as merging
 from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.output import Out
 from hf_tsv.methods.catalogue import METHODS
+from hf_tsv.recipes.learning import to_learn
+from hf_tsv.recipes.settings import Settings
 
 USAGE = ("CHECKPOINTS...", "--task NAME=DATASET...", "-o DIR", "[OPTIONS]")
 MISSING = "Name the checkpoints to merge, images with --task, and a folder with -o."
@@ -68,6 +70,7 @@ def tune(
     """
     out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
     tasks = pictures.tasks
+    to_learn(how.method or Settings.method, tasks, limit=pictures.limit, **vars(learning))
     from hf_tsv.verbs import tune as tune_
 
     groups = (source, pictures, learning, result, result.target, result.files, how, compute, run)

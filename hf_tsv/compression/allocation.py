@@ -170,7 +170,7 @@ def _refuse_above(fixed: int, budget: int, options: Options) -> None:
         raise RecipeError(
             f"The budget is {human_bytes(budget)}, and what is stored whole (biases, norms, …)"
             f" alone takes {human_bytes(fixed)}.",
-            f"Give a larger --budget{_smaller(options)}.",
+            f"Give a larger `budget=`{_smaller(options)}.",
         )
 
 

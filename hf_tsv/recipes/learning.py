@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.recipes.images import EvaluationTask, listed
-from hf_tsv.system.checks import check_counts, check_number
+from hf_tsv.system.checks import check_counts, check_number, choice
 from hf_tsv.system.errors import UsageError
 
 VALIDATION = "validation"
+ALPHAS = "0:2:0.1"
 MOST = 1000  # values of α in one search
 
 
@@ -155,6 +157,33 @@ class AlphaSearch:
             "images": {t.name: n for t, n in zip(self.tasks, self.images, strict=True)},
             "splits": {task.name: task.split for task in self.tasks},
         }
+
+
+def to_learn(
+    method: str,
+    tasks: Any,
+    *,
+    alphas: Any = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    **descent: Any,
+) -> Adaptation | AlphaSearch:
+    """What a method learns from images; arguments of None have their defaults.
+
+    Raises:
+        [`UsageError`]: an argument does not suit the method.
+    """
+    learns = METHODS[choice("method", method, tuple(METHODS))].learns
+    search = {"alphas": alphas, "limit": limit}
+    for name, value in (search if learns else descent).items():
+        if value is not None:
+            whose = "not for the method ada" if learns else "for the method ada only"
+            raise UsageError(f"`{name}=` is {whose}.", f"Omit `{name}=`.")
+    given = {**(descent if learns else search), "batch_size": batch_size}
+    given = {name: value for name, value in given.items() if value is not None}
+    if learns:
+        return Adaptation(tasks, **given)
+    return AlphaSearch(tasks, **{"alphas": ALPHAS, **given})
 
 
 def alphas_of(text: str) -> list[float]:

@@ -15,6 +15,7 @@ from hf_tsv.recipes.settings import Settings
 from hf_tsv.system.errors import HfTsvError, RecipeError
 from hf_tsv.system.folders import local_kind
 from hf_tsv.system.progress import logger
+from hf_tsv.system.text import counted
 from hf_tsv.system.untrusted import MAX_BYTES
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def changed(
     inputs, before = recipe.inputs, recipe.base_model
     if weights is not None:
         if len(weights) != len(inputs):
-            problem = f"There are {len(weights)} weights for the recipe's {len(inputs)} inputs."
+            counts = counted(len(weights), "weight"), counted(len(inputs), "input")
+            problem = "There are {} for the recipe's {}.".format(*counts)
             raise RecipeError(problem, "Give one weight for each.")
         inputs = tuple(replace(i, weight=w) for i, w in zip(inputs, weights, strict=True))
         _tell("weights", list(weights), [item.weight for item in recipe.inputs])
@@ -98,12 +100,12 @@ def placed(recipe: Recipe, supplied: Sequence[str], beside: Path | None) -> Reci
     for path in supplied:
         if local_kind(path) != "folder":
             problem = f"{path} is no local folder, and the recipe names its own repositories."
-            raise RecipeError(problem, "Name local folders beside a recipe, or leave it out.")
+            raise RecipeError(problem, "Name local folders beside a recipe, or drop it.")
     found |= _matched({i: items[i] for i in wanted}, supplied)
     if unknown := [path for path in supplied if path not in found.values()]:
         names = ", ".join(_name(items[i].ref) for i in wanted) or "none"
         problem = f"{unknown[0]} is none of the local folders of the recipe ({names})."
-        raise RecipeError(problem, "Leave it out, or name the folder that the recipe means.")
+        raise RecipeError(problem, "Drop it, or name the folder that the recipe means.")
     for i, item in enumerate(items):
         if i in found or item.revision is not None:
             continue

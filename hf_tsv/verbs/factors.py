@@ -25,7 +25,7 @@ from hf_tsv.runs.target import Target, upload
 from hf_tsv.system.errors import CheckpointError, public
 from hf_tsv.system.folders import whole_folder
 from hf_tsv.system.progress import visible_by_default
-from hf_tsv.system.text import human_bytes
+from hf_tsv.system.text import counted, human_bytes
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,7 +69,7 @@ class TaskFactors(Factors):
     def __repr__(self) -> str:
         size, whole = self.config.factors_bytes, self.config.checkpoint_bytes
         share = f"{size / whole:.1%} of the checkpoint" if whole else "empty"
-        told = f"{str(self)!r}, {len(self)} weights, {human_bytes(size)}, {share}"
+        told = f"{str(self)!r}, {counted(len(self), 'weight')}, {human_bytes(size)}, {share}"
         return f"TaskFactors({told})"
 
     @classmethod

@@ -7,18 +7,15 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.recipes.images import EvaluationTask
-from hf_tsv.recipes.learning import Adaptation, AlphaSearch
+from hf_tsv.recipes.learning import Adaptation, to_learn
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports.merging import MergeReport
-from hf_tsv.system.checks import choice
-from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.errors import public
 from hf_tsv.verbs.merge import merge
 
-ALPHAS = "0:2:0.1"
 
-
+@public
 def tune(
     checkpoints: str | PathLike[str] | Sequence[str | PathLike[str]],
     tasks: Mapping[str, str] | Sequence[str | EvaluationTask],
@@ -59,20 +56,11 @@ def tune(
         >>> hf_tsv.tune(["org/clip-a", "org/clip-b"], {"a": "org/images-a"}, output="merged")
         ... # doctest: +SKIP
     """
-    method = choice("method", method, tuple(METHODS))
-    search = {"alphas": alphas, "limit": limit}
-    descent = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
-    learns = METHODS[method].learns
-    for name, value in (search if learns else descent).items():
-        if value is not None:
-            whose = "not for the method ada" if learns else "for the method ada only"
-            raise RecipeError(f"`{name}=` is {whose}.", "Leave it out.")
-    given = {**(descent if learns else search), "batch_size": batch_size}
-    given = {name: value for name, value in given.items() if value is not None}
-    if learns:
-        options["adaptation"] = Adaptation(tasks, **given)  # type: ignore[arg-type]
-    else:
-        options["tune_alpha"] = AlphaSearch(tasks, **{"alphas": ALPHAS, **given})  # type: ignore[arg-type]
+    found = to_learn(
+        method, tasks, alphas=alphas, limit=limit, steps=steps, learning_rate=learning_rate,
+        seed=seed, batch_size=batch_size,
+    )  # fmt: skip
+    options["adaptation" if isinstance(found, Adaptation) else "tune_alpha"] = found
     return merge(checkpoints, method=method, **options)
 
 
