@@ -121,7 +121,7 @@ def test_a_download_that_is_stopped_says_what_stays(world: Path, hub: Hub) -> No
     def stop() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    hub.fail("/org/vision/[0-9a-f]{64}/", after=2, action=stop)
+    hub.fail("/org/vision/[0-9a-f]{64}/", after=1, action=stop)
     done = hf_tsv("merge", "org/vision", "-o", "out", cwd=world)
     assert done.code == 130 and "`hf cache prune` deletes partial files" in done.err, done.err
     assert done.err.endswith("Interrupted.\n") and list(world.iterdir()) == []
