@@ -126,7 +126,7 @@ def test_an_option_that_is_declared_twice_is_an_error() -> None:
             flattened(command)
 
 
-def test_a_command_with_an_option_twice_cannot_be_imported() -> None:
+def test_a_command_with_an_option_twice_cannot_be_called() -> None:
     code = """
 from typing import Annotated
 import typer

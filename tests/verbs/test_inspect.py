@@ -73,7 +73,7 @@ def test_a_merge_shows_its_recipe(zoo: Path, tmp_path: Path) -> None:
     assert [item["ref"] for item in done.json["recipe"]["inputs"]] == ["vision", "full"]
     assert done.json["recipe"]["settings"]["alpha"] == 0.5
     text = run("inspect", tmp_path / "m")
-    assert "tsv of 2 tasks" in text.out and "vision" in text.out
+    assert "tsv, α = 0.5" in text.out and "vision" in text.out
 
 
 def test_factors_show_ranks_energy_and_bytes(zoo: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_factors_show_ranks_energy_and_bytes(zoo: Path, tmp_path: Path) -> None:
         assert entry["energy"] == weight.energy and entry["bytes"] == weight.bytes
     assert found.factors["bytes"] == sum(e["bytes"] for e in found.tensors.values())
     text = run("inspect", tmp_path / "f").out
-    assert "of an update kept" in text and str(zoo / "vision") in text
+    assert "of each update kept" in text and str(zoo / "vision") in text
 
 
 def big(folder: Path) -> Path:

@@ -179,7 +179,7 @@ def test_the_report_says_what_was_uploaded(hub: Hub, outputs: Path) -> None:
     files = {name: len(content) for name, content in contents(outputs / "merge").items()}
     assert found.pop("seconds") >= 0
     assert found == {
-        "folder": str(outputs / "merge"), "repo_id": "me/new", "files": files,
+        "schema_version": 1, "folder": str(outputs / "merge"), "repo_id": "me/new", "files": files,
         "bytes": sum(files.values()), "changed": True, "dry_run": False,
         "url": f"{hub.endpoint}/me/new/commit/{hub.repos['me/new'].branches['main']}",
     }  # fmt: skip

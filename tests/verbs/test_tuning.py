@@ -143,7 +143,9 @@ def test_what_does_not_go_together_is_refused(
 
 def test_an_alpha_that_is_given_is_not_chosen(zoo: Path, pets: Path) -> None:
     with pytest.raises(RecipeError, match="a search for α cannot be combined"):
-        hf_tsv.tune(zoo / "vision", {"pets": str(pets)}, base_model=zoo / "base", alpha=1)
+        hf_tsv.tune(
+            zoo / "vision", {"pets": str(pets)}, base_model=zoo / "base", alpha=1, dry_run=True
+        )
 
 
 def test_images_are_named(zoo: Path, tmp_path: Path) -> None:
