@@ -69,13 +69,13 @@ class Report:
     def _repr_html_(self) -> str:
         """Summary for a notebook; text from elsewhere is escaped."""
         head, *body = self.table() or [[]]
-        numbers = [value for row in body for value in row if isinstance(value, float)] or [0.0]
-        low, high = min(numbers), max(numbers)
+        numbers = [value for row in body for value in row if isinstance(value, float) and value]
+        low, high = min(numbers, default=0.0), max(numbers, default=0.0)
 
         def cell(value: str | float) -> str:
             style = ""
             if self.HEAT and isinstance(value, float):
-                share = (value - low) / (high - low) if high > low else 0.0
+                share = max(0.0, value - low) / (high - low) if high > low else 0.0
                 style = f' style="background: rgba(230, 120, 30, {0.05 + 0.75 * share:.2f})"'
             return f"<td{style}>{escape(_cell(value))}</td>"
 

@@ -201,11 +201,11 @@ print(hf_tsv.sweep({"dtd": "tanganke/dtd"}, {"dtd": "org/a"}, rank_fraction=0.1)
 print(hf_tsv.push("merged", "me/m", progress=False).bytes + 1)
 print(hf_tsv.inspect("org/a").parameters + 1)
 model = hf_tsv.load_model("me/m", kind="image-classification", head="a", dtype="auto")
-print(model.name_or_path.upper())
+print(model.device.type.upper())
 print(hf_tsv.pipeline(task="zero-shot-image-classification", model="me/m").task)
 TaskFactors.from_pretrained("me/f").push_to_hub("me/g", progress=False)
 with TaskSwitcher.from_pretrained({"a": "me/f"}, keep="disk") as tasks:
-    print(tasks["a"].name_or_path.upper())
+    print(tasks["a"].device.type.upper())
 
 hf_tsv.merge(["org/a"], precision="exactly")
 hf_tsv.merge("org/a", "org/b")
