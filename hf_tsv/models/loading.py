@@ -197,7 +197,7 @@ def _on_base(
 
 def _kind_of_head(head: str, kind: str | None) -> str:
     if head in PIPELINES:
-        raise RecipeError(f"{head} is a kind of pipeline, not a head.", "Omit `head=`.")
+        raise RecipeError(f"{head} is a kind of pipeline, not a head.", f"Write `kind={head!r}`.")
     if kind not in (None, "image-classification"):
         raise RecipeError(
             f"The head {head!r} does image-classification, not {kind}.", "Omit `head=`."

@@ -118,13 +118,13 @@ def test_without_a_task_it_is_what_it_was(merged: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"task": "plants"}, r"no head of the task 'plants'.*animals, digits"),
-        ({"task": "../digits"}, "no head of the task"),
-        ({"task": "digits", "kind": ZERO_SHOT}, "does image-classification"),
-        ({"task": CLASSES}, "Write kind='image-classification'"),
+        ({"head": "plants"}, r"no head of the task 'plants'.*animals, digits"),
+        ({"head": "../digits"}, "no head of the task"),
+        ({"head": "digits", "kind": ZERO_SHOT}, "does image-classification"),
+        ({"head": CLASSES}, "Write `kind='image-classification'`"),
     ],
 )
-def test_a_task_that_is_none(merged: Path, options: dict[str, str], said: str) -> None:
+def test_a_head_that_is_none(merged: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(HfTsvError, match=said):
         hf_tsv.load_model(merged, **options)
 
