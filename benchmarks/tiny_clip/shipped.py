@@ -76,7 +76,7 @@ def main() -> None:
                 base_model="base",
                 output=TINY / name,
                 rank_fraction=RANK_FRACTION,
-                factor_dtype="bfloat16",
+                dtype="bfloat16",
                 compress_conv=True,
                 force=True,
                 progress=False,
