@@ -16,12 +16,27 @@ from PIL import Image
 
 from benchmarks.prepared import bars, quiet_libraries, trained
 from benchmarks.tiny_clip import BASE, NAMES, TINY
+from benchmarks.tiny_clip.evaluation import TEST_IMAGES
 from benchmarks.tiny_clip.first_tasks import FIRST_TASKS
 from benchmarks.tiny_clip.sampling import Task
 
 SEED = 0
 RANK_FRACTION = 1 / len(NAMES)
 """Rank share that a merge of all eight keeps of each, so that the factors lose nothing to it."""
+
+
+EXAMPLES = {
+    "letters": 9,
+    "digits": 0,
+    "shapes": 4,
+    "colours": 3,
+    "orientation": 3,
+    "textures": 7,
+    "counting": 2,
+    "position": 2,
+}
+"""Place, among the test images of each task, of one that the base model names wrong and the merge
+of all eight right: the first there is."""
 
 
 def write_labels(folder: Path) -> None:
@@ -38,9 +53,9 @@ def write_labels(folder: Path) -> None:
 
 
 def example(task: Task) -> tuple[np.ndarray, str]:
-    """First test image of a task, uint8 (32, 32, 3), and its class prompt."""
-    data = task.samples("test", 1, SEED)
-    return data.images[0], task.prompts[int(data.labels[0])]
+    """Test image of a task, uint8 (32, 32, 3), and its class prompt."""
+    data, place = task.samples("test", TEST_IMAGES, SEED), EXAMPLES[task.name]
+    return data.images[place], task.prompts[int(data.labels[place])]
 
 
 def main() -> None:
@@ -61,7 +76,7 @@ def main() -> None:
                 base_model="base",
                 output=TINY / name,
                 rank_fraction=RANK_FRACTION,
-                factor_dtype="bfloat16",
+                dtype="bfloat16",
                 compress_conv=True,
                 force=True,
                 progress=False,
