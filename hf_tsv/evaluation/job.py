@@ -7,12 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hf_tsv.evaluation import model_index, suites
+from hf_tsv.evaluation import suites
 from hf_tsv.recipes.images import EvaluationTask, listed
 from hf_tsv.system.errors import DataError, HfTsvError, LostProcessError, UsageError
 from hf_tsv.system.folders import absolute, check_output_folder
 from hf_tsv.system.progress import logger
+
+if TYPE_CHECKING:
+    from hf_tsv.evaluation.model_index import Card
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Evaluation(Chosen):
     limit: int | None
     batch_size: int
     folder: Path | None
-    card: model_index.Card | None
+    card: Card | None
 
 
 def chosen(
