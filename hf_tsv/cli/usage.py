@@ -55,10 +55,19 @@ def _check(given: Mapping[str, Any], names: Mapping[str, Any]) -> None:
         from hf_tsv import hub
 
         hub.check_repo_id(repo_id)
+    _refuse_twice(given.get("checkpoints", []))
     for reference, subfolder in _references(given):
         from hf_tsv.checkpoints.reference import parse
 
         parse(reference, subfolder)
+
+
+def _refuse_twice(checkpoints: Sequence[str]) -> None:
+    """Refuse a checkpoint that the same word names again."""
+    for item in checkpoints:
+        if checkpoints.count(item) > 1:
+            hint = "Omit one; a larger weight counts a task more."
+            raise UsageError(f"{item} is given twice.", hint)
 
 
 def _references(given: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:

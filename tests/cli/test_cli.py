@@ -154,7 +154,10 @@ def test_quiet_prints_the_result_and_warnings_only(world: Path) -> None:
 
 def test_the_same_checkpoint_twice_is_refused(world: Path, hub: Hub) -> None:
     done = hf_tsv("merge", "org/vision", "org/flat", "org/vision", "-o", "merged", cwd=world)
-    refused(done, world, hub, "org/vision is given twice", "Leave one out")
+    assert done.code == 2 and "org/vision is given twice" in done.err and not hub.requests
+    again = hf_tsv("merge", "org/vision", "org/vision@main", "-o", "merged", cwd=world)
+    assert again.code == 2 and "org/vision@main is given twice" in again.err, again.err
+    assert not (world / "merged").exists()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from home import HF_HOME, HUB
 from hub import Hub, Request, User
 from huggingface_hub import constants
 from labelled import add_dataset
-from pushes import contents, pushed, sent
+from pushes import contents, published, pushed, sent
 
 import hf_tsv as api
 from hf_tsv.hub import client as client_module
@@ -491,7 +491,7 @@ def test_an_upload_that_fails_keeps_the_result_and_its_push_line_works(
     elif name != "races":
         assert hub.repos["me/new"].branches == {"main": before}
     assert hub.files("me/new").get("config.json") is None  # nothing of ours is there
-    kept = contents(folder)
+    kept = published(folder)
     again = hf_tsv(*words, cwd=world)
     assert again.code == 0, again.err
     there = pushed(hub)
@@ -509,7 +509,7 @@ def test_every_verb_keeps_what_it_could_not_upload(
     hub.fail("/upload/", 403, method="PUT", times=math.inf)
     folder, later = complete(hf_tsv(*words, cwd=world))
     hub.heal()
-    kept = contents(folder)
+    kept = published(folder)
     assert hf_tsv(*later).code == 0
     there = pushed(hub)
     assert there == kept and len(hub.repos["me/new"].commits) == 2
@@ -544,7 +544,7 @@ def test_faults_that_pass_leave_one_commit(
     hub.fail(pattern, **fault)
     done = hf_tsv("push", "merged", "me/new", cwd=world)
     assert done.code == 0, done.err
-    assert pushed(hub) == {**contents(world / "merged"), "notes.txt": b"kept"}
+    assert pushed(hub) == {**published(world / "merged"), "notes.txt": b"kept"}
     assert len(hub.repos["me/new"].commits) == 2
 
 
@@ -571,7 +571,7 @@ def test_a_commit_of_somebody_else_is_built_upon(
     theirs = {"model-00002-of-00002.safetensors": b"new", "notes.txt": "changed"}
     hub.fail("/commit/", action=lambda: hub.commit("me/new", theirs, message="Theirs"))
     assert hf_tsv("push", "merged", "me/new", cwd=world).code == 0
-    assert pushed(hub) == {**contents(world / "merged"), "notes.txt": b"changed"}
+    assert pushed(hub) == {**published(world / "merged"), "notes.txt": b"changed"}
     repo = hub.repos["me/new"]
     assert [c.message for c in repo.history(repo.resolve("main"))][1:] == ["Theirs", "Add files"]
     assert [r.status for r in commits(hub)] == [412, 200] and sleeps == [1]
@@ -580,7 +580,7 @@ def test_a_commit_of_somebody_else_is_built_upon(
 def test_what_somebody_else_has_changed_back_is_not_taken_for_ours(world: Path, hub: Hub) -> None:
     """A file that was the same when it was looked at, and is another one when we commit."""
     assert hf_tsv(*MERGE, cwd=world).code == 0
-    whole = contents(world / "merged")
+    whole = published(world / "merged")
     hub.add_repo("me/new", {"config.json": whole["config.json"]})
     hub.fail("/commit/", action=lambda: hub.commit("me/new", {"config.json": "{}"}))
     assert hf_tsv("push", "merged", "me/new", cwd=world).code == 0
@@ -594,7 +594,7 @@ def test_a_commit_whose_answer_is_lost_is_made_once(world: Path, hub: Hub) -> No
     done = hf_tsv("push", "merged", "me/new", cwd=world)
     assert done.code == 0, done.err
     repo = hub.repos["me/new"]
-    assert len(repo.commits) == 2 and pushed(hub) == contents(world / "merged")
+    assert len(repo.commits) == 2 and pushed(hub) == published(world / "merged")
     assert done.out == f"{hub.endpoint}/me/new\n"
 
 

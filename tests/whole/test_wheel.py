@@ -54,7 +54,7 @@ assert "site-packages" in str(templates()), templates()
     for command, said in (
         ([script], "Merge or compress"),
         ([script, "compress"], "Compress a fine-tuned CLIP checkpoint"),
-        ([script, "reconstruct"], "Make a whole checkpoint"),
+        ([script, "reconstruct"], "Rebuild a full checkpoint"),
         ([python, "-m", "hf_tsv", "merge"], "Merge fine-tuned CLIP checkpoints"),
     ):
         help_of = [*command, "--help"]
