@@ -233,7 +233,7 @@ def guarded(command: str) -> Iterator[None]:
         if not is_leader() and error.message != LOST:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(TURN)
-            _leave(EXIT_ERROR)
+            _leave(EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR)
         if debugging():
             raise
         if isinstance(error, UsageError):

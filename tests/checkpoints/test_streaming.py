@@ -353,7 +353,7 @@ def fail_after(hub: Hub, amount: int) -> None:
 def test_a_signal_ends_a_merge_that_waits_for_the_hub(
     deep: Hub, tmp_path: Path, kind: signal.Signals
 ) -> None:
-    before = 2  # its header, and a weight to see that it is not the base
+    before = 3  # its header, a weight to see that it is not the base, one that it is a fine-tune
     deep.fail("/org/t1/.*safetensors", delay=60, truncate=10**9, times=99, after=before)
     words = ["merge", "org/t1", "org/t2", "--base-model", "org/base", "--stream", "-o", "m"]
     process = fork(*words, cwd=tmp_path)

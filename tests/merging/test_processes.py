@@ -96,7 +96,7 @@ def test_a_process_that_dies_ends_the_run_which_goes_on_later(deep: Path, victim
 
 def test_bad_input_is_said_once(deep: Path) -> None:
     first, second = ends(ranks(*command(deep, "bad", "--rank", "0"), count=2, cwd=deep))
-    assert (first.code, second.code) == (1, 1)
+    assert (first.code, second.code) == (2, 2)
     assert first.out + second.out == ""
     assert (first.err + second.err).count("Error: rank is 0") == 1, (first, second)
     assert not list(deep.glob("*bad*"))

@@ -868,9 +868,9 @@ def test_bad_choices_are_refused_and_write_nothing(
     zoo: Path, tmp_path: Path, options: dict[str, Any], said: str
 ) -> None:
     compress_or_export: Any = api.compress
-    if options.get("format") == "peft":
+    if options.get("out_format") == "peft":
         compress_or_export = api.export_peft
-    options = {name: value for name, value in options.items() if name != "format"}
+    options = {name: value for name, value in options.items() if name != "out_format"}
     base = zoo / options.pop("base_model", "base")
     with pytest.raises(HfTsvError, match=said) as error:
         compress_or_export(zoo / "vision", base_model=base, output=tmp_path / "out", **options)
