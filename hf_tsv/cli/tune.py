@@ -75,5 +75,6 @@ def tune(
 
     groups = (source, pictures, learning, result, result.target, result.files, how, compute, run)
     own = {**merging.settings(result, how), "progress": run.progress}
+    own["method"] = how.method or Settings.method
     done = call(tune_.tune, (*groups, access), checkpoints, tasks, **own)
     merging.told(out, done, result, run)

@@ -66,5 +66,6 @@ def tune(
 
 _OWN = inspect.signature(tune).parameters
 _MERGE = inspect.signature(merge).parameters
-_OTHERS = [p for n, p in _MERGE.items() if n not in {*_OWN, "recipe", "adaptation", "tune_alpha"}]
+_TAKEN = {*_OWN, "more", "recipe", "adaptation", "tune_alpha"}
+_OTHERS = [p for n, p in _MERGE.items() if n not in _TAKEN]
 tune.__signature__ = inspect.Signature([p for n, p in _OWN.items() if n != "options"] + _OTHERS)  # type: ignore[attr-defined]

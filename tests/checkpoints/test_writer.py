@@ -297,7 +297,7 @@ def test_names_of_folders_that_runs_work_in_are_refused(tmp_path: Path, name: st
 
 
 def test_an_earlier_output_takes_force(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"out exists.*--force"):
+    with pytest.raises(OutputError, match=r"out exists.*`force=True`"):
         check_output_folder(earlier_output(tmp_path / "out"), [MARKER], force=False)
 
 

@@ -268,7 +268,7 @@ def test_a_path_that_cannot_be_is_one_line(zoo: Path, dataset: str) -> None:
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(data.LIBRARIES, "no_such_module", "no-such-package")
-    with pytest.raises(RecipeError, match=r"needs no-such-package.*hf-tsv\[eval\]"):
+    with pytest.raises(RecipeError, match=r"needs no-such-package.*pip install no-such-package"):
         hf_tsv.evaluate("org/a", {"pets": "org/pets"})
 
 

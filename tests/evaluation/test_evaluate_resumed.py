@@ -168,6 +168,6 @@ def test_three_processes_find_what_one_finds(
 def test_bad_input_of_several_processes_is_said_once(zoo: Path, tmp_path: Path) -> None:
     words = ["evaluate", zoo / "base", "--task", "a=org/x", "--limit", "0", "-o", tmp_path / "r"]
     first, second = ends(ranks(*words, count=2, cwd=tmp_path, freezing=True))
-    assert (first.code, second.code) == (1, 1) and first.out + second.out == ""
+    assert (first.code, second.code) == (2, 2) and first.out + second.out == ""
     assert (first.err + second.err).count("Error: limit is 0") == 1, (first, second)
     assert not list(tmp_path.iterdir())

@@ -134,7 +134,7 @@ def test_a_pull_request_needs_no_right_on_the_repository(hub: Hub) -> None:
 
 
 def test_a_pull_request_needs_a_repository(hub: Hub) -> None:
-    with pytest.raises(RepoError, match=r"--create-pr needs an existing repository.*me/new"):
+    with pytest.raises(RepoError, match=r"`create_pr=True` needs an existing repository.*me/new"):
         writable_repo_id("me/new", create_pr=True)
 
 

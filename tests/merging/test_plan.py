@@ -306,7 +306,7 @@ def test_each_weight_knows_which_checkpoints_hold_it(
 def misfit(base: Checkpoint, *inputs: Checkpoint) -> list[str]:
     with pytest.raises(CheckpointError) as error:
         make_plan(base, inputs, Settings())
-    assert "`base_model=`" in (error.value.hint or "")
+    assert "`base_model=REF`" in (error.value.hint or "")
     first, *lines = error.value.message.split("\n  ")
     count = f"{len(lines)} weights do" if len(lines) > 1 else "1 weight does"
     assert first == f"{count} not fit the base model base:"

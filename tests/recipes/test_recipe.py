@@ -192,7 +192,7 @@ def test_a_yaml_tag_constructs_nothing(value: str) -> None:
 
 
 WRONG = {
-    "method": ["TSV", "", None, 3, [], {}],
+    "method": ["tsvv", "", None, 3, [], {}],
     "orthogonalizer": ["svd", None, True],
     "precision": ["float64", None, True],
     "alpha": ["1", True, [], float("nan"), float("inf"), -float("inf"), 10**400],
@@ -201,7 +201,7 @@ WRONG = {
     "exclude": ["*.bias", 3, None, [3], [None], [["*"]], {"*.bias": 1}],
     "qkv": ["fuse", "", False],
     "out_format": ["openclip", "", True],
-    "dtype": ["float64", "bf16", "torch.float32", 16, []],
+    "dtype": ["float64", "bf17", "torch.float64", 16, []],
     "max_shard_size": [0, -1, 1.5, "", "0GB", "0.5", "-5GB", "5 XB", "5%", None, True],
     "device": [3, None, ["cpu"]],
     "versions": [3, ["torch"], "2.0"],

@@ -95,7 +95,7 @@ def test_a_folder_of_the_same_name_that_holds_something_else_is_refused(
 ) -> None:
     shutil.rmtree(local / "flat")
     shutil.copytree(zoo / "projection", local / "flat")
-    with pytest.raises(api.HfTsvError, match="flat is not what it was"):
+    with pytest.raises(api.HfTsvError, match="flat has changed since the recipe was written"):
         api.merge(
             [local / "vision", local / "flat"], base_model=local / "base",
             recipe=world / "merged", output=world / "m", **QUIET,

@@ -130,7 +130,8 @@ def test_every_picture_is_there_and_says_what_it_shows(measured: InterferenceRep
     (i, j), (_, m) = measured.extremes()
     names = [task["name"] for task in measured.tasks]
     said = drawn["pairs.png"].alt
-    assert said.startswith(f"{names[i]} and {names[j]} disturb") and f"{names[m]} least" in said
+    assert said.startswith(f"{names[i]} and {names[j]} interfere most")
+    assert f"{names[m]} least" in said
     blocks = {name: block["sti"] for name, block in measured.blocks.items()}
     worst = max(blocks, key=lambda name: blocks[name])
     assert f"block {worst} ({drawing.number_text(blocks[worst])})" in drawn["blocks.png"].alt
@@ -156,12 +157,13 @@ def axes_of(draw: Any, report: InterferenceReport) -> Any:
 def test_the_heat_map_has_every_pair(measured: InterferenceReport) -> None:
     axes = axes_of(pictures._pairs, measured)
     texts = {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts}
-    top = max(map(max, measured.pairs))
+    found = [measured.pairs[i][j] for i, j in combinations(range(3), 2)]
+    low, top = min(found), max(found)
     for i, j in combinations(range(3), 2):
         value = measured.pairs[i][j]
         for place in ((i, j), (j, i)):
             assert texts[place][0] == drawing.number_text(value, top)
-            assert texts[place][1] == ("black" if value > 0.6 * top else "white")
+            assert texts[place][1] == ("black" if value - low > 0.6 * (top - low) else "white")
     assert len(texts) == 6 and axes.images[0].get_array()[0, 1] == measured.pairs[0][1]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
 
@@ -229,7 +231,7 @@ def test_a_merge_has_pairs_beside_blocks(
     measured: InterferenceReport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left, right, *_ = figures_of(monkeypatch, lambda: pictures.of_merge(measured)).axes
-    assert (left.get_title(), right.get_title()) == ("STI of every two tasks", "STI by block")
+    assert (left.get_title(), right.get_title()) == ("Pairwise interference (STI)", "STI by block")
 
 
 def test_settings_of_the_user_change_nothing(measured: InterferenceReport, tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ def test_a_picture_that_fails_is_a_warning(
 
     with caplog.at_level("WARNING", logger="hf_tsv"):
         assert drawing.attempted(fails) is None
-    assert f"There are no pictures: matplotlib is installed, but it ({said}) failed" in caplog.text
+    assert f"No pictures: matplotlib is installed, but it ({said}) failed" in caplog.text
 
 
 def test_pictures_are_the_same_every_time(measured: InterferenceReport) -> None:

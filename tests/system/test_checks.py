@@ -17,6 +17,7 @@ from hf_tsv.checkpoints.storage.writer import plan_shards
 from hf_tsv.merging.work import prepare
 from hf_tsv.recipes.compressing import RankRule
 from hf_tsv.recipes.settings import Settings
+from hf_tsv.system import memory
 from hf_tsv.system.checks import size_in_bytes
 from hf_tsv.system.errors import RecipeError
 
@@ -50,7 +51,8 @@ def test_a_budget_in_every_spelling() -> None:
         assert RankRule(budget=size).budget_bytes(10) == expected, size
 
 
-def test_a_limit_of_memory_in_every_spelling(zoo: Path) -> None:
+def test_a_limit_of_memory_in_every_spelling(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "resident", lambda: 10**8)  # whatever other tests have left
     tasks = [str(zoo / "vision")]
     merge, sources = prepare(tasks, str(zoo / "base"), None, Settings(), Access())
     for size, expected in SIZES.items():

@@ -312,7 +312,7 @@ def test_a_base_folder_that_is_gone_is_named(zoo: Path, tmp_path: Path) -> None:
     base = copied(zoo / "base", tmp_path / "gone")
     api.compress(zoo / "vision", base_model=base, output=tmp_path / "factors")
     base.rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="gone, which is not here.*`base_model=REF`"):
+    with pytest.raises(CheckpointError, match=r"gone, which is not here.*`base_model=REF`"):
         api.reconstruct(tmp_path / "factors", output=tmp_path / "full")
 
 

@@ -102,4 +102,4 @@ def test_a_confusion_matrix_has_shares_of_each_true_class(figures: list[Any]) ->
     assert np.allclose(shown[[0, 2]], [[0.8, 0.2, 0], [0.4, 0, 0.6]]) and np.isnan(shown[1]).all()
     texts = {text.get_position(): text.get_text() for text in axes.texts}
     assert texts[(0, 2)] == "40%" and len(texts) == 6  # column, row
-    assert axes.get_ylabel() == "class" and axes.get_xlabel() == "taken for"
+    assert axes.get_ylabel() == "true class" and axes.get_xlabel() == "predicted"
