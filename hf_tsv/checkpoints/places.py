@@ -1,4 +1,4 @@
-"""Where local folders were, by what they hold: what others may read names them without a path."""
+"""Places of local folders by what they hold, as what others may read names them without a path."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class PinnedCheckpoint:
 
     @property
     def name(self) -> str:
-        """What may be published of the reference: a repository, or a folder without its path."""
+        """Reference as it may be published: a repository, or a folder without its path."""
         if not self.is_local:
             return self.ref
         path = Path(self.ref).expanduser()
@@ -213,9 +213,9 @@ def card_license(card: Mapping[str, Any]) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def listed(names: str | PathLike[str] | Sequence[str | PathLike[str]]) -> list[str]:
-    """Names as text; a single one is a list of one."""
-    return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names)]
+def listed(names: str | PathLike[str] | Sequence[str | PathLike[str]] | None) -> list[str]:
+    """Names as text; a single one is a list of one, None an empty one."""
+    return [fspath(n) for n in ([names] if isinstance(names, str | PathLike) else names or ())]
 
 
 def card_datasets(card: Mapping[str, Any]) -> tuple[str, ...]:

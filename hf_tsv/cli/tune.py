@@ -73,7 +73,7 @@ def tune(
     to_learn(how.method or Settings.method, tasks, limit=pictures.limit, **vars(learning))
     from hf_tsv.verbs import tune as tune_
 
-    groups = (source, pictures, learning, result, result.target, result.files, how, compute, run)
+    groups = (source, pictures, result, result.target, result.files, how, compute, learning, run)
     own = {**merging.settings(result, how), "progress": run.progress}
     own["method"] = how.method or Settings.method
     done = call(tune_.tune, (*groups, access), checkpoints, tasks, **own)

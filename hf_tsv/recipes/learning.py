@@ -168,7 +168,7 @@ def to_learn(
     batch_size: int | None = None,
     **descent: Any,
 ) -> Adaptation | AlphaSearch:
-    """What a method learns from images; arguments of None have their defaults.
+    """Settings of what a method learns from images; arguments of None have their defaults.
 
     Raises:
         [`UsageError`]: an argument does not suit the method.

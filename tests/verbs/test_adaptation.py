@@ -26,6 +26,7 @@ from hf_tsv.cli.tune import LearningOptions
 from hf_tsv.evaluation import data
 from hf_tsv.merging.work import prepare
 from hf_tsv.recipes.settings import Settings
+from hf_tsv.system import progress
 from hf_tsv.verbs.learning import descent
 from hf_tsv.verbs.learning.coefficients import layers_of
 
@@ -487,8 +488,10 @@ def test_help_tells_the_defaults() -> None:
 
 
 def test_the_bar_shows_the_entropy(
-    zoo: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    zoo: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(progress, "drawable", lambda: True)
     report = adapted(zoo, tmp_path / "out", how(images, steps=1), progress=True)
     assert report.adaptation is not None
     assert f"Adapting, entropy {report.adaptation['entropy'][0]:.3f}" in capsys.readouterr().err

@@ -149,7 +149,7 @@ def test_an_error_that_nobody_knows(traces: Traces) -> None:
 import sys
 from hf_tsv import cli
 from hf_tsv.runs import target
-def upload(folder, target, token):
+def upload(folder, target, token, *, show):
     raise ZeroDivisionError("unforeseen")
 target.upload = upload
 words = ["merge", "org/vision", "--push-to", "me/new", "--stream"]
