@@ -118,7 +118,7 @@ def test_a_range_has_both_its_ends(text: str, values: list[float]) -> None:
     ],
 )
 def test_what_is_no_range_is_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match="`alphas=` cannot be|more than 1000 values"):
+    with pytest.raises(RecipeError, match=r"`alphas=` cannot be|more than 1000 values"):
         alphas_of(text)
 
 
