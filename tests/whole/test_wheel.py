@@ -74,7 +74,7 @@ assert "site-packages" in str(templates()), templates()
             check=False, capture_output=True, text=True, cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert "Warning: There are no pictures without matplotlib: pip install" in done.stderr
+        assert "Warning: No pictures: matplotlib is not installed. Run `pip install" in done.stderr
         text = (folder / page).read_text()
         assert "effective rank" in text or "by kind of layer" in text
         assert ".png" not in text and "<img" not in text and not list(folder.glob("*.png"))
