@@ -98,7 +98,7 @@ def test_bad_input_is_said_once(deep: Path) -> None:
     first, second = ends(ranks(*command(deep, "bad", "--rank", "0"), count=2, cwd=deep))
     assert (first.code, second.code) == (2, 2)
     assert first.out + second.out == ""
-    assert (first.err + second.err).count("Error: rank is 0") == 1, (first, second)
+    assert (first.err + second.err).count("Error: --rank must be at least 1") == 1, (first, second)
     assert not list(deep.glob("*bad*"))
 
 
