@@ -1040,7 +1040,7 @@ def test_a_failed_upload_of_factors_keeps_them(world: Path, hub: Hub) -> None:
     hub.fail("/api/models/me/abc/commit/", 403, times=99)
     with pytest.raises(api.RepoError, match="The result is complete in") as error:
         api.compress("org/vision", push_to="me/abc")
-    folder = Path(str(error.value).split("complete in ")[1].split(";")[0])
+    folder = Path(str(error.value).split("complete in ")[1].split(". Upload it")[0])
     assert (folder / "task_factors.safetensors").is_file()
 
 

@@ -365,7 +365,7 @@ def test_a_merge_that_cannot_decompose_names_weight_and_checkpoint(
     done = run("merge", ordinary / "a", ordinary / "b", "--base-model", ordinary / "base", "-o",
                tmp_path / "m", *options)  # fmt: skip
     told(done, str(ordinary / "a"), f".weight {NOT}")
-    assert re.search(r"--exclude '\w+\.weight'", done.err)
+    assert re.search(r"--exclude \w+\.weight", done.err)
     assert not any(tmp_path.iterdir())  # it would fail again: nothing is kept to go on with
 
 
