@@ -137,7 +137,7 @@ def refused(folder: Path, *said: str) -> None:
 
 
 def test_the_files_are_safetensors_json_and_a_card(made: Path) -> None:
-    assert set(contents(made)) == {FACTORS_CONFIG, FACTORS_FILE, "README.md"}
+    assert set(contents(made)) == {"config.json", FACTORS_CONFIG, FACTORS_FILE, "README.md"}
 
 
 def test_the_description_says_where_the_factors_come_from(zoo: Path, made: Path) -> None:
@@ -245,7 +245,7 @@ def test_shards_and_their_index_hold_the_same_tensors(
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 3
     assert set(contents(tmp_path / "out")) == {
-        *(FACTORS_CONFIG, INDEX, "README.md"),
+        *("config.json", FACTORS_CONFIG, INDEX, "README.md"),
         *(
             f"task_factors-{n:05}-of-{len(shards):05}.safetensors"
             for n in range(1, 1 + len(shards))

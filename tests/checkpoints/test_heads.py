@@ -131,7 +131,7 @@ def test_a_head_that_is_none(merged: Path, options: dict[str, Any], said: str) -
 
 def test_a_merge_without_heads_says_how_to_get_them(zoo: Path, tmp_path: Path) -> None:
     hf_tsv.merge([zoo / "vision"], base_model=zoo / "base", output=tmp_path / "m")
-    with pytest.raises(CheckpointError, match="--keep-heads"):
+    with pytest.raises(CheckpointError, match="Merge with `keep_heads=True`"):
         hf_tsv.load_model(tmp_path / "m", head="vision")
     done = run("merge", zoo / "vision", zoo / "flat", "--base-model", zoo / "base", "--keep-heads",
                "-o", tmp_path / "n")  # fmt: skip
@@ -164,8 +164,9 @@ def test_to_the_hub_and_back_by_the_code_on_the_card(
     code = card.split("## Task heads")[1].split("```python\n")[1].split("```")[0]
     namespace: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
+    image().save("photo.jpg")
     exec(code, namespace)
-    assert {entry["label"] for entry in namespace["classify"](image())} <= set(LABELS["digits"])
+    assert {entry["label"] for entry in namespace["classifier"](image())} <= set(LABELS["digits"])
     assert run("inspect", "me/merged", "--json").json["heads"] == ["animals", "digits"]
     # the recipe keeps them again
     again = run("merge", "--recipe", save(there, tmp_path), "-o", tmp_path / "again")

@@ -317,7 +317,7 @@ def test_a_recipe_notices_a_folder_that_changed(zoo: Path, tmp_path: Path) -> No
     tensors = state(task)
     tensors["vision_model.post_layernorm.bias"][3] += 1e-3
     save_file(tensors, task / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="task is not what it was when the recipe"):
+    with pytest.raises(CheckpointError, match="task has changed since the recipe was written"):
         hf_tsv.merge(recipe=tmp_path / "o", output=tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
