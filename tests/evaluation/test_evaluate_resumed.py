@@ -169,5 +169,5 @@ def test_bad_input_of_several_processes_is_said_once(zoo: Path, tmp_path: Path) 
     words = ["evaluate", zoo / "base", "--task", "a=org/x", "--limit", "0", "-o", tmp_path / "r"]
     first, second = ends(ranks(*words, count=2, cwd=tmp_path, freezing=True))
     assert (first.code, second.code) == (2, 2) and first.out + second.out == ""
-    assert (first.err + second.err).count("Error: limit is 0") == 1, (first, second)
+    assert (first.err + second.err).count("Error: --limit must be at least 1") == 1, (first, second)
     assert not list(tmp_path.iterdir())
