@@ -129,7 +129,9 @@ def test_a_method_is_one_function_and_one_row(zoo: Path, tmp_path: Path) -> None
     for file in (tmp_path / "m").iterdir():
         assert file.read_bytes() == (tmp_path / "n" / file.name).read_bytes(), file.name
     card = (tmp_path / "m" / "README.md").read_text()
-    assert "with the method `largest`" in card and " combined; " in card
+    assert "with the method `largest`" in card and re.search(
+        r"[0-9]+ tensors were combined\.", card
+    ), card
     assert re.search(f"\n  largest +{LARGEST.does}\n", run("merge", "--help", COLUMNS="100").out)
     for more in (["--rank", "3"], ["--report"]):
         refused = run(*words, *method, *more, "-o", tmp_path / "x")
