@@ -95,7 +95,8 @@ def size_in_bytes(size: int | str, of: int | None = None, *, name: str = "size")
     hint = "Examples: 2GB, 800MB."
     if of is not None:
         hint = "Examples: 10%, 35MB."
-        if isinstance(size, (int, float)) or (found and not found[2]):
-            share = Fraction(size) * (100 if 0 < Fraction(size) < 1 else 1)
+        if isinstance(size, int | float) or (found and not found[2]):
+            share = size if isinstance(size, int | float) else Fraction(size)
+            share *= 100 if 0 < share < 1 else 1
             hint = f"Did you mean {float(share):g}%? {hint}" if 0 < share <= 100 else hint
     raise UsageError(f"{argument(name)}: invalid size {shortened(size)}.", hint)
