@@ -563,7 +563,7 @@ def checked(folder: Path, done: Any) -> str:
                          "base_model_relation"}  # fmt: skip
     assert "49" not in re.sub(r"[0-9.]*49[0-9.]+|[0-9.]+49[0-9.]*", "", prose(body))
     ours = re.compile(r"<details><summary>The recipe</summary>|</details>")
-    assert len(ours.findall(body)) == 2
+    assert len(ours.findall(body)) in (0, 2)  # cards of factors have no recipe
     assert not re.search(r"<[a-z!/]", ours.sub("", prose(body)))
     links = re.findall(r"\]\(([^)]*)\)", prose(body))
     assert all(link.startswith("https://") or link.endswith(".png") for link in links), links

@@ -133,7 +133,7 @@ def test_an_output_in_an_input_or_where_nothing_can_be_written_is_refused(
         api.merge([zoo / "vision", "org/flat"], base_model="org/base", output=inside)
     with pytest.raises(api.OutputError, match=r"/proc takes no new folder"):
         api.merge(TASKS, output="/proc/x")
-    with pytest.raises(api.HfTsvError, match="nothing to merge"):
+    with pytest.raises(api.HfTsvError, match="No checkpoint given"):
         api.merge(None, output=world / "m")  # type: ignore[arg-type]
 
 
