@@ -79,6 +79,8 @@ def cli_page() -> str:
 
 
 def _command_section(name: str, command: Any) -> Iterator[str]:
+    from hf_tsv.cli.help import described, named
+
     context = command.make_context(name, [], resilient_parsing=True)
     yield f"## hf-tsv {name} {{#{name}}}\n"
     yield cleandoc(command.help or "") + "\n"
@@ -94,7 +96,7 @@ def _command_section(name: str, command: Any) -> Iterator[str]:
             title = "Arguments"
         elif title == "Arguments":
             title = "Options"
-        sections.setdefault(title, []).append((_names(parameter), _help(parameter)))
+        sections.setdefault(title, []).append((named(parameter), described(parameter)))
     sections |= {
         title: list(rows.items()) for title, rows in getattr(command, "tables", {}).items()
     }
@@ -107,22 +109,6 @@ def _command_section(name: str, command: Any) -> Iterator[str]:
         yield ""
     yield "**Examples**\n"
     yield "```bash\n" + "\n".join(getattr(command, "examples", ())) + "\n```\n"
-
-
-def _names(parameter: Any) -> str:
-    if parameter.param_type_name == "argument":
-        return str(parameter.metavar or parameter.name.upper())
-    names = ", ".join(sorted(parameter.opts, key=len))
-    if parameter.secondary_opts:
-        return f"{names} / {', '.join(parameter.secondary_opts)}"
-    return names if parameter.is_flag else f"{names} {parameter.metavar or 'TEXT'}"
-
-
-def _help(parameter: Any) -> str:
-    text, default = str(parameter.help or ""), parameter.default
-    if default in (None, ..., False, True, (), []) or callable(default) or "[default" in text:
-        return text
-    return f"{text} [default: {default}]"
 
 
 # The Python interface

@@ -135,4 +135,4 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    app(prog_name="hf-tsv")

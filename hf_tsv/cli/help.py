@@ -52,7 +52,7 @@ class Page:
             if not getattr(param, "hidden", False):
                 panel = getattr(param, "rich_help_panel", None) or self.last
                 title = "Arguments" if param.param_type_name == "argument" else panel
-                sections.setdefault(title, []).append((_name(param), _text(param)))
+                sections.setdefault(title, []).append((named(param), described(param)))
         sections[self.last] = sections.pop(self.last)
         tables = {title: list(rows.items()) for title, rows in self.tables.items()}
         sections = tables | sections if isinstance(self, Group) else sections | tables
@@ -96,7 +96,7 @@ class Group(Page, TyperGroup):
     last = "Options"
 
 
-def _name(param: Any) -> str:
+def named(param: Any) -> str:
     """Option or argument as the first column has it."""
     if param.param_type_name == "argument":
         return str(param.metavar or param.name.upper())
@@ -106,7 +106,7 @@ def _name(param: Any) -> str:
     return names if param.is_flag else f"{names} {param.metavar or 'TEXT'}"
 
 
-def _text(param: Any) -> str:
+def described(param: Any) -> str:
     """Help of a parameter, with its default."""
     text, default = str(param.help or ""), param.default
     shown = default not in (None, ..., False, (), []) and not (default is True or callable(default))
