@@ -1,6 +1,6 @@
 """Results of finished tasks, kept beside an unfinished output so that a stopped run can resume.
 
-Beside the output `results` lies `.results.hf-tsv-tasks`: a line for each task of each model, keyed
+Beside the output `results` is `.results.hf-tsv-tasks`: a line for each task of each model, keyed
 by a digest of everything that determines its result. Lines of other commands are not used, and the
 file is removed when a command succeeds.
 """

@@ -30,7 +30,7 @@ def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
 def head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Compute one direction per class: the mean of its prompts' embeddings of length 1.
 
-    The result, shape (classes, projection), lies on the device of the model, a `CLIPModel`.
+    The result, shape (classes, projection), is on the device of the model, a `CLIPModel`.
     """
     written = prompts(classes, templates)
     parts = []

@@ -26,7 +26,7 @@ def load(recipe: str | Path | Recipe, access: Access) -> tuple[Recipe, Path | No
     """Read the recipe of a file, of an output folder, or of a repository: `org/name@revision`.
 
     Returns:
-        `tuple[Recipe, Path | None]`: the recipe, and the folder that it lies in, if any.
+        `tuple[Recipe, Path | None]`: the recipe, and the folder around it, if any.
 
     Raises:
         [`HfTsvError`]: it is not there, or not a recipe that this version understands.

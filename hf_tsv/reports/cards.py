@@ -147,7 +147,7 @@ class MergeCard(Card):
 
     @property
     def front_matter(self) -> ModelCardData:
-        """Metadata for the Hub: the merge goes back to all checkpoints that lie there."""
+        """Metadata for the Hub: the merge descends from all checkpoints that are there."""
         on_hub = [item.repo_id for item in (self.base, *self.inputs) if item.revision is not None]
         return ModelCardData(
             base_model=list(dict.fromkeys(on_hub)) or None,
@@ -275,7 +275,7 @@ class CompressedCard(Card):
     def _data(
         self, relation: str, library: str, tags: list[str], parent: CardInput
     ) -> ModelCardData:
-        """Metadata with the model it descends from, if that lies on the Hub."""
+        """Metadata with the model it descends from, if that is on the Hub."""
         return ModelCardData(
             base_model=parent.repo_id if parent.revision else None,
             base_model_relation=relation if parent.revision else None,

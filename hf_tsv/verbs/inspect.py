@@ -58,7 +58,7 @@ class InspectReport(Report):
             `numerical_rank` and `energy`.
         recipe (`dict`, *optional*): inputs and settings of a merge.
         factors (`dict`, *optional*): origin, rule, type, bytes and error of task factors.
-        heads (`list[str]`): tasks whose heads lie beside a merge.
+        heads (`list[str]`): tasks whose heads are beside a merge.
         adapter (`dict`, *optional*): `rank`, `target_modules` and `alpha` of an adapter.
         unknown (`list[str]`): facts that headers cannot tell.
     """

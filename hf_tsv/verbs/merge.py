@@ -136,7 +136,7 @@ def merge(
         commit_message (`str`, *optional*): of the upload.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
-        subfolder (`str`, *optional*): where the checkpoints lie in their repositories or folders,
+        subfolder (`str`, *optional*): where the checkpoints are in their repositories or folders,
             unless they say it themselves: `org/name/subfolder`.
         stream (`bool`): read tensors from the Hub when they are needed, without a copy on disk.
         max_memory (`int` or `str`, *optional*): bytes the process may use, or `"2GB"`; less goes

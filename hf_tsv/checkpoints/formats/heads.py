@@ -58,7 +58,7 @@ def write(
 
 
 def tasks_of(item: Task) -> list[str]:
-    """Names of the tasks whose heads lie beside a merge."""
+    """Names of the tasks whose heads are beside a merge."""
     names = item.pinned.files.within(FOLDER).names()
     mine = (name for name in names if name.endswith(SUFFIX) and name.isprintable())
     return [name.removesuffix(SUFFIX) for name in mine]

@@ -173,7 +173,7 @@ def distinct_names(pins: Sequence[PinnedCheckpoint]) -> list[str]:
 
 
 def _longer_name(item: PinnedCheckpoint) -> str:
-    """A repository, or a folder with the name of the folder it lies in."""
+    """A repository, or a folder with the name of the folder around it."""
     path = Path(item.ref).expanduser().absolute()
     return "/".join(path.parts[-2:]) if item.is_local else item.ref
 
