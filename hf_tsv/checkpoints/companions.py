@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens
 COMPANIONS = (*PROCESSOR_FILES, *TOKENIZER_FILES, *OTHER_FILES)
 LARGEST = 100_000_000
 NAME_CLASSES = (*PROCESSOR_FILES, "tokenizer_config.json")
+LABELS = ("id2label", "label2id", "num_labels", "problem_type")  # of a task head
 CODE = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation")
 """Keys by which a configuration makes transformers load code from a repository."""
 
@@ -129,6 +131,9 @@ def output_config(
     OpenCLIP's file layout, defaults that transformers omits are added.
     """
     config: dict[str, Any] = without_code(base.model_config)
+    if base.head and isinstance(named := config.get("architectures"), list):  # it is left out
+        config["architectures"] = [re.sub(r"For[A-Z]\w*$", "Model", str(name)) for name in named]
+        config = {key: value for key, value in config.items() if key not in LABELS}
     if out_format == "open_clip":
         from transformers import CLIPConfig
 

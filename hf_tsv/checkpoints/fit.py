@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.task import Task
@@ -19,6 +20,14 @@ OTHER_BASE = 0.5
 """‖Δ‖ / ‖W0‖ from which an input is refused as a fine-tune of another model. Fine-tunes have 0.005
 to 0.05, and two models that have nothing in common 1 or more.
 """
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    layout.VISION: {"hidden_act": "quick_gelu", "num_attention_heads": 12, "layer_norm_eps": 1e-5,
+                    "patch_size": 32},
+    layout.TEXT: {"hidden_act": "quick_gelu", "num_attention_heads": 8, "layer_norm_eps": 1e-5},
+}  # fmt: skip
+"""Settings that change what the same weights compute, with the values of a CLIP's config.json that
+does not say them."""
 
 SHOWN = 3  # tensors that do not fit which an error lists
 LOOKS = 4  # matrices of an input that are measured before the work
@@ -68,9 +77,10 @@ def check_whole_clip(base: Checkpoint, what: str) -> None:
 
 def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
     """Refuse inputs that miss weights, or have extra ones or another shape; all are listed."""
-    if base.left_out:
+    if base.head and layout.is_clip(base.model_config):
+        head = next(iter(base.head))
         raise CheckpointError(
-            f"The base model {base} has a task head ({base.left_out[0]}), so it is a fine-tune.",
+            f"The base model {base} has a task head ({head}), so it is a fine-tune.",
             "Name the CLIPModel it was fine-tuned from with `base_model=REF`.",
         )
     for item in inputs:
@@ -93,7 +103,9 @@ def check_fit(base: Checkpoint, inputs: Sequence[Task]) -> None:
             f"{counted(total, 'weight does', 'weights do')} not fit the base model {base}:",
             *(f"  {line}" for line in problems),
         ]
-        hint = "Name the model that these were fine-tuned from with `base_model=REF`."
+        hint = (
+            f"If these were not fine-tuned from {base}, name the right one with `base_model=REF`."
+        )
         raise CheckpointError("\n".join(lines), hint)
 
 
@@ -132,6 +144,8 @@ def _misfits(base: Checkpoint, item: Task) -> list[str]:
     if not encoders:
         return [f"{item}: it has no encoder in common with the base"]
     for name, info in base.tensors.items():
+        if name.endswith(layout.BUFFER):  # copied
+            continue
         found = item.tensors.get(name)
         required = whole_model or name.split(".")[0] in encoders
         if found is None:
@@ -165,8 +179,11 @@ def config_warnings(base: Checkpoint, inputs: Sequence[Task]) -> list[str]:
     reference = layout.tower_configs(base.model_config)
     for item in inputs:
         for tower, config in layout.tower_configs(item.model_config).items():
-            for key in ("hidden_act", "num_attention_heads", "layer_norm_eps", "patch_size"):
-                ours, theirs = reference.get(tower, {}).get(key), config.get(key)
+            usual = DEFAULTS[tower] if layout.is_clip(item.model_config) else {}
+            for key in DEFAULTS[tower]:
+                default = usual.get(key)
+                ours = reference.get(tower, {}).get(key, default)
+                theirs = config.get(key, default)
                 if None not in (ours, theirs) and ours != theirs:
                     warnings.append(
                         f"{item} has {tower}.{key} = {theirs}, the base {ours}: it is probably not"

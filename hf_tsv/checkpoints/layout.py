@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import shortened
+
+T = TypeVar("T")
 
 # Tower of the unprefixed names that transformers 5 writes, by the model type of config.json.
 FLAT_PREFIXES = {"clip": "", "clip_vision_model": "vision_model.", "clip_text_model": "text_model."}
@@ -43,8 +45,25 @@ MODEL_CLASSES = {
 }
 
 BUFFER = "position_ids"  # in checkpoints of transformers 4, no parameter of the modules
+EXTRA = re.compile(
+    r"(.+\.)?(position_ids|attn_mask|attention_mask|causal_mask|input_resolution|context_length"
+    r"|vocab_size|logit_bias)"
+)
+"""Buffers and numbers that CLIPs hold beside their weights, and that no merge needs."""
+
 FLAT = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm|final_layer_norm)\.")
-TASK_HEAD = re.compile(r"classifier\.")
+TASK_HEAD = re.compile(r"(classifier|cls_classifier|distillation_classifier)\.")
+WRAPPERS = ("module", "_orig_mod", "model", "base_model", "clip", "clip_model", "net")
+"""What torch.compile, DistributedDataParallel, PEFT and trainers put in front of every name."""
+
+PARTS = frozenset({
+    "vision_model", "text_model", "visual_projection", "text_projection", "logit_scale",
+    "embeddings", "encoder", "pre_layrnorm", "post_layernorm", "final_layer_norm", "visual",
+    "transformer", "token_embedding", "positional_embedding", "ln_final", "text", "layernorm",
+    "layers", "layer", "blocks", "pooler",
+})  # fmt: skip
+"""First components of names that models themselves have."""
+
 QKV = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.weight$")
 BLOCK = re.compile(r"^(vision|text)_model\.encoder\.layers\.(\d+)\.(.+?)(?:\.weight)?$")
 ANY_BLOCK = re.compile(r"^.*?\.(\d+)\.(.+?)(?:\.weight)?$")
@@ -79,6 +98,42 @@ def is_clip(config: Mapping[str, Any]) -> bool:
         (True, False)
     """
     return config.get("model_type") in FLAT_PREFIXES
+
+
+def unwrapped(stored: Mapping[str, T], config: Mapping[str, Any]) -> dict[str, T]:
+    """Tensors by the names that the model itself uses, without what all names have in front.
+
+    A task head may lack it. Of a CLIP any word is taken off that is none of its parts; of another
+    model only those of [`WRAPPERS`], and its type, as in `vit.encoder` of a classifier.
+
+    Example:
+        >>> unwrapped({"module.clip.vision_model.a": 1, "module.clip.text_model.b": 2}, {})
+        {'vision_model.a': 1, 'text_model.b': 2}
+    """
+    names, kind = dict(stored), str(config.get("model_type", "clip")).replace("-", "_")
+    while True:
+        body = [name for name in names if not TASK_HEAD.match(name)]
+        words = {name.partition(".")[0] for name in body}
+        word = next(iter(words), "")
+        if len(words) != 1 or word in PARTS or not all(name.count(".") for name in body):
+            return names
+        own = len(word) > 1 and kind.startswith(word)  # vit of vit_mae
+        if kind not in FLAT_PREFIXES and word not in WRAPPERS and not own:
+            return names
+        shorter = {name.removeprefix(f"{word}."): value for name, value in names.items()}
+        if len(shorter) < len(names):
+            return names
+        names = shorter
+
+
+def is_extra(name: str) -> bool:
+    """Tell whether a tensor of a CLIP is no weight, by its name.
+
+    Example:
+        >>> is_extra("text_model.embeddings.position_ids"), is_extra("logit_scale")
+        (True, False)
+    """
+    return EXTRA.fullmatch(name) is not None
 
 
 def canonical_name(stored: str, flat_prefix: str) -> str | None:

@@ -88,7 +88,13 @@ def open_base(pinned: PinnedCheckpoint) -> Checkpoint:
     if not form.is_whole:
         hint = "Name the model that the tasks were fine-tuned from."
         raise CheckpointError(f"The base model {pinned} {form.says}.", hint)
-    return _readable(pinned, open_checkpoint)
+    found = _readable(pinned, open_checkpoint)
+    if found.config_name is None:
+        raise CheckpointError(
+            f"The base model {pinned} has no {CONFIG_FILE}, and not all of it is in the weights.",
+            "Name the published base model, or put its config.json beside the weights.",
+        )
+    return found
 
 
 def _readable(

@@ -20,9 +20,10 @@ from hf_tsv.checkpoints.storage.files import Files, HubFiles, LocalFiles, inside
 from hf_tsv.hub import WEIGHT_SUFFIXES
 from hf_tsv.system.errors import CheckpointError, RepoError
 from hf_tsv.system.folders import local_kind
-from hf_tsv.system.untrusted import parse_yaml
+from hf_tsv.system.untrusted import parse_json, parse_yaml
 
 LONGEST_SUBFOLDER = 1000
+MODULES = "modules.json"  # of sentence-transformers
 CARD_BYTES = 1_000_000  # of a card are read; its front matter has to end within them
 # Revisions that are written unquoted; in others a slash would begin a subfolder.
 PULL_REQUEST = re.compile(r"refs/(pr|convert)/\w+")
@@ -165,19 +166,41 @@ def pin(
     Raises:
         [`RepoError`]: unknown, private or gated repository, or unknown revision.
     """
+    text = reference.text
     if reference.repo_id is None:
-        local = LocalFiles(Path(reference.text).expanduser())
-        return PinnedCheckpoint(reference.text, None, local, _local_card(local))
+        here = LocalFiles(Path(text).expanduser())
+        card = _local_card(here)
+        if inner := _module_folder(here):
+            text, here = str(Path(text, inner)), here.within(inner)
+        return PinnedCheckpoint(text, None, here, card)
     repo_id, revision, inside = reference.repo_id, reference.revision, reference.subfolder
     access = {"token": token, "cache_dir": cache_dir}
     repo = hub.snapshot(repo_id, revision, inside, configs=CONFIGS, **access)
     root = HubFiles(repo) if repo.folder is None else LocalFiles(repo.folder)
-    files = root.within(inside)
+    files: Files = root.within(inside)
     if inside and not files.names():
         hint = "Check the name of the subfolder; for a local folder check the path."
         raise RepoError(f"{repo_id} has no files in {inside}/.", hint)
     card = repo.card if repo.folder is None else _local_card(LocalFiles(repo.folder))
-    return PinnedCheckpoint(reference.text, repo.revision, files, card, revision)
+    if inner := _module_folder(files):
+        text, files = f"{text}/{inner}", files.within(inner)
+    return PinnedCheckpoint(text, repo.revision, files, card, revision)
+
+
+def _module_folder(files: Files) -> str:
+    """Folder in which sentence-transformers keeps the model, by its modules.json; else empty."""
+    size = files.size(MODULES)
+    if size is None or size > CARD_BYTES or any(files.size(name) is not None for name in CONFIGS):
+        return ""
+    try:
+        modules = parse_json(files.read(MODULES))
+    except (OverflowError, ValueError):
+        return ""
+    paths = (
+        [m.get("path") for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
+    )
+    there = (path for path in paths if isinstance(path, str) and path and inside_folder(path))
+    return next((path for path in there if files.within(path).size("config.json") is not None), "")
 
 
 def _local_card(files: LocalFiles) -> dict[str, Any]:

@@ -177,6 +177,7 @@ def open_sources(
     calls: list[Callable[[], Task]] = [*(partial(open_task, pin, base) for pin in rest), base]
     found = iter(in_parallel(lambda call: call(), calls))
     inputs = tuple(next(found) if item is None else item for item in opened)
+    inputs = tuple(item.completed(base()) for item in inputs)
     if only_factors:
         _refuse_others(tasks, inputs)
     _refuse_twice(tasks, base_pin)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import json
 import pickle
 import shutil
@@ -9,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cli import hf_tsv as run
@@ -57,14 +60,42 @@ def test_tensors_are_read_where_they_lie(tmp_path: Path) -> None:
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor.detach()), name
 
 
-@pytest.mark.parametrize("wrap", ["state_dict", "model_state_dict", "module.", "model."])
+@pytest.mark.parametrize("wrap", ["state_dict", "model_state_dict", "model", "module"])
 def test_training_checkpoints_are_unwrapped(tmp_path: Path, wrap: str) -> None:
     state = {"a.weight": torch.randn(2, 2), "b.bias": torch.randn(2)}
-    content: Any = {"epoch": 3, wrap: state, "optimizer": {}}
-    if wrap.endswith("."):
-        content = {wrap + name: tensor for name, tensor in state.items()}
-    torch.save(content, tmp_path / "x.pt")
+    torch.save({"epoch": 3, wrap: state, "optimizer": {}}, tmp_path / "x.pt")
     assert read_all(tmp_path, "x.pt").keys() == state.keys()
+
+
+class Settings:
+    """A class of a training script, which is not here when the file is read."""
+
+    def __init__(self) -> None:
+        self.rate, self.where = 1e-5, Path("runs")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_is_beside_the_weights_is_skipped(tmp_path: Path, protocol: int) -> None:
+    state = {"a.weight": torch.randn(2, 2), "b.bias": torch.randn(2)}
+    beside = {
+        "args": argparse.Namespace(lr=1e-5, seed=1), "best": np.float64(0.9), "folder": tmp_path,
+        "when": datetime.datetime(2026, 1, 1), "settings": Settings(), "order": np.arange(3),
+        "tags": frozenset({"a", "b"}), "pair": (np.int64(3), b"bytes" * 100),
+    }  # fmt: skip
+    torch.save({**beside, "state_dict": {**state, "version": np.int64(2)}}, tmp_path / "x.pt",
+               pickle_protocol=protocol)  # fmt: skip
+    found = read_all(tmp_path, "x.pt")
+    assert found.keys() == state.keys() and all(torch.equal(found[n], state[n]) for n in state)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 2, 2), (4, 1, 5, 5), (2, 3, 4, 5, 6)])
+def test_channels_last_is_read_as_it_is(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    form = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    tensor = torch.randn(shape).contiguous(memory_format=form)
+    torch.save({"a": tensor, "b": tensor.permute(1, 0, *range(2, len(shape)))}, tmp_path / "x.pt")
+    found = read_all(tmp_path, "x.pt")
+    assert torch.equal(found["a"], tensor) and found["a"].is_contiguous()
+    assert torch.equal(found["b"], tensor.transpose(0, 1)) and found["b"].is_contiguous()
 
 
 def test_a_merge_of_pickles_is_that_of_safetensors(zoo: Path, tmp_path: Path) -> None:
@@ -149,9 +180,9 @@ def test_code_is_never_run(zoo: Path, tmp_path: Path) -> None:
     state = load_file(zoo / "vision" / "model.safetensors")
     torch.save({**state, "x": Bomb(tmp_path / "ran")}, folder / "pytorch_model.bin")
     done = run("merge", folder, "--base-model", zoo / "base", "-o", tmp_path / "m")
-    assert done.code == 1 and "could run code" in done.err
+    assert done.code == 1 and "would run code" in done.err
     assert not (tmp_path / "ran").exists() and not (tmp_path / "m").exists()
-    assert "could run code" in run("inspect", folder).out
+    assert "would run code" in run("inspect", folder).out
 
 
 def damaged(file: Path, how: str) -> None:
@@ -186,7 +217,7 @@ def damaged(file: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("cut", "torch.save"), ("text", "torch.save"), ("module", "more than tensors"),
+        ("cut", "torch.save"), ("text", "torch.save"), ("module", "whole model"),
         ("list", "no state dict"), ("legacy", "torch.save"), ("compressed", "torch.save"),
         ("plain pickle", "torch.save"), ("strided", "not contiguous"),
         ("negated", "not contiguous"),

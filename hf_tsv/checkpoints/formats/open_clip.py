@@ -53,8 +53,14 @@ IN_BLOCK |= {
 
 BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d{1,4})\.(.+)")
 CANONICAL_BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)")
+OWN = re.compile(r"(^|\.)(visual\.(conv1|transformer|ln_post)|transformer\.resblocks)\.")
 OTHER_TEXT = "text."  # prefix of the text tower in OpenCLIP's class for towers of several kinds
 HEAD_WIDTH, MLP_RATIO = 64, 4.0  # OpenCLIP's defaults
+
+
+def are_names(names: Iterable[str]) -> bool:
+    """Tell whether names of tensors, with whatever in front, are OpenCLIP's or OpenAI's."""
+    return any(map(OWN.search, names))
 
 
 def parts_of(stored: str, shape: tuple[int, ...], owner: str) -> list[Part]:

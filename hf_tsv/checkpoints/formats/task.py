@@ -13,7 +13,6 @@ from torch import Tensor
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.base_model import SaidBase, said_by
-from hf_tsv.checkpoints.formats import open_clip
 from hf_tsv.checkpoints.formats.change import Change, Original, stacked, update_of
 from hf_tsv.checkpoints.formats.description import FactorsConfig
 from hf_tsv.checkpoints.names import CONFIG_FILE, Format
@@ -41,7 +40,7 @@ class Task(ABC):
     loads_as_model: ClassVar[bool] = True  # `load_model` makes a transformers model of it
     loading: ClassVar[str] = "Load it with transformers' AutoModel."  # advice where it makes none
     for_factors: ClassVar[str] = "Make factors with `hf-tsv compress`."  # `{}` is its name
-    config_file: ClassVar[str | None] = None  # its description; None: the config of its layout
+    config_file: ClassVar[str] = CONFIG_FILE  # its description
 
     pinned: PinnedCheckpoint
     model_config: Mapping[str, Any]  # config.json of the fine-tuned model
@@ -49,6 +48,7 @@ class Task(ABC):
     weight_files: tuple[str, ...]  # files of its tensors, index included
     head: Mapping[str, TensorInfo] = field(default_factory=dict)  # its task head, by stored name
     format: Format = "transformers"  # which a merge with it as the base has too
+    extras: tuple[str, ...] = ()  # stored names of buffers, which no merge needs
 
     def __str__(self) -> str:
         return str(self.pinned)
@@ -56,8 +56,7 @@ class Task(ABC):
     @property
     def needed_files(self) -> tuple[str, ...]:
         """Names of the files that a run reads."""
-        own = open_clip.CONFIG_FILE if self.format == "open_clip" else CONFIG_FILE
-        return (self.config_file or own, *self.weight_files)
+        return (self.config_file, *self.weight_files)
 
     @abstractmethod
     def parts(self, name: str) -> list[TensorInfo]:
@@ -103,7 +102,7 @@ class Task(ABC):
     @property
     def left_out(self) -> tuple[str, ...]:
         """Names, as stored, of the tensors that a merge omits."""
-        return tuple(self.head)
+        return (*self.head, *self.extras)
 
     @property
     def description(self) -> FactorsConfig | None:
@@ -128,6 +127,10 @@ class Task(ABC):
         are all those above rounding.
         """
         return 0.0, 0.0
+
+    def completed(self: T, base: Task) -> T:
+        """Make the same task, with what its own files do not say taken from the base model."""
+        return self
 
     def reading_from(self: T, files: Files) -> T:
         """Make the same task, read from a copy of its files."""

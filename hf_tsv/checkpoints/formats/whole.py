@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_tsv.checkpoints import layout
-from hf_tsv.checkpoints.formats import open_clip
+from hf_tsv.checkpoints.formats import open_clip, shapes
 from hf_tsv.checkpoints.formats.change import CPU, Original, stacked
+from hf_tsv.checkpoints.formats.finding import refuse_loose_lora, weight_file
 from hf_tsv.checkpoints.formats.task import Task
-from hf_tsv.checkpoints.names import CONFIG_FILE, PICKLED_FILE, SINGLE_FILE, Format
+from hf_tsv.checkpoints.names import CONFIG_FILE, Format
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
-from hf_tsv.checkpoints.storage.files import Files, read_json
-from hf_tsv.checkpoints.storage.headers import VARIANT, index_of, read_headers
-from hf_tsv.checkpoints.storage.pickles import SUFFIXES
+from hf_tsv.checkpoints.storage.files import read_json
+from hf_tsv.checkpoints.storage.headers import read_headers
+from hf_tsv.checkpoints.storage.pickles import CONTIGUOUS
 from hf_tsv.checkpoints.storage.tensors import TensorInfo, read_tensor
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import quoted
-
-VARIANT_INDEX = re.compile(r"model\.safetensors\.index\.([A-Za-z0-9_]+)\.json")
-
-WEIGHTS: tuple[tuple[str, Format], ...] = (
-    (SINGLE_FILE, "transformers"),
-    (open_clip.SINGLE_FILE, "open_clip"),
-    (PICKLED_FILE, "transformers"),
-    (open_clip.PICKLED_FILE, "open_clip"),
-)
-"""Names of weight files with their layouts, in order of preference."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +33,27 @@ class Checkpoint(Task):
     is_whole: ClassVar[bool] = True
 
     tensors: Mapping[str, TensorInfo]
+    config_name: str | None = CONFIG_FILE  # file of its config; None: the shapes tell
+
+    @property
+    def needed_files(self) -> tuple[str, ...]:
+        """Names of the files that a run reads."""
+        return (*filter(None, [self.config_name]), *self.weight_files)
+
+    def completed(self, base: Task) -> Checkpoint:
+        """Make the same checkpoint, with the base's config if it has none itself."""
+        if self.config_name is not None or not layout.is_clip(base.model_config):
+            return self
+        own, theirs = (
+            layout.tower_configs(self.model_config),
+            layout.tower_configs(base.model_config),
+        )
+        if own.keys() != theirs.keys():  # one tower, of which the base has two
+            tower = next(iter(own))
+            config = {**theirs.get(tower, {}), "model_type": own[tower]["model_type"]}
+        else:
+            config = dict(base.model_config)
+        return replace(self, model_config=config)
 
     def parts(self, name: str) -> list[TensorInfo]:
         """Tensors of the files that reading one weight needs."""
@@ -80,85 +91,102 @@ class Checkpoint(Task):
 def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
     """Read the config and all headers of a checkpoint, and nothing else.
 
+    The names of its tensors tell whether they are OpenCLIP's or transformers'. Without a config,
+    the shapes say what a CLIP's would.
+
     Raises:
         [`CheckpointError`]: no model, no weights, or a damaged file or index.
     """
     owner, there = str(pinned), pinned.files
-    single = _known(there) or _only_variant(there, owner) or _only_pickle(there) or SINGLE_FILE
-    kind_of = dict(WEIGHTS).get(single)
-    if kind_of is None and there.size(CONFIG_FILE) is None:
-        kind_of = "open_clip"
-    if kind_of == "open_clip" and there.size(open_clip.CONFIG_FILE) is not None:
-        return _open_open_clip(pinned, single, owner)
-    config = read_json(there, CONFIG_FILE, owner)
-    flat_prefix = layout.flat_prefix_of(config, owner)
+    configs = {
+        name: read_json(there, name, owner)
+        for name in (CONFIG_FILE, open_clip.CONFIG_FILE)
+        if there.size(name) is not None
+    }
+    if configs.keys() == {CONFIG_FILE}:  # before its weights: it may be no model at all
+        layout.flat_prefix_of(configs[CONFIG_FILE], owner)
+    stored, files = read_headers(there, weight_file(there, owner), owner)
+    refuse_loose_lora(stored, owner)
+    foreign = open_clip.are_names(stored)
+    config, file = _config(configs, owner, foreign=foreign)
+    stored = layout.unwrapped(stored, config)
+    prefix = layout.flat_prefix_of(config, owner) if config else shapes.flat_prefix(list(stored))
+    tensors: dict[str, TensorInfo] = {}
+    head: dict[str, TensorInfo] = {}
+    extras: list[str] = []
+    clip = not config or layout.is_clip(config)
+    for name, info in sorted(stored.items()):
+        if clip and layout.is_extra(name) and not _is_buffer(name, info):
+            extras.append(name)
+            continue
+        parts = (
+            _parts(name, info, owner) if foreign else {layout.canonical_name(name, prefix): info}
+        )
+        for canonical, part in parts.items():
+            if canonical is None:
+                head[name] = part
+            elif canonical in tensors:
+                raise CheckpointError(f"{owner}: {canonical} is stored twice, once as {name}.")
+            else:
+                tensors[canonical] = part
+    if not config:
+        config = shapes.config_of(tensors, owner)
+    elif file == open_clip.CONFIG_FILE:
+        _check_sizes(config, tensors, owner)
+    own = foreign and file == open_clip.CONFIG_FILE
+    form: Format = "open_clip" if own else "transformers"
+    return Checkpoint(pinned, config, tensors, files, head, form, tuple(extras), file)
+
+
+def _config(
+    configs: Mapping[str, dict[str, Any]], owner: str, *, foreign: bool
+) -> tuple[dict[str, Any], str | None]:
+    """Configuration in transformers' words and its file; empty and None where there is no file.
+
+    Where there are two, OpenCLIP's belongs to `foreign` names, transformers' to its own.
+    """
+    if not configs:
+        return {}, None
+    file = (list(configs)[::-1] if foreign else list(configs))[0]
+    config = configs[file]
+    if file == open_clip.CONFIG_FILE:
+        config = open_clip.transformers_config(config, owner)
+    _refuse_quantised(config, owner)
+    return config, file
+
+
+def _is_buffer(name: str, info: TensorInfo) -> bool:
+    """Tell whether a tensor is the table of positions that transformers 4 wrote: it is copied."""
+    return name.endswith(layout.BUFFER) and not info.dtype.is_floating_point
+
+
+def _refuse_quantised(config: Mapping[str, Any], owner: str) -> None:
     if isinstance(quantised := config.get("quantization_config"), dict):
         method = quoted(quantised.get("quant_method"))
         hint = "Dequantise it (model.dequantize() in transformers), and save it again."
         raise CheckpointError(f"{owner} is quantised ({method}), and that cannot be merged.", hint)
-    stored, files = read_headers(there, single, owner)
-    tensors: dict[str, TensorInfo] = {}
-    head: dict[str, TensorInfo] = {}
-    for name, info in sorted(stored.items()):
-        canonical = layout.canonical_name(name, flat_prefix)
-        if canonical is None:
-            head[name] = info
-        elif canonical in tensors:
-            raise CheckpointError(f"{owner}: {canonical} is stored twice, once without its prefix.")
-        else:
-            tensors[canonical] = info
-    return Checkpoint(pinned, config, tensors, files, head)
 
 
-def _known(files: Files) -> str | None:
-    """First of the known weight files that exists, whole or as shards."""
-    there = (s for s, _ in WEIGHTS if any(files.size(n) is not None for n in (s, index_of(s))))
-    return next(there, None)
-
-
-def _only_variant(files: Files, owner: str) -> str | None:
-    """Name of the only weights saved by `save_pretrained(variant=…)`, or None."""
-    patterns = (VARIANT, VARIANT_INDEX)
-    matches = (pattern.fullmatch(name) for name in files.names() for pattern in patterns)
-    found = {match[1] for match in matches if match}
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{owner} has only variants of its weights, and several: {', '.join(sorted(found))}.",
-            "Load the one you mean with transformers (variant=…) and save it.",
-        )
-    return f"model.{found.pop()}.safetensors" if found else None
-
-
-def _only_pickle(files: Files) -> str | None:
-    """Name of the only state dict, whatever it is called, or None."""
-    found = [n for n in files.names() if n.endswith(SUFFIXES) and "/" not in n]
-    return found[0] if len(found) == 1 else None
-
-
-def _open_open_clip(pinned: PinnedCheckpoint, single: str, owner: str) -> Checkpoint:
-    content = read_json(pinned.files, open_clip.CONFIG_FILE, owner)
-    config = open_clip.transformers_config(content, owner)
-    stored, files = read_headers(pinned.files, single, owner)
-    tensors: dict[str, TensorInfo] = {}
-    for name, info in sorted(stored.items()):
-        for part in open_clip.parts_of(name, info.shape, owner):
-            shape = info.shape[::-1] if part.transposed else info.shape
-            if part.of > 1:
-                shape = (shape[0] // part.of, *shape[1:])
-            size = info.nbytes // part.of
-            start, turned = info.start + part.index * size, part.transposed != info.transposed
-            if info.transposed and part.of > 1:
-                raise CheckpointError(
-                    f"{owner}: the rows of {name} are not stored contiguously.",
-                    "Save it as safetensors.",
-                )
-            if part.name == "logit_scale" and info.nbytes == info.dtype.itemsize:
-                shape = ()  # some files hold a list of one
-            if part.name in tensors:
-                raise CheckpointError(f"{owner}: {part.name} is stored twice, once as {name}.")
-            tensors[part.name] = TensorInfo(info.file, info.dtype, shape, start, size, turned)
-    _check_sizes(config, tensors, owner)
-    return Checkpoint(pinned, config, tensors, files, format="open_clip")
+def _parts(name: str, info: TensorInfo, owner: str) -> dict[str | None, TensorInfo]:
+    """Canonical tensors, by name, that a tensor of OpenCLIP holds."""
+    if layout.TASK_HEAD.match(name):
+        return {None: info}
+    found: dict[str | None, TensorInfo] = {}
+    for part in open_clip.parts_of(name, info.shape, owner):
+        shape, order = info.shape, info.order
+        if part.transposed:
+            shape, order = shape[::-1], () if order else (1, 0)
+        if part.of > 1:
+            if order:
+                problem = f"{owner}: the rows of {name} are not stored contiguously."
+                raise CheckpointError(problem, CONTIGUOUS)
+            shape = (shape[0] // part.of, *shape[1:])
+        size = info.nbytes // part.of
+        if part.name == "logit_scale" and info.nbytes == info.dtype.itemsize:
+            shape = ()  # some files hold a list of one
+        start = info.start + part.index * size
+        found[part.name] = TensorInfo(info.file, info.dtype, shape, start, size, order)
+    return found
 
 
 def _check_sizes(config: dict[str, Any], tensors: Mapping[str, TensorInfo], owner: str) -> None:

@@ -16,6 +16,7 @@ from hf_tsv.system.untrusted import MAX_BYTES, parse_json
 
 # Folder name of a repository in the Hub client's cache; its snapshots link to its `blobs`.
 CACHED = re.compile(r"(models|datasets)--.+")
+POINTER = b"version https://git-lfs."
 AGAIN = "Download or save it again."  # for a file that is damaged or incomplete
 
 
@@ -28,6 +29,9 @@ class Files(Protocol):
 
     def names(self) -> list[str]:
         """Names of all files, in order; in a folder only those directly in it."""
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in it, in order."""
 
     def within(self, subfolder: str) -> Files:
         """Files of a subfolder, which may be absent."""
@@ -88,6 +92,12 @@ class LocalFiles(Files):
             return []
         except OSError as error:
             raise CheckpointError(f"{self.root} cannot be read: {error.strerror}.") from None
+
+    def folders(self) -> list[str]:
+        try:
+            return sorted(path.name for path in self.root.iterdir() if path.is_dir())
+        except OSError:  # told when its files are asked for
+            return []
 
     def size(self, name: str) -> int | None:
         try:
@@ -168,6 +178,9 @@ class HubFiles(Files):
         start = self.path("")
         return sorted(n.removeprefix(start) for n in self.repo.sizes if n.startswith(start))
 
+    def folders(self) -> list[str]:
+        return sorted({name.partition("/")[0] for name in self.names() if "/" in name})
+
     def size(self, name: str) -> int | None:
         return self.repo.sizes.get(self.path(name))
 
@@ -194,10 +207,20 @@ def read_json(files: Files, name: str, owner: str) -> dict[str, Any]:
             "Do not use this checkpoint; no library saves such files.",
         ) from None
     except ValueError:
+        refuse_pointer(files, name, owner)
         raise CheckpointError(f"{owner}: {name} is not valid JSON.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{owner}: {name} is not a JSON object.")
     return value
+
+
+def refuse_pointer(files: Files, name: str, owner: str) -> None:
+    """Refuse the pointer that a clone without Git LFS has in place of a file."""
+    if files.read(name, 0, min(files.size(name) or 0, len(POINTER))) == POINTER:
+        raise CheckpointError(
+            f"{owner}: {name} is a Git LFS pointer of a few bytes, not the file itself.",
+            "Run `git lfs install` and `git lfs pull` in the clone, or name the repository itself.",
+        )
 
 
 def inside_folder(name: object) -> bool:

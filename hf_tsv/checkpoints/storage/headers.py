@@ -7,8 +7,16 @@ import re
 import reprlib
 from typing import Any
 
+from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.storage import tensors
-from hf_tsv.checkpoints.storage.files import AGAIN, Files, inside_folder, read_json
+from hf_tsv.checkpoints.storage.files import (
+    AGAIN,
+    POINTER,
+    Files,
+    inside_folder,
+    read_json,
+    refuse_pointer,
+)
 from hf_tsv.checkpoints.storage.pickles import SUFFIXES, read_pickle
 from hf_tsv.checkpoints.storage.tensors import DTYPES, TensorInfo, is_tensor_name
 from hf_tsv.system.errors import CheckpointError
@@ -55,7 +63,7 @@ def read_headers(
     if not weight_map:
         return stored, tuple(shards)
     said, held = weight_map.items(), {(key, info.file) for key, info in stored.items()}
-    if wrong := said ^ held:
+    if wrong := {item for item in said ^ held if not layout.is_extra(item[0])}:
         which = f"{index_of(single)} and the shards disagree about {quoted(min(wrong)[0])}"
         raise CheckpointError(f"{owner}: {which}.", AGAIN)
     return stored, (*shards, index_of(single))
@@ -90,8 +98,8 @@ def read_header(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
 
 def read_metadata(files: Files, name: str, owner: str) -> dict[str, str]:
     """Metadata that a safetensors file carries."""
-    found: dict[str, str] = _entries(files, name, owner)[0].get("__metadata__", {})
-    return found
+    found: dict[str, str] | None = _entries(files, name, owner)[0].get("__metadata__")
+    return found or {}
 
 
 def _entries(files: Files, name: str, owner: str) -> tuple[dict[str, Any], int, int]:
@@ -100,6 +108,8 @@ def _entries(files: Files, name: str, owner: str) -> tuple[dict[str, Any], int, 
     if size is None:
         raise _missing(owner, name)
     first = files.read(name, 0, min(size, FIRST_READ_BYTES))
+    if first.startswith(POINTER):
+        refuse_pointer(files, name, owner)
     length = int.from_bytes(first[:8], "little")
     if size < 8 or 8 + length > size:
         raise _damaged(owner, name, "its header is longer than the file")
@@ -116,7 +126,7 @@ def _entries(files: Files, name: str, owner: str) -> tuple[dict[str, Any], int, 
         raise _damaged(owner, name, "its header is not valid JSON") from None
     if not isinstance(entries, dict):
         raise _damaged(owner, name, "its header is not a JSON object")
-    metadata = entries.get("__metadata__", {})
+    metadata = entries.get("__metadata__") or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(owner, name, "its __metadata__ is malformed")
     return entries, 8 + length, size
@@ -179,6 +189,4 @@ def _weight_files(files: Files, single: str, owner: str) -> tuple[list[str], dic
     for name in shards:  # a separate loop before any read: there may be a million
         if files.size(name) is None:
             raise _missing(owner, name)
-        if files.is_elsewhere(name):
-            raise _outside(owner, index, name)
     return shards, weight_map

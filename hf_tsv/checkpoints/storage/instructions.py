@@ -19,6 +19,8 @@ import torch
 # since long tuples that are used over and over would take for ever.
 MAX_STEPS, MOST_ARGUMENTS = 2_500_000, 20
 
+MAPPINGS = ("OrderedDict", "defaultdict", "Counter")
+
 STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -26,12 +28,31 @@ STORAGES = {
     "UntypedStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip
 
-# Supported instructions by name; torch.save writes no others than these and those of `_Steps`.
-VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
+# Supported instructions by name, besides those of `_Steps`.
+VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
+          "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES")  # fmt: skip
 NEW: dict[str, Callable[[], Any]] = {
     "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set, "EMPTY_TUPLE": tuple,
 }  # fmt: skip
+
+# Modules whose functions no checkpoint has a use for. Nothing is ever called: a file that names
+# them is refused because it attacks whoever unpickles it.
+ATTACKS = frozenset({
+    "os", "posix", "nt", "sys", "subprocess", "multiprocessing", "shutil", "socket", "pty",
+    "platform", "ctypes", "importlib", "runpy", "pickle", "marshal", "code", "codeop", "webbrowser",
+    "asyncio", "commands", "pip", "pydoc", "timeit", "cProfile", "bdb", "pdb", "urllib", "http",
+    "requests", "operator", "torch.hub", "numpy.testing",
+})  # fmt: skip
+TYPES_OF_PYTHON = ("set", "frozenset", "complex", "bytearray", "list", "dict", "tuple", "slice",
+                   "range", "int", "float", "str", "bool", "bytes", "object")  # fmt: skip
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Object of another type than a tensor's, of which only the type's name is known."""
+
+    type: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +83,18 @@ class SavedTensor:
     as_stored: bool
 
 
-def _is_known(module: str, name: str) -> bool:
-    """Tell whether this name occurs in files of tensors; even so nothing is imported or called."""
+def _is_attack(module: str, name: str) -> bool:
+    """Tell whether a pickle that imports this name would run code of its author's choice."""
+    if module in ("builtins", "__builtin__"):
+        return name not in TYPES_OF_PYTHON
     if module == "torch":
         is_dtype = isinstance(getattr(torch, name, None), torch.dtype)
-        return is_dtype or name.endswith("Storage") or name in ("Size", "Tensor", "device")
+        return not (is_dtype or name.endswith("Storage") or name in ("Size", "Tensor", "device"))
     if module == "torch._utils":
-        return name.startswith("_rebuild_")
-    return (module, name) in {
-        ("collections", "OrderedDict"), ("collections", "Counter"), ("_codecs", "encode"),
-        ("builtins", "set"), ("builtins", "complex"), ("builtins", "bytearray"),
-        ("__builtin__", "set"), ("__builtin__", "complex"), ("__builtin__", "bytearray"),
-        ("torch.storage", "UntypedStorage"), ("torch.storage", "TypedStorage"),
-        ("torch._tensor", "_rebuild_from_type_v2"), ("torch.nn.parameter", "Parameter"),
-        ("torch.serialization", "_get_layout"),
-    }  # fmt: skip
+        return not name.startswith("_rebuild_")
+    parts = module.split(".")
+    above = {".".join(parts[: i + 1]) for i in range(len(parts))}
+    return "." in name or bool(above & ATTACKS)
 
 
 def _dtype_of(value: object) -> object:
@@ -89,18 +107,21 @@ def _dtype_of(value: object) -> object:
 
 def _called(function: object, arguments: object) -> Any:
     """Result of a pickle's call, as far as it matters: tensors and mappings."""
-    few = isinstance(arguments, tuple) and len(arguments) <= MOST_ARGUMENTS
-    if not isinstance(function, _Named) or not isinstance(arguments, tuple) or not few:
-        raise ValueError("a call of something else")
+    if not isinstance(function, _Named) or not isinstance(arguments, tuple):
+        return Skipped("of a call")
     kind = function.name.removeprefix("_rebuild_")
-    if function.module == "collections":
+    if function.module == "collections" and function.name in MAPPINGS:
         return {}
+    if not function.module.startswith("torch"):
+        return Skipped(f"{function.module}.{function.name}")
+    if len(arguments) > MOST_ARGUMENTS:
+        raise ValueError("more arguments than any tensor has")
     if kind in ("parameter", "parameter_with_state", "Parameter"):
         return arguments[0] if arguments else None
     if kind == "from_type_v2":
         return _called(arguments[0], arguments[2])
     if not function.name.startswith("_rebuild_"):
-        return None
+        return Skipped(f"{function.module}.{function.name}")
     if kind not in ("tensor", "tensor_v2", "tensor_v3"):
         return SavedTensor("", kind, 0, (), (), as_stored=False)
     storage, offset, shape, stride, *more = arguments
@@ -113,10 +134,10 @@ def _called(function: object, arguments: object) -> Any:
 
 
 def described(raw: bytes) -> Any:
-    """Content that a pickle describes: containers, [`SavedTensor`]s, and None for all else.
+    """Content that a pickle describes: containers, [`SavedTensor`]s, and [`Skipped`] for all else.
 
     Raises:
-        `UnpicklingError`: it describes more than tensors.
+        `UnpicklingError`: it has what no checkpoint has, or would run code.
         `OverflowError`: it has more instructions than any model needs.
     """
     steps = _Steps()
@@ -125,9 +146,15 @@ def described(raw: bytes) -> Any:
         if count == MAX_STEPS:
             raise OverflowError
         if instruction.name not in known:
-            raise pickle.UnpicklingError(instruction.name)
+            raise ValueError(instruction.name)
         known[instruction.name](argument)
     return steps.stack.pop()
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise pickle.UnpicklingError("a name that is no text")
+    return value
 
 
 class _Steps:
@@ -161,7 +188,13 @@ class _Steps:
             "BINPERSID": self._storage,
             "REDUCE": self._call,
             "NEWOBJ": self._call,
+            "NEWOBJ_EX": self._call_with_names,
             "BUILD": lambda _: self.stack.pop(),
+            "FRAME": lambda _: None,
+            "MEMOIZE": lambda _: self._put(len(self._memo)),
+            "STACK_GLOBAL": self._named_by_stack,
+            "ADDITEMS": lambda _: self._append(self._since_mark()),
+            "FROZENSET": lambda _: push(frozenset(map(id, self._since_mark()))),
         }
 
     def _since_mark(self) -> list[Any]:
@@ -194,9 +227,17 @@ class _Steps:
 
     def _named(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
-        if not _is_known(module, name):
-            raise pickle.UnpicklingError(argument)
+        if _is_attack(module, name):
+            raise pickle.UnpicklingError(f"{module}.{name}")
         self.stack.append(_Named(module, name))
+
+    def _named_by_stack(self, _: None) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self._named(f"{_text(module)} {_text(name)}")
+
+    def _call_with_names(self, _: None) -> None:
+        self.stack.pop()
+        self._call(_)
 
     def _storage(self, _: None) -> None:
         found = self.stack.pop()

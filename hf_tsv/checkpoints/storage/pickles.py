@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from hf_tsv.checkpoints.storage.files import AGAIN, Files
-from hf_tsv.checkpoints.storage.instructions import SavedTensor, described
+from hf_tsv.checkpoints.storage.files import AGAIN, Files, refuse_pointer
+from hf_tsv.checkpoints.storage.instructions import SavedTensor, Skipped, described
 from hf_tsv.checkpoints.storage.tensors import (
     DTYPE_NAMES,
     MAX_DIMENSIONS,
@@ -28,16 +28,17 @@ from hf_tsv.checkpoints.storage.tensors import (
 )
 from hf_tsv.hub import WEIGHT_SUFFIXES
 from hf_tsv.system.errors import CheckpointError
+from hf_tsv.system.text import quoted
 from hf_tsv.system.threads import in_parallel
 
 SUFFIXES = tuple(suffix for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors")
 MAX_PICKLE_BYTES = 32_000_000
 MAX_DIRECTORY_BYTES = 10_000_000  # of an archive; 50,000 tensors need 3.2 million
 
-# Keys under which training scripts save the state dict among other values, and prefixes that
-# wrappers around the model add to every name.
-WRAPPERS = ("state_dict", "model_state_dict", "model")
-PREFIXES = ("module.", "model.")
+CONTIGUOUS = "Save it again with {name: value.contiguous() for name, value in state_dict.items()}."
+
+# Keys under which training scripts save the state dict among other values.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "clip_state_dict")
 
 BLOCK_BYTES = 2**16
 # Header of an entry: signature, and the lengths of name and extra field before the data.
@@ -58,17 +59,18 @@ def read_pickle(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
         raw, entries = _archive(files, name, size)
     except (zipfile.BadZipFile, struct.error, ArithmeticError, EOFError, LookupError, OSError,
             RuntimeError, ValueError):  # fmt: skip
+        refuse_pointer(files, name, owner)
         said = f"{owner}: {name} is not an archive as torch.save has written since version 1.6."
         raise CheckpointError(said, convert) from None
     if raw is None:
         raise CheckpointError(f"{owner}: {name} is not as torch.save writes it.", convert)
     try:
-        state = _state(described(raw))
-    except pickle.UnpicklingError:
+        state = _state(content := described(raw))
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{owner}: {name} is a pickle of more than tensors, and is not loaded: it could run"
-            " code.",
-            "Load it where you trust it and save model.state_dict(), as safetensors if possible.",
+            f"{owner}: {name} is a pickle that would run code ({quoted(str(error))}). Nothing of it"
+            " was run.",
+            "Do not load it with other tools either, unless you know where it comes from.",
         ) from None
     except OverflowError:
         said = f"{owner}: {name} describes more than any model has."
@@ -76,6 +78,12 @@ def read_pickle(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
     except (LookupError, RecursionError, TypeError, ValueError):
         raise CheckpointError(f"{owner}: {name} cannot be read: it is damaged.", convert) from None
     tensors = {key: value for key, value in state.items() if isinstance(value, SavedTensor)}
+    if isinstance(content, Skipped):
+        raise CheckpointError(
+            f"{owner}: {name} is a whole model ({quoted(content.type)}), and only running its"
+            " code could load it.",
+            "Load it where you trust it and save model.state_dict(), as safetensors if possible.",
+        )
     if not tensors:
         raise CheckpointError(f"{owner}: {name} holds no state dict.", convert)
     if strange := [key for key in tensors if not is_tensor_name(key)]:
@@ -138,15 +146,11 @@ def _starts(
 
 
 def _state(content: Any) -> Mapping[Any, Any]:
-    """State dict in the saved object, with the names that the model itself uses."""
+    """State dict in the saved object."""
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    state: dict[Any, Any] = dict(content) if isinstance(content, Mapping) else {}
-    for prefix in PREFIXES:
-        if all(isinstance(key, str) and key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    return content if isinstance(content, Mapping) else {}
 
 
 def _info(
@@ -159,16 +163,15 @@ def _info(
     shape, stride = tensor.shape, tensor.stride
     if not _is_size(shape) or not _is_size(stride) or len(shape) != len(stride):
         raise CheckpointError(f"{owner}: {file} is damaged: {key} has no shape.", AGAIN)
-    contiguous = _is_contiguous(shape, stride)
-    turned = len(shape) == 2 and _is_contiguous(shape[::-1], stride[::-1])
-    if not (tensor.as_stored and (contiguous or turned)):
+    order = _order(shape, stride)
+    if order is None or not tensor.as_stored:
         said = f"{owner}: the values of {key} are not contiguous in {file}."
-        raise CheckpointError(said, "Save it as safetensors.")
+        raise CheckpointError(said, CONTIGUOUS)
     nbytes = math.prod(shape) * dtype.itemsize
     skipped = tensor.offset * dtype.itemsize if type(tensor.offset) is int else -1
     if not 0 <= skipped <= skipped + nbytes <= size:
         raise CheckpointError(f"{owner}: {file} is truncated: {key} ends after it.", AGAIN)
-    return TensorInfo(file, dtype, shape, start + skipped, nbytes, turned and not contiguous)
+    return TensorInfo(file, dtype, shape, start + skipped, nbytes, order)
 
 
 def _is_size(value: object) -> bool:
@@ -179,6 +182,15 @@ def _is_size(value: object) -> bool:
         and all(type(n) is int and 0 <= n < 2**63 for n in value)
         and math.prod(n for n in value if n) < 2**127
     )
+
+
+def _order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
+    """Order of the dimensions in which values are contiguous, empty for their own; None: none."""
+    if _is_contiguous(shape, stride):
+        return ()
+    order = tuple(sorted(range(len(shape)), key=lambda axis: -stride[axis]))
+    turned = _is_contiguous([shape[axis] for axis in order], [stride[axis] for axis in order])
+    return order if turned else None
 
 
 def _is_contiguous(shape: Sequence[int], stride: Sequence[int]) -> bool:

@@ -41,7 +41,8 @@ class Described(Protocol):
 class TensorInfo:
     """Location of one tensor: `nbytes` bytes from `start` on in a file of the checkpoint's folder.
 
-    `transposed` tells whether the file holds its transpose.
+    `order` are its dimensions in the order of the file, the slowest first; empty for their own
+    order. (1, 0) is a transposed matrix, (0, 2, 3, 1) a convolution in `channels_last`.
     """
 
     file: str
@@ -49,7 +50,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     nbytes: int
-    transposed: bool = False
+    order: tuple[int, ...] = ()
 
 
 def is_tensor_name(key: object) -> bool:
@@ -92,9 +93,10 @@ def read_tensor(
     raw = empty(info.nbytes, dtype=torch.uint8, pinned=pinned)
     if info.nbytes:
         files.read_into(info.file, info.start, byte_view(raw))
-    tensor = raw.view(info.dtype).reshape(info.shape[::-1] if info.transposed else info.shape)
-    if info.transposed:
-        tensor = tensor.mT.contiguous()
+    order = info.order or range(len(info.shape))
+    tensor = raw.view(info.dtype).reshape([info.shape[axis] for axis in order])
+    if info.order:
+        tensor = tensor.permute([info.order.index(axis) for axis in range(len(order))]).contiguous()
     if tensor.is_floating_point() and tensor.numel() and not math.isfinite(largest_entry(tensor)):
         count = int(tensor.numel() - tensor.isfinite().sum())
         problem = f"{owner}: {count} of {tensor.numel()} values of {name} are NaN or Inf."
