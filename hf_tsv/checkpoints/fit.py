@@ -179,12 +179,11 @@ def config_warnings(base: Checkpoint, inputs: Sequence[Task]) -> list[str]:
     reference = layout.tower_configs(base.model_config)
     for item in inputs:
         for tower, config in layout.tower_configs(item.model_config).items():
-            usual = DEFAULTS[tower] if layout.is_clip(item.model_config) else {}
-            for key in DEFAULTS[tower]:
-                default = usual.get(key)
-                ours = reference.get(tower, {}).get(key, default)
-                theirs = config.get(key, default)
-                if None not in (ours, theirs) and ours != theirs:
+            for key, usual in DEFAULTS[tower].items() if tower in reference else ():
+                default = usual if layout.is_clip(item.model_config) else None
+                ours, theirs = (one.get(key, default) for one in (reference[tower], config))
+                said = isinstance(ours, str | int | float) and isinstance(theirs, str | int | float)
+                if said and ours != theirs:
                     warnings.append(
                         f"{item} has {tower}.{key} = {theirs}, the base {ours}: it is probably not"
                         " a fine-tune of this base."

@@ -54,7 +54,7 @@ EXTRA = re.compile(
 FLAT = re.compile(r"(embeddings|encoder|pre_layrnorm|post_layernorm|final_layer_norm)\.")
 TASK_HEAD = re.compile(r"(classifier|cls_classifier|distillation_classifier)\.")
 WRAPPERS = ("module", "_orig_mod", "model", "base_model", "clip", "clip_model", "net")
-"""What torch.compile, DistributedDataParallel, PEFT and trainers put in front of every name."""
+"""Words that torch.compile, DistributedDataParallel, PEFT and trainers put before every name."""
 
 PARTS = frozenset({
     "vision_model", "text_model", "visual_projection", "text_projection", "logit_scale",

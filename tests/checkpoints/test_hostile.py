@@ -119,7 +119,7 @@ BOMBS: dict[str, tuple[dict[str, bytes], str]] = {
     ),
     "a pickle that makes bytes": (
         {PICKLED_FILE: archive(PROTOCOL + b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.")},
-        "holds no state dict",
+        "is a whole model",
     ),
     "a large pickle": ({PICKLED_FILE: archive(bytes(MAX_BYTES + 1))}, "not as torch.save"),
     "an archive of a million entries": ({PICKLED_FILE: directory(10**6)}, "not an archive"),
