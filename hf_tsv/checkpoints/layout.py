@@ -64,6 +64,8 @@ PARTS = frozenset({
 })  # fmt: skip
 """First components of names that models themselves have."""
 
+TOWERS = frozenset({"vision_model", "text_model", "visual", "embeddings", "encoder"})
+
 QKV = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.weight$")
 BLOCK = re.compile(r"^(vision|text)_model\.encoder\.layers\.(\d+)\.(.+?)(?:\.weight)?$")
 ANY_BLOCK = re.compile(r"^.*?\.(\d+)\.(.+?)(?:\.weight)?$")
@@ -74,7 +76,7 @@ KINDS = (
 """Kinds of matrices in a block, in the order of computation."""
 
 
-def flat_prefix_of(config: dict[str, Any], owner: str) -> str:
+def flat_prefix_of(config: Mapping[str, Any], owner: str) -> str:
     """Tower of unprefixed names, by a config.json; of other models than CLIP, names stay.
 
     Raises:
@@ -124,6 +126,24 @@ def unwrapped(stored: Mapping[str, T], config: Mapping[str, Any]) -> dict[str, T
         if len(shorter) < len(names):
             return names
         names = shorter
+
+
+def model_alone(stored: Mapping[str, T]) -> tuple[dict[str, T], list[str]]:
+    """Tensors of the one word in front whose names are a CLIP's, and the names of all others.
+
+    Trainers save a model beside its loss or its teacher: `model.vision_model` and `loss.weight`.
+
+    Example:
+        >>> model_alone({"model.vision_model.a": 1, "loss.weight": 2})
+        ({'model.vision_model.a': 1}, ['loss.weight'])
+    """
+    parts = [name.split(".") for name in stored]
+    words = {first for first, *rest in parts if TOWERS & set(rest[:2])}
+    if len(words) != 1 or any(first in PARTS for first, *_ in parts):
+        return dict(stored), []
+    word = f"{words.pop()}."
+    own = {n: v for n, v in stored.items() if n.startswith(word) or TASK_HEAD.match(n)}
+    return own, [name for name in stored if name not in own]
 
 
 def is_extra(name: str) -> bool:

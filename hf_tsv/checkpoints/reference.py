@@ -129,7 +129,7 @@ def parse(text: str, subfolder: str | None = None) -> Reference:
             raise CheckpointError(f"There is no folder {text!r}.", "Check `subfolder=`.")
         return Reference(text)
     if kind == "file":
-        raise CheckpointError(f"{text} is a file.", "Give the folder that holds config.json.")
+        raise CheckpointError(f"{text} is a file.", f"Give its folder: {Path(text).parent}")
     if text.startswith((".", "/", "~")) or not text.strip():
         raise CheckpointError(f"There is no folder {text!r}.", "Check the path.")
     try:

@@ -19,7 +19,7 @@ from hf_tsv.system.progress import logger
 
 CONVERTER = "SFconvertbot"
 CONVERSION = "Adding `safetensors` variant of this model"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pth.tar")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _cached_snapshot(
     )
     config = next((path for path in paths if isinstance(path, str)), None)
     beside = Path(config).parent.iterdir() if config else ()
-    if config is None or not any(file.suffix in WEIGHT_SUFFIXES for file in beside):
+    if config is None or not any(file.name.endswith(WEIGHT_SUFFIXES) for file in beside):
         lacking = f"The weights of {repo_id} are" if config else f"{repo_id} is"
         raise RepoError(
             f"{lacking} not in the local cache and the Hub cannot be reached"

@@ -22,7 +22,9 @@ SURROGATE = re.compile(rb"\\u[dD]")
 
 
 def parse_json(raw: bytes, *, unique: bool = False) -> Any:
-    """Parse a JSON text in UTF-8; of duplicate keys the last one counts, or all are refused.
+    """Parse a JSON text in UTF-8, with or without a byte order mark.
+
+    Of duplicate keys the last one counts, or all are refused.
 
     It raises `ValueError` for what is not valid, and `OverflowError` for what is too large.
 
@@ -32,7 +34,7 @@ def parse_json(raw: bytes, *, unique: bool = False) -> Any:
     """
     _check_size(raw, JSON_MARKS, MAX_JSON_VALUES)
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_unique if unique else None)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique if unique else None)
         if SURROGATE.search(raw):
             json.dumps(value, ensure_ascii=False).encode()  # fails for half a surrogate pair
     except (ValueError, RecursionError):

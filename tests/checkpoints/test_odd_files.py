@@ -229,6 +229,33 @@ def test_metadata_may_be_null(zoo: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensors_of(tmp_path / "a")[1][name], t) for name, t in state.items())
 
 
+def test_what_a_trainer_keeps_beside_the_model_is_left_out(zoo: Path, tmp_path: Path) -> None:
+    state = load_file(zoo / "full" / "model.safetensors")
+    lightning = {
+        "pytorch-lightning_version": "2.4", "hyper_parameters": {"lr": 1e-5}, "callbacks": {},
+        "state_dict": {**in_front("model.clip.")(state), "loss.weight": torch.ones(3),
+                       "classifier.weight": torch.ones(2, 32)},
+    }  # fmt: skip
+    for name, content in (("last.ckpt", lightning), ("model_best.pth.tar", {"state_dict": state}),
+                          ("ema.pth", {"epoch": 3, "state_dict_ema": state})):  # fmt: skip
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        torch.save(content, folder / name)
+        opened, found = tensors_of(folder)
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+        assert opened.left_out == (
+            ("classifier.weight", "loss.weight") if name == "last.ckpt" else ()
+        )
+
+
+def test_a_byte_order_mark_is_no_reason(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "full", tmp_path / "a")
+    config = (tmp_path / "a" / "config.json").read_bytes()
+    (tmp_path / "a" / "config.json").write_bytes(b"\xef\xbb\xbf" + config)
+    assert tensors_of(tmp_path / "a")[0].model_config["model_type"] == "clip"
+
+
 def test_the_base_model_needs_its_config(zoo: Path, tmp_path: Path) -> None:
     shutil.copytree(zoo / "base", tmp_path / "base")
     (tmp_path / "base" / "config.json").unlink()
@@ -316,8 +343,32 @@ def whole_model(folder: Path, full: Path) -> str:
     return "model.pt is a whole model (torch.nn.modules.linear.Linear)"
 
 
-KINDS = (trainer_output, subfolders, several_epochs, pointers, pickled_pointers, kohya, diffusers,
-         deepspeed, flax, whole_model)  # fmt: skip
+def web_page(folder: Path, full: Path) -> str:
+    shutil.copy(full / "config.json", folder)
+    (folder / "model.safetensors").write_text("<!DOCTYPE html><html>Sign in</html>")
+    return "model.safetensors is a web page, not the file itself."
+
+
+def empty(folder: Path, full: Path) -> str:
+    shutil.copy(full / "config.json", folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    return "pytorch_model.bin is empty."
+
+
+def unfinished(folder: Path, full: Path) -> str:
+    shutil.copy(full / "config.json", folder)
+    (folder / "model.safetensors.incomplete").write_bytes(b"1")
+    return "is not downloaded completely: model.safetensors.incomplete"
+
+
+def old_pickle(folder: Path, full: Path) -> str:
+    state = load_file(full / "model.safetensors")
+    torch.save(state, folder / "a.pt", _use_new_zipfile_serialization=False)
+    return "torch.save(torch.load(FILE, weights_only=True), FILE)"
+
+
+KINDS = (web_page, empty, unfinished, old_pickle, trainer_output, subfolders, several_epochs,
+         pointers, pickled_pointers, kohya, diffusers, deepspeed, flax, whole_model)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -149,7 +149,7 @@ def offsets(**of: list[int]) -> dict[str, Any]:
 
 
 DAMAGED = {
-    "empty file": (b"", "header is longer than the file"),
+    "empty file": (b"", "is empty"),
     "seven bytes": (b"\x01" * 7, "header is longer than the file"),
     "no header": (bytes(8), "not valid JSON"),
     "huge header": (safetensors({}, length=2**64 - 1), "header is longer than the file"),

@@ -34,6 +34,7 @@ LORA_NAMES = (
 )  # fmt: skip
 """Names of tensors in LoRA files that other programs than PEFT write."""
 
+UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2", ".tmp")
 OTHER_LIBRARIES = {
     ".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX", ".gguf": "llama.cpp",
     ".mlmodel": "Core ML", ".tflite": "TensorFlow Lite", ".npz": "JAX",
@@ -110,6 +111,11 @@ def nothing_in(files: Files, owner: str) -> CheckpointError:
         return CheckpointError(
             f"{owner} has no model itself, but its folders have: {_some(candidates)}.",
             f"Name one of them: {owner}/{candidates[0]}",
+        )
+    if unfinished := [name for name in names if name.endswith(UNFINISHED)]:
+        return CheckpointError(
+            f"{owner} is not downloaded completely: {unfinished[0]}.",
+            "Run the download again; it resumes.",
         )
     if suffixes:
         library = next(iter(suffixes.values()))

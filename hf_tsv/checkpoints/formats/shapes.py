@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from hf_tsv.checkpoints import layout
@@ -16,7 +16,7 @@ VISION_ONLY = re.compile(r"pre_layrnorm\.|post_layernorm\.|embeddings\.(class|pa
 TEXT_ONLY = re.compile(r"final_layer_norm\.|embeddings\.token_embedding")
 
 
-def flat_prefix(names: list[str]) -> str:
+def flat_prefix(names: Collection[str]) -> str:
     """Tower of unprefixed names, from those that only one tower has; empty if none tells."""
     for pattern, tower in ((VISION_ONLY, "vision_model."), (TEXT_ONLY, "text_model.")):
         if any(map(pattern.match, names)):

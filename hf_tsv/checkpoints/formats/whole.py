@@ -109,33 +109,14 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
     refuse_loose_lora(stored, owner)
     foreign = open_clip.are_names(stored)
     config, file = _config(configs, owner, foreign=foreign)
-    stored = layout.unwrapped(stored, config)
-    prefix = layout.flat_prefix_of(config, owner) if config else shapes.flat_prefix(list(stored))
-    tensors: dict[str, TensorInfo] = {}
-    head: dict[str, TensorInfo] = {}
-    extras: list[str] = []
-    clip = not config or layout.is_clip(config)
-    for name, info in sorted(stored.items()):
-        if clip and layout.is_extra(name) and not _is_buffer(name, info):
-            extras.append(name)
-            continue
-        parts = (
-            _parts(name, info, owner) if foreign else {layout.canonical_name(name, prefix): info}
-        )
-        for canonical, part in parts.items():
-            if canonical is None:
-                head[name] = part
-            elif canonical in tensors:
-                raise CheckpointError(f"{owner}: {canonical} is stored twice, once as {name}.")
-            else:
-                tensors[canonical] = part
+    tensors, head, extras = _sorted(stored, config, owner, foreign=foreign)
     if not config:
         config = shapes.config_of(tensors, owner)
     elif file == open_clip.CONFIG_FILE:
         _check_sizes(config, tensors, owner)
     own = foreign and file == open_clip.CONFIG_FILE
     form: Format = "open_clip" if own else "transformers"
-    return Checkpoint(pinned, config, tensors, files, head, form, tuple(extras), file)
+    return Checkpoint(pinned, config, tensors, files, head, form, extras, file)
 
 
 def _config(
@@ -153,6 +134,34 @@ def _config(
         config = open_clip.transformers_config(config, owner)
     _refuse_quantised(config, owner)
     return config, file
+
+
+def _sorted(
+    stored: dict[str, TensorInfo], config: Mapping[str, Any], owner: str, *, foreign: bool
+) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo], tuple[str, ...]]:
+    """Weights by canonical name, the task head, and the names of what is neither."""
+    clip, extras = not config or layout.is_clip(config), list[str]()
+    if clip:
+        stored, extras = layout.model_alone(stored)
+    stored = layout.unwrapped(stored, config)
+    prefix = layout.flat_prefix_of(config, owner) if config else shapes.flat_prefix(stored)
+    tensors: dict[str, TensorInfo] = {}
+    head: dict[str, TensorInfo] = {}
+    for name, info in sorted(stored.items()):
+        if clip and layout.is_extra(name) and not _is_buffer(name, info):
+            extras.append(name)
+            continue
+        parts = (
+            _parts(name, info, owner) if foreign else {layout.canonical_name(name, prefix): info}
+        )
+        for canonical, part in parts.items():
+            if canonical is None:
+                head[name] = part
+            elif canonical in tensors:
+                raise CheckpointError(f"{owner}: {canonical} is stored twice, once as {name}.")
+            else:
+                tensors[canonical] = part
+    return tensors, head, tuple(extras)
 
 
 def _is_buffer(name: str, info: TensorInfo) -> bool:

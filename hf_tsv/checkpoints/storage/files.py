@@ -207,20 +207,28 @@ def read_json(files: Files, name: str, owner: str) -> dict[str, Any]:
             "Do not use this checkpoint; no library saves such files.",
         ) from None
     except ValueError:
-        refuse_pointer(files, name, owner)
+        refuse_stand_in(files, name, owner)
         raise CheckpointError(f"{owner}: {name} is not valid JSON.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{owner}: {name} is not a JSON object.")
     return value
 
 
-def refuse_pointer(files: Files, name: str, owner: str) -> None:
-    """Refuse the pointer that a clone without Git LFS has in place of a file."""
-    if files.read(name, 0, min(files.size(name) or 0, len(POINTER))) == POINTER:
+def refuse_stand_in(files: Files, name: str, owner: str) -> None:
+    """Refuse what a clone or a download has left in place of a file."""
+    first = files.read(name, 0, min(files.size(name) or 0, 32)).lstrip().lower()
+    if first.startswith(POINTER):
         raise CheckpointError(
             f"{owner}: {name} is a Git LFS pointer of a few bytes, not the file itself.",
             "Run `git lfs install` and `git lfs pull` in the clone, or name the repository itself.",
         )
+    if first.startswith((b"<!doctype", b"<html")):
+        raise CheckpointError(
+            f"{owner}: {name} is a web page, not the file itself.",
+            "Download it again with `hf download`; you may have to sign in first.",
+        )
+    if not files.size(name):
+        raise CheckpointError(f"{owner}: {name} is empty.", AGAIN)
 
 
 def inside_folder(name: object) -> bool:

@@ -9,14 +9,7 @@ from typing import Any
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.storage import tensors
-from hf_tsv.checkpoints.storage.files import (
-    AGAIN,
-    POINTER,
-    Files,
-    inside_folder,
-    read_json,
-    refuse_pointer,
-)
+from hf_tsv.checkpoints.storage.files import AGAIN, Files, inside_folder, read_json, refuse_stand_in
 from hf_tsv.checkpoints.storage.pickles import SUFFIXES, read_pickle
 from hf_tsv.checkpoints.storage.tensors import DTYPES, TensorInfo, is_tensor_name
 from hf_tsv.system.errors import CheckpointError
@@ -108,10 +101,9 @@ def _entries(files: Files, name: str, owner: str) -> tuple[dict[str, Any], int, 
     if size is None:
         raise _missing(owner, name)
     first = files.read(name, 0, min(size, FIRST_READ_BYTES))
-    if first.startswith(POINTER):
-        refuse_pointer(files, name, owner)
     length = int.from_bytes(first[:8], "little")
     if size < 8 or 8 + length > size:
+        refuse_stand_in(files, name, owner)
         raise _damaged(owner, name, "its header is longer than the file")
     if length > MAX_BYTES:
         raise _too_large(owner, name)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_tsv.checkpoints.storage.files import AGAIN, Files, refuse_pointer
+from hf_tsv.checkpoints.storage.files import AGAIN, Files, refuse_stand_in
 from hf_tsv.checkpoints.storage.instructions import SavedTensor, Skipped, described
 from hf_tsv.checkpoints.storage.tensors import (
     DTYPE_NAMES,
@@ -38,7 +38,8 @@ MAX_DIRECTORY_BYTES = 10_000_000  # of an archive; 50,000 tensors need 3.2 milli
 CONTIGUOUS = "Save it again with {name: value.contiguous() for name, value in state_dict.items()}."
 
 # Keys under which training scripts save the state dict among other values.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "clip_state_dict")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "state_dict_ema",
+            "model_ema", "ema")  # fmt: skip
 
 BLOCK_BYTES = 2**16
 # Header of an entry: signature, and the lengths of name and extra field before the data.
@@ -59,9 +60,12 @@ def read_pickle(files: Files, name: str, owner: str) -> dict[str, TensorInfo]:
         raw, entries = _archive(files, name, size)
     except (zipfile.BadZipFile, struct.error, ArithmeticError, EOFError, LookupError, OSError,
             RuntimeError, ValueError):  # fmt: skip
-        refuse_pointer(files, name, owner)
+        refuse_stand_in(files, name, owner)
         said = f"{owner}: {name} is not an archive as torch.save has written since version 1.6."
-        raise CheckpointError(said, convert) from None
+        anew = (
+            "Save it anew where you trust it: torch.save(torch.load(FILE, weights_only=True), FILE)"
+        )
+        raise CheckpointError(said, anew) from None
     if raw is None:
         raise CheckpointError(f"{owner}: {name} is not as torch.save writes it.", convert)
     try:
