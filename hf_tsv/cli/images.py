@@ -55,7 +55,7 @@ class ImageOptions:
         list[str] | None,
         "NAME=DATASET",
         "Labelled images: a dataset on the Hub (org/name, org/name:config@revision), a folder of"
-        " images, or a parquet file; repeatable.",
+        " images (FOLDER, FOLDER:config), or a parquet file; repeatable.",
     ] = None
     suite: Annotated[
         str | None,

@@ -28,7 +28,8 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 RED, GREEN, YELLOW, GREY = "1;31", "32", "33", "90"  # as the Hub client's command line has them
 
 NAMES = {
-    "checkpoints": "CHECKPOINTS", "output": "-o", "progress": "--quiet",
+    "checkpoints": "CHECKPOINTS", "image": "--image-column", "label": "--label-column",
+    "output": "-o", "progress": "--quiet",
     "references": "--reference", "tasks": "--task", "templates": "--template",
 }  # fmt: skip
 """Arguments whose option has another name."""

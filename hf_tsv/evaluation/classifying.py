@@ -14,7 +14,7 @@ from hf_tsv.checkpoints.storage.tensors import digest, fingerprint
 from hf_tsv.evaluation import prompt_heads, zero_shot
 from hf_tsv.evaluation.data import LabelledImages, load
 from hf_tsv.evaluation.finished import Finished
-from hf_tsv.evaluation.job import Evaluation, noted
+from hf_tsv.evaluation.job import Evaluation, in_one_line, noted
 from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import pipeline
@@ -55,19 +55,24 @@ class Scoring:
             pipe = pipeline(ZERO_SHOT, reference, device=device, **known)
             return Loaded(pipe, prompt_heads.text_identity(pipe.model))
 
-        return self._own(loaded)
+        return self._own(reference, loaded)
 
-    def _own(self, call: Callable[[], T]) -> T:
+    def _own(self, what: str, call: Callable[[], T]) -> T:
         """Result of a call that stays in its process; the error of one is raised in each."""
         mine: list[T] = []
-        self._together(lambda: mine.append(call()))
+        self._together(what, lambda: mine.append(call()))
         return mine[0]
 
-    def _together(self, call: Callable[[], T]) -> list[T]:
-        """Results of a call in all processes; the error of one is raised in each."""
+    def _together(self, what: str, call: Callable[[], T]) -> list[T]:
+        """Results of a call in all processes; the error of one is raised in each.
+
+        An exception that no code expects is an error of `what`, a task or model, too: the others
+        are not made to wait, and the next task can follow.
+        """
         mine: T | HfTsvError
         try:
-            mine = call()
+            with in_one_line(what):
+                mine = call()
         except HfTsvError as error:
             mine = error
         found = self.group.gathered(mine)
@@ -84,7 +89,7 @@ class Scoring:
         for task in self.job.tasks:
             opened = partial(load, task, limit=self.job.limit, token=self.access.token)
             with noted(errors, task.name, alone=len(self.job.tasks) == 1):
-                images = self._own(opened)
+                images = self._own(task.name, opened)
                 results[task.name] = self.scored(model, task, images)
                 data[task.name] = task, images
         return data, results, errors
@@ -101,14 +106,18 @@ class Scoring:
 
     def scored(self, model: Loaded, task: EvaluationTask, images: LabelledImages) -> dict[str, Any]:
         """Accuracy and confusion of one model on one task, from an earlier run if it has them."""
-        key = model.key(task, images) if self.finished.kept else None
+        key = self._own(task.name, lambda: self._key(model, task, images))
         found: dict[str, Any] | None = self.group.shared(self.finished.get(key))
         if found is not None:
             logger.info("Resuming: %s is done.", task.name)
             return found
-        found = _counted(task, images, *self._classified(model, task, images))
+        classified = self._classified(model, task, images)
+        found = self._own(task.name, lambda: _counted(task, images, *classified))
         self.finished.add(key, found)
         return found
+
+    def _key(self, model: Loaded, task: EvaluationTask, images: LabelledImages) -> str | None:
+        return model.key(task, images) if self.finished.kept else None
 
     def _classified(
         self, model: Loaded, task: EvaluationTask, images: LabelledImages
@@ -118,7 +127,9 @@ class Scoring:
         own = starts[self.group.rank :: self.group.count]
         count = sum(min(self.job.batch_size, len(images.rows) - start) for start in own)
         with bar(f"Evaluating {task.name}", count, visible=self.show) as advance:
-            parts = self._together(lambda: self._batches(model, task, images, own, advance))
+            parts = self._together(
+                task.name, lambda: self._batches(model, task, images, own, advance)
+            )
         batches = {start: batch for part in parts for start, batch in part.items()}
         labels = [label for start in starts for label in batches[start][0]]
         predicted = [label for start in starts for label in batches[start][1]]
@@ -186,8 +197,8 @@ class Loaded:
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def _head_key(self, classes: Sequence[str], templates: Sequence[str]) -> str:
-        device = self.pipe.model.device.type
-        return prompt_heads.key_of(self.text, self.pipe.tokenizer, classes, templates, device)
+        model, tokenizer = self.pipe.model, self.pipe.tokenizer
+        return prompt_heads.key_of(self.text, model, tokenizer, classes, templates)
 
     def head(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Zero-shot head of a task."""

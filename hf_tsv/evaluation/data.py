@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_tsv import hub
+from hf_tsv.evaluation import decoding, labels
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.system.errors import DataError, RecipeError, RepoError
 from hf_tsv.system.folders import local_kind
@@ -22,6 +23,8 @@ LABELS = ("label", "labels", "fine_label", "class")
 SPLITS = ("test", "validation", "train")
 PARQUET = ".parquet"
 LIBRARIES = {"datasets": "datasets", "PIL": "pillow"}  # package by the name of its module
+FILE = {"bytes", "path"}  # parts of an image as `datasets` stores it
+CONFIGS = 12  # most names of configurations in an error
 SEED = 0  # of the random choice of images under a `limit`
 
 
@@ -30,7 +33,8 @@ class LabelledImages:
     """Images with the names of their classes, in the order of the labels.
 
     `image` and `label` are columns; `total` is the number of images in the split, of which `rows`
-    may be a few; `revision` is the dataset's commit sha, None if it is no repository.
+    may be a few; `revision` is the dataset's commit sha, None if it is no repository; `folder` is
+    that of a local dataset.
     """
 
     rows: Dataset
@@ -40,6 +44,7 @@ class LabelledImages:
     split: str
     total: int
     revision: str | None = None
+    folder: Path | None = None
 
     @property
     def identity(self) -> str:
@@ -47,28 +52,22 @@ class LabelledImages:
         return f"{self.revision} {self.split} {self.rows._fingerprint}"
 
     def batch(self, start: int, stop: int, task: str) -> tuple[list[Any], list[int]]:
-        """Images as RGB, and their labels, of a range of rows; `task` is for errors."""
-        images, labels = [], []
+        """Images as RGB, and their classes, of a range of rows; `task` is for errors."""
+        images, classes = [], []
         for i in range(start, stop):
             try:
                 row = self.rows[i]
-                images.append(row[self.image].convert("RGB"))
+                images.append(decoding.read(row[self.image], self.folder))
             except Exception as error:  # Pillow raises many types for damaged files
                 raise DataError(
                     f"{task}: image {i} of the split {self.split} cannot be read:"
                     f" {first_line(error)}.",
                     "Repair or remove it.",
                 ) from None
-            label = row[self.label]
-            label = int(label) if isinstance(label, bool) else label
-            if type(label) is not int or not 0 <= label < len(self.classes):
-                raise DataError(
-                    f"{task}: image {i} has the label {label!r}, and there are"
-                    f" {counted(len(self.classes), 'class', 'classes')}.",
-                    "Give the names of all classes, in the order of the labels.",
-                )
-            labels.append(label)
-        return images, labels
+            found = labels.class_of(row[self.label], self.classes)
+            assert found is not None  # checked by load
+            classes.append(found)
+        return images, classes
 
 
 def refuse_not_installed(what: str, **also: str) -> None:
@@ -81,9 +80,16 @@ def refuse_not_installed(what: str, **also: str) -> None:
 
 
 def load(
-    task: EvaluationTask, *, limit: int | None = None, token: str | None = None
+    task: EvaluationTask,
+    *,
+    limit: int | None = None,
+    token: str | None = None,
+    labelled: bool = True,
 ) -> LabelledImages:
-    """Find the images of a task, with a limit so many of them at random, always the same ones."""
+    """Find the images of a task, with a limit so many of them at random, always the same ones.
+
+    Unless `labelled`, the labels may be missing or wrong.
+    """
     import datasets
 
     datasets.disable_progress_bars()  # our own bar counts images
@@ -97,13 +103,28 @@ def load(
     rows = splits[split]
     if not len(rows):
         raise DataError(f"{task.name}: the split {split} of {task.dataset} is empty.")
-    image = _column(task, rows.features, task.image, "image", datasets.Image)
-    label = _column(task, rows.features, task.label, "label", datasets.ClassLabel, LABELS)
-    classes = _classes(task, rows.features[label], label)
+    columns = rows.features
+    stored = [name for name, feature in columns.items() if _holds_files(feature)]
+    named = [name for name in LABELS if name in columns][:1]
+    image = _column(task, columns, task.image, "image", datasets.Image, stored)
+    label = _column(task, columns, task.label, "label", datasets.ClassLabel, named)
+    _check_images(task, columns, image, datasets.Image)
+    labels.check_column(task, splits, split, label)
+    if labelled:
+        labels.refuse_hidden(task, splits, split, label)
+    classes = labels.classes_of(task, splits, split, label)
+    if labelled:
+        labels.refuse_unknown(task, rows, label, classes)
     total = len(rows)
     if limit is not None and limit < total:
         rows = rows.shuffle(seed=SEED).select(range(limit))
-    return LabelledImages(rows, image, label, classes, split, total, revision)
+    return LabelledImages(rows, image, label, classes, split, total, revision, _folder(task))
+
+
+def _folder(task: EvaluationTask) -> Path | None:
+    """Folder that images of a local dataset may lie in."""
+    kind, path = local_kind(task.dataset), Path(task.dataset)
+    return None if kind is None else (path if kind == "folder" else path.parent).expanduser()
 
 
 def _commit(task: EvaluationTask, token: str | None) -> str | None:
@@ -127,14 +148,34 @@ def _splits(
             path = str(Path(task.dataset).expanduser())
             source, options = "parquet", {"data_files": {task.split or SPLITS[0]: path}}
         elif local_kind(task.dataset) is not None:
-            source, options = str(Path(task.dataset).expanduser()), {}
+            source = str(Path(task.dataset).expanduser())
+            options = {"name": task.config}
         found: Mapping[str, Dataset] = datasets.load_dataset(source, token=token, **options)
         return found
     except Exception as error:  # several libraries raise a dozen types
+        if isinstance(error, ValueError) and source != "parquet":
+            _refuse_config(task, datasets, source, options.get("revision"), token)
         raise DataError(
             f"{task.name}: the dataset {task.dataset} cannot be read: {first_line(error)}.",
             "Check its name, or the path; if the connection broke, try again.",
         ) from None
+
+
+def _refuse_config(
+    task: EvaluationTask, datasets: Any, source: str, revision: str | None, token: str | None
+) -> None:
+    """Refuse no configuration of a dataset that has several, or one that it does not have."""
+    try:
+        names = datasets.get_dataset_config_names(source, revision=revision, token=token)
+    except Exception:  # it cannot be read for another reason
+        return
+    those = ", ".join(names[:CONFIGS]) + (", …" if len(names) > CONFIGS else "")
+    if task.config is None and len(names) > 1:
+        problem = f"{task.name}: {task.dataset} has several configurations: {those}."
+        raise DataError(problem, f"Name one, as in {task.dataset}:{names[0]}.")
+    if task.config not in (None, *names):
+        problem = f"{task.name}: {task.dataset} has no configuration {task.config!r}."
+        raise DataError(problem, f"It has {those}.")
 
 
 def _column(
@@ -143,36 +184,36 @@ def _column(
     asked: str | None,
     what: str,
     kind: type,
-    likely: Sequence[str] = (),
+    likely: Sequence[str],
 ) -> str:
-    """Name of the column of images, or of labels."""
+    """Name of the column of images, or of labels: the one of a type, else the likely one."""
     if asked is not None:
         if asked in features:
             return asked
         said = f"{task.name}: {task.dataset} has no column {asked!r}."
         raise DataError(said, f"It has {', '.join(features)}.")
-    found = [name for name, feature in features.items() if isinstance(feature, kind)]
-    found = found or [name for name in likely if name in features][:1]
+    found = [name for name, feature in features.items() if isinstance(feature, kind)] or likely
     if len(found) == 1:
         return found[0]
     raise DataError(
         f"{task.name}: {task.dataset} has {counted(len(found), 'column')} that may be the {what}s.",
-        f"Say which; it has {', '.join(features)}.",
+        f"Say which with `{what}=`; it has {', '.join(features)}.",
     )
 
 
-def _classes(task: EvaluationTask, feature: Any, label: str) -> tuple[str, ...]:
-    """Names of the classes, in the order of the labels."""
-    own = tuple(getattr(feature, "names", None) or ())
-    if task.classes and own and len(own) != len(task.classes):
+def _check_images(
+    task: EvaluationTask, features: Mapping[str, Any], image: str, kind: type
+) -> None:
+    """Refuse a column that cannot hold one image a row, such as one of lists."""
+    feature = features[image]
+    files = str(getattr(feature, "dtype", "")).removeprefix("large_") in ("binary", "string")
+    if not (isinstance(feature, kind) or files or _holds_files(feature)):
         raise DataError(
-            f"{task.name}: {counted(len(task.classes), 'name')} for the"
-            f" {counted(len(own), 'class', 'classes')} of {task.dataset}.",
-            "Give one name for each class, in the order of the labels.",
+            f"{task.name}: the column {image} of {task.dataset} does not hold one image a row.",
+            f"Choose another with `image=`; it has {', '.join(features)}.",
         )
-    if classes := task.classes or own:
-        return classes
-    raise DataError(
-        f"{task.name}: the column {label} of {task.dataset} does not name its classes.",
-        "Give their names, in the order of the labels.",
-    )
+
+
+def _holds_files(feature: Any) -> bool:
+    """Tell whether a column holds `{bytes, path}` as images are stored, without their type."""
+    return isinstance(feature, Mapping) and "bytes" in feature and feature.keys() <= FILE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from hf_tsv.evaluation import suites
 from hf_tsv.recipes.images import EvaluationTask, listed
-from hf_tsv.system.errors import DataError, HfTsvError, LostProcessError, UsageError
+from hf_tsv.system.errors import DataError, HfTsvError, LostProcessError, UsageError, debugging
 from hf_tsv.system.folders import absolute, check_output_folder
 from hf_tsv.system.progress import logger
+from hf_tsv.system.text import first_line
 
 if TYPE_CHECKING:
     from hf_tsv.evaluation.model_index import Card
@@ -100,6 +102,20 @@ def noted(
         errors[task] = f"{prefix}{error}"
         if not alone:
             logger.warning("%s%s", prefix, error)
+
+
+@contextmanager
+def in_one_line(task: str) -> Iterator[None]:
+    """Turn an exception that no code expects into an error of the task; HF_DEBUG=1 shows it all."""
+    try:
+        yield
+    except HfTsvError:
+        raise
+    except Exception as error:  # of any library that reads images or computes
+        if debugging():
+            logger.info(traceback.format_exc())
+        problem = f"{task} failed with {type(error).__name__}: {first_line(error)}."
+        raise DataError(problem, "HF_DEBUG=1 shows where.") from None
 
 
 def nothing_measured(errors: Mapping[str, str]) -> DataError:

@@ -48,11 +48,13 @@ def head(
 
 
 def key_of(
-    text: str, tokenizer: Any, classes: Sequence[str], templates: Sequence[str], device: str
+    text: str, model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]
 ) -> str:
     """Digest of everything that determines a head; `text` is a digest from [`text_identity`]."""
-    tokens = tokenizer(zero_shot.prompts(classes, templates), truncation=True)["input_ids"]
-    said = [text, tokens, len(templates), device, torch.__version__, transformers.__version__]
+    prompts = zero_shot.prompts(classes, templates)
+    tokens = zero_shot.tokenised(model, tokenizer, prompts)["input_ids"]
+    device, versions = model.device.type, [torch.__version__, transformers.__version__]
+    said = [text, tokens, len(templates), device, *versions]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 

@@ -26,6 +26,12 @@ def prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
     return [template.replace("{}", name) for name in classes for template in templates]
 
 
+def tokenised(model: Any, tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
+    """Tokens of texts, cut to the positions of a `CLIPModel`, which not every tokenizer knows."""
+    most = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+    return tokenizer(list(texts), truncation=True, max_length=most, **options)
+
+
 @torch.inference_mode()
 def head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Compute one direction per class: the mean of its prompts' embeddings of length 1.
@@ -36,7 +42,8 @@ def head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence
     parts = []
     for start in range(0, len(written), TEXTS_AT_ONCE):
         some = written[start : start + TEXTS_AT_ONCE]
-        texts = tokenizer(some, padding=True, truncation=True, return_tensors="pt").to(model.device)
+        texts = tokenised(model, tokenizer, some, padding=True, return_tensors="pt")
+        texts = texts.to(model.device)
         parts.append(_normalised(_features(model.get_text_features(**texts))))
     embeddings = torch.cat(parts).reshape(len(classes), len(templates), -1)
     return _normalised(embeddings.mean(dim=1))

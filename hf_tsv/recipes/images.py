@@ -20,10 +20,11 @@ class EvaluationTask:
         name (`str`): name of the task.
         dataset (`str`): repository on the Hub (`org/name`), folder, or parquet file.
         revision (`str`, *optional*): revision of a repository.
-        config (`str`, *optional*): configuration of a repository that has several.
+        config (`str`, *optional*): configuration of a repository or folder that has several.
         split (`str`, *optional*): default: `test`, else `validation`, else `train`.
         image (`str`, *optional*): column of the images; default: the only one there is.
-        label (`str`, *optional*): column of the labels; default: the only class label.
+        label (`str`, *optional*): column of the labels, numbers or names; default: the only class
+            label.
         classes (`tuple[str, ...]`): names in the order of the labels; default: the dataset's.
         templates (`tuple[str, ...]`): prompts, with `{}` for the name of a class.
     """
@@ -64,7 +65,7 @@ class EvaluationTask:
     def parse(text: str, **choices: Any) -> EvaluationTask:
         """Read `NAME=DATASET`, `NAME=DATASET@REVISION` or `NAME=DATASET:CONFIG`.
 
-        The other fields are `choices`.
+        A folder may have a configuration too. The other fields are `choices`.
 
         Example:
             >>> EvaluationTask.parse("dtd=tanganke/dtd@main").revision
@@ -75,11 +76,17 @@ class EvaluationTask:
             raise UsageError(f"The task {text!r} names no dataset.", "Write NAME=DATASET.")
         if local_kind(dataset) is not None:
             return EvaluationTask(name, dataset, **choices)
+        folder, _, config = dataset.rpartition(":")
+        if local_kind(folder) is not None:
+            return EvaluationTask(name, folder, config=config or None, **choices)
         found = re.fullmatch(r"([^@:]+)(?::([^@]+))?(?:@(.+))?", dataset)
         if found is None:
             raise UsageError(
                 f"{dataset!r} is neither a path nor a dataset.", "Write org/name or a path."
             )
+        if found[3] is not None and local_kind(found[1]) is not None:
+            problem = f"{found[1]} is here, and has no revision {found[3]!r}."
+            raise UsageError(problem, "Omit the revision.")
         return EvaluationTask(name, found[1], found[3], found[2], **choices)
 
 

@@ -21,6 +21,7 @@ from hf_tsv.evaluation.data import load, refuse_not_installed
 from hf_tsv.evaluation.job import (
     checked_folder,
     chosen,
+    in_one_line,
     noted,
     nothing_measured,
     refuse_no_fine_tune,
@@ -144,7 +145,7 @@ def sweep(
     results: dict[str, dict[str, Any]] = {}
     errors: dict[str, str] = {}
     for task in wanted.tasks:
-        with noted(errors, task.name, alone=len(wanted.tasks) == 1):
+        with noted(errors, task.name, alone=len(wanted.tasks) == 1), in_one_line(task.name):
             results[task.name] = run.measured(task, wanted.fine_tunes[task.name])
     if not results:
         raise nothing_measured(errors)

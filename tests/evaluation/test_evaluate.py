@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import clips
+import numpy as np
 import pytest
 import torch
 from cli import copied, ended
 from cli import hf_tsv as run
 from forks import fork
-from labelled import CLASSES, make_folder, picture
+from labelled import CLASSES, make_folder, picture, with_an_odd_word
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix
 from transformers import CLIPModel
@@ -211,7 +212,11 @@ def test_one_damaged_task_does_not_cost_the_others(
         ({}, "0 columns that may be the labels.*picture, kind, wrong"),
         ({"label": "kind"}, "does not name its classes"),
         ({"label": "wrong", "classes": CLASSES}, "image 0 has the label 7, and there are 3"),
-        ({"label": "picture", "classes": CLASSES}, "image 0 has the label"),
+        (
+            {"label": "picture", "classes": CLASSES},
+            "picture of .* does not hold one label an image",
+        ),
+        ({"image": "kind", "label": "wrong"}, "kind of .* does not hold one image a row"),
     ],
 )
 def test_columns_that_do_not_say_enough(
@@ -292,3 +297,38 @@ def test_a_path_with_strange_signs_is_a_path(tmp_path: Path) -> None:
     assert hf_tsv.EvaluationTask.parse(f"x={folder}").dataset == str(folder)
     with pytest.raises(HfTsvError):
         hf_tsv.EvaluationTask.parse("x=a:b:c@")
+
+
+def test_16_bits_of_grey_score_as_8_bits(zoo: Path, tmp_path: Path) -> None:
+    for i in range(6):
+        grey = np.asarray(picture(CLASSES[i % 3], i).convert("L"))
+        for bits, levels in ((8, grey), (16, grey.astype(np.uint16) * 257)):
+            folder = tmp_path / str(bits) / "test" / CLASSES[i % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(levels).save(folder / f"{i}.png")
+    found = hf_tsv.evaluate(zoo / "base", {n: str(tmp_path / n) for n in ("8", "16")}).tasks
+    assert found["8"]["confusion"] == found["16"]["confusion"]
+
+
+def test_a_tokenizer_without_a_length_cuts_at_the_positions(zoo: Path, tmp_path: Path) -> None:
+    base = copied(zoo / "base", tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    assert config.pop("model_max_length") == 24
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    for name in ("cat", "a very long name of a class with more tokens than positions"):
+        (tmp_path / "long" / "test" / name).mkdir(parents=True)
+        picture("cat", 1).save(tmp_path / "long" / "test" / name / "1.png")
+    found = [hf_tsv.evaluate(ref, {"a": str(tmp_path / "long")}) for ref in (base, zoo / "base")]
+    assert found[0].tasks == found[1].tasks
+
+
+def test_what_nobody_expects_of_one_task_does_not_cost_the_others(
+    zoo: Path, pets: Path, tmp_path: Path
+) -> None:
+    base, odd = with_an_odd_word(zoo, pets, tmp_path)
+    report = hf_tsv.evaluate(base, {"odd": str(odd), "pets": str(pets)})
+    assert list(report.tasks) == ["pets"]
+    said = "odd failed with IndexError: index out of range in self. HF_DEBUG=1 shows where."
+    assert report.errors == {"odd": said}
+    done = run("evaluate", base, "--task", f"odd={odd}")
+    assert done.code == 1 and said in done.err and "Traceback" not in done.err

@@ -56,9 +56,13 @@ def test_a_configuration_of_a_dataset(hub: Hub, tmp_path: Path) -> None:
     for name, count in (("small", 6), ("large", 9)):
         task = EvaluationTask.parse(f"a=org/both:{name}")
         assert load(task).total == count
-    with pytest.raises(DataError, match=r"a: the dataset org/both cannot be read.*missing"):
+    with pytest.raises(
+        DataError, match=r"a: org/both has several configurations: small, large.*org/both:"
+    ):
         load(EvaluationTask.parse("a=org/both"))
-    with pytest.raises(DataError, match=r"a: the dataset org/both cannot be read.*'medium' not"):
+    with pytest.raises(
+        DataError, match=r"a: org/both has no configuration 'medium'.*It has small, large"
+    ):
         load(EvaluationTask.parse("a=org/both:medium"))
 
 

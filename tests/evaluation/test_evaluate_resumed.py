@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cli import copied
 from ends import ends, ranks
-from labelled import CLASSES, make_folder, picture
+from labelled import CLASSES, make_folder, picture, with_an_odd_word
 
 import hf_tsv
 from hf_tsv.evaluation import classifying, zero_shot
@@ -163,6 +163,20 @@ def test_three_processes_find_what_one_finds(
     assert "bad: image" in found["errors"]["bad"]
     assert "".join(done.err for done in (first, *others)).count("bad: image") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"bad", "three"}
+
+
+def test_what_nobody_expects_of_one_task_ends_no_process(
+    zoo: Path, tasks: dict[str, str], tmp_path: Path
+) -> None:
+    """Before the images, where the first process alone makes a key, and in all of them."""
+    base, odd = with_an_odd_word(zoo, Path(tasks["a"]), tmp_path)
+    words = ["evaluate", base, "--task", f"odd={odd}", "--task", f"b={tasks['b']}", "--json"]
+    for more in ([], ["-o", tmp_path / "r"]):
+        first, second = ends(ranks(*words, *more, count=2, cwd=tmp_path, freezing=True))
+        assert [first.code, second.code] == [1, 0], (first, second)
+        assert list(first.json["tasks"]) == ["b"]
+        assert first.json["errors"]["odd"].startswith("odd failed with IndexError: ")
+        assert "Traceback" not in first.err + second.err
 
 
 def test_bad_input_of_several_processes_is_said_once(zoo: Path, tmp_path: Path) -> None:

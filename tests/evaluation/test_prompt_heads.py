@@ -43,9 +43,8 @@ def model_of(folder: Path) -> Any:
 
 
 def head_of(model: Any, tokenizer: Any, classes: Any = CLASSES, templates: Any = TEMPLATES) -> Any:
-    key = prompt_heads.key_of(
-        prompt_heads.text_identity(model), tokenizer, classes, templates, model.device.type
-    )
+    text = prompt_heads.text_identity(model)
+    key = prompt_heads.key_of(text, model, tokenizer, classes, templates)
     return prompt_heads.head(model, tokenizer, classes, templates, key)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hub import Hub
 from PIL import Image
 
 CLASSES = ("cat", "dog", "emu")
+TOKENS = 300  # of the tiny text towers
 COLOURS = {"cat": (200, 40, 40), "dog": (40, 200, 40), "emu": (40, 40, 200)}
 
 
@@ -63,3 +65,16 @@ def add_dataset(hub: Hub, repo_id: str, folder: Path, split: str = "test", **opt
     """A dataset of the loopback Hub, with one split; returns the sha of its commit."""
     file = f"data/{split}-00000-of-00001.parquet"
     return hub.add_repo(repo_id, {file: parquet(folder, **options)}, kind="datasets")
+
+
+def with_an_odd_word(zoo: Path, pets: Path, folder: Path) -> tuple[Path, Path]:
+    """A base model whose tokenizer has a word that the model has not, and images of that class."""
+    from transformers import AutoTokenizer
+
+    base, odd = (Path(shutil.copytree(p, folder / p.name)) for p in (zoo / "base", pets))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([*(f"<{i}>" for i in range(TOKENS)), "zebra"])
+    tokenizer.save_pretrained(base)
+    for split in odd.iterdir():
+        (split / "emu").rename(split / "zebra")
+    return base, odd

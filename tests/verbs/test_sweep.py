@@ -10,6 +10,7 @@ import pytest
 import torch
 from cli import copied
 from cli import hf_tsv as run
+from labelled import make_folder, with_an_odd_word
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -148,3 +149,14 @@ def test_a_task_needs_its_fine_tune(zoo: Path, images: Path) -> None:
         hf_tsv.sweep({"a": str(images)}, {"b": zoo / "vision"})
     with pytest.raises(DataError, match="No task could be measured"):
         hf_tsv.sweep({"a": str(images)}, {"a": zoo / "nothing"}, base_model=zoo / "base")
+
+
+def test_what_nobody_expects_of_one_task_does_not_cost_the_others(
+    zoo: Path, images: Path, tmp_path: Path
+) -> None:
+    base, odd = with_an_odd_word(zoo, make_folder(tmp_path / "pets"), tmp_path / "odd")
+    tasks = {"odd": str(odd), "blocks": str(images)}
+    report = hf_tsv.sweep(tasks, dict.fromkeys(tasks, zoo / "vision"), rank_fraction=0.5,
+                          base_model=base, progress=False)  # fmt: skip
+    assert list(report.tasks) == ["blocks"]
+    assert report.errors["odd"].startswith("odd failed with IndexError: ")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from cli import hf_tsv as run
-from labelled import CLASSES, make_folder
+from labelled import CLASSES, make_folder, with_an_odd_word
 from PIL import Image
 
 import hf_tsv
@@ -167,4 +167,15 @@ def test_test_images_are_never_taken_by_default(zoo: Path, tmp_path: Path) -> No
     with pytest.raises(DataError, match="has no split 'validation'"):
         hf_tsv.tune([zoo / "vision"], {"pets": str(data)}, alphas="0,1", base_model=zoo / "base",
                     output=tmp_path / "m")  # fmt: skip
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("method", ["tsv", "ada"])
+def test_what_nobody_expects_of_a_task_names_it(
+    zoo: Path, pets: Path, tmp_path: Path, method: str
+) -> None:
+    base, odd = with_an_odd_word(zoo, pets, tmp_path)
+    with pytest.raises(DataError, match="odd failed with IndexError: index out of range"):
+        hf_tsv.tune([zoo / "vision", zoo / "flat"], {"odd": str(odd)}, method=method,
+                    base_model=base, output=tmp_path / "m", progress=False)  # fmt: skip
     assert not (tmp_path / "m").exists()

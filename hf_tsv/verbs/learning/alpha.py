@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_tsv.checkpoints.sources import Access
 from hf_tsv.evaluation.data import LabelledImages, load, refuse_not_installed
+from hf_tsv.evaluation.job import in_one_line
 from hf_tsv.evaluation.zero_shot import accuracies
 from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.merging.building import built
@@ -49,12 +50,12 @@ def search(
         if not torch.equal(parameter.data, w0[name].to(device))
     ]
     variants = [partial(_put, changed, alpha) for alpha in wanted.alphas]
-    found = {
-        task.name: tuple(
-            accuracies(pipe, variants, task, images, batch_size=wanted.batch_size, show=show)
-        )
-        for task, images in zip(wanted.tasks, data, strict=True)
-    }
+    found = {}
+    for task, images in zip(wanted.tasks, data, strict=True):
+        with in_one_line(task.name):
+            found[task.name] = tuple(
+                accuracies(pipe, variants, task, images, batch_size=wanted.batch_size, show=show)
+            )
     done = replace(wanted, images=tuple(len(images.rows) for images in data), accuracies=found)
     logger.info("α = %g is best: %.2f%% on validation images.", done.alpha, 100 * max(done.means))
     return done

@@ -21,6 +21,7 @@ from hf_tsv.checkpoints.fit import check_whole_clip
 from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.evaluation import zero_shot
 from hf_tsv.evaluation.data import LabelledImages, load, refuse_not_installed
+from hf_tsv.evaluation.job import in_one_line
 from hf_tsv.linalg import products, updates
 from hf_tsv.linalg.updates import TaskSingularVectors
 from hf_tsv.merging import loading
@@ -77,7 +78,7 @@ def adapted(merge: Merge, adaptation: Adaptation, run: Run, device: torch.device
     what = counted(len(adaptation.tasks), "task")
     logger.info("Learning coefficients on images of %s.", what)
     sources, show, token = run.sources, run.show, run.sources.access.token
-    data = [_without_labels(load(task, token=token)) for task in adaptation.tasks]
+    data = [_without_labels(load(task, token=token, labelled=False)) for task in adaptation.tasks]
     access: Any = {"token": token, "cache_dir": sources.access.cache_dir, "progress": show}
     pipe: Any = pipeline(ZERO_SHOT, merge.base, dtype=torch.float32, device=str(device), **access)
     pipe.model.requires_grad_(False)
@@ -85,10 +86,11 @@ def adapted(merge: Merge, adaptation: Adaptation, run: Run, device: torch.device
     if not layers:
         problem = "No checkpoint changes the vision tower: there is nothing to learn from images."
         raise CheckpointError(problem, "Use `method=tsv`.")
-    classes = [
-        zero_shot.head(pipe.model, pipe.tokenizer, images.classes, task.templates).clone()
-        for task, images in zip(adaptation.tasks, data, strict=True)
-    ]
+    classes = []
+    for task, images in zip(adaptation.tasks, data, strict=True):
+        with in_one_line(task.name):
+            head = zero_shot.head(pipe.model, pipe.tokenizer, images.classes, task.templates)
+        classes.append(head.clone())
     batches = Batches(pipe.image_processor, adaptation, data)
     found, told = descend(pipe.model, layers, classes, batches, len(sources.inputs), show=show)
     logger.info("Mean entropy of predictions: %.3f before, %.3f after.", *told)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, normalize
 
 from hf_tsv.evaluation.data import LabelledImages
+from hf_tsv.evaluation.job import in_one_line
 from hf_tsv.methods.ada import Layer
 from hf_tsv.recipes.learning import Adaptation
 from hf_tsv.runs import reading
@@ -138,8 +139,9 @@ class Batches:
         return order
 
     def _pixels(self, number: int, rows: Sequence[int]) -> Tensor:
-        images = self.data[number]
+        images, task = self.data[number], self.adaptation.tasks[number].name
         chosen = replace(images, rows=images.rows.select(rows))
-        pictures, _ = chosen.batch(0, len(rows), self.adaptation.tasks[number].name)
-        pixels: Tensor = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        pictures, _ = chosen.batch(0, len(rows), task)
+        with in_one_line(task):
+            pixels: Tensor = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
         return pixels
