@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -24,6 +25,9 @@ COMMANDS = {  # with the first line of their help: only the command that is call
     "sweep": "Measure how accuracy falls as fine-tunes keep fewer singular vectors.",
     "env": "Show versions, devices and settings, for a bug report.",
 }
+
+NO_NUMBER = re.compile(r"Input should be a valid (number|whole number)\b.*", re.DOTALL)
+"""Words of pydantic, with which typer refuses what is not a number."""
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -74,6 +78,7 @@ class Commands(Group):
                 from hf_tsv.cli.output import fail
 
                 message = error.format_message().replace("Value error, ", "")
+                message = NO_NUMBER.sub(r"not a \1", message.replace("integer", "whole number"))
                 command = getattr(getattr(error, "ctx", None), "command_path", "hf-tsv")
                 hint = f"See `{command} --help`."
                 ended = message[-1] in ".?)" or "\n" in message  # a command must get no period

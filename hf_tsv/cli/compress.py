@@ -113,15 +113,14 @@ def compress(
 
 
 def _summary(report: CompressReport) -> str:
-    kinds = [weight["stored"] for weight in report.weights.values()]
+    from hf_tsv.reports.kept import stored_text
+
     counts, shares = report.ratio_for_tasks, report.ratio_for_tasks.values()
     lines = [
         f"Compressed in {report.seconds:.1f} s: {human_bytes(report.factors_bytes or 0)},"
         f" {report.ratio or 0:.1%} of the checkpoint's {human_bytes(report.checkpoint_bytes)}.",
         f"It {kept(report.update_error)}.",
-        f"{counted(kinds.count('factors'), 'matrix', 'matrices')} low-rank,"
-        f" {counted(kinds.count('dense'), 'tensor')} in full,"
-        f" {kinds.count('none')} unchanged or left out.",
+        f"{stored_text(weight['stored'] for weight in report.weights.values())}.",
         f"Base model + {' / '.join(counts)} tasks like this:"
         f" {' / '.join(f'{100 * share:.0f}' for share in shares)}% of the full checkpoints' size.",
     ]

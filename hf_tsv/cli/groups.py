@@ -12,6 +12,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import is_dataclass
 from importlib import import_module
@@ -30,6 +31,13 @@ T = TypeVar("T")
 
 class Panel(str):
     """Panel of the help that an option is shown in, if not in that of its group."""
+
+
+class NotOffered:
+    """Values of a choice that a command refuses with words of its own, and lists nowhere."""
+
+    def __init__(self, *values: str) -> None:
+        self.values = values
 
 
 class Only:
@@ -98,7 +106,8 @@ def _options(
     if group is None:
         kind, *notes = get_args(hint)
         panel = next((note for note in notes if isinstance(note, Panel)), panel)
-        notes = [note for note in notes if not isinstance(note, Panel)]
+        refused = {v for note in notes if isinstance(note, NotOffered) for v in note.values}
+        notes = [note for note in notes if not isinstance(note, Panel | NotOffered)]
         info = copy(notes[0])
         if isinstance(info, str):
             declare: Any = typer.Option if given.kind is KEYWORD_ONLY else typer.Argument
@@ -109,7 +118,8 @@ def _options(
         if isinstance(info, OptionInfo) and (values := _choices(kind)):
             kind = str | None if type(None) in get_args(kind) else str
             info.metavar = info.metavar or "|".join(values)
-            info.callback, info.autocompletion = _chosen(values), _completed(values)
+            offered = tuple(value for value in values if value not in refused)
+            info.callback, info.autocompletion = _chosen(values, offered), _completed(offered)
         yield given.replace(kind=KEYWORD_ONLY, annotation=Annotated[kind, info])
 
 
@@ -119,12 +129,14 @@ def _choices(kind: Any) -> tuple[str, ...]:
     return next((get_args(part) for part in parts if get_origin(part) is Literal), ())
 
 
-def _chosen(values: tuple[str, ...]) -> Callable[[Any], Any]:
-    """Check of a value, which may be given by another name of it."""
+def _chosen(values: tuple[str, ...], offered: tuple[str, ...]) -> Callable[[Any], Any]:
+    """Check of a value, which may be given by another name of it; an error lists those offered."""
 
     def chosen(value: Any) -> Any:
-        try:
+        with suppress(RecipeError):
             return value and choice("it", value, values)
+        try:
+            return choice("it", value, offered)
         except RecipeError as error:
             raise typer.BadParameter(f"{value!r}. {error.hint}") from None
 

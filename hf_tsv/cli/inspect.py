@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only
-from hf_tsv.cli.output import Out, pinned, table
+from hf_tsv.cli.output import Out, kept, method_text, pinned, table
 from hf_tsv.system.text import counted, human_bytes
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _text(report: InspectReport) -> str:
         ("kind", KINDS.get(report.kind, report.kind)),
         ("class", report.model_class or report.model_type or "unknown"),
         ("layout", report.layout or "unknown"),
-        ("base model", ", ".join(report.base_model) or "unknown (no model card)"),
+        ("base model", ", ".join(report.base_model) or "unknown"),
         ("license", report.license or "unknown"),
         *(("file", f"{name}  {human_bytes(size)}") for name, size in report.files.items()),
         ("parameters", f"{report.parameters:,}"),
@@ -69,8 +69,7 @@ def _text(report: InspectReport) -> str:
         rows.append(("in a merge", ", ".join(f"{count} {name}" for name, count in done.items())))
     if report.recipe is not None:
         inputs = report.recipe["inputs"]
-        method = report.recipe["settings"]["method"]
-        rows.append(("method", f"{method}, α = {report.recipe['settings']['alpha']:g}"))
+        rows.append(("method", method_text(report.recipe["settings"])))
         rows += [("task", pinned(entry)) for entry in inputs]
         base = report.recipe["base_model"]
         rows += [("made from", pinned(base))] if base else []
@@ -83,16 +82,18 @@ def _text(report: InspectReport) -> str:
         ]
     if report.factors is not None:
         found = report.factors
-        stored = Counter(entry["stored"] for entry in report.tensors.values())
+        from hf_tsv.reports.kept import stored_text
+
+        stored = stored_text(entry["stored"] for entry in report.tensors.values())
         ranks = [entry["rank"] for entry in report.tensors.values() if entry["rank"]]
         energies = [e["energy"] for e in report.tensors.values() if e["rank"]] or [1.0]
         rows += [
             ("task", pinned(found["source"])),
-            ("stored", ", ".join(f"{count} {name}" for name, count in stored.items())),
+            ("stored", f"{stored}, in {found['factor_dtype']}"),
             ("ranks", f"{min(ranks)} to {max(ranks)}" if ranks else "none"),
-            ("energy", f"{min(energies):.1%} to {max(energies):.1%} of each update kept"),
             ("size", f"{human_bytes(found['bytes'])}, {found['ratio']:.1%} of the checkpoint"),
-            ("error", f"{found['update_error']:.3g} relative error of the update"),
+            ("kept", kept(found["update_error"]).removeprefix("keeps ")),
+            ("by matrix", f"{min(energies):.1%} to {max(energies):.1%} of its update's energy"),
         ]
     rows += [("note", text) for text in report.unknown]
     return table(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,7 +62,7 @@ def interference(
 
 
 def _text(report: InterferenceReport) -> str:
-    told = {"share": ".1%", "norm": ".3g", "relative_norm": ".2%", "effective_rank": ".1f"}
+    told = {"share": ".1%", "norm": "#.3g", "relative_norm": ".2%", "effective_rank": ".1f"}
     told["energy"] = ".1%"
     tasks = [
         (t["name"], *(format(t[key], form) for key, form in told.items())) for t in report.tasks
@@ -71,13 +70,12 @@ def _text(report: InterferenceReport) -> str:
     head = ("task", "share", "norm", "norm / base", "effective rank", "energy kept")
     most, least = report.extremes()
     worst = sorted(report.weights.items(), key=lambda entry: -entry[1]["sti"])[:SHOWN]
-    mean = report.total / max(1, len(report.weights)) / math.comb(len(report.tasks), 2)
     rows = [
         (
             "interference",
             f"{report.total:.4g} before orthogonalisation, {report.total_after:.2g} after",
         ),
-        ("mean", f"{mean:.3g} per weight matrix and pair of tasks"),
+        ("mean", f"{report.per_pair:.3g} per pair of tasks in one weight matrix"),
         ("most" if most != least else "pair", _pair(report, most)),
         *([("least", _pair(report, least))] if most != least else []),
         *(("weight matrix", f"{label}: {entry['sti']:.4g}") for label, entry in worst),

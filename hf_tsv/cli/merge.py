@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from hf_tsv.checkpoints.names import RECIPE_FILE, Format
 from hf_tsv.cli import options
-from hf_tsv.cli.groups import Only, call
-from hf_tsv.cli.output import Out, pinned, shown, table
+from hf_tsv.cli.groups import NotOffered, Only, call
+from hf_tsv.cli.output import Out, method_text, pinned, shown, table
 from hf_tsv.cli.usage import numbers
 from hf_tsv.linalg.choices import Orthogonalizer, Precision
 from hf_tsv.methods.catalogue import METHODS
@@ -32,6 +32,8 @@ EXAMPLES = (
     "hf-tsv merge ./my-clip org/clip@v1 --base-model openai/clip-vit-base-patch32 -o merged",
     "hf-tsv merge --recipe merged -o again",
 )
+LEARNING = tuple(m.name for m in METHODS.values() if m.learns)
+METHOD_HELP = "Merging method, see below. [default: tsv]"
 TABLES = {"Methods (--method)": {m.name: m.does for m in METHODS.values() if not m.learns}}
 
 
@@ -49,7 +51,6 @@ class ResultOptions:
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions:
     PANEL = options.METHOD
-    method: Annotated[MethodName | None, "NAME", "Merging method, see below. [default: tsv]"] = None
     alpha: Annotated[
         float | None,
         "A",
@@ -86,6 +87,9 @@ def merge(
         " its settings; CHECKPOINTS supply local folders.",
     ] = None,
     result: ResultOptions,
+    method: Annotated[
+        MethodName | None, options.METHOD, NotOffered(*LEARNING), "NAME", METHOD_HELP
+    ] = None,
     how: MethodOptions,
     compute: Annotated[options.ComputeOptions, Only("device", "max_memory")],
     report: Annotated[bool, options.TARGET, "Measure task interference for the card, too."] = False,
@@ -99,13 +103,14 @@ def merge(
     `hf-tsv tune` learns α or coefficients from images.
     """
     out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
-    if how.method and METHODS[how.method].learns:
-        problem = f"The method {how.method} learns from images."
-        raise UsageError(problem, f"Use `hf-tsv tune --method {how.method} --task NAME=DATASET`.")
+    if method in LEARNING:
+        problem = f"The method {method} learns from images."
+        raise UsageError(problem, f"Use `hf-tsv tune --method {method} --task NAME=DATASET`.")
     from hf_tsv.verbs import merge as merge_
 
     groups = (source, result, result.target, result.files, how, compute, run, access)
     own = {**settings(result, how), "recipe": recipe, "report": report, "progress": run.progress}
+    own["method"] = method
     told(out, call(merge_.merge, groups, checkpoints or [], **own), result, run)
 
 
@@ -167,7 +172,7 @@ def _preview(report: MergeReport, result: ResultOptions) -> str:
     rows = [("base model", pinned(report.base_model))]
     rows += [(f"task {i}", pinned(entry)) for i, entry in enumerate(report.inputs, start=1)]
     ranks = [entry["rank"] for entry in report.treatments.values() if entry.get("rank")]
-    rows += [("method", f"{report.method}, α = {report.settings['alpha']:g}")]
+    rows += [("method", method_text(report.settings))]
     rows += [("rank", _span(ranks))] if ranks else []
     rows += [("weights", part) for part in _treated(report).split(", ")]
     rows += [("head", f"{file}, of {name}") for file, name in report.heads.items()]

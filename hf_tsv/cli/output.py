@@ -131,6 +131,15 @@ def pinned(entry: Mapping[str, str | None]) -> str:
     return at_revision(str(entry["ref"]), entry["revision"])
 
 
+def method_text(settings: Mapping[str, Any]) -> str:
+    """Method of a merge, with α if it has one."""
+    from hf_tsv.methods.catalogue import METHODS
+
+    name = settings["method"]
+    has_alpha = name not in METHODS or METHODS[name].alpha is not None
+    return f"{name}, α = {settings['alpha']:g}" if has_alpha else str(name)
+
+
 def _page(url: str | None) -> str:
     """Page of the model, or of the pull request, that an upload made or changed."""
     return (url or "").partition("/commit/")[0]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from hf_tsv.cli import images, options
 from hf_tsv.cli import merge as merging
-from hf_tsv.cli.groups import Only, call
+from hf_tsv.cli.groups import NotOffered, Only, call
 from hf_tsv.cli.output import Out
 from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.recipes.learning import to_learn
@@ -20,6 +20,7 @@ EXAMPLES = (
     f"hf-tsv tune {merging.BOTH} --method ada --task dtd=tanganke/dtd -o learned",
     "hf-tsv tune ./a ./b --method ties --alphas 0:3:0.1 --task a=./images -o tuned",
 )
+WITHOUT_ALPHA = tuple(m.name for m in METHODS.values() if m.alpha is None)
 TABLES = {"Methods (--method)": {m.name: m.does for m in METHODS.values() if m.alpha is not None}}
 
 
@@ -57,7 +58,14 @@ def tune(
     pictures: Annotated[images.ImageOptions, Only("task", "datasets", "limit")],
     learning: LearningOptions,
     result: merging.ResultOptions,
-    how: Annotated[merging.MethodOptions, Only("method", "weights", "precision", "ranks")],
+    method: Annotated[
+        merging.MethodName | None,
+        options.METHOD,
+        NotOffered(*WITHOUT_ALPHA),
+        "NAME",
+        merging.METHOD_HELP,
+    ] = None,
+    how: Annotated[merging.MethodOptions, Only("weights", "precision", "ranks")],
     compute: Annotated[options.ComputeOptions, Only("device", "max_memory")],
     run: options.RunOptions,
     access: options.AccessOptions,
@@ -70,11 +78,11 @@ def tune(
     """
     out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
     tasks = pictures.tasks
-    to_learn(how.method or Settings.method, tasks, limit=pictures.limit, **vars(learning))
+    to_learn(method or Settings.method, tasks, limit=pictures.limit, **vars(learning))
     from hf_tsv.verbs import tune as tune_
 
     groups = (source, pictures, result, result.target, result.files, how, compute, learning, run)
     own = {**merging.settings(result, how), "progress": run.progress}
-    own["method"] = how.method or Settings.method
+    own["method"] = method or Settings.method
     done = call(tune_.tune, (*groups, access), checkpoints, tasks, **own)
     merging.told(out, done, result, run)

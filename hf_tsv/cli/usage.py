@@ -91,4 +91,4 @@ def numbers(name: str, text: str) -> Sequence[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"`{name}=` must be numbers (got {text!r}).", "Write 1,0.5,1.") from None
+        raise UsageError(f"`{name}=` must be numbers (got {text!r}).", "Example: 1,0.5.") from None

@@ -99,8 +99,9 @@ def _explained(
     """Message and hint for an error of the client; a class comes before those it derives from."""
     match error:
         case errors.HFValidationError():
-            said = f"{repo_id!r} is not a repository id: {first_line(error)}."
-            hint = "Give org/name." if writing else "Give org/name, org/name@revision, or a folder."
+            said = f"{repo_id!r} is not a repository id."
+            hint = "Give org/name, with letters, digits, '-', '_' and '.' only."
+            hint = hint if writing else "Give org/name, org/name@revision, or a folder."
         case errors.GatedRepoError():
             said = f"{repo_id} is gated and this token has no access."
             conditions = f"Accept its conditions at {constants.ENDPOINT}/{repo_id}"

@@ -225,20 +225,22 @@ def _exclude_warnings(base: Checkpoint, settings: Settings) -> list[str]:
 
 
 def _energy_warnings(weights: Sequence[Weight], inputs: Sequence[Task]) -> Iterator[str]:
-    """Warnings of factors that keep fewer triplets than this merge uses."""
+    """Warning of factors that keep fewer triplets than this merge uses."""
+    short: dict[str, float] = {}
     for i, item in enumerate(inputs):
-        short, missing, total = 0, 0.0, 0.0
+        missing, total = 0.0, 0.0
         for weight in weights:
             alone = weight.treatment == "decomposed" and len(weight.names) == 1
             for name in weight.names if i in weight.inputs else ():
                 lost, energy = item.missing_energy(name, weight.rank if alone else None)
                 total += energy
                 missing += lost
-                short += lost > 0
         if missing > NEGLIGIBLE_ENERGY * total:
-            yield (
-                f"{item} keeps fewer singular vectors than this merge uses in"
-                f" {counted(short, 'weight')}:"
-                f" {100 * missing / total:.2g}% of the energy of its update is missing."
-                " Compress with a larger rank for the exact merge."
-            )
+            short[str(item)] = missing / total
+    if short:
+        said = [f"{name} ({100 * share:.2g}%" for name, share in short.items()]
+        yield (
+            f"Task factors with fewer singular vectors than this merge uses: {said[0]} of the"
+            f" energy of its update is missing){''.join(f', {one})' for one in said[1:])}."
+            " Compress with a larger rank for the exact merge."
+        )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from hf_tsv.checkpoints.layout import MODEL_CLASSES, is_clip
 from hf_tsv.checkpoints.reference import at_revision, card_datasets, repo_id_of
 from hf_tsv.recipes.settings import current_versions
+from hf_tsv.reports.kept import stored_text
 from hf_tsv.reports.templates import cell, counted, environment, plain
 
 if TYPE_CHECKING:
@@ -207,6 +207,12 @@ class MergeCard(Card):
         return re.sub(r"(?m)^ *\w+: null\n", "", self.recipe.to_yaml(coefficients=False))
 
     @property
+    def folders(self) -> str:
+        """Words of a command that name the local folders of the recipe, each in one line."""
+        found = (item.name for item in (*self.inputs, self.base) if item.revision is None)
+        return "".join(f" {shlex.quote(' '.join(name.split()))}" for name in dict.fromkeys(found))
+
+    @property
     def title(self) -> str:
         """Heading: the names of the inputs, of many the first three."""
         names = [plain(item.name) for item in self.inputs]
@@ -289,12 +295,17 @@ class CompressedCard(Card):
     def _compress_command(self, *options: str) -> str:
         """Command that makes the same files again."""
         config = self.config
-        words = ["hf-tsv", "compress", self.source.public, "--base-model", self.base.public]
+        words: list[str] = []
         for key, value in config.rank_rule.items():
             words += [f"--{key.replace('_', '-')}", str(value)]
         words += ["--compress-conv"] if config.compress_conv else []
-        words += ["--dtype", self.dtype]
-        return shlex.join([*words, *options, "-o", "compressed"])
+        words += ["--dtype", self.dtype, *options, "-o", "compressed"]
+        return self._command("compress", self.source, words)
+
+    def _command(self, verb: str, of: CardInput, words: Sequence[str]) -> str:
+        """Command in three lines: references to a commit are long."""
+        lines = ["hf-tsv", verb, of.public], ["--base-model", self.base.public], words
+        return " \\\n    ".join(map(shlex.join, lines))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,9 +320,9 @@ class FactorsCard(CompressedCard):
         return self._data("adapter", "hf-tsv", tags, self.base)
 
     @property
-    def kinds(self) -> Counter[str]:
+    def stored(self) -> str:
         """Number of weights by how they are stored."""
-        return Counter(weight.stored for weight in self.config.weights.values())
+        return stored_text(weight.stored for weight in self.config.weights.values())
 
     @property
     def largest(self) -> list[tuple[str, StoredWeight]]:
@@ -376,8 +387,7 @@ class ReconstructedCard(CompressedCard):
 
     @property
     def command(self) -> str:
-        words = ["hf-tsv", "reconstruct", self.factors.public, "--base-model", self.base.public]
-        return shlex.join([*words, "-o", "reconstructed"])
+        return self._command("reconstruct", self.factors, ["-o", "reconstructed"])
 
 
 def datasets_of(inputs: Sequence[CardInput]) -> list[str] | None:

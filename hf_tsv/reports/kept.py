@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_tsv.checkpoints.layout import block_and_kind, kind_order
+from hf_tsv.system.text import counted
 
 if TYPE_CHECKING:
     from hf_tsv.checkpoints.formats.description import FactorsConfig, StoredWeight
+
+
+def stored_text(kinds: Iterable[str]) -> str:
+    """Number of tensors by how they are stored.
+
+    Example:
+        >>> stored_text(["factors", "factors", "dense"])
+        '2 low-rank matrices, 1 tensor in full'
+    """
+    count = Counter(kinds)
+    parts = (
+        counted(count["factors"], "low-rank matrix", "low-rank matrices"),
+        f"{counted(count['dense'], 'tensor')} in full",
+        f"{count['none']:,} unchanged or left out",
+    )
+    return ", ".join(part for part in parts if not part.startswith("0 "))
 
 
 @dataclass(frozen=True)
@@ -33,7 +50,7 @@ class KeptKind:
         stored = Counter(weight.stored for weight in weights)
         ranks = [weight.rank for weight in weights if weight.stored == "factors"]
         said = [" to ".join(map(str, sorted({min(ranks), max(ranks)})))] if ranks else []
-        said += [f"{stored['dense']} whole"] if stored["dense"] else []
+        said += [f"{stored['dense']} in full"] if stored["dense"] else []
         said += [f"{stored['none']} not kept"] if stored["none"] else []
         total = sum(weight.norm**2 for weight in weights) or 1.0
         energy = sum(weight.energy * weight.norm**2 for weight in weights) / total

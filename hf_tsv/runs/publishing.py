@@ -13,6 +13,7 @@ from hf_tsv.system.progress import logger
 from hf_tsv.system.untrusted import MAX_BYTES
 
 CARD = "README.md"
+SHOWN = ("base_model", "license")
 JSON_FILES = {*CONFIGS, RECONSTRUCTION_FILE, REPORT_FILE}
 
 THIS_FOLDER = '  # "." is this folder'
@@ -59,12 +60,22 @@ def without_paths(content: Any) -> Any:
     return content
 
 
+def _tell_missing(card: str) -> None:
+    """Tell which lines the metadata of a card lack that the Hub's model page is made from."""
+    metadata = card.partition("---\n")[2].partition("\n---")[0] if card.startswith("---") else ""
+    lacking = [key for key in SHOWN if not re.search(rf"(?m)^{key}:", metadata)]
+    if lacking:
+        names = " and no ".join(lacking)
+        logger.info("The card has no %s: add it to the lines at the top of %s.", names, CARD)
+
+
 def published(files: Mapping[str, Path], repo_id: str) -> dict[str, bytes]:
     """Content of the files that are uploaded otherwise than they are in their folder, by name.
 
     The card gets the name of the repository. Descriptions lose the paths of local folders, which
     they need here to be found again. Where a path is left, as in files of earlier versions or in
-    what the user wrote, a warning names the file.
+    what the user wrote, a warning names the file. A note says what the card's metadata lack, as
+    after a merge of local folders.
     """
     changed: dict[str, bytes] = {}
     for name, path in files.items():
@@ -74,7 +85,10 @@ def published(files: Mapping[str, Path], repo_id: str) -> dict[str, bytes]:
         content = path.read_bytes()
         try:
             text = content.decode()
-            public = named(text, repo_id) if name == CARD else text
+            public = text
+            if name == CARD:
+                public = named(text, repo_id)
+                _tell_missing(text)
             if json_file and (clean := without_paths(loaded := json.loads(text))) != loaded:
                 public = json.dumps(clean, indent=2, ensure_ascii=False) + "\n"
         except ValueError:  # damaged, as is said where it is read

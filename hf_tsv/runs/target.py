@@ -51,10 +51,10 @@ class Target:
         about = {"private": self.private is not None, "revision": self.revision}
         about |= {"create_pr": self.create_pr, "commit_message": self.commit_message}
         if self.push_to is None and (given := [name for name, value in about.items() if value]):
-            raise UsageError(
-                f"`{given[0]}=` applies to an upload, and none is asked for.",
-                "Add `push_to=REPO_ID`. To read a revision of an input, write org/name@revision.",
-            )
+            hint = "Add `push_to=REPO_ID`."
+            if given[0] == "revision":
+                hint += " To read a revision of an input, write org/name@revision."
+            raise UsageError(f"`{given[0]}=` applies to an upload, and none is asked for.", hint)
         if self.create_pr and self.revision not in (None, "main"):
             problem = "`create_pr=True` and `revision=` cannot be combined."
             raise UsageError(problem, "Pull requests start from the main branch: give one of them.")

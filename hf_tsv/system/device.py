@@ -8,6 +8,7 @@ import torch
 
 from hf_tsv.system import processes
 from hf_tsv.system.errors import UsageError
+from hf_tsv.system.text import one_of
 
 
 def available() -> list[str]:
@@ -36,5 +37,5 @@ def pick_device(name: str | int | torch.device | None = None) -> torch.device:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         problem = f"There is no device {name!r} here."
-        raise UsageError(problem, f"Choose auto, {', '.join(available())}.") from None
+        raise UsageError(problem, f"Choose {one_of(['auto', *available()])}.") from None
     return device

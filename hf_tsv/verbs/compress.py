@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
@@ -39,6 +39,48 @@ from hf_tsv.verbs.factors import TaskFactors
 
 TASK_COUNTS = (8, 14, 20)
 """Numbers of tasks that the paper reports."""
+
+
+class Choices(TypedDict, total=False):
+    """Arguments of [`compress`] by name, for the type of its result."""
+
+    base_model: str | PathLike[str] | None
+    output: str | Path | None
+    push_to: str | None
+    rank_fraction: float | None
+    rank: int | None
+    energy: float | None
+    budget: str | int | None
+    dtype: AnyDtype
+    compress_conv: bool
+    allow_other_base: bool
+    max_shard_size: int | str
+    device: AnyDevice | None
+    force: bool
+    private: bool | None
+    revision: str | None
+    create_pr: bool
+    commit_message: str | None
+    token: str | None
+    cache_dir: str | Path | None
+    subfolder: str | None
+    stream: bool
+    report: bool
+    progress: bool | None
+
+
+@overload
+def compress(
+    checkpoint: str | PathLike[str], *, dry_run: Literal[False] = False, **choices: Unpack[Choices]
+) -> TaskFactors: ...
+@overload
+def compress(
+    checkpoint: str | PathLike[str], *, dry_run: Literal[True], **choices: Unpack[Choices]
+) -> CompressReport: ...
+@overload
+def compress(
+    checkpoint: str | PathLike[str], *, dry_run: bool, **choices: Unpack[Choices]
+) -> TaskFactors | CompressReport: ...
 
 
 @public
@@ -69,7 +111,7 @@ def compress(
     report: bool = False,
     dry_run: bool = False,
     progress: bool | None = None,
-) -> TaskFactors:
+) -> TaskFactors | CompressReport:
     """Compress a fine-tuned CLIP checkpoint into task factors (TSV-Compress, section 4.3).
 
     Args:
@@ -84,12 +126,12 @@ def compress(
         dtype (`str` or `torch.dtype`): `float32`, `bfloat16` or `float16`.
         compress_conv (`bool`): decompose the patch convolution as well.
         report (`bool`): put table and picture of what is kept into the card.
-        dry_run (`bool`): plan only; the result has a `report` and nothing else.
+        dry_run (`bool`): plan only; the result is the report.
         allow_other_base, push_to, max_shard_size, device, force, private, revision, create_pr,
             commit_message, token, cache_dir, subfolder, stream, progress: as in [`merge`].
 
     Returns:
-        [`TaskFactors`]: with a [`CompressReport`] as `report`.
+        [`TaskFactors`]: with a [`CompressReport`] as `report`; with `dry_run` the report alone.
 
     Raises:
         [`HfTsvError`]: with the reason and what to do; nothing is written or pushed then.
@@ -133,8 +175,7 @@ def compress(
     if dry_run:
         if owned is not None:
             owned.rmdir()
-        planned: Any = done
-        return planned  # type: ignore[no-any-return]
+        return done
     factors = TaskFactors.opened(pin(parse(str(Path(output).expanduser().absolute()))), done)
     if owned is not None:
         weakref.finalize(factors.pinned.files, shutil.rmtree, owned, ignore_errors=True)

@@ -133,7 +133,7 @@ def _check_finished(folder: Path) -> list[PinnedCheckpoint]:
     files = LocalFiles(folder)
     if not any(files.size(marker) is not None for marker in MARKERS):
         raise OutputError(
-            f"{folder} was not written by hf-tsv (it has no {' or '.join(MARKERS)}).",
+            f"{folder} was not written by hf-tsv (it has none of {', '.join(MARKERS)}).",
             "Name the output of a merge, a compression or a reconstruction.",
         )
     pinned = PinnedCheckpoint(str(folder), None, files, {})

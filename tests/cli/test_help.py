@@ -154,6 +154,18 @@ def test_the_nearest_name_is_suggested(words: str, said: str, tmp_path: Path) ->
     assert done.code == 2 and ("no folder" in done.err) == (not said)
 
 
+@pytest.mark.parametrize(
+    ("command", "other"), [("merge", "ada"), ("tune --task a=b/c", "tall-mask")]
+)
+def test_a_method_of_another_command_is_not_offered(
+    command: str, other: str, tmp_path: Path
+) -> None:
+    words = [*command.split(), "org/a", "org/b", "-o", tmp_path / "x", "--method"]
+    listed = hf_tsv(*words, "slerp").err
+    assert ", ties, consensus, " in listed and f" {other}" not in listed
+    assert f"The method {other} " in hf_tsv(*words, other).err
+
+
 def test_a_wrong_name_in_python_is_answered_too() -> None:
     with pytest.raises(RecipeError, match="Did you mean consensus"):
         Settings(method="concensus")
@@ -168,10 +180,10 @@ def test_devices_by_every_name(name: Any) -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "99", 99, "cuda:99"])
 def test_a_device_that_is_not_here_is_answered_by_those_that_are(name: Any, hub: Hub) -> None:
-    with pytest.raises(RecipeError, match=r"Choose auto, cpu"):
+    with pytest.raises(RecipeError, match=r"Choose auto or cpu"):
         pick_device(name)
     done = hf_tsv("merge", "org/a", "org/b", "-o", "x", "--device", str(name))
-    assert done.code == 2 and "Choose auto, cpu" in done.err and hub.requests == []
+    assert done.code == 2 and "Choose auto or cpu" in done.err and hub.requests == []
 
 
 # What a run tells

@@ -377,12 +377,12 @@ def test_the_card_of_factors_says_what_is_kept() -> None:
     first = card.split("\n# ")[1].splitlines()[2]
     assert first.startswith("**14.2% of the size of the fine-tuned checkpoint** (1.4 kB instead of")
     assert "with 93.8% of the energy of its fine-tuning update (relative error 0.25)" in first
-    assert "1 matrix as factors, 1 tensor whole, 1 unchanged or left out, in float32" in card
+    assert "1 low-rank matrix, 1 tensor in full, 1 unchanged or left out, in float32" in card
     assert "| `fc1.0.weight` | 64 × 32 | factors | 3 | 50.0% |" in card
     assert "**Task head:** `classifier.weight`\n" in card
     assert 'hf_tsv.pipeline("image-classification", ".")' in card
-    command = f"hf-tsv compress org/clip-a@{SHA} --base-model org/base@{SHA} --budget 10%"
-    assert f"\n{command} --dtype float32 -o compressed\n" in card
+    command = f"hf-tsv compress org/clip-a@{SHA} \\\n    --base-model org/base@{SHA} \\\n"
+    assert f"\n{command}    --budget 10% --dtype float32 -o compressed\n```" in card
 
 
 def test_the_card_of_factors_lists_the_largest_updates_only() -> None:
@@ -427,6 +427,21 @@ def test_paths_of_local_folders_are_in_no_card() -> None:
     texts += compressed_cards(described("secret/clip-a", local=True)).values()
     for text in texts:
         assert "/data" not in text and "private" not in text
+
+
+def test_the_command_of_a_recipe_names_the_folders_that_it_needs() -> None:
+    inputs = [CardInput("/data/clip-a", None), CardInput("org/b", SHA)]
+    card = named(card_of(inputs, CardInput("/data/my base", None)), "me/x")
+    assert "\nhf-tsv merge --recipe me/x clip-a 'my base' -o merged\n" in card
+    assert "It needs the local folders" in card
+    assert "local folders" not in card_of(hub("org/a", "org/b")).partition("## Recipe")[2]
+
+
+def test_a_card_says_where_a_base_model_that_is_a_folder_is_looked_for() -> None:
+    here, there = (compressed_cards(described(local=local)) for local in (True, False))
+    said = "PEFT looks for the base model in the folder"
+    assert said in here["adapter"] and said not in there["adapter"]
+    assert "downloads" in there["factors"] and "downloads" not in here["factors"]
 
 
 NOTE = '  # "." is this folder'

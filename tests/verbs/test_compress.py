@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -484,7 +485,17 @@ def test_too_small_factors_merge_with_a_warning_that_says_what_is_missing(
     lost = sum((1 - w.energy) * w.norm**2 for w in weights) / sum(w.norm**2 for w in weights)
     (warning,) = report.warnings
     assert f"{100 * lost:.2g}% of the energy of its update is missing" in warning
-    assert "in 13 weights" in warning and str(tmp_path / "small") in warning
+    assert f"than this merge uses: {tmp_path / 'small'} (" in warning
+
+
+def test_too_small_factors_are_told_in_one_line(zoo: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / kind for kind in ("vision", "flat")]
+    for folder in folders:
+        compress(zoo, folder.name, folder, rank=4)
+    (warning,) = api.merge(folders, output=tmp_path / "out", rank=8).warnings
+    assert all(str(folder) in warning for folder in folders)
+    assert re.search(r"\([\d.]+% of the energy of its update is missing\), .*flat", warning)
+    assert re.search(r"flat \([\d.]+%\)\. Compress with", warning)
 
 
 def test_weights_scale_factors_too(zoo: Path, tmp_path: Path) -> None:

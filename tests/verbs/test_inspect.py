@@ -92,7 +92,9 @@ def test_factors_show_ranks_energy_and_bytes(zoo: Path, tmp_path: Path) -> None:
         assert entry["energy"] == weight.energy and entry["bytes"] == weight.bytes
     assert found.factors["bytes"] == sum(e["bytes"] for e in found.tensors.values())
     text = run("inspect", tmp_path / "f").out
-    assert re.search(r"\bvision\b", text) and "of each update kept" in text
+    assert re.search(r"\bvision\b", text) and "of its update's energy" in text
+    rows = [row.split(maxsplit=1) for row in text.splitlines()]
+    assert ["stored", "13 low-rank matrices, 26 tensors in full, in F32"] in rows
 
 
 def big(folder: Path) -> Path:
@@ -144,6 +146,15 @@ def test_a_merge_tells_its_own_treatment_alone(zoo: Path, tmp_path: Path) -> Non
     rows = [row.split("  ")[0] for row in run("inspect", tmp_path / "m").out.splitlines()]
     assert rows.count("method") == 1 and not {"merge", "in a merge"} & set(rows)
     assert "in a merge" in run("inspect", zoo / "vision").out
+
+
+def test_only_methods_that_have_an_alpha_show_it(zoo: Path, tmp_path: Path) -> None:
+    inputs, base = [zoo / "vision", zoo / "full"], zoo / "base"
+    for method, said in (("tall-mask", "tall-mask"), ("ties", "ties, α = 1")):
+        hf_tsv.merge(inputs, base_model=base, method=method, output=tmp_path / method)
+        rows = [row.split(maxsplit=1) for row in run("inspect", tmp_path / method).out.splitlines()]
+        assert ["method", said] in rows and ["license", "unknown"] in rows
+        assert not any("no model card" in row[1] for row in rows)  # there is one
 
 
 def test_pickles_are_not_loaded(zoo: Path, tmp_path: Path) -> None:

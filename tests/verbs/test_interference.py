@@ -495,6 +495,7 @@ def test_the_command_prints_which_tasks_interfere(tasks: Path) -> None:
     assert {"interference", "mean", "most", "least", "weight"} == set(said)
     found = report(tasks)
     most = {found.tasks[i]["name"] for i in found.extremes()[0]}
+    assert f"{found.per_pair:.3g} per pair of tasks in one weight matrix" in said["mean"]
     assert set(said["most"].split(":")[0].split()[1:]) - {"and"} == most
 
 

@@ -108,6 +108,15 @@ def test_a_path_that_an_older_folder_holds_is_named_before_it_is_published(
         assert done.code == 0 and re.search(said, done.err), done.err
 
 
+def test_what_a_card_lacks_is_told(hub: Hub, outputs: Path, tmp_path: Path) -> None:
+    said = "The card has no base_model and no license: add it to the lines at the top of README.md."
+    assert said in hf_tsv("push", outputs / "merge", "me/new", "--dry-run").err
+    folder = copied(outputs / "merge", tmp_path / "edited")
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.replace("---\n", "---\nlicense: mit\n", 1))
+    assert "The card has no base_model: add" in hf_tsv("push", folder, "me/new").err
+
+
 def test_factors_can_be_counted_and_listed(hub: Hub, outputs: Path) -> None:
     from transformers import AutoConfig
 

@@ -79,6 +79,14 @@ def test_the_output_is_that_of_the_alpha_that_was_found(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "m"]  # and nothing else
 
 
+def test_the_base_model_as_the_best_merge_is_a_warning(
+    zoo: Path, pets: Path, tmp_path: Path
+) -> None:
+    common = [zoo / "vision", zoo / "flat", "--base-model", zoo / "base", "-o", tmp_path / "m"]
+    done = run("tune", *common, "--alphas", "0", "--task", f"pets={pets}", "--limit", "3")
+    assert "Warning: α = 0 is best: the result is the base model." in done.err
+
+
 def test_of_equal_scores_the_smallest_alpha_is_taken() -> None:
     search = AlphaSearch({"a": "x"}, "1,0.5,2", accuracies={"a": (0.5, 0.5, 0.25)})
     assert search.alpha == 0.5

@@ -57,6 +57,8 @@ def search(
                 accuracies(pipe, variants, task, images, batch_size=wanted.batch_size, show=show)
             )
     done = replace(wanted, images=tuple(len(images.rows) for images in data), accuracies=found)
+    if done.alpha == 0:
+        logger.warning("α = 0 is best: the result is the base model.")
     logger.info("α = %g is best: %.2f%% on validation images.", done.alpha, 100 * max(done.means))
     return done
 
