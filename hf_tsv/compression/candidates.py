@@ -148,7 +148,7 @@ class Compression:
     def delta(self, name: str) -> Tensor:
         """Compute Δ of one weight."""
         w0 = self.sources.base.original([name])
-        return updates.difference(self.source.weight(w0), w0.tensor)
+        return updates.difference(self.source.exact(w0), w0.tensor)
 
 
 def candidates_of(job: Compression) -> tuple[Candidate, ...]:

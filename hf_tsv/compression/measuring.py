@@ -127,7 +127,7 @@ def _load(job: Compression, candidate: Candidate) -> _Loaded:
     original = job.sources.base.original([candidate.name])
     rows, columns = matrix_shape(candidate.shape)
     w0 = original.tensor.reshape(rows, columns)
-    w1 = job.source.weight(original).reshape(rows, columns)
+    w1 = job.source.exact(original).reshape(rows, columns)
     delta, _ = update_of(candidate.name, job.source, w1, w0)
     norm = products.frobenius_norm(delta)
     norm = norm if norm**2 else 0.0  # no stored type has numbers so small

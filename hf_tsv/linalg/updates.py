@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_tsv.linalg import products
+from hf_tsv.linalg import grids, products
 from hf_tsv.system.memory import empty
 
 ROUNDING_SPREAD = 0.3
@@ -132,27 +132,50 @@ def storage_noise(
 ) -> float:
     """Spectral norm below which a task matrix is rounding of the stored checkpoints.
 
-    W0 + Δ is rounded to the stored dtype, so W1 − W0 differs from Δ by noise of about eps · |w| an
-    entry. A LoRA of rank 16 therefore has full numerical rank on disk; the triplets under this
-    floor are not the task's and would be amplified by orthogonalisation. The spectral norm of
-    independent noise is at most its largest row norm plus its largest column norm (Bandeira and van
-    Handel, 2016), which also holds where few columns carry most of the weight.
+    W0 + Δ is rounded to the dtype of W1, so W1 − W0 differs from Δ by noise of about eps · |w| an
+    entry. The dtype of W0 adds none: a fine-tune begins with the stored W0, however coarse it is.
+    A W1 in a wider dtype than W0's with nothing finer in it was rounded to that of W0.
+
+    A LoRA of rank 16 therefore has full numerical rank on disk; the triplets under this floor are
+    not the task's and would be amplified by orthogonalisation. The spectral norm of independent
+    noise is at most its largest row norm plus its largest column norm (Bandeira and van Handel,
+    2016), which also holds where few columns carry most of the weight.
 
     W0 and W1 are given as stored, (d_out, d_in), and ‖W1 − W0‖, Frobenius, where it is known; the
     result is in their units. `overwrite` uses the memory of W1 for the work.
     """
     dtype = _dtype_of_difference(fine_tuned, base)
-    dtypes = (base.dtype, fine_tuned.dtype, dtype)
-    eps = max(torch.finfo(kind).eps for kind in dtypes)
-    tiny = max(torch.finfo(kind).smallest_normal for kind in dtypes)
+    own = grid_of(fine_tuned, base)
+    eps = max(torch.finfo(kind).eps for kind in (own, dtype))
+    tiny = max(torch.finfo(kind).smallest_normal for kind in (own, dtype))
     most = torch.finfo(dtype).max
-    if base.dtype == fine_tuned.dtype:
+    if torch.promote_types(base.dtype, own) == own:
         # W0 lies on the grid that W1 was rounded to: a change below half a step is lost rather
         # than replaced by noise, so no entry is wrong by more than it should have changed.
         change = products.frobenius_norm(difference(fine_tuned, base)) if norm is None else norm
         most = min(change / math.sqrt(base.numel()) / (ROUNDING_SPREAD * eps), most)
     size = fine_tuned.to(dtype, copy=not overwrite).abs_().clamp_(min(tiny, most), most)
     return noise(size, eps)
+
+
+def grid_of(fine_tuned: Tensor, base: Tensor) -> torch.dtype:
+    """Dtype that W1 was rounded to: its own, or that of W0 if it holds nothing finer."""
+    finer = torch.finfo(fine_tuned.dtype).eps < torch.finfo(base.dtype).eps
+    return base.dtype if finer and grids.on_grid(fine_tuned, base.dtype) else fine_tuned.dtype
+
+
+def evidence_of_rounded_base(
+    fine_tuned: Tensor, base: Tensor, update: Tensor
+) -> tuple[float, float]:
+    """Evidence that W0 was rounded after W1 was made of it, see [`grids.evidence_of_rounding`].
+
+    A W1 on a grid as coarse as that of W0 shows nothing.
+    """
+    if torch.finfo(fine_tuned.dtype).eps >= torch.finfo(base.dtype).eps:
+        return 0.0, 0.0
+    if grid_of(fine_tuned, base) == base.dtype:
+        return 0.0, 0.0
+    return grids.evidence_of_rounding(base, update)
 
 
 def rounding_noise(matrix: Tensor, dtype: torch.dtype) -> float:

@@ -35,6 +35,14 @@ Rounding to 16 bits alone hides more than half of a full fine-tune's."""
 MOSTLY_ROUNDING = 0.1
 """Ratio of the stored checkpoint's rounding to ‖Δ‖, from which on a warning is given."""
 
+ROUNDED_BASE = 0.6
+"""Least coefficient of the base's rounding in an update, 1 if the base was rounded after the
+fine-tune was made of it and 0 if not, from which on a warning is given."""
+
+RELIABLE = 0.1
+"""Largest standard error of that coefficient that tells the two apart. Simulated updates (Gaussian,
+heavy-tailed, low-rank, sparse, decayed, proportional to W0) had 0 ± 0.25 and 1 ± 0.25 below it."""
+
 ROUNDING = 0.29
 """Standard deviation of rounding to a grid, 1/√12, in units of its step."""
 
@@ -45,8 +53,9 @@ TOWERS = {"vision_model.": "vision", "text_model.": "text"}
 class Diagnosis:
     """Warning about some inputs, with the measured value and the threshold that it passes.
 
-    The kind is `same-update`, `large-norm`, `low-rank`, `other-base`, `frozen-tower`, `rounding` or
-    `shared-directions`; the text is a sentence with the names and what to do.
+    The kind is `same-update`, `large-norm`, `low-rank`, `other-base`, `frozen-tower`, `rounding`,
+    `rounded-base`, `output-rounding` or `shared-directions`; the text is a sentence with the names
+    and what to do.
     """
 
     kind: str
@@ -57,7 +66,7 @@ class Diagnosis:
 
 
 def diagnoses(
-    inputs: Sequence[Task], scales: Sequence[float], plan: MergePlan, findings: Findings
+    base: Task, inputs: Sequence[Task], scales: Sequence[float], plan: MergePlan, findings: Findings
 ) -> list[Diagnosis]:
     """Warnings about the inputs of a merge, whose updates have the factors `scales`."""
     return [
@@ -67,6 +76,8 @@ def diagnoses(
         *_low_ranks(inputs, plan, findings),
         *_frozen_towers(inputs, scales, plan, findings),
         *_rounding(inputs, findings),
+        *_rounded_bases(base, inputs, findings),
+        *_output_rounding(plan, findings),
     ]
 
 
@@ -168,11 +179,41 @@ def _rounding(inputs: Sequence[Task], findings: Findings) -> Iterator[Diagnosis]
             yield Diagnosis("rounding", text, share, MOSTLY_ROUNDING, (i,))
 
 
+def _rounded_bases(base: Task, inputs: Sequence[Task], findings: Findings) -> Iterator[Diagnosis]:
+    """Warnings about fine-tunes of a finer base than the one given, whose rounding they hold."""
+    for i, item in enumerate(inputs):
+        coefficient, error = findings.rounded_base(i)
+        share, dtype = _rounded(base, i, findings)
+        if coefficient >= ROUNDED_BASE and error <= RELIABLE and share >= MOSTLY_ROUNDING:
+            text = (
+                f"The base model {base} looks like a copy, rounded to {dtype}, of the one that"
+                f" {item} was fine-tuned from: about {min(share, 1):.0%} of its update is that"
+                " rounding. Name the original with `base_model=REF`."
+            )
+            yield Diagnosis("rounded-base", text, share, MOSTLY_ROUNDING, (i,))
+
+
+def _output_rounding(plan: MergePlan, findings: Findings) -> Iterator[Diagnosis]:
+    """Warning about a merged update that is small beside the steps of the type it is written in."""
+    share, kinds = findings.lost, {spec.dtype for spec in plan.specs.values()}
+    if share >= MOSTLY_ROUNDING:
+        narrow = " and ".join(sorted(_name(kind) for kind in kinds if kind.itemsize == 2))
+        text = (
+            f"About {min(share, 1):.0%} of the merged update is lost by rounding to {narrow}; write"
+            " it with `dtype=float32`."
+        )
+        yield Diagnosis("output-rounding", text, share, MOSTLY_ROUNDING)
+
+
 def _rounded(item: Task, task: int, findings: Findings) -> tuple[float, str]:
-    """Ratio of a checkpoint's rounding to ‖Δ‖, and the coarsest type it is stored in."""
+    """Ratio of a checkpoint's rounding to the ‖Δ‖ of a task, and the coarsest type it is in."""
     norm, base_norm = findings.changed(task)
     dtype = item.rounded_to
     if dtype is None or not norm:
         return 0.0, ""
     share = ROUNDING * torch.finfo(dtype).eps * base_norm / norm
-    return share, str(dtype).removeprefix("torch.")
+    return share, _name(dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -14,6 +14,8 @@ from hf_tsv.checkpoints.storage.tensors import fingerprint
 from hf_tsv.methods.interference import Interference
 from hf_tsv.runs.reading import Seconds
 
+TUPLES = ("ranks", "tasks", "norms", "rounded_base", "likeness")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -25,6 +27,10 @@ class Finding:
         exact (`int`): number of decompositions that took a full SVD.
         frozen (`bool`): planned to change, but equal to the base in every checkpoint.
         norms (`tuple[float, ...]`): ‖Δ‖, Frobenius, of each of `tasks`; `base_norm` is ‖W0‖.
+        rounded_base (`tuple[tuple[float, float], ...]`): evidence of each of `tasks` that W0 was
+            rounded after they were made of it, see `hf_tsv.linalg.grids.evidence_of_rounding`.
+        update_norm (`float`): ‖Δ‖, Frobenius, of the merged update, if it is written in 16 bits;
+            `lost` is the norm of what rounding W0 + Δ changes.
         likeness (`tuple[tuple[float, ...], ...]`): inner products of their sampled updates.
         digests (`dict[int, dict[str, str]]`): sha256 of each tensor read, by local input;
             −1 is the base. `written` has those of each tensor written.
@@ -39,6 +45,9 @@ class Finding:
     norms: tuple[float, ...] = ()
     base_norm: float = 0.0
     interference: Interference | None = None
+    rounded_base: tuple[tuple[float, float], ...] = ()
+    update_norm: float = 0.0
+    lost: float = 0.0
     likeness: tuple[tuple[float, ...], ...] = ()
     digests: dict[int, dict[str, str]] = field(default_factory=dict)
     written: dict[str, str] = field(default_factory=dict)
@@ -50,7 +59,7 @@ class Finding:
         own = entry["interference"]
         return cls(**{
             **entry,
-            **{name: _tuples(entry[name]) for name in ("ranks", "tasks", "norms", "likeness")},
+            **{name: _tuples(entry[name]) for name in TUPLES},
             "interference": own and Interference(**{k: _tuples(v) for k, v in own.items()}),
             "digests": {int(index): found for index, found in entry["digests"].items()},
             "seconds": Seconds(**entry["seconds"]),
@@ -105,6 +114,18 @@ class Findings:
                 norm = math.hypot(norm, found.norms[found.tasks.index(task)])
                 base_norm = math.hypot(base_norm, found.base_norm)
         return norm, base_norm
+
+    def rounded_base(self, task: int) -> tuple[float, float]:
+        """Coefficient of the rounding of W0 in a task's updates, 1 or 0, and its standard error."""
+        found = [w.rounded_base[w.tasks.index(task)] for w in self.weights if task in w.tasks]
+        weighted, inverse = (sum(part) for part in zip(*found, strict=True)) if found else (0, 0)
+        return (weighted / inverse, inverse**-0.5) if inverse else (0.0, math.inf)
+
+    @property
+    def lost(self) -> float:
+        """Share of the merged update that is lost where it is written in 16 bits, in norm."""
+        update = math.hypot(*(found.update_norm for found in self.weights))
+        return math.hypot(*(found.lost for found in self.weights)) / update if update else 0.0
 
     def cosines(self) -> Tensor:
         """Cosines between the updates of all pairs of tasks, from the samples, shape (T, T)."""

@@ -151,6 +151,7 @@ class Reader:
             weight.label, frozen=not read and weight.treatment != "copied", digests=digests,
             seconds=seconds, tasks=tasks, likeness=_products([one.sample for one in read]),
             norms=tuple(one.norm for one in read), base_norm=norm_of(w0.tensor) if read else 0.0,
+            rounded_base=tuple(one.rounded_base for one in read),
         )  # fmt: skip
         floors = tuple(one.floor for one in read)
         return LoadedWeight(weight, w0.tensor, finding, floors, deltas, update)
@@ -178,7 +179,8 @@ class Reader:
             if change is not None and scale != 0.0:
                 refuse_huge(weight.label, task, change.update, scale)
                 update = scaled(change.update, scale)
-                read.append(_Read(i, change.floor * abs(scale), change.norm, _sample(update)))
+                facts = change.floor * abs(scale), change.norm, _sample(update)
+                read.append(_Read(i, *facts, change.rounded_base))
                 yield update if coefficients is None else scaled(update, coefficients[i])
                 del update
             del change  # before the next one is made
@@ -187,13 +189,14 @@ class Reader:
 @dataclass(frozen=True)
 class _Read:
     """Facts that are kept of the update of one task: ‖Δ‖ before it is scaled, then its storage
-    noise and the entries by which it is compared with others.
+    noise, the entries by which it is compared with others, and the evidence of a rounded base.
     """
 
     task: int
     floor: float
     norm: float
     sample: Tensor
+    rounded_base: tuple[float, float]
 
 
 def _taken(items: list[T]) -> Iterator[T]:

@@ -19,7 +19,8 @@ from torch import Tensor
 from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.checkpoints.storage.tensors import digest
 from hf_tsv.checkpoints.storage.writer import ShardWriter
-from hf_tsv.linalg import products
+from hf_tsv.linalg import grids, products
+from hf_tsv.linalg.updates import norm_of
 from hf_tsv.merging.findings import Finding
 from hf_tsv.merging.loading import LoadedWeight, by_name, read_weights
 from hf_tsv.merging.plan import Weight
@@ -93,11 +94,17 @@ def _merge_one(loaded: LoadedWeight, merge: Merge, *, writes: bool) -> tuple[Ten
         )
     if not writes:
         return loaded.base, finding
-    result = loaded.base
-    if update is not None:
-        update = products.in_working_precision(update)
-        result = update.mul_(merge.settings.alpha).add_(loaded.base)
-    return _cast(result, dtype, weight), finding
+    if update is None:
+        return _cast(loaded.base, dtype, weight), finding
+    update = products.in_working_precision(update).mul_(merge.settings.alpha)
+    narrow = torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
+    norm = norm_of(update) if narrow else 0.0
+    result = update.add_(loaded.base)
+    stored = _cast(result, dtype, weight)
+    if narrow:
+        lost = grids.rounding_error(result, stored)
+        finding = replace(finding, update_norm=norm, lost=lost)
+    return stored, finding
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, weight: Weight) -> Tensor:

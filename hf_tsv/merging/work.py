@@ -134,7 +134,7 @@ class Merged:
 
 def diagnosed(merge: Merge, sources: Sources, device: torch.device, findings: Findings) -> Merged:
     """The merge with what its weights showed; tells what is odd about the inputs."""
-    found = diagnoses(sources.inputs, merge.scales, merge.plan, findings)
+    found = diagnoses(sources.base, sources.inputs, merge.scales, merge.plan, findings)
     for diagnosis in found:
         for item in (sources.inputs[i] for i in diagnosis.tasks if _is_other_base(diagnosis)):
             if item.is_whole and not merge.allow_other_base:

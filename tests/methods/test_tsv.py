@@ -725,9 +725,35 @@ def test_a_lora_under_a_tenth_of_a_storage_step_is_lost(dtype: torch.dtype, rms:
 def test_a_checkpoint_saved_in_another_dtype_only_is_no_task(dtype: torch.dtype, kind: str) -> None:
     W0 = base_weights(kind, (96, 144), generator(15)).float()
     W1 = W0.to(dtype)
-    for base, fine_tuned in ((W0, W1), (W1, W0)):
-        floor = updates.storage_noise(base, fine_tuned)
-        assert decompose(fine_tuned.float() - base.float(), 96, floor).rank == 0
+    floor = updates.storage_noise(W0, W1)
+    assert decompose(W1.float() - W0, 96, floor).rank == 0
+
+
+sixteen_bits = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+@sixteen_bits
+@every_kind
+@pytest.mark.parametrize("rms", [3e-4, 1e-4, 1e-5])
+def test_nothing_of_a_float32_fine_tune_is_rounding_of_its_16_bit_base(
+    dtype: torch.dtype, kind: str, rms: float
+) -> None:
+    g = generator(21)
+    W0 = base_weights(kind, (96, 144), g).to(dtype)
+    W1 = W0.float() + rms * torch.randn(96, 144, generator=g)
+    delta, floor = updates.difference(W1, W0), updates.storage_noise(W0, W1)
+    assert decompose(delta, 48, floor).rank == 48
+    assert floor < 0.03 * float(torch.linalg.svdvals(delta)[47])
+
+
+@sixteen_bits
+def test_a_lora_that_was_rounded_to_16_bits_and_saved_in_32_has_its_rank(
+    dtype: torch.dtype,
+) -> None:
+    g = generator(22)
+    W0 = base_weights("normal", (144, 192), g).to(dtype)
+    W1 = (W0.double() + lora((144, 192), 16, 3e-4, g)).to(dtype).float()
+    assert decompose(updates.difference(W1, W0), 64, updates.storage_noise(W0, W1)).rank == 16
 
 
 @every_kind

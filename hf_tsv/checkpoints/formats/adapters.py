@@ -67,6 +67,11 @@ class Adapter(Task):
     values: Mapping[str, TensorInfo] = field(kw_only=True)
     biases: Mapping[str, Lora] = field(kw_only=True)
 
+    @property
+    def rounded_to(self) -> torch.dtype | None:
+        """None, since the factors of Δ are stored."""
+        return None
+
     def parts(self, name: str) -> list[TensorInfo]:
         """Tensors of the adapter's files that reading one weight needs."""
         lora, biased = self.loras.get(name), self.biases.get(name)
@@ -75,6 +80,11 @@ class Adapter(Task):
 
     def weight(self, w0: Original) -> Tensor:
         """Compute W0 + Δ of one weight, as PEFT merges it."""
+        exact = self.exact(w0)
+        return exact if w0.name in self.values else exact.to(w0.tensor.dtype)
+
+    def exact(self, w0: Original) -> Tensor:
+        """Compute W0 + Δ of one weight, as PEFT merges it into a base loaded in float32."""
         name, whole = w0.name, self.values.get(w0.name)
         if whole is not None:
             pinned = w0.device.type == "cuda"
@@ -84,7 +94,7 @@ class Adapter(Task):
             return base.clone()
         lora = self.biases.get(name)
         if lora is not None and lora.bias is not None:
-            return (base.float() + lora.scale * self._part(lora.bias, name)).to(base.dtype)
+            return base.float() + lora.scale * self._part(lora.bias, name)
         lora = self.loras[name]
         A, B = self._part(lora.A, name), self._part(lora.B, name)
         delta = (B.flatten(1) @ A.flatten(1)).reshape(base.shape) * lora.scale
@@ -93,7 +103,7 @@ class Adapter(Task):
             magnitude = self._part(lora.magnitude, name).reshape(-1)
             rows = merged.flatten(1)
             merged = (rows * (magnitude / rows.norm(dim=1))[:, None]).reshape(base.shape)
-        return merged.to(base.dtype)
+        return merged
 
     def change(
         self, w0: Original, *, decomposed: bool = False, digests: dict[str, str] | None = None

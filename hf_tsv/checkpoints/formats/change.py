@@ -70,6 +70,7 @@ class Change:
     update: Update  # Δ in float32, or its singular triplets
     norm: float  # ‖Δ‖, Frobenius
     floor: float = 0.0  # spectral norm below which it is rounding of the stored checkpoints
+    rounded_base: tuple[float, float] = (0.0, 0.0)  # evidence that W0 was rounded afterwards
 
 
 def stacked(

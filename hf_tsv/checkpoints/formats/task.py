@@ -66,6 +66,10 @@ class Task(ABC):
     def weight(self, w0: Original) -> Tensor:
         """Compute W0 + Δ of one weight, not stacked, as it is stored, in memory of its own."""
 
+    def exact(self, w0: Original) -> Tensor:
+        """Compute W0 + Δ of one weight before it is rounded to a type it is not stored in."""
+        return self.weight(w0)
+
     def change(
         self, w0: Original, *, decomposed: bool = False, digests: dict[str, str] | None = None
     ) -> Change | None:
@@ -79,17 +83,18 @@ class Task(ABC):
         Raises:
             [`CheckpointError`]: a file is damaged, of another base model, or the change overflows.
         """
-        w1 = stacked([self.weight(part) for part in w0.parts()], w0.names, w0.device, digests)
+        w1 = stacked([self.exact(part) for part in w0.parts()], w0.names, w0.device, digests)
         update, largest = update_of(w0.label, self, w1, w0.tensor)
         if not largest:
             return None
         norm = updates.norm_of(update)
+        evidence = updates.evidence_of_rounded_base(w1, w0.tensor, update)
         floor = updates.storage_noise(w0.tensor, w1, norm, overwrite=True) if decomposed else 0.0
-        return Change(update, norm, floor)
+        return Change(update, norm, floor, evidence)
 
     def differs(self, w0: Original) -> bool:
         """Tell whether it changed a weight at all."""
-        return bool(updates.difference(self.weight(w0), w0.tensor).any())
+        return bool(updates.difference(self.exact(w0), w0.tensor).any())
 
     def head_tensor(self, name: str) -> Tensor:
         """Read one tensor of the task head, as stored, by its name in the fine-tuned checkpoint."""
@@ -116,7 +121,7 @@ class Task(ABC):
 
     @property
     def rounded_to(self) -> torch.dtype | None:
-        """Coarsest type that W0 + Δ was rounded to; None: Δ itself is stored."""
+        """Coarsest type that W0 + Δ was rounded to; None: Δ itself, or its factors, are stored."""
         dtypes = [info.dtype for info in self.tensors.values() if info.dtype.is_floating_point]
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
