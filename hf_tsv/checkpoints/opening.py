@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from hf_tsv import hub
 from hf_tsv.checkpoints.base_model import SaidBase, said_by
-from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from hf_tsv.checkpoints.formats.adapter_names import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.formats.adapters import Adapter, open_adapter
 from hf_tsv.checkpoints.formats.factors import Factors, open_factors
 from hf_tsv.checkpoints.formats.masks import CONFIG_FILE as MASK_CONFIG

@@ -33,10 +33,8 @@ if TYPE_CHECKING:
     from hf_tsv.reports.interference import InterferenceReport
     from hf_tsv.reports.kept import KeptSection
 
-FEATURES = "image-feature-extraction"
-
+FEATURES, ZERO_SHOT = "image-feature-extraction", "zero-shot-image-classification"
 NO_CARD: Mapping[str, Any] = {}
-
 LARGEST_SHOWN = 10  # weights that a card of factors lists; all are in its configuration file
 
 
@@ -152,9 +150,9 @@ class MergeCard(Card):
         return ModelCardData(
             base_model=list(dict.fromkeys(on_hub)) or None,
             base_model_relation="merge" if on_hub else None,
-            datasets=datasets_of(self.inputs),
+            datasets=list(dict.fromkeys(d for i in self.inputs for d in i.datasets)) or None,
             library_name=self.out_format,
-            pipeline_tag=None if self.masks else _pipeline_tag(self.full_model),
+            pipeline_tag=None if self.masks else (FEATURES, ZERO_SHOT)[self.full_model],
             tags=["merge", "task-singular-vectors", "hf-tsv", _family(self.model_type)],
             license=self.license,
         )
@@ -276,7 +274,7 @@ class CompressedCard(Card):
     @property
     def pipeline_tag(self) -> str:
         head = bool(self.config.task_head)
-        return "image-classification" if head else _pipeline_tag(self.full_model)
+        return "image-classification" if head else (FEATURES, ZERO_SHOT)[self.full_model]
 
     def _data(
         self, relation: str, library: str, tags: list[str], parent: CardInput
@@ -349,7 +347,7 @@ class AdapterCard(CompressedCard):
 
     @property
     def pipeline_tag(self) -> str:
-        return _pipeline_tag(self.model_class == "CLIPModel")
+        return (FEATURES, ZERO_SHOT)[self.model_class == "CLIPModel"]
 
     @property
     def unfit_classes(self) -> list[str]:
@@ -390,11 +388,6 @@ class ReconstructedCard(CompressedCard):
         return self._command("reconstruct", self.factors, ["-o", "reconstructed"])
 
 
-def datasets_of(inputs: Sequence[CardInput]) -> list[str] | None:
-    """Datasets of all inputs, each once; None if no card names any."""
-    return list(dict.fromkeys(name for item in inputs for name in item.datasets)) or None
-
-
 def common_license(inputs: Sequence[CardInput]) -> str | None:
     """Licence, only if every input names one and all are the same."""
     licenses = {item.license for item in inputs}
@@ -404,7 +397,3 @@ def common_license(inputs: Sequence[CardInput]) -> str | None:
 def _family(model_type: str) -> str:
     """Tag of an architecture; the towers of a CLIP are CLIP too."""
     return "clip" if is_clip({"model_type": model_type}) else model_type
-
-
-def _pipeline_tag(full_model: bool) -> str:
-    return "zero-shot-image-classification" if full_model else FEATURES

@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.base_model import SaidBase, said_by
-from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from hf_tsv.checkpoints.formats.adapter_names import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.formats.description import FactorsConfig
 from hf_tsv.checkpoints.formats.heads import tasks_of
 from hf_tsv.checkpoints.formats.task import Task

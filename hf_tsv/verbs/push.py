@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_tsv import hub
 from hf_tsv.checkpoints import names
-from hf_tsv.checkpoints.formats.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from hf_tsv.checkpoints.formats.adapter_names import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.formats.factors import open_factors
 from hf_tsv.checkpoints.formats.whole import open_checkpoint
 from hf_tsv.checkpoints.names import FACTORS_CONFIG, MARKERS, RECIPE_FILE

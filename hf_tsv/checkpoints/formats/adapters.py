@@ -1,58 +1,49 @@
-"""LoRA adapters of PEFT as fine-tunes, with the weights that PEFT would merge."""
+"""Adapters of PEFT as fine-tunes, with the weights that PEFT would merge."""
 
 from __future__ import annotations
 
-import math
-import re
-import reprlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.formats import adapter_names, lora, open_clip, peft_modules
+from hf_tsv.checkpoints.formats.adapter_names import CONFIG_FILE, Fits, Place
 from hf_tsv.checkpoints.formats.change import Change, Original, refuse_huge
+from hf_tsv.checkpoints.formats.lora import Lora
+from hf_tsv.checkpoints.formats.peft_modules import Tuned, Tuner
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.storage.files import read_json
 from hf_tsv.checkpoints.storage.headers import read_headers
 from hf_tsv.checkpoints.storage.tensors import TensorInfo, digest, read_tensor
-from hf_tsv.linalg import svd
 from hf_tsv.linalg.updates import TaskSingularVectors
 from hf_tsv.system.errors import CheckpointError
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model."
-PART = re.compile(r"(.+)\.lora_(A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)")
-LONGEST_PATTERN = 300
-# Constructs of a regular expression that make matching exponential, or a high polynomial.
-REPEATED_GROUP = re.compile(r"\)[*+?{]|(?:[*+}?].*){4}")
-WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)\.")
-# Prefixes that canonical names have and a class's own names lack, the likelier first.
-PREFIXES = {"CLIPTextModel": ("text_model.", ""), "CLIPVisionModel": ("vision_model.", "")}
+OWN_KINDS = ("LORA", "ADALORA", "TRAINABLE_TOKENS")  # read here; the others are PEFT's work
+TOKENS = ".trainable_tokens_delta"
+LARGEST_INDEX = 2**31
 
 
 @dataclass(frozen=True)
-class Lora:
-    """LoRA pair of one module: Δ = scale · B A."""
+class Tokens:
+    """Rows of an embedding that are stored whole, and their numbers."""
 
-    scale: float  # α / r, or α / √r
-    A: TensorInfo  # (r, d_in), or a convolution of that kind
-    B: TensorInfo  # (d_out, r)
-    bias: TensorInfo | None = None  # of B; scaled too
-    magnitude: TensorInfo | None = None  # norm that each row of W0 + Δ is scaled to (DoRA)
+    rows: tuple[int, ...]
+    values: TensorInfo
 
 
 @dataclass(frozen=True)
 class Adapter(Task):
-    """LoRA adapter on a base model, read as the checkpoint that PEFT would make of them.
+    """Adapter on a base model, read as the checkpoint that PEFT would make of them.
 
-    Config and tensors are those of the base model that it has a part in. Pairs, tensors stored
-    whole, and pairs with a bias are by canonical name of the weight or bias.
+    Config and tensors are those of the base model that it has a part in. Pairs, pairs with a bias,
+    tensors stored whole, tokens and modules are by canonical name of the weight or bias.
     """
 
     kind: ClassVar[str] = "PEFT adapter"
@@ -63,47 +54,30 @@ class Adapter(Task):
     config_file: ClassVar[str] = CONFIG_FILE
 
     tensors: Mapping[str, TensorInfo]
-    loras: Mapping[str, Lora] = field(kw_only=True)
-    values: Mapping[str, TensorInfo] = field(kw_only=True)
-    biases: Mapping[str, Lora] = field(kw_only=True)
+    loras: Mapping[str, Lora] = field(kw_only=True, default_factory=dict)
+    biases: Mapping[str, Lora] = field(kw_only=True, default_factory=dict)
+    values: Mapping[str, TensorInfo] = field(kw_only=True, default_factory=dict)
+    tokens: Mapping[str, Tokens] = field(kw_only=True, default_factory=dict)
+    modules: Mapping[str, Tuned] = field(kw_only=True, default_factory=dict)
 
     @property
     def rounded_to(self) -> torch.dtype | None:
-        """None, since the factors of Δ are stored."""
-        return None
+        """Coarsest type of the tensors that it holds whole; elsewhere Δ is exact."""
+        dtypes = [v.dtype for v in self.values.values() if v.dtype.is_floating_point]
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
     def parts(self, name: str) -> list[TensorInfo]:
         """Tensors of the adapter's files that reading one weight needs."""
-        lora, biased = self.loras.get(name), self.biases.get(name)
-        held = [lora.A, lora.B, lora.magnitude] if lora else [biased.bias] if biased else []
-        return [info for info in (*held, self.values.get(name)) if info is not None]
+        found = [self.values[name]] if name in self.values else []
+        found += self.loras[name].parts() if name in self.loras else []
+        found += [info] if name in self.biases and (info := self.biases[name].bias) else []
+        found += [self.tokens[name].values] if name in self.tokens else []
+        return found + (self.modules[name].parts() if name in self.modules else [])
 
     def weight(self, w0: Original) -> Tensor:
         """Compute W0 + Δ of one weight, as PEFT merges it."""
-        exact = self.exact(w0)
-        return exact if w0.name in self.values else exact.to(w0.tensor.dtype)
-
-    def exact(self, w0: Original) -> Tensor:
-        """Compute W0 + Δ of one weight, as PEFT merges it into a base loaded in float32."""
-        name, whole = w0.name, self.values.get(w0.name)
-        if whole is not None:
-            pinned = w0.device.type == "cuda"
-            return read_tensor(self.pinned.files, whole, name, str(self), pinned=pinned)
-        base = w0.tensor.cpu()
-        if not self.parts(name):
-            return base.clone()
-        lora = self.biases.get(name)
-        if lora is not None and lora.bias is not None:
-            return base.float() + lora.scale * self._part(lora.bias, name)
-        lora = self.loras[name]
-        A, B = self._part(lora.A, name), self._part(lora.B, name)
-        delta = (B.flatten(1) @ A.flatten(1)).reshape(base.shape) * lora.scale
-        merged = base.float() + delta
-        if lora.magnitude is not None:
-            magnitude = self._part(lora.magnitude, name).reshape(-1)
-            rows = merged.flatten(1)
-            merged = (rows * (magnitude / rows.norm(dim=1))[:, None]).reshape(base.shape)
-        return merged
+        merged = self.exact(w0)
+        return merged if w0.name in self.values else merged.to(w0.tensor.dtype)
 
     def change(
         self, w0: Original, *, decomposed: bool = False, digests: dict[str, str] | None = None
@@ -119,161 +93,219 @@ class Adapter(Task):
         refuse_huge(w0.label, self, own)
         return Change(own.to(w0.device), float(own.S.norm()))
 
+    def differs(self, w0: Original) -> bool:
+        """Tell whether it changed a weight at all, however little."""
+        return bool(self.parts(w0.name)) and super().differs(w0)
+
     def triplets(
         self, name: str, digests: dict[str, str] | None = None
     ) -> TaskSingularVectors | None:
         """Singular triplets of Δ from its factors; None if Δ is not simply their product."""
-        lora = self.loras.get(name)
-        if lora is None or lora.magnitude is not None or len(lora.A.shape) != 2:
+        pair = self.loras.get(name)
+        if pair is None or name in self.values or name in self.tokens:
             return None
-        A, B = self._part(lora.A, name), self._part(lora.B, name)
-        if digests is not None:
+        A, B = pair.factors(self._read_as(name))
+        found = pair.triplets(A, B)
+        if found is not None and digests is not None:
             digests |= {f"{name}.lora_A": digest(A), f"{name}.lora_B": digest(B)}
-        left, inner = torch.linalg.qr(B.double())
-        right, outer = torch.linalg.qr(A.double().mT)
-        U, S, Vh = svd.svd(lora.scale * inner @ outer.mT)
-        r = int((torch.finfo(torch.float32).eps * S[:1] < S).sum())
-        return TaskSingularVectors((left @ U)[:, :r], S[:r], (Vh @ right.mT)[:r])
+        return found
+
+    def exact(self, w0: Original) -> Tensor:
+        """Compute W0 + Δ of one weight in float32, or read it where it is stored whole."""
+        name = w0.name
+        read, whole = self._read_as(name), self.values.get(name)
+        if whole is not None and len(self.parts(name)) == 1:
+            pinned = w0.device.type == "cuda"
+            return read_tensor(self.pinned.files, whole, name, str(self), pinned=pinned)
+        if not self.parts(name):
+            return w0.tensor.cpu().clone()
+        merged = w0.tensor.cpu().float() if whole is None else read(whole)
+        if name in self.loras:
+            merged = replace_start(self.loras[name], whole).weight(merged, read)
+        pair = self.biases.get(name)
+        if pair is not None and pair.bias is not None:
+            merged = merged + pair.scale * read(pair.bias)
+        if name in self.modules:
+            found = self.modules[name]
+            infos = {**found.tensors, **found.tuner.shared}
+            state = {own: self._part(info, name) for own, info in infos.items()}
+            merged = found.merged(name.rpartition(".")[2], merged, state)
+        if name in self.tokens:
+            tokens = self.tokens[name]
+            merged = merged.index_copy(0, torch.tensor(tokens.rows), read(tokens.values))
+        return merged
+
+    def _read_as(self, name: str) -> lora.Read:
+        return lambda info: self._part(info, name).float()
 
     def _part(self, info: TensorInfo, name: str) -> Tensor:
-        return read_tensor(self.pinned.files, info, name, str(self)).float()
+        tensor = read_tensor(self.pinned.files, info, name, str(self))
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def replace_start(pair: Lora, stored_base: TensorInfo | None) -> Lora:
+    """Pair whose start is not taken out of a base weight that the adapter stores itself."""
+    return pair if stored_base is None else replace(pair, taken_out=None)
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """Tensors of an adapter by what they are, with the names of the adapted model."""
+
+    pairs: dict[str, Lora]  # by module
+    tokens: dict[str, Tokens]  # by module
+    modules: dict[str, dict[str, TensorInfo]]  # by module; merged by PEFT
+    shared: dict[str, TensorInfo]
+    values: dict[str, TensorInfo]
+    head: dict[str, TensorInfo]
 
 
 def open_adapter(pinned: PinnedCheckpoint, opener: Callable[[], Checkpoint]) -> Adapter:
     """Read configuration and headers of an adapter, then the base, to know the canonical names.
 
     Raises:
-        [`CheckpointError`]: not a LoRA adapter, damaged, or of another base model: a module is not
-            in the base, or has another shape there.
+        [`CheckpointError`]: an adapter of a type that cannot be merged, damaged, or of another base
+            model: a module is not in the base, or has another shape there.
     """
     owner = str(pinned)
     config = read_json(pinned.files, CONFIG_FILE, owner)
-    if (kind := config.get("peft_type")) != "LORA":
-        said = f"an adapter of type {reprlib.repr(kind)}, and only LORA is read."
-        raise _unreadable(f"{owner} is {said}")
+    if (kind := config.get("peft_type")) not in OWN_KINDS:
+        peft_modules.refuse_other(kind, owner)
     single = next((name for name in WEIGHTS if pinned.files.size(name) is not None), WEIGHTS[0])
     stored, files = read_headers(pinned.files, single, owner)
-    stored = {name.removeprefix(PREFIX): info for name, info in stored.items()}
-    pairs, whole = _sorted(stored, owner)
+    found = _sorted(adapter_names.own_names(stored, owner), config, owner)
     base = opener()
-    head = {name: info for name, info in whole.items() if layout.TASK_HEAD.match(name)}
-    values = {name: info for name, info in whole.items() if name not in head}
-    prefix = _prefix([*(f"{m}.weight" for m in pairs), *values], base, config)
-    loras, biases = {}, {}
-    for module, parts in pairs.items():
-        name = f"{prefix}{module}.weight"
-        loras[name] = _lora(owner, config, module, parts, base.tensors.get(name), base)
-        if loras[name].bias is not None:
-            biases[f"{prefix}{module}.bias"] = loras[name]
-    own = {prefix + name: info for name, info in values.items()}
-    for name in (*own, *biases):
-        there = base.tensors.get(name)
-        if there is None or (name in own and there.shape != own[name].shape):
-            raise _no_place(owner, name, base)
-    encoders = {name.split(".")[0] for name in (*loras, *own, *biases)}
+    adapted = {*found.pairs, *found.tokens, *found.modules}
+    place = adapter_names.find_place(_wanted(found), adapted, base, config, pinned)
+    loras, biases = _placed_pairs(found.pairs, place, owner)
+    values = {
+        part.name: open_clip.part_of(info, part, owner)
+        for name, info in found.values.items()
+        for part in place.parts(name, info.shape)
+    }
+    tokens = {_placed(f"{m}.weight", place): one for m, one in found.tokens.items()}
+    modules = _placed_modules(found, place, base, Tuner(owner, config, found.shared))
+    for name in biases:
+        if name not in base.tensors:
+            raise adapter_names.no_place(owner, name, base)
+    encoders = {name.split(".")[0] for name in (*loras, *values, *biases, *tokens, *modules)}
     tensors = base.tensors
     if layout.is_clip(base.model_config) and not {"vision_model", "text_model"} <= encoders:
         tensors = {n: info for n, info in tensors.items() if n.split(".")[0] in encoders}
     return Adapter(
-        pinned, base.model_config, tensors, files, head, loras=loras, values=own, biases=biases
-    )
+        pinned, base.model_config, tensors, files, found.head,
+        loras=loras, biases=biases, values=values, tokens=tokens, modules=modules,
+    )  # fmt: skip
 
 
-def _sorted(
-    stored: Mapping[str, TensorInfo], owner: str
-) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
-    """Split tensors into the parts of each module's pair, and those stored whole."""
+def _sorted(names: Mapping[str, TensorInfo], config: Mapping[str, Any], owner: str) -> _Sorted:
+    """Sort tensors into pairs, rows of embeddings, modules of PEFT's, and those stored whole."""
+    start, _ = peft_modules.KINDS.get(config["peft_type"], ("", ()))
     pairs: dict[str, dict[str, TensorInfo]] = {}
-    values: dict[str, TensorInfo] = {}
-    for name, info in stored.items():
-        if found := PART.fullmatch(name):
-            part = "magnitude" if found[2].startswith("magnitude") else found[2]
+    result = _Sorted({}, {}, {}, {}, {}, {})
+    for name, info in names.items():
+        module, own, _ = name.partition(f".{start}") if start else ("", "", "")
+        if found := None if start else lora.PART.fullmatch(name):
+            part = next(filter(None, found.groups()[1:]))
+            part = f"embedding_{part}" if "lora_embedding" in name else part
             pairs.setdefault(found[1], {})[part] = info
-        elif ".lora_" in name:
-            raise _unreadable(f"{owner}: {name} is a kind of LoRA that is not read.")
+        elif not start and ".lora_" in name:
+            raise lora.unreadable(f"{owner}: {name} is a kind of LoRA that is not read.")
+        elif name.endswith(TOKENS):
+            module = name.removesuffix(TOKENS)
+            result.tokens[module] = Tokens(_rows(config, module, info, owner), info)
+        elif own:
+            result.modules.setdefault(module, {})[name] = info
+        elif start and "." not in name.removesuffix(".weight"):
+            result.shared[name] = info
+        elif layout.TASK_HEAD.match(name):
+            result.head[name] = info
         else:
-            values[WRAPPER.sub(".", name)] = info
+            result.values[name] = info
+    if start and not result.modules:
+        said = f"{owner} holds no tensors of an adapter of type {config['peft_type']}."
+        raise lora.unreadable(said)
     for module, parts in pairs.items():
-        if not {"A.weight", "B.weight"} <= parts.keys():
-            raise CheckpointError(
-                f"{owner}: one of the two matrices of {module} is missing.", "Save it again."
-            )
-    return pairs, values
+        attention = adapter_names.attention_of(module)
+        if attention in pairs:
+            # PEFT applies the pair of an attention's output projection twice, in training as in
+            # merging, with the settings of the attention.
+            pair = lora.pair_of(owner, config, attention, parts)
+            result.pairs[module] = replace(pair, scale=2 * pair.scale)
+        else:
+            result.pairs[module] = lora.pair_of(owner, config, module, parts)
+    return result
 
 
-def _prefix(wanted: Sequence[str], base: Checkpoint, config: Mapping[str, Any]) -> str:
-    """Prefix with which most names of the adapter are canonical names of the base."""
-    mapping = config.get("auto_mapping")
-    model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    prefixes = PREFIXES.get(str(model_class), ("", "vision_model.", "text_model."))
-    return max(prefixes, key=lambda prefix: sum(prefix + name in base.tensors for name in wanted))
+def _rows(config: Mapping[str, Any], module: str, info: TensorInfo, owner: str) -> tuple[int, ...]:
+    """Numbers of the tokens whose embeddings are stored, one for each stored row."""
+    said: object = config.get("trainable_token_indices") or config.get("token_indices")
+    if isinstance(said, dict):
+        said = next((v for key, v in said.items() if f".{module}".endswith(f".{key}")), None)
+    rows = said if isinstance(said, list) else []
+    sound = all(type(row) is int and 0 <= row < LARGEST_INDEX for row in rows)
+    if not sound or len(set(rows)) != len(rows) or info.shape[:1] != (len(rows),):
+        problem = f"{owner}: the token indices of {module} are not those of its stored rows."
+        raise CheckpointError(problem, f"Correct trainable_token_indices in its {CONFIG_FILE}.")
+    return tuple(rows)
 
 
-def _lora(
-    owner: str,
-    config: Mapping[str, Any],
-    module: str,
-    parts: Mapping[str, TensorInfo],
-    weight: TensorInfo | None,
-    base: Checkpoint,
-) -> Lora:
-    """Pair of a module, after a check that both factors fit each other and the weight."""
-    A, B = parts["A.weight"], parts["B.weight"]
-    if weight is None or len(A.shape) != len(weight.shape) or _shape(A, B) != weight.shape:
-        raise _no_place(owner, f"{module}.weight", base)
-    rows = math.prod(B.shape[:1])
-    odd = [
-        name for name, info in parts.items()
-        if not info.dtype.is_floating_point
-        or (name in ("B.bias", "magnitude") and math.prod(info.shape) != rows)
-    ]  # fmt: skip
-    if odd or config.get("fan_in_fan_out"):
-        what = f"{odd[0] if odd else 'fan_in_fan_out'} of {module}"
-        raise _unreadable(f"{owner}: {what} is not as PEFT writes it for such a layer.")
-    scale = _scale(owner, config, module, A.shape[0])
-    return Lora(scale, A, B, parts.get("B.bias"), parts.get("magnitude"))
+def _wanted(found: _Sorted) -> dict[str, Fits]:
+    """Tests for the weights that the base model must have, by name in the adapted model."""
+    result = {name: adapter_names.shaped(info.shape) for name, info in found.values.items()}
+    for module, pair in found.pairs.items():
+        result[adapter_names.weight_of(module)] = adapter_names.shaped(lora.product_shape(pair))
+    for module, tokens in found.tokens.items():
+        result[f"{module}.weight"] = _has_rows(tokens)
+    for module in found.modules:
+        result[f"{module}.weight"] = lambda part, there: part.of == 1
+    return result
 
 
-def _scale(owner: str, config: Mapping[str, Any], module: str, r: int) -> float:
-    alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8), owner)
-    try:
-        if isinstance(alpha, bool) or not math.isfinite(float(alpha)) or r == 0:
-            raise ValueError
-        return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
-    except (TypeError, ValueError, OverflowError):
-        hint = f"Correct lora_alpha and alpha_pattern in its {CONFIG_FILE}."
-        raise CheckpointError(f"{owner}: the scale of {module} is not a number.", hint) from None
+def _has_rows(tokens: Tokens) -> Fits:
+    last, width = max(tokens.rows, default=0), tokens.values.shape[1:]
+    return lambda part, there: len(there) == 2 and last < there[0] and there[1:] == width
 
 
-def _shape(first: TensorInfo, second: TensorInfo) -> tuple[int, ...]:
-    """Shape of the product of both factors, or () if they do not multiply."""
-    A, B = first.shape, second.shape
-    if len(A) < 2 or len(A) != len(B) or B[1] != A[0] or math.prod(B[2:]) != 1:
-        return ()
-    return (B[0], *A[1:])
+def _placed(name: str, place: Place) -> str:
+    return place.parts(name)[0].name
 
 
-def _unreadable(message: str) -> CheckpointError:
-    hint = "Merge it into its base with PEFT (merge_and_unload) and save the model."
-    return CheckpointError(message, hint)
+def _placed_pairs(
+    pairs: Mapping[str, Lora], place: Place, owner: str
+) -> tuple[dict[str, Lora], dict[str, Lora]]:
+    """Pairs by the canonical name of their weight, and those with a bias by that of the bias."""
+    loras, biases = {}, {}
+    for module, pair in pairs.items():
+        parts = place.parts(adapter_names.weight_of(module), lora.product_shape(pair))
+        for part in parts:
+            loras[part.name] = replace(pair, B=open_clip.part_of(pair.B, part, owner))
+        if len(parts) > 1 and (pair.bias or pair.magnitude):
+            raise lora.unreadable(f"{owner}: {module} has more than a pair, and PEFT writes none.")
+        if pair.bias is not None:
+            biases[_placed(f"{module}.bias", place)] = pair
+    return loras, biases
 
 
-def _no_place(owner: str, name: str, base: Checkpoint) -> CheckpointError:
-    return CheckpointError(
-        f"{owner}: {name} is not in the base model {base}, or of another shape.",
-        "Name the base model that the adapter was trained on with `base_model=REF`.",
-    )
-
-
-def _of_pattern(patterns: object, module: str, default: Any, owner: str) -> Any:
-    """Value of the first pattern that ends a module's name, as PEFT looks it up."""
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if max(len(pattern), len(module)) > LONGEST_PATTERN or REPEATED_GROUP.search(pattern):
-            problem = f"{owner}: the pattern {pattern[:60]!r} is not read: it may take forever."
-            raise CheckpointError(problem, f"Write names of modules into its {CONFIG_FILE}.")
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error:
-            continue
-    return default
+def _placed_modules(
+    found: _Sorted, place: Place, base: Checkpoint, tuner: Tuner
+) -> dict[str, Tuned]:
+    """Modules that PEFT merges, by the canonical name of each weight and bias that it changes."""
+    weights = {module: _placed(f"{module}.weight", place) for module in found.modules}
+    shapes = {module: base.tensors[name].shape for module, name in weights.items()}
+    if found.modules and tuner.kind in peft_modules.SIZED:
+        rows, columns = (max(shape[i] for shape in shapes.values()) for i in (0, 1))
+        tuner = replace(tuner, widest=(rows, columns))
+    result, checked = {}, set()
+    for module, tensors in found.modules.items():
+        bias = f"{weights[module].removesuffix('weight')}bias"
+        one = Tuned(tuner, module, shapes[module], bias in base.tensors, tensors)
+        signature = (one.shape, tuple(sorted(info.shape for info in tensors.values())))
+        if signature not in checked:
+            one.check()
+        checked.add(signature)
+        _, kinds = peft_modules.KINDS[tuner.kind]
+        for name in (f"{weights[module].removesuffix('weight')}{kind}" for kind in kinds):
+            if name in base.tensors:
+                result[name] = one
+    return result

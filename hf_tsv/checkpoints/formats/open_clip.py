@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from hf_tsv.checkpoints.storage.tensors import Part
+from hf_tsv.checkpoints.storage.pickles import CONTIGUOUS
+from hf_tsv.checkpoints.storage.tensors import Part, TensorInfo
 from hf_tsv.system.errors import CheckpointError
 
 CONFIG_FILE = "open_clip_config.json"
@@ -82,6 +84,27 @@ def parts_of(stored: str, shape: tuple[int, ...], owner: str) -> list[Part]:
         return [Part(f"{prefix}.{part}", stored, i, len(own)) for i, part in enumerate(own)]
     hint = "Supported OpenCLIP models are plain ViTs, such as ViT-B-32 or ViT-H-14."
     raise CheckpointError(f"{owner}: {stored} has no place in the CLIP of transformers.", hint)
+
+
+def part_shape(shape: tuple[int, ...], part: Part) -> tuple[int, ...]:
+    """Shape of a canonical tensor, by that of the tensor it is a part of; () if it is none."""
+    shape = shape[::-1] if part.transposed else shape
+    if part.of == 1:
+        return shape
+    return (shape[0] // part.of, *shape[1:]) if shape and shape[0] % part.of == 0 else ()
+
+
+def part_of(info: TensorInfo, part: Part, owner: str) -> TensorInfo:
+    """Location of a canonical tensor in the one that holds it."""
+    order = info.order
+    if part.transposed:
+        order = () if order else (1, 0)
+    if part.of > 1 and order:
+        problem = f"{owner}: the rows of {part.stored} are not stored contiguously."
+        raise CheckpointError(problem, CONTIGUOUS)
+    size = info.nbytes // part.of
+    start, shape = info.start + part.index * size, part_shape(info.shape, part)
+    return replace(info, shape=shape, start=start, nbytes=size, order=order)
 
 
 def placed(names: Iterable[str]) -> dict[str, Part]:

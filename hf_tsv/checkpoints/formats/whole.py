@@ -18,7 +18,6 @@ from hf_tsv.checkpoints.names import CONFIG_FILE, Format
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.storage.files import read_json
 from hf_tsv.checkpoints.storage.headers import read_headers
-from hf_tsv.checkpoints.storage.pickles import CONTIGUOUS
 from hf_tsv.checkpoints.storage.tensors import TensorInfo, read_tensor
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import quoted
@@ -182,19 +181,10 @@ def _parts(name: str, info: TensorInfo, owner: str) -> dict[str | None, TensorIn
         return {None: info}
     found: dict[str | None, TensorInfo] = {}
     for part in open_clip.parts_of(name, info.shape, owner):
-        shape, order = info.shape, info.order
-        if part.transposed:
-            shape, order = shape[::-1], () if order else (1, 0)
-        if part.of > 1:
-            if order:
-                problem = f"{owner}: the rows of {name} are not stored contiguously."
-                raise CheckpointError(problem, CONTIGUOUS)
-            shape = (shape[0] // part.of, *shape[1:])
-        size = info.nbytes // part.of
+        there = open_clip.part_of(info, part, owner)
         if part.name == "logit_scale" and info.nbytes == info.dtype.itemsize:
-            shape = ()  # some files hold a list of one
-        start = info.start + part.index * size
-        found[part.name] = TensorInfo(info.file, info.dtype, shape, start, size, order)
+            there = replace(there, shape=(), order=())  # some files hold a list of one
+        found[part.name] = there
     return found
 
 
