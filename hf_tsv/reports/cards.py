@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from hf_tsv.checkpoints.layout import MODEL_CLASSES, is_clip
 from hf_tsv.checkpoints.reference import at_revision, card_datasets, repo_id_of
 from hf_tsv.recipes.settings import current_versions
 from hf_tsv.reports.kept import stored_text
-from hf_tsv.reports.templates import cell, counted, environment, plain
+from hf_tsv.reports.templates import cell, command, counted, environment, plain
 
 if TYPE_CHECKING:
     from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin, StoredWeight
@@ -205,12 +204,6 @@ class MergeCard(Card):
         return re.sub(r"(?m)^ *\w+: null\n", "", self.recipe.to_yaml(coefficients=False))
 
     @property
-    def folders(self) -> str:
-        """Words of a command that name the local folders of the recipe, each in one line."""
-        found = (item.name for item in (*self.inputs, self.base) if item.revision is None)
-        return "".join(f" {shlex.quote(' '.join(name.split()))}" for name in dict.fromkeys(found))
-
-    @property
     def title(self) -> str:
         """Heading: the names of the inputs, of many the first three."""
         names = [plain(item.name) for item in self.inputs]
@@ -298,12 +291,7 @@ class CompressedCard(Card):
             words += [f"--{key.replace('_', '-')}", str(value)]
         words += ["--compress-conv"] if config.compress_conv else []
         words += ["--dtype", self.dtype, *options, "-o", "compressed"]
-        return self._command("compress", self.source, words)
-
-    def _command(self, verb: str, of: CardInput, words: Sequence[str]) -> str:
-        """Command in three lines: references to a commit are long."""
-        lines = ["hf-tsv", verb, of.public], ["--base-model", self.base.public], words
-        return " \\\n    ".join(map(shlex.join, lines))
+        return command("compress", self.source.public, self.base.public, words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,7 +373,8 @@ class ReconstructedCard(CompressedCard):
 
     @property
     def command(self) -> str:
-        return self._command("reconstruct", self.factors, ["-o", "reconstructed"])
+        words = ["-o", "reconstructed"]
+        return command("reconstruct", self.factors.public, self.base.public, words)
 
 
 def common_license(inputs: Sequence[CardInput]) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +30,7 @@ def environment() -> Environment:
         autoescape=select_autoescape(["html.jinja"], default=False),
         undefined=StrictUndefined,
     )
-    own = (plain, code, cell, fenced, human_bytes, one_line, percent, counted)
+    own = (plain, code, cell, fenced, human_bytes, one_line, percent, counted, word)
     made.filters |= {"quoted": json.dumps, **{filter_.__name__: filter_ for filter_ in own}}
     url = homepage()
     made.globals |= {"this_folder": THIS_FOLDER, "url": url}
@@ -93,6 +95,24 @@ def fenced(text: str, language: str) -> str:
     fence = _longer_than_inside(text, 3)
     lines = text.removesuffix("\n")
     return f"{fence}{language}\n{lines}\n{fence}"
+
+
+def command(verb: str, checkpoint: str, base: str, words: Sequence[str]) -> str:
+    """Command in three lines: references to a commit are long.
+
+    Example:
+        >>> print(command("reconstruct", "org/a-tsv", "org/base", ["-o", "full"]))
+        hf-tsv reconstruct org/a-tsv \\
+            --base-model org/base \\
+            -o full
+    """
+    lines = ["hf-tsv", verb, checkpoint], ["--base-model", base], words
+    return " \\\n    ".join(map(shlex.join, lines))
+
+
+def word(text: str) -> str:
+    """Name from elsewhere as one word of a command, in one line."""
+    return shlex.quote(" ".join(text.split()))
 
 
 def _longer_than_inside(text: str, least: int) -> str:

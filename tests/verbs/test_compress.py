@@ -772,7 +772,7 @@ def test_the_snippets_of_the_card_of_factors_run(
     assert len(blocks) == 2
     monkeypatch.chdir(world)
     assert type(names_after("\n".join(blocks))["model"]).__name__ == "CLIPModel"
-    made_with = snippet_of(card.split("## Made with")[1], "bash").split()
+    made_with = snippet_of(card.split("## Made with")[1], "bash").replace("\\\n", " ").split()
     again = hf_tsv(*made_with[1:], cwd=world)
     assert again.code == 0, again.err
     stored = (world / "compressed" / "task_factors.safetensors").read_bytes()
