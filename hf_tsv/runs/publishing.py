@@ -65,8 +65,8 @@ def _tell_missing(card: str) -> None:
     metadata = card.partition("---\n")[2].partition("\n---")[0] if card.startswith("---") else ""
     lacking = [key for key in SHOWN if not re.search(rf"(?m)^{key}:", metadata)]
     if lacking:
-        names = " and no ".join(lacking)
-        logger.info("The card has no %s: add it to the lines at the top of %s.", names, CARD)
+        names, them = " and no ".join(lacking), "it" if len(lacking) == 1 else "them"
+        logger.info("The card has no %s: add %s to the lines at the top of %s.", names, them, CARD)
 
 
 def published(files: Mapping[str, Path], repo_id: str) -> dict[str, bytes]:

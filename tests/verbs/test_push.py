@@ -109,7 +109,9 @@ def test_a_path_that_an_older_folder_holds_is_named_before_it_is_published(
 
 
 def test_what_a_card_lacks_is_told(hub: Hub, outputs: Path, tmp_path: Path) -> None:
-    said = "The card has no base_model and no license: add it to the lines at the top of README.md."
+    said = (
+        "The card has no base_model and no license: add them to the lines at the top of README.md."
+    )
     assert said in hf_tsv("push", outputs / "merge", "me/new", "--dry-run").err
     folder = copied(outputs / "merge", tmp_path / "edited")
     card = (folder / "README.md").read_text()
