@@ -23,8 +23,8 @@ from hf_tsv.recipes.settings import AVERAGED_BY_DEFAULT, Qkv, Settings
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import counted
 
-NEGLIGIBLE_ENERGY = 1e-9
-"""Share of an update too small to warn of."""
+NEGLIGIBLE_ENERGY = 0.01
+"""Share of an update's squared norm that is too small to warn of."""
 
 Treatment = Literal["decomposed", "averaged", "summed", "combined", "copied"]
 """`combined`: entry by entry, of all tasks at once."""
