@@ -180,15 +180,20 @@ def test_a_reconstruction_in_16_bits_tells_what_it_loses(tmp_path: Path) -> None
         assert float((of(tmp_path / "w")[name] - w).norm()) < 1e-4 * update, name
 
 
+def float32_copy(base: Path, folder: Path) -> Path:
+    """The same base stored in float32, as transformers would load it for training."""
+    shutil.copytree(base, folder)
+    state = {name: tensor.float() for name, tensor in of(base).items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.mark.parametrize("kind", ["plain", "dora", "convolution", "lora bias"])
 def test_an_adapter_on_a_16_bit_base_is_exact(tmp_path: Path, kind: str) -> None:
-    """PEFT trains it on the base in float32, where its update is more than a step of 16 bits."""
     base = clips.make_base(tmp_path / "sixteen", dtype=torch.bfloat16)
-    wide = Path(shutil.copytree(base, tmp_path / "base"))
-    state = {name: tensor.float() for name, tensor in of(base).items()}
-    save_file(state, wide / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((wide / "config.json").read_text()) | {"dtype": "float32"}
-    (wide / "config.json").write_text(json.dumps(config))
+    float32_copy(base, tmp_path / "base")
     truth = adapters.trained(tmp_path, tmp_path / "lora", kind)
     for method in ("tsv", "task-arithmetic"):
         output = tmp_path / method
@@ -199,5 +204,16 @@ def test_an_adapter_on_a_16_bit_base_is_exact(tmp_path: Path, kind: str) -> None
         for name, w in truth.items():
             if w.is_floating_point():
                 assert float((made[name] - w).abs().max()) < 1e-6, (method, name)
-    narrow = hf_tsv.merge(tmp_path / "lora", base_model=base, output=tmp_path / "narrow")
-    assert not of_kind(narrow, "use a checkpoint in float32")
+
+
+def test_of_a_small_adapter_the_output_alone_is_rounded(tmp_path: Path) -> None:
+    base = clips.make_base(tmp_path / "sixteen", dtype=torch.bfloat16)
+    float32_copy(base, tmp_path / "base")
+    adapters.trained(tmp_path, tmp_path / "lora", "vision")
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({n: t * 0.03 ** ("lora_B" in n) for n, t in load_file(file).items()}, file)
+    for dtype in (None, "float32"):
+        report = hf_tsv.merge(tmp_path / "lora", base_model=base, output=tmp_path / f"{dtype}",
+                              dtype=dtype, progress=False)  # fmt: skip
+        assert not of_kind(report, "use a checkpoint in float32"), report.warnings
+        assert len(of_kind(report, "is lost by rounding to bfloat16")) == (dtype is None)
