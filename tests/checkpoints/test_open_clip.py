@@ -23,6 +23,10 @@ from safetensors.torch import load_file, save_file
 
 import hf_tsv
 from hf_tsv.checkpoints.formats import open_clip
+from hf_tsv.checkpoints.formats.adapters import open_adapter
+from hf_tsv.checkpoints.formats.whole import open_checkpoint
+from hf_tsv.checkpoints.reference import parse, pin
+from hf_tsv.checkpoints.storage.tensors import Part
 from hf_tsv.system.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -387,3 +391,76 @@ def test_a_tensor_under_two_names_is_refused(models: Path, tmp_path: Path) -> No
 )
 def test_the_inner_size_survives_its_ratio(inner: int, width: int) -> None:
     assert int(width * open_clip._ratio(inner, width)) == inner
+
+
+ADAPTED = """
+import json, sys, warnings
+from pathlib import Path
+import open_clip, peft, torch
+from safetensors.torch import load_file, save_file
+warnings.simplefilter("ignore")
+config = json.loads(Path("base/open_clip_config.json").read_text())["model_cfg"]
+def model():
+    result = open_clip.CLIP(**config)
+    result.load_state_dict(load_file("base/open_clip_model.safetensors"))
+    return result
+for kind, (part, options) in json.loads(Path("kinds.json").read_text()).items():
+    torch.manual_seed(0)
+    whole = model()
+    adapted = peft.get_peft_model(whole.visual if part else whole, peft.LoraConfig(**options))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    adapted.save_pretrained(kind)
+    fresh = model()
+    loaded = peft.PeftModel.from_pretrained(fresh.visual if part else fresh, kind)
+    state = loaded.merge_and_unload().state_dict()
+    prefix = "visual." if part else ""
+    save_file({prefix + n: t.contiguous() for n, t in state.items()}, f"{kind}/merged.safetensors")
+"""
+LORAS = {
+    "attention": (False, {"r": 4, "target_modules": ["attn"], "alpha_pattern": {"attn": 6}}),
+    "mlp": (False, {"r": 4, "target_modules": ["c_fc", "c_proj"], "use_rslora": True}),
+    "all": (False, {"r": 4, "target_modules": ["attn", "c_fc", "token_embedding", "conv1"],
+                    "modules_to_save": ["ln_post", "ln_2"], "bias": "all"}),
+    "pissa": (False, {"r": 4, "target_modules": ["c_fc"], "init_lora_weights": "pissa"}),
+    "visual": (True, {"r": 4, "target_modules": ["attn", "c_fc"]}),
+}  # fmt: skip
+
+
+def test_adapters_of_open_clip_models(
+    theirs: subprocess.Popen[str], models: Path, tmp_path: Path
+) -> None:
+    """LoRA on its names and on its stacked attention, as PEFT merges it in OpenCLIP's own model."""
+    copied(models / "base", tmp_path / "base")
+    (tmp_path / "kinds.json").write_text(json.dumps(LORAS))
+    asked(theirs, "run", tmp_path, ADAPTED)
+    base = open_checkpoint(pin(parse(str(tmp_path / "base"))))
+    for kind in LORAS:
+        said = load_file(tmp_path / kind / "merged.safetensors")
+        expected = {
+            part.name: _canonical(said[name], part)
+            for name in said
+            for part in open_clip.parts_of(name, tuple(said[name].shape), "")
+        }
+        task = open_adapter(pin(parse(str(tmp_path / kind))), lambda: base)
+        changed = set()
+        for name, tensor in expected.items():
+            w0 = base.original([name])
+            error, norm = (task.weight(w0) - tensor).norm(), tensor.norm()
+            assert float(error) <= 1e-6 * float(norm), (kind, name, float(error / norm))
+            changed |= set() if torch.equal(tensor, w0.tensor) else {name}
+        assert changed and changed <= {name for name in task.tensors if task.parts(name)}
+    edit = tmp_path / "visual" / "adapter_config.json"
+    edit.write_text(json.dumps({**json.loads(edit.read_text()), "auto_mapping": None}))
+    found = open_adapter(pin(parse(str(tmp_path / "visual"))), lambda: base)  # by its shapes
+    assert all(name.startswith("vision_model.") for name in found.loras)
+    done = run("merge", tmp_path / "all", models / "t1", "--base-model", tmp_path / "base", "-o",
+               tmp_path / "m", "--allow-other-base")  # fmt: skip
+    assert done.code == 0 and (tmp_path / "m" / "open_clip_model.safetensors").exists(), done.err
+
+
+def _canonical(tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    turned = tensor.mT if part.transposed else tensor
+    return turned.chunk(part.of)[part.index] if part.of > 1 else turned

@@ -404,11 +404,14 @@ def test_the_code_of_compressed_tasks_is_python_that_loads_them(repo_id: str | N
 
 
 @pytest.mark.parametrize(
-    ("model_class", "unfit"),
-    [("CLIPVisionModel", "`CLIPModel` or `AutoModel`"), ("CLIPModel", "`CLIPVisionModel`")],
+    ("model_class", "unfit", "loads_with"),
+    [
+        ("CLIPVisionModel", "`CLIPModel` or `AutoModel`", "`transformers>=5`"),
+        ("CLIPModel", "`CLIPVisionModel`", "transformers 4 and 5"),
+    ],
 )
 def test_the_card_of_an_adapter_leads_with_auto_peft_and_says_what_it_does_not_fit(
-    model_class: str, unfit: str
+    model_class: str, unfit: str, loads_with: str
 ) -> None:
     said: dict[str, Any] = {"config": described(), "full_model": True, "dense": True}
     card = render(AdapterCard(**said, model_class=model_class))
@@ -419,6 +422,7 @@ def test_the_card_of_an_adapter_leads_with_auto_peft_and_says_what_it_does_not_f
         and "PeftModel.from_pretrained(base" not in card
     )
     assert f"On {unfit} the adapter has\n**no effect**" in card
+    assert f"- **Loads with:** {loads_with}" in card
 
 
 def test_paths_of_local_folders_are_in_no_card() -> None:

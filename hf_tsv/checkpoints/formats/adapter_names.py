@@ -19,6 +19,7 @@ CONFIG_FILE = "adapter_config.json"
 OUTER = re.compile(r"(?:base_model\.(?:model\.)?)*")  # of PEFT's models, which may be nested
 ADAPTER = re.compile(r"\.default(?=\.|$)")  # the adapter's own name, in a model's state dict
 WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save|token_adapter)(?=\.)")
+COPY = ".modules_to_save."
 IN_OPEN_CLIP = re.compile(r"(?:text\.)?(?:visual\.)?transformer\.resblocks\.")
 TOWERS = ("vision_model.", "text_model.")
 VISUAL = "visual."
@@ -56,14 +57,16 @@ class Place:
 def own_names(stored: Mapping[str, TensorInfo], owner: str) -> dict[str, TensorInfo]:
     """Tensors by their names in the adapted model, without what PEFT puts around and into them."""
     result: dict[str, TensorInfo] = {}
-    for name, info in stored.items():
+    for name in sorted(stored, key=lambda name: COPY in name):
         if ".original_module." in name:  # of the base, beside the module that replaces it
             continue
         inner = name[len(match[0]) if (match := OUTER.match(name)) else 0 :]
         own = WRAPPER.sub("", ADAPTER.sub("", inner))
+        if own in result and COPY in name:  # once more, with the biases
+            continue
         if own in result:
             raise CheckpointError(f"{owner}: {own} is stored twice, once as {name}.")
-        result[own] = info
+        result[own] = stored[name]
     return result
 
 
