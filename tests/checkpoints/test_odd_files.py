@@ -291,6 +291,12 @@ def subfolders(folder: Path, full: Path) -> str:
     return f"its folders have: a, b.\nHint: Name one of them: {folder}/a"
 
 
+def adapters_inside(folder: Path, _: Path) -> str:
+    (folder / "sun397").mkdir()
+    (folder / "sun397" / "adapter_config.json").write_text("{}")
+    return f"its folders have: sun397.\nHint: Name one of them: {folder}/sun397"
+
+
 def several_epochs(folder: Path, full: Path) -> str:
     state = load_file(full / "model.safetensors")
     for epoch in (1, 2, 10):
@@ -367,7 +373,8 @@ def old_pickle(folder: Path, full: Path) -> str:
     return "torch.save(torch.load(FILE, weights_only=True), FILE)"
 
 
-KINDS = (web_page, empty, unfinished, old_pickle, trainer_output, subfolders, several_epochs,
+KINDS = (web_page, empty, unfinished, old_pickle, trainer_output, subfolders,
+         adapters_inside, several_epochs,
          pointers, pickled_pointers, kohya, diffusers, deepspeed, flax, whole_model)  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from hf_tsv.checkpoints.formats import open_clip
-from hf_tsv.checkpoints.names import CONFIG_FILE, PICKLED_FILE, SINGLE_FILE
+from hf_tsv.checkpoints.names import CONFIG_FILE, CONFIGS, PICKLED_FILE, SINGLE_FILE
 from hf_tsv.checkpoints.storage.files import Files
 from hf_tsv.checkpoints.storage.headers import VARIANT, index_of
 from hf_tsv.hub import WEIGHT_SUFFIXES
@@ -131,11 +131,11 @@ def nothing_in(files: Files, owner: str) -> CheckpointError:
 
 
 def _holds_model(files: Files) -> bool:
-    """Tell whether the files can be a checkpoint's."""
+    """Tell whether the files can be a checkpoint's, an adapter's, or task factors."""
     names = [n for n in files.names() if "/" not in n]
-    return any(n.endswith(WEIGHT_SUFFIXES) and not BESIDE.fullmatch(n) for n in names) or (
-        any(_is_there(files, name) for name in WEIGHTS)
-    )
+    weights = any(n.endswith(WEIGHT_SUFFIXES) and not BESIDE.fullmatch(n) for n in names)
+    described = any(files.size(name) is not None for name in CONFIGS if name != CONFIG_FILE)
+    return weights or described or any(_is_there(files, name) for name in WEIGHTS)
 
 
 def _number(name: str) -> int:
