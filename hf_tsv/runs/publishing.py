@@ -78,6 +78,8 @@ def published(files: Mapping[str, Path], repo_id: str) -> dict[str, bytes]:
     after a merge of local folders.
     """
     changed: dict[str, bytes] = {}
+    if CARD not in files:
+        logger.warning("The folder has no %s, so %s gets no model card.", CARD, repo_id)
     for name, path in files.items():
         json_file = path.name in JSON_FILES
         if (not json_file and name not in (CARD, RECIPE_FILE)) or path.stat().st_size > MAX_BYTES:

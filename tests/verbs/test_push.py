@@ -117,6 +117,9 @@ def test_what_a_card_lacks_is_told(hub: Hub, outputs: Path, tmp_path: Path) -> N
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text(card.replace("---\n", "---\nlicense: mit\n", 1))
     assert "The card has no base_model: add" in hf_tsv("push", folder, "me/new").err
+    (folder / "README.md").unlink()
+    done = hf_tsv("push", folder, "me/bare")
+    assert "The folder has no README.md, so me/bare gets no model card." in done.err
 
 
 def test_factors_can_be_counted_and_listed(hub: Hub, outputs: Path) -> None:
