@@ -221,7 +221,8 @@ def refusals() -> Iterator[Command]:
         "inspect": "inspect %absent", "alone": f"interference %vision {BASE}",
         "budget": f"compress %full {BASE} --budget 1% +",
     }.items():  # fmt: skip
-        yield cli(f"refused-{name}", line, code=1)
+        usage = name in ("rank", "mask", "images", "inspect", "alone")
+        yield cli(f"refused-{name}", line, code=2 if usage else 1)
     yield cli("usage", "merge --nothing", code=2)
 
 

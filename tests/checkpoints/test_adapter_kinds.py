@@ -30,6 +30,21 @@ CASES = [*((kind, "CLIPModel") for kind in OTHERS), *((kind, "CLIPTextModel") fo
 CASES += [(kind, cls) for kind in ("pissa", "loha", "vera") for cls in list(TOWERS)[:2]]
 
 
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a base model whose every parameter has moved: biases and norms begin at 0 and 1."""
+    folder = tmp_path_factory.mktemp("moved")
+    clips.make_base(folder / "base")
+    file = folder / "base" / "model.safetensors"
+    generator = torch.Generator().manual_seed(5)
+    moved = {
+        name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(file).items()
+    }
+    save_file(moved, file, metadata={"format": "pt"})
+    return folder
+
+
 def made(zoo: Path, folder: Path, kind: str, cls: str) -> dict[str, torch.Tensor]:
     """Save an adapter of a kind; returns what PEFT makes of it, by canonical name."""
     model = clips.load(getattr(transformers, cls), zoo / "base")
@@ -210,6 +225,28 @@ def test_the_tower_of_a_hub_adapter_is_asked_for(hub: Hub, twins: Path, tmp_path
     done = run("merge", "org/lora", "--base-model", twins / "base", "-o", tmp_path / "m")
     assert done.code == 1 and "hf download org/lora" in done.err and "CLIPTextModel" in done.err
     assert not (tmp_path / "m").exists()
+
+
+def test_shared_tensors_are_streamed(hub: Hub, zoo: Path, tmp_path: Path) -> None:
+    """With the tensors that all modules share, which are read again for each of them."""
+    made(zoo, tmp_path / "a", "vera", "CLIPVisionModel")
+    (tmp_path / "a" / "README.md").unlink()
+    hub.add_repo("org/vera", tmp_path / "a")
+    found = []
+    for i, options in enumerate(([], ["--stream"])):
+        reference = "org/vera" if i else tmp_path / "a"
+        done = run("merge", reference, "--base-model", zoo / "base", "-o", tmp_path / f"m{i}",
+                   *options)  # fmt: skip
+        assert done.code == 0, done.err
+        found.append((tmp_path / f"m{i}" / "model.safetensors").read_bytes())
+    assert len(set(found)) == 1
+
+
+def test_a_prompt_has_nothing_to_merge(zoo: Path, tmp_path: Path) -> None:
+    made(zoo, tmp_path / "a", "mica", "CLIPVisionModel")
+    edited(tmp_path / "a", {"peft_type": "PROMPT_TUNING"})
+    with pytest.raises(CheckpointError, match="PROMPT_TUNING, which changes no weights"):
+        opened(zoo, tmp_path / "a")
 
 
 def test_hostile_adapters_get_one_line(zoo: Path, tmp_path: Path) -> None:

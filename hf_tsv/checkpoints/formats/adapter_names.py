@@ -21,7 +21,7 @@ ADAPTER = re.compile(r"\.default(?=\.|$)")  # the adapter's own name, in a model
 WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save|token_adapter)(?=\.)")
 COPY = ".modules_to_save."
 IN_OPEN_CLIP = re.compile(r"(?:text\.)?(?:visual\.)?transformer\.resblocks\.")
-TOWERS = ("vision_model.", "text_model.")
+TOWERS = {"vision_model.": "Vision", "text_model.": "Text"}  # prefixes; parts of classes' names
 VISUAL = "visual."
 OPEN_CLIP_PREFIXES = {"VisionTransformer": (VISUAL,), "TextTransformer": ("",), "CLIP": ("",)}
 """OpenCLIP's classes, and the part of the whole model's names that those of the class lack."""
@@ -136,8 +136,9 @@ def _candidates(wanted: Collection[str], config: Mapping[str, Any]) -> list[Plac
         prefixes = OPEN_CLIP_PREFIXES.get(str(said), ("", VISUAL))
         return [Place(prefix, in_open_clip=True) for prefix in prefixes]
     known = layout.MODEL_CLASSES.get(str(said))
-    if known is None:
-        return [Place(prefix) for prefix in ("", *TOWERS)]
+    if known is None:  # such as SiglipVisionModel
+        towers = [prefix for prefix, word in TOWERS.items() if word in str(said)]
+        return [Place(prefix) for prefix in ("", *(towers or TOWERS))]
     return [Place(prefix) for prefix in dict.fromkeys((known.flat_prefix, ""))]
 
 

@@ -102,13 +102,12 @@ class Adapter(Task):
     ) -> TaskSingularVectors | None:
         """Singular triplets of Δ from its factors; None if Δ is not simply their product."""
         pair = self.loras.get(name)
-        if pair is None or name in self.values or name in self.tokens:
+        if pair is None or not pair.is_product or name in self.values or name in self.tokens:
             return None
         A, B = pair.factors(self._read_as(name))
-        found = pair.triplets(A, B)
-        if found is not None and digests is not None:
+        if digests is not None:
             digests |= {f"{name}.lora_A": digest(A), f"{name}.lora_B": digest(B)}
-        return found
+        return pair.triplets(A, B)
 
     def exact(self, w0: Original) -> Tensor:
         """Compute W0 + Δ of one weight in float32, or read it where it is stored whole."""
@@ -121,10 +120,12 @@ class Adapter(Task):
             return w0.tensor.cpu().clone()
         merged = w0.tensor.cpu().float() if whole is None else read(whole)
         if name in self.loras:
-            merged = replace_start(self.loras[name], whole).weight(merged, read)
-        pair = self.biases.get(name)
-        if pair is not None and pair.bias is not None:
-            merged = merged + pair.scale * read(pair.bias)
+            pair = self.loras[name]
+            if whole is not None:  # W0 of the adapter's own, from which the start is taken already
+                pair = replace(pair, taken_out=None)
+            merged = pair.weight(merged, read)
+        if name in self.biases and (bias := self.biases[name].bias):
+            merged = merged + self.biases[name].scale * read(bias)
         if name in self.modules:
             found = self.modules[name]
             infos = {**found.tensors, **found.tuner.shared}
@@ -141,11 +142,6 @@ class Adapter(Task):
     def _part(self, info: TensorInfo, name: str) -> Tensor:
         tensor = read_tensor(self.pinned.files, info, name, str(self))
         return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def replace_start(pair: Lora, stored_base: TensorInfo | None) -> Lora:
-    """Pair whose start is not taken out of a base weight that the adapter stores itself."""
-    return pair if stored_base is None else replace(pair, taken_out=None)
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,13 @@ class Lora:
         A, B = read(self.A), read(self.B)
         return A, B if self.E is None else B * read(self.E).reshape(-1)
 
-    def triplets(self, A: Tensor, B: Tensor) -> TaskSingularVectors | None:
-        """Singular triplets of Δ from its factors; None if Δ is not simply their product."""
-        if self.magnitude is not None or self.taken_out is not None or A.ndim != 2:
-            return None
+    @property
+    def is_product(self) -> bool:
+        """Tell whether Δ is a matrix, and simply the product of its factors."""
+        return self.magnitude is None and self.taken_out is None and len(self.A.shape) == 2
+
+    def triplets(self, A: Tensor, B: Tensor) -> TaskSingularVectors:
+        """Singular triplets of Δ from its factors, where it is their product."""
         left, inner = torch.linalg.qr(B.double())
         right, outer = torch.linalg.qr(A.double().mT)
         U, S, Vh = svd.svd(self.scale * inner @ outer.mT)

@@ -55,6 +55,12 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
 They are those whose change of a module follows from that module, its tensors and shared ones.
 """
 
+WITHOUT_WEIGHTS = (
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING",
+    "PROMPT_TUNING", "P_TUNING", "SHADOW", "XLORA",
+)  # fmt: skip
+"""Types whose effect depends on the input, or is on the input: PEFT cannot merge them either."""
+
 SIZED = ("PVERA", "RANDLORA", "VERA")
 """Types whose shared tensors have the size of the largest module."""
 
@@ -161,6 +167,9 @@ class Tuned:
 
 def refuse_other(kind: object, owner: str) -> None:
     """Refuse a type of adapter that is neither read here nor merged by PEFT; or without PEFT."""
+    if kind in WITHOUT_WEIGHTS:
+        problem = f"{owner} is an adapter of type {kind}, which changes no weights."
+        raise CheckpointError(problem, "Train a LoRA for the task: only changes of weights merge.")
     if kind not in KINDS:
         said = f"{owner} is an adapter of type {quoted(kind)}, which is not read."
         raise unreadable(said)
