@@ -25,7 +25,7 @@ GROUP = "hf_tsv.methods"
 
 MethodName = Literal[
     "tsv", "ada", "low-rank", "orthogonal", "task-arithmetic", "average", "ties", "consensus",
-    "iso-c", "iso-cts", "tall-mask",
+    "iso-c", "iso-cts", "dc", "tall-mask",
 ]  # fmt: skip
 """Names of our own methods; packages add more."""
 
@@ -140,6 +140,11 @@ BUILT_IN = (
         "iso-cts", "hf_tsv.methods.isotropic:iso_cts",
         "iso-c with a fifth of the directions given to what each task has of its own",
         source="2502.04959",
+    ),
+    Method(
+        "dc", "hf_tsv.methods.dc:dc",
+        "tsv, of which only what tasks agree on in each other's directions is kept",
+        source="2603.05957", ranks="share",
     ),
     Method(
         "tall-mask", "hf_tsv.methods.sums:total",

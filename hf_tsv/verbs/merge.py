@@ -101,8 +101,9 @@ def merge(
             or `org/name@revision`. Settings given beside it replace its own; `checkpoints` are then
             the local folders that it names.
         method (`str`, *optional*): `tsv`, the default, `ada`, `low-rank`, `orthogonal`,
-            `task-arithmetic`, `average`, `ties`, `consensus`, `iso-c`, `iso-cts`, or `tall-mask`,
-            whose tasks are loaded one by one; or the name of a method that another package adds.
+            `task-arithmetic`, `average`, `ties`, `consensus`, `iso-c`, `iso-cts`, `dc`, or
+            `tall-mask`, whose tasks are loaded one by one; or the name of a method that another
+            package adds.
         adaptation ([`Adaptation`], *optional*): images that the method `ada` learns a coefficient
             of each task in each weight on, and how.
         orthogonalizer (`str`, *optional*): `procrustes`, the default, or `whitening`; the same

@@ -37,7 +37,7 @@ for name, options in {
     "exact": {"precision": "exact", "orthogonalizer": "whitening"},
     "fused": {"qkv": "fused", "dtype": "bfloat16"},
     **{name: {"method": name} for name in ("low-rank", "orthogonal", "average", "ties")},
-    **{name: {"method": name} for name in ("consensus", "iso-c", "iso-cts", "tall-mask")},
+    **{name: {"method": name} for name in ("consensus", "iso-c", "iso-cts", "dc", "tall-mask")},
 }.items():
     hf_tsv.merge(tasks, output=name, **options, **common)
 for name, options in {
