@@ -49,7 +49,9 @@ def operations(weight: Weight) -> float:
     (m, n), columns = weight.shape, weight.rank * tasks
     inner = min(columns, max(m, n))
     sides = sum(d * inner * min(d, inner) + EIGH * min(d, inner) ** 3 for d in (m, n))
-    return values + tasks * svd.operations(m, n, weight.rank) + sides + 4 * m * n * columns
+    projections = 6 * columns * inner * (m + n) if weight.projects else 0
+    products = 4 * m * n * columns + projections
+    return values + tasks * svd.operations(m, n, weight.rank) + sides + products
 
 
 def peak_memory(
@@ -125,4 +127,5 @@ def _computing(weight: Weight, threads: int, measure: bool) -> int:
     polar = min(threads, 2) * 8 * 5 * inner**2 + vectors  # and the chain of products
     decomposing = min(threads, tasks) * one_task
     measuring = vectors + 8 * inner * (inner + 2 * ROWS) if measure else 0
-    return vectors + max(decomposing, vectors + polar + result + measuring)
+    projecting = 3 * vectors + 16 * inner**2 if weight.projects else 0
+    return vectors + max(decomposing, vectors + polar + result + measuring + projecting)

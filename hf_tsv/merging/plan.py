@@ -40,6 +40,7 @@ class Weight:
         reason (`str`): why it is not decomposed; empty otherwise.
         rank (`int`): triplets kept of each task; 0 unless decomposed.
         inputs (`tuple[int, ...]`): which checkpoints hold it.
+        projects (`bool`): the method projects the tasks on the orthonormal vectors of all.
     """
 
     names: tuple[str, ...]
@@ -48,6 +49,7 @@ class Weight:
     reason: str = ""
     rank: int = 0
     inputs: tuple[int, ...] = ()
+    projects: bool = False
 
     @property
     def label(self) -> str:
@@ -153,7 +155,8 @@ def _treat(
     holders = tuple(i for i, item in enumerate(inputs) if any(n in item.tensors for n in names))
 
     def weight(treatment: Treatment, reason: str = "", rank: int = 0) -> Weight:
-        return Weight(names, shape, treatment, reason, rank, holders)
+        projects = settings.row.projects and treatment == "decomposed"
+        return Weight(names, shape, treatment, reason, rank, holders, projects)
 
     if not infos[0].dtype.is_floating_point:
         return weight("copied", "not a floating-point tensor")

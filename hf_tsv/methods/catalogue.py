@@ -59,6 +59,8 @@ class Method:
             it returns is in [`Updates`] as `known`. See [`PassBefore`].
         beside (`str`): mask of a task in one weight, as `module:function` of Δ and of ΣΔ; the masks
             of all tasks are written beside the merge.
+        projects (`bool`): the rule forms the orthonormal vectors of all tasks, and projects each
+            task on them, which the plan counts.
         learns (`bool`): a coefficient of each task in each weight is learned on images first, for
             shares that are those of TSV-Merge.
         card (`str`): what the card says after “merged by hf-tsv”; by default the name.
@@ -75,6 +77,7 @@ class Method:
     vectors: Literal["kept", "orthogonal"] | None = None
     before: str = ""
     beside: str = ""
+    projects: bool = False
     learns: bool = False
     card: str = ""
     package: str = ""
@@ -144,7 +147,7 @@ BUILT_IN = (
     Method(
         "dc", "hf_tsv.methods.dc:dc",
         "tsv, of which only what tasks agree on in each other's directions is kept",
-        source="2603.05957", ranks="share",
+        source="2603.05957", ranks="share", projects=True,
     ),
     Method(
         "tall-mask", "hf_tsv.methods.sums:total",

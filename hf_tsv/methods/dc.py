@@ -34,22 +34,22 @@ def dc(updates: Updates) -> MergedUpdate:
         return MergedUpdate(found.vectors.matrix(), found.ranks, exact=found.exact)
     vectors, ranks, merged = tsv.orthogonalised(deltas, found, updates, form=True)
     assert merged.factors is not None  # they were asked for
-    left, right = merged.factors
+    (left, right), exact = merged.factors, found.exact + merged.exact
+    null_directions = merged.null_directions
+    del deltas, found, merged  # before the projections take their memory
     kept = max(1, int(KEPT_SHARE * min(updates.shape) ** 2))
     spans = [slice(*ends) for ends in pairwise(accumulate(ranks, initial=0))]
-    blocks = _agreed(
-        [_trimmed(_projected(vectors, span, left, right), kept, spans) for span in spans]
-    )
-    scaled = [product(left[:, span], block) for span, block in zip(spans, blocks, strict=True)]
-    matrix = product(torch.cat(scaled, dim=1), right)
-    return MergedUpdate(matrix, ranks, merged.null_directions, found.exact + merged.exact)
+    tasks = [_trimmed(_projected(vectors, span, left, right), kept, spans) for span in spans]
+    del vectors
+    pairs = zip(spans, _agreed(tasks), strict=True)
+    matrix = product(torch.cat([product(left[:, span], block) for span, block in pairs], 1), right)
+    return MergedUpdate(matrix, ranks, null_directions, exact)
 
 
 def _projected(vectors: TaskSingularVectors, own: slice, left: Tensor, right: Tensor) -> Tensor:
     """Mᵢ = Ũᵀ Uᵢ diag(Sᵢ) Vhᵢ Ṽᵀ of the task whose triplets are `own`, shape (R, R)."""
-    before = product(left.mT.contiguous(), vectors.U[:, own].contiguous())
-    behind = product(vectors.Vh[own].contiguous(), right.mT.contiguous())
-    return product(before * vectors.S[own], behind)
+    before = product(left.mT, vectors.U[:, own] * vectors.S[own])
+    return product(before, product(vectors.Vh[own], right.mT))
 
 
 def _trimmed(projected: Tensor, kept: int, spans: list[slice]) -> list[Tensor]:
