@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Literal
 
@@ -10,10 +11,16 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor, CLIPVisionModel
 
 from .checkpoints import quietly
-from .sampling import Task
+from .sampling import Samples, Task
 from .training import image_embeddings, pixels, text_embeddings, tokenize
 
 TEST_IMAGES = 500
+
+
+@functools.lru_cache(maxsize=20)
+def images(task: Task, split: Literal["validation", "test"], seed: int) -> Samples:
+    """Images that every model is measured on, drawn once."""
+    return task.samples(split, TEST_IMAGES, seed)
 
 
 @torch.inference_mode()
@@ -35,7 +42,7 @@ def accuracy(
         split: split, drawn independently of the training images.
         seed: seed of the images.
     """
-    data = task.samples(split, TEST_IMAGES, seed)
+    data = images(task, split, seed)
     texts = text_embeddings(model, tokenize(processor.tokenizer, task.prompts))
     seen = image_embeddings(model, vision, pixels(data.images))
     chosen: Tensor = (seen @ texts.T).argmax(dim=1)
