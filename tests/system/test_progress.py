@@ -185,9 +185,10 @@ def test_quiet_uploads_and_loading_say_nothing(hub: Hub, zoo: Path, tmp_path: Pa
     api.compress(zoo / "vision", base_model=zoo / "base", output=tmp_path / "f", progress=False)
     shown = on_a_terminal("-m", "hf_tsv", "push", tmp_path / "f", "me/f")
     assert "Uploading to me/f." in shown and "100%|" in shown
-    assert on_a_terminal("-m", "hf_tsv", "push", tmp_path / "f", "me/quiet", "-q") == ""
     code = f"""
+import sys
 import hf_tsv
+from hf_tsv import cli
 hf_tsv.push({str(tmp_path / "f")!r}, "me/silent", progress=False)
 hf_tsv.load_model("me/silent", base_model={str(zoo / "base")!r}, progress=False)
 from huggingface_hub import utils
@@ -197,5 +198,9 @@ utils.disable_progress_bars()
 with hf_tsv.system.progress.others_silent():
     assert not logging.is_progress_bar_enabled()
 assert utils.are_progress_bars_disabled() and logging.is_progress_bar_enabled()
+utils.enable_progress_bars()
+sys.argv = ["hf-tsv", "push", {str(tmp_path / "f")!r}, "me/quiet", "-q"]
+cli.main()
 """
     assert on_a_terminal("-c", code) == ""
+    assert hub.files("me/quiet").keys() == hub.files("me/silent").keys()
