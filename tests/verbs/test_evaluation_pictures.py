@@ -38,7 +38,6 @@ def of_names(names: list[str], classes: int = 4, own: float | None = 0.9) -> dic
 
 CASES = {
     "one task": of_names(["dtd"], 2),
-    "eight tasks": of_names([f"task {i}" for i in range(8)], 4),
     "twenty tasks": of_names([f"clip-vit-base-patch32_{i}" for i in range(20)], 3, None),
     "odd names": {name: result(5, own=0.7, classes=HOSTILE) for name in HOSTILE},
     "many classes": {"a": result(47), "b": result(397)},
