@@ -41,25 +41,31 @@ def outputs(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_hf_tsv_writes_can_be_pushed(hub: Hub, outputs: Path, kind: str) -> None:
+def test_what_hf_tsv_writes_can_be_pushed(hub: Hub, outputs: Path, zoo: Path, kind: str) -> None:
+    """As it is, but for the card, which names the repository, and without a path from here."""
+    local = (outputs / kind / "README.md").read_text()
     done = hf_tsv("push", outputs / kind, "me/new")
     assert done.code == 0, done.err
-    assert pushed(hub) == published(outputs / kind)
+    there = pushed(hub)
+    assert there == published(outputs / kind)
     repo = hub.repos["me/new"]
     assert done.out == f"{hub.endpoint}/me/new\n"
     assert len(repo.commits) == 2  # the first makes the repository
     assert "Uploading to me/new.\n" in done.err
     assert f"\nUploaded {len(contents(outputs / kind))} files (" in done.err
 
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_pushed_card_names_its_repository(hub: Hub, outputs: Path, kind: str) -> None:
-    local = (outputs / kind / "README.md").read_text()
-    assert hf_tsv("push", outputs / kind, "me/new").code == 0
-    card = pushed(hub)["README.md"].decode()
+    card = there["README.md"].decode()
     assert local.count('# "." is this folder') == card.count("me/new") > 0
     assert not re.search(r'"\.["/]|local-dir| \. |this folder', card.partition("<details>")[0])
     assert (outputs / kind / "README.md").read_text() == local
+
+    for name, content in there.items():
+        if name != RECIPE_FILE:
+            assert str(zoo.parent).encode() not in content.partition(b"<details>")[0], name
+            assert str(outputs).encode() not in content, name
+    if kind == "factors":
+        config = json.loads(there["tsv_config.json"])
+        assert config["base_model"]["ref"] == "base" and config["source"]["ref"] == "vision"
 
 
 def test_every_way_to_the_hub_names_the_repository(hub: Hub, world: Path) -> None:
@@ -79,20 +85,6 @@ def test_what_the_user_wrote_into_the_card_is_pushed_as_it_is(
     (folder / "README.md").write_bytes(own + line)
     assert hf_tsv("push", folder, "me/new").code == 0
     assert pushed(hub)["README.md"] == own + b'model = load("me/new")\r\n```\r\n'
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_path_of_this_machine_is_published(
-    hub: Hub, outputs: Path, zoo: Path, kind: str
-) -> None:
-    assert hf_tsv("push", outputs / kind, "me/new").code == 0
-    for name, content in pushed(hub).items():
-        if name != RECIPE_FILE:
-            assert str(zoo.parent).encode() not in content.partition(b"<details>")[0], name
-            assert str(outputs).encode() not in content, name
-    if kind == "factors":
-        config = json.loads(pushed(hub)["tsv_config.json"])
-        assert config["base_model"]["ref"] == "base" and config["source"]["ref"] == "vision"
 
 
 @pytest.mark.parametrize("file", [RECIPE_FILE, "README.md"])
