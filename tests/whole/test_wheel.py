@@ -43,13 +43,6 @@ def test_the_wheel_installs_and_works_in_an_empty_environment(
     (metadata,) = site.glob("hf_tsv-*.dist-info")
     link_requirements(PathDistribution(metadata), site, set())
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    code = """
-from hf_tsv import TaskSwitcher, compress, load_model, merge, reconstruct
-from hf_tsv.reports.templates import templates
-assert (templates() / "merge.md.jinja").is_file()
-assert "site-packages" in str(templates()), templates()
-"""
-    subprocess.run([python, "-c", code], check=True, cwd=tmp_path)
     script = python.with_name("hf-tsv")
     for command, said in (
         ([script], "Merge or compress"),
@@ -62,19 +55,28 @@ assert "site-packages" in str(templates()), templates()
         assert said in done.stdout
 
     # matplotlib is an extra: without it there are reports and cards, without pictures
-    tasks = [zoo / "vision", zoo / "flat", "--base-model", zoo / "base"]
-    for command, page in (
-        (["merge", *tasks, "--report"], "README.md"),
-        (["compress", zoo / "vision", "--base-model", zoo / "base", "--report"], "README.md"),
-        (["interference", *tasks], "interference.html"),
+    code = f"""
+from hf_tsv import TaskSwitcher, compress, interference, load_model, merge, reconstruct
+from hf_tsv.reports.templates import templates
+assert (templates() / "merge.md.jinja").is_file()
+assert "site-packages" in str(templates()), templates()
+tasks, base = [{str(zoo / "vision")!r}, {str(zoo / "flat")!r}], {str(zoo / "base")!r}
+compress(tasks[0], base_model=base, output="compress", report=True)
+interference(tasks, base_model=base, output="interference")
+"""
+    merging = [zoo / "vision", zoo / "flat", "--base-model", zoo / "base", "--report"]
+    missing = "Warning: No pictures: matplotlib is not installed. Run `pip install"
+    for words, count in (
+        ([script, "merge", *merging, "-o", "merge"], 1),
+        ([python, "-c", code], 2),
     ):
-        folder = tmp_path / f"out-{command[0]}"
-        done = subprocess.run(
-            [script, *command, "-o", folder],
-            check=False, capture_output=True, text=True, cwd=tmp_path,
-        )  # fmt: skip
+        done = subprocess.run(words, check=False, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert "Warning: No pictures: matplotlib is not installed. Run `pip install" in done.stderr
+        assert done.stderr.count(missing) == count, done.stderr
+    for verb, page in (
+        ("merge", "README.md"), ("compress", "README.md"), ("interference", "interference.html"),
+    ):  # fmt: skip
+        folder = tmp_path / verb
         text = (folder / page).read_text()
         assert "effective rank" in text or "by kind of layer" in text
         assert ".png" not in text and "<img" not in text and not list(folder.glob("*.png"))
