@@ -228,6 +228,7 @@ def main() -> None:
     chance = random.Random(arguments.seed)
     with ExitStack() as stack:
         place = prepared(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        stack.callback(place.hub.stop)
         stack.callback(place.zygote.close)
         if mounts:
             stack.enter_context(disks.mounted(place.work))
