@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli import hf_tsv_process
+from cli import hf_tsv
 from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPModel, CLIPProcessor
@@ -82,7 +82,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     commands = re.findall(r"^hf-tsv (.*examples/tiny/base.*|inspect .*)$", README, re.MULTILINE)
     assert len(commands) == 4
     for command in commands:
-        done = hf_tsv_process(*command.split(), cwd=tmp_path)
+        done = hf_tsv(*command.split(), cwd=tmp_path)
         assert done.code == 0, (command, done.err)
 
 
