@@ -76,7 +76,7 @@ def test_four_times_the_tasks_take_about_four_times_the_work(tmp_path: Path) -> 
 
 
 def test_card_and_recipe_of_many_tensors_stay_small(tmp_path: Path) -> None:
-    zoo = random_checkpoints(TINY, 2, 60, tmp_path)
+    zoo = random_checkpoints(TINY, 2, 24, tmp_path)
     hf_tsv.merge(zoo.tasks, base_model=zoo.base, output=tmp_path / "m")
     sizes = {p.name: p.stat().st_size for p in (tmp_path / "m").iterdir()}
     assert sizes["README.md"] + sizes["hf_tsv_recipe.yaml"] < 10_000
