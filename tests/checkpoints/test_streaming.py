@@ -404,10 +404,9 @@ def large(hub: Hub, tmp_path: Path) -> Path:
     from transformers import CLIPConfig, CLIPModel
 
     config = CLIPConfig(vision_config=VISION, text_config=clips.TEXT, projection_dim=24)
-    folder = tmp_path / "large"
-    for seed in range(TASKS + 1):
-        torch.manual_seed(0)
-        model = CLIPModel(config)
+    torch.manual_seed(0)
+    folder, model = tmp_path / "large", CLIPModel(config)
+    for seed in range(TASKS + 1):  # each differs from the base, and from the one before
         generator = torch.Generator().manual_seed(seed)
         if seed:
             for parameter in model.vision_model.parameters():
