@@ -384,6 +384,13 @@ def test_stacked_attention_of_factors_is_that_of_their_originals(tmp_path: Path)
         assert name not in base or "text" in name or tensor.shape == base[name].shape
 
 
+@pytest.fixture(scope="module")
+def lora_zoos(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
+    """Those below, by their dtype."""
+    folder = tmp_path_factory.mktemp("lora")
+    return {d: lora_zoo(folder / str(d), d) for d in (torch.float32, torch.bfloat16)}
+
+
 def lora_zoo(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A base and two fine-tunes of rank 2, `a` and `b`, saved in a dtype."""
     clips.make_base(folder / "base", dtype=dtype)
@@ -414,10 +421,10 @@ def lora_zoo(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_rank_updates_cost_and_merge_by_their_own_rank(
-    tmp_path: Path, dtype: torch.dtype, rule: dict[str, Any]
+    lora_zoos: dict[torch.dtype, Path], tmp_path: Path, dtype: torch.dtype, rule: dict[str, Any]
 ) -> None:
     """Rounding of the stored checkpoints is neither kept nor, in a merge, amplified."""
-    zoo = lora_zoo(tmp_path / "zoo", dtype)
+    zoo = lora_zoos[dtype]
     for name in "ab":
         factors = compress(zoo, name, tmp_path / name, **rule)
         changed = [w for w in factors.config.weights.values() if w.norm]
