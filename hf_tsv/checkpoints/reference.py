@@ -200,7 +200,8 @@ def _module_folder(files: Files) -> str:
         [m.get("path") for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
     )
     there = (path for path in paths if isinstance(path, str) and path and inside_folder(path))
-    return next((path for path in there if files.within(path).size("config.json") is not None), "")
+    own = (path for path in there if not files.is_elsewhere(path))  # else its files would be copied
+    return next((path for path in own if files.within(path).size("config.json") is not None), "")
 
 
 def _local_card(files: LocalFiles) -> dict[str, Any]:

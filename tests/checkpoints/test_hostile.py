@@ -212,7 +212,10 @@ def test_what_hf_tsv_writes_has_no_aliases(zoo: Path, tmp_path: Path) -> None:
     assert pin(parse(str(tmp_path / "m"))).card["library_name"] == "transformers"
 
 
-@pytest.mark.parametrize("pattern", [".*.*.*.*!", "a+b*c?d{2}!", "(a|b)+"])
+SLOW = [".*.*.*.*!", "a+b*c?d{2}!", "(a|b)+", "(aa|a)" * 30 + "!", "(a|b|.)" * 20]
+
+
+@pytest.mark.parametrize("pattern", SLOW)
 def test_a_pattern_that_may_take_for_ever_is_not_tried(tmp_path: Path, pattern: str) -> None:
     content = {"peft_type": "LORA", "alpha_pattern": {pattern: 3}}
     assert "may take forever" in str(targets.run("adapter", json.dumps(content).encode()))
@@ -241,6 +244,18 @@ def test_an_object_that_is_no_tensor_is_not_made(tmp_path: Path, name: str) -> N
     data = PROTOCOL + f"c{name}\nX\x04\0\0\0true\x85R.".encode("latin-1")
     with pytest.raises(CheckpointError, match="is a whole model"):
         pickled(tmp_path, archive(data))
+
+
+@pytest.mark.parametrize("data", [b"ctorch\n_inductor\n.", b"ctorch\nhas_cuda\n."])
+def test_names_of_torch_are_not_imported(data: bytes) -> None:
+    """Some of torch's names import modules, or run code, when they are asked for."""
+    code = "import sys; from hf_tsv.checkpoints.storage.instructions import described"
+    code += "\nbefore = set(sys.modules)\ntry: described(" + repr(PROTOCOL + data) + ")"
+    code += "\nexcept Exception: print(len(set(sys.modules) - before))"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0\n"
 
 
 def test_what_a_pickle_calls_is_not_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,6 +388,17 @@ def test_a_link_in_a_folder_of_links_is_followed_too(
     (base / "tokenizer.json").symlink_to(Path("deep", "token.json"))
     with pytest.raises(CheckpointError, match="link to a file outside"):
         hf_tsv.merge([zoo / "vision"], base_model=base, output=tmp_path / "m", progress=False)
+
+
+def test_a_module_of_sentence_transformers_that_is_a_link_is_not_followed(
+    zoo: Path, tmp_path: Path
+) -> None:
+    """The files of a folder of the user would be copied."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0_CLIPModel").symlink_to(zoo / "base")
+    (tmp_path / "a" / "modules.json").write_text('[{"path": "0_CLIPModel"}]')
+    with pytest.raises(CheckpointError, match="has no model itself"):
+        opened(tmp_path / "a")
 
 
 def test_links_inside_a_folder_are_followed(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ PART = re.compile(
 LONGEST_PATTERN = 300
 # Constructs of a regular expression that make matching exponential, or a high polynomial.
 REPEATED_GROUP = re.compile(r"\)[*+?{]|(?:[*+}?].*){4}")
+MOST_TRIES = 10_000_000  # ways to try a pattern on a name: less than a second
 ADALORA_RANK = 12  # PEFT's default of `init_r`
 
 NEUTRAL_STARTS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
@@ -164,9 +165,15 @@ def unreadable(message: str) -> CheckpointError:
     return CheckpointError(message, hint)
 
 
-def refuse_slow(pattern: str, owner: str) -> None:
-    """Refuse a regular expression of a config whose match may take forever."""
-    if len(pattern) > LONGEST_PATTERN or REPEATED_GROUP.search(pattern):
+def refuse_slow(pattern: str, name: str, owner: str) -> None:
+    """Refuse a regular expression of a config whose match with a module's name may take forever.
+
+    Each repetition may end at any letter of the name, and each group be any of its alternatives.
+    """
+    repeats, groups = (sum(map(pattern.count, kind)) for kind in ("*+?}", "("))
+    tries = len(name) ** repeats * (1 + pattern.count("|")) ** groups
+    long = max(len(pattern), len(name)) > LONGEST_PATTERN
+    if long or tries > MOST_TRIES or REPEATED_GROUP.search(pattern):
         problem = f"{owner}: the pattern {pattern[:60]!r} is not read: it may take forever."
         raise CheckpointError(problem, f"Write names of modules into its {CONFIG_FILE}.")
 
@@ -231,7 +238,7 @@ def _no_number(what: str, owner: str) -> CheckpointError:
 def _of_pattern(patterns: object, module: str, default: Any, owner: str) -> Any:
     """Value of the first pattern that ends a module's name, as PEFT looks it up."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        refuse_slow(pattern if len(module) <= LONGEST_PATTERN else module, owner)
+        refuse_slow(pattern, module, owner)
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value

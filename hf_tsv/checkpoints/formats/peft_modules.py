@@ -159,10 +159,28 @@ class Tuned:
             raise ValueError(f"this version of PEFT does not know its setting {quoted(unknown[0])}")
         sizeless = {"r", "rank_pattern"} if self.tuner.kind == "LOKR" else set()
         for key, value in config.items():
-            _check("alpha" if key in sizeless else key, value, limit, self.tuner.owner)
+            if key not in (*ALONE, "target_modules"):
+                self._check("alpha" if key in sizeless else key, value, limit)
         paths = f"({re.escape(self.module)}|{BESIDE})"
         given = {**config, **ALONE, "target_modules": paths}
         return cls(**{key: value for key, value in given.items() if key in fields})
+
+    def _check(self, key: str, value: object, limit: int) -> None:
+        """Refuse a setting that makes PEFT wait or allocate for ever."""
+        if isinstance(value, Mapping):
+            for inner, one in value.items():
+                refuse_slow(str(inner), self.module, self.tuner.owner)
+                self._check(key, one, limit)
+        elif isinstance(value, str):
+            if "modules" in key or "pattern" in key:
+                refuse_slow(value, self.module, self.tuner.owner)
+        elif isinstance(value, Sequence):
+            for one in value:
+                self._check(key, one, limit)
+        elif isinstance(value, int | float) and not (
+            abs(value) <= limit or (math.isfinite(value) and any(part in key for part in FREE))
+        ):
+            raise ValueError(f"{key} is {value:.3g}")
 
 
 def refuse_other(kind: object, owner: str) -> None:
@@ -183,24 +201,6 @@ def _peft() -> Any:
         problem = "An adapter that is not a LoRA is merged by PEFT, which is not installed."
         raise CheckpointError(problem, "Run `pip install peft`.") from None
     return peft
-
-
-def _check(key: str, value: object, limit: int, owner: str) -> None:
-    """Refuse a setting that makes PEFT wait or allocate for ever."""
-    if isinstance(value, Mapping):
-        for inner, one in value.items():
-            refuse_slow(str(inner), owner)
-            _check(key, one, limit, owner)
-    elif isinstance(value, str):
-        if "modules" in key or "pattern" in key:
-            refuse_slow(value, owner)
-    elif isinstance(value, Sequence):
-        for one in value:
-            _check(key, one, limit, owner)
-    elif isinstance(value, int | float) and not (
-        abs(value) <= limit or (math.isfinite(value) and any(part in key for part in FREE))
-    ):
-        raise ValueError(f"{key} is {value:.3g}")
 
 
 def _layer(path: str, shape: tuple[int, ...], *, has_bias: bool) -> Any:

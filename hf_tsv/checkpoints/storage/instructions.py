@@ -83,12 +83,17 @@ class SavedTensor:
     as_stored: bool
 
 
+def _of_torch(name: str) -> object:
+    """Value of a name in torch, if it is there: its `getattr` imports modules and runs code."""
+    return vars(torch).get(name)
+
+
 def _is_attack(module: str, name: str) -> bool:
     """Tell whether a pickle that imports this name would run code of its author's choice."""
     if module in ("builtins", "__builtin__"):
         return name not in TYPES_OF_PYTHON
     if module == "torch":
-        is_dtype = isinstance(getattr(torch, name, None), torch.dtype)
+        is_dtype = isinstance(_of_torch(name), torch.dtype)
         return not (is_dtype or name.endswith("Storage") or name in ("Size", "Tensor", "device"))
     if module == "torch._utils":
         return not name.startswith("_rebuild_")
@@ -101,7 +106,7 @@ def _dtype_of(value: object) -> object:
     """Data type of a storage or type object: torch's, or the name of an unknown one for errors."""
     if not isinstance(value, _Named):
         return None
-    own = getattr(torch, value.name, None) if value.module == "torch" else None
+    own = _of_torch(value.name) if value.module == "torch" else None
     return own if isinstance(own, torch.dtype) else STORAGES.get(value.name, value.name)
 
 
