@@ -95,6 +95,25 @@ def test_it_is_what_peft_makes_of_it(zoo: Path, tmp_path: Path, kind: str, cls: 
     check(zoo, tmp_path / "a", made(zoo, tmp_path / "a", kind, cls))
 
 
+PATTERN = r".*vision_model.*\.(?:self_attn|mlp)\..*(?:q_proj|fc1).*"
+
+
+@pytest.mark.parametrize("kind", ["ia3", "loha", "vera"])
+@pytest.mark.parametrize("also", [
+    {"modules_to_save": ["visual_projection"]}, {"target_modules": PATTERN},
+])  # fmt: skip
+def test_beside_a_projection_and_by_a_pattern(
+    zoo: Path, tmp_path: Path, kind: str, also: dict[str, Any]
+) -> None:
+    """A module saved whole has no dot in its name, nor have tensors that modules share."""
+    config, options = OTHERS[kind]
+    options = {**options, **also}
+    saved(clips.load(transformers.CLIPModel, zoo / "base"), config, options, tmp_path / "a")
+    model = clips.load(transformers.CLIPModel, zoo / "base")
+    changed = check(zoo, tmp_path / "a", merged(model, tmp_path / "a"))
+    assert ("visual_projection.weight" in changed) == ("modules_to_save" in also)
+
+
 @pytest.mark.parametrize("kind", ["pissa", "adalora", "embeddings"])
 def test_only_what_is_a_product_has_its_own_triplets(zoo: Path, tmp_path: Path, kind: str) -> None:
     expected = made(zoo, tmp_path / "a", kind, "CLIPVisionModel")

@@ -212,7 +212,7 @@ def _sorted(names: Mapping[str, TensorInfo], config: Mapping[str, Any], owner: s
             result.tokens[module] = Tokens(_rows(config, module, info, owner), info)
         elif own:
             result.modules.setdefault(module, {})[name] = info
-        elif start and "." not in name.removesuffix(".weight"):
+        elif start and name.startswith(start):
             result.shared[name] = info
         elif layout.TASK_HEAD.match(name):
             result.head[name] = info
