@@ -64,6 +64,7 @@ PARTS = frozenset({
 })  # fmt: skip
 """First components of names that models themselves have."""
 
+ENCODERS = frozenset({"vision_model", "text_model"})
 TOWERS = frozenset({"vision_model", "text_model", "visual", "embeddings", "encoder"})
 
 QKV = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.weight$")
@@ -105,8 +106,9 @@ def is_clip(config: Mapping[str, Any]) -> bool:
 def unwrapped(stored: Mapping[str, T], config: Mapping[str, Any]) -> dict[str, T]:
     """Tensors by the names that the model itself uses, without what all names have in front.
 
-    A task head may lack it. Of a CLIP any word is taken off that is none of its parts; of another
-    model only those of [`WRAPPERS`], and its type, as in `vit.encoder` of a classifier.
+    A task head may lack it. Of a CLIP any word is taken off that is none of its parts, or that
+    holds its encoders; of another model only those of [`WRAPPERS`], and its type, as in
+    `vit.encoder` of a classifier.
 
     Example:
         >>> unwrapped({"module.clip.vision_model.a": 1, "module.clip.text_model.b": 2}, {})
@@ -117,7 +119,10 @@ def unwrapped(stored: Mapping[str, T], config: Mapping[str, Any]) -> dict[str, T
         body = [name for name in names if not TASK_HEAD.match(name)]
         words = {name.partition(".")[0] for name in body}
         word = next(iter(words), "")
-        if len(words) != 1 or word in PARTS or not all(name.count(".") for name in body):
+        if len(words) != 1 or not all(name.count(".") for name in body):
+            return names
+        inside = kind in FLAT_PREFIXES and ENCODERS & {name.split(".")[1] for name in body}
+        if word in PARTS and not inside:
             return names
         own = len(word) > 1 and kind.startswith(word)  # vit of vit_mae
         if kind not in FLAT_PREFIXES and word not in WRAPPERS and not own:

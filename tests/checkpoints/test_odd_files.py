@@ -80,7 +80,7 @@ OPEN_CLIP = {
 }  # fmt: skip
 
 WORDS = ("module.", "model.", "clip.", "_orig_mod.", "module._orig_mod.", "base_model.model.",
-         "my_wrapper.clip.")  # fmt: skip
+         "my_wrapper.clip.", "encoder.", "vision_model.")  # fmt: skip
 NAMINGS: dict[str, Callable[[State], State]] = {
     "canonical": dict,
     **{word: in_front(word) for word in WORDS},
@@ -191,6 +191,22 @@ def test_their_merge_is_the_same_to_the_bit(zoo: Path, tmp_path: Path, naming: s
         if first == folder and naming != "flat":
             assert "Left out of" in done.err and "logit_bias" in done.err
     assert merged[0] == merged[1]
+
+
+ODD = {
+    "visual_projection.weight": torch.tensor(1.0),
+    "vision_model.embeddings.position_embedding.weight": torch.zeros(0, 32),
+    "text_model.embeddings.token_embedding.weight": torch.zeros(3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_shapes_without_a_config_are_one_line(zoo: Path, tmp_path: Path, name: str) -> None:
+    state = load_file(zoo / "full" / "model.safetensors")
+    folder = store({**state, name: ODD[name]}, tmp_path / "odd", "safetensors")
+    done = run("merge", folder, zoo / "flat", "--base-model", zoo / "base", "-o", tmp_path / "m")
+    assert done.code == 1, done.err
+    assert "not those of a CLIP" in done.err or f"{name} has shape" in done.err
 
 
 def test_a_config_says_of_two_layouts_which_is_meant(zoo: Path, tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def config_of(tensors: Mapping[str, Described], owner: str) -> dict[str, Any]:
         )
     if len(found) == 1:
         return next(iter(found.values()))
-    projection = tensors.get("visual_projection.weight")
-    width = {} if projection is None else {"projection_dim": projection.shape[0]}
+    projection = _shape(tensors, "visual_projection.weight")
+    width = {"projection_dim": projection[0]} if projection else {}
     return {"model_type": "clip", **width, **found}
 
 
@@ -52,8 +52,7 @@ def _tower(tensors: Mapping[str, Described], part: str) -> dict[str, Any]:
     """Configuration of one tower; empty where a shape is missing or odd."""
 
     def shape(name: str, dimensions: int = 2) -> tuple[int, ...]:
-        found = tensors.get(f"{part}_model.{name}")
-        return found.shape if found is not None and len(found.shape) == dimensions else ()
+        return _shape(tensors, f"{part}_model.{name}", dimensions)
 
     layers = {match[2] for name in tensors if (match := LAYER.match(name)) and match[1] == part}
     positions, inner = (
@@ -78,3 +77,9 @@ def _tower(tensors: Mapping[str, Described], part: str) -> dict[str, Any]:
         return {**config, "vocab_size": table[0], "max_position_embeddings": positions[0]}
     side = round((positions[0] - 1) ** 0.5)
     return {**config, "patch_size": table[-1], "image_size": side * table[-1]}
+
+
+def _shape(tensors: Mapping[str, Described], name: str, dimensions: int = 2) -> tuple[int, ...]:
+    """Shape of a tensor; () if it is missing, empty or has another number of dimensions."""
+    shape = found.shape if (found := tensors.get(name)) is not None else ()
+    return shape if len(shape) == dimensions and 0 not in shape else ()
