@@ -37,7 +37,8 @@ MOSTLY_ROUNDING = 0.1
 
 ROUNDED_BASE = 0.6
 """Least coefficient of the base's rounding in an update, 1 if the base was rounded after the
-fine-tune was made of it and 0 if not, from which on a warning is given."""
+fine-tune was made of it and 0 if not, from which on a warning is given; not from 1.4 on, where the
+update itself grows with the weights."""
 
 RELIABLE = 0.1
 """Largest standard error of that coefficient that tells the two apart. Simulated updates (Gaussian,
@@ -184,7 +185,8 @@ def _rounded_bases(base: Task, inputs: Sequence[Task], findings: Findings) -> It
     for i, item in enumerate(inputs):
         coefficient, error = findings.rounded_base(i)
         share, dtype = _rounded(base, i, findings)
-        if coefficient >= ROUNDED_BASE and error <= RELIABLE and share >= MOSTLY_ROUNDING:
+        is_rounded = abs(coefficient - 1) <= 1 - ROUNDED_BASE and error <= RELIABLE
+        if is_rounded and share >= MOSTLY_ROUNDING:
             text = (
                 f"The base model {base} looks like a copy, rounded to {dtype}, of the one that"
                 f" {item} was fine-tuned from: about {min(share, 1):.0%} of its update is that"

@@ -89,6 +89,20 @@ def test_a_base_that_was_rounded_afterwards_is_told_apart(dtype: torch.dtype, ki
         assert value < ROUNDED_BASE or error > RELIABLE, (factor, value, error)
 
 
+@SIXTEEN
+@pytest.mark.parametrize("which", ["large", "small"])
+def test_a_fine_tune_of_few_entries_of_one_size_tells_nothing(
+    dtype: torch.dtype, which: str
+) -> None:
+    """What the others lack is a rounding of W0, whatever the size of those that changed."""
+    w = (0.03 * torch.randn(4, 256, 320, generator=generator(5))).to(dtype)
+    chosen = w.abs() > 0.05 if which == "large" else w.abs() < 0.012
+    for scale in (1e-5, 1e-4, 1e-3):
+        change = scale * chosen * torch.randn(w.shape, generator=generator(6))
+        for w0, delta in zip(w, updates.difference(w + change, w), strict=True):
+            assert updates.evidence_of_rounded_base(w0 + delta, w0, delta) == (0.0, 0.0)
+
+
 def test_a_fine_tune_that_was_rounded_itself_tells_nothing_of_its_base() -> None:
     w = 0.03 * torch.randn(256, 256, generator=generator(6))
     base = w.to(torch.bfloat16)

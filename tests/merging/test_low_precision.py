@@ -132,6 +132,20 @@ def test_a_base_that_was_rounded_afterwards_is_told(tmp_path: Path) -> None:
     assert [d["kind"] for d in found.diagnoses] == ["rounded-base"] * 2
 
 
+def test_updates_of_large_entries_are_no_rounding_of_the_base(tmp_path: Path) -> None:
+    """They grow with the weights faster than rounding does."""
+    weights = 0.03 * torch.randn(10, 160, 128, generator=generator(1))
+    base = {f"{i}.weight": w.to(torch.bfloat16) for i, w in enumerate(weights)}
+    tasks = [tmp_path / "a", tmp_path / "b"]
+    for seed, task in enumerate(tasks):
+        large, rest = tuned(base, 2 + seed, 1.8e-4), tuned(base, 4 + seed, 1e-7)
+        is_large = {name: w.float().abs() > 0.03 for name, w in base.items()}
+        save(task, {n: torch.where(is_large[n], large[n], rest[n]) for n in base})
+    save(tmp_path / "base", base)
+    found = hf_tsv.interference(tasks, base_model=tmp_path / "base", progress=False)
+    assert "rounded-base" not in [told["kind"] for told in found.diagnoses]
+
+
 def test_fine_tunes_in_16_bits_are_said_to_be_rounded_and_not_their_base(tmp_path: Path) -> None:
     world(tmp_path, stored(torch.bfloat16), torch.bfloat16, 1e-4)
     coarse = tuned(stored(torch.bfloat16), 2, 1e-4, torch.bfloat16)
