@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 from hf_tsv.checkpoints.names import Format
@@ -62,10 +63,15 @@ def refuse_no_report(settings: Settings) -> None:
 
 def current_versions() -> dict[str, str]:
     """Versions that decide about the bytes of a result."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
     from importlib.metadata import version  # which takes long to import
 
     names = ("torch", "numpy", "scipy")
-    return {"hf_tsv": __version__, **{name: version(name) for name in names}}
+    return ("hf_tsv", __version__), *((name, version(name)) for name in names)
 
 
 def versions_of(method: Method) -> dict[str, str]:

@@ -158,8 +158,8 @@ def _check_weights(pinned: PinnedCheckpoint, folder: Path) -> None:
         read_header(pinned.files, names.ADAPTER_FILE, str(pinned))
     elif pinned.files.size(FACTORS_CONFIG) is not None:
         open_factors(pinned)
-    else:
-        open_checkpoint(pinned)
+    elif open_checkpoint(pinned).config_name is None:
+        raise CheckpointError(f"{folder} has no {names.CONFIG_FILE}.")
 
 
 def _check_beside(folder: Path, recipe: Recipe, owner: str) -> None:

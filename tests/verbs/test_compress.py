@@ -1110,7 +1110,7 @@ def test_what_is_not_kept_is_in_the_table(zoo: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     rows = kept_rows((tmp_path / "out" / "README.md").read_text())
     assert rows["token_embedding"][1:3] == ["1 not kept", "0.0%"]
-    assert "not kept" in rows["no matrices"][1]
+    assert "not kept" in rows["all others"][1]
 
 
 def test_a_copy_of_factors_keeps_the_picture(zoo: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class Adapter(Task):
     loras: Mapping[str, Lora] = field(kw_only=True, default_factory=dict)
     biases: Mapping[str, Lora] = field(kw_only=True, default_factory=dict)
     values: Mapping[str, TensorInfo] = field(kw_only=True, default_factory=dict)
-    tokens: Mapping[str, Tokens] = field(kw_only=True, default_factory=dict)
+    embedded: Mapping[str, Tokens] = field(kw_only=True, default_factory=dict)
     modules: Mapping[str, Tuned] = field(kw_only=True, default_factory=dict)
 
     @property
@@ -71,7 +71,7 @@ class Adapter(Task):
         found = [self.values[name]] if name in self.values else []
         found += self.loras[name].parts() if name in self.loras else []
         found += [info] if name in self.biases and (info := self.biases[name].bias) else []
-        found += [self.tokens[name].values] if name in self.tokens else []
+        found += [self.embedded[name].values] if name in self.embedded else []
         return found + (self.modules[name].parts() if name in self.modules else [])
 
     def weight(self, w0: Original) -> Tensor:
@@ -102,7 +102,7 @@ class Adapter(Task):
     ) -> TaskSingularVectors | None:
         """Singular triplets of Δ from its factors; None if Δ is not simply their product."""
         pair = self.loras.get(name)
-        if pair is None or not pair.is_product or name in self.values or name in self.tokens:
+        if pair is None or not pair.is_product or name in self.values or name in self.embedded:
             return None
         A, B = pair.factors(self._read_as(name))
         if digests is not None:
@@ -131,8 +131,8 @@ class Adapter(Task):
             infos = {**found.tensors, **found.tuner.shared}
             state = {own: self._part(info, name) for own, info in infos.items()}
             merged = found.merged(name.rpartition(".")[2], merged, state)
-        if name in self.tokens:
-            tokens = self.tokens[name]
+        if name in self.embedded:
+            tokens = self.embedded[name]
             merged = merged.index_copy(0, torch.tensor(tokens.rows), read(tokens.values))
         return merged
 
@@ -149,7 +149,7 @@ class _Sorted:
     """Tensors of an adapter by what they are, with the names of the adapted model."""
 
     pairs: dict[str, Lora]  # by module
-    tokens: dict[str, Tokens]  # by module
+    embedded: dict[str, Tokens]  # by module
     modules: dict[str, dict[str, TensorInfo]]  # by module; merged by PEFT
     shared: dict[str, TensorInfo]
     values: dict[str, TensorInfo]
@@ -171,7 +171,7 @@ def open_adapter(pinned: PinnedCheckpoint, opener: Callable[[], Checkpoint]) -> 
     stored, files = read_headers(pinned.files, single, owner)
     found = _sorted(adapter_names.own_names(stored, owner), config, owner)
     base = opener()
-    adapted = {*found.pairs, *found.tokens, *found.modules}
+    adapted = {*found.pairs, *found.embedded, *found.modules}
     place = adapter_names.find_place(_wanted(found), adapted, base, config, pinned)
     loras, biases = _placed_pairs(found.pairs, place, owner)
     values = {
@@ -179,7 +179,7 @@ def open_adapter(pinned: PinnedCheckpoint, opener: Callable[[], Checkpoint]) -> 
         for name, info in found.values.items()
         for part in place.parts(name, info.shape)
     }
-    tokens = {_placed(f"{m}.weight", place): one for m, one in found.tokens.items()}
+    tokens = {_placed(f"{m}.weight", place): one for m, one in found.embedded.items()}
     modules = _placed_modules(found, place, base, Tuner(owner, config, found.shared))
     for name in biases:
         if name not in base.tensors:
@@ -190,7 +190,7 @@ def open_adapter(pinned: PinnedCheckpoint, opener: Callable[[], Checkpoint]) -> 
         tensors = {n: info for n, info in tensors.items() if n.split(".")[0] in encoders}
     return Adapter(
         pinned, base.model_config, tensors, files, found.head,
-        loras=loras, biases=biases, values=values, tokens=tokens, modules=modules,
+        loras=loras, biases=biases, values=values, embedded=tokens, modules=modules,
     )  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def _sorted(names: Mapping[str, TensorInfo], config: Mapping[str, Any], owner: s
             raise lora.unreadable(f"{owner}: {name} is a kind of LoRA that is not read.")
         elif name.endswith(TOKENS):
             module = name.removesuffix(TOKENS)
-            result.tokens[module] = Tokens(_rows(config, module, info, owner), info)
+            result.embedded[module] = Tokens(_rows(config, module, info, owner), info)
         elif own:
             result.modules.setdefault(module, {})[name] = info
         elif start and name.startswith(start):
@@ -251,7 +251,7 @@ def _wanted(found: _Sorted) -> dict[str, Fits]:
     result = {name: adapter_names.shaped(info.shape) for name, info in found.values.items()}
     for module, pair in found.pairs.items():
         result[adapter_names.weight_of(module)] = adapter_names.shaped(lora.product_shape(pair))
-    for module, tokens in found.tokens.items():
+    for module, tokens in found.embedded.items():
         result[f"{module}.weight"] = _has_rows(tokens)
     for module in found.modules:
         result[f"{module}.weight"] = lambda part, there: part.of == 1

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from hf_tsv.checkpoints.formats import open_clip
 from hf_tsv.checkpoints.names import CONFIG_FILE, CONFIGS, PICKLED_FILE, SINGLE_FILE
-from hf_tsv.checkpoints.storage.files import Files
+from hf_tsv.checkpoints.storage.files import AGAIN, Files
 from hf_tsv.checkpoints.storage.headers import VARIANT, index_of
 from hf_tsv.hub import WEIGHT_SUFFIXES
 from hf_tsv.system.errors import CheckpointError
@@ -17,6 +17,7 @@ WEIGHTS = (SINGLE_FILE, open_clip.SINGLE_FILE, PICKLED_FILE, open_clip.PICKLED_F
 """Names of weight files, in order of preference."""
 
 VARIANT_INDEX = re.compile(r"model\.safetensors\.index\.([A-Za-z0-9_]+)\.json")
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors|\.bin)")
 BESIDE = re.compile(
     r"(optimizer|scheduler|scaler|training_args|rng_state.*|random_states.*|adapter_model"
     r"|sampler.*|.*_optim_states|consolidated_optim.*)\.\w+"
@@ -58,6 +59,10 @@ def weight_file(files: Files, owner: str) -> str:
     safe = [name for name in others if name.endswith(".safetensors")]
     if len(safe) == 1 or len(others) == 1:
         return (safe if len(safe) == 1 else others)[0]
+    shard = next(filter(None, map(SHARD.fullmatch, others)), None)
+    if shard:
+        problem = f"{owner} has shards of its weights, and has no {shard[1]}{shard[2]}.index.json."
+        raise CheckpointError(problem, AGAIN)
     if others:
         raise CheckpointError(
             f"{owner} has {counted(len(others), 'weight file')}: {_some(others)}.",
