@@ -221,6 +221,17 @@ def test_damaged_adapters_are_refused_in_one_line(zoo: Path, tmp_path: Path) -> 
             assert "foo.weight is not in the base model" in str(error.value)
 
 
+@pytest.mark.parametrize("pattern", ["a(", "a{4294967295}", "(?P<a", "\\8"])
+def test_a_pattern_that_is_none_matches_nothing(zoo: Path, tmp_path: Path, pattern: str) -> None:
+    trained(zoo, tmp_path / "a", "plain")
+    file = tmp_path / "a" / "adapter_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "alpha_pattern": {pattern: 3}}))
+    base = open_checkpoint(pin(parse(str(zoo / "base"))))
+    found = open_adapter(pin(parse(str(tmp_path / "a"))), lambda: base)
+    assert {pair.scale for pair in found.loras.values()} == {content["lora_alpha"] / 4}
+
+
 def test_a_base_of_another_machine_is_not_guessed(zoo: Path, tmp_path: Path) -> None:
     trained(zoo, tmp_path / "lora", "vision")
     done = run("merge", tmp_path / "lora", "-o", tmp_path / "m")

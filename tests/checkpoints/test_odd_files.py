@@ -193,6 +193,15 @@ def test_their_merge_is_the_same_to_the_bit(zoo: Path, tmp_path: Path, naming: s
     assert merged[0] == merged[1]
 
 
+def test_names_like_openclips_in_another_architecture_stay(zoo: Path, tmp_path: Path) -> None:
+    state = as_openai(load_file(zoo / "full" / "model.safetensors"))
+    folder = store(state, tmp_path / "other", "safetensors")
+    (folder / "config.json").write_text('{"model_type": "tower"}')
+    found, tensors = tensors_of(folder)
+    assert tensors.keys() == state.keys() and found.format == "transformers"
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in state.items())
+
+
 ODD = {
     "visual_projection.weight": torch.tensor(1.0),
     "vision_model.embeddings.position_embedding.weight": torch.zeros(0, 32),
@@ -307,12 +316,6 @@ def subfolders(folder: Path, full: Path) -> str:
     return f"its folders have: a, b.\nHint: Name one of them: {folder}/a"
 
 
-def adapters_inside(folder: Path, _: Path) -> str:
-    (folder / "sun397").mkdir()
-    (folder / "sun397" / "adapter_config.json").write_text("{}")
-    return f"its folders have: sun397.\nHint: Name one of them: {folder}/sun397"
-
-
 def several_epochs(folder: Path, full: Path) -> str:
     state = load_file(full / "model.safetensors")
     for epoch in (1, 2, 10):
@@ -389,9 +392,22 @@ def old_pickle(folder: Path, full: Path) -> str:
     return "torch.save(torch.load(FILE, weights_only=True), FILE)"
 
 
-KINDS = (web_page, empty, unfinished, old_pickle, trainer_output, subfolders,
-         adapters_inside, several_epochs,
-         pointers, pickled_pointers, kohya, diffusers, deepspeed, flax, whole_model)  # fmt: skip
+def adapters_by_name(folder: Path, _: Path) -> str:
+    for name in ("first", "second"):  # PEFT gives those that are not called default a folder
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text("{}")
+        save_file({"a": torch.ones(1)}, folder / name / "adapter_model.safetensors")
+    return f"its folders have: first, second.\nHint: Name one of them: {folder}/first"
+
+
+def adapter_alone(folder: Path, _: Path) -> str:
+    save_file({"a": torch.ones(1)}, folder / "adapter_model.safetensors")
+    return "has the weights of an adapter, adapter_model.safetensors, and no adapter_config.json."
+
+
+KINDS = (adapters_by_name, adapter_alone, web_page, empty, unfinished, old_pickle, trainer_output,
+         subfolders, several_epochs, pointers, pickled_pointers, kohya, diffusers, deepspeed, flax,
+         whole_model)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,6 +24,7 @@ BESIDE = re.compile(
 )
 """Weight suffixes of what trainers save beside the weights."""
 
+ADAPTER_CONFIG = "adapter_config.json"
 CACHED = re.compile(r"models--(.+?)--(.+)")
 SHOWN = 5  # names that an error lists
 
@@ -116,6 +117,11 @@ def nothing_in(files: Files, owner: str) -> CheckpointError:
         return CheckpointError(
             f"{owner} has no model itself, but its folders have: {_some(candidates)}.",
             f"Name one of them: {owner}/{candidates[0]}",
+        )
+    if alone := [name for name in names if name.startswith("adapter_model.")]:
+        return CheckpointError(
+            f"{owner} has the weights of an adapter, {alone[0]}, and no {ADAPTER_CONFIG}.",
+            "Save it again with PEFT's save_pretrained, which writes both.",
         )
     if unfinished := [name for name in names if name.endswith(UNFINISHED)]:
         return CheckpointError(

@@ -242,6 +242,6 @@ def _of_pattern(patterns: object, module: str, default: Any, owner: str) -> Any:
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
-        except re.error:
+        except (re.error, OverflowError, RecursionError):  # repetitions, groups in groups
             continue
     return default

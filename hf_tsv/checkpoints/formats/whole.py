@@ -108,6 +108,7 @@ def open_checkpoint(pinned: PinnedCheckpoint) -> Checkpoint:
     refuse_loose_lora(stored, owner)
     foreign = open_clip.are_names(stored)
     config, file = _config(configs, owner, foreign=foreign)
+    foreign = foreign and (not config or layout.is_clip(config))
     tensors, head, extras = _sorted(stored, config, owner, foreign=foreign)
     if not config:
         config = shapes.config_of(tensors, owner)
