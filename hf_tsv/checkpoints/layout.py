@@ -8,7 +8,7 @@ loads them into every CLIP class.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -131,6 +131,23 @@ def unwrapped(stored: Mapping[str, T], config: Mapping[str, Any]) -> dict[str, T
         if len(shorter) < len(names):
             return names
         names = shorter
+
+
+def beneath(stored: Mapping[str, T], names: Collection[str]) -> Mapping[str, T]:
+    """Tensors by the names of a base model, where that has other parts beside the same encoder.
+
+    The names of the base then have a word in front, which [`unwrapped`] took off the others.
+
+    Example:
+        >>> beneath({"encoder.a": 1}, {"bert.encoder.a", "cls.b"})
+        {'bert.encoder.a': 1}
+    """
+    if any(name in names for name in stored):
+        return stored
+    for word in sorted({name.partition(".")[0] for name in names}):
+        if any(f"{word}.{name}" in names for name in stored):
+            return {f"{word}.{name}": value for name, value in stored.items()}
+    return stored
 
 
 def model_alone(stored: Mapping[str, T]) -> tuple[dict[str, T], list[str]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import adapters
 import clips
 import pytest
 import reference
 import torch
+import transformers
 from cli import copied
 from cli import hf_tsv as run
 from safetensors.torch import load_file, save_file
@@ -155,3 +157,62 @@ def test_a_weight_that_is_ill_conditioned_by_chance_has_nothing_in_common(tmp_pa
     merged = load_file(tmp_path / "m" / "model.safetensors")["layer.weight"]
     expected = reference.tsv(deltas, [6] * 8)
     assert reference.relative_error(merged, expected) < 1e-6
+
+
+WORDS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 64, "vocab_size": 100}  # fmt: skip
+
+
+def moved(model: Any, seed: int) -> Any:
+    """A model with every parameter that is trained a little off."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1e-3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["BertForPreTraining", "BertModel"])
+@pytest.mark.parametrize("tuned", ["BertForSequenceClassification", "BertModel"])
+def test_a_base_with_parts_that_its_fine_tunes_lack(tmp_path: Path, kind: str, tuned: str) -> None:
+    """The encoder has a word in front of its names in some classes and not in others."""
+    base = getattr(transformers, kind)(transformers.BertConfig(**WORDS))
+    clips.save(base, tmp_path / "base")
+    for seed in (1, 2):
+        model = clips.load(getattr(transformers, tuned), tmp_path / "base")
+        clips.save(moved(model, seed), tmp_path / str(seed))
+    inputs = [tmp_path / "1", tmp_path / "2"]
+    hf_tsv.merge(inputs, base_model=tmp_path / "base", output=tmp_path / "m", method="average",
+                 progress=False)  # fmt: skip
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "m"))
+    assert before.keys() == after.keys()
+    one, two, merged = (
+        clips.load(transformers.BertModel, tmp_path / name).state_dict() for name in ("1", "2", "m")
+    )
+    for name, tensor in merged.items():
+        assert torch.allclose(tensor, (one[name] + two[name]) / 2, atol=1e-6), name
+
+
+@pytest.mark.parametrize(("kind", "tuned"), [
+    ("Qwen2ForCausalLM", "Qwen2ForCausalLM"), ("BertModel", "BertForSequenceClassification"),
+    ("BertForPreTraining", "BertForSequenceClassification"),
+])  # fmt: skip
+def test_an_adapter_of_a_class_with_a_word_in_front(tmp_path: Path, kind: str, tuned: str) -> None:
+    cls = getattr(transformers, kind)
+    extra = {"num_key_value_heads": 2, "tie_word_embeddings": True} if "Qwen" in kind else {}
+    clips.save(cls(cls.config_class(**WORDS, **extra)), tmp_path / "base")
+    targets = ["q_proj"] if "Qwen" in kind else ["query"]
+    model = clips.load(getattr(transformers, tuned), tmp_path / "base")
+    adapters.saved(model, "LoraConfig", {"r": 2, "target_modules": targets}, tmp_path / "a")
+    model = clips.load(getattr(transformers, tuned), tmp_path / "base")
+    wanted = adapters.merged(model, tmp_path / "a")
+    hf_tsv.merge([tmp_path / "a"], base_model=tmp_path / "base", output=tmp_path / "m",
+                 method="average", allow_other_base=True, progress=False)  # fmt: skip
+    found = clips.load(getattr(transformers, tuned), tmp_path / "m").state_dict()
+    before = clips.load(getattr(transformers, tuned), tmp_path / "base").state_dict()
+    changed = [name for name in wanted if targets[0] in name and "weight" in name]
+    assert len(changed) == 2
+    for name in changed:
+        assert not torch.equal(wanted[name], before[name])
+        assert torch.allclose(found[name], wanted[name], atol=1e-6), name

@@ -32,15 +32,19 @@ Fits = Callable[[Part, tuple[int, ...]], bool]
 
 @dataclass(frozen=True)
 class Place:
-    """Prefix that the names of an adapter lack, and whether they are OpenCLIP's names."""
+    """Prefix that the names of an adapter lack, and whether they are OpenCLIP's names.
+
+    `outer` is a word that they have in front of those of the base model, as in `vit.encoder`.
+    """
 
     prefix: str
     in_open_clip: bool = False
+    outer: str = ""
 
     def parts(self, name: str, shape: tuple[int, ...] = ()) -> list[Part]:
         """Canonical tensors that a tensor of the adapted model is, or holds; none if unknown."""
         if not self.in_open_clip:
-            return [Part(self.prefix + name, name)]
+            return [Part(self.prefix + name.removeprefix(self.outer), name)]
         try:
             return open_clip.parts_of(self.prefix + name, shape, "")
         except CheckpointError:
@@ -106,7 +110,7 @@ def find_place(
     """
     misfits = {
         place: [name for name, fits in wanted.items() if not place.holds(name, fits, base)]
-        for place in _candidates(wanted, config)
+        for place in _candidates(wanted, config, base)
     }
     fitting = [place for place, missing in misfits.items() if not missing]
     if not fitting:
@@ -128,7 +132,9 @@ def no_place(owner: str, name: str, base: Checkpoint) -> CheckpointError:
     )
 
 
-def _candidates(wanted: Collection[str], config: Mapping[str, Any]) -> list[Place]:
+def _candidates(
+    wanted: Collection[str], config: Mapping[str, Any], base: Checkpoint
+) -> list[Place]:
     """Places that the class allows which the adapter was made with, or all if it is unknown."""
     mapping = config.get("auto_mapping")
     said = mapping.get("base_model_class") if isinstance(mapping, dict) else None
@@ -138,7 +144,11 @@ def _candidates(wanted: Collection[str], config: Mapping[str, Any]) -> list[Plac
     known = layout.MODEL_CLASSES.get(str(said))
     if known is None:  # such as SiglipVisionModel
         towers = [prefix for prefix, word in TOWERS.items() if word in str(said)]
-        return [Place(prefix) for prefix in ("", *(towers or TOWERS))]
+        found = [Place(prefix) for prefix in ("", *(towers or TOWERS))]
+        words = {name.partition(".")[0] for name in wanted}
+        if len(words) == 1 and not layout.is_clip(base.model_config):
+            found.append(Place("", outer=f"{words.pop()}."))
+        return found
     return [Place(prefix) for prefix in dict.fromkeys((known.flat_prefix, ""))]
 
 

@@ -40,8 +40,13 @@ class Checkpoint(Task):
         return (*filter(None, [self.config_name]), *self.weight_files)
 
     def completed(self, base: Task) -> Checkpoint:
-        """Make the same checkpoint, with the base's config if it has none itself."""
-        if self.config_name is not None or not layout.is_clip(base.model_config):
+        """Make the same checkpoint, with the base's config if it has none itself.
+
+        Of other models than CLIP, with the base's names.
+        """
+        if not layout.is_clip(base.model_config):
+            return replace(self, tensors=layout.beneath(self.tensors, base.tensors))
+        if self.config_name is not None:
             return self
         own, theirs = (
             layout.tower_configs(self.model_config),
