@@ -246,11 +246,11 @@ def test_an_object_that_is_no_tensor_is_not_made(tmp_path: Path, name: str) -> N
         pickled(tmp_path, archive(data))
 
 
-@pytest.mark.parametrize("data", [b"ctorch\n_inductor\n.", b"ctorch\nhas_cuda\n."])
-def test_names_of_torch_are_not_imported(data: bytes) -> None:
-    """Some of torch's names import modules, or run code, when they are asked for."""
+def test_names_of_torch_are_not_imported() -> None:
+    """Some of torch's names import hundreds of modules when they are asked for."""
+    data = PROTOCOL + b"ctorch\n_inductor\n."
     code = "import sys; from hf_tsv.checkpoints.storage.instructions import described"
-    code += "\nbefore = set(sys.modules)\ntry: described(" + repr(PROTOCOL + data) + ")"
+    code += "\nbefore = set(sys.modules)\ntry: described(" + repr(data) + ")"
     code += "\nexcept Exception: print(len(set(sys.modules) - before))"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
