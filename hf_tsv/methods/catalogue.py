@@ -141,12 +141,12 @@ BUILT_IN = (
     ),
     Method(
         "iso-cts", "hf_tsv.methods.isotropic:iso_cts",
-        "iso-c with a fifth of the directions given to what each task has of its own",
+        "iso-c with a fifth of its directions for each task's own",
         source="2502.04959",
     ),
     Method(
         "dc", "hf_tsv.methods.dc:dc",
-        "tsv, of which only what tasks agree on in each other's directions is kept",
+        "tsv, keeping only what tasks agree on",
         source="2603.05957", ranks="share", projects=True,
     ),
     Method(
