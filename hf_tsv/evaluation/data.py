@@ -24,6 +24,7 @@ SPLITS = ("test", "validation", "train")
 PARQUET = ".parquet"
 LIBRARIES = {"datasets": "datasets", "PIL": "pillow"}  # package by the name of its module
 FILE = {"bytes", "path"}  # parts of an image as `datasets` stores it
+LISTED = "imagefolder"  # builder of `datasets` that lists the files of a folder itself
 CONFIGS = 12  # most names of configurations in an error
 SEED = 0  # of the random choice of images under a `limit`
 
@@ -109,6 +110,9 @@ def load(
     image = _column(task, columns, task.image, "image", datasets.Image, stored)
     label = _column(task, columns, task.label, "label", datasets.ClassLabel, named)
     _check_images(task, columns, image, datasets.Image)
+    if isinstance(columns[image], datasets.Image) and rows.info.builder_name != LISTED:
+        # Rows of a table may name any path or address; those of a folder are what is in it.
+        rows = rows.cast_column(image, datasets.Image(decode=False))
     labels.check_column(task, splits, split, label)
     if labelled:
         labels.refuse_hidden(task, splits, split, label)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from labelled import CLASSES, picture
 
@@ -218,3 +220,29 @@ def test_a_folder_has_configurations_as_a_repository_has(tmp_path: Path, name: s
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is here, and has no revision 'main'"):
         EvaluationTask.parse(f"pets={tmp_path}@main")
+
+
+@pytest.mark.parametrize("place", ["absolute", "relative", "address"])
+def test_a_typed_column_names_no_file_outside_the_dataset(tmp_path: Path, place: str) -> None:
+    """`datasets` itself would open whatever path or address a row has."""
+    (tmp_path / "secret.png").write_bytes(png(0))
+    paths = {
+        "absolute": str(tmp_path / "secret.png"), "relative": "../secret.png",
+        "address": "http://localhost:1/secret.png",
+    }  # fmt: skip
+    features = datasets.Features({"image": datasets.Image(), "label": CLASS})
+    rows = {"image": [{"bytes": None, "path": paths[place]}], "label": [0]}
+    table = datasets.Dataset.from_dict(rows, features=features).data.table
+    typed = {"huggingface": json.dumps({"info": {"features": features.to_dict()}})}
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "pets.parquet"
+    pq.write_table(table.replace_schema_metadata(typed), file)
+    images = opened(file)
+    with pytest.raises(DataError, match=r"which is not in |No such file .*data/http:"):
+        images.batch(0, 1, "pets")
+    (tmp_path / "data" / "own.png").write_bytes(png(0))
+    rows["image"] = [{"bytes": None, "path": "own.png"}]
+    table = datasets.Dataset.from_dict(rows, features=features).data.table
+    pq.write_table(table.replace_schema_metadata(typed), file)
+    ((found,), (label,)) = opened(file).batch(0, 1, "pets")
+    assert label == 0 and found.mode == "RGB"

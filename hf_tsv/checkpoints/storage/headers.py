@@ -118,7 +118,8 @@ def _entries(files: Files, name: str, owner: str) -> tuple[dict[str, Any], int, 
         raise _damaged(owner, name, "its header is not valid JSON") from None
     if not isinstance(entries, dict):
         raise _damaged(owner, name, "its header is not a JSON object")
-    metadata = entries.get("__metadata__") or {}
+    metadata = entries.get("__metadata__")
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(owner, name, "its __metadata__ is malformed")
     return entries, 8 + length, size
