@@ -7,6 +7,7 @@ from typing import Literal
 SINGLE_FILE = "model.safetensors"
 PICKLED_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 FACTORS_CONFIG = "tsv_config.json"
 FACTORS_FILE = "task_factors.safetensors"

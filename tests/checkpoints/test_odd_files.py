@@ -323,6 +323,14 @@ def several_epochs(folder: Path, full: Path) -> str:
     return "has 3 weight files: epoch_1.pt, epoch_10.pt, epoch_2.pt."
 
 
+def shards_without_index(folder: Path, full: Path) -> str:
+    store(load_file(full / "model.safetensors"), folder / "all", "shards")
+    name = "model-00001-of-00002.safetensors"  # one alone would be read as the only weight file
+    (folder / "all" / name).rename(folder / name)
+    shutil.rmtree(folder / "all")
+    return "has shards of its weights, and has no model.safetensors.index.json."
+
+
 def pointers(folder: Path, full: Path) -> str:
     shutil.copy(full / "config.json", folder)
     text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 605157884\n"
@@ -405,9 +413,9 @@ def adapter_alone(folder: Path, _: Path) -> str:
     return "has the weights of an adapter, adapter_model.safetensors, and no adapter_config.json."
 
 
-KINDS = (adapters_by_name, adapter_alone, web_page, empty, unfinished, old_pickle, trainer_output,
-         subfolders, several_epochs, pointers, pickled_pointers, kohya, diffusers, deepspeed, flax,
-         whole_model)  # fmt: skip
+KINDS = (shards_without_index, adapters_by_name, adapter_alone, web_page, empty, unfinished,
+         old_pickle, trainer_output, subfolders, several_epochs, pointers, pickled_pointers, kohya,
+         diffusers, deepspeed, flax, whole_model)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

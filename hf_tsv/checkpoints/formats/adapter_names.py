@@ -11,11 +11,12 @@ from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats import open_clip
 from hf_tsv.checkpoints.formats.open_clip import part_shape
 from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.names import ADAPTER_CONFIG
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.storage.tensors import Part, TensorInfo
 from hf_tsv.system.errors import CheckpointError
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE = ADAPTER_CONFIG
 OUTER = re.compile(r"(?:base_model\.(?:model\.)?)*")  # of PEFT's models, which may be nested
 ADAPTER = re.compile(r"\.default(?=\.|$)")  # the adapter's own name, in a model's state dict
 WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save|token_adapter)(?=\.)")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from hf_tsv.checkpoints.formats import open_clip
-from hf_tsv.checkpoints.names import CONFIG_FILE, CONFIGS, PICKLED_FILE, SINGLE_FILE
+from hf_tsv.checkpoints.names import ADAPTER_CONFIG, CONFIG_FILE, CONFIGS, PICKLED_FILE, SINGLE_FILE
 from hf_tsv.checkpoints.storage.files import AGAIN, Files
 from hf_tsv.checkpoints.storage.headers import VARIANT, index_of
 from hf_tsv.hub import WEIGHT_SUFFIXES
@@ -24,7 +24,6 @@ BESIDE = re.compile(
 )
 """Weight suffixes of what trainers save beside the weights."""
 
-ADAPTER_CONFIG = "adapter_config.json"
 CACHED = re.compile(r"models--(.+?)--(.+)")
 SHOWN = 5  # names that an error lists
 
@@ -52,18 +51,17 @@ def weight_file(files: Files, owner: str) -> str:
         [`CheckpointError`]: there is none, or several that may be meant.
     """
     known = (name for name in WEIGHTS if _is_there(files, name))
-    found = next(known, None) or _only_variant(files, owner)
-    if found is not None:
-        return found
+    if name := next(known, None) or _only_variant(files, owner):
+        return name
     others = [n for n in files.names() if n.endswith(WEIGHT_SUFFIXES) and "/" not in n]
     others = [name for name in others if not BESIDE.fullmatch(name)]
-    safe = [name for name in others if name.endswith(".safetensors")]
-    if len(safe) == 1 or len(others) == 1:
-        return (safe if len(safe) == 1 else others)[0]
-    shard = next(filter(None, map(SHARD.fullmatch, others)), None)
-    if shard:
+    if shard := next(filter(None, map(SHARD.fullmatch, others)), None):  # one alone is not all
         problem = f"{owner} has shards of its weights, and has no {shard[1]}{shard[2]}.index.json."
         raise CheckpointError(problem, AGAIN)
+    safe = [name for name in others if name.endswith(".safetensors")]
+    for found in (safe, others):
+        if len(found) == 1:
+            return found[0]
     if others:
         raise CheckpointError(
             f"{owner} has {counted(len(others), 'weight file')}: {_some(others)}.",
