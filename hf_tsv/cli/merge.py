@@ -11,7 +11,7 @@ from hf_tsv.cli import options
 from hf_tsv.cli.groups import NotOffered, Only, call
 from hf_tsv.cli.output import Out, method_text, pinned, shown, table
 from hf_tsv.cli.usage import numbers
-from hf_tsv.linalg.choices import Orthogonalizer, Precision
+from hf_tsv.linalg.choices import LayerScale, Orthogonalizer, Precision, WudiFilter
 from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.system.errors import UsageError
 from hf_tsv.system.text import counted, human_bytes
@@ -66,6 +66,18 @@ class MethodOptions:
         Orthogonalizer | None,
         "NAME",
         "With --precision exact: procrustes (SVD) or whitening. [default: procrustes]",
+    ] = None
+    layer_scale: Annotated[
+        LayerScale | None,
+        "NAME",
+        "lines: more of the merged update in later layers. larv: also by what each update is like."
+        " [default: none]",
+    ] = None
+    calibrate: Annotated[
+        bool, "Scale down directions that several tasks add up in (SVC). α is then 1 by default."
+    ] = False
+    wudi_filter: Annotated[
+        WudiFilter | None, "NAME", "Of wudi: swudi-a, swudi or tact. [default: swudi-a]"
     ] = None
     ranks: options.RankOptions
 

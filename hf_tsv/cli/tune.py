@@ -65,7 +65,10 @@ def tune(
         "NAME",
         merging.METHOD_HELP,
     ] = None,
-    how: Annotated[merging.MethodOptions, Only("weights", "precision", "ranks")],
+    how: Annotated[
+        merging.MethodOptions,
+        Only("weights", "precision", "layer_scale", "calibrate", "wudi_filter", "ranks"),
+    ],
     compute: Annotated[options.ComputeOptions, Only("device", "max_memory")],
     run: options.RunOptions,
     access: options.AccessOptions,

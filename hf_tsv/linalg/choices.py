@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 Precision = Literal["fast", "exact"]
 Orthogonalizer = Literal["procrustes", "whitening"]
+WudiFilter = Literal["swudi-a", "swudi", "tact"]
+LayerScale = Literal["none", "lines", "larv"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 AnyDtype = Union[Dtype, Literal["auto", "half", "fp16", "bf16", "fp32"], "torch.dtype"]
 AnyDevice = Union[str, int, "torch.device"]

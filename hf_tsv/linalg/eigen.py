@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,11 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from hf_tsv.linalg import iterative, lanczos, lapack, products
 from hf_tsv.linalg.lapack import NotConvergedError
+
+EIGEN_CERTIFICATE = 1e-10
+"""Largest residual of eigenpairs, relative to the largest eigenvalue, and loss of orthogonality.
+
+Not that of singular triplets: where an eigenvalue is divided by, what is lost counts squared."""
 
 TILE = 128  # rows and columns that are mirrored at a time
 
@@ -75,6 +81,56 @@ def leading_eigh(a: Tensor, rank: int, floor: float = 0.0, spectrum: bool = Fals
         return Eigen(*(found or lapack.leading_eigh(gram, rank, spectrum=spectrum)))
     except (NotConvergedError, LinAlgError):
         return None
+
+
+def largest_eigen(gram: Tensor, count: Callable[[Tensor], int]) -> tuple[Eigen, bool]:
+    """The largest eigenvalues of a symmetric matrix, as many as a function of all of them says.
+
+    Pairs that do not fit the matrix are computed again by another routine.
+
+    Args:
+        gram (`Tensor`): positive semidefinite, shape (n, n), float64, with both triangles.
+        count (`Callable`): given all eigenvalues, descending.
+
+    Returns:
+        The pairs, and whether they took the other routine.
+
+    Raises:
+        [`NotConvergedError`]: no routine finds them.
+    """
+    ways = [_by_torch] if gram.device.type != "cpu" else [_by_tridiagonal_form, _by_torch]
+    for i, way in enumerate(ways):
+        try:
+            found = way(gram, count)
+        except (NotConvergedError, LinAlgError):
+            continue
+        if _are_eigenpairs(gram, found):
+            return found, i > 0
+    raise NotConvergedError("no solver converges")
+
+
+def _by_tridiagonal_form(gram: Tensor, count: Callable[[Tensor], int]) -> Eigen:
+    return Eigen(*lapack.leading_eigh(lapack.padded(gram), count))
+
+
+def _by_torch(gram: Tensor, count: Callable[[Tensor], int]) -> Eigen:
+    values, vectors = torch.linalg.eigh(gram)
+    every = values.flip(0)
+    kept = count(every)
+    return Eigen(every[:kept], vectors[:, len(every) - kept :].flip(1).mT.contiguous(), every)
+
+
+def _are_eigenpairs(gram: Tensor, found: Eigen) -> bool:
+    """Whether pairs fit the matrix and are orthonormal, estimated on a few vectors."""
+    if not found.values.numel():
+        return True
+    probes = products.probe_vectors(found.vectors.mT)
+    mixed = probes @ found.vectors
+    residual = mixed @ gram - (probes * found.values) @ found.vectors
+    loss = mixed @ found.vectors.mT - probes
+    scale = max(float(found.values[0]), torch.finfo(gram.dtype).tiny)
+    worst = max(float(residual.norm()) / scale, float(loss.norm()))
+    return worst <= EIGEN_CERTIFICATE * math.sqrt(products.PROBES)
 
 
 def gram_matrix(a: Tensor) -> Tensor:

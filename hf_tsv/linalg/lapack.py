@@ -100,13 +100,22 @@ def one_thread() -> Iterator[None]:
 def gram(a: Tensor) -> Tensor:
     """aᵀ a of a (m, n), contiguous or transposed, in the upper triangle; the rest is anything."""
     m, n = a.shape
-    result = _doubles(n, n + (PADDING if n % PAGE == 0 else 0))[:, :n]
+    result = _room(n)
     if a.is_contiguous():
         _call("dsyrk", "L", "N", n, m, 1.0, a, n, 0.0, result, result.stride(0))
     else:
         a = a.mT.contiguous()
         _call("dsyrk", "L", "T", n, m, 1.0, a, m, 0.0, result, result.stride(0))
     return result
+
+
+def padded(matrix: Tensor) -> Tensor:
+    """A copy of a symmetric matrix (n, n), in the room that is best for it."""
+    return _room(len(matrix)).copy_(matrix)
+
+
+def _room(n: int) -> Tensor:
+    return _doubles(n, n + (PADDING if n % PAGE == 0 else 0))[:, :n]
 
 
 def is_positive_definite(upper: Tensor) -> bool:
@@ -144,9 +153,11 @@ def _tridiagonal(diagonal: Tensor, beside: Tensor, count: int) -> tuple[Tensor, 
 
 
 def leading_eigh(
-    upper: Tensor, count: int, *, spectrum: bool = False
+    upper: Tensor, count: int | Callable[[Tensor], int], *, spectrum: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The largest eigenvalues of a symmetric matrix and their eigenvectors.
+
+    How many may depend on the spectrum: a function of all eigenvalues, descending, is called then.
 
     The ways are tridiagonal form and multiple relatively robust representations. LAPACK's driver
     for both, `dsyevr`, takes bisection and inverse iteration for a part of the spectrum, which is a
@@ -158,7 +169,10 @@ def leading_eigh(
     work, info = _doubles(BLOCK * n), ctypes.c_int(0)
     wide = upper.stride(0)
     _call("dsytrd", "L", n, upper, wide, diagonal, beside, reflectors, work, work.numel(), info)
-    every = _all_eigenvalues(diagonal.clone(), beside.clone()) if spectrum else None
+    every = None
+    if spectrum or not isinstance(count, int):
+        every = _all_eigenvalues(diagonal.clone(), beside.clone())
+        count = count if isinstance(count, int) else count(every)
     values, vectors = _tridiagonal(diagonal, beside, count)
     _call(
         "dormtr", "L", "L", "N", n, count, upper, wide, reflectors, vectors, n, work, work.numel(),

@@ -20,7 +20,7 @@ from hf_tsv.checkpoints.sources import Access, Sources, open_sources
 from hf_tsv.checkpoints.storage.tensors import digest
 from hf_tsv.checkpoints.storage.writer import ShardWriter
 from hf_tsv.linalg.choices import AnyDevice
-from hf_tsv.merging import loading, pipeline
+from hf_tsv.merging import pipeline, surveying
 from hf_tsv.merging.costs import operations, steps
 from hf_tsv.merging.findings import Finding, Findings
 from hf_tsv.merging.plan import MergePlan
@@ -68,8 +68,7 @@ def built(
     run.check_space(merge.identity(run.sources, device), merge.plan.shards.total_bytes)
     run.fetch()
     _check_inputs(merge, run.sources)
-    if merge.settings.row.before:
-        merge = replace(merge, known=loading.known_before(merge, run.sources))
+    merge = surveying.surveyed(merge, run.sources, device, visible=run.show)
     if before is not None:
         merge = before(merge, run, device)
     identity = merge.identity(run.sources, device)  # with what was learned

@@ -48,8 +48,10 @@ def operations(weight: Weight) -> float:
         return values
     (m, n), columns = weight.shape, weight.rank * tasks
     inner = min(columns, max(m, n))
+    if weight.forms == "covariance":
+        return values + tasks * m * n * (n + 4 * min(m, n)) + 4 * n**3 + 6 * m * n * n
     sides = sum(d * inner * min(d, inner) + EIGH * min(d, inner) ** 3 for d in (m, n))
-    projections = 6 * columns * inner * (m + n) if weight.projects else 0
+    projections = 6 * columns * inner * (m + n) if weight.forms == "projections" else 0
     products = 4 * m * n * columns + projections
     return values + tasks * svd.operations(m, n, weight.rank) + sides + products
 
@@ -82,7 +84,7 @@ def noted_bytes(weights: Sequence[Weight]) -> int:
 
 def held(weight: Weight) -> int:
     """Bytes of W0 and the updates held together; means and sums hold one task at a time."""
-    tasks = len(weight.inputs) if weight.treatment in ("decomposed", "combined") else 1
+    tasks = len(weight.inputs) if weight.together or weight.surveyed else 1
     return 4 * prod(weight.shape) * (tasks + 1)
 
 
@@ -114,6 +116,28 @@ def _reading(weight: Weight) -> int:
 
 def _computing(weight: Weight, threads: int, measure: bool) -> int:
     """Bytes for computing a weight, mostly in float64, besides the updates."""
+    steps = [_ruling(weight, threads, measure)]
+    if weight.calibrated:
+        steps.append(_calibrating(weight))
+    if weight.surveyed:
+        steps.append(_surveying(weight, threads))
+    return max(steps)
+
+
+def _calibrating(weight: Weight) -> int:
+    """Bytes for calibrating the singular values of a merged update."""
+    (m, n), k = weight.shape, min(weight.shape)
+    return 8 * (4 * m * n + 4 * k * k + 2 * k * (m + n))
+
+
+def _surveying(weight: Weight, threads: int) -> int:
+    """Bytes for measuring updates, side by side."""
+    (m, n), k = weight.shape, min(weight.shape)
+    return 8 * (1 + min(threads, len(weight.inputs))) * (2 * m * n + 4 * k * k)
+
+
+def _ruling(weight: Weight, threads: int, measure: bool) -> int:
+    """Bytes for the rule of the method."""
     tasks, entries = len(weight.inputs), prod(weight.shape)
     result = (8 + 4) * entries  # update, cast
     if weight.treatment == "combined":  # trims or votes on all updates side by side
@@ -121,11 +145,13 @@ def _computing(weight: Weight, threads: int, measure: bool) -> int:
     if weight.treatment != "decomposed":
         return result
     (m, n), columns = weight.shape, weight.rank * tasks
+    if weight.forms == "covariance":
+        return 8 * (4 * n * n + 7 * m * n + 2 * min(m, n) ** 2)
     vectors = 8 * columns * (m + n)
     one_task = 8 * (m * n + 4 * min(m, n) ** 2 + 4 * weight.rank * (m + n))
     inner = min(columns, max(m, n))
     polar = min(threads, 2) * 8 * 5 * inner**2 + vectors  # and the chain of products
     decomposing = min(threads, tasks) * one_task
     measuring = vectors + 8 * inner * (inner + 2 * ROWS) if measure else 0
-    projecting = 3 * vectors + 16 * inner**2 if weight.projects else 0
+    projecting = 3 * vectors + 16 * inner**2 if weight.forms == "projections" else 0
     return vectors + max(decomposing, vectors + polar + result + measuring + projecting)

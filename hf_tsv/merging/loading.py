@@ -21,8 +21,9 @@ from hf_tsv.merging import costs
 from hf_tsv.merging.findings import Finding
 from hf_tsv.merging.plan import Weight
 from hf_tsv.merging.work import Merge
+from hf_tsv.methods.calibration import calibrated
 from hf_tsv.methods.catalogue import METHODS
-from hf_tsv.methods.rules import How, PassBefore, Updates, function_of, rule_of
+from hf_tsv.methods.rules import How, MergedUpdate, PassBefore, Updates, function_of, rule_of
 from hf_tsv.runs.reading import Seconds, expect, named, read_ahead, stop_fetching
 from hf_tsv.system.memory import reused, share_one_heap
 
@@ -73,9 +74,25 @@ class LoadedWeight:
         coefficients = merge.coefficients.get(self.weight.label)
         return Updates(
             _taken(deltas), self.floors, tasks, self.weight.shape, len(merge.scales),
-            self.weight.rank, How(settings.precision, settings.orthogonalizer, keep),
+            self.weight.rank,
+            How(
+                settings.precision, settings.orthogonalizer, keep, settings.wudi_filter or "swudi-a"
+            ),
             coefficients and [coefficients[i] for i in tasks], merge.known,
         )  # fmt: skip
+
+
+def merged_update(loaded: LoadedWeight, merge: Merge) -> MergedUpdate:
+    """Merge the updates of one weight by the rule of the method, and calibrate the result."""
+    row, deltas = merge.settings.row, list(loaded.deltas) if loaded.weight.calibrated else []
+    merged = rule_of(row)(loaded.updates(merge, keep=merge.measure))
+    if not deltas:
+        return merged
+    least = 1.0 if row.calibrates == "one" else 1 / len(merge.scales)
+    matrix, exact = calibrated(
+        merged.matrix, deltas, len(merge.scales), least, merge.settings.precision
+    )
+    return replace(merged, matrix=matrix, exact=merged.exact + exact)
 
 
 def known_before(merge: Merge, sources: Sources) -> Any:
@@ -138,7 +155,7 @@ class Reader:
         deltas: list[Update] = []
         update: Tensor | None = None
         changes = self._changes(weight, w0, digests, read)
-        if weight.treatment in TOGETHER:
+        if weight.together:
             deltas = list(changes)
         elif weight.treatment != "copied":
             update = self._combined(weight, changes)
@@ -173,7 +190,7 @@ class Reader:
         averaged, decomposed = (weight.treatment == t for t in ("averaged", "decomposed"))
         coefficients = self.merge.coefficients.get(weight.label) if averaged else None
         for i in weight.inputs:
-            task, scale = self.sources.inputs[i], self.merge.scales[i]
+            task, scale = self.sources.inputs[i], self.merge.task_scale(weight, i)
             with named(weight.label, [task]):
                 change = task.change(w0, decomposed=decomposed, digests=digests.get(i))
             if change is not None and scale != 0.0:

@@ -22,11 +22,10 @@ from hf_tsv.checkpoints.storage.writer import ShardWriter
 from hf_tsv.linalg import grids, products
 from hf_tsv.linalg.updates import norm_of
 from hf_tsv.merging.findings import Finding
-from hf_tsv.merging.loading import LoadedWeight, by_name, read_weights
+from hf_tsv.merging.loading import LoadedWeight, by_name, merged_update, read_weights
 from hf_tsv.merging.plan import Weight
 from hf_tsv.merging.work import Merge
 from hf_tsv.methods.interference import measured
-from hf_tsv.methods.rules import rule_of
 from hf_tsv.runs.reading import named, stop_fetching
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.memory import empty
@@ -83,7 +82,7 @@ def _merge_one(loaded: LoadedWeight, merge: Merge, *, writes: bool) -> tuple[Ten
     weight, finding = loaded.weight, loaded.finding
     dtype, update = merge.plan.specs[weight.names[0]].dtype, loaded.update
     if loaded.deltas:
-        merged = rule_of(merge.settings.row)(loaded.updates(merge, keep=merge.measure))
+        merged = merged_update(loaded, merge)
         update = merged.matrix
         finding = replace(
             finding,
@@ -96,7 +95,7 @@ def _merge_one(loaded: LoadedWeight, merge: Merge, *, writes: bool) -> tuple[Ten
         return loaded.base, finding
     if update is None:
         return _cast(loaded.base, dtype, weight), finding
-    update = products.in_working_precision(update).mul_(merge.settings.alpha)
+    update = products.in_working_precision(update).mul_(merge.alpha_of(weight))
     narrow = torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
     norm = norm_of(update) if narrow else 0.0
     result = update.add_(loaded.base)

@@ -40,7 +40,9 @@ class Weight:
         reason (`str`): why it is not decomposed; empty otherwise.
         rank (`int`): triplets kept of each task; 0 unless decomposed.
         inputs (`tuple[int, ...]`): which checkpoints hold it.
-        projects (`bool`): the method projects the tasks on the orthonormal vectors of all.
+        forms (`str`, *optional*): matrices that the method forms besides, see [`Method`].
+        calibrated (`bool`): singular values of the merged update are calibrated by the tasks.
+        surveyed (`bool`): each task is scaled by what is measured of its update.
     """
 
     names: tuple[str, ...]
@@ -49,7 +51,14 @@ class Weight:
     reason: str = ""
     rank: int = 0
     inputs: tuple[int, ...] = ()
-    projects: bool = False
+    forms: str | None = None
+    calibrated: bool = False
+    surveyed: bool = False
+
+    @property
+    def together(self) -> bool:
+        """Whether the updates of all tasks are needed at once."""
+        return self.treatment in ("decomposed", "combined") or self.calibrated
 
     @property
     def label(self) -> str:
@@ -155,8 +164,12 @@ def _treat(
     holders = tuple(i for i, item in enumerate(inputs) if any(n in item.tensors for n in names))
 
     def weight(treatment: Treatment, reason: str = "", rank: int = 0) -> Weight:
-        projects = settings.row.projects and treatment == "decomposed"
-        return Weight(names, shape, treatment, reason, rank, holders, projects)
+        forms = settings.row.forms if treatment == "decomposed" else None
+        merged = treatment == settings.row.treatment and len(shape) == 2
+        # of tables of positions no singular value is calibrated, as in the authors' code
+        calibrated = settings.calibrate and merged and "embedding" not in names[0]
+        surveyed = settings.layer_scale == "larv" and merged
+        return Weight(names, shape, treatment, reason, rank, holders, forms, calibrated, surveyed)
 
     if not infos[0].dtype.is_floating_point:
         return weight("copied", "not a floating-point tensor")

@@ -16,12 +16,13 @@ from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, Sources, open_sou
 from hf_tsv.merging.costs import Parallelism, fitting, noted_bytes, peak_memory
 from hf_tsv.merging.diagnosis import Diagnosis, diagnoses
 from hf_tsv.merging.findings import Findings
-from hf_tsv.merging.plan import MergePlan, make_plan, resolved
+from hf_tsv.merging.plan import MergePlan, Weight, make_plan, resolved
+from hf_tsv.methods.layer_scales import Layers
 from hf_tsv.recipes.recipe import PinnedInput, Recipe, pinned_text
 from hf_tsv.recipes.settings import Settings, scales_of, versions_of
 from hf_tsv.system import memory
 from hf_tsv.system.checks import size_in_bytes
-from hf_tsv.system.errors import RecipeError
+from hf_tsv.system.errors import RecipeError, UsageError
 from hf_tsv.system.progress import logger
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Merge:
             ada; `adaptation` says how they are learned, or were.
         tuning ([`AlphaSearch`], *optional*): how α was chosen.
         allow_other_base (`bool`): merge even what seems to be fine-tuned from another model.
+        layers ([`Layers`], *optional*): factors of layers, once they are measured.
     """
 
     references: tuple[str, ...]
@@ -71,6 +73,17 @@ class Merge:
     adaptation: Adaptation | None = None
     tuning: AlphaSearch | None = None
     allow_other_base: bool = False
+    layers: Layers | None = None
+
+    def task_scale(self, weight: Weight, task: int) -> float:
+        """Factor of the update of a task in one weight."""
+        own = {} if self.layers is None else self.layers.of_tasks
+        return self.scales[task] * own.get(weight.label, {}).get(task, 1.0)
+
+    def alpha_of(self, weight: Weight, alpha: float | None = None) -> float:
+        """Factor of the merged update of one weight, for the α of the settings or another."""
+        alpha = self.settings.alpha if alpha is None else alpha
+        return alpha if self.layers is None else self.layers.factor(weight.label, alpha)
 
     def within(self, max_memory: int | str | None, sources: Sources) -> Merge:
         """The same merge with as much parallelism as the memory of this process allows."""
@@ -168,6 +181,9 @@ def prepare(
         only_factors (`bool`): the tasks must be task factors.
     """
     scales = scales_of(checkpoints, scales)
+    if settings.layer_scale == "lines" and len(checkpoints) == 1:
+        problem = "`layer_scale=lines` scales what is merged of several tasks, and there is one."
+        raise UsageError(problem, "Omit it, or name more checkpoints.")
     sources = open_sources(checkpoints, base_ref, access, only_factors=only_factors)
     for warning in sources.warnings:  # what they say may explain why the plan is refused
         logger.warning(warning)

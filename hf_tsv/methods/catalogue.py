@@ -25,7 +25,7 @@ GROUP = "hf_tsv.methods"
 
 MethodName = Literal[
     "tsv", "ada", "low-rank", "orthogonal", "task-arithmetic", "average", "ties", "consensus",
-    "iso-c", "iso-cts", "dc", "tall-mask",
+    "iso-c", "iso-cts", "dc", "wudi", "tall-mask",
 ]  # fmt: skip
 """Names of our own methods; packages add more."""
 
@@ -59,8 +59,12 @@ class Method:
             it returns is in [`Updates`] as `known`. See [`PassBefore`].
         beside (`str`): mask of a task in one weight, as `module:function` of Δ and of ΣΔ; the masks
             of all tasks are written beside the merge.
-        projects (`bool`): the rule forms the orthonormal vectors of all tasks, and projects each
-            task on them, which the plan counts.
+        forms (`str`, *optional*): matrices that the rule forms besides, which the plan counts:
+            `projections` of each task on the orthonormal vectors of all, or the `covariance` of
+            the inputs.
+        calibrates (`str`, *optional*): least ratio of a merged response to that of a task that
+            `calibrate` takes, of a rule whose singular values may be calibrated: `one`, or `share`
+            for 1/T. See [`hf_tsv.methods.calibration`].
         learns (`bool`): a coefficient of each task in each weight is learned on images first, for
             shares that are those of TSV-Merge.
         card (`str`): what the card says after “merged by hf-tsv”; by default the name.
@@ -77,7 +81,8 @@ class Method:
     vectors: Literal["kept", "orthogonal"] | None = None
     before: str = ""
     beside: str = ""
-    projects: bool = False
+    forms: Literal["projections", "covariance"] | None = None
+    calibrates: Literal["one", "share"] | None = None
     learns: bool = False
     card: str = ""
     package: str = ""
@@ -98,7 +103,7 @@ BUILT_IN = (
     Method(
         "tsv", "hf_tsv.methods.tsv:orthogonal",
         "leading singular vectors of each task, made orthogonal",
-        source="2412.00081", ranks="share", vectors="orthogonal",
+        source="2412.00081", ranks="share", vectors="orthogonal", calibrates="one",
         card=" with [TSV-Merge](https://arxiv.org/abs/2412.00081): the leading singular vectors of"
         " every task's\nweight update are kept, made orthogonal to those of the other tasks, and"
         " added to the base model.",
@@ -113,27 +118,28 @@ BUILT_IN = (
     Method(
         "low-rank", "hf_tsv.methods.tsv:low_rank",
         "leading singular vectors of each task, summed",
-        source="2412.00081", ranks="free", alpha=0.3, vectors="kept",
+        source="2412.00081", ranks="free", alpha=0.3, vectors="kept", calibrates="share",
     ),
     Method(
         "orthogonal", "hf_tsv.methods.tsv:orthogonal",
         "all singular vectors of each task, made orthogonal",
-        source="2412.00081", ranks="all", vectors="orthogonal",
+        source="2412.00081", ranks="all", vectors="orthogonal", calibrates="one",
     ),
     Method(
         "task-arithmetic", "hf_tsv.methods.sums:total", "sum of updates",
-        source="2212.04089", of="sum", alpha=0.3,
+        source="2212.04089", of="sum", alpha=0.3, calibrates="share",
     ),
     Method("average", "hf_tsv.methods.sums:mean", "mean of updates", of="mean"),
     Method(
         "ties", "hf_tsv.methods.ties:ties",
         "largest fifth of each task's entries, mean of those that agree in sign",
         source="2306.01708", of="entries", before="hf_tsv.methods.ties:thresholds",
+        calibrates="share",
     ),
     Method(
         "consensus", "hf_tsv.methods.tall_masks:consensus",
         "sum of updates, where at least two tasks need it",
-        source="2405.07813", of="entries", alpha=0.3,
+        source="2405.07813", of="entries", alpha=0.3, calibrates="share",
     ),
     Method(
         "iso-c", "hf_tsv.methods.isotropic:iso_c",
@@ -147,7 +153,12 @@ BUILT_IN = (
     Method(
         "dc", "hf_tsv.methods.dc:dc",
         "tsv, keeping only what tasks agree on",
-        source="2603.05957", ranks="share", projects=True,
+        source="2603.05957", ranks="share", forms="projections", calibrates="one",
+    ),
+    Method(
+        "wudi", "hf_tsv.methods.wudi:wudi",
+        "answers on the inputs that each task's update shows",
+        source="2503.08099", forms="covariance", calibrates="one",
     ),
     Method(
         "tall-mask", "hf_tsv.methods.sums:total",

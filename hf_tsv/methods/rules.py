@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_tsv.linalg.choices import Orthogonalizer, Precision
+from hf_tsv.linalg.choices import Orthogonalizer, Precision, WudiFilter
 from hf_tsv.linalg.updates import TaskSingularVectors, Update, matrix_of
 from hf_tsv.methods.catalogue import Method
 from hf_tsv.system.errors import RecipeError
@@ -24,11 +24,13 @@ class How:
         precision (`str`): `"fast"`, certified, or `"exact"`: full float64 SVDs.
         solver (`str`): `"procrustes"` (SVD) or `"whitening"` (U (UᵀU)^(−1/2)), the same matrix.
         keep (`bool`): whether to return the singular vectors that interference is measured from.
+        wudi_filter (`str`): filter of the method wudi.
     """
 
     precision: Precision = "fast"
     solver: Orthogonalizer = "procrustes"
     keep: bool = False
+    wudi_filter: WudiFilter = "swudi-a"
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def changed(
         if first in given:
             own[second] = None
     if given.get("method", recipe.settings.method) != recipe.settings.method:
-        own["alpha"] = None  # that of the other method
+        own["alpha"] = own["wudi_filter"] = None  # those of the other method
         recipe = replace(recipe, coefficients={}, adaptation=None)
     settings = Settings(**{**own, **given})
     for name in own:

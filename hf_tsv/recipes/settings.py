@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from hf_tsv.checkpoints.names import Format
 from hf_tsv.linalg.choices import Dtype as Dtype  # noqa: PLC0414
-from hf_tsv.linalg.choices import Orthogonalizer, Precision
+from hf_tsv.linalg.choices import LayerScale, Orthogonalizer, Precision, WudiFilter
 from hf_tsv.methods.catalogue import METHODS, Method
 from hf_tsv.system.checks import argument, check_counts, check_number, choice, size_in_bytes
 from hf_tsv.system.errors import UsageError
@@ -100,6 +100,9 @@ class Settings:
     precision: Precision = "fast"
     out_format: Format | None = None
     keep_heads: bool = False
+    layer_scale: LayerScale = "none"
+    calibrate: bool = False
+    wudi_filter: WudiFilter | None = None
 
     @property
     def row(self) -> Method:
@@ -114,10 +117,13 @@ class Settings:
             "qkv": (None, *get_args(Qkv)),
             "out_format": (None, *get_args(Format)),
             "dtype": (None, *get_args(Dtype)),
+            "layer_scale": get_args(LayerScale),
+            "wudi_filter": (None, *get_args(WudiFilter)),
         }.items():
             object.__setattr__(self, name, choice(name, getattr(self, name), allowed))
         if self.alpha is None:
-            object.__setattr__(self, "alpha", 1.0 if self.row.alpha is None else self.row.alpha)
+            own = 1.0 if self.calibrate or self.row.alpha is None else self.row.alpha
+            object.__setattr__(self, "alpha", own)
         check_number("alpha", self.alpha)
         object.__setattr__(self, "alpha", float(self.alpha))  # of NumPy or a whole number
         if self.row.alpha is None and self.alpha != 1:
@@ -140,7 +146,21 @@ class Settings:
             )
         object.__setattr__(self, "exclude", tuple(self.exclude))
         size_in_bytes(self.max_shard_size, name="max_shard_size")
-        if type(self.keep_heads) is not bool:
-            raise UsageError(
-                f"`keep_heads=` must be true or false (got {shortened(self.keep_heads)})."
-            )
+        for name in ("keep_heads", "calibrate"):
+            if type(value := getattr(self, name)) is not bool:
+                raise UsageError(
+                    f"{argument(name)} must be true or false (got {shortened(value)})."
+                )
+        self._refuse_steps()
+
+    def _refuse_steps(self) -> None:
+        """Refuse what is done besides the rule of the method where it has no meaning."""
+        if self.wudi_filter is not None and self.method != "wudi":
+            raise UsageError(f"The method {self.method} has no filter.", "Omit `wudi_filter=`.")
+        if self.calibrate and self.row.calibrates is None:
+            able = ", ".join(name for name, row in METHODS.items() if row.calibrates)
+            problem = f"The method {self.method} cannot be calibrated."
+            raise UsageError(problem, f"Omit `calibrate=True`, or use one of: {able}.")
+        if self.layer_scale != "none" and (self.row.learns or self.row.beside):
+            problem = f"The method {self.method} scales no layers."
+            raise UsageError(problem, "Omit `layer_scale=`.")

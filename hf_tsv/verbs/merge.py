@@ -19,7 +19,14 @@ from hf_tsv.checkpoints.formats.task import Task, pinned_entry
 from hf_tsv.checkpoints.names import RECIPE_FILE, REPORT_FILE, Format
 from hf_tsv.checkpoints.reference import listed
 from hf_tsv.checkpoints.sources import Access, Sources
-from hf_tsv.linalg.choices import AnyDevice, AnyDtype, Orthogonalizer, Precision
+from hf_tsv.linalg.choices import (
+    AnyDevice,
+    AnyDtype,
+    LayerScale,
+    Orthogonalizer,
+    Precision,
+    WudiFilter,
+)
 from hf_tsv.merging.building import built, follow
 from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.masking import mask_bytes, mask_folders, write_masks
@@ -73,6 +80,9 @@ def merge(
     max_shard_size: int | str | None = None,
     out_format: Format | None = None,
     keep_heads: bool = False,
+    layer_scale: LayerScale | None = None,
+    calibrate: bool = False,
+    wudi_filter: WudiFilter | None = None,
     allow_other_base: bool = False,
     device: AnyDevice | None = None,
     force: bool = False,
@@ -101,7 +111,7 @@ def merge(
             or `org/name@revision`. Settings given beside it replace its own; `checkpoints` are then
             the local folders that it names.
         method (`str`, *optional*): `tsv`, the default, `ada`, `low-rank`, `orthogonal`,
-            `task-arithmetic`, `average`, `ties`, `consensus`, `iso-c`, `iso-cts`, `dc`, or
+            `task-arithmetic`, `average`, `ties`, `consensus`, `iso-c`, `iso-cts`, `dc`, `wudi`, or
             `tall-mask`, whose tasks are loaded one by one; or the name of a method that another
             package adds.
         adaptation ([`Adaptation`], *optional*): images that the method `ada` learns a coefficient
@@ -111,7 +121,7 @@ def merge(
         precision (`str`, *optional*): `fast`, the default: by Gram matrices in float64, each result
             checked, with a full SVD of what fails the check; `exact`: full float64 SVDs only.
         alpha (`float`, *optional*): α, scale of the merged update; default: 1, and 0.3 for the
-            sums `task-arithmetic`, `low-rank` and `consensus`.
+            sums `task-arithmetic`, `low-rank` and `consensus` unless they are calibrated.
         tune_alpha ([`AlphaSearch`], *optional*): choose α on validation images instead.
         weights (`Sequence[float]`, *optional*): factor of each task's update.
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
@@ -126,6 +136,14 @@ def merge(
         out_format (`str`, *optional*): `transformers` or `open_clip`; default: as the base.
         keep_heads (`bool`): write the task heads beside the merged encoder, one file each, for
             `hf_tsv.pipeline("image-classification", output, head=…)`.
+        layer_scale (`str`, *optional*): `lines` scales the merged update by the depth of the block,
+            from a factor for the first, chosen by the size of the updates, to α more for the last
+            (LiNeS); it merges twice. `larv` scales each task in each matrix, by depth and by what
+            its update is like (LARV). Default: `none`.
+        calibrate (`bool`): divide each singular value of the merged update by how much larger its
+            response is than those of the tasks (singular value calibration).
+        wudi_filter (`str`, *optional*): filter of the method `wudi`: `swudi-a`, the default,
+            `swudi` or `tact`.
         allow_other_base (`bool`): merge even checkpoints that are so far from the base model (half
             its norm) that they seem to be fine-tunes of another.
         device (`str`, `int` or `torch.device`, *optional*): `"cuda:1"`, `0` (the first
@@ -180,6 +198,8 @@ def merge(
                 "exclude": None if exclude is None else tuple(listed(exclude)),
                 "max_shard_size": max_shard_size, "precision": precision,
                 "out_format": out_format, "keep_heads": keep_heads or None,
+                "layer_scale": layer_scale, "calibrate": calibrate or None,
+                "wudi_filter": wudi_filter,
             }  # fmt: skip
             given = {name: value for name, value in given.items() if value is not None}
             settings = Settings(**given)

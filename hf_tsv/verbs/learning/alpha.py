@@ -17,6 +17,7 @@ from hf_tsv.evaluation.job import in_one_line
 from hf_tsv.evaluation.zero_shot import accuracies
 from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.merging.building import built
+from hf_tsv.merging.plan import Weight
 from hf_tsv.merging.work import Merge, Merged, prepare
 from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import load_model, pipeline
@@ -44,12 +45,13 @@ def search(
     )
     w0 = load_model(base, kind=ZERO_SHOT, dtype=torch.float32, **access).state_dict()
     model: Any = pipe.model
+    weights = {name: weight for weight in once.merge.plan.weights for name in weight.names}
     changed = [
-        (parameter.data, w0[name].to(device), parameter.data.clone())
+        (weights.get(name), parameter.data, w0[name].to(device), parameter.data.clone())
         for name, parameter in model.named_parameters()
         if not torch.equal(parameter.data, w0[name].to(device))
     ]
-    variants = [partial(_put, changed, alpha) for alpha in wanted.alphas]
+    variants = [partial(_put, changed, once.merge, alpha) for alpha in wanted.alphas]
     found = {}
     for task, images in zip(wanted.tasks, data, strict=True):
         with in_one_line(task.name):
@@ -57,15 +59,21 @@ def search(
                 accuracies(pipe, variants, task, images, batch_size=wanted.batch_size, show=show)
             )
     done = replace(wanted, images=tuple(len(images.rows) for images in data), accuracies=found)
-    if done.alpha == 0:
+    if done.alpha == 0 and once.merge.settings.layer_scale != "lines":
         logger.warning("α = 0 is best: the result is the base model.")
     logger.info("α = %g is best: %.2f%% on validation images.", done.alpha, 100 * max(done.means))
     return done
 
 
-def _put(changed: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float) -> None:
-    for parameter, w0, w1 in changed:
-        torch.lerp(w0, w1, alpha, out=parameter)
+def _put(
+    changed: Sequence[tuple[Weight | None, Tensor, Tensor, Tensor]], once: Merge, alpha: float
+) -> None:
+    """Put W0 + α M into each weight, or what α means where layers have factors of their own."""
+    for weight, parameter, w0, w1 in changed:
+        share = alpha
+        if weight is not None:
+            share = once.alpha_of(weight, alpha) / once.alpha_of(weight)
+        torch.lerp(w0, w1, share, out=parameter)
 
 
 def tuned(
