@@ -35,7 +35,7 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "no_rows.weight": (0, 8), "no_columns.weight": (8, 0), "nothing": (0,),
 }  # fmt: skip
 METHODS = ("tsv", "low-rank", "orthogonal", "task-arithmetic", "average", "consensus", "iso-c",
-           "iso-cts", "dc", "ties", "tall-mask")  # fmt: skip
+           "iso-cts", "dc", "wudi", "ties", "tall-mask")  # fmt: skip
 ALPHA = {"task-arithmetic": 0.3, "low-rank": 0.3, "consensus": 0.3}
 
 Make = Callable[[tuple[int, ...], int], Tensor]
