@@ -29,9 +29,36 @@ METHODS = (
     "orthogonal",
     "iso-c",
     "iso-cts",
+    "dc",
+    "wudi",
     "tsv",
 )
 """Methods whose α is chosen on validation images."""
+
+STEPS = {
+    "lines": ("--layer-scale", "lines"),
+    "larv": ("--layer-scale", "larv"),
+    "calibrated": ("--calibrate",),
+}
+"""Steps before and after a method, by the name of their runs."""
+
+STEPPED = ("tsv", "wudi", "dc", "iso-cts", "task-arithmetic")
+"""Methods that are run with each step they allow."""
+
+ALONE = {
+    "iso-c-1": ("--method", "iso-c"),
+    "iso-cts-1": ("--method", "iso-cts"),
+    "dc-1": ("--method", "dc"),
+    "wudi-1": ("--method", "wudi"),
+    "wudi-swudi-1": ("--method", "wudi", "--wudi-filter", "swudi"),
+    "wudi-tact-1": ("--method", "wudi", "--wudi-filter", "tact"),
+    "tsv-lines-1": STEPS["lines"],
+    "tsv-larv-1": STEPS["larv"],
+    "tsv-calibrated-1": STEPS["calibrated"],
+    "wudi-larv-1": ("--method", "wudi", *STEPS["larv"]),
+    "task-arithmetic-calibrated-1": ("--method", "task-arithmetic", *STEPS["calibrated"]),
+}
+"""What is known without any image: α = 1."""
 
 VARIANTS = {
     "procrustes": ("--precision", "exact"),
@@ -127,12 +154,12 @@ def references(seed: Seed) -> dict[str, Accuracies]:
     return {"base": seed.accuracies(seed.models / "base", seed.tasks), "fine-tuned": own}
 
 
-def method(seed: Seed, count: int, name: str) -> dict[str, Any]:
-    """Results of a method with α chosen on validation images."""
+def method(seed: Seed, count: int, name: str, *options: object) -> dict[str, Any]:
+    """Results of a method, and steps, with α chosen on validation images."""
     tasks = seed.tasks[:count]
     images = (*seed.options(tasks, "validation"), "--limit", VALIDATION_IMAGES)
     alphas = f"{ALPHAS},{MORE_ALPHAS[name]}" if name in MORE_ALPHAS else ALPHAS
-    found = seed.merged(tasks, "--method", name, "--alphas", alphas, *images)
+    found = seed.merged(tasks, "--method", name, *options, "--alphas", alphas, *images)
     tuning = found["report"]["tuning"]
     return {
         "alpha": tuning["alpha"],
@@ -201,6 +228,18 @@ def _vision_bytes(folder: Path) -> int:
         return sum(weights.get_tensor(name).nbytes for name in names)
 
 
+def stepped() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Methods with a step, as pairs of a method and its options, by the name of their runs."""
+    from hf_tsv.methods.catalogue import METHODS as ROWS
+
+    return {
+        f"{name}+{step}": (name, options)
+        for name in STEPPED
+        for step, options in STEPS.items()
+        if step != "calibrated" or ROWS[name].calibrates
+    }
+
+
 def all_runs(seed: Seed, counts: Sequence[int]) -> dict[str, Callable[[], Any]]:
     """Runs of a seed by the name they are kept under.
 
@@ -218,6 +257,10 @@ def all_runs(seed: Seed, counts: Sequence[int]) -> dict[str, Callable[[], Any]]:
         add("tsv-default", count, plain)
         for name in METHODS:
             add(name, count, method, name)
+        for name, (row, options) in stepped().items():
+            add(name, count, method, row, *options)
+        for name, options in ALONE.items():
+            add(name, count, plain, *options)
         add("ada", count, adapted)
         for name, options in VARIANTS.items():
             add(name, count, plain, *options)

@@ -132,12 +132,14 @@ def pinned(entry: Mapping[str, str | None]) -> str:
 
 
 def method_text(settings: Mapping[str, Any]) -> str:
-    """Method of a merge, with α if it has one."""
+    """Method of a merge, with α if it has one, and its steps."""
     from hf_tsv.methods.catalogue import METHODS
+    from hf_tsv.recipes.settings import steps_of
 
     name = settings["method"]
     has_alpha = name not in METHODS or METHODS[name].alpha is not None
-    return f"{name}, α = {settings['alpha']:g}" if has_alpha else str(name)
+    alpha = [f"α = {settings['alpha']:g}"] if has_alpha else []
+    return ", ".join([str(name), *alpha, *steps_of(settings)])
 
 
 def _page(url: str | None) -> str:

@@ -67,6 +67,7 @@ class Method:
             for 1/T. See [`hf_tsv.methods.calibration`].
         learns (`bool`): a coefficient of each task in each weight is learned on images first, for
             shares that are those of TSV-Merge.
+        options (`tuple[str, ...]`): settings that no other method has.
         card (`str`): what the card says after “merged by hf-tsv”; by default the name.
         package (`str`): `NAME==VERSION` of the package it comes from; empty for a method of ours.
     """
@@ -84,6 +85,7 @@ class Method:
     forms: Literal["projections", "covariance"] | None = None
     calibrates: Literal["one", "share"] | None = None
     learns: bool = False
+    options: tuple[str, ...] = ()
     card: str = ""
     package: str = ""
 
@@ -158,7 +160,7 @@ BUILT_IN = (
     Method(
         "wudi", "hf_tsv.methods.wudi:wudi",
         "answers on the inputs that each task's update shows",
-        source="2503.08099", forms="covariance", calibrates="one",
+        source="2503.08099", forms="covariance", calibrates="one", options=("wudi_filter",),
     ),
     Method(
         "tall-mask", "hf_tsv.methods.sums:total",

@@ -73,7 +73,7 @@ def lines(sizes: Iterable[tuple[float, float]], tasks: int, depths: Mapping[str,
 
 @dataclass(frozen=True)
 class Likeness:
-    """What LARV measures of the update of one task in one weight.
+    """Measures, for LARV, of the update of one task in one weight.
 
     Args:
         contrast (`float`): e, effective rank of W0 over that of Δ.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -88,15 +88,14 @@ def _within(delta: Update, columns: Tensor) -> Tensor:
 
 def _solved(deltas: list[Update], updates: Updates, kind: WudiFilter) -> tuple[Tensor, int]:
     """M of M C = D, and how many decompositions took a second routine."""
-    norms = [float(dense(delta).norm()) for delta in deltas]
-    if not any(norms):
+    size = max(_largest(delta) for delta in deltas)
+    if not size:
         return torch.zeros_like(dense(deltas[0])), 0
-    weights = [1.0] * len(norms)
-    if kind != "tact":
-        weights = [1 / norm**2 if norm else 0.0 for norm in norms]
-    floors = zip(weights, updates.floors, strict=True)
-    noise = sum(weight * floor**2 for weight, floor in floors)
-    tasks = [_Weighted(delta, weight, kind) for delta, weight in zip(deltas, weights, strict=True)]
+    scale = 2.0 ** math.frexp(size)[1]  # so that no power of an entry leaves the range
+    tasks = [_Scaled(delta, scale, kind) for delta in deltas]
+    tasks = [replace(task, weight=task.own_weight()) for task in tasks]
+    floors = zip(tasks, updates.floors, strict=True)
+    noise = sum(task.weight * (floor / scale) ** 2 for task, floor in floors)
     count = partial(_directions, kind, updates.shape[1], noise)
     ways = {"exact": _by_svd, "fast": _by_covariance}
     eigen, target, exact = ways[updates.how.precision](tasks, count)
@@ -107,29 +106,46 @@ def _solved(deltas: list[Update], updates: Updates, kind: WudiFilter) -> tuple[T
         inverse = share / values
     image = product(target, vectors.mT) * inverse
     if kind == "tact":
-        return product(image, vectors), exact
+        return product(image, vectors).mul_(scale), exact
     total = torch.zeros_like(target)
-    for delta in deltas:
-        total += dense(delta)
+    for task in tasks:
+        total += task.delta()
     image -= product(total, vectors.mT) * share
-    return total.add_(product(image, vectors)), exact
+    return total.add_(product(image, vectors)).mul_(scale), exact
+
+
+def _largest(delta: Update) -> float:
+    """Largest absolute entry of an update, or its largest singular value."""
+    return products.largest_entry(delta if isinstance(delta, Tensor) else delta.S[:1])
 
 
 @dataclass(frozen=True)
-class _Weighted:
-    """A task with its weight in C and D."""
+class _Scaled:
+    """A task divided by a scale, with its weight in C and D."""
 
     update: Update
-    weight: float
+    scale: float
     kind: WudiFilter
+    weight: float = 1.0
+
+    def delta(self) -> Tensor:
+        """Δᵢ, scaled, in the working precision."""
+        return dense(self.update) / self.scale
+
+    def own_weight(self) -> float:
+        """wᵢ; 0 for what is nothing beside the other tasks."""
+        if self.kind == "tact":
+            return 1.0
+        square = float(self.delta().square().sum())
+        return 1 / square if square > torch.finfo(torch.float64).tiny else 0.0
 
     def parts(self) -> tuple[Tensor, Tensor]:
-        """Δᵢ, and R of the covariance RᵀR, in the working precision."""
-        delta = dense(self.update)
+        """Δᵢ, and R of the covariance RᵀR, both scaled."""
+        delta = self.delta()
         return delta, _trimmed(delta) if self.kind == "tact" else delta
 
 
-def _by_svd(tasks: Sequence[_Weighted], count: Count) -> tuple[Eigen, Tensor, int]:
+def _by_svd(tasks: Sequence[_Scaled], count: Count) -> tuple[Eigen, Tensor, int]:
     """Leading eigenpairs of C by the SVD of its root, and D."""
     rows = [task.parts()[1] * math.sqrt(task.weight) for task in tasks]
     _, S, Vh = svd(torch.cat(rows))
@@ -138,11 +154,11 @@ def _by_svd(tasks: Sequence[_Weighted], count: Count) -> tuple[Eigen, Tensor, in
     return Eigen(values[:kept], Vh[:kept]), _target(tasks), 1
 
 
-def _by_covariance(tasks: Sequence[_Weighted], count: Count) -> tuple[Eigen, Tensor, int]:
+def _by_covariance(tasks: Sequence[_Scaled], count: Count) -> tuple[Eigen, Tensor, int]:
     """Leading eigenpairs of C, and D."""
-    delta = dense(tasks[0].update)
+    delta = tasks[0].delta()
     m, n = delta.shape
-    covariance, target = delta.new_zeros(n, n), delta.new_zeros(m, n)
+    covariance, target = delta.new_zeros(n, n), torch.zeros_like(delta)
     del delta
     for task in tasks:
         delta, rows = task.parts()
@@ -151,6 +167,7 @@ def _by_covariance(tasks: Sequence[_Weighted], count: Count) -> tuple[Eigen, Ten
             _add_upper(own, rows, task.weight)
             covariance += own
             target += product(delta, symmetric(own))
+            del own
         else:
             _add_upper(covariance, rows, task.weight)
         del delta, rows
@@ -170,7 +187,7 @@ def _called(job: Callable[[], Any]) -> Any:
     return job()
 
 
-def _target(tasks: Sequence[_Weighted]) -> Tensor:
+def _target(tasks: Sequence[_Scaled]) -> Tensor:
     """D = Σᵢ wᵢ Δᵢ Sᵢ."""
     target: Tensor | None = None
     for task in tasks:
@@ -182,9 +199,9 @@ def _target(tasks: Sequence[_Weighted]) -> Tensor:
 
 
 def _directions(kind: WudiFilter, n: int, noise: float, values: Tensor) -> int:
-    """How many of the leading eigenvectors of C (n, n) a filter uses, of eigenvalues descending.
+    """Number of leading eigenvectors of C (n, n) that a filter uses.
 
-    They may be fewer than n, where all others are known to be 0.
+    The eigenvalues descend; they may be fewer than n, where all others are known to be 0.
     """
     floor = max(n * torch.finfo(values.dtype).eps * float(values[0]), noise)
     above = int((values > floor).sum())

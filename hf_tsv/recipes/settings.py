@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from hf_tsv.checkpoints.names import Format
 from hf_tsv.linalg.choices import Dtype as Dtype  # noqa: PLC0414
@@ -59,6 +59,20 @@ def refuse_no_report(settings: Settings) -> None:
     if settings.row.vectors is None:
         problem = f"The method {settings.method} uses no singular vectors, so it has no report."
         raise UsageError(problem, "Omit `report=True`, or use `hf-tsv interference`.")
+
+
+def steps_of(settings: Mapping[str, Any]) -> list[str]:
+    """What is done besides the method, and its own choices, as parts of a sentence.
+
+    Example:
+        >>> steps_of({"calibrate": True, "layer_scale": "none"})
+        ['singular values calibrated']
+    """
+    said = [f"filter {settings['wudi_filter']}"] if settings.get("wudi_filter") else []
+    said += ["singular values calibrated"] if settings.get("calibrate") else []
+    scales = {"lines": "layers scaled by depth (LiNeS)", "larv": "tasks scaled by layer (LARV)"}
+    scale = scales.get(settings.get("layer_scale", "none"))
+    return [*said, scale] if scale else said
 
 
 def current_versions() -> dict[str, str]:
@@ -155,8 +169,10 @@ class Settings:
 
     def _refuse_steps(self) -> None:
         """Refuse what is done besides the rule of the method where it has no meaning."""
-        if self.wudi_filter is not None and self.method != "wudi":
-            raise UsageError(f"The method {self.method} has no filter.", "Omit `wudi_filter=`.")
+        for name in {option for row in METHODS.values() for option in row.options}:
+            if getattr(self, name, None) is not None and name not in self.row.options:
+                problem = f"{argument(name)} is no choice of the method {self.method}."
+                raise UsageError(problem, "Omit it.")
         if self.calibrate and self.row.calibrates is None:
             able = ", ".join(name for name, row in METHODS.items() if row.calibrates)
             problem = f"The method {self.method} cannot be calibrated."

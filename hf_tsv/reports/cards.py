@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hf_tsv.checkpoints.layout import MODEL_CLASSES, is_clip
 from hf_tsv.checkpoints.reference import at_revision, card_datasets, repo_id_of
-from hf_tsv.recipes.settings import current_versions
+from hf_tsv.recipes.settings import current_versions, steps_of
 from hf_tsv.reports.kept import stored_text
 from hf_tsv.reports.templates import cell, command, counted, environment, plain
 
@@ -174,6 +174,7 @@ class MergeCard(Card):
         """Choices of the method, as a part of a sentence."""
         settings, row = self.recipe.settings, self.method
         said = [] if row.alpha is None else [f"α = {settings.alpha:g}"]
+        said += steps_of(asdict(settings))
         if row.ranks in ("share", "free"):
             share = 100 * (settings.rank_fraction or 1 / len(self.inputs))
             kept = f"{share:.3g}% of the singular directions of each task"
@@ -190,7 +191,7 @@ class MergeCard(Card):
             others = ("other tensor (bias, norm, …) was", "other tensors (biases, norms, …) were")
         how = {"sum": "summed", "entries": "combined"}.get(row.of, "averaged")
         how = "summed" if self.masks else how
-        name = "TSV-Merge" if row.ranks == "share" else f"`{row.name}`"
+        name = "TSV-Merge" if row.ranks == "share" and row.vectors else f"`{row.name}`"
         matrices = counted(merged, "weight matrix was", "weight matrices were")
         unchanged = counted(copied, "unchanged tensor comes", "unchanged tensors come")
         said = [f"{matrices} merged with {name}"] if merged else []

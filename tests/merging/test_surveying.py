@@ -155,7 +155,7 @@ def test_processes_streams_and_recipes_give_the_same_bytes(tmp_path: Path, deep:
     ("options", "problem"),
     [
         (("--method", "iso-c", "--calibrate"), "The method iso-c cannot be calibrated."),
-        (("--wudi-filter", "tact"), "The method tsv has no filter."),
+        (("--wudi-filter", "tact"), "--wudi-filter is no choice of the method tsv."),
         (("--method", "tall-mask", "--layer-scale", "larv"),
          "The method tall-mask scales no layers."),
         (("--layer-scale", "deep"), "'deep'"),
