@@ -89,7 +89,8 @@ def largest_eigen(gram: Tensor, count: Callable[[Tensor], int]) -> tuple[Eigen, 
     Pairs that do not fit the matrix are computed again by another routine.
 
     Args:
-        gram (`Tensor`): positive semidefinite, shape (n, n), float64, with both triangles.
+        gram (`Tensor`): positive semidefinite, shape (n, n), float64, with both triangles; on the
+            CPU a triangle is overwritten meanwhile.
         count (`Callable`): given all eigenvalues, descending.
 
     Returns:
@@ -110,7 +111,12 @@ def largest_eigen(gram: Tensor, count: Callable[[Tensor], int]) -> tuple[Eigen, 
 
 
 def _by_tridiagonal_form(gram: Tensor, count: Callable[[Tensor], int]) -> Eigen:
-    return Eigen(*lapack.leading_eigh(lapack.padded(gram), count))
+    diagonal = gram.diagonal().clone()
+    try:
+        return Eigen(*lapack.leading_eigh(gram, count))
+    finally:  # of its triangles, LAPACK has left the lower one as it was
+        _mirror(gram.mT)
+        gram.diagonal().copy_(diagonal)
 
 
 def _by_torch(gram: Tensor, count: Callable[[Tensor], int]) -> Eigen:
@@ -140,10 +146,16 @@ def gram_matrix(a: Tensor) -> Tensor:
 
 def symmetric(gram: Tensor) -> Tensor:
     """A Gram matrix from [`gram_matrix`] with its lower triangle filled in, in the same memory."""
-    n = gram.shape[0]
-    for start in range(0, n if gram.device.type == "cpu" else 0, TILE):
-        stop = min(start + TILE, n)
-        corner = gram[start:stop, start:stop]
-        corner.copy_(corner.triu() + corner.triu(1).mT)
-        gram[stop:, start:stop] = gram[start:stop, stop:].mT
+    if gram.device.type == "cpu":
+        _mirror(gram)
     return gram
+
+
+def _mirror(upper: Tensor) -> None:
+    """Copy the upper triangle of a matrix into its lower one."""
+    n = upper.shape[0]
+    for start in range(0, n, TILE):
+        stop = min(start + TILE, n)
+        corner = upper[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).mT)
+        upper[stop:, start:stop] = upper[start:stop, stop:].mT

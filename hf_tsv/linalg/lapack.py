@@ -100,7 +100,7 @@ def one_thread() -> Iterator[None]:
 def gram(a: Tensor) -> Tensor:
     """aᵀ a of a (m, n), contiguous or transposed, in the upper triangle; the rest is anything."""
     m, n = a.shape
-    result = _room(n)
+    result = room(n)
     if a.is_contiguous():
         _call("dsyrk", "L", "N", n, m, 1.0, a, n, 0.0, result, result.stride(0))
     else:
@@ -109,12 +109,8 @@ def gram(a: Tensor) -> Tensor:
     return result
 
 
-def padded(matrix: Tensor) -> Tensor:
-    """A copy of a symmetric matrix (n, n), in the room that is best for it."""
-    return _room(len(matrix)).copy_(matrix)
-
-
-def _room(n: int) -> Tensor:
+def room(n: int) -> Tensor:
+    """Memory for a symmetric matrix (n, n), with rows of the length that is best for it."""
     return _doubles(n, n + (PADDING if n % PAGE == 0 else 0))[:, :n]
 
 
@@ -178,7 +174,19 @@ def leading_eigh(
         "dormtr", "L", "L", "N", n, count, upper, wide, reflectors, vectors, n, work, work.numel(),
         info,
     )  # fmt: skip
-    return values[:count].flip(0), vectors.flip(0), every
+    _reverse(vectors)
+    return values[:count].flip(0), vectors, every
+
+
+def _reverse(rows: Tensor) -> None:
+    """Turn the order of the rows of a matrix around, with little memory of its own."""
+    n = len(rows)
+    for start in range(0, n // 2, BLOCK):
+        stop = min(start + BLOCK, n // 2)
+        first, last = rows[start:stop], rows[n - stop : n - start]
+        kept = first.flip(0)
+        first.copy_(last.flip(0))
+        last.copy_(kept)
 
 
 def _all_eigenvalues(diagonal: Tensor, beside: Tensor) -> Tensor:

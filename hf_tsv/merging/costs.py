@@ -127,7 +127,7 @@ def _computing(weight: Weight, threads: int, measure: bool) -> int:
 def _calibrating(weight: Weight) -> int:
     """Bytes for calibrating the singular values of a merged update."""
     (m, n), k = weight.shape, min(weight.shape)
-    return 8 * (4 * m * n + 4 * k * k + 2 * k * (m + n))
+    return 8 * (6 * m * n + 4 * k * k + 3 * k * (m + n))
 
 
 def _surveying(weight: Weight, threads: int) -> int:
@@ -146,7 +146,7 @@ def _ruling(weight: Weight, threads: int, measure: bool) -> int:
         return result
     (m, n), columns = weight.shape, weight.rank * tasks
     if weight.forms == "covariance":
-        return 8 * (4 * n * n + 7 * m * n + 2 * min(m, n) ** 2)
+        return 8 * (3 * n * n + 14 * m * n + 2 * min(m, n) ** 2)
     vectors = 8 * columns * (m + n)
     one_task = 8 * (m * n + 4 * min(m, n) ** 2 + 4 * weight.rank * (m + n))
     inner = min(columns, max(m, n))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_tsv.linalg.products import in_working_precision, product
+from hf_tsv.linalg.products import for_each, in_working_precision, product
 from hf_tsv.linalg.updates import Update, dense, matrix_of
 from hf_tsv.methods.sums import sum_update
 
@@ -95,8 +95,8 @@ def likenesses(base: Tensor, deltas: Sequence[Update]) -> list[Likeness]:
     w0 = in_working_precision(base.mT if turned else base).contiguous()
     gram = product(w0, w0.mT)
     rank, norm = _effective_rank(gram), math.sqrt(float(gram.trace()))
-    found = []
-    for delta in deltas:
+
+    def measured(delta: Update) -> Likeness:
         change = dense(delta)
         change = (change.mT if turned else change).contiguous()
         own, mixed = product(change, change.mT), product(w0, change.mT)
@@ -105,8 +105,9 @@ def likenesses(base: Tensor, deltas: Sequence[Update]) -> list[Likeness]:
         squares = float(mixed.square().sum()), float((gram * own).sum())
         first, second = (math.sqrt(max(0.0, 2 * (square - crossed))) for square in squares)
         commutator = (first + second) / (2 * norm * size) if norm and size else 0.0
-        found.append(Likeness(rank / max(_effective_rank(own), 1.0), commutator))
-    return found
+        return Likeness(rank / max(_effective_rank(own), 1.0), commutator)
+
+    return for_each(measured, list(deltas))
 
 
 def _effective_rank(gram: Tensor) -> float:

@@ -20,10 +20,11 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_tsv.linalg import products
+from hf_tsv.linalg import lapack, products
 from hf_tsv.linalg.choices import WudiFilter
 from hf_tsv.linalg.eigen import Eigen, largest_eigen, symmetric
 from hf_tsv.linalg.products import chain, for_each, product
@@ -57,13 +58,17 @@ def wudi(updates: Updates) -> MergedUpdate:
     entries.
     """
     kind, deltas = updates.how.wudi_filter, list(updates.deltas)
+    device = deltas[0].device if isinstance(deltas[0], Tensor) else deltas[0].S.device
+    if device.type == "mps":  # which has no float64
+        deltas = [delta.to(torch.device("cpu")) for delta in deltas]
     reduced = None if kind == "tact" else _row_space(deltas, updates.shape)
     given: list[Update] = deltas
     if reduced is not None:
         given = [_within(delta, reduced) for delta in deltas]
     del deltas
     merged, exact = _solved(given, updates, kind)
-    return MergedUpdate(merged if reduced is None else product(merged, reduced.mT), exact=exact)
+    merged = merged if reduced is None else product(merged, reduced.mT)
+    return MergedUpdate(merged.float().to(device) if device.type == "mps" else merged, exact=exact)
 
 
 def _row_space(deltas: Sequence[Update], shape: tuple[int, ...]) -> Tensor | None:
@@ -92,25 +97,31 @@ def _solved(deltas: list[Update], updates: Updates, kind: WudiFilter) -> tuple[T
     if not size:
         return torch.zeros_like(dense(deltas[0])), 0
     scale = 2.0 ** math.frexp(size)[1]  # so that no power of an entry leaves the range
-    tasks = [_Scaled(delta, scale, kind) for delta in deltas]
-    tasks = [replace(task, weight=task.own_weight()) for task in tasks]
+    tasks = [_Scaled.of(delta, scale, kind) for delta in deltas]
     floors = zip(tasks, updates.floors, strict=True)
     noise = sum(task.weight * (floor / scale) ** 2 for task, floor in floors)
     count = partial(_directions, kind, updates.shape[1], noise)
-    ways = {"exact": _by_svd, "fast": _by_covariance}
-    eigen, target, exact = ways[updates.how.precision](tasks, count)
+    if updates.how.precision == "exact":
+        eigen, target, exact = _by_svd(tasks, count)
+    else:
+        covariance, begun = _equation(tasks)
+        found = _solution(tasks, covariance, begun, noise) if kind == "tact" else None
+        if found is not None:
+            return found.mul_(scale), 0
+        eigen, target, exact = _by_covariance(tasks, covariance, begun, count)
+        del covariance
     values, vectors = eigen.values, eigen.vectors
     inverse, share = 1 / values, torch.ones_like(values)
     if kind == "swudi":
         share = -torch.expm1(-values * STEPS)
         inverse = share / values
-    image = product(target, vectors.mT) * inverse
+    image = product(target, vectors.mT).mul_(inverse)
     if kind == "tact":
         return product(image, vectors).mul_(scale), exact
-    total = torch.zeros_like(target)
+    total = target.zero_()
     for task in tasks:
         total += task.delta()
-    image -= product(total, vectors.mT) * share
+    image -= product(total, vectors.mT).mul_(share)
     return total.add_(product(image, vectors)).mul_(scale), exact
 
 
@@ -121,28 +132,37 @@ def _largest(delta: Update) -> float:
 
 @dataclass(frozen=True)
 class _Scaled:
-    """A task divided by a scale, with its weight in C and D."""
+    """A task divided by a scale, its weight in C and D, and the least entry of its R, if any is."""
 
     update: Update
     scale: float
-    kind: WudiFilter
     weight: float = 1.0
+    least: float | None = None
+
+    @staticmethod
+    def of(update: Update, scale: float, kind: WudiFilter) -> _Scaled:
+        """A task with weight 1 and an R of its larger half; or with R = Δᵢ and wᵢ = 1/‖Δᵢ‖².
+
+        What is nothing beside the other tasks weighs 0.
+        """
+        task = _Scaled(update, scale)
+        if kind == "tact":
+            return replace(task, least=_median(task.delta()))
+        square = products.frobenius_norm(task.delta()) ** 2
+        weighs = square > torch.finfo(torch.float64).tiny
+        return replace(task, weight=1 / square if weighs else 0.0)
 
     def delta(self) -> Tensor:
         """Δᵢ, scaled, in the working precision."""
-        return dense(self.update) / self.scale
-
-    def own_weight(self) -> float:
-        """wᵢ; 0 for what is nothing beside the other tasks."""
-        if self.kind == "tact":
-            return 1.0
-        square = float(self.delta().square().sum())
-        return 1 / square if square > torch.finfo(torch.float64).tiny else 0.0
+        delta = dense(self.update)
+        return delta / self.scale if delta is self.update else delta.div_(self.scale)
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """Δᵢ, and R of the covariance RᵀR, both scaled."""
         delta = self.delta()
-        return delta, _trimmed(delta) if self.kind == "tact" else delta
+        if self.least is None:
+            return delta, delta
+        return delta, torch.where(delta.abs() >= self.least, delta, 0)
 
 
 def _by_svd(tasks: Sequence[_Scaled], count: Count) -> tuple[Eigen, Tensor, int]:
@@ -154,15 +174,17 @@ def _by_svd(tasks: Sequence[_Scaled], count: Count) -> tuple[Eigen, Tensor, int]
     return Eigen(values[:kept], Vh[:kept]), _target(tasks), 1
 
 
-def _by_covariance(tasks: Sequence[_Scaled], count: Count) -> tuple[Eigen, Tensor, int]:
-    """Leading eigenpairs of C, and D."""
+def _equation(tasks: Sequence[_Scaled]) -> tuple[Tensor, Tensor | None]:
+    """C, and D where C of one task is the way to it."""
     delta = tasks[0].delta()
     m, n = delta.shape
-    covariance, target = delta.new_zeros(n, n), torch.zeros_like(delta)
+    on_cpu = delta.device.type == "cpu"
+    covariance = lapack.room(n).zero_() if on_cpu else delta.new_zeros(n, n)
+    target = torch.zeros_like(delta) if n <= m else None
     del delta
     for task in tasks:
         delta, rows = task.parts()
-        if n <= m:  # then C of one task is the way to D too
+        if target is not None:
             own = torch.zeros_like(covariance)
             _add_upper(own, rows, task.weight)
             covariance += own
@@ -171,8 +193,31 @@ def _by_covariance(tasks: Sequence[_Scaled], count: Count) -> tuple[Eigen, Tenso
         else:
             _add_upper(covariance, rows, task.weight)
         del delta, rows
-    symmetric(covariance)
-    if n <= m:
+    return symmetric(covariance), target
+
+
+def _solution(
+    tasks: Sequence[_Scaled], covariance: Tensor, target: Tensor | None, noise: float
+) -> Tensor | None:
+    """M = D C⁻¹ by Cholesky's method, where all eigenvalues of C are above its noise."""
+    n = len(covariance)
+    lowered = covariance.clone()
+    floor = n * torch.finfo(covariance.dtype).eps * float(covariance.trace())
+    lowered.diagonal().sub_(max(floor, noise))
+    if int(torch.linalg.cholesky_ex(lowered).info):
+        return None
+    del lowered
+    factor = torch.linalg.cholesky(covariance)
+    target = _target(tasks) if target is None else target
+    solved: Tensor = torch.cholesky_solve(target.mT, factor).mT.contiguous()
+    return solved
+
+
+def _by_covariance(
+    tasks: Sequence[_Scaled], covariance: Tensor, target: Tensor | None, count: Count
+) -> tuple[Eigen, Tensor, int]:
+    """Leading eigenpairs of C, and D."""
+    if target is not None:
         eigen, again = largest_eigen(covariance, count)
         return eigen, target, int(again)
     jobs: list[Callable[[], Any]] = [
@@ -213,14 +258,15 @@ def _directions(kind: WudiFilter, n: int, noise: float, values: Tensor) -> int:
     return min(above, math.ceil(float(roots.sum().square() / roots.square().sum())))
 
 
-def _trimmed(delta: Tensor) -> Tensor:
-    """Δ̃: the larger half of the entries, 0 elsewhere."""
+def _median(delta: Tensor) -> float:
+    """Smallest absolute value in the larger half of the entries, 0 for all."""
     size = delta.abs().flatten()
     dropped = size.numel() - max(1, round(TRIMMED_SHARE * size.numel()))
     if not dropped:
-        return delta
-    least = size.kthvalue(dropped + 1).values
-    return torch.where(size.view_as(delta) >= least, delta, 0)
+        return 0.0
+    if size.device.type != "cpu":
+        return float(size.kthvalue(dropped + 1).values)
+    return float(np.partition(size.numpy(), dropped)[dropped])  # several times as fast
 
 
 def _add_upper(total: Tensor, rows: Tensor, weight: float) -> None:

@@ -62,7 +62,7 @@ def refuse_no_report(settings: Settings) -> None:
 
 
 def steps_of(settings: Mapping[str, Any]) -> list[str]:
-    """What is done besides the method, and its own choices, as parts of a sentence.
+    """Steps besides the method, and its own choices, as parts of a sentence.
 
     Example:
         >>> steps_of({"calibrate": True, "layer_scale": "none"})
