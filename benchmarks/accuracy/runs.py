@@ -252,12 +252,13 @@ def all_runs(seed: Seed, counts: Sequence[int]) -> dict[str, Callable[[], Any]]:
     def add(name: str, count: int, measure: Callable[..., Any], *arguments: object) -> None:
         runs[f"{name}-{count}"] = lambda: measure(seed, count, *arguments)
 
+    ends = (min(counts), max(counts))
     for count in counts:
         add("average", count, plain, "--method", "average")
         add("tsv-default", count, plain)
         for name in METHODS:
             add(name, count, method, name)
-        for name, (row, options) in stepped().items():
+        for name, (row, options) in stepped().items() if count in ends else ():
             add(name, count, method, row, *options)
         for name, options in ALONE.items():
             add(name, count, plain, *options)
