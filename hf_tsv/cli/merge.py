@@ -10,7 +10,7 @@ from hf_tsv.checkpoints.names import RECIPE_FILE, Format
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import NotOffered, Only, call
 from hf_tsv.cli.output import Out, method_text, pinned, shown, table
-from hf_tsv.cli.usage import numbers
+from hf_tsv.cli.usage import factors
 from hf_tsv.linalg.choices import LayerScale, Orthogonalizer, Precision, WudiFilter
 from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.system.errors import UsageError
@@ -57,8 +57,16 @@ class MethodOptions:
         "Scale of the merged update. [default: 1; 0.3 for task-arithmetic, low-rank and consensus]",
     ] = None
     weights: Annotated[
-        str | None, "W1,W2,...", "Factor of each task's update. [default: 1 for all]"
+        list[str] | None, "W1,W2,...", "Factor of each task; or org/a=0.7,... [default: 1]"
     ] = None
+    scale: Annotated[
+        list[str] | None,
+        "GLOB=F",
+        "Factor of α in some weights; with TASK:GLOB=F of that task's update; repeatable.",
+    ] = None
+    keep_base: Annotated[list[str] | None, "GLOB", "Weights that stay the base's; repeatable."] = (
+        None
+    )
     precision: Annotated[
         Precision | None, "fast: each result is checked; exact: float64 SVDs. [default: fast]"
     ] = None
@@ -128,8 +136,8 @@ def merge(
 
 def settings(result: ResultOptions, how: MethodOptions) -> dict[str, Any]:
     """Arguments of a function whose options have another form."""
-    weights = None if how.weights is None else numbers("weights", how.weights)
-    return {**how.ranks.arguments(), "weights": weights, "max_shard_size": result.files.shard_size}
+    chosen = {**how.ranks.arguments(), **factors(vars(how))}
+    return {**chosen, "max_shard_size": result.files.shard_size}
 
 
 def told(out: Out, report: MergeReport, result: ResultOptions, run: options.RunOptions) -> None:
@@ -142,6 +150,7 @@ def _summary(report: MergeReport) -> str:
         f"Merged {counted(len(report.inputs), 'checkpoint')} in {report.seconds:.1f} s:"
         f" {human_bytes(report.output_bytes)}.",
         f"{_treated(report)}.",
+        *(f"{line}." for line in report.selected),
     ]
     if report.adaptation:
         before, after = report.adaptation["entropy"]
@@ -182,11 +191,13 @@ def _treated(report: MergeReport) -> str:
 
 def _preview(report: MergeReport, result: ResultOptions) -> str:
     rows = [("base model", pinned(report.base_model))]
-    rows += [(f"task {i}", pinned(entry)) for i, entry in enumerate(report.inputs, start=1)]
+    tasks = zip(report.inputs, report.scales, strict=True)
+    for i, (entry, scale) in enumerate(tasks, start=1):
+        rows.append((f"task {i}", pinned(entry) + (f", times {scale:g}" if scale != 1 else "")))
     ranks = [entry["rank"] for entry in report.treatments.values() if entry.get("rank")]
     rows += [("method", method_text(report.settings))]
     rows += [("rank", _span(ranks))] if ranks else []
-    rows += [("weights", part) for part in _treated(report).split(", ")]
+    rows += [("weights", part) for part in (*_treated(report).split(", "), *report.selected)]
     rows += [("head", f"{file}, of {name}") for file, name in report.heads.items()]
     if report.masks:
         rows.append(("masks", f"{human_bytes(report.mask_bytes)} at most"))

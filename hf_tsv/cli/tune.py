@@ -67,7 +67,16 @@ def tune(
     ] = None,
     how: Annotated[
         merging.MethodOptions,
-        Only("weights", "precision", "layer_scale", "calibrate", "wudi_filter", "ranks"),
+        Only(
+            "weights",
+            "scale",
+            "keep_base",
+            "precision",
+            "layer_scale",
+            "calibrate",
+            "wudi_filter",
+            "ranks",
+        ),
     ],
     compute: Annotated[options.ComputeOptions, Only("device", "max_memory")],
     run: options.RunOptions,

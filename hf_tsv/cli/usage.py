@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_tsv.recipes.compressing import Options, RankRule
-from hf_tsv.recipes.settings import Settings, refuse_no_report, scales_of
+from hf_tsv.recipes.scaling import factors_of
+from hf_tsv.recipes.settings import Settings, refuse_no_report
 from hf_tsv.system.checks import check_counts, size_in_bytes
 from hf_tsv.system.errors import HfTsvError, UsageError
 
 T = TypeVar("T")
 
 REFERENCES = ("checkpoints", "checkpoint", "factors", "reference")
+
+NAMED = re.compile("(.+?)=([^=,]*)(?:,|$)")
+"""Name and number in `a=1,b=0.5`; a name may have commas and equals signs."""
+
+EXAMPLES = {"weights": "Example: org/a=0.7,org/b=1.", "scale": "Example: vision_model.*=0.5."}
 
 
 def checked(command: Callable[..., None]) -> Callable[..., None]:
@@ -34,6 +41,7 @@ def checked(command: Callable[..., None]) -> Callable[..., None]:
 
 def _check(given: Mapping[str, Any], names: Mapping[str, Any]) -> None:
     """Make of the options given, by name, what the verb makes of them; `names` has all options."""
+    given = {**given, **factors(given)}
     check_counts(limit=given.get("limit"), batch_size=given.get("batch_size"))
     if "max_memory" in given:
         size_in_bytes(given["max_memory"], name="max_memory")
@@ -44,8 +52,7 @@ def _check(given: Mapping[str, Any], names: Mapping[str, Any]) -> None:
         if given.get("report"):
             refuse_no_report(settings)
     if "recipe" in names and "recipe" not in given:
-        weights = given.get("weights")
-        scales_of(given.get("checkpoints", []), weights and numbers("weights", weights))
+        factors_of(given.get("checkpoints", []), given.get("weights"), given.get("scale", {}))
     if "push_to" in names:
         from hf_tsv.runs.target import Target
 
@@ -92,3 +99,37 @@ def numbers(name: str, text: str) -> Sequence[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"`{name}=` must be numbers (got {text!r}).", "Example: 1,0.5.") from None
+
+
+def factors(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a verb for the options about factors that are given; an empty text is none."""
+    found: dict[str, Any] = {}
+    for name in ("weights", "scale", "keep_base"):
+        texts = given.get(name)
+        if texts is None:
+            continue
+        texts = [text for text in texts if text]
+        if name == "scale" or (name == "weights" and any("=" in text for text in texts)):
+            found[name] = _by_name(name, texts)
+        else:
+            found[name] = numbers(name, ",".join(texts)) if name == "weights" else texts
+    return found
+
+
+def _by_name(option: str, texts: Sequence[str]) -> dict[str, float]:
+    """Numbers by name of texts such as `NAME=1`, each name once; weights also between commas."""
+    found: dict[str, float] = {}
+    for text in texts:
+        pairs = NAMED.findall(text) if option == "weights" else [text.rpartition("=")[::2]]
+        if not all(name for name, _ in pairs) or (option == "weights" and NAMED.sub("", text)):
+            problem = f"`{option}=` must be NAME=NUMBER (got {text!r})."
+            raise UsageError(problem, EXAMPLES[option])
+        for name, number in pairs:
+            if name in found:
+                raise UsageError(f"`{option}=` names {name} twice.", "Give it one number.")
+            try:
+                found[name] = float(number)
+            except ValueError:
+                problem = f"`{option}=` gives {name} {number!r}, which is no number."
+                raise UsageError(problem, EXAMPLES[option]) from None
+    return found

@@ -111,7 +111,8 @@ def fitting(
 
 def _reading(weight: Weight) -> int:
     """Bytes for reading one checkpoint's weight: its own values, and the same in float32."""
-    return 0 if weight.treatment == "copied" else 4 * 2 * prod(weight.shape)
+    unread = weight.treatment == "copied" and not weight.is_kept
+    return 0 if unread else 4 * 2 * prod(weight.shape)
 
 
 def _computing(weight: Weight, threads: int, measure: bool) -> int:

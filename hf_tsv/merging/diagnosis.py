@@ -105,9 +105,9 @@ def _same_updates(inputs: Sequence[Task], findings: Findings) -> Iterator[Diagno
 def _large_norms(
     inputs: Sequence[Task], scales: Sequence[float], findings: Findings
 ) -> Iterator[Diagnosis]:
-    sizes = [norm * abs(s) for norm, s in zip(findings.norms(), scales, strict=True)]
+    sizes = findings.merged_norms()
     for i, norm in enumerate(sizes):
-        usual = median([other for j, other in enumerate(sizes) if j != i and scales[j]] or [norm])
+        usual = median([other for j, other in enumerate(sizes) if j != i and other] or [norm])
         if usual and norm >= FAR_ABOVE * usual:
             text = (
                 f"The update of {inputs[i]} is {norm / usual:.1f} times as large as those of the"
@@ -158,13 +158,14 @@ def _frozen_towers(
     inputs: Sequence[Task], scales: Sequence[float], plan: MergePlan, findings: Findings
 ) -> Iterator[Diagnosis]:
     """Warnings about towers that a task left unchanged and others changed."""
-    held = {weight.label: weight.inputs for weight in plan.weights}
+    planned = {weight.label: weight for weight in plan.weights}
     for prefix, tower in TOWERS.items():
         weights = [w for w in findings.weights if w.label.startswith(prefix)]
         changed = {task for weight in weights for task in weight.tasks}
         for i, item in enumerate(inputs):
-            has_it = any(i in held[weight.label] for weight in weights)
-            if changed and i not in changed and has_it and scales[i]:
+            own = [planned[w.label] for w in weights if i in planned[w.label].inputs]
+            known = all(weight.factor_of(i) and not weight.is_kept for weight in own)
+            if changed and i not in changed and own and known and scales[i]:
                 text = f"{item} left the {tower} tower as it was, which others changed."
                 yield Diagnosis("frozen-tower", text, 0.0, 0.0, (i,))
 

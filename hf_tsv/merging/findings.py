@@ -14,7 +14,7 @@ from hf_tsv.checkpoints.storage.tensors import fingerprint
 from hf_tsv.methods.interference import Interference
 from hf_tsv.runs.reading import Seconds
 
-TUPLES = ("ranks", "tasks", "norms", "rounded_base", "likeness")
+TUPLES = ("ranks", "tasks", "norms", "factors", "rounded_base", "likeness")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Finding:
         exact (`int`): number of decompositions that took a full SVD.
         frozen (`bool`): planned to change, but equal to the base in every checkpoint.
         norms (`tuple[float, ...]`): ‖Δ‖, Frobenius, of each of `tasks`; `base_norm` is ‖W0‖.
+        factors (`tuple[float, ...]`): factor of the update of each of `tasks` in the merge.
         rounded_base (`tuple[tuple[float, float], ...]`): evidence of each of `tasks` that W0 was
             rounded after they were made of it, see `hf_tsv.linalg.grids.evidence_of_rounding`.
         update_norm (`float`): ‖Δ‖, Frobenius, of the merged update, if it is written in 16 bits;
@@ -43,6 +44,7 @@ class Finding:
     frozen: bool = False
     tasks: tuple[int, ...] = ()
     norms: tuple[float, ...] = ()
+    factors: tuple[float, ...] = ()
     base_norm: float = 0.0
     interference: Interference | None = None
     rounded_base: tuple[tuple[float, float], ...] = ()
@@ -104,6 +106,14 @@ class Findings:
         for found in self.weights:
             for task, norm in zip(found.tasks, found.norms, strict=True):
                 squares[task] += norm * norm
+        return [math.sqrt(square) for square in squares]
+
+    def merged_norms(self) -> list[float]:
+        """‖Δ‖ of every task over all weights, times its factor in each."""
+        squares = [0.0] * self.inputs
+        for found in self.weights:
+            for task, norm, factor in zip(found.tasks, found.norms, found.factors, strict=True):
+                squares[task] += (norm * factor) ** 2
         return [math.sqrt(square) for square in squares]
 
     def changed(self, task: int) -> tuple[float, float]:

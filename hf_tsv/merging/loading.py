@@ -157,6 +157,8 @@ class Reader:
         changes = self._changes(weight, w0, digests, read)
         if weight.together:
             deltas = list(changes)
+        elif weight.is_kept:
+            self._note_digests(weight, w0, digests)
         elif weight.treatment != "copied":
             update = self._combined(weight, changes)
             if update is not None and weight.treatment == "averaged":
@@ -168,6 +170,7 @@ class Reader:
             weight.label, frozen=not read and weight.treatment != "copied", digests=digests,
             seconds=seconds, tasks=tasks, likeness=_products([one.sample for one in read]),
             norms=tuple(one.norm for one in read), base_norm=norm_of(w0.tensor) if read else 0.0,
+            factors=tuple(one.factor for one in read),
             rounded_base=tuple(one.rounded_base for one in read),
         )  # fmt: skip
         floors = tuple(one.floor for one in read)
@@ -190,26 +193,36 @@ class Reader:
         averaged, decomposed = (weight.treatment == t for t in ("averaged", "decomposed"))
         coefficients = self.merge.coefficients.get(weight.label) if averaged else None
         for i in weight.inputs:
-            task, scale = self.sources.inputs[i], self.merge.task_scale(weight, i)
+            task, scale = self.sources.inputs[i], self.merge.scales[i] * weight.factor_of(i)
             with named(weight.label, [task]):
                 change = task.change(w0, decomposed=decomposed, digests=digests.get(i))
             if change is not None and scale != 0.0:
                 refuse_huge(weight.label, task, change.update, scale)
                 update = scaled(change.update, scale)
-                facts = change.floor * abs(scale), change.norm, _sample(update)
+                facts = scale, change.floor * abs(scale), change.norm, _sample(update)
                 read.append(_Read(i, *facts, change.rounded_base))
                 yield update if coefficients is None else scaled(update, coefficients[i])
                 del update
             del change  # before the next one is made
 
+    def _note_digests(
+        self, weight: Weight, w0: Original, digests: Mapping[int, dict[str, str]]
+    ) -> None:
+        """Read a weight that is not merged of local folders: their fingerprints include it."""
+        for i in weight.inputs:
+            if i in digests:
+                self.sources.inputs[i].change(w0, digests=digests[i])
+
 
 @dataclass(frozen=True)
 class _Read:
-    """Facts that are kept of the update of one task: ‖Δ‖ before it is scaled, then its storage
-    noise, the entries by which it is compared with others, and the evidence of a rounded base.
+    """Facts that are kept of the update of one task: its factor and ‖Δ‖ before it is scaled, then
+    its storage noise, the entries by which it is compared with others, and the evidence of a
+    rounded base.
     """
 
     task: int
+    factor: float
     floor: float
     norm: float
     sample: Tensor

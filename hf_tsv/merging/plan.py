@@ -19,6 +19,7 @@ from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.storage.tensors import TensorInfo, TensorSpec
 from hf_tsv.checkpoints.storage.writer import ShardPlan, plan_shards
 from hf_tsv.linalg.updates import default_rank, rank_at
+from hf_tsv.recipes.scaling import kept
 from hf_tsv.recipes.settings import AVERAGED_BY_DEFAULT, Qkv, Settings
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import counted
@@ -28,6 +29,9 @@ NEGLIGIBLE_ENERGY = 0.01
 
 Treatment = Literal["decomposed", "averaged", "summed", "combined", "copied"]
 """`combined`: entry by entry, of all tasks at once."""
+
+KEPT = "kept from the base"
+"""Reason of a weight that is copied because the user says so."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class Weight:
         forms (`str`, *optional*): matrices that the method forms besides, see [`Method`].
         calibrated (`bool`): singular values of the merged update are calibrated by the tasks.
         surveyed (`bool`): each task is scaled by what is measured of its update.
+        alpha_factor (`float`): factor of α in this weight.
+        task_factors (`tuple[float, ...]`): factor of the update of every checkpoint in this
+            weight, beside its factor in all weights; empty if all are 1.
     """
 
     names: tuple[str, ...]
@@ -54,11 +61,22 @@ class Weight:
     forms: str | None = None
     calibrated: bool = False
     surveyed: bool = False
+    alpha_factor: float = 1.0
+    task_factors: tuple[float, ...] = ()
 
     @property
     def together(self) -> bool:
-        """Whether the updates of all tasks are needed at once."""
+        """Tell whether the updates of all tasks are needed at once."""
         return self.treatment in ("decomposed", "combined") or self.calibrated
+
+    def factor_of(self, task: int) -> float:
+        """Factor of the update of a checkpoint in this weight."""
+        return self.task_factors[task] if self.task_factors else 1.0
+
+    @property
+    def is_kept(self) -> bool:
+        """Tell whether it is copied although checkpoints may have changed it."""
+        return self.reason == KEPT
 
     @property
     def label(self) -> str:
@@ -177,6 +195,8 @@ def _treat(
         return weight("copied", "no checkpoint has it")
     if not prod(shape):
         return weight("copied", "empty")
+    if kept(names, settings.keep_base):
+        return weight("copied", KEPT)
     method = settings.row
     if method.of == "mean":
         return weight(method.treatment)

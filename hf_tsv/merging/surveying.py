@@ -14,7 +14,7 @@ from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.linalg import products
 from hf_tsv.merging.costs import steps
 from hf_tsv.merging.loading import LoadedWeight, known_before, merged_update, read_weights
-from hf_tsv.merging.plan import Weight
+from hf_tsv.merging.plan import MergePlan, Weight
 from hf_tsv.merging.work import Merge
 from hf_tsv.methods.layer_scales import Layers, Likeness, larv, likenesses, lines, size, sum_of
 from hf_tsv.runs.reading import named
@@ -27,7 +27,7 @@ def surveyed(merge: Merge, sources: Sources, device: torch.device, *, visible: b
     Tasks are scaled before the method looks at them, and what is merged of them is scaled last.
     """
     if merge.settings.layer_scale == "larv":
-        merge = replace(merge, layers=_of_tasks(merge, sources, device, visible=visible))
+        merge = replace(merge, plan=_by_task(merge, sources, device, visible=visible))
     if merge.settings.row.before:
         merge = replace(merge, known=known_before(merge, sources))
     if merge.settings.layer_scale == "lines":
@@ -35,8 +35,8 @@ def surveyed(merge: Merge, sources: Sources, device: torch.device, *, visible: b
     return merge
 
 
-def _of_tasks(merge: Merge, sources: Sources, device: torch.device, *, visible: bool) -> Layers:
-    """Factors of LARV for each task in each weight that is merged as a matrix."""
+def _by_task(merge: Merge, sources: Sources, device: torch.device, *, visible: bool) -> MergePlan:
+    """The plan with factors of LARV for each task in each weight that is merged as a matrix."""
     weights = [replace(w, treatment="decomposed") for w in merge.plan.weights if w.surveyed]
     found: dict[int, dict[str, Likeness]] = defaultdict(dict)
 
@@ -48,14 +48,19 @@ def _of_tasks(merge: Merge, sources: Sources, device: torch.device, *, visible: 
 
     _visit("Measuring layers", weights, measure, merge, sources, device, visible)
     depths = {label: (block + 1) / count for label, block, count in _places(weights)}
-    factors: dict[str, dict[int, float]] = defaultdict(dict)
-    for task, measured in found.items():
-        for label, factor in larv(measured, depths).items():
-            factors[label][task] = factor
+    factors = {task: larv(measured, depths) for task, measured in found.items()}
     every = [factor for own in factors.values() for factor in own.values()]
     if every:
         logger.info("Updates are scaled by %.2f to %.2f (LARV).", min(every), max(every))
-    return Layers(of_tasks=dict(factors))
+
+    def with_factors(weight: Weight) -> Weight:
+        own = [
+            weight.factor_of(i) * factors.get(i, {}).get(weight.label, 1.0)
+            for i in range(len(merge.factors))
+        ]
+        return replace(weight, task_factors=tuple(own)) if set(own) != {1.0} else weight
+
+    return replace(merge.plan, weights=tuple(map(with_factors, merge.plan.weights)))
 
 
 def _by_depth(merge: Merge, sources: Sources, device: torch.device, *, visible: bool) -> Layers:
@@ -80,7 +85,7 @@ def _by_depth(merge: Merge, sources: Sources, device: torch.device, *, visible: 
         if BLOCK.match(label)
     }
     layers = lines(sizes, tasks, depths)
-    first, last = (layers.start or 0.0), (layers.start or 0.0) + merge.settings.alpha
+    first, last = layers.start, layers.start + merge.settings.alpha
     logger.info("Updates are scaled by %.3g in the first block to %.3g in the last.", first, last)
     return layers
 

@@ -17,9 +17,11 @@ from hf_tsv.merging.costs import Parallelism, fitting, noted_bytes, peak_memory
 from hf_tsv.merging.diagnosis import Diagnosis, diagnoses
 from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.plan import MergePlan, Weight, make_plan, resolved
+from hf_tsv.merging.scaling import scaled
 from hf_tsv.methods.layer_scales import Layers
 from hf_tsv.recipes.recipe import PinnedInput, Recipe, pinned_text
-from hf_tsv.recipes.settings import Settings, scales_of, versions_of
+from hf_tsv.recipes.scaling import Factor, Weights, factors_of
+from hf_tsv.recipes.settings import Settings, versions_of
 from hf_tsv.system import memory
 from hf_tsv.system.checks import size_in_bytes
 from hf_tsv.system.errors import RecipeError, UsageError
@@ -39,7 +41,7 @@ class Merge:
 
     Args:
         references (`tuple[str, ...]`): the tasks, pinned; so is `base`.
-        scales (`tuple[float, ...]`): factor of each task's update.
+        factors (`tuple[Factor, ...]`): factor of each task's update.
         warnings (`tuple[str, ...]`): warnings so far.
         expected (`tuple[str | None, ...]`): fingerprints of local folders in a recipe; base last.
         recipe_device (`str`, *optional*): type of device in a recipe.
@@ -52,12 +54,12 @@ class Merge:
             ada; `adaptation` says how they are learned, or were.
         tuning ([`AlphaSearch`], *optional*): how α was chosen.
         allow_other_base (`bool`): merge even what seems to be fine-tuned from another model.
-        layers ([`Layers`], *optional*): factors of layers, once they are measured.
+        layers ([`Layers`], *optional*): factors of layers by depth, once they are measured.
     """
 
     references: tuple[str, ...]
     base: str
-    scales: tuple[float, ...]
+    factors: tuple[Factor, ...]
     settings: Settings
     plan: MergePlan
     warnings: tuple[str, ...]
@@ -75,15 +77,16 @@ class Merge:
     allow_other_base: bool = False
     layers: Layers | None = None
 
-    def task_scale(self, weight: Weight, task: int) -> float:
-        """Factor of the update of a task in one weight."""
-        own = {} if self.layers is None else self.layers.of_tasks
-        return self.scales[task] * own.get(weight.label, {}).get(task, 1.0)
-
     def alpha_of(self, weight: Weight, alpha: float | None = None) -> float:
         """Factor of the merged update of one weight, for the α of the settings or another."""
         alpha = self.settings.alpha if alpha is None else alpha
-        return alpha if self.layers is None else self.layers.factor(weight.label, alpha)
+        alpha = alpha if self.layers is None else self.layers.factor(weight.label, alpha)
+        return alpha * weight.alpha_factor
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Factor of each task's update in all weights."""
+        return tuple(one.weight for one in self.factors)
 
     def within(self, max_memory: int | str | None, sources: Sources) -> Merge:
         """The same merge with as much parallelism as the memory of this process allows."""
@@ -112,7 +115,7 @@ class Merge:
             "verb": self.verb,
             "base_model": identity_entry(sources.base),
             "inputs": [identity_entry(item) for item in sources.inputs],
-            "weights": self.scales,
+            "weights": [asdict(one) for one in self.factors],
             "settings": asdict(self.settings),
             "tensors": {n: [str(t.dtype), t.shape] for n, t in self.plan.specs.items()},
             "versions": versions_of(self.settings.row),
@@ -164,7 +167,7 @@ def _is_other_base(diagnosis: Diagnosis) -> bool:
 def prepare(
     checkpoints: Sequence[str],
     base_ref: str | None,
-    scales: Sequence[float] | None,
+    weights: Weights | Sequence[Factor] | None,
     settings: Settings,
     access: Access = DEFAULT_ACCESS,
     warnings: Sequence[str] = (),
@@ -176,19 +179,21 @@ def prepare(
 
     Args:
         base_ref (`str`, *optional*): default: the base they agree on.
-        scales (`Sequence[float]`, *optional*): factor of each task's update; default: 1.
+        weights (`Sequence` or `Mapping`, *optional*): factor of each task's update, in order or by
+            name; default: 1. The settings may name tasks in `scale` too.
         writes (`bool`): a checkpoint is to be written, which needs a processor.
         only_factors (`bool`): the tasks must be task factors.
     """
-    scales = scales_of(checkpoints, scales)
     if settings.layer_scale == "lines" and len(checkpoints) == 1:
         problem = "`layer_scale=lines` scales what is merged of several tasks, and there is one."
         raise UsageError(problem, "Omit it, or name more checkpoints.")
+    scale, factors = factors_of(checkpoints, weights, settings.scale)
     sources = open_sources(checkpoints, base_ref, access, only_factors=only_factors)
     for warning in sources.warnings:  # what they say may explain why the plan is refused
         logger.warning(warning)
-    settings = resolved(sources.base, settings)
+    settings = replace(resolved(sources.base, settings), scale=scale)
     plan = make_plan(sources.base, sources.inputs, settings)
+    plan = scaled(plan, sources.inputs, settings, factors)
     missing = companions.warnings(sources.base) if writes else []
     if len(checkpoints) == 1 and sources.inputs[0].is_whole and settings.alpha == 1:
         logger.info("%s is the only checkpoint: it is not merged with another.", *sources.inputs)
@@ -198,7 +203,7 @@ def prepare(
     merge = Merge(
         references=tuple(pinned_text(item.pinned) for item in sources.inputs),
         base=pinned_text(sources.base.pinned),
-        scales=tuple(scales),
+        factors=tuple(factors),
         settings=settings,
         plan=plan,
         warnings=(*sources.warnings, *later),
@@ -217,7 +222,7 @@ def _alpha_warnings(alpha: float) -> list[str]:
 def refuse_unchanged(plan: MergePlan, sources: Sources) -> None:
     """Find inputs that equal the base before the first decomposition: smallest weights first."""
     base = sources.base
-    names = (n for w in plan.weights if w.treatment != "copied" for n in w.names)
+    names = (n for w in plan.weights if w.treatment != "copied" or w.is_kept for n in w.names)
     by_size = sorted(names, key=lambda name: base.tensors[name].nbytes)
     for item in sources.inputs:
         held = (name for name in by_size if name in item.tensors)
@@ -231,12 +236,16 @@ def of_recipe(recipe: Recipe, access: Access) -> tuple[Merge, Sources]:
     merge, sources = prepare(
         [pinned_text(item) for item in recipe.inputs],
         None if base is None else pinned_text(base),
-        [item.weight for item in recipe.inputs],
+        [Factor(item.weight, item.scale) for item in recipe.inputs],
         recipe.settings,
         access,
         warnings=_version_warnings(recipe),
     )
-    merged = {w.label for w in merge.plan.weights if w.treatment in ("decomposed", "averaged")}
+    merged = {
+        w.label
+        for w in merge.plan.weights
+        if w.treatment in ("decomposed", "averaged") or w.is_kept
+    }
     if unknown := sorted(map(str, recipe.coefficients.keys() - merged)):
         problem = f"The recipe has coefficients of {unknown[0]}, which is not a merged weight."
         raise RecipeError(problem, "Use the recipe as it was written.")
@@ -268,14 +277,15 @@ def recipe_of(done: Merged) -> Recipe:
     """The recipe that repeats a merge; this machine remembers where its local folders are."""
     merge, sources = done.merge, done.sources
 
-    def pinned(item: Task, key: int, scale: float = 1.0) -> PinnedInput:
+    def pinned(item: Task, key: int, factor: Factor) -> PinnedInput:
         fingerprint = done.findings.fingerprint(key) if item.pinned.is_local else None
         places.note(fingerprint, item.pinned)
-        return PinnedInput(item.pinned.name, item.pinned.revision, fingerprint, scale)
+        own = factor.weight, dict(factor.scale)
+        return PinnedInput(item.pinned.name, item.pinned.revision, fingerprint, *own)
 
     return Recipe(
-        pinned(sources.base, -1),
-        tuple(pinned(item, i, merge.scales[i]) for i, item in enumerate(sources.inputs)),
+        pinned(sources.base, -1, Factor()),
+        tuple(pinned(item, i, merge.factors[i]) for i, item in enumerate(sources.inputs)),
         merge.settings,
         done.device.type,
         versions_of(merge.settings.row),

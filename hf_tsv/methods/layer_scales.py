@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,24 +24,18 @@ STEEPNESS, DEPTH_POWER = 3.0, 0.5
 
 @dataclass(frozen=True)
 class Layers:
-    """Factors of the layers of one merge.
+    """Factors of the merged update by depth.
 
     Args:
-        start (`float`, *optional*): factor of the merged update in the first block, and outside of
-            blocks; None: α everywhere.
+        start (`float`): factor in the first block, and outside of blocks.
         depths (`dict[str, float]`): depth of each weight in a block, 0 to 1, by its label.
-        of_tasks (`dict[str, dict[int, float]]`): factor of the update of a task before the merge,
-            by label and index of the task; 1 if there is none.
     """
 
-    start: float | None = None
-    depths: Mapping[str, float] = field(default_factory=dict)
-    of_tasks: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    start: float
+    depths: Mapping[str, float]
 
     def factor(self, label: str, alpha: float) -> float:
         """Factor of the merged update of a weight."""
-        if self.start is None:
-            return alpha
         return self.start + alpha * self.depths.get(label, 0.0)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from hf_tsv.methods.catalogue import METHODS
+from hf_tsv.methods.catalogue import METHODS, Method
 from hf_tsv.recipes.images import EvaluationTask, listed
+from hf_tsv.system import processes
 from hf_tsv.system.checks import check_counts, check_number, choice
 from hf_tsv.system.errors import UsageError
 
@@ -184,6 +185,26 @@ def to_learn(
     if learns:
         return Adaptation(tasks, **given)
     return AlphaSearch(tasks, **{"alphas": ALPHAS, **given})
+
+
+def refuse_no_images(method: Method, adaptation: Adaptation | None) -> None:
+    """Refuse a method that learns without images, and images for one that does not."""
+    if method.learns and adaptation is None:
+        problem = f"The method {method.name} learns from images, and there are none."
+        raise UsageError(problem, "Use `tune`, and name images of each task.")
+    if adaptation is not None and not method.learns:
+        problem = f"The method {method.name} does not learn from images."
+        raise UsageError(problem, "Use `method=ada`.")
+
+
+def refuse_no_search(method: Method, alpha: float | None) -> None:
+    """Refuse to choose an α that is given, that the method has not, or in several processes."""
+    if alpha is not None:
+        raise UsageError("`alpha=` and a search for α cannot be combined.", "Give one.")
+    if method.learns or method.alpha is None:
+        problem = f"The method {method.name} has no α to choose."
+        raise UsageError(problem, "Use `merge` instead.")
+    processes.alone("The choice of α", ", then repeat with `alpha=`")
 
 
 def alphas_of(text: str) -> list[float]:

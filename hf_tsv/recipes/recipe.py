@@ -13,6 +13,7 @@ from hf_tsv.checkpoints.names import RECIPE_FILE
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.recipes.learning import Adaptation
+from hf_tsv.recipes.scaling import checked_scale
 from hf_tsv.recipes.settings import Settings, current_versions
 from hf_tsv.system.checks import check_number
 from hf_tsv.system.errors import RecipeError, UsageError, public
@@ -37,12 +38,14 @@ class PinnedInput:
         revision (`str`, *optional*): commit sha, for a repository.
         fingerprint (`str`, *optional*): sha256 of the weights used, for a folder.
         weight (`float`): factor of this task's update.
+        scale (`dict[str, float]`): further factors of it by glob, in the weights that match.
     """
 
     ref: str
     revision: str | None = None
     fingerprint: str | None = None
     weight: float = 1.0
+    scale: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("ref", "revision", "fingerprint"):
@@ -52,6 +55,7 @@ class PinnedInput:
                 raise RecipeError(f"The {name} of an input is {said}.", "Write a string.")
         check_number(f"The weight of {self.ref}", self.weight)
         object.__setattr__(self, "weight", float(self.weight))
+        object.__setattr__(self, "scale", checked_scale(self.scale, f"The scale of {self.ref}"))
 
     @property
     def is_folder(self) -> bool:
@@ -110,6 +114,9 @@ class Recipe:
             **{k: v for k, v in asdict(self.settings).items() if v is not None},
             "exclude": list(self.settings.exclude),
         }
+        for name in ("scale", "keep_base", "layer_scale", "calibrate"):
+            if content[name] == getattr(Settings(), name):
+                del content[name]
         if self.base_model is not None:
             base = _known(self.base_model)
             content["base_model"] = {k: v for k, v in base.items() if k != "weight"}
@@ -181,7 +188,7 @@ class Recipe:
         if type(allowed) is not bool:
             said = f"allow_other_base is {shortened(allowed)}."
             raise RecipeError(said, "Write true or false.")
-        if base is not None and base.weight != 1:
+        if base is not None and (base.weight != 1 or base.scale):
             raise RecipeError(f"{source} gives base_model a weight; only inputs have one.")
         if not isinstance(device, str):
             raise RecipeError(f"device is {shortened(device)}.", "Write a string.")
@@ -252,7 +259,7 @@ def _refuse_not_installed(content: dict[str, Any]) -> None:
 
 
 def _known(item: PinnedInput) -> dict[str, Any]:
-    return {key: value for key, value in asdict(item).items() if value is not None}
+    return {key: value for key, value in asdict(item).items() if value not in (None, {})}
 
 
 def pinned_text(item: PinnedInput | PinnedCheckpoint) -> str:

@@ -11,6 +11,7 @@ from hf_tsv.checkpoints import places
 from hf_tsv.checkpoints.names import RECIPE_FILE
 from hf_tsv.checkpoints.reference import parse, pin
 from hf_tsv.recipes.recipe import PinnedInput, Recipe, pinned_text
+from hf_tsv.recipes.scaling import Weights, by_name
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.system.errors import HfTsvError, RecipeError
 from hf_tsv.system.folders import local_kind
@@ -48,9 +49,14 @@ def load(recipe: str | Path | Recipe, access: Access) -> tuple[Recipe, Path | No
 
 
 def changed(
-    recipe: Recipe, given: Mapping[str, Any], weights: Sequence[float] | None, base: str | None
+    recipe: Recipe, given: Mapping[str, Any], weights: Weights | None, base: str | None
 ) -> Recipe:
-    """The recipe with settings, weights and a base model that are given beside it; tells each."""
+    """The recipe with settings, weights and a base model that are given beside it; tells each.
+
+    Tasks that weights by name do not name keep those of the recipe; `scale` replaces that of all.
+    """
+    if "scale" in given:
+        recipe = _with_names(recipe)
     own = asdict(recipe.settings)
     for first, second in (("rank", "rank_fraction"), ("rank_fraction", "rank")):
         if first in given:
@@ -62,6 +68,8 @@ def changed(
     for name in own:
         _tell(name, getattr(settings, name), getattr(recipe.settings, name))
     inputs, before = recipe.inputs, recipe.base_model
+    if isinstance(weights, Mapping):
+        weights = by_name([i.ref for i in inputs], weights, [i.weight for i in inputs])
     if weights is not None:
         if len(weights) != len(inputs):
             counts = counted(len(weights), "weight"), counted(len(inputs), "input")
@@ -79,9 +87,17 @@ def changed(
     return replace(recipe, settings=settings, inputs=inputs, base_model=before)
 
 
+def _with_names(recipe: Recipe) -> Recipe:
+    """The same recipe, whose settings have the factors of its inputs by name."""
+    named = {f"{i.ref}:{glob}": factor for i in recipe.inputs for glob, factor in i.scale.items()}
+    settings = replace(recipe.settings, scale={**recipe.settings.scale, **named})
+    inputs = tuple(replace(item, scale={}) for item in recipe.inputs)
+    return replace(recipe, settings=settings, inputs=inputs)
+
+
 def _tell(name: str, value: object, before: object) -> None:
     if value != before:
-        new, old = ("not set" if one is None else one for one in (value, before))
+        new, old = ("not set" if one in (None, (), {}) else one for one in (value, before))
         logger.info("%s is %s here, and %s in the recipe.", name, new, old)
 
 

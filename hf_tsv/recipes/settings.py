@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -11,9 +11,10 @@ from hf_tsv.checkpoints.names import Format
 from hf_tsv.linalg.choices import Dtype as Dtype  # noqa: PLC0414
 from hf_tsv.linalg.choices import LayerScale, Orthogonalizer, Precision, WudiFilter
 from hf_tsv.methods.catalogue import METHODS, Method
+from hf_tsv.recipes.scaling import checked_scale
 from hf_tsv.system.checks import argument, check_counts, check_number, choice, size_in_bytes
 from hf_tsv.system.errors import UsageError
-from hf_tsv.system.text import counted, shortened
+from hf_tsv.system.text import shortened
 from hf_tsv.system.version import __version__
 
 Qkv = Literal["split", "fused"]
@@ -30,21 +31,6 @@ def share(name: str, value: float | None) -> float | None:
     if not 0 < value <= 1:
         raise UsageError(f"{argument(name)} must be above 0 and at most 1 (got {float(value):g}).")
     return float(value)
-
-
-def scales_of(checkpoints: Sequence[object], weights: Sequence[float] | None) -> list[float]:
-    """Factor of each task's update; 1 without weights."""
-    if not checkpoints:
-        raise UsageError("No checkpoint given.", "Name the fine-tunes to merge.")
-    scales = [1.0] * len(checkpoints) if weights is None else list(weights)
-    if len(scales) != len(checkpoints):
-        counts = f"{counted(len(scales), 'number')} for {counted(len(checkpoints), 'checkpoint')}"
-        raise UsageError(f"`weights=` has {counts}.", "Give one number for each checkpoint.")
-    for scale in scales:
-        check_number("Each of `weights=`", scale)
-    if not any(scales):
-        raise UsageError("`weights=` are all 0.", "Give at least one task another weight.")
-    return list(map(float, scales))
 
 
 def refuse_one_alone(checkpoints: Sequence[object]) -> None:
@@ -117,6 +103,8 @@ class Settings:
     layer_scale: LayerScale = "none"
     calibrate: bool = False
     wudi_filter: WudiFilter | None = None
+    scale: dict[str, float] = field(default_factory=dict)
+    keep_base: tuple[str, ...] = ()
 
     @property
     def row(self) -> Method:
@@ -153,12 +141,18 @@ class Settings:
             )
         check_counts(rank=self.rank)
         object.__setattr__(self, "rank_fraction", share("rank_fraction", self.rank_fraction))
-        globs: object = self.exclude
-        if not isinstance(globs, list | tuple) or not all(isinstance(g, str) for g in globs):
-            raise UsageError(
-                f"`exclude=` must be a list of names or globs (got {shortened(globs)})."
-            )
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        for name in ("exclude", "keep_base"):
+            globs: object = getattr(self, name)
+            if not isinstance(globs, list | tuple) or not all(isinstance(g, str) for g in globs):
+                said = (
+                    f"{argument(name)} must be a list of names or globs (got {shortened(globs)})."
+                )
+                raise UsageError(said)
+            object.__setattr__(self, name, tuple(globs))
+        object.__setattr__(self, "scale", checked_scale(self.scale))
+        if self.row.alpha is None and any(":" not in key for key in self.scale):
+            why = f"The method {self.method} has no α to scale."
+            raise UsageError(why, "Name a task: `scale=TASK:GLOB=FACTOR`.")
         size_in_bytes(self.max_shard_size, name="max_shard_size")
         for name in ("keep_heads", "calibrate"):
             if type(value := getattr(self, name)) is not bool:

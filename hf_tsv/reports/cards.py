@@ -122,7 +122,7 @@ class MergeCard(Card):
 
     `counts` has the number of tensors by treatment, `left_out` the task heads not kept by
     checkpoint, `heads` the tasks whose heads are kept, `masks` the folders of TALL-masks, `dtype`
-    the type of the weights.
+    the type of the weights, `selected` lines on the weights that are scaled or kept.
     """
 
     template: ClassVar[str] = "merge.md.jinja"
@@ -139,6 +139,7 @@ class MergeCard(Card):
     masks: Sequence[str] = ()
     tuning: AlphaSearch | None = None
     warnings: Sequence[str] = ()
+    selected: Sequence[str] = ()
     interference: InterferenceReport | None = None
     picture: Picture | None = None
 

@@ -23,7 +23,10 @@ class MergeReport(Report):
         warnings (`list[str]`): what the user should know.
         method (`str`): see [`Settings`].
         settings (`dict`): every choice, see [`Settings`].
-        treatments (`dict[str, dict]`): per weight its treatment, rank and reason.
+        treatments (`dict[str, dict]`): per weight its treatment, rank and reason, and if they are
+            not 1 the `alpha_factor` and the `task_factors` that `scale` gives it.
+        scales (`list[float]`): factor of each task's update.
+        selected (`list[str]`): lines on the weights that are scaled or kept from the base.
         left_out (`dict[str, list[str]]`): task heads not kept, by checkpoint.
         heads (`dict[str, str]`): files of the task heads that are kept, and of which checkpoint.
         masks (`dict[str, str]`): folders of the TALL-masks, and of which checkpoint.
@@ -58,6 +61,8 @@ class MergeReport(Report):
     download_bytes: int
     peak_memory_bytes: int
     settings: dict[str, Any] = field(default_factory=dict)
+    scales: list[float] = field(default_factory=list)
+    selected: list[str] = field(default_factory=list)
     tuning: dict[str, Any] | None = None
     adaptation: dict[str, Any] | None = None
     exact_decompositions: int = 0

@@ -203,7 +203,7 @@ def summary(done: Merged, seconds: float) -> InterferenceReport:
         weights=weights,
         blocks=blocks,
         kinds=kinds,
-        spectra=_spectra(list(measured.values()), done.merge.scales),
+        spectra=_spectra(list(measured.values()), findings.inputs),
         diagnoses=[asdict(found) for found in done.diagnoses],
         warnings=done.warnings,
         seconds=round(seconds, 3),
@@ -212,19 +212,19 @@ def summary(done: Merged, seconds: float) -> InterferenceReport:
     )
 
 
-def _spectra(weights: Sequence[Finding], scales: Sequence[float]) -> dict[str, list[Any]]:
+def _spectra(weights: Sequence[Finding], tasks: int) -> dict[str, list[Any]]:
     """Spectrum of each task over all weights, as shares of its largest σ and of its whole energy.
 
     The triplets that factors do not keep count as energy, and are not known.
     """
-    sigmas, energies = np.zeros((2, len(scales), len(RANK_SHARES)))
-    whole = np.zeros((len(scales), 1))
+    sigmas, energies = np.zeros((2, tasks, len(RANK_SHARES)))
+    whole = np.zeros((tasks, 1))
     for weight in weights:
         assert weight.interference is not None
         own = list(weight.tasks)
         sigmas[own] += np.square(weight.interference.spectra)
         energies[own] += weight.interference.energies
-        whole[own, 0] += np.square(np.multiply(weight.norms, [scales[i] for i in own]))
+        whole[own, 0] += np.square(np.multiply(weight.norms, weight.factors))
     tiny = np.finfo(float).tiny
     return {
         "rank_share": list(RANK_SHARES),
@@ -245,7 +245,7 @@ def _tasks(done: Merged, pairs: Tensor) -> list[dict[str, Any]]:
         for weight in findings.weights:
             if weight.interference is not None and i in weight.tasks:
                 place = weight.tasks.index(i)
-                square = (weight.norms[place] * done.merge.scales[i]) ** 2
+                square = (weight.norms[place] * weight.factors[place]) ** 2
                 energy += square
                 kept += weight.interference.kept[place]
                 effective += square * weight.interference.effective_ranks[place]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -27,6 +27,7 @@ from hf_tsv.linalg.choices import (
     Precision,
     WudiFilter,
 )
+from hf_tsv.merging import scaling
 from hf_tsv.merging.building import built, follow
 from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.masking import mask_bytes, mask_folders, write_masks
@@ -41,6 +42,7 @@ from hf_tsv.merging.work import (
 )
 from hf_tsv.methods.catalogue import MethodName
 from hf_tsv.recipes import repeating
+from hf_tsv.recipes.learning import refuse_no_images, refuse_no_search
 from hf_tsv.recipes.recipe import Recipe
 from hf_tsv.recipes.settings import Qkv, Settings, refuse_no_report
 from hf_tsv.reports import cards, drawing, pictures
@@ -71,10 +73,12 @@ def merge(
     precision: Precision | None = None,
     alpha: float | None = None,
     tune_alpha: AlphaSearch | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
     rank: int | None = None,
     rank_fraction: float | None = None,
     exclude: str | Sequence[str] | None = None,
+    scale: Mapping[str, float] | None = None,
+    keep_base: str | Sequence[str] | None = None,
     qkv: Qkv | None = None,
     dtype: AnyDtype | None = None,
     max_shard_size: int | str | None = None,
@@ -123,11 +127,16 @@ def merge(
         alpha (`float`, *optional*): α, scale of the merged update; default: 1, and 0.3 for the
             sums `task-arithmetic`, `low-rank` and `consensus` unless they are calibrated.
         tune_alpha ([`AlphaSearch`], *optional*): choose α on validation images instead.
-        weights (`Sequence[float]`, *optional*): factor of each task's update.
+        weights (`Sequence[float]` or `Mapping[str, float]`, *optional*): factor of each task's
+            update, in order, or by the names of some: `{"org/a": 0.7}`.
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
         rank_fraction (`float`, *optional*): the same as a share of k.
         exclude (`Sequence[str]`, *optional*): globs of weights that are averaged instead; default:
             `text_projection.weight`.
+        scale (`Mapping[str, float]`, *optional*): factors by `GLOB`, of α in the weights that
+            match, or by `TASK:GLOB`, of one task's update there; where several match, their
+            product.
+        keep_base (`Sequence[str]`, *optional*): globs of weights that stay exactly the base's.
         qkv (`str`, *optional*): `split` or `fused` attention projections; default: as the base
             stores them.
         dtype (`str` or `torch.dtype`, *optional*): `float32`, `float16` or `bfloat16`, also as
@@ -195,7 +204,8 @@ def merge(
             given: dict[str, Any] = {
                 "method": method, "orthogonalizer": orthogonalizer, "alpha": alpha, "rank": rank,
                 "rank_fraction": rank_fraction, "qkv": qkv, "dtype": dtype,
-                "exclude": None if exclude is None else tuple(listed(exclude)),
+                "exclude": None if exclude is None else tuple(listed(exclude)), "scale": scale,
+                "keep_base": None if keep_base is None else tuple(listed(keep_base)),
                 "max_shard_size": max_shard_size, "precision": precision,
                 "out_format": out_format, "keep_heads": keep_heads or None,
                 "layer_scale": layer_scale, "calibrate": calibrate or None,
@@ -212,9 +222,9 @@ def merge(
                 found = repeating.changed(found, given, weights, base_ref)
                 work, sources = of_recipe(repeating.placed(found, references, beside), access)
             else:
-                _refuse_no_images(settings, adaptation)
+                refuse_no_images(settings.row, adaptation)
                 if tune_alpha is not None:
-                    _refuse_no_search(settings, alpha)
+                    refuse_no_search(settings.row, alpha)
                 work, sources = prepare(references, base_ref, weights, settings, access)
                 work = _learning(work, sources, tune_alpha, adaptation)
             refuse_no_heads(work.settings, sources.inputs)
@@ -249,26 +259,6 @@ def _learning(
     from hf_tsv.verbs.learning.coefficients import adapting
 
     return adapting(work, sources, adaptation)
-
-
-def _refuse_no_search(settings: Settings, alpha: float | None) -> None:
-    """Refuse to choose an α that is given, that the method has not, or in several processes."""
-    if alpha is not None:
-        raise UsageError("`alpha=` and a search for α cannot be combined.", "Give one.")
-    if settings.row.learns or settings.row.alpha is None:
-        problem = f"The method {settings.method} has no α to choose."
-        raise UsageError(problem, "Use `merge` instead.")
-    processes.alone("The choice of α", ", then repeat with `alpha=`")
-
-
-def _refuse_no_images(settings: Settings, adaptation: Adaptation | None) -> None:
-    """Refuse a method that learns without images, and images for one that does not."""
-    if settings.row.learns and adaptation is None:
-        problem = f"The method {settings.method} learns from images, and there are none."
-        raise UsageError(problem, "Use `tune`, and name images of each task.")
-    if adaptation is not None and not settings.row.learns:
-        problem = f"The method {settings.method} does not learn from images."
-        raise UsageError(problem, "Use `method=ada`.")
 
 
 def _refuse_no_report(work: Merge, sources: Sources) -> None:
@@ -338,6 +328,7 @@ def _card(
         warnings=list(map(done.published, done.warnings)),
         interference=measured,
         picture=picture,
+        selected=scaling.told(merge.plan, inputs, merge.settings, merge.factors),
     )
 
 
@@ -362,6 +353,8 @@ def _report(run: Run, planned: Merge, done: Merged | None, started: float) -> Me
         method=settings.method,
         settings=asdict(settings),
         treatments=_treatments(merge, findings),
+        scales=list(merge.scales),
+        selected=scaling.told(merge.plan, inputs, settings, merge.factors),
         left_out={str(item): list(item.left_out) for item in _cut(merge, inputs)},
         heads={file: str(item) for file, item in kept_heads(settings, inputs).items()},
         masks=dict(zip(mask_folders(settings, inputs), map(str, inputs), strict=False)),
@@ -386,14 +379,15 @@ def _treatments(merge: Merge, findings: Findings) -> dict[str, dict[str, Any]]:
         here = found.get(weight.label)
         entry: dict[str, Any] = {"treatment": weight.treatment}
         if here and here.frozen:
-            entry = {"treatment": "copied", "reason": "equal to the base in every checkpoint"}
+            entry = {"treatment": "copied", "reason": scaling.frozen_reason(weight, merge.scales)}
         elif weight.treatment == "decomposed":
             entry["rank"] = weight.rank
             if here and here.ranks:
                 entry["ranks"] = list(here.ranks)
         elif weight.reason:
             entry["reason"] = weight.reason
-        if weight.label in merge.coefficients:
+        entry |= scaling.entry(weight)
+        if weight.label in merge.coefficients and not weight.is_kept:
             entry["coefficients"] = list(merge.coefficients[weight.label])
         if here:
             entry["seconds"] = here.seconds.rounded()

@@ -23,8 +23,8 @@ from hf_tsv.system.device import available, pick_device
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.version import __version__
 
-MOST_LINES = {"merge": 96, "tune": 116}
-"""Two screens of 48 lines; what learns has the options of a merge and of images."""
+MOST_LINES = {"merge": 107, "tune": 125}
+"""Two screens of 50 lines; what learns has the options of a merge and of images."""
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 120])

@@ -95,8 +95,6 @@ def test_a_recipe_names_every_choice_and_the_versions() -> None:
         "max_shard_size": "5GB",
         "precision": "fast",
         "keep_heads": False,
-        "layer_scale": "none",
-        "calibrate": False,
         "base_model": {"ref": "org/base", "revision": SHA},
         "inputs": [
             {"ref": "org/a", "revision": SHA, "weight": 0.5},

@@ -102,8 +102,8 @@ def refuse_huge(name: str, task: object, update: Update, scale: float | None = N
     if largest * abs(scale or 1.0) < LARGEST_UPDATE:
         return largest
     if scale is not None:
-        what = f"the update of {name} times {scale:g}, the weight of the task,"
+        what = f"the update of {name} times {scale:g}, the factor of the task,"
         problem = f"{task}: {what} is more than {LARGEST_UPDATE:g}."
-        raise CheckpointError(problem, "Give it a smaller weight.")
+        raise CheckpointError(problem, "Give it a smaller `weights=` or `scale=`.")
     problem = f"{task}: {name} differs from the base model by more than {LARGEST_UPDATE:g}."
     raise CheckpointError(problem, "The checkpoint is damaged; drop it or save it again.")

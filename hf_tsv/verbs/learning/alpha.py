@@ -94,7 +94,7 @@ def tuned(
         work.settings, alpha=1.0, dtype="float32", out_format="transformers", keep_heads=False
     )
     once, sources = prepare(
-        work.references, work.base, work.scales, settings, replace(access, subfolder=None),
+        work.references, work.base, work.factors, settings, replace(access, subfolder=None),
         writes=False,
     )  # fmt: skip
     once = replace(once, allow_other_base=work.allow_other_base)

@@ -146,7 +146,8 @@ def _own_names(weight: Weight) -> list[str]:
 
 
 def _layer(loaded: loading.LoadedWeight, parameters: Mapping[str, Tensor], merge: Merge) -> Layer:
-    weight, alpha = loaded.weight, merge.settings.alpha
+    weight = loaded.weight
+    alpha = merge.settings.alpha * weight.alpha_factor
     own = tuple(parameters[name] for name in _own_names(weight))
     dtype = own[0].dtype
     shares: TaskSingularVectors | Tensor
