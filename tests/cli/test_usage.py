@@ -34,6 +34,22 @@ WRONG = {
     MERGE + "--weights a,b": "--weights must be numbers (got 'a,b').",
     MERGE + "--weights 1": "--weights has 1 number for 2 checkpoints.",
     MERGE + "--weights 0,0": "--weights are all 0.",
+    MERGE + "--weights a=0 --weights b=0": "--weights are all 0.",
+    MERGE
+    + "--weights org/c=1": "--weights names 'org/c', which is none of the checkpoints org/a, ",
+    MERGE + "--weights a=1,org/a=2": "--weights names org/a twice, also as 'a'.",
+    MERGE + "--weights a=1,a=2": "--weights names a twice.\nHint: Give it one number.",
+    MERGE
+    + "--weights a=1,b": "--weights must be NAME=NUMBER (got 'a=1,b').\nHint: Example: org/a=",
+    MERGE + "--weights a=x": "--weights gives a 'x', which is no number.",
+    MERGE + "--weights a=nan": "Each of --weights must be a finite number (got nan).",
+    MERGE
+    + "--scale 0.5": "--scale must be NAME=NUMBER (got '0.5').\nHint: Example: vision_model.*",
+    MERGE + "--scale *=x": "--scale gives * 'x', which is no number.",
+    MERGE + "--scale *=nan": "The scale of '*' must be a finite number (got nan).",
+    MERGE + "--scale org/c:*=1": "--scale names 'org/c', which is none of the checkpoints org/a, ",
+    MERGE + "--scale org/a:=1": "--scale has a factor without a glob, 'org/a:'.",
+    MERGE + "--method tall-mask --scale *=1": "Hint: Name a task: --scale TASK:GLOB=FACTOR.",
     MERGE + "--rank-fraction 2": "--rank-fraction must be above 0 and at most 1 (got 2).",
     MERGE + "--rank 3 --rank-fraction 0.1": "--rank and --rank-fraction cannot be combined.",
     MERGE + "--max-memory lots": "--max-memory: invalid size 'lots'.\nHint: Examples: 2GB, 800MB.",

@@ -48,7 +48,9 @@ def test_a_recipe_is_the_same_after_a_round_trip() -> None:
 
 numbers = st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-pins = st.builds(PinnedInput, texts, st.none() | texts, st.none() | texts, numbers)
+globs = texts.filter(lambda text: text.rpartition(":")[2] != "")
+scales = st.dictionaries(globs, numbers, max_size=3)
+pins = st.builds(PinnedInput, texts, st.none() | texts, st.none() | texts, numbers, scales)
 all_settings = st.builds(
     Settings,
     method=st.sampled_from(["tsv", "low-rank", "orthogonal", "task-arithmetic", "average"]),
@@ -57,6 +59,8 @@ all_settings = st.builds(
     alpha=numbers,
     rank=st.none() | st.integers(1, 10**6),
     exclude=st.lists(texts, max_size=3).map(tuple),
+    scale=scales,
+    keep_base=st.lists(texts, max_size=3).map(tuple),
     qkv=st.sampled_from(["split", "fused"]),
     dtype=st.sampled_from([None, "float32", "float16", "bfloat16"]),
     max_shard_size=st.sampled_from(["5GB", "300MB", "5", " 2 gib"]) | st.integers(1, 10**12),
@@ -199,6 +203,8 @@ WRONG = {
     "rank": [0, -1, 1.0, 1.5, "8", True, [8]],
     "rank_fraction": [0, 0.0, -0.5, 1.01, "0.5", True, float("nan"), 10**400],
     "exclude": ["*.bias", 3, None, [3], [None], [["*"]], {"*.bias": 1}],
+    "scale": ["*", 3, None, ["*"], {"*": "x"}, {"*": float("nan")}, {3: 1}, {"": 1}, {"a:": 1}],
+    "keep_base": ["*.bias", 3, None, [3], {"*.bias": 1}],
     "qkv": ["fuse", "", False],
     "out_format": ["openclip", "", True],
     "dtype": ["float64", "bf17", "torch.float64", 16, []],
@@ -229,6 +235,12 @@ def test_a_wrong_weight_is_refused_by_the_name_of_its_checkpoint(value: Any) -> 
     )
 
 
+@pytest.mark.parametrize("value", ["*", None, ["*"], {"*": "x"}, {3: 1}, {"a:": 1}])
+def test_wrong_factors_are_refused_by_the_name_of_their_checkpoint(value: Any) -> None:
+    inputs = ["org/b", {"ref": "org/a", "scale": value}]
+    assert "he scale of" in refused({**MINIMAL, "inputs": inputs})
+
+
 @pytest.mark.parametrize("value", [3, None, [], {}])
 @pytest.mark.parametrize("key", ["ref", "revision", "fingerprint"])
 def test_a_checkpoint_that_is_no_text_is_refused(key: str, value: Any) -> None:
@@ -246,6 +258,7 @@ def test_a_checkpoint_that_is_no_text_is_refused(key: str, value: Any) -> None:
         {"base_model": 3},
         {"base_model": {}},
         {"base_model": {"ref": "org/base", "weight": 2.0}},
+        {"base_model": {"ref": "org/base", "scale": {"*": 2.0}}},
         {"base_model": {"ref": "org/base", "sha": SHA}},
         {"base_model": {"ref": "org/base", 3: 4}},
         {"inputs": None},
@@ -280,10 +293,16 @@ def test_rank_and_rank_fraction_exclude_each_other() -> None:
 
 
 def test_settings_take_a_list_of_globs_and_keep_it() -> None:
-    globs = ["a", "b"]
-    choice = Settings(exclude=globs)  # type: ignore[arg-type]
+    globs, scale = ["a", "b"], {"*": 2}
+    choice = Settings(exclude=globs, keep_base=globs, scale=scale)  # type: ignore[arg-type]
     globs.append("c")
-    assert choice.exclude == ("a", "b")
+    scale["c"] = 3
+    assert choice.exclude == choice.keep_base == ("a", "b")
+    assert choice.scale == {"*": 2.0}
+
+
+def test_what_is_not_scaled_and_not_kept_is_not_written() -> None:
+    assert not {"scale", "keep_base"} & yaml.safe_load(RECIPE.to_yaml()).keys()
 
 
 def test_an_error_stays_short_whatever_the_value() -> None:

@@ -160,7 +160,31 @@ def test_bytes_that_did_not_reach_the_disk_are_computed_again(
     assert_whole(merge, tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"alpha": 0.5}, {"rank": 1}, {"dtype": "float16"}])
+SCALED: dict[str, Any] = {
+    "scale": {"*.layers.1.*": 0.5, "full:*.bias": 2}, "keep_base": ["*.mlp.*"],
+}  # fmt: skip
+
+
+def test_a_stopped_run_goes_on_with_its_factors(
+    merge: Callable[..., hf_tsv.MergeReport], tmp_path: Path, computed: list[str]
+) -> None:
+    with stopping():
+        merge(**SCALED)
+    with pytest.raises(OutputError, match="other inputs or settings"):
+        merge(**{**SCALED, "scale": {"*.layers.1.*": 0.5, "full:*.bias": 3}})
+    computed.clear()
+    weights = len(merge(**SCALED).treatments)
+    assert len(computed) == weights - 5
+    merge(output=tmp_path / "undisturbed", **SCALED)
+    result, whole = (tmp_path / name / "model.safetensors" for name in ("out", "undisturbed"))
+    assert result.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha": 0.5}, {"rank": 1}, {"dtype": "float16"}, {"keep_base": "*.bias"},
+     {"scale": {"*": 2}}, {"scale": {"full:*": 2}}],
+)  # fmt: skip
 def test_the_beginning_of_another_merge_is_not_gone_on_with(
     merge: Callable[..., hf_tsv.MergeReport], stopped: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:

@@ -217,6 +217,21 @@ def test_one_task_alone_has_coefficients_too(zoo: Path, images: Path, tmp_path: 
     assert torch.allclose(merged, base + found[0] * (tuned - base), atol=1e-7)
 
 
+def test_shares_are_scaled_as_the_merge_is(zoo: Path, tmp_path: Path) -> None:
+    from transformers import CLIPModel
+
+    finer: Any = {"scale": {"*.layers.1.*": 0.5, "full:*.mlp.*": -2}, "keep_base": ("*.q_proj.*",)}
+    tasks = [str(zoo / "vision"), str(zoo / "full")]
+    hf_tsv.merge(tasks, base_model=zoo / "base", output=tmp_path / "tsv", alpha=0.7, **finer)
+    settings = Settings(method="ada", alpha=0.7, **finer)
+    merge, sources = prepare(tasks, str(zoo / "base"), None, settings)
+    model = clips.load(CLIPModel, zoo / "base", dtype=torch.float64).requires_grad_(False)
+    layers_of(model, merge, sources, CPU, show=False)
+    merged = weights(tmp_path / "tsv")
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, merged[name].double(), atol=1e-6), name
+
+
 # What is learned
 
 

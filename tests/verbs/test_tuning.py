@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,21 +36,25 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["vision", "full"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("vision", {}), ("full", {}),
+     ("full", {"scale": {"*.mlp.*": 0.5, "full:*": 0.5}, "keep_base": "*.layers.0.*"})],
+)  # fmt: skip
 def test_every_alpha_scores_as_its_own_merge_does(
-    zoo: Path, pets: Path, tmp_path: Path, kind: str
+    zoo: Path, pets: Path, tmp_path: Path, kind: str, options: Any
 ) -> None:
     """`full` changes the text tower, and with it the heads."""
     found = hf_tsv.tune(
         [zoo / kind, zoo / "flat"], {"pets": str(pets)}, alphas=ALPHAS, base_model=zoo / "base",
-        output=tmp_path / "m", progress=False,
+        output=tmp_path / "m", progress=False, **options,
     ).tuning  # fmt: skip
     assert found is not None
     expected = []
     for i, alpha in enumerate(ALPHAS):
         output = tmp_path / str(i)
         hf_tsv.merge([zoo / kind, zoo / "flat"], base_model=zoo / "base", output=output,
-                     alpha=alpha, progress=False)  # fmt: skip
+                     alpha=alpha, progress=False, **options)  # fmt: skip
         task = hf_tsv.EvaluationTask("pets", str(pets), split="validation")
         expected.append(hf_tsv.evaluate(output, [task], base_model=zoo / "base").accuracy)
     assert found["accuracies"]["pets"] == pytest.approx(expected, abs=1e-12)
@@ -62,13 +67,14 @@ def test_the_output_is_that_of_the_alpha_that_was_found(
     zoo: Path, pets: Path, tmp_path: Path
 ) -> None:
     common = [zoo / "vision", zoo / "flat", "--base-model", zoo / "base"]
+    finer = ["--scale", "flat:*.bias=2", "--keep-base", "*.fc2.*", "--weights", "vision=0.5"]
     done = run("tune", *common, "--alphas", "0.25:1:0.25", "--task", f"pets={pets}", "--limit", "6",
-               "--template", "{}", "-o", tmp_path / "m", "--json")  # fmt: skip
+               "--template", "{}", "-o", tmp_path / "m", "--json", *finer)  # fmt: skip
     assert done.code == 0, done.err
     tuning = done.json["tuning"]
     assert tuning["alphas"] == [0.25, 0.5, 0.75, 1.0] and tuning["images"] == {"pets": 6}
     assert f"α = {tuning['alpha']:g}" in done.err
-    run("merge", *common, "--alpha", tuning["alpha"], "-o", tmp_path / "again")
+    run("merge", *common, "--alpha", tuning["alpha"], *finer, "-o", tmp_path / "again")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == (
         tmp_path / "again" / "model.safetensors"
     ).read_bytes()
