@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -84,24 +85,31 @@ def text_of(report: EvaluateReport) -> str:
         mean += [_share(sum(own.values()) / len(own)), _share(report.normalised)]
     parts = [table(rows, head, mean)]
     if report.suite is not None:
-        parts.append(_beside_the_paper(report))
+        parts += _beside_published(report.suite, report)
     return "\n\n".join([*parts, *notes(report.limit, report.errors)])
 
 
-def _beside_the_paper(report: EvaluateReport) -> str:
-    """Rows of the suite's paper, and ours; what makes them differ stands beside its name."""
-    from hf_tsv.evaluation.suites import PUBLISHED
-
-    assert report.suite is not None
-    suite, done = report.suite, set(report.suite["tasks"]) & report.tasks.keys()
-    rows = [
-        (method, _share(row["accuracy"]), _share(row.get("normalised")))
-        for method, row in suite["published"].items()
-    ]
+def _beside_published(suite: dict[str, Any], report: EvaluateReport) -> Iterator[str]:
+    """Rows of each source, each below a line that says whether ours, at the end, compares."""
+    done = set(suite["tasks"]) & report.tasks.keys()
     ours = ["this model"]
     if len(done) < len(suite["tasks"]):
         ours.append(f"{len(done)} of {len(suite['tasks'])} tasks")
     if report.limit is not None:
         ours.append(f"{counted(report.limit, 'image')} of each")
-    means = _share(suite["accuracy"]), _share(suite["normalised"])
-    return table(rows, (PUBLISHED, "accuracy", "kept"), (", ".join(ours), *means))
+    mean = ", ".join(ours), _share(suite["accuracy"]), _share(suite["normalised"])
+    for source in suite["published"]:
+        ones, use = (
+            ("the fine-tunes of this suite", "the rows to compare with")
+            if source["comparable"]
+            else ("other fine-tunes", "not to compare with directly")
+        )
+        rows = [
+            (method, _share(row["accuracy"]), _share(row.get("normalised")))
+            for method, row in source["rows"].items()
+        ]
+        yield (
+            f"Published by {source['source']} ({source['origin']}) for {ones}"
+            f" ({source['fine_tunes']}); {use}:\n"
+            + table(rows, ("method", "accuracy", "kept"), mean if source["comparable"] else ())
+        )

@@ -60,8 +60,8 @@ class ImageOptions:
     suite: Annotated[
         str | None,
         "NAME",
-        "Tasks, base model and fine-tunes of the paper, beside the rows it reports: vit-b-32-8;"
-        " also b-16 or l-14, with 14 or 20 tasks.",
+        "Tasks of the paper with their base model and public fine-tunes, beside published results:"
+        " vit-b-32-8; also b-16 or l-14, with 14 or 20 tasks.",
     ] = None
     fine_tunes: Annotated[
         list[str] | None,

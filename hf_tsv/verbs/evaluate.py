@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -57,7 +57,9 @@ class EvaluateReport(Report):
             the error if the card could not be written.
         limit (`int`, *optional*): number of images per task, if not all.
         suite (`dict`, *optional*): its `name`, `tasks`, and over those that could be evaluated
-            `accuracy` and `normalised`; `published` has the paper's own results, not measured here.
+            `accuracy` and `normalised`; `published` has results of others, not measured here: a
+            list of `source`, `origin`, `fine_tunes`, `comparable` (measured with the suite's
+            fine-tunes) and `rows` by method.
         device (`str`): type of the device that computed.
         seconds (`float`): wall time.
         versions (`dict[str, str]`): versions of hf-tsv and torch.
@@ -208,7 +210,7 @@ def _of_suite(suite: suites.Suite, results: Results) -> dict[str, Any]:
         "tasks": names,
         "accuracy": _mean(own, "accuracy"),
         "normalised": _mean(own, "normalised"),
-        "published": suite.published,
+        "published": [asdict(published) for published in suite.published],
     }
 
 

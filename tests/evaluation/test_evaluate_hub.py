@@ -144,6 +144,8 @@ def test_columns_and_names_on_the_command_line(hub: Hub, zoo: Path, tmp_path: Pa
 
 # Suites
 
+PAPER = {"source": "the paper", "origin": "arXiv 1", "fine_tunes": "its", "comparable": False}
+
 
 @pytest.fixture
 def fake_suite(hub: Hub, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -158,9 +160,15 @@ def fake_suite(hub: Hub, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     task = {"split": "test", "templates": ["a {}.", "the {}."], "classes": list(CLASSES)}
     tasks = {name: {"dataset": f"org/{name}", **task} for name in ("pets", "birds")}
     (folder / "tasks.yaml").write_text(yaml.safe_dump(tasks))
-    published = {1: {"TSV-Merge": [90.5, 99.25]}, 2: {"zero-shot": 12.5}}
+    ours = {"name": "A bench", "origin": "org/bench", "fine_tunes": "org/*", "comparable": True}
+    theirs = {"name": "the paper", "origin": "arXiv 1", "fine_tunes": "its", "comparable": False}
+    published = {
+        1: {"bench": {"TSV-Merge": 81.25}, "paper": {"TSV-Merge": [90.5, 99.25]}},
+        2: {"paper": {"zero-shot": 12.5}},
+    }
     model = {"base_model": "org/base", "fine_tunes": "org/clip_{}", "published": published}
-    content = {"tasks": ["pets", "birds"], "models": {"tiny": model}}
+    sources = {"bench": ours, "paper": theirs}
+    content = {"sources": sources, "tasks": ["pets", "birds"], "models": {"tiny": model}}
     (folder / "suites.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.setattr(suites, "FOLDER", folder)
     return folder
@@ -177,7 +185,7 @@ def test_a_suite_names_tasks_base_and_fine_tunes(fake_suite: Path) -> None:
         "tasks": ["pets", "birds"],
         "accuracy": report.accuracy,
         "normalised": report.normalised,
-        "published": {"zero-shot": {"accuracy": 0.125}},
+        "published": [PAPER | {"rows": {"zero-shot": {"accuracy": 0.125}}}],
     }
 
 
@@ -187,18 +195,27 @@ def test_a_task_beside_a_suite_does_not_count_in_its_means(fake_suite: Path) -> 
     assert list(report.tasks) == ["pets", "more"] and report.normalised is None
     assert report.suite is not None
     assert report.suite["accuracy"] == report.tasks["pets"]["accuracy"]
-    assert report.suite["published"]["TSV-Merge"] == {"accuracy": 0.905, "normalised": 0.9925}
+    rows = {"TSV-Merge": {"accuracy": 0.905, "normalised": 0.9925}}
+    assert report.suite["published"][1] == PAPER | {"rows": rows}
 
 
-def test_the_benchmark_merges_evaluates_and_prints_both_rows(
+def test_the_benchmark_merges_evaluates_and_prints_ours_beside_the_rows_that_compare(
     fake_suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["tiny-1", "--limit", "9", "--folder", str(tmp_path / "out")]
     paper.main(words)
-    lines = capsys.readouterr().out.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("published (paper)"))
-    assert lines[start + 2].split() == ["TSV-Merge", "90.5%", "99.2%"]
-    assert lines[start + 4].startswith("this model, 9 images of each")
+    parts = [part.splitlines() for part in capsys.readouterr().out.split("\n\n")]
+    bench, others = (part for part in parts if part[0].startswith("Published by "))
+    assert bench[0] == (
+        "Published by A bench (org/bench) for the fine-tunes of this suite (org/*);"
+        " the rows to compare with:"
+    )
+    assert bench[3].split() == ["TSV-Merge", "81.2%"]
+    assert bench[5].startswith("this model, 9 images of each  ") and bench[5].count("%") == 2
+    assert others[0] == (
+        "Published by the paper (arXiv 1) for other fine-tunes (its); not to compare with directly:"
+    )
+    assert others[3].split() == ["TSV-Merge", "90.5%", "99.2%"] and len(others) == 4
     assert (tmp_path / "out" / "tiny-1-tsv" / "model.safetensors").exists()
     assert (tmp_path / "out" / "tiny-1-tsv-results" / "evaluation.json").exists()
 
@@ -216,10 +233,31 @@ def test_suites_that_are_shipped(model: str) -> None:
         for task in tasks:
             assert suite.references[task.name].endswith(f"{counts[model]}_{task.name}")
             assert len(set(task.classes)) == len(task.classes) > 1 and task.templates and task.split
-        rows = suite.published
+        bench, paper = suite.published
+        assert (bench.comparable, paper.comparable) == (True, False)
+        assert all(r.startswith(bench.fine_tunes[:-1]) for r in suite.references.values())
+        rows = paper.rows
         assert len(rows) == 7 and rows["TSV-Merge"]["normalised"] > rows["TSV-Merge"]["accuracy"]
-        assert rows["zero-shot"]["accuracy"] < rows["TSV-Merge"]["accuracy"] < 0.95
+        for rows in (bench.rows, paper.rows):  # every merge is between the two
+            lowest, highest = rows["zero-shot"]["accuracy"], rows["fine-tuned"]["accuracy"]
+            assert all(lowest <= row["accuracy"] <= highest for row in rows.values())
     assert len(next(t for t in tasks if t.name == "sun397").classes) == 397
+
+
+def test_a_merge_of_the_public_fine_tunes_has_rows_of_its_own() -> None:
+    found = {
+        (name, source.source): source.rows["TSV-Merge"]["accuracy"]
+        for name in ("vit-b-32-8", "vit-b-32-20", "vit-l-14-8")
+        for source in suites.named(name).published
+        if "TSV-Merge" in source.rows
+    }
+    assert found == {
+        ("vit-b-32-8", "FusionBench"): 0.8306,
+        ("vit-b-32-8", "the paper"): 0.8586,
+        ("vit-b-32-20", "FusionBench"): 0.7323,
+        ("vit-b-32-20", "the paper"): 0.7707,
+        ("vit-l-14-8", "the paper"): 0.9298,  # nobody published one for the public fine-tunes
+    }
 
 
 def test_a_suite_that_is_not_there_names_those_that_are(zoo: Path) -> None:

@@ -1,4 +1,4 @@
-"""Task suites of papers, with the rows they publish."""
+"""Task suites of papers, with the results that others publish on them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,37 @@ from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.system.errors import UsageError
 
 FOLDER = Path(__file__).parent
-PUBLISHED = "published (paper)"  # label of a paper's rows beside measured ones
+
+
+@dataclass(frozen=True)
+class Published:
+    """Results that others publish on a suite; none of them was measured by hf-tsv.
+
+    Args:
+        source (`str`): who published them.
+        origin (`str`): where, such as an arXiv number or a repository at a commit.
+        fine_tunes (`str`): fine-tunes that were merged.
+        comparable (`bool`): these are the fine-tunes that the suite names.
+        rows (`dict[str, dict[str, float]]`): by method the `accuracy`, 0 to 1, mean over the tasks,
+            and `normalised` where the source has it.
+    """
+
+    source: str
+    origin: str
+    fine_tunes: str
+    comparable: bool
+    rows: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks in a paper's order, their base model and fine-tunes, and the paper's results.
-
-    `published` has by method the `accuracy`, 0 to 1, mean over the tasks, and `normalised` where
-    the paper has it. Not measured by hf-tsv.
-    """
+    """Tasks in a paper's order, their base model and fine-tunes, and published results."""
 
     name: str
     base_model: str
     tasks: tuple[EvaluationTask, ...]
     references: dict[str, str]
-    published: dict[str, dict[str, float]]
+    published: tuple[Published, ...]
 
 
 def named(name: str) -> Suite:
@@ -52,7 +67,10 @@ def named(name: str) -> Suite:
         entry["base_model"],
         tuple(_task(task, tasks[task]) for task in chosen),
         {task: entry["fine_tunes"].replace("{}", task) for task in chosen},
-        {method: _row(value) for method, value in entry["published"][count].items()},
+        tuple(
+            _published(content["sources"][source], rows)
+            for source, rows in entry["published"][count].items()
+        ),
     )
 
 
@@ -63,6 +81,16 @@ def _read(file: str) -> Any:
 def _task(name: str, entry: dict[str, Any]) -> EvaluationTask:
     lists = {key: tuple(entry[key]) for key in ("templates", "classes")}
     return EvaluationTask(name, **{**entry, **lists})
+
+
+def _published(source: dict[str, Any], rows: dict[str, Any]) -> Published:
+    return Published(
+        source["name"],
+        source["origin"],
+        source["fine_tunes"],
+        source["comparable"],
+        {method: _row(value) for method, value in rows.items()},
+    )
 
 
 def _row(value: float | list[float]) -> dict[str, float]:
