@@ -25,7 +25,7 @@ FIRST = ("test_wheel.py", "test_kills.py", "test_open_clip.py", "test_processes.
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a GPU or browser where there is none; begin with what takes longest."""
+    """Leave out what needs a GPU, a browser or the live Hub; begin with what takes longest."""
     import torch  # which the process that only hands out the tests does without
 
     order = {name: place for place, name in enumerate(FIRST)}
@@ -33,6 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     missing = {
         "gpu": not torch.cuda.is_available(),
         "browser": shutil.which("chromium") is None and "CI" not in os.environ,
+        "live": "live" not in (config.option.markexpr or ""),  # unless asked for
     }
     without = [
         i for i in items if any(missing[m.name] for m in i.iter_markers() if m.name in missing)
