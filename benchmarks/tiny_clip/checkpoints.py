@@ -18,8 +18,9 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 from .sampling import Task
-from .tasks import TASKS
-from .training import Recipe, finetune, pretrain
+from .training import Recipe, Tick, finetune, pretrain
+
+Pretraining = Callable[[Recipe, Tick], tuple[CLIPModel, CLIPProcessor]]
 
 SOURCES = (
     "drawings.py",
@@ -33,24 +34,31 @@ SOURCES = (
 )
 
 
-def cache_key(recipe: Recipe) -> str:
-    """Key that changes with every setting and every line of code that affects the training."""
+def cache_key(recipe: Recipe, further: Sequence[str] = ()) -> str:
+    """Key that changes with every setting and every line of code that affects the training.
+
+    Args:
+        recipe: recipe of the training.
+        further: files of this folder that affect it, beside those that affect every training.
+    """
     digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
-    for name in SOURCES:
+    for name in (*SOURCES, *further):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()[:12]
 
 
-def trained_base(recipe: Recipe, folder: Path, tick: Callable[[], None]) -> Path:
+def trained_base(
+    recipe: Recipe, folder: Path, tick: Tick, training: Pretraining = pretrain
+) -> Path:
     """Folder of the pretrained CLIPModel with tokenizer and processor; trained if absent.
 
-    `tick` is called after every step.
+    `tick` is called after every step of the training.
     """
     target = folder / "base"
     if not target.exists():
         torch.set_num_threads(1)  # the training runs two threads itself, which is faster
-        model, processor = pretrain(recipe, tick)
-        _save(target, model, processor)
+        model, processor = training(recipe, tick)
+        save(target, model, processor)
     return target
 
 
@@ -58,21 +66,20 @@ def trained_tasks(
     recipe: Recipe, folder: Path, tasks: Sequence[Task], done: Callable[[], None]
 ) -> list[Path]:
     """Fine-tune a CLIPVisionModel on every task, two at a time; call `done` after each."""
-    missing = [task.name for task in tasks if not (folder / task.name).exists()]
+    missing = [task for task in tasks if not (folder / task.name).exists()]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(_train_task, recipe, folder, name) for name in missing]
+        jobs = [pool.submit(_train_task, recipe, folder, task) for task in missing]
         for job in as_completed(jobs):
             job.result()
             done()
     return [folder / task.name for task in tasks]
 
 
-def _train_task(recipe: Recipe, folder: Path, name: str) -> None:
+def _train_task(recipe: Recipe, folder: Path, task: Task) -> None:
     torch.set_num_threads(1)
-    task = next(task for task in TASKS if task.name == name)
     base = quietly(CLIPModel.from_pretrained, folder / "base")
     tokenizer = CLIPProcessor.from_pretrained(folder / "base").tokenizer
-    _save(folder / name, finetune(base, tokenizer, task, recipe, lambda: None))
+    save(folder / task.name, finetune(base, tokenizer, task, recipe, lambda: None))
 
 
 def quietly(call: Callable[..., object], *args: object, **kwargs: object) -> object:
@@ -81,7 +88,7 @@ def quietly(call: Callable[..., object], *args: object, **kwargs: object) -> obj
         return call(*args, **kwargs)
 
 
-def _save(target: Path, *parts: object) -> None:
+def save(target: Path, *parts: object) -> None:
     """Call `save_pretrained` into a folder that appears only when complete."""
     staging = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     staging.mkdir(parents=True)
