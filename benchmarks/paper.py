@@ -1,8 +1,8 @@
 """Merge of a paper's suite from the Hub, evaluated and printed beside the published rows.
 
 `python -m benchmarks.paper vit-b-32-8` downloads eight fine-tunes, the base model and the whole
-datasets; `--limit 500` classifies only 500 images of each task. Ours stands below the rows that were
-published for the same fine-tunes; those of the paper, for its own fine-tunes, follow.
+datasets; `--limit 500` classifies only 500 images of each task. Ours stands below the rows that
+were published for the same fine-tunes; those of the paper, for its own fine-tunes, follow.
 """
 
 from __future__ import annotations
