@@ -99,10 +99,10 @@ def _beside_published(suite: dict[str, Any], report: EvaluateReport) -> Iterator
         ours.append(f"{counted(report.limit, 'image')} of each")
     mean = ", ".join(ours), _share(suite["accuracy"]), _share(suite["normalised"])
     for source in suite["published"]:
-        ones, use = (
-            ("the fine-tunes of this suite", "the rows to compare with")
+        ones, use, last = (
+            ("the fine-tunes of this suite", "the rows to compare with", mean)
             if source["comparable"]
-            else ("other fine-tunes", "not to compare with directly")
+            else ("other fine-tunes", "not to compare with directly", ())
         )
         rows = [
             (method, _share(row["accuracy"]), _share(row.get("normalised")))
@@ -111,5 +111,5 @@ def _beside_published(suite: dict[str, Any], report: EvaluateReport) -> Iterator
         yield (
             f"Published by {source['source']} ({source['origin']}) for {ones}"
             f" ({source['fine_tunes']}); {use}:\n"
-            + table(rows, ("method", "accuracy", "kept"), mean if source["comparable"] else ())
+            + table(rows, ("method", "accuracy", "kept"), last)
         )

@@ -160,14 +160,13 @@ def fake_suite(hub: Hub, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     task = {"split": "test", "templates": ["a {}.", "the {}."], "classes": list(CLASSES)}
     tasks = {name: {"dataset": f"org/{name}", **task} for name in ("pets", "birds")}
     (folder / "tasks.yaml").write_text(yaml.safe_dump(tasks))
-    ours = {"name": "A bench", "origin": "org/bench", "fine_tunes": "org/*", "comparable": True}
-    theirs = {"name": "the paper", "origin": "arXiv 1", "fine_tunes": "its", "comparable": False}
+    bench = {"source": "A bench", "origin": "org/bench", "fine_tunes": "org/*", "comparable": True}
     published = {
         1: {"bench": {"TSV-Merge": 81.25}, "paper": {"TSV-Merge": [90.5, 99.25]}},
         2: {"paper": {"zero-shot": 12.5}},
     }
     model = {"base_model": "org/base", "fine_tunes": "org/clip_{}", "published": published}
-    sources = {"bench": ours, "paper": theirs}
+    sources = {"bench": bench, "paper": PAPER}
     content = {"sources": sources, "tasks": ["pets", "birds"], "models": {"tiny": model}}
     (folder / "suites.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.setattr(suites, "FOLDER", folder)

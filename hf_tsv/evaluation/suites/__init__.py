@@ -18,13 +18,9 @@ FOLDER = Path(__file__).parent
 class Published:
     """Results that others publish on a suite; none of them was measured by hf-tsv.
 
-    Args:
-        source (`str`): who published them.
-        origin (`str`): where, such as an arXiv number or a repository at a commit.
-        fine_tunes (`str`): fine-tunes that were merged.
-        comparable (`bool`): these are the fine-tunes that the suite names.
-        rows (`dict[str, dict[str, float]]`): by method the `accuracy`, 0 to 1, mean over the tasks,
-            and `normalised` where the source has it.
+    `origin` is an arXiv number or a repository at a commit; `fine_tunes` were merged, and are
+    `comparable` if the suite names the same ones. `rows` has by method the `accuracy`, 0 to 1, mean
+    over the tasks, and `normalised` where the source has it.
     """
 
     source: str
@@ -67,10 +63,7 @@ def named(name: str) -> Suite:
         entry["base_model"],
         tuple(_task(task, tasks[task]) for task in chosen),
         {task: entry["fine_tunes"].replace("{}", task) for task in chosen},
-        tuple(
-            _published(content["sources"][source], rows)
-            for source, rows in entry["published"][count].items()
-        ),
+        tuple(_published(content["sources"][s], r) for s, r in entry["published"][count].items()),
     )
 
 
@@ -84,13 +77,7 @@ def _task(name: str, entry: dict[str, Any]) -> EvaluationTask:
 
 
 def _published(source: dict[str, Any], rows: dict[str, Any]) -> Published:
-    return Published(
-        source["name"],
-        source["origin"],
-        source["fine_tunes"],
-        source["comparable"],
-        {method: _row(value) for method, value in rows.items()},
-    )
+    return Published(**source, rows={method: _row(value) for method, value in rows.items()})
 
 
 def _row(value: float | list[float]) -> dict[str, float]:
