@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ ALPHAS = "0.1:0.5:0.1,0.7:1.9:0.3"
 ADAPTATION = ("--steps", 100, "--learning-rate", 0.005)
 """Options for a third of the default steps at a larger rate, with about the same total movement."""
 
-MORE_ALPHAS = {"orthogonal": "2.2:3.1:0.3"}
-"""Further α for `orthogonal`, which in square matrices averages all vectors: the best is large."""
+MORE_ALPHAS = {"orthogonal": "2.2:3.1:0.3", "dc": "2.2:3.1:0.3"}
+"""Further α, where the best is large: `orthogonal` averages all vectors in square matrices, and
+`dc` keeps few entries of each task."""
 
 METHODS = (
     "task-arithmetic",
@@ -106,6 +107,7 @@ class Seed:
         images: folder of parquet files.
         results: folder of JSON files, one per run.
         tasks: names of the tasks, in order.
+        more_alphas: further α by method.
     """
 
     number: int
@@ -113,6 +115,7 @@ class Seed:
     images: Path
     results: Path
     tasks: tuple[str, ...]
+    more_alphas: Mapping[str, str] = field(default_factory=lambda: MORE_ALPHAS)
 
     def kept(self, name: str, measure: Callable[[], Any]) -> Any:
         """Result of a run, measured unless it is already kept."""
@@ -150,7 +153,9 @@ class Seed:
 
 def references(seed: Seed) -> dict[str, Accuracies]:
     """Accuracies of the base model, zero-shot, and of every task's own fine-tune."""
-    own = {t: seed.accuracies(seed.models / t, [t])[t] for t in seed.tasks}
+    whole = seed.models / "whole"  # of adapters: the towers that they make
+    folder = whole if whole.exists() else seed.models
+    own = {t: seed.accuracies(folder / t, [t])[t] for t in seed.tasks}
     return {"base": seed.accuracies(seed.models / "base", seed.tasks), "fine-tuned": own}
 
 
@@ -158,7 +163,7 @@ def method(seed: Seed, count: int, name: str, *options: object) -> dict[str, Any
     """Results of a method, and steps, with α chosen on validation images."""
     tasks = seed.tasks[:count]
     images = (*seed.options(tasks, "validation"), "--limit", VALIDATION_IMAGES)
-    alphas = f"{ALPHAS},{MORE_ALPHAS[name]}" if name in MORE_ALPHAS else ALPHAS
+    alphas = ",".join([ALPHAS, *([seed.more_alphas[name]] if name in seed.more_alphas else [])])
     found = seed.merged(tasks, "--method", name, *options, "--alphas", alphas, *images)
     tuning = found["report"]["tuning"]
     return {
@@ -240,12 +245,15 @@ def stepped() -> dict[str, tuple[str, tuple[str, ...]]]:
     }
 
 
-def all_runs(seed: Seed, counts: Sequence[int]) -> dict[str, Callable[[], Any]]:
+def all_runs(
+    seed: Seed, counts: Sequence[int], *, thorough: bool = True
+) -> dict[str, Callable[[], Any]]:
     """Runs of a seed by the name they are kept under.
 
     Args:
         seed: models and images.
         counts: numbers of tasks merged.
+        thorough: with coefficients, variants, ranks and compression too.
     """
     runs: dict[str, Callable[[], Any]] = {"references": lambda: references(seed)}
 
@@ -262,6 +270,8 @@ def all_runs(seed: Seed, counts: Sequence[int]) -> dict[str, Callable[[], Any]]:
             add(name, count, method, row, *options)
         for name, options in ALONE.items():
             add(name, count, plain, *options)
+        if not thorough:
+            continue
         add("ada", count, adapted)
         for name, options in VARIANTS.items():
             add(name, count, plain, *options)
@@ -270,7 +280,8 @@ def all_runs(seed: Seed, counts: Sequence[int]) -> dict[str, Callable[[], Any]]:
                 add(f"rank-{rank:g}", count, plain, "--rank-fraction", rank)
         add("tall-mask", count, masked)
         add("factors", count, compressed)
-    runs["sweep"] = lambda: swept(seed)
+    if thorough:
+        runs["sweep"] = lambda: swept(seed)
     return runs
 
 

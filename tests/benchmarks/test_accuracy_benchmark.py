@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 
 from benchmarks.accuracy import results
 from benchmarks.accuracy.runs import METHODS, Seed, all_runs
+from benchmarks.accuracy.suites import SUITES
 
 COUNTS = (2, 4)
 TASKS = ("a", "b", "c", "d")
+SUITE = replace(SUITES["tiny"], counts=COUNTS)
 
 
 def kept(rng: np.random.Generator, name: str) -> Any:
@@ -48,7 +51,7 @@ def seeds(tmp_path: Path) -> list[Seed]:
 
 
 def test_scores_are_means_over_tasks_and_spread_over_seeds(seeds: list[Seed]) -> None:
-    found = results.summary(seeds, COUNTS)
+    found = results.summary(SUITE, seeds)
     for count in COUNTS:
         tasks = TASKS[:count]
         expected = []
@@ -66,7 +69,7 @@ def test_scores_are_means_over_tasks_and_spread_over_seeds(seeds: list[Seed]) ->
 
 
 def test_the_order_is_told_as_it_was_found(seeds: list[Seed]) -> None:
-    found = results.summary(seeds, COUNTS)
+    found = results.summary(SUITE, seeds)
     text = results.markdown(found)
     for count in COUNTS:
         rows = found["methods"][str(count)]
@@ -84,12 +87,26 @@ def test_what_was_run_is_not_run_again_and_nothing_is_made_up(seeds: list[Seed])
         seeds[0].kept(name, never)
     (seeds[0].results / "tsv-2.json").unlink()
     with pytest.raises(SystemExit, match="Not everything has been run"):
-        results.summary(seeds, COUNTS)
+        results.summary(SUITE, seeds)
 
 
 def test_json_markdown_and_picture_are_written(seeds: list[Seed], tmp_path: Path) -> None:
-    found = results.summary(seeds, COUNTS)
+    found = results.summary(SUITE, seeds)
     results.write(found, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "accuracy.json").read_text()) == found
     assert "30.0 ± 0.0" in (tmp_path / "out" / "accuracy.md").read_text()  # bytes of masks
     assert (tmp_path / "out" / "alphas.svg").read_text().count("<path") > 20
+
+
+def test_other_suites_have_reports_of_their_own(seeds: list[Seed], tmp_path: Path) -> None:
+    suite = replace(SUITES["lora"], counts=COUNTS)
+    found = results.summary(suite, seeds)
+    results.write(found, tmp_path / "out")
+    text = (tmp_path / "out" / "accuracy-lora.md").read_text()
+    assert "--suite lora" in text and "## Compression" not in text
+    rows = found["comparisons"]["4"]["alone"]
+    own, other = (np.array(rows[n]["normalised"]) for n in ("tsv-default", "wudi-tact-1"))
+    apart = other - own
+    cell = f"{apart.mean():+.1f} ± {apart.std(ddof=1):.1f} ({(apart > 0).sum()} of 2)"
+    line = next(x for x in text.splitlines() if x.startswith("| WUDI, filter TACT "))
+    assert cell in line

@@ -1,0 +1,173 @@
+"""The rest of the report on tiny CLIPs: the order of the paper, ranks, variants and compression."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+from benchmarks.accuracy.runs import VARIANTS, Seed
+from benchmarks.accuracy.scores import Found, row, spread, table
+
+SETTINGS = {
+    "procrustes": "TSV-Merge by SVDs (`--precision exact`)",
+    "whitening": "TSV-Merge by whitening",
+    "fused": "TSV-Merge, attention stacked (`--qkv fused`)",
+    "task-arithmetic-1": "task arithmetic",
+    "low-rank-1": "low rank only",
+    "orthogonal-1": "orthogonal only",
+    "orthogonal-fused": "orthogonal only, attention stacked",
+}
+
+ORDER = (
+    ("average", "task-arithmetic"),
+    ("task-arithmetic", "consensus"),
+    ("task-arithmetic", "orthogonal"),
+    ("low-rank", "orthogonal"),
+    ("orthogonal", "tsv"),
+    ("consensus", "tsv"),
+)
+"""Pairs of methods of which the paper finds the second one at least as good."""
+
+
+def found(kept: Sequence[Found], seeds: Sequence[Seed], counts: Sequence[int]) -> Found:
+    """Summary of variants, ranks and compression.
+
+    Args:
+        kept: results of the runs of each seed.
+        seeds: the seeds.
+        counts: numbers of tasks merged.
+    """
+    return {
+        "variants": {
+            str(count): {name: row(kept, seeds, count, name) for name in VARIANTS}
+            for count in counts
+        },
+        "ranks": {str(count): _ranks(kept, seeds, count) for count in counts},
+        "compression": {
+            str(count): {
+                name: row(kept, seeds, count, name) | {"share": _shares(kept, count, name)}
+                for name in ("factors", "tall-mask")
+            }
+            for count in counts
+        },
+        "sweep": {
+            "fractions": kept[0]["sweep"]["fractions"],
+            "mean": [
+                100 * statistics.mean(column)
+                for column in zip(*(run["sweep"]["mean"] for run in kept), strict=True)
+            ],
+            "full": 100 * statistics.mean(run["sweep"]["full"] for run in kept),
+            "stored": kept[0]["sweep"]["stored"],
+        },
+    }
+
+
+def _ranks(kept: Sequence[Found], seeds: Sequence[Seed], count: int) -> Found:
+    names = [n for n in kept[0] if n.startswith("rank-") and n.endswith(f"-{count}")]
+    shares = {name: name.split("-")[1] for name in names}
+    rows = {share: row(kept, seeds, count, f"rank-{share}") for share in shares.values()}
+    return rows | {"k/T": row(kept, seeds, count, "tsv-default")}
+
+
+def _shares(kept: Sequence[Found], count: int, name: str) -> list[float]:
+    """Bytes of all tasks, base included, over the bytes of their checkpoints."""
+    return [
+        run[f"{name}-{count}"]["bytes"] / run[f"factors-{count}"]["checkpoint_bytes"]
+        for run in kept
+    ]
+
+
+def _claims(found: Found, titles: Mapping[str, str]) -> list[list[str]]:
+    """Rows that compare two methods, with the difference and the seeds where it is not negative."""
+    rows = []
+    for low, high in ORDER:
+        cells = []
+        for methods in found["methods"].values():
+            pairs = zip(methods[low]["normalised"], methods[high]["normalised"], strict=True)
+            apart = [b - a for a, b in pairs]
+            holds = sum(difference >= 0 for difference in apart)
+            cells.append(f"{spread(apart)} ({holds} of {len(apart)})")
+        rows.append([f"{titles[low]} ≤ {titles[high]}", *cells])
+    return rows
+
+
+def sections(content: Found, titles: Mapping[str, str]) -> list[str]:
+    """Sections of the report, in Markdown."""
+    found = content
+    counts = list(found["methods"])
+    head = ["", *(f"{count} tasks" for count in counts)]
+    ranks = list(dict.fromkeys(share for count in counts for share in found["ranks"][count]))
+
+    def by_count(rows: Callable[[str], Found], what: str = "normalised") -> list[str]:
+        return [spread(rows(count)[what], 2) for count in counts]
+
+    return [
+        "## The order of the paper",
+        "How much better the second is, in points of normalised accuracy; in brackets in how many"
+        " seeds it is no worse.",
+        table(head, _claims(found, titles)),
+        "## Rank",
+        "TSV-Merge, α = 1, with fewer singular vectors of each task than k/T: normalised accuracy.",
+        table(
+            ["share of k", *head[1:]],
+            (
+                [
+                    share,
+                    *(
+                        spread(found["ranks"][c][share]["normalised"])
+                        if share in found["ranks"][c]
+                        else ""
+                        for c in counts
+                    ),
+                ]
+                for share in ranks
+            ),
+        ),
+        "## α = 1",
+        "Solvers, stacked attention projections, and the paper's ablation without a choice of α:"
+        " normalised accuracy.",
+        table(
+            head,
+            (
+                [SETTINGS[name], *by_count(lambda count, n=name: found["variants"][count][n])]  # type: ignore[misc]
+                for name in VARIANTS
+            ),
+        ),
+        "## Compression",
+        "Each task on its own, of factors of rank k/T and of TALL-masks: normalised accuracy; and"
+        " bytes of all tasks, base model included, in per cent of their vision towers.",
+        table(
+            head,
+            (
+                [
+                    f"{title}, {what}",
+                    *(
+                        spread([scale * x for x in found["compression"][count][name][key]], digits)
+                        for count in counts
+                    ),
+                ]
+                for name, title in (("factors", "TSV-Compress"), ("tall-mask", "TALL-masks"))
+                for what, key, scale, digits in (
+                    ("accuracy", "normalised", 1, 2),
+                    ("bytes", "share", 100, 1),
+                )
+            ),
+        ),
+        "All 20 tasks, by share of the singular values kept (accuracy in per cent, mean over tasks"
+        " and seeds):",
+        table(
+            ["", *(f"{share:g}" for share in found["sweep"]["fractions"]), "fine-tunes"],
+            [
+                [
+                    "accuracy",
+                    *(f"{value:.1f}" for value in found["sweep"]["mean"]),
+                    f"{found['sweep']['full']:.1f}",
+                ],
+                [
+                    "numbers stored of an update",
+                    *(f"{100 * share:.0f} %" for share in found["sweep"]["stored"]),
+                    "100 %",
+                ],
+            ],
+        ),
+    ]
