@@ -219,6 +219,15 @@ def _alpha_warnings(alpha: float) -> list[str]:
     return [f"α is {alpha:g}: the updates are subtracted."] if alpha < 0 else []
 
 
+def with_own_alpha(merge: Merge, inputs: Sequence[Task]) -> Merge:
+    """The same merge with the method's default of α for adapters, if all inputs are some."""
+    alpha = merge.settings.row.alpha_of_adapters
+    if alpha is None or not all(item.is_adapter for item in inputs):
+        return merge
+    logger.info("All inputs are adapters: α is %g.", alpha)
+    return replace(merge, settings=replace(merge.settings, alpha=alpha))
+
+
 def refuse_unchanged(plan: MergePlan, sources: Sources) -> None:
     """Find inputs that equal the base before the first decomposition: smallest weights first."""
     base = sources.base

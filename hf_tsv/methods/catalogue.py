@@ -53,6 +53,8 @@ class Method:
         ranks (`str`, *optional*): triplets kept of each task: `share` (⌊k/T⌋, or fewer if they are
             chosen), `free` (as chosen, ⌊k/T⌋ by default), `all`; None: none are kept.
         alpha (`float`, *optional*): default of α; None: the method has no α.
+        alpha_of_adapters (`float`, *optional*): default of α where all inputs are adapters; None:
+            the same.
         vectors (`str`, *optional*): singular vectors of the tasks that `--report` measures: `kept`
             as they are, or made `orthogonal`; None: the rule returns none.
         before (`str`): pass over all weights before the first is merged, as `module:function`; what
@@ -79,6 +81,7 @@ class Method:
     of: Literal["matrices", "entries", "sum", "mean"] = "matrices"
     ranks: Literal["share", "free", "all"] | None = None
     alpha: float | None = 1.0
+    alpha_of_adapters: float | None = None
     vectors: Literal["kept", "orthogonal"] | None = None
     before: str = ""
     beside: str = ""

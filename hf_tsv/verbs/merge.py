@@ -39,6 +39,7 @@ from hf_tsv.merging.work import (
     prepare,
     recipe_of,
     refuse_no_heads,
+    with_own_alpha,
 )
 from hf_tsv.methods.catalogue import MethodName
 from hf_tsv.recipes import repeating
@@ -226,6 +227,8 @@ def merge(
                 if tune_alpha is not None:
                     refuse_no_search(settings.row, alpha)
                 work, sources = prepare(references, base_ref, weights, settings, access)
+                if alpha is None and not calibrate:
+                    work = with_own_alpha(work, sources.inputs)
                 work = _learning(work, sources, tune_alpha, adaptation)
             refuse_no_heads(work.settings, sources.inputs)
             if report:

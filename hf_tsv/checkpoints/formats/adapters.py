@@ -48,6 +48,7 @@ class Adapter(Task):
 
     kind: ClassVar[str] = "PEFT adapter"
     says: ClassVar[str] = "is an adapter"
+    is_adapter: ClassVar[bool] = True
     has_few_triplets: ClassVar[bool] = True
     loads_as_model: ClassVar[bool] = False
     loading: ClassVar[str] = "Load it with PEFT: PeftModel.from_pretrained(base, …)."

@@ -36,6 +36,7 @@ class Task(ABC):
     kind: ClassVar[str]  # a noun for people
     says: ClassVar[str]  # the same as a predicate: `is a mask`
     is_whole: ClassVar[bool] = False  # every weight is stored itself: none needs the base model
+    is_adapter: ClassVar[bool] = False  # an adapter of another library, of low rank by nature
     has_few_triplets: ClassVar[bool] = False  # known to be of low rank: nobody needs to be told
     loads_as_model: ClassVar[bool] = True  # `load_model` makes a transformers model of it
     loading: ClassVar[str] = "Load it with transformers' AutoModel."  # advice where it makes none
