@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.accuracy import results
-from benchmarks.accuracy.runs import all_runs, clear
+from benchmarks.accuracy.runs import clear
 from benchmarks.accuracy.suites import SUITES
 from benchmarks.prepared import bars, quiet_libraries
 
@@ -34,7 +34,7 @@ def main() -> None:
     seeds = [suite.prepared(number, arguments.cache) for number in numbers]
     with bars() as progress:
         for seed in seeds:
-            runs = all_runs(seed, suite.counts, thorough=suite.thorough)
+            runs = suite.runs(seed)
             bar = progress.add_task(f"Seed {seed.number}", total=len(runs))
             for name, measure in runs.items():
                 if name.startswith(arguments.only):

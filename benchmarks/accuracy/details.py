@@ -38,6 +38,7 @@ def found(kept: Sequence[Found], seeds: Sequence[Seed], counts: Sequence[int]) -
         counts: numbers of tasks merged.
     """
     return {
+        "detailed": [seed.number for seed in seeds],
         "variants": {
             str(count): {name: row(kept, seeds, count, name) for name in VARIANTS}
             for count in counts
@@ -107,6 +108,7 @@ def sections(content: Found, titles: Mapping[str, str]) -> list[str]:
         " seeds it is no worse.",
         table(head, _claims(found, titles)),
         "## Rank",
+        f"Here and below: seeds {', '.join(map(str, found['detailed']))} only.",
         "TSV-Merge, α = 1, with fewer singular vectors of each task than k/T: normalised accuracy.",
         table(
             ["share of k", *head[1:]],

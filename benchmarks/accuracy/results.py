@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import comparisons, details
-from benchmarks.accuracy.runs import METHODS, Seed, all_runs
+from benchmarks.accuracy.runs import METHODS, Seed
 from benchmarks.accuracy.scores import Found, row, spread, table
 from benchmarks.accuracy.suites import SUITES, Suite
 
@@ -43,11 +43,7 @@ def summary(suite: Suite, seeds: Sequence[Seed]) -> Found:
         seeds: seeds whose runs are all finished.
     """
     counts = suite.counts
-    names = [list(all_runs(seed, counts, thorough=suite.thorough)) for seed in seeds]
-    kept = [
-        {name: seed.kept(name, _missing) for name in own}
-        for seed, own in zip(seeds, names, strict=True)
-    ]
+    kept = [{name: seed.kept(name, _missing) for name in suite.runs(seed)} for seed in seeds]
     found: Found = {
         "suite": suite.name,
         "date": date.today().isoformat(),
@@ -65,9 +61,10 @@ def summary(suite: Suite, seeds: Sequence[Seed]) -> Found:
         "comparisons": comparisons.found(kept, seeds, counts),
         "alphas": {str(count): _alphas(kept, count) for count in counts},
     }
-    if not suite.thorough:
+    known = [(run, seed) for run, seed in zip(kept, seeds, strict=True) if "sweep" in run]
+    if not known:
         return found
-    return found | details.found(kept, seeds, counts)
+    return found | details.found(*zip(*known, strict=True), counts)
 
 
 def _missing() -> Any:

@@ -253,7 +253,7 @@ def all_runs(
     Args:
         seed: models and images.
         counts: numbers of tasks merged.
-        thorough: with coefficients, variants, ranks and compression too.
+        thorough: with variants, ranks and compression too.
     """
     runs: dict[str, Callable[[], Any]] = {"references": lambda: references(seed)}
 
@@ -270,9 +270,9 @@ def all_runs(
             add(name, count, method, row, *options)
         for name, options in ALONE.items() if count in ends else ():
             add(name, count, plain, *options)
+        add("ada", count, adapted)
         if not thorough:
             continue
-        add("ada", count, adapted)
         for name, options in VARIANTS.items():
             add(name, count, plain, *options)
         for rank in MERGE_RANKS:

@@ -99,7 +99,7 @@ def test_json_markdown_and_picture_are_written(seeds: list[Seed], tmp_path: Path
 
 
 def test_other_suites_have_reports_of_their_own(seeds: list[Seed], tmp_path: Path) -> None:
-    suite = replace(SUITES["lora"], counts=COUNTS)
+    suite = replace(SUITES["lora"], counts=COUNTS, thorough=())
     found = results.summary(suite, seeds)
     results.write(found, tmp_path / "out")
     text = (tmp_path / "out" / "accuracy-lora.md").read_text()
