@@ -127,7 +127,8 @@ def _solved(deltas: list[Update], updates: Updates, kind: WudiFilter) -> tuple[T
 
 def _largest(delta: Update) -> float:
     """Largest absolute entry of an update, or its largest singular value."""
-    return products.largest_entry(delta if isinstance(delta, Tensor) else delta.S[:1])
+    entries = delta if isinstance(delta, Tensor) else delta.S[:1]
+    return products.largest_entry(entries) if entries.numel() else 0.0
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,12 @@ def test_triplets_give_the_same_as_what_they_are_of(
     assert near(merged(mixed, kind, floors=[1e-9] * 4), expected, 1e-6)
 
 
+def test_triplets_of_nothing_change_nothing() -> None:
+    nothing: list[Update] = [decompose(torch.zeros(6, 5), 2) for _ in range(2)]
+    found = merged(nothing, "swudi-a")
+    assert found.shape == (6, 5) and not found.any()
+
+
 def test_triplets_are_not_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     triplets: list[Update] = [decompose(delta, 2) for delta in loras(3, (64, 48), rank=2)]
 
