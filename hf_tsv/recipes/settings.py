@@ -124,8 +124,7 @@ class Settings:
         }.items():
             object.__setattr__(self, name, choice(name, getattr(self, name), allowed))
         if self.alpha is None:
-            own = 1.0 if self.calibrate or self.row.alpha is None else self.row.alpha
-            object.__setattr__(self, "alpha", own)
+            object.__setattr__(self, "alpha", 1.0 if self.row.alpha is None else self.row.alpha)
         check_number("alpha", self.alpha)
         object.__setattr__(self, "alpha", float(self.alpha))  # of NumPy or a whole number
         if self.row.alpha is None and self.alpha != 1:

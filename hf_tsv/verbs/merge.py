@@ -126,7 +126,7 @@ def merge(
         precision (`str`, *optional*): `fast`, the default: by Gram matrices in float64, each result
             checked, with a full SVD of what fails the check; `exact`: full float64 SVDs only.
         alpha (`float`, *optional*): α, scale of the merged update; default: 1, and 0.3 for the
-            sums `task-arithmetic`, `low-rank` and `consensus` unless they are calibrated.
+            sums `task-arithmetic`, `low-rank` and `consensus`.
         tune_alpha ([`AlphaSearch`], *optional*): choose α on validation images instead.
         weights (`Sequence[float]` or `Mapping[str, float]`, *optional*): factor of each task's
             update, in order, or by the names of some: `{"org/a": 0.7}`.
@@ -227,7 +227,7 @@ def merge(
                 if tune_alpha is not None:
                     refuse_no_search(settings.row, alpha)
                 work, sources = prepare(references, base_ref, weights, settings, access)
-                if alpha is None and not calibrate:
+                if alpha is None:
                     work = with_own_alpha(work, sources.inputs)
                 work = _learning(work, sources, tune_alpha, adaptation)
             refuse_no_heads(work.settings, sources.inputs)

@@ -66,7 +66,7 @@ def depth(name: str, blocks: int) -> float | None:
 def test_task_arithmetic_is_calibrated_in_its_matrices(
     tmp_path: Path, deep: Path, updates: Updates
 ) -> None:
-    found = merged(deep, tmp_path / "out", method="task-arithmetic", calibrate=True)
+    found = merged(deep, tmp_path / "out", method="task-arithmetic", alpha=1.0, calibrate=True)
     seen = 0
     for name, deltas in updates[1].items():
         total = np.sum(deltas, axis=0)
