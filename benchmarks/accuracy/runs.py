@@ -43,8 +43,8 @@ STEPS = {
 }
 """Steps before and after a method, by the name of their runs."""
 
-STEPPED = ("tsv", "wudi", "dc", "iso-cts", "task-arithmetic")
-"""Methods that are run with each step they allow."""
+STEPPED = {"tsv": STEPS, "wudi": STEPS, "dc": STEPS, "task-arithmetic": ("calibrated",)}
+"""Steps that a method is run with."""
 
 ALONE = {
     "iso-c-1": ("--method", "iso-c"),
@@ -235,14 +235,8 @@ def _vision_bytes(folder: Path) -> int:
 
 def stepped() -> dict[str, tuple[str, tuple[str, ...]]]:
     """Methods with a step, as pairs of a method and its options, by the name of their runs."""
-    from hf_tsv.methods.catalogue import METHODS as ROWS
-
-    return {
-        f"{name}+{step}": (name, options)
-        for name in STEPPED
-        for step, options in STEPS.items()
-        if step != "calibrated" or ROWS[name].calibrates
-    }
+    pairs = [(name, step) for name, steps in STEPPED.items() for step in steps]
+    return {f"{name}+{step}": (name, STEPS[step]) for name, step in pairs}
 
 
 def all_runs(
