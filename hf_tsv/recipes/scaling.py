@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import prod
+from os import PathLike, fspath
 from pathlib import Path
 
 from hf_tsv.system.checks import argument, check_number
@@ -93,7 +94,7 @@ def place_of(name: object, checkpoints: Sequence[str], option: str) -> int:
 
     A name is a reference as it is given, the same without its revision, or its last part.
     """
-    text = name.rstrip("/") if isinstance(name, str) else ""
+    text = fspath(name).rstrip("/") if isinstance(name, str | PathLike) else ""
     found = [i for i, ref in enumerate(checkpoints) if text == ref.rstrip("/")]
     found = found or [i for i, ref in enumerate(checkpoints) if text in _names(ref)]
     if len(found) == 1:
