@@ -262,7 +262,7 @@ def all_runs(
             add(name, count, method, name)
         for name, (row, options) in stepped().items() if count in ends else ():
             add(name, count, method, row, *options)
-        for name, options in ALONE.items() if count in ends else ():
+        for name, options in ALONE.items():
             add(name, count, plain, *options)
         add("ada", count, adapted)
         if not thorough:
