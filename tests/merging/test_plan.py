@@ -144,6 +144,29 @@ def test_the_method_decides_about_matrices(
     assert vector == ("summed" if method == "task-arithmetic" else "averaged")
 
 
+@pytest.mark.parametrize("method", ["tsv", "task-arithmetic", "ties"])
+def test_matrices_but_tables_of_positions_are_calibrated(
+    base: Checkpoint, shapes: dict[str, Any], method: str
+) -> None:
+    plan = make_plan(base, tasks(shapes), Settings(method=method, calibrate=True))
+    held = [w for w in plan.weights if w.treatment != "copied"]
+    matrices = {w.label for w in held if len(w.shape) == 2}
+    tables = {label for label in matrices if "embedding" in label}
+    assert len(tables) == 1
+    assert {w.label for w in plan.weights if w.calibrated} == matrices - tables
+    assert all(w.together for w in plan.weights if w.calibrated)
+
+
+@pytest.mark.parametrize("method", ["tsv", "average"])
+def test_larv_scales_what_the_method_merges(
+    base: Checkpoint, shapes: dict[str, Any], method: str
+) -> None:
+    plan = make_plan(base, tasks(shapes), Settings(method=method, layer_scale="larv"))
+    surveyed = {w.label for w in plan.weights if w.surveyed}
+    assert FC1 in surveyed and f"{LAYER}.mlp.fc1.bias" not in surveyed
+    assert "visual_projection.weight" not in surveyed  # no task has it
+
+
 def test_counts_say_what_is_done_and_put_unchanged_weights_to_the_copies(
     base: Checkpoint, shapes: dict[str, Any]
 ) -> None:

@@ -153,6 +153,26 @@ def test_storage_noise_is_not_amplified(kind: WudiFilter) -> None:
     assert near(merged(noisy, kind, floors=[2e-6] * 3), clean, 1e-3)
 
 
+@pytest.mark.parametrize("size", [1.0, 2.0**20])
+def test_directions_below_the_noise_of_all_tasks_count_as_zero(size: float) -> None:
+    """C of full rank, of which Cholesky's method must not invert what is noise."""
+    deltas = [size * delta for delta in tasks(3, (40, 24))]
+    rows = []
+    for delta in deltas:
+        entries = delta.double().numpy()
+        kept = np.abs(entries) >= np.median(np.abs(entries))
+        rows.append(np.where(kept, entries, 0))
+    values = np.linalg.eigvalsh(sum(r.T @ r for r in rows))
+    floor = float(np.sqrt((values[7] + values[8]) / 2 / 3))  # of each of the three tasks
+    C = sum(r.T @ r for r in rows)
+    w, V = np.linalg.eigh(C)
+    kept = w > 3 * floor**2
+    assert kept.sum() == 16
+    D = sum(d.double().numpy() @ r.T @ r for d, r in zip(deltas, rows, strict=True))
+    expected = D @ V[:, kept] / w[kept] @ V[:, kept].T
+    assert near(merged(list(deltas), "tact", floors=[floor] * 3), expected)
+
+
 def test_threads_do_not_change_the_bits() -> None:
     from hf_tsv.linalg import products
 
