@@ -105,7 +105,7 @@ SUITES = {
     for suite in (
         Suite(
             "tiny", "Tiny CLIPs, trained from scratch on rendered images and on scikit-learn's.",
-            (8, 14, 20), (0, 1, 2), tiny, tiny_recipe, thorough=(0, 1),
+            (8, 14, 20), (0, 1, 2), tiny, tiny_recipe, thorough=(0,),
         ),
         Suite(
             "lora", "LoRA fine-tunes of the tiny CLIPs, on the images of the whole fine-tunes.",
