@@ -2,9 +2,10 @@
 
 `python -m benchmarks.accuracy` merges 8, 14 and 20 tasks of three seeds of tiny CLIPs; with
 `--suite lora` eight LoRA fine-tunes of the same base models, with `--suite larger` eight fine-tunes
-of a CLIP of 12 layers. It trains models and runs methods unless their results exist, and writes
-JSON, Markdown and pictures into `benchmarks/accuracy/results/`. Everything is kept in `.accuracy/`,
-so that a stopped run resumes. All of it takes some hours on two cores.
+of a CLIP of 12 layers; `--suite details` has ranks and variants of TSV-Merge, and compression. It
+trains models and runs methods unless their results exist, and writes JSON, Markdown and pictures
+into `benchmarks/accuracy/results/`. Everything is kept in `.accuracy/`, so that a stopped run
+resumes. All of it takes some hours on two cores.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main() -> None:
     seeds = [suite.prepared(number, arguments.cache) for number in numbers]
     with bars() as progress:
         for seed in seeds:
-            runs = suite.runs(seed)
+            runs = suite.runs(seed, suite.counts)
             bar = progress.add_task(f"Seed {seed.number}", total=len(runs))
             for name, measure in runs.items():
                 if name.startswith(arguments.only):

@@ -1,9 +1,9 @@
-"""The rest of the report on tiny CLIPs: the order of the paper, ranks, variants and compression."""
+"""Report on ranks and variants of TSV-Merge, and on compression."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks.accuracy.runs import VARIANTS, Seed
 from benchmarks.accuracy.scores import Found, row, spread, table
@@ -18,16 +18,6 @@ SETTINGS = {
     "orthogonal-fused": "orthogonal only, attention stacked",
 }
 
-ORDER = (
-    ("average", "task-arithmetic"),
-    ("task-arithmetic", "consensus"),
-    ("task-arithmetic", "orthogonal"),
-    ("low-rank", "orthogonal"),
-    ("orthogonal", "tsv"),
-    ("consensus", "tsv"),
-)
-"""Pairs of methods of which the paper finds the second one at least as good."""
-
 
 def found(kept: Sequence[Found], seeds: Sequence[Seed], counts: Sequence[int]) -> Found:
     """Summary of variants, ranks and compression.
@@ -38,7 +28,6 @@ def found(kept: Sequence[Found], seeds: Sequence[Seed], counts: Sequence[int]) -
         counts: numbers of tasks merged.
     """
     return {
-        "detailed": [seed.number for seed in seeds],
         "variants": {
             str(count): {name: row(kept, seeds, count, name) for name in VARIANTS}
             for count in counts
@@ -78,24 +67,9 @@ def _shares(kept: Sequence[Found], count: int, name: str) -> list[float]:
     ]
 
 
-def _claims(found: Found, titles: Mapping[str, str]) -> list[list[str]]:
-    """Rows that compare two methods, with the difference and the seeds where it is not negative."""
-    rows = []
-    for low, high in ORDER:
-        cells = []
-        for methods in found["methods"].values():
-            pairs = zip(methods[low]["normalised"], methods[high]["normalised"], strict=True)
-            apart = [b - a for a, b in pairs]
-            holds = sum(difference >= 0 for difference in apart)
-            cells.append(f"{spread(apart)} ({holds} of {len(apart)})")
-        rows.append([f"{titles[low]} ≤ {titles[high]}", *cells])
-    return rows
-
-
-def sections(content: Found, titles: Mapping[str, str]) -> list[str]:
+def sections(found: Found) -> list[str]:
     """Sections of the report, in Markdown."""
-    found = content
-    counts = list(found["methods"])
+    counts = list(found["variants"])
     head = ["", *(f"{count} tasks" for count in counts)]
     ranks = list(dict.fromkeys(share for count in counts for share in found["ranks"][count]))
 
@@ -103,12 +77,7 @@ def sections(content: Found, titles: Mapping[str, str]) -> list[str]:
         return [spread(rows(count)[what], 2) for count in counts]
 
     return [
-        "## The order of the paper",
-        "How much better the second is, in points of normalised accuracy; in brackets in how many"
-        " seeds it is no worse.",
-        table(head, _claims(found, titles)),
         "## Rank",
-        f"Here and below: seeds {', '.join(map(str, found['detailed']))} only.",
         "TSV-Merge, α = 1, with fewer singular vectors of each task than k/T: normalised accuracy.",
         table(
             ["share of k", *head[1:]],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import comparisons, details
-from benchmarks.accuracy.runs import METHODS, Seed
+from benchmarks.accuracy.runs import METHODS, Seed, detail_runs
 from benchmarks.accuracy.scores import Found, row, spread, table
 from benchmarks.accuracy.suites import SUITES, Suite
 
@@ -35,6 +35,17 @@ ROWS = {
 }
 
 
+ORDER = (
+    ("average", "task-arithmetic"),
+    ("task-arithmetic", "consensus"),
+    ("task-arithmetic", "orthogonal"),
+    ("low-rank", "orthogonal"),
+    ("orthogonal", "tsv"),
+    ("consensus", "tsv"),
+)
+"""Pairs of methods of which the paper finds the second one at least as good."""
+
+
 def summary(suite: Suite, seeds: Sequence[Seed]) -> Found:
     """Summary of everything that was measured, as one object; accuracies in per cent.
 
@@ -43,32 +54,31 @@ def summary(suite: Suite, seeds: Sequence[Seed]) -> Found:
         seeds: seeds whose runs are all finished.
     """
     counts = suite.counts
-    kept = [{name: seed.kept(name, _missing) for name in suite.runs(seed)} for seed in seeds]
+    kept = [
+        {name: seed.kept(name, _missing) for name in suite.runs(seed, counts)} for seed in seeds
+    ]
     found: Found = {
         "suite": suite.name,
         "date": date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
         "seeds": [seed.number for seed in seeds],
         "recipe": suite.recipe(),
-        "methods": {
-            str(count): {
-                name: row(kept, seeds, count, name)
-                for name in ROWS
-                if name in ("base", "fine-tuned") or f"{name}-{count}" in kept[0]
-            }
-            for count in counts
-        },
+    }
+    if suite.runs is detail_runs:
+        return found | details.found(kept, seeds, counts)
+    return found | {
+        "methods": {str(count): _methods(kept, seeds, count) for count in counts},
         "comparisons": comparisons.found(kept, seeds, counts),
         "alphas": {str(count): _alphas(kept, count) for count in counts},
     }
-    known = [(run, seed) for run, seed in zip(kept, seeds, strict=True) if "sweep" in run]
-    if not known:
-        return found
-    return found | details.found(*zip(*known, strict=True), counts)
 
 
 def _missing() -> Any:
     raise SystemExit("Not everything has been run.")
+
+
+def _methods(kept: Sequence[Found], seeds: Sequence[Seed], count: int) -> Found:
+    return {name: row(kept, seeds, count, name) for name in ROWS}
 
 
 def _methods(kept: Sequence[Found], seeds: Sequence[Seed], count: int) -> Found:
@@ -95,7 +105,8 @@ def write(found: Found, folder: Path = FOLDER) -> None:
     name = _file(found, "accuracy")
     (folder / f"{name}.json").write_text(text, encoding="utf-8")
     (folder / f"{name}.md").write_text(markdown(found), encoding="utf-8")
-    pictures(found, folder / f"{_file(found, 'alphas')}.svg")
+    if "alphas" in found:
+        pictures(found, folder / f"{_file(found, 'alphas')}.svg")
 
 
 def _file(found: Found, kind: str) -> str:
@@ -112,25 +123,30 @@ def main_table(found: Found) -> str:
         return [f"{spread(r['normalised'])} ({statistics.mean(r['accuracy']):.1f})" for r in rows]
 
     head = ["", *(f"{count} tasks" for count in counts)]
-    names = [name for name in ROWS if name in found["methods"][counts[0]]]
-    return table(head, ([ROWS[name], *cells(name)] for name in names))
+    return table(head, ([title, *cells(name)] for name, title in ROWS.items()))
+
+
+def _claims(found: Found) -> list[list[str]]:
+    """Rows that compare two methods, with the difference and the seeds where it is not negative."""
+    rows = []
+    for low, high in ORDER:
+        cells = []
+        for methods in found["methods"].values():
+            pairs = zip(methods[low]["normalised"], methods[high]["normalised"], strict=True)
+            apart = [b - a for a, b in pairs]
+            holds = sum(difference >= 0 for difference in apart)
+            cells.append(f"{spread(apart)} ({holds} of {len(apart)})")
+        rows.append([f"{ROWS[low]} ≤ {ROWS[high]}", *cells])
+    return rows
 
 
 def markdown(found: Found) -> str:
     """Report in Markdown."""
-    counts = list(found["methods"])
-    head = ["", *(f"{count} tasks" for count in counts)]
     recipe = ", ".join(f"{key} {value}" for key, value in found["recipe"].items())
     versions = ", ".join(f"{name} {value}" for name, value in found["versions"].items())
     command = "python -m benchmarks.accuracy"
     if found["suite"] != "tiny":
         command += f" --suite {found['suite']}"
-
-    def alphas(name: str) -> list[str]:
-        return [
-            ", ".join(f"{a:g}" for a in found["methods"][count][name]["alpha"]) for count in counts
-        ]
-
     parts = [
         "# Accuracy of merged and compressed models",
         f"`{command}`, {found['date']}; seeds {', '.join(map(str, found['seeds']))}; {versions}.",
@@ -139,6 +155,22 @@ def markdown(found: Found) -> str:
         " without their labels. Mean ± standard deviation over the seeds. These are not the models"
         " of the paper, and its numbers are not to be compared with these: only the order of"
         " methods is.",
+        *(_sections(found) if "methods" in found else details.sections(found)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sections(found: Found) -> list[str]:
+    """Sections on methods."""
+    counts = list(found["methods"])
+    head = ["", *(f"{count} tasks" for count in counts)]
+
+    def alphas(name: str) -> list[str]:
+        return [
+            ", ".join(f"{a:g}" for a in found["methods"][count][name]["alpha"]) for count in counts
+        ]
+
+    return [
         "## Methods",
         "Normalised accuracy in per cent (mean share of each fine-tune's own, eq. 9); accuracy in"
         " brackets.",
@@ -146,12 +178,13 @@ def markdown(found: Found) -> str:
         "α chosen, by seed:",
         table(head, ([ROWS[name], *alphas(name)] for name in METHODS)),
         *comparisons.sections(found["comparisons"]),
+        "## The order of the paper",
+        "How much better the second is, in points of normalised accuracy; in brackets in how many"
+        " seeds it is no worse.",
+        table(head, _claims(found)),
         "## α",
         f"![Accuracy on validation images by α]({_file(found, 'alphas')}.svg)",
     ]
-    if "variants" in found:
-        parts += details.sections(found, ROWS)
-    return "\n\n".join(parts) + "\n"
 
 
 def pictures(found: Found, file: Path) -> None:

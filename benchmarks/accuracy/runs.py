@@ -43,21 +43,27 @@ STEPS = {
 }
 """Steps before and after a method, by the name of their runs."""
 
-STEPPED = {"tsv": STEPS, "wudi": STEPS, "dc": STEPS, "task-arithmetic": ("calibrated",)}
+STEPPED = {"tsv": STEPS, "wudi": STEPS, "task-arithmetic": ("calibrated",)}
 """Steps that a method is run with."""
 
-ALONE = {
-    "iso-c-1": ("--method", "iso-c"),
-    "iso-cts-1": ("--method", "iso-cts"),
-    "dc-1": ("--method", "dc"),
-    "wudi-1": ("--method", "wudi"),
-    "wudi-swudi-1": ("--method", "wudi", "--wudi-filter", "swudi"),
-    "wudi-tact-1": ("--method", "wudi", "--wudi-filter", "tact"),
+ALONE: dict[str, tuple[object, ...]] = {
+    "iso-c-1": ("--method", "iso-c", "--alpha", 1),
+    "iso-cts-1": ("--method", "iso-cts", "--alpha", 1),
+    "dc-1": ("--method", "dc", "--alpha", 1),
+    "wudi-1": ("--method", "wudi", "--alpha", 1),
+    "wudi-swudi-1": ("--method", "wudi", "--alpha", 1, "--wudi-filter", "swudi"),
+    "wudi-tact-1": ("--method", "wudi", "--alpha", 1, "--wudi-filter", "tact"),
     "tsv-lines-1": STEPS["lines"],
     "tsv-larv-1": STEPS["larv"],
     "tsv-calibrated-1": STEPS["calibrated"],
-    "wudi-larv-1": ("--method", "wudi", *STEPS["larv"]),
-    "task-arithmetic-calibrated-1": ("--method", "task-arithmetic", *STEPS["calibrated"]),
+    "wudi-larv-1": ("--method", "wudi", "--alpha", 1, *STEPS["larv"]),
+    "task-arithmetic-calibrated-1": (
+        "--method",
+        "task-arithmetic",
+        "--alpha",
+        1,
+        *STEPS["calibrated"],
+    ),
 }
 """What is known without any image: α = 1."""
 
@@ -239,25 +245,21 @@ def stepped() -> dict[str, tuple[str, tuple[str, ...]]]:
     return {f"{name}+{step}": (name, STEPS[step]) for name, step in pairs}
 
 
-def all_runs(
-    seed: Seed, counts: Sequence[int], *, thorough: bool = True
-) -> dict[str, Callable[[], Any]]:
-    """Runs of a seed by the name they are kept under.
+Runs = dict[str, Callable[[], Any]]
+"""Runs by the name they are kept under."""
+
+
+def method_runs(seed: Seed, counts: Sequence[int]) -> Runs:
+    """Runs of all methods, with and without a choice of α, and of steps.
 
     Args:
         seed: models and images.
         counts: numbers of tasks merged.
-        thorough: with variants, ranks and compression too.
     """
-    runs: dict[str, Callable[[], Any]] = {"references": lambda: references(seed)}
-
-    def add(name: str, count: int, measure: Callable[..., Any], *arguments: object) -> None:
-        runs[f"{name}-{count}"] = lambda: measure(seed, count, *arguments)
-
+    runs, add = _begun(seed)
     ends = (min(counts), max(counts))
     for count in counts:
         add("average", count, plain, "--method", "average")
-        add("tsv-default", count, plain)
         for name in METHODS:
             add(name, count, method, name)
         for name, (row, options) in stepped().items() if count in ends else ():
@@ -265,8 +267,20 @@ def all_runs(
         for name, options in ALONE.items():
             add(name, count, plain, *options)
         add("ada", count, adapted)
-        if not thorough:
-            continue
+        add("tsv-default", count, plain)
+    return runs
+
+
+def detail_runs(seed: Seed, counts: Sequence[int]) -> Runs:
+    """Runs of variants and ranks of TSV-Merge, and of compression.
+
+    Args:
+        seed: models and images.
+        counts: numbers of tasks merged.
+    """
+    runs, add = _begun(seed)
+    for count in counts:
+        add("tsv-default", count, plain)
         for name, options in VARIANTS.items():
             add(name, count, plain, *options)
         for rank in MERGE_RANKS:
@@ -274,9 +288,18 @@ def all_runs(
                 add(f"rank-{rank:g}", count, plain, "--rank-fraction", rank)
         add("tall-mask", count, masked)
         add("factors", count, compressed)
-    if thorough:
-        runs["sweep"] = lambda: swept(seed)
+    runs["sweep"] = lambda: swept(seed)
     return runs
+
+
+def _begun(seed: Seed) -> tuple[Runs, Callable[..., None]]:
+    """Runs with the references alone, and a function that adds one."""
+    runs: Runs = {"references": lambda: references(seed)}
+
+    def add(name: str, count: int, measure: Callable[..., Any], *arguments: object) -> None:
+        runs[f"{name}-{count}"] = lambda: measure(seed, count, *arguments)
+
+    return runs, add
 
 
 def clear(seed: Seed) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.runs import MORE_ALPHAS, Seed, all_runs
+from benchmarks.accuracy.runs import MORE_ALPHAS, Runs, Seed, detail_runs, method_runs
 from benchmarks.prepared import bars, prepared_adapters, prepared_larger, trained
 
 TEST_IMAGES = 500
@@ -27,7 +27,7 @@ class Suite:
         seeds: seeds that are run by default.
         prepared: makes the models and images of a seed, unless they exist.
         recipe: settings of the training, without its seed.
-        thorough: seeds of which variants, ranks and compression are measured too.
+        runs: runs of a seed.
     """
 
     name: str
@@ -36,11 +36,7 @@ class Suite:
     seeds: tuple[int, ...]
     prepared: Callable[[int, Path], Seed]
     recipe: Callable[[], dict[str, Any]]
-    thorough: tuple[int, ...] = ()
-
-    def runs(self, seed: Seed) -> dict[str, Callable[[], Any]]:
-        """Runs of a seed by the name they are kept under."""
-        return all_runs(seed, self.counts, thorough=seed.number in self.thorough)
+    runs: Callable[[Seed, Sequence[int]], Runs] = method_runs
 
 
 def tiny(number: int, cache: Path) -> Seed:
@@ -105,7 +101,11 @@ SUITES = {
     for suite in (
         Suite(
             "tiny", "Tiny CLIPs, trained from scratch on rendered images and on scikit-learn's.",
-            (8, 14, 20), (0, 1, 2), tiny, tiny_recipe, thorough=(0,),
+            (8, 14, 20), (0, 1, 2), tiny, tiny_recipe,
+        ),
+        Suite(
+            "details", "Tiny CLIPs, trained from scratch on rendered images and on scikit-learn's.",
+            (8, 14, 20), (0, 1), tiny, tiny_recipe, detail_runs,
         ),
         Suite(
             "lora", "LoRA fine-tunes of the tiny CLIPs, on the images of the whole fine-tunes.",

@@ -34,7 +34,7 @@ EXAMPLES = (
 )
 LEARNING = tuple(m.name for m in METHODS.values() if m.learns)
 METHOD_HELP = "Merging method, see below. [default: tsv]"
-TABLES = {"Methods (--method)": {m.name: m.does for m in METHODS.values() if not m.learns}}
+TABLES = {"Methods (--method)": {m.name: m.says for m in METHODS.values() if not m.learns}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class MethodOptions:
     alpha: Annotated[
         float | None,
         "A",
-        "Scale of the merged update. [default: 1; 0.3 for task-arithmetic, low-rank and consensus]",
+        "Scale of the merged update. [default: 1, or that of the method, see below]",
     ] = None
     weights: Annotated[
         list[str] | None, "W1,W2,...", "Factor of each task; or org/a=0.7,... [default: 1]"

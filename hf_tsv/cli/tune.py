@@ -21,7 +21,7 @@ EXAMPLES = (
     "hf-tsv tune ./a ./b --method ties --alphas 0:3:0.1 --task a=./images -o tuned",
 )
 WITHOUT_ALPHA = tuple(m.name for m in METHODS.values() if m.alpha is None)
-TABLES = {"Methods (--method)": {m.name: m.does for m in METHODS.values() if m.alpha is not None}}
+TABLES = {"Methods (--method)": {m.name: m.says for m in METHODS.values() if m.alpha is not None}}
 
 
 @dataclass(frozen=True, kw_only=True)

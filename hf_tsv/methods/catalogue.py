@@ -99,6 +99,14 @@ class Method:
             raise ValueError(f"of is {self.of!r} and ranks is {self.ranks!r}")
 
     @property
+    def says(self) -> str:
+        """Line for `--help`: what it does, and α where the default is not 1."""
+        alphas = [] if self.alpha in (None, 1) else [f"α = {self.alpha:g}"]
+        if self.alpha_of_adapters is not None:
+            alphas.append(f"{'' if alphas else 'α = '}{self.alpha_of_adapters:g} for adapters")
+        return f"{self.does} ({', '.join(alphas)})" if alphas else self.does
+
+    @property
     def treatment(self) -> Treatment:
         """Treatment of the weights that the rule merges."""
         return TREATMENTS[self.of]
@@ -148,22 +156,25 @@ BUILT_IN = (
     ),
     Method(
         "iso-c", "hf_tsv.methods.isotropic:iso_c",
-        "sum of updates with all singular values made equal", source="2502.04959",
+        "sum of updates with all singular values made equal",
+        source="2502.04959", alpha_of_adapters=2.0,
     ),
     Method(
         "iso-cts", "hf_tsv.methods.isotropic:iso_cts",
         "iso-c with a fifth of its directions for each task's own",
-        source="2502.04959",
+        source="2502.04959", alpha=1.3, alpha_of_adapters=2.0,
     ),
     Method(
         "dc", "hf_tsv.methods.dc:dc",
         "tsv, keeping only what tasks agree on",
-        source="2603.05957", ranks="share", forms="projections", calibrates="one",
+        source="2603.05957", ranks="share", alpha=2.0, alpha_of_adapters=0.7,
+        forms="projections", calibrates="one",
     ),
     Method(
         "wudi", "hf_tsv.methods.wudi:wudi",
         "answers on the inputs that each task's update shows",
-        source="2503.08099", forms="covariance", calibrates="one", options=("wudi_filter",),
+        source="2503.08099", alpha_of_adapters=0.2, forms="covariance", calibrates="one",
+        options=("wudi_filter",),
     ),
     Method(
         "tall-mask", "hf_tsv.methods.sums:total",
@@ -175,7 +186,9 @@ BUILT_IN = (
     ),
 )  # fmt: skip
 """Methods of this package. The scale α of sums in which tasks add up where they agree is what task
-arithmetic takes without validation images (Ilharco et al., ICLR 2023)."""
+arithmetic takes without validation images (Ilharco et al., ICLR 2023). That of Iso-CTS and of
+DC-Merge, and those of adapters, were the best of a few values on the validation images of
+`benchmarks.accuracy`, on average."""
 
 
 def installed(points: Sequence[EntryPoint]) -> Iterator[Method]:

@@ -125,8 +125,9 @@ def merge(
             result up to rounding, and with `precision="fast"` the same computation.
         precision (`str`, *optional*): `fast`, the default: by Gram matrices in float64, each result
             checked, with a full SVD of what fails the check; `exact`: full float64 SVDs only.
-        alpha (`float`, *optional*): α, scale of the merged update; default: 1, and 0.3 for the
-            sums `task-arithmetic`, `low-rank` and `consensus`.
+        alpha (`float`, *optional*): α, scale of the merged update; default: 1, 0.3 for the sums
+            `task-arithmetic`, `low-rank` and `consensus`, 1.3 for `iso-cts`, 2 for `dc`; of
+            adapters alone 2 for `iso-c` and `iso-cts`, 0.7 for `dc`, 0.2 for `wudi`.
         tune_alpha ([`AlphaSearch`], *optional*): choose α on validation images instead.
         weights (`Sequence[float]` or `Mapping[str, float]`, *optional*): factor of each task's
             update, in order, or by the names of some: `{"org/a": 0.7}`.

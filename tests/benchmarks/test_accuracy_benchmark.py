@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import results
-from benchmarks.accuracy.runs import METHODS, Seed, all_runs
+from benchmarks.accuracy.runs import METHODS, Runs, Seed, detail_runs, method_runs, stepped
 from benchmarks.accuracy.suites import SUITES
 
 COUNTS = (2, 4)
 TASKS = ("a", "b", "c", "d")
 SUITE = replace(SUITES["tiny"], counts=COUNTS)
+
+
+def every_run(seed: Seed) -> Runs:
+    return {**method_runs(seed, COUNTS), **detail_runs(seed, COUNTS)}
 
 
 def kept(rng: np.random.Generator, name: str) -> Any:
@@ -30,7 +34,7 @@ def kept(rng: np.random.Generator, name: str) -> Any:
     if name == "sweep":
         return {"fractions": [0.1, 1.0], "mean": [0.5, 0.75], "full": 0.75, "stored": [0.3, 1.0]}
     found: dict[str, Any] = {"accuracies": accuracies()}
-    if name.rpartition("-")[0] in METHODS:
+    if name.rpartition("-")[0] in (*METHODS, *stepped()):
         found |= {"alpha": 0.5, "alphas": [0.5, 1.0], "validation": [0.6, 0.4]}
     if name.startswith(("factors", "tall-mask")):
         found |= {"bytes": 300, "checkpoint_bytes": 1000}
@@ -44,7 +48,7 @@ def seeds(tmp_path: Path) -> list[Seed]:
     for number in (0, 1):
         rng = np.random.default_rng(number)
         seed = Seed(number, tmp_path, tmp_path, tmp_path / str(number), TASKS)
-        for name in all_runs(seed, COUNTS):
+        for name in every_run(seed):
             seed.kept(name, lambda name=name, rng=rng: kept(rng, name))
         found.append(seed)
     return found
@@ -83,7 +87,7 @@ def test_what_was_run_is_not_run_again_and_nothing_is_made_up(seeds: list[Seed])
     def never() -> Any:
         raise AssertionError
 
-    for name in all_runs(seeds[0], COUNTS):
+    for name in every_run(seeds[0]):
         seeds[0].kept(name, never)
     (seeds[0].results / "tsv-2.json").unlink()
     with pytest.raises(SystemExit, match="Not everything has been run"):
@@ -94,12 +98,15 @@ def test_json_markdown_and_picture_are_written(seeds: list[Seed], tmp_path: Path
     found = results.summary(SUITE, seeds)
     results.write(found, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "accuracy.json").read_text()) == found
-    assert "30.0 ± 0.0" in (tmp_path / "out" / "accuracy.md").read_text()  # bytes of masks
+    details = results.summary(replace(SUITES["details"], counts=COUNTS), seeds)
+    results.write(details, tmp_path / "out")
+    text = (tmp_path / "out" / "accuracy-details.md").read_text()
+    assert "30.0 ± 0.0" in text and "## Methods" not in text  # bytes of masks
     assert (tmp_path / "out" / "alphas.svg").read_text().count("<path") > 20
 
 
 def test_other_suites_have_reports_of_their_own(seeds: list[Seed], tmp_path: Path) -> None:
-    suite = replace(SUITES["lora"], counts=COUNTS, thorough=())
+    suite = replace(SUITES["lora"], counts=COUNTS)
     found = results.summary(suite, seeds)
     results.write(found, tmp_path / "out")
     text = (tmp_path / "out" / "accuracy-lora.md").read_text()

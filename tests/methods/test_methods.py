@@ -28,6 +28,8 @@ def table_row(row: Method) -> str:
     """The row of a method in the table of docs/methods.md."""
     source = f"[{row.source}](https://arxiv.org/abs/{row.source})" if row.source else "–"
     alpha = "–" if row.alpha is None else f"{row.alpha:g}"
+    if row.alpha_of_adapters is not None:
+        alpha += f"; {row.alpha_of_adapters:g} for adapters"
     return f"| `{row.name}` | {row.does} | {source} | {alpha} | {RANKS[row.ranks]} |"
 
 
@@ -132,7 +134,8 @@ def test_a_method_is_one_function_and_one_row(zoo: Path, tmp_path: Path) -> None
     assert "with the method `largest`" in card and re.search(
         r"[0-9]+ tensors were combined\.", card
     ), card
-    assert re.search(f"\n  largest +{LARGEST.does}\n", run("merge", "--help", COLUMNS="100").out)
+    listed = rf"\n  largest +{LARGEST.does} \(α = 0.5\)\n"
+    assert re.search(listed, run("merge", "--help", COLUMNS="100").out)
     for more in (["--rank", "3"], ["--report"]):
         refused = run(*words, *method, *more, "-o", tmp_path / "x")
         assert refused.code == 2 and "The method largest" in refused.err
@@ -221,7 +224,7 @@ def test_a_package_brings_a_method(package: Path, zoo: Path, tmp_path: Path) -> 
 def test_help_does_not_import_the_rules_of_a_package(package: Path) -> None:
     (package / "other_rules.py").write_text("raise SystemExit('imported')")
     done = hf_tsv_script("merge", "--help", **beside(package))
-    assert done.code == 0 and re.search("\n  first +update of the first task\n", done.out)
+    assert done.code == 0 and re.search(r"\n  first +update of the first task \(α", done.out)
 
 
 @pytest.mark.parametrize(

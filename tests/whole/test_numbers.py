@@ -36,7 +36,7 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
 }  # fmt: skip
 METHODS = ("tsv", "low-rank", "orthogonal", "task-arithmetic", "average", "consensus", "iso-c",
            "iso-cts", "dc", "wudi", "ties", "tall-mask")  # fmt: skip
-ALPHA = {"task-arithmetic": 0.3, "low-rank": 0.3, "consensus": 0.3}
+ALPHA = {"task-arithmetic": 0.3, "low-rank": 0.3, "consensus": 0.3, "iso-cts": 1.3, "dc": 2.0}
 
 Make = Callable[[tuple[int, ...], int], Tensor]
 """The update of a tensor by a task."""
