@@ -9,6 +9,9 @@ seed 0, for likeness to CLIP and its fine-tunes:
   distinguishes most of the others.
 - A learning rate and a number of steps that move the weights by 6 to 9 %, about 70 % of it in the
   leading twentieth of the directions.
+
+`adapters` fine-tunes the same base model with LoRA; `larger` has a CLIP of 12 layers, and tasks of
+64 x 64 pixels.
 """
 
 from __future__ import annotations

