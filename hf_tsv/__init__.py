@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from hf_tsv.models.switching import TaskSwitcher as TaskSwitcher
     from hf_tsv.recipes.images import EvaluationTask as EvaluationTask
     from hf_tsv.recipes.learning import Adaptation as Adaptation
-    from hf_tsv.recipes.learning import AlphaSearch as AlphaSearch
     from hf_tsv.recipes.recipe import Recipe as Recipe
+    from hf_tsv.recipes.searching import Search as Search
     from hf_tsv.reports.compression import CompressReport as CompressReport
     from hf_tsv.reports.interference import InterferenceReport as InterferenceReport
     from hf_tsv.reports.merging import MergeReport as MergeReport
@@ -64,8 +64,9 @@ _PUBLIC = {
     "models.loading": ["load_model", "pipeline"],
     "models.switching": ["TaskSwitcher"],
     "recipes.images": ["EvaluationTask"],
-    "recipes.learning": ["Adaptation", "AlphaSearch"],
+    "recipes.learning": ["Adaptation"],
     "recipes.recipe": ["Recipe"],
+    "recipes.searching": ["Search"],
     "reports.interference": ["InterferenceReport"],
     "reports.merging": ["MergeReport"],
     "system.errors": [

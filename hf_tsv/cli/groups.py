@@ -40,6 +40,10 @@ class NotOffered:
         self.values = values
 
 
+class Several:
+    """A choice of which one option takes several values, between commas."""
+
+
 class Only:
     """Fields of a group that a command takes, in this order; the others keep their defaults."""
 
@@ -107,7 +111,8 @@ def _options(
         kind, *notes = get_args(hint)
         panel = next((note for note in notes if isinstance(note, Panel)), panel)
         refused = {v for note in notes if isinstance(note, NotOffered) for v in note.values}
-        notes = [note for note in notes if not isinstance(note, Panel | NotOffered)]
+        several = any(isinstance(note, Several) for note in notes)
+        notes = [note for note in notes if not isinstance(note, Panel | NotOffered | Several)]
         info = copy(notes[0])
         if isinstance(info, str):
             declare: Any = typer.Option if given.kind is KEYWORD_ONLY else typer.Argument
@@ -119,7 +124,9 @@ def _options(
             kind = str | None if type(None) in get_args(kind) else str
             info.metavar = info.metavar or "|".join(values)
             offered = tuple(value for value in values if value not in refused)
-            info.callback, info.autocompletion = _chosen(values, offered), _completed(offered)
+            one = _chosen(values, offered)
+            info.callback = _each(one) if several else one
+            info.autocompletion = _completed(offered)
         yield given.replace(kind=KEYWORD_ONLY, annotation=Annotated[kind, info])
 
 
@@ -143,8 +150,17 @@ def _chosen(values: tuple[str, ...], offered: tuple[str, ...]) -> Callable[[Any]
     return chosen
 
 
+def _each(one: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Check of each value between commas."""
+    return lambda value: value and ",".join(one(part.strip()) for part in value.split(","))
+
+
 def _completed(values: tuple[str, ...]) -> Callable[[str], list[str]]:
-    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+    def completed(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [f"{before}{comma}{value}" for value in values if value.startswith(last)]
+
+    return completed
 
 
 def _names(info: OptionInfo) -> list[str]:

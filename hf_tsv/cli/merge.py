@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +15,7 @@ from hf_tsv.cli.output import Out, method_text, pinned, shown, table
 from hf_tsv.cli.usage import factors
 from hf_tsv.linalg.choices import LayerScale, Orthogonalizer, Precision, WudiFilter
 from hf_tsv.methods.catalogue import METHODS
+from hf_tsv.recipes.settings import steps_of
 from hf_tsv.system.errors import UsageError
 from hf_tsv.system.text import counted, human_bytes
 
@@ -150,6 +153,8 @@ def _summary(report: MergeReport) -> str:
         f"{_treated(report)}.",
         *(f"{line}." for line in report.selected),
     ]
+    if report.tuning:
+        lines.append(_best_of_each(report.tuning["best_of_each"]))
     if report.adaptation:
         before, after = report.adaptation["entropy"]
         lines.append(f"Entropy of predictions: {before:.3f} before, {after:.3f} after.")
@@ -164,6 +169,12 @@ def _summary(report: MergeReport) -> str:
     if report.output and not report.masks:
         lines.append(f"Test it: `hf-tsv evaluate {shown(report.output)} --task NAME=DATASET`")
     return "\n".join(lines)
+
+
+def _best_of_each(trials: Sequence[Mapping[str, Any]]) -> str:
+    """Table of the best trial of each method."""
+    rows = [[t["method"], f"{t['alpha']:g}", f"{t['slope']:g}", f"{t['mean']:.2%}"] for t in trials]
+    return table(rows, ["best of each method", "α", "slope", "mean accuracy"])
 
 
 def _treated(report: MergeReport) -> str:
@@ -193,7 +204,13 @@ def _preview(report: MergeReport, result: ResultOptions) -> str:
     for i, (entry, scale) in enumerate(tasks, start=1):
         rows.append((f"task {i}", pinned(entry) + (f", times {scale:g}" if scale != 1 else "")))
     ranks = [entry["rank"] for entry in report.treatments.values() if entry.get("rank")]
-    rows += [("method", method_text(report.settings))]
+    method = [("method", method_text(report.settings))]
+    if report.tuning:
+        counts = Counter(trial["method"] for trial in report.tuning["trials"])
+        steps = [", ".join(counts), *steps_of(report.settings)]
+        trials = f"{counts.total():,}, from {counted(len(counts), 'merge')}"
+        method = [("methods", "; ".join(steps)), ("trials", trials)]
+    rows += method
     rows += [("rank", _span(ranks))] if ranks else []
     rows += [("weights", part) for part in (*_treated(report).split(", "), *report.selected)]
     rows += [("head", f"{file}, of {name}") for file, name in report.heads.items()]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from hf_tsv.cli import images, options
 from hf_tsv.cli import merge as merging
-from hf_tsv.cli.groups import NotOffered, Only, call
+from hf_tsv.cli.groups import NotOffered, Only, Several, call
 from hf_tsv.cli.output import Out
 from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.recipes.learning import to_learn
@@ -18,7 +18,7 @@ MISSING = "Name the checkpoints to merge, images with --task, and a folder with 
 EXAMPLES = (
     f"hf-tsv tune {merging.BOTH} --task sun397=tanganke/sun397 --split train --limit 500 -o tuned",
     f"hf-tsv tune {merging.BOTH} --method ada --task dtd=tanganke/dtd -o learned",
-    "hf-tsv tune ./a ./b --method ties --alphas 0:3:0.1 --task a=./images -o tuned",
+    "hf-tsv tune ./a ./b --method tsv,ties --slopes 0,0.5 --task a=./images -o tuned",
 )
 WITHOUT_ALPHA = tuple(m.name for m in METHODS.values() if m.alpha is None)
 TABLES = {"Methods (--method)": {m.name: m.says for m in METHODS.values() if m.alpha is not None}}
@@ -30,19 +30,22 @@ class LearningOptions:
 
     PANEL = "Learning"
     alphas: Annotated[
-        str | None,
-        "FIRST:LAST:STEP",
-        "Values of α to try, or 0.5,1,1.5. Not with ada. [default: 0:2:0.1]",
+        str | None, "FIRST:LAST:STEP", "Values of α to try, or 0.5,1,1.5. [default: 0:2:0.1]"
     ] = None
+    slopes: Annotated[
+        str | None,
+        "S1,S2,...",
+        "Slopes to try: α counts 1 - S times in the first block, 1 + S times in the last."
+        " [default: 0]",
+    ] = None
+    trials: Annotated[int | None, "N", "Try N random combinations of these. [default: all]"] = None
     steps: Annotated[int | None, "N", "With ada: Adam steps. [default: 300]"] = None
     learning_rate: Annotated[
         float | None, "X", "With ada: Adam learning rate. [default: 0.002]"
     ] = None
-    seed: Annotated[int | None, "N", "With ada: random seed for the image order. [default: 0]"] = (
-        None
-    )
+    seed: Annotated[int | None, "N", "Seed of --trials, or of ada's images. [default: 0]"] = None
     batch_size: Annotated[
-        int | None, "N", "Images of each task at a time. [default: 64; 16 with ada]"
+        int | None, "N", "Images of a task at once. [default: 64; 16 with ada]"
     ] = None
 
 
@@ -62,8 +65,9 @@ def tune(
         merging.MethodName | None,
         options.METHOD,
         NotOffered(*WITHOUT_ALPHA),
-        "NAME",
-        merging.METHOD_HELP,
+        Several(),
+        "NAME,...",
+        "Method, see below; several: tsv,dc. [default: tsv]",
     ] = None,
     how: Annotated[
         merging.MethodOptions,
@@ -82,10 +86,10 @@ def tune(
     run: options.RunOptions,
     access: options.AccessOptions,
 ) -> None:
-    """Merge with α or coefficients that are learned from images.
+    """Merge with a method, α or coefficients that are chosen on images.
 
-    Tries values of α, the scale of the merged update, on labelled validation images, and writes the
-    merge with the best one. With `--method ada` it instead learns a coefficient of each task in
+    Tries methods, and values of α, the scale of the merged update, on labelled validation images,
+    and writes the best merge. With `--method ada` it instead learns a coefficient of each task in
     each weight, on images without labels (AdaMerging). The recipe repeats the merge without images.
     """
     out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)

@@ -48,9 +48,10 @@ def _check(given: Mapping[str, Any], names: Mapping[str, Any]) -> None:
     if "energy" in names:
         _made(Options, given, rule=_made(RankRule, given))
     elif not isinstance(given.get("rank_fraction"), str):  # several: the command reads them
-        settings = _made(Settings, given)
-        if given.get("report"):
-            refuse_no_report(settings)
+        for method in given.get("method", Settings.method).split(","):
+            settings = _made(Settings, {**given, "method": method})
+            if given.get("report"):
+                refuse_no_report(settings)
     if "recipe" in names and "recipe" not in given:
         factors_of(given.get("checkpoints", []), given.get("weights"), given.get("scale", {}))
     if "push_to" in names:

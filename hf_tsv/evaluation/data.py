@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_tsv import hub
 from hf_tsv.evaluation import decoding, labels
-from hf_tsv.recipes.images import EvaluationTask
+from hf_tsv.recipes.images import PARQUET, EvaluationTask
 from hf_tsv.system.errors import DataError, RecipeError, RepoError
 from hf_tsv.system.folders import local_kind
 from hf_tsv.system.text import counted, first_line
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 # Names of label columns where no column has class labels, the likeliest first.
 LABELS = ("label", "labels", "fine_label", "class")
 SPLITS = ("test", "validation", "train")
-PARQUET = ".parquet"
 LIBRARIES = {"datasets": "datasets", "PIL": "pillow"}  # package by the name of its module
 FILE = {"bytes", "path"}  # parts of an image as `datasets` stores it
 LISTED = "imagefolder"  # builder of `datasets` that lists the files of a folder itself
@@ -35,7 +34,7 @@ class LabelledImages:
 
     `image` and `label` are columns; `total` is the number of images in the split, of which `rows`
     may be a few; `revision` is the dataset's commit sha, None if it is no repository; `folder` is
-    that of a local dataset.
+    that of a local dataset; `splits` are the names of all its splits.
     """
 
     rows: Dataset
@@ -46,6 +45,7 @@ class LabelledImages:
     total: int
     revision: str | None = None
     folder: Path | None = None
+    splits: tuple[str, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -122,7 +122,8 @@ def load(
     total = len(rows)
     if limit is not None and limit < total:
         rows = rows.shuffle(seed=SEED).select(range(limit))
-    return LabelledImages(rows, image, label, classes, split, total, revision, _folder(task))
+    every = tuple(splits)
+    return LabelledImages(rows, image, label, classes, split, total, revision, _folder(task), every)
 
 
 def _folder(task: EvaluationTask) -> Path | None:
@@ -133,8 +134,7 @@ def _folder(task: EvaluationTask) -> Path | None:
 
 def _commit(task: EvaluationTask, token: str | None) -> str | None:
     """Commit sha that a repository's revision stands for now; None for local data."""
-    local = local_kind(task.dataset) is not None or task.dataset.startswith((".", "/", "~"))
-    if local or task.dataset.endswith(PARQUET) or task.dataset.count("/") != 1:
+    if task.is_local or task.dataset.count("/") != 1:
         return None
     try:
         return hub.dataset_commit(task.dataset, task.revision, token=token)

@@ -78,13 +78,18 @@ def accuracies(
     *,
     batch_size: int,
     show: bool,
+    same_text: bool = False,
 ) -> list[float]:
     """Top-1 accuracy, 0 to 1, of every variant on one task; each image is read once.
 
     The pipeline is a zero-shot one of a `CLIPModel`; each variant loads weights into the model.
+    With `same_text` none changes what texts are embedded as, and one head serves all.
     """
-    heads = []
+    heads: list[Tensor] = []
     for put in variants:
+        if heads and same_text:
+            heads.append(heads[0])
+            continue
         put()
         heads.append(head(pipe.model, pipe.tokenizer, images.classes, task.templates))
     right, count = [0] * len(variants), len(images.rows)

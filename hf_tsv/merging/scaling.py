@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from hf_tsv.checkpoints.formats.task import Task, distinct_names
+from hf_tsv.checkpoints.layout import BLOCK
 from hf_tsv.merging.plan import KEPT, MergePlan, Weight
 from hf_tsv.recipes.scaling import Factor, factor_in, matches
 from hf_tsv.recipes.settings import Settings
+from hf_tsv.system.errors import UsageError
 from hf_tsv.system.text import counted
 
 
@@ -36,6 +38,37 @@ def scaled(
     if settings.alpha and not any(_is_changed(weight, factors) for weight in weights):
         warnings.append("No update is left to merge: the result is the base model.")
     return replace(plan, warnings=(*plan.warnings, *warnings))
+
+
+def by_block(plan: MergePlan, slope: float) -> dict[str, float]:
+    """Factors by glob of the blocks that are merged: from 1 − s in the first to 1 + s in the last.
+
+    Blocks are counted in each tower; that of a tower with one has the factor 1, as has everything
+    outside of blocks.
+    """
+    blocks = {block: None for weight in plan.weights if (block := _block(weight))}
+    merged = {_block(weight) for weight in plan.weights if weight.treatment != "copied"}
+    last = {tower: max(n for t, n in blocks if t == tower) for tower, _ in blocks}
+    found = {
+        f"{tower}_model.encoder.layers.{n}.*": round(1 + slope * (2 * n / last[tower] - 1), 10)
+        for tower, n in sorted(blocks)
+        if (tower, n) in merged and last[tower]
+    }
+    return {glob: factor for glob, factor in found.items() if factor != 1}
+
+
+def refuse_no_blocks(plan: MergePlan, slopes: Sequence[float]) -> None:
+    """Refuse slopes other than 0 where nothing is merged in a block, as CLIPs name them."""
+    merged = (weight for weight in plan.weights if weight.treatment != "copied")
+    if any(slopes) and not any(map(_block, merged)):
+        problem = "`slopes=` scales blocks (vision_model.encoder.layers.N), and none is merged."
+        raise UsageError(problem, "Omit `slopes=`.")
+
+
+def _block(weight: Weight) -> tuple[str, int] | None:
+    """Tower and number of the block that a weight is in."""
+    found = BLOCK.match(weight.label)
+    return (found[1], int(found[2])) if found else None
 
 
 def told(

@@ -28,7 +28,8 @@ from hf_tsv.system.errors import RecipeError, UsageError
 from hf_tsv.system.progress import logger
 
 if TYPE_CHECKING:
-    from hf_tsv.recipes.learning import Adaptation, AlphaSearch
+    from hf_tsv.recipes.learning import Adaptation
+    from hf_tsv.recipes.searching import Search
 
 
 LIBRARIES = 64_000_000
@@ -52,7 +53,7 @@ class Merge:
         known (`Any`): result of the method's pass over all weights before the first is merged.
         coefficients (`dict[str, tuple[float, ...]]`): factor of each task by weight, for the method
             ada; `adaptation` says how they are learned, or were.
-        tuning ([`AlphaSearch`], *optional*): how α was chosen.
+        tuning ([`Search`], *optional*): how method, α and slope are chosen, or were.
         allow_other_base (`bool`): merge even what seems to be fine-tuned from another model.
         layers ([`Layers`], *optional*): factors of layers by depth, once they are measured.
     """
@@ -73,7 +74,7 @@ class Merge:
     known: Any = None
     coefficients: dict[str, tuple[float, ...]] = field(default_factory=dict)
     adaptation: Adaptation | None = None
-    tuning: AlphaSearch | None = None
+    tuning: Search | None = None
     allow_other_base: bool = False
     layers: Layers | None = None
 
@@ -192,8 +193,7 @@ def prepare(
     for warning in sources.warnings:  # what they say may explain why the plan is refused
         logger.warning(warning)
     settings = replace(resolved(sources.base, settings), scale=scale)
-    plan = make_plan(sources.base, sources.inputs, settings)
-    plan = scaled(plan, sources.inputs, settings, factors)
+    plan = _planned(sources, settings, factors)
     missing = companions.warnings(sources.base) if writes else []
     if len(checkpoints) == 1 and sources.inputs[0].is_whole and settings.alpha == 1:
         logger.info("%s is the only checkpoint: it is not merged with another.", *sources.inputs)
@@ -210,6 +210,19 @@ def prepare(
         expected=(None,) * (len(checkpoints) + 1),
     )
     return merge, sources
+
+
+def replanned(merge: Merge, sources: Sources, settings: Settings) -> Merge:
+    """The same merge with other settings, and warnings of its own plan, which are not told."""
+    plan = _planned(sources, settings, merge.factors)
+    others = (warning for warning in merge.warnings if warning not in merge.plan.warnings)
+    merge = replace(merge, settings=settings, plan=plan, warnings=(*others, *plan.warnings))
+    return merge.within(merge.max_memory, sources)
+
+
+def _planned(sources: Sources, settings: Settings, factors: Sequence[Factor]) -> MergePlan:
+    plan = make_plan(sources.base, sources.inputs, settings)
+    return scaled(plan, sources.inputs, settings, factors)
 
 
 def _alpha_warnings(alpha: float) -> list[str]:

@@ -11,6 +11,8 @@ from typing import Any
 from hf_tsv.system.errors import UsageError
 from hf_tsv.system.folders import local_kind
 
+PARQUET = ".parquet"
+
 
 @dataclass(frozen=True)
 class EvaluationTask:
@@ -44,6 +46,12 @@ class EvaluationTask:
         """Name of the dataset, without the path of a folder or file on this machine."""
         on_hub = self.dataset.count("/") == 1 and not self.dataset.startswith((".", "/", "~"))
         return self.dataset if on_hub else Path(self.dataset).name
+
+    @property
+    def is_local(self) -> bool:
+        """Tell whether the dataset is a folder or file, or a path where one should be."""
+        path = self.dataset.startswith((".", "/", "~")) or self.dataset.endswith(PARQUET)
+        return path or local_kind(self.dataset) is not None
 
     def __post_init__(self) -> None:
         try:

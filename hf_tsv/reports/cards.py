@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin, StoredWeight
     from hf_tsv.checkpoints.names import Format
     from hf_tsv.methods.catalogue import Method
-    from hf_tsv.recipes.learning import AlphaSearch
     from hf_tsv.recipes.recipe import Recipe
+    from hf_tsv.recipes.searching import Search
     from hf_tsv.reports.drawing import Picture
     from hf_tsv.reports.interference import InterferenceReport
     from hf_tsv.reports.kept import KeptSection
@@ -137,7 +137,7 @@ class MergeCard(Card):
     left_out: Mapping[str, Sequence[str]]
     heads: Sequence[str] = ()
     masks: Sequence[str] = ()
-    tuning: AlphaSearch | None = None
+    tuning: Search | None = None
     warnings: Sequence[str] = ()
     selected: Sequence[str] = ()
     interference: InterferenceReport | None = None

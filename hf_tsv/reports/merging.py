@@ -31,7 +31,10 @@ class MergeReport(Report):
         heads (`dict[str, str]`): files of the task heads that are kept, and of which checkpoint.
         masks (`dict[str, str]`): folders of the TALL-masks, and of which checkpoint.
         mask_bytes (`int`): of all of them; before the weights are read, at most.
-        tuning (`dict`, *optional*): the accuracies that α was chosen by.
+        tuning (`dict`, *optional*): the best `method`, `alpha` and `slope` of a search; all its
+            `trials` with their `mean` and `accuracies` by task, and the `best_of_each` method; the
+            number of `images` and the `splits`; with one method and slope also lists of `alphas`
+            and `mean`. Of a dry run, the trials to make.
         adaptation (`dict`, *optional*): how the coefficients in `treatments` were learned, and on
             which images; for the method `ada`.
         download_bytes (`int`): fetched from the Hub; what the cache held does not count.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -19,6 +20,7 @@ from hf_tsv.checkpoints.formats.task import Task, pinned_entry
 from hf_tsv.checkpoints.names import RECIPE_FILE, REPORT_FILE, Format
 from hf_tsv.checkpoints.reference import listed
 from hf_tsv.checkpoints.sources import Access, Sources
+from hf_tsv.evaluation.finished import finished_tasks
 from hf_tsv.linalg.choices import (
     AnyDevice,
     AnyDtype,
@@ -43,9 +45,10 @@ from hf_tsv.merging.work import (
 )
 from hf_tsv.methods.catalogue import MethodName
 from hf_tsv.recipes import repeating
-from hf_tsv.recipes.learning import refuse_no_images, refuse_no_search
+from hf_tsv.recipes.learning import refuse_no_images
 from hf_tsv.recipes.recipe import Recipe
-from hf_tsv.recipes.settings import Qkv, Settings, refuse_no_report
+from hf_tsv.recipes.searching import settings_of
+from hf_tsv.recipes.settings import Qkv, refuse_no_report
 from hf_tsv.reports import cards, drawing, pictures
 from hf_tsv.reports.interference import InterferenceReport
 from hf_tsv.reports.merging import MergeReport
@@ -57,7 +60,8 @@ from hf_tsv.system.progress import logger
 from hf_tsv.verbs.interference import refuse_nothing_decomposed, summary
 
 if TYPE_CHECKING:
-    from hf_tsv.recipes.learning import Adaptation, AlphaSearch
+    from hf_tsv.recipes.learning import Adaptation
+    from hf_tsv.recipes.searching import Search
 
 
 @public
@@ -73,7 +77,7 @@ def merge(
     orthogonalizer: Orthogonalizer | None = None,
     precision: Precision | None = None,
     alpha: float | None = None,
-    tune_alpha: AlphaSearch | None = None,
+    search: Search | None = None,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     rank: int | None = None,
     rank_fraction: float | None = None,
@@ -128,7 +132,7 @@ def merge(
         alpha (`float`, *optional*): α, scale of the merged update; default: 1, 0.3 for the sums
             `task-arithmetic`, `low-rank` and `consensus`, 1.3 for `iso-cts`, 2 for `dc`; of
             adapters alone 2 for `iso-c` and `iso-cts`, 0.7 for `dc`, 0.2 for `wudi`.
-        tune_alpha ([`AlphaSearch`], *optional*): choose α on validation images instead.
+        search ([`Search`], *optional*): choose method, α and slope on validation images instead.
         weights (`Sequence[float]` or `Mapping[str, float]`, *optional*): factor of each task's
             update, in order, or by the names of some: `{"org/a": 0.7}`.
         rank (`int`, *optional*): triplets kept of each task; default ⌊k/T⌋.
@@ -192,7 +196,7 @@ def merge(
     dtype = None if dtype == "auto" else dtype
     started = time.monotonic()
     access = Access.of(token, cache_dir, subfolder, stream=stream)
-    with processes.joined() as group:
+    with processes.joined() as group, ExitStack() as stack:
         if group.rank:
             done: MergeReport = follow(group, device, access)
             return done
@@ -214,8 +218,8 @@ def merge(
                 "wudi_filter": wudi_filter,
             }  # fmt: skip
             given = {name: value for name, value in given.items() if value is not None}
-            settings = Settings(**given)
-            if recipe is not None and (subfolder or adaptation is not None or tune_alpha):
+            search, settings = settings_of(search, given, report=report)
+            if recipe is not None and (subfolder or adaptation is not None or search):
                 problem = "A recipe names subfolders and what was learned by itself."
                 raise UsageError(problem, "Omit the recipe, or the other options.")
             target = target.checked(token, dry_run=dry_run)
@@ -225,23 +229,23 @@ def merge(
                 work, sources = of_recipe(repeating.placed(found, references, beside), access)
             else:
                 refuse_no_images(settings.row, adaptation)
-                if tune_alpha is not None:
-                    refuse_no_search(settings.row, alpha)
                 work, sources = prepare(references, base_ref, weights, settings, access)
                 if alpha is None:
                     work = with_own_alpha(work, sources.inputs)
-                work = _learning(work, sources, tune_alpha, adaptation)
+                work = _learning(work, sources, search, adaptation)
             refuse_no_heads(work.settings, sources.inputs)
             if report:
-                _refuse_no_report(work, sources)
+                refuse_no_report(work.settings)
+                refuse_nothing_decomposed(work.plan, sources.inputs)
             allowed = allow_other_base or work.allow_other_base
             work = replace(work, measure=report, allow_other_base=allowed)
             work = work.within(max_memory, sources)
-            if tune_alpha is not None and not dry_run:
-                from hf_tsv.verbs.learning.alpha import tuned
+            if search is not None and not dry_run:
+                from hf_tsv.verbs.learning.searching import tuned
 
                 target.refuse_inputs([item.pinned for item in sources.all()])
-                work = tuned(work, tune_alpha, sources.access, device, group, progress)
+                finished = stack.enter_context(finished_tasks(target.output))
+                work = tuned(work, search, sources, finished, device, group, progress)
             merged = None
             with underway(sources, target, progress) as run:
                 if not dry_run:
@@ -253,22 +257,18 @@ def merge(
 
 
 def _learning(
-    work: Merge, sources: Sources, tune_alpha: AlphaSearch | None, adaptation: Adaptation | None
+    work: Merge, sources: Sources, search: Search | None, adaptation: Adaptation | None
 ) -> Merge:
     """The same merge, if its model can learn what is to be learned."""
-    if tune_alpha is not None:
+    if search is not None:
         check_whole_clip(sources.base, "Choosing α")
+        scaling.refuse_no_blocks(work.plan, search.slopes)
+        return replace(work, tuning=search)
     if adaptation is None:
         return work
     from hf_tsv.verbs.learning.coefficients import adapting
 
     return adapting(work, sources, adaptation)
-
-
-def _refuse_no_report(work: Merge, sources: Sources) -> None:
-    """Refuse to report on a merge that shows no interference."""
-    refuse_no_report(work.settings)
-    refuse_nothing_decomposed(work.plan, sources.inputs)
 
 
 def _learned(merge: Merge, run: Run, device: torch.device) -> Merge:

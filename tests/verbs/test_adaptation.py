@@ -489,7 +489,7 @@ def test_the_command(zoo: Path, images: Path, tmp_path: Path) -> None:
         ("--method ada --task a=b --alphas 0:1:1", "alphas"),
         ("--task a=b --steps 3", "for the method ada only"),
         ("--task a=b --learning-rate 0.1", "for the method ada only"),
-        ("--task a=b --seed 1", "for the method ada only"),
+        ("--task a=b --seed 1", "--seed draws points of the grid"),
     ],
 )
 def test_options_that_do_not_fit_together(

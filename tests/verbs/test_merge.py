@@ -495,10 +495,10 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 def test_the_exported_names() -> None:
     assert dir(hf_tsv) == [
-        "Adaptation", "AlphaSearch", "CheckpointError", "CompressReport", "DataError",
+        "Adaptation", "CheckpointError", "CompressReport", "DataError",
         "EvaluateReport", "EvaluationTask", "HfTsvError", "InspectReport", "InterferenceReport",
         "LostProcessError", "MergeReport", "OutputError", "PushReport", "Recipe", "RecipeError",
-        "ReconstructReport", "RepoError", "SweepReport", "TaskFactors", "TaskSwitcher",
+        "ReconstructReport", "RepoError", "Search", "SweepReport", "TaskFactors", "TaskSwitcher",
         "__version__", "compress", "evaluate", "export_peft", "inspect", "interference",
         "load_model", "merge", "pipeline", "push", "reconstruct", "sweep", "tune",
     ]  # fmt: skip
