@@ -78,18 +78,24 @@ def _missing() -> Any:
 
 
 def _methods(kept: Sequence[Found], seeds: Sequence[Seed], count: int) -> Found:
-    return {name: row(kept, seeds, count, name) for name in ROWS}
+    always = ("base", "fine-tuned")
+    names = [n for n in ROWS if n in always or all(f"{n}-{count}" in run for run in kept)]
+    return {name: row(kept, seeds, count, name) for name in names}
 
 
 def _methods(kept: Sequence[Found], seeds: Sequence[Seed], count: int) -> Found:
-    return {name: row(kept, seeds, count, name) for name in ROWS}
+    always = ("base", "fine-tuned")
+    names = [n for n in ROWS if n in always or all(f"{n}-{count}" in run for run in kept)]
+    return {name: row(kept, seeds, count, name) for name in names}
 
 
 def _alphas(kept: Sequence[Found], count: int) -> Found:
     """Mean accuracy on validation images at each α."""
     curves = {}
     for name in METHODS:
-        runs = [run[f"{name}-{count}"] for run in kept]
+        runs = [run[f"{name}-{count}"] for run in kept if f"{name}-{count}" in run]
+        if len(runs) < len(kept):
+            continue
         columns = zip(*(run["validation"] for run in runs), strict=True)
         curves[name] = {
             "alphas": runs[0]["alphas"],
@@ -123,13 +129,16 @@ def main_table(found: Found) -> str:
         return [f"{spread(r['normalised'])} ({statistics.mean(r['accuracy']):.1f})" for r in rows]
 
     head = ["", *(f"{count} tasks" for count in counts)]
-    return table(head, ([title, *cells(name)] for name, title in ROWS.items()))
+    names = [name for name in ROWS if name in found["methods"][counts[0]]]
+    return table(head, ([ROWS[name], *cells(name)] for name in names))
 
 
 def _claims(found: Found) -> list[list[str]]:
     """Rows that compare two methods, with the difference and the seeds where it is not negative."""
     rows = []
     for low, high in ORDER:
+        if not all(low in methods and high in methods for methods in found["methods"].values()):
+            continue
         cells = []
         for methods in found["methods"].values():
             pairs = zip(methods[low]["normalised"], methods[high]["normalised"], strict=True)
@@ -176,7 +185,7 @@ def _sections(found: Found) -> list[str]:
         " brackets.",
         main_table(found),
         "α chosen, by seed:",
-        table(head, ([ROWS[name], *alphas(name)] for name in METHODS)),
+        table(head, ([ROWS[n], *alphas(n)] for n in METHODS if n in found["methods"][counts[0]])),
         *comparisons.sections(found["comparisons"]),
         "## The order of the paper",
         "How much better the second is, in points of normalised accuracy; in brackets in how many"
@@ -202,7 +211,7 @@ def pictures(found: Found, file: Path) -> None:
             figure.subplots(1, len(found["alphas"]), sharey=True, squeeze=False)[0],
             found["alphas"].items(), strict=True,
         ):  # fmt: skip
-            for colour, (name, curve) in zip(colours, curves.items(), strict=True):
+            for colour, (name, curve) in zip(colours, curves.items(), strict=False):
                 axes.plot(curve["alphas"], curve["accuracy"], color=colour, label=name)
             axes.set_title(f"{count} tasks", fontsize=10)
             axes.set_xlabel("α")

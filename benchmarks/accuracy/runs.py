@@ -271,6 +271,22 @@ def method_runs(seed: Seed, counts: Sequence[int]) -> Runs:
     return runs
 
 
+def core_runs(seed: Seed, counts: Sequence[int]) -> Runs:
+    """Runs of the methods that come nearest to the fine-tunes, for models that take long.
+
+    Args:
+        seed: models and images.
+        counts: numbers of tasks merged.
+    """
+    names = (
+        "average", "tsv-default", "task-arithmetic", "iso-c", "iso-cts", "dc", "wudi", "tsv",
+        "wudi-1", "wudi-swudi-1", "tsv-larv-1", "tsv-calibrated-1",
+    )  # fmt: skip
+    wanted = {"references", *(f"{name}-{count}" for name in names for count in counts)}
+    every = method_runs(seed, counts)
+    return {name: run for name, run in every.items() if name in wanted}
+
+
 def detail_runs(seed: Seed, counts: Sequence[int]) -> Runs:
     """Runs of variants and ranks of TSV-Merge, and of compression.
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.runs import MORE_ALPHAS, Runs, Seed, detail_runs, method_runs
+from benchmarks.accuracy.runs import MORE_ALPHAS, Runs, Seed, core_runs, detail_runs, method_runs
 from benchmarks.prepared import bars, prepared_adapters, prepared_larger, trained
 
 TEST_IMAGES = 500
@@ -109,13 +109,13 @@ SUITES = {
         ),
         Suite(
             "lora", "LoRA fine-tunes of the tiny CLIPs, on the images of the whole fine-tunes.",
-            (8,), (0, 1, 2), lora, lora_recipe,
+            (8,), (0,), lora, lora_recipe,
         ),
         Suite(
             "larger",
             "A CLIP with a vision tower of 12 layers, 192 wide, at 64 x 64 pixels, trained from"
             " scratch on rendered images, scikit-learn's and MNIST.",
-            (8,), (0,), larger, larger_recipe,
+            (8,), (0,), larger, larger_recipe, core_runs,
         ),
     )
 }  # fmt: skip
