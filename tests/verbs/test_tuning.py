@@ -369,7 +369,7 @@ def test_test_images_of_the_hub_are_refused_before_anything_is_asked(
 def test_test_images_of_a_folder_with_other_splits_are_refused(zoo: Path, tmp_path: Path) -> None:
     data = make_folder(tmp_path / "pets")
     common: Any = {"base_model": zoo / "base", "alphas": "0,1", "output": tmp_path / "m"}
-    task = hf_tsv.EvaluationTask("pets", str(data), split="test")
+    task = hf_tsv.EvaluationTask("pets", str(data), split="test", templates=["a {}."])  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match=r"the split test of .*pets has test images"):
         hf_tsv.tune([zoo / "vision"], [task], **common)
     assert not (tmp_path / "m").exists()

@@ -114,13 +114,14 @@ class _OfMethod:
             out_format="transformers", keep_heads=False,
         )  # fmt: skip
         once = replace(replanned(self.work, self.sources, settings), measure=False, tuning=None)
-        tasks = dict(zip(self.wanted.tasks, data, strict=True))
-        keys = {task.name: self._key(once, task, images) for task, images in tasks.items()}
-        kept = {name: self._kept(key) for name, key in keys.items()}
-        found = {name: values for name, values in kept.items() if values is not None}
-        for name in found:
-            logger.info("Resuming: %s with %s is done.", name, method)
-        left = {task: images for task, images in tasks.items() if task.name not in found}
+        tasks = list(zip(self.wanted.tasks, data, strict=True))
+        keys = {task.name: self._key(once, task, images) for task, images in tasks}
+        found: dict[str, list[float]] = {}
+        for name, key in keys.items():
+            if (result := self.finished.get(key)) is not None:
+                logger.info("Resuming: %s with %s is done.", name, method)
+                found[name] = result["accuracies"]
+        left = [(task, images) for task, images in tasks if task.name not in found]
         if left:
             access = replace(self.sources.access, subfolder=None)  # what is pinned names it
             sources = open_sources(self.work.references, self.work.base, access)
@@ -129,19 +130,15 @@ class _OfMethod:
                 built(run, once, self.device, group) as (folder, merged),
             ):
                 scoring = _Scoring.of(folder, merged, self.points)
-                for task, images in left.items():
+                for task, images in left:
                     with in_one_line(task.name):
                         values = scoring.accuracies(task, images, self.wanted.batch_size, run.show)
                     self.finished.add(keys[task.name], {"accuracies": values})
                     found[task.name] = values
         return [
-            replace(point, accuracies={task.name: found[task.name][i] for task in tasks})
+            replace(point, accuracies={task.name: found[task.name][i] for task, _ in tasks})
             for i, point in enumerate(self.points)
         ]
-
-    def _kept(self, key: str) -> list[float] | None:
-        result = self.finished.get(key)
-        return None if result is None else result["accuracies"]
 
     def _key(self, once: Merge, task: EvaluationTask, images: LabelledImages) -> str:
         """Digest of everything that determines the accuracies of the trials on a task."""
