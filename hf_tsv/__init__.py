@@ -6,6 +6,7 @@ Example:
     >>> classify = hf_tsv.pipeline("zero-shot-image-classification", "merged")  # doctest: +SKIP
 
 Merging: `merge`, `interference` (what tasks do to one another), `evaluate`, `push`, `inspect`.
+Routing: `route` (one model that finds out which tasks an image belongs to).
 Compressing: `compress` and `export_peft` (LoRA), `reconstruct`, `sweep` (accuracy by rank).
 Loading: `load_model`, `pipeline`, `TaskFactors`, `TaskSwitcher` (several tasks in one model).
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from hf_tsv.reports.compression import CompressReport as CompressReport
     from hf_tsv.reports.interference import InterferenceReport as InterferenceReport
     from hf_tsv.reports.merging import MergeReport as MergeReport
+    from hf_tsv.reports.routing import RouteReport as RouteReport
     from hf_tsv.system.errors import CheckpointError as CheckpointError
     from hf_tsv.system.errors import DataError as DataError
     from hf_tsv.system.errors import HfTsvError as HfTsvError
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from hf_tsv.verbs.push import push as push
     from hf_tsv.verbs.reconstruct import ReconstructReport as ReconstructReport
     from hf_tsv.verbs.reconstruct import reconstruct as reconstruct
+    from hf_tsv.verbs.route import route as route
     from hf_tsv.verbs.sweep import SweepReport as SweepReport
     from hf_tsv.verbs.sweep import sweep as sweep
     from hf_tsv.verbs.tune import tune as tune
@@ -89,6 +92,8 @@ _PUBLIC = {
     "verbs.merge": ["merge"],
     "verbs.push": ["PushReport", "push"],
     "verbs.reconstruct": ["ReconstructReport", "reconstruct"],
+    "reports.routing": ["RouteReport"],
+    "verbs.route": ["route"],
     "verbs.sweep": ["SweepReport", "sweep"],
     "verbs.tune": ["tune"],
 }

@@ -16,7 +16,7 @@ Format = Literal["transformers", "open_clip"]
 """Library whose names, shapes and config the files of a checkpoint have."""
 
 CONFIGS = ("config.json", "tsv_config.json", "open_clip_config.json", "adapter_config.json",
-           "hf_tsv_mask.json")  # fmt: skip
+           "hf_tsv_mask.json", "hf_tsv_routing.json")  # fmt: skip
 
 STEMS = ("model", "task_factors", "open_clip_model")
 WEIGHT_FILES = tuple(f"{stem}.safetensors{end}" for stem in STEMS for end in ("", ".index.json"))
@@ -28,6 +28,7 @@ OLD_WEIGHTS = (
     *(f"{stem}-?????-of-?????.safetensors" for stem in STEMS),
     *MARKERS,
     "heads/*.safetensors", "masks/*/mask.safetensors", "masks/*/hf_tsv_mask.json",
+    "hf_tsv_routing.json", "tasks/*/tsv_config.json", "tasks/*/task_factors*.safetensors*",
     "adapter_model.safetensors", "adapter_config.json",
     "interference.json", "interference.png", "compression.png",
 )  # fmt: skip
@@ -38,3 +39,5 @@ REPORT_PAGE = "interference.html"
 COMPRESSION = "compression.png"
 RECIPE_FILE = "hf_tsv_recipe.yaml"
 RECONSTRUCTION_FILE = "hf_tsv_reconstruction.json"  # says what a checkpoint was made of
+ROUTING_FILE = "hf_tsv_routing.json"  # makes a merge one that chooses among its tasks
+TASKS_FOLDER = "tasks"  # beside that file, with the factors of each task

@@ -88,13 +88,13 @@ def built(run: Run, job: Compression, device: torch.device) -> Iterator[tuple[Pa
             final, identity, force=run.target.force, until_pushed=run.target.output is None
         ) as (work, resumed),
     ):
-        yield work / journal.FILES, _compressed(job, work, device, resumed=resumed, show=run.show)
+        yield work / journal.FILES, compressed(job, work, device, resumed=resumed, show=run.show)
 
 
-def _compressed(
+def compressed(
     job: Compression, work: Path, device: torch.device, *, resumed: bool, show: bool
 ) -> Compressed:
-    """Write tensors and description."""
+    """Write tensors and description into the files of a folder under construction."""
     folder, source = work / journal.FILES, job.source
     candidates = {candidate.name: candidate for candidate in job.candidates}
     noted = journal.read(work, lambda entry: _noted(entry, candidates)).values()

@@ -59,7 +59,7 @@ def merge_weights(
                 waited = time.monotonic() - started
                 started = time.monotonic()
                 with named(loaded.weight.label, [sources.inputs[i] for i in loaded.finding.tasks]):
-                    result, finding = _merge_one(loaded, merge, writes=writer is not None)
+                    result, finding = merge_one(loaded, merge, writes=writer is not None)
                 computed = time.monotonic() - started
                 started = time.monotonic()
                 if written is not None:
@@ -77,7 +77,7 @@ def merge_weights(
             raise
 
 
-def _merge_one(loaded: LoadedWeight, merge: Merge, *, writes: bool) -> tuple[Tensor, Finding]:
+def merge_one(loaded: LoadedWeight, merge: Merge, *, writes: bool) -> tuple[Tensor, Finding]:
     """The merged weight, in the dtype it will be stored in."""
     weight, finding = loaded.weight, loaded.finding
     dtype, update = merge.plan.specs[weight.names[0]].dtype, loaded.update

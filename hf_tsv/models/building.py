@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.formats import heads
+from hf_tsv.checkpoints.formats.routing import Routing
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.linalg.choices import AnyDevice, AnyDtype, Dtype
@@ -38,12 +39,16 @@ PIPELINES: dict[str, str] = {  # pipelines of transformers that CLIP has, and th
 
 @dataclass(frozen=True)
 class Found:
-    """Local fine-tune, its base model or itself where that is whole, and the model class."""
+    """Local fine-tune, its base model or itself where that is whole, and the model class.
+
+    `routing` says how a merge sends images to the tasks beside it.
+    """
 
     item: Task
     base: Checkpoint
     model_class: str
     processor: Path | None = None
+    routing: Routing | None = None
 
 
 def missing_parts(items: Sequence[Task], model_class: str) -> list[str]:
@@ -80,8 +85,16 @@ def check_parts(items: Sequence[Task], model_class: str) -> None:
         )
 
 
-def build(found: Found, dtype: AnyDtype | None, device: AnyDevice | None) -> PreTrainedModel:
-    """Build the transformers model in evaluation mode, and close its files; see [`load_model`]."""
+def build(
+    found: Found,
+    dtype: AnyDtype | None,
+    device: AnyDevice | None,
+    model_class: type[PreTrainedModel] | None = None,
+) -> PreTrainedModel:
+    """Build the transformers model in evaluation mode, and close its files; see [`load_model`].
+
+    Its class is by default the one of transformers of that name.
+    """
     import transformers
 
     state = {
@@ -98,7 +111,7 @@ def build(found: Found, dtype: AnyDtype | None, device: AnyDevice | None) -> Pre
         stored = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
         widest = reduce(torch.promote_types, stored)
         dtype = widest
-    cls = getattr(transformers, found.model_class)
+    cls: Any = model_class or getattr(transformers, found.model_class)
     model: PreTrainedModel
     with understood(found.item), others_silent():
         config = cls.config_class.from_dict(_class_config(found))

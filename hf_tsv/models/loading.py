@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.fit import check_fit
 from hf_tsv.checkpoints.formats import heads
+from hf_tsv.checkpoints.formats.routing import open_routing
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.opening import format_of, open_base
@@ -45,7 +46,8 @@ def load_model(  # noqa: PLR0913  (what users may ask for)
     """Load task factors, or any CLIP checkpoint, as a transformers model.
 
     Parts that a repository lacks come from its base model: everything under task factors, the text
-    tower and projections under a fine-tuned vision tower.
+    tower and projections under a fine-tuned vision tower. An output of [`route`] sends each image
+    through the tower of the tasks it belongs to; `model.route(pixel_values)` says which.
 
     Args:
         reference (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
@@ -71,7 +73,7 @@ def load_model(  # noqa: PLR0913  (what users may ask for)
     """
     access = Access.of(token, cache_dir, subfolder)
     found = _find(reference, kind, head, base_model, access, progress, processor=False)
-    return building.build(found, dtype, device)
+    return _built(found, dtype, device, base_model, access, progress)
 
 
 @public
@@ -90,6 +92,8 @@ def pipeline(  # noqa: PLR0913  (what users may ask for)
     **kwargs: Any,
 ) -> Pipeline:
     """Make a transformers pipeline from task factors, or from any CLIP checkpoint.
+
+    Zero-shot answers of an output of [`route`] name the tasks of their image, as `tasks`.
 
     Args:
         task (`str`): `zero-shot-image-classification`, `image-feature-extraction`, or
@@ -122,7 +126,11 @@ def pipeline(  # noqa: PLR0913  (what users may ask for)
             kwargs["tokenizer"] = transformers.AutoTokenizer.from_pretrained(
                 found.processor, trust_remote_code=False
             )
-    loaded = building.build(found, dtype, device)
+    loaded = _built(found, dtype, device, base_model, access, progress)
+    if found.routing is not None and task == building.ZERO_SHOT:
+        from hf_tsv.models.routed import RoutedZeroShotPipeline
+
+        kwargs = {"pipeline_class": RoutedZeroShotPipeline, **kwargs}
     make: Any = transformers.pipeline  # its overloads want a literal task
     made: Pipeline = make(task, model=loaded, device=loaded.device, **kwargs)
     return made
@@ -144,6 +152,7 @@ def _find(
         kind = _kind_of_head(head, kind)
     text = fspath(reference)
     pinned = pin(parse(text, access.subfolder), token=access.token, cache_dir=access.cache_dir)
+    routing = open_routing(pinned)
     form = format_of(pinned).task
     if not form.loads_as_model:
         raise CheckpointError(f"{pinned} {form.says}.", form.loading)
@@ -165,7 +174,25 @@ def _find(
     files = fetched(items, companions_of=items, visible=show)
     local = base.reading_from(files[-1])
     item = local if item is base else item.reading_from(files[0])
-    return Found(item, local, model_class, files[0 if own_processor else -1].folder)
+    return Found(item, local, model_class, files[0 if own_processor else -1].folder, routing)
+
+
+def _built(
+    found: Found,
+    dtype: AnyDtype | None,
+    device: AnyDevice | None,
+    base_model: str | PathLike[str] | None,
+    access: Access,
+    progress: bool | None,
+) -> PreTrainedModel:
+    """The model; one that routes its images where the reference says so."""
+    if found.routing is None:
+        return building.build(found, dtype, device)
+    from hf_tsv.models.routing import routed
+
+    base = None if base_model is None else fspath(base_model)
+    show = visible_by_default() if progress is None else progress
+    return routed(found, found.routing, dtype, device, base, access, show=show)
 
 
 def _complete(

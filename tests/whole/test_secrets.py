@@ -230,14 +230,14 @@ def test_a_run_that_fails(traces: Traces, sleeps: list[float], name: str) -> Non
 def test_what_a_run_that_stopped_goes_on_from(
     traces: Traces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge_one, calls = pipeline._merge_one, count()
+    merge_one, calls = pipeline.merge_one, count()
 
     def merge_some(*args: Any, **options: Any) -> Any:
         if next(calls) == 5:
             raise OSError(errno.ENOSPC, "No space left on device")
         return merge_one(*args, **options)
 
-    monkeypatch.setattr(pipeline, "_merge_one", merge_some)
+    monkeypatch.setattr(pipeline, "merge_one", merge_some)
     words = ["merge", "org/vision", "org/flat", "-o", "merged", "--stream", "--token", TOKEN]
     assert "Progress saved (" in traces.command(*words, token=None).err
     assert (traces.place / "work" / ".merged.hf-tsv" / "job.json").is_file()

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,11 +116,11 @@ class FactorsConfig:
             [`CheckpointError`]: another format, a newer version, or a malformed entry.
         """
         _check_format(content, owner)
-        entry = _Entry(content, owner)
+        entry = Entry(content, owner)
         base, weights = entry.object("base_model"), entry.object("weights")
         config = FactorsConfig(
-            base_model=_origin(base),
-            source=_origin(entry.object("source"), licensed=True),
+            base_model=origin_of(base),
+            source=origin_of(entry.object("source"), licensed=True),
             rank_rule=entry.object("rank_rule").content,
             factor_dtype=DTYPES[entry.get("factor_dtype", lambda value: value in FACTOR_TYPES)],
             compress_conv=entry.get("compress_conv", lambda value: type(value) is bool),
@@ -166,7 +166,7 @@ def _check_format(content: Mapping[str, Any], owner: str) -> None:
         raise CheckpointError(f"{owner} {said}", "Update hf-tsv.")
 
 
-def _stored_weight(entry: _Entry) -> StoredWeight:
+def _stored_weight(entry: Entry) -> StoredWeight:
     weight = StoredWeight(
         stored=entry.get("stored", lambda value: value in STORED),
         shape=tuple(entry.get("shape", _is_shape)),
@@ -184,7 +184,8 @@ def _stored_weight(entry: _Entry) -> StoredWeight:
     return weight
 
 
-def _origin(entry: _Entry, *, licensed: bool = False) -> Origin:
+def origin_of(entry: Entry, *, licensed: bool = False) -> Origin:
+    """Origin of an entry: its reference and commit."""
     ref = entry.get("ref", _is_text)
     revision = entry.get("revision", lambda v: v is None or (_is_text(v) and REVISION.fullmatch(v)))
     license = entry.get("license", lambda v: v is None or _is_text(v)) if licensed else None
@@ -216,22 +217,24 @@ def _is_shape(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """An object of the configuration file, checked as it is read."""
+class Entry:
+    """An object of a configuration file, checked as it is read; `again` is the hint of errors."""
 
     content: Mapping[str, Any]
     owner: str
     path: str = ""
+    file: str = FACTORS_CONFIG
+    again: str = "Download or save the factors again."
 
     def get(self, key: str, fits: Callable[[Any], object]) -> Any:
         """Value of a key that fits."""
         value = self.content.get(key)
         if not fits(value):
-            said = f"{self.path}{key} in {FACTORS_CONFIG} is missing or malformed."
-            raise CheckpointError(f"{self.owner}: {said}", "Download or save the factors again.")
+            said = f"{self.path}{key} in {self.file} is missing or malformed."
+            raise CheckpointError(f"{self.owner}: {said}", self.again)
         return value
 
-    def object(self, key: str) -> _Entry:
+    def object(self, key: str) -> Entry:
         """Object of a key, whose own keys are printable."""
         value = self.get(key, lambda v: isinstance(v, dict) and all(map(str.isprintable, v)))
-        return _Entry(value, self.owner, f"{self.path}{key}.")
+        return replace(self, content=value, path=f"{self.path}{key}.")

@@ -1,0 +1,152 @@
+"""`hf_tsv_routing.json`: the tasks beside a merge and how images are routed to them, checked.
+
+The format is specified in docs/routing.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from hf_tsv.checkpoints.formats.description import Entry, Origin, origin_of
+from hf_tsv.checkpoints.names import ROUTING_FILE, TASKS_FOLDER
+from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
+from hf_tsv.checkpoints.storage.files import inside_folder, read_json
+from hf_tsv.routing.rule import LAYER, Rule
+from hf_tsv.system.errors import CheckpointError, UsageError
+from hf_tsv.system.version import __version__
+
+FORMAT = "hf-tsv routing"
+FORMAT_VERSION = 1
+MOST_TASKS, MOST_LAYERS, LONGEST_NAME = 1000, 10_000, 200
+NAME = re.compile(r"[\w-][\w.-]*")
+AGAIN = "Download it again, or make it again with `hf-tsv route`."
+
+
+@dataclass(frozen=True)
+class RoutedTask:
+    """Task beside a merge: its name, the folder of its factors, and where they come from."""
+
+    name: str
+    folder: str
+    source: Origin
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Tasks beside a merge, of one base model, and the rule that images are routed by."""
+
+    base_model: Origin
+    tasks: tuple[RoutedTask, ...]
+    rule: Rule
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tasks."""
+        return tuple(task.name for task in self.tasks)
+
+    def references(self, pinned: PinnedCheckpoint) -> list[str]:
+        """References to the factors of the tasks, beside a merge that is pinned."""
+        if pinned.is_local:
+            return [f"{pinned.ref.rstrip('/')}/{task.folder}" for task in self.tasks]
+        refs = (f"{pinned.ref}/{task.folder}" for task in self.tasks)
+        return [f"hf://{at_revision(ref, pinned.revision)}" for ref in refs]
+
+    def to_json(self) -> str:
+        """Content of the file."""
+        content = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "hf_tsv_version": __version__,
+            "base_model": _entry(self.base_model),
+            "tasks": [
+                {"name": task.name, "folder": task.folder, "source": _entry(task.source)}
+                for task in self.tasks
+            ],
+            "rule": {**vars(self.rule), "layers": list(self.rule.layers)},
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def from_dict(content: Mapping[str, Any], owner: str) -> Routing:
+        """Parse and check the content of the file, whose owner errors name.
+
+        Raises:
+            [`CheckpointError`]: another format, a newer version, or a malformed entry.
+        """
+        version = content.get("format_version")
+        if content.get("format") != FORMAT or type(version) is not int or version < 1:
+            raise CheckpointError(f"{owner}: {ROUTING_FILE} does not describe routing.", AGAIN)
+        if version > FORMAT_VERSION:
+            said = f"has format version {version} and this hf-tsv reads up to {FORMAT_VERSION}."
+            raise CheckpointError(f"{owner}: {ROUTING_FILE} {said}", "Update hf-tsv.")
+        entry = Entry(content, owner, file=ROUTING_FILE, again=AGAIN)
+        entry.get("tasks", lambda v: isinstance(v, list) and 2 <= len(v) <= MOST_TASKS)
+        listed = [
+            Entry({"task": task}, owner, f"tasks.{i}.", ROUTING_FILE, AGAIN).object("task")
+            for i, task in enumerate(content["tasks"])
+        ]
+        tasks = tuple(map(_task, listed))
+        for names in ({t.name.lower() for t in tasks}, {t.folder.lower() for t in tasks}):
+            if len(names) < len(tasks):
+                problem = f"{owner}: two tasks in {ROUTING_FILE} have one name or folder."
+                raise CheckpointError(problem, AGAIN)
+        base = origin_of(entry.object("base_model"))
+        return Routing(base, tasks, _rule(entry.object("rule")))
+
+
+def open_routing(pinned: PinnedCheckpoint) -> Routing | None:
+    """Read how a merge routes images; None for anything that does not."""
+    if pinned.files.size(ROUTING_FILE) is None:
+        return None
+    return Routing.from_dict(read_json(pinned.files, ROUTING_FILE, str(pinned)), str(pinned))
+
+
+def folder_of(name: str) -> str:
+    """Folder of a task's factors, in that of the merge."""
+    return f"{TASKS_FOLDER}/{name}"
+
+
+def _entry(origin: Origin) -> dict[str, str | None]:
+    return {"ref": origin.ref, "revision": origin.revision}
+
+
+def _task(entry: Entry) -> RoutedTask:
+    name = entry.get("name", _is_name)
+    folder = entry.get("folder", _is_folder)
+    return RoutedTask(name, folder, origin_of(entry.object("source")))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST_NAME and bool(NAME.fullmatch(value))
+
+
+def _is_folder(value: Any) -> bool:
+    """Tell whether a folder is one directly in that of the tasks."""
+    parts = PurePosixPath(value).parts if inside_folder(value) else ()
+    return len(parts) == 2 and parts[0] == TASKS_FOLDER and _is_name(parts[1])
+
+
+def _rule(entry: Entry) -> Rule:
+    layers = entry.get("layers", _are_layers)
+    numbers = {
+        name: entry.get(name, lambda value: type(value) in (int, float))
+        for name in ("temperature", "threshold", "max_tasks")
+    }
+    try:
+        return Rule(tuple(layers), **numbers)
+    except UsageError as error:
+        said = error.message.replace("`", "").replace("=", "")
+        raise CheckpointError(f"{entry.owner}: in {entry.file} {said}", entry.again) from None
+
+
+def _are_layers(value: Any) -> bool:
+    if not isinstance(value, list) or not 1 <= len(value) <= MOST_LAYERS:
+        return False
+    return all(isinstance(v, str) and LAYER.fullmatch(v) for v in value) and (
+        len(set(value)) == len(value)
+    )

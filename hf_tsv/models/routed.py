@@ -1,0 +1,274 @@
+"""Models that send each image through the tower of the tasks it belongs to.
+
+The rule is in `hf_tsv/routing/`; a tower is the base model with the TSV-Merge of the chosen tasks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from functools import reduce
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPVisionModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.pipelines.zero_shot_image_classification import (
+    ZeroShotImageClassificationPipeline,
+)
+from transformers.utils.generic import can_return_tuple
+
+from hf_tsv.routing import scores
+from hf_tsv.routing.rule import Rule
+from hf_tsv.routing.scores import Route
+
+MAX_TOWERS = 8
+"""Towers that are kept by default; for CLIP ViT-B/32 in float32 each takes 350 MB."""
+
+Weights = Iterable[tuple[str, Tensor]]
+"""Weights of a vision tower and of the projection behind it, by canonical name."""
+
+
+class ImageTower(nn.Module):
+    """Vision tower with the projection behind it, if there is one; parameters have canonical names.
+
+    Args:
+        model (`CLIPModel` or `CLIPVisionModel`): model whose modules it shares.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        whole = isinstance(model, CLIPModel)
+        self.vision_model: Any = model.vision_model if whole else model
+        self.visual_projection: Any = model.visual_projection if whole else None
+
+    def forward(self, pixel_values: Tensor, **options: Any) -> BaseModelOutputWithPooling:
+        """Features of images, as `CLIPModel.get_image_features` or `CLIPVisionModel` has them."""
+        found: BaseModelOutputWithPooling = self.vision_model(pixel_values=pixel_values, **options)
+        if self.visual_projection is not None:
+            found.pooler_output = self.visual_projection(found.pooler_output)
+        return found
+
+    def copied(self, weights: Weights) -> ImageTower:
+        """Make a tower of its own with some other weights."""
+        made, parameters = deepcopy(self), dict[str, nn.Parameter]()
+        parameters.update(made.named_parameters())
+        for name, tensor in weights:
+            parameters[name].copy_(tensor)
+        return made
+
+
+class Router(nn.Module):
+    """Scores, chosen tasks, and a cache of towers by the set of tasks they are merged of.
+
+    Args:
+        names (`Sequence[str]`): names of the tasks.
+        first ([`ImageTower`]): tower of the base model, for the first pass.
+        rule ([`Rule`]): layers and numbers.
+        directions (`Sequence[Tensor]`): right singular vectors of the tasks for each layer, shape
+            (tasks, r, d_in).
+        merged (`Callable`): gives the weights of the tower of some tasks, by their places; they
+            are computed on a device.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        first: ImageTower,
+        rule: Rule,
+        directions: Sequence[Tensor],
+        merged: Callable[[tuple[int, ...], torch.device], Weights],
+    ) -> None:
+        super().__init__()
+        self.names, self.rule = tuple(names), rule
+        self.first = first.requires_grad_(False).eval()
+        self._merged, self._max_towers = merged, MAX_TOWERS
+        self._towers = OrderedDict[tuple[int, ...], ImageTower]()
+        self._lock = threading.RLock()
+        for i, vectors in enumerate(directions):
+            self.register_buffer(f"directions_{i}", vectors)
+
+    @property
+    def max_towers(self) -> int:
+        """Most towers that are kept; the least recently used one goes first."""
+        return self._max_towers
+
+    @max_towers.setter
+    def max_towers(self, count: int) -> None:
+        if type(count) is not int or count < 1:
+            raise ValueError(f"max_towers must be a whole number from 1 on (got {count!r}).")
+        with self._lock:
+            self._max_towers = count
+            self._shrink(count)
+
+    @property
+    def kept(self) -> list[tuple[str, ...]]:
+        """Names of the tasks of each tower in the cache, least recently used first."""
+        return [tuple(self.names[i] for i in own) for own in self._towers]
+
+    @torch.no_grad()
+    def route(self, pixel_values: Tensor) -> Route:
+        """Find the tasks that images belong to, by a pass through the base model's tower."""
+        tokens = self._class_tokens(pixel_values)
+        found = [
+            scores.residuals(tokens[layer], self.get_buffer(f"directions_{i}"))
+            for i, layer in enumerate(self.rule.layers)
+        ]
+        shares = scores.scores(found, self.rule.temperature)
+        chosen = scores.choose(shares, self.rule.threshold, self.rule.max_tasks)
+        return Route(shares, chosen, self.names)
+
+    def tower(self, chosen: tuple[int, ...]) -> ImageTower:
+        """Tower merged of some tasks: from the cache, or made now."""
+        with self._lock:
+            if chosen in self._towers:
+                self._towers.move_to_end(chosen)
+                return self._towers[chosen]
+            self._shrink(self._max_towers - 1)  # before the new one takes its memory
+            with torch.inference_mode(mode=False), torch.no_grad():
+                device = next(self.first.parameters()).device
+                made = self.first.copied(self._merged(chosen, device))
+            self._towers[chosen] = made
+            return made
+
+    def forward(
+        self, pixel_values: Tensor, all_tasks: Callable[..., Any], **options: Any
+    ) -> BaseModelOutputWithPooling:
+        """Features of images, each from its tower; `all_tasks` serves those of every task.
+
+        The attribute `tasks` of the result has the names of the tasks of each image.
+        """
+        route = self.route(pixel_values)
+        groups = defaultdict[tuple[int, ...], list[int]](list)
+        for row, chosen in enumerate(route.chosen):
+            groups[chosen].append(row)
+        parts, order = [], list[int]()
+        for chosen in sorted(groups):
+            whole = len(chosen) == len(self.names)
+            run = all_tasks if whole else self.tower(chosen)
+            rows = groups[chosen]
+            some = pixel_values if len(groups) == 1 else pixel_values[rows]
+            parts.append(run(pixel_values=some, return_dict=True, **options))
+            order += rows
+        found = _in_order(parts, order) if parts else all_tasks(pixel_values=pixel_values)
+        found.tasks = route.tasks
+        return cast(BaseModelOutputWithPooling, found)
+
+    def _class_tokens(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Class tokens at the inputs of the layers, by layer."""
+        tokens: dict[str, Tensor] = {}
+
+        def noting(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda module, inputs: tokens.__setitem__(layer, inputs[0][:, 0])
+
+        with self._lock:
+            hooks = [
+                self.first.get_submodule(layer).register_forward_pre_hook(noting(layer))
+                for layer in self.rule.layers
+            ]
+            try:
+                self.first.vision_model(pixel_values=pixel_values)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return tokens
+
+    def _shrink(self, count: int) -> None:
+        while len(self._towers) > count:
+            self._towers.popitem(last=False)
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """Let go of the towers where the model is moved or gets another type."""
+        with self._lock:
+            self._towers.clear()
+        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+
+
+class RoutedCLIPModel(CLIPModel):  # type: ignore[no-untyped-call]
+    """`CLIPModel` whose images go through the tower of the tasks they belong to.
+
+    Texts go through the text tower of the merge, and so does what is not routed.
+    """
+
+    router: Router
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def get_image_features(self, pixel_values: Tensor, **options: Any) -> Any:
+        """Features of images, as those of `CLIPModel`, with the names of their tasks as `tasks`."""
+        return self.router(pixel_values, super().get_image_features, **options)
+
+    def route(self, pixel_values: Tensor) -> Route:
+        """Find the tasks that images belong to: a score for each, and those that are chosen."""
+        return self.router.route(pixel_values.to(self.device, self.dtype))
+
+
+class RoutedCLIPVisionModel(CLIPVisionModel):  # type: ignore[no-untyped-call]
+    """`CLIPVisionModel` whose images go through the tower of the tasks they belong to."""
+
+    router: Router
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(self, pixel_values: Tensor, **options: Any) -> Any:
+        """Features of images, as those of `CLIPVisionModel`, with the names of their tasks."""
+        return self.router(pixel_values, super().forward, **options)
+
+    def route(self, pixel_values: Tensor) -> Route:
+        """Find the tasks that images belong to: a score for each, and those that are chosen."""
+        return self.router.route(pixel_values.to(self.device, self.dtype))
+
+
+CLASSES = {"CLIPModel": RoutedCLIPModel, "CLIPVisionModel": RoutedCLIPVisionModel}
+"""Routed classes by the class of transformers that they are like."""
+
+
+class RoutedZeroShotPipeline(ZeroShotImageClassificationPipeline):
+    """Zero-shot pipeline whose answers name the tasks of their image, as `tasks`."""
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """Accept a routed model, which is a `CLIPModel` of another name."""
+
+    def _forward(self, model_inputs: Any) -> Any:  # type: ignore[override]
+        labels, texts = model_inputs.pop("candidate_labels"), model_inputs.pop("text_inputs")[0]
+        texts = texts[0] if isinstance(texts, list | tuple) else texts  # of a batch
+        answer = self.model(**texts, **model_inputs)
+        tasks = answer.vision_model_output.tasks
+        return {
+            "candidate_labels": labels,
+            "logits": answer.logits_per_image,
+            "tasks": [list(own) for own in tasks],
+        }
+
+    def postprocess(self, model_outputs: Any) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Labels with their scores, best first, and the tasks of the image."""
+        tasks = model_outputs.pop("tasks")
+        tasks = tasks[0] if tasks and isinstance(tasks[0], list) else tasks  # of a batch of one
+        answers = super().postprocess(model_outputs)  # type: ignore[no-untyped-call]
+        return [{**answer, "tasks": tasks} for answer in answers]
+
+
+def stacked(vectors: Sequence[Tensor], most: int) -> Tensor:
+    """Right singular vectors of all tasks in one tensor, as many of each as all have."""
+    rank = min(most, *(len(own) for own in vectors))
+    dtype = reduce(torch.promote_types, (own.dtype for own in vectors))
+    return torch.stack([own[:rank].to(dtype) for own in vectors])
+
+
+def _in_order(parts: Sequence[Any], order: Sequence[int]) -> Any:
+    """One output of parts, whose rows are those of `order` one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    places = torch.tensor(order).argsort()
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(tensors))[places.to(tensors[0].device)]
+
+    found = {
+        key: tuple(map(joined, zip(*(part[key] for part in parts), strict=True)))
+        if isinstance(value, tuple)
+        else joined([part[key] for part in parts])
+        for key, value in parts[0].items()
+    }
+    return type(parts[0])(**found)

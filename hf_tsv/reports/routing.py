@@ -1,0 +1,104 @@
+"""The report of `hf_tsv.route`, and the card of a merge that routes images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from huggingface_hub import ModelCardData
+
+from hf_tsv.reports.cards import FEATURES, ZERO_SHOT, Card, CardInput, common_license
+from hf_tsv.reports.report import Report
+from hf_tsv.routing.rule import Rule, short
+
+
+@dataclass(frozen=True, repr=False)
+class RouteReport(Report):
+    """Results of [`route`], or with `dry_run` those it would have.
+
+    Args:
+        output (`str`, *optional*): folder written, if it is kept.
+        base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
+        inputs (`list[dict[str, str | None]]`): the same of every task.
+        tasks (`dict[str, dict]`): by name the `folder` of its factors and their `bytes`; with
+            `dry_run` at most that.
+        rule (`dict[str, Any]`): `layers`, `temperature`, `threshold` and `max_tasks`.
+        merged_bytes (`int`): size of the merged checkpoint's weights.
+        output_bytes (`int`): size of those and of all factors.
+        checkpoints_bytes (`int`): size of as many whole checkpoints.
+        ratio (`float`): the second last over the last.
+        seconds, warnings, download_bytes, peak_memory_bytes, timings, device, url, dry_run: as in
+            [`MergeReport`].
+    """
+
+    output: str | None
+    base_model: dict[str, str | None]
+    inputs: list[dict[str, str | None]]
+    tasks: dict[str, dict[str, Any]]
+    rule: dict[str, Any]
+    merged_bytes: int
+    output_bytes: int
+    checkpoints_bytes: int
+    ratio: float
+    seconds: float
+    warnings: list[str]
+    download_bytes: int
+    peak_memory_bytes: int
+    timings: dict[str, float] = field(default_factory=dict)
+    device: str | None = None
+    url: str | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedCard(Card):
+    """Card of a merge that routes images.
+
+    `tasks` has the folder and the bytes of the factors by task, in the order of `inputs`; `dtypes`
+    are those of the factors.
+    """
+
+    template: ClassVar[str] = "routed.md.jinja"
+    base: CardInput
+    inputs: Sequence[CardInput]
+    tasks: Mapping[str, Mapping[str, Any]]
+    rule: Rule
+    full_model: bool
+    merged_bytes: int
+    output_bytes: int
+    checkpoints_bytes: int
+    dtypes: Sequence[str]
+    warnings: Sequence[str] = ()
+
+    @property
+    def front_matter(self) -> ModelCardData:
+        """Metadata for the Hub: it descends from all checkpoints that are there."""
+        on_hub = [item.repo_id for item in (self.base, *self.inputs) if item.revision is not None]
+        return ModelCardData(
+            base_model=list(dict.fromkeys(on_hub)) or None,
+            base_model_relation="merge" if on_hub else None,
+            datasets=list(dict.fromkeys(d for i in self.inputs for d in i.datasets)) or None,
+            library_name="transformers",
+            pipeline_tag=(FEATURES, ZERO_SHOT)[self.full_model],
+            tags=["merge", "routing", "task-singular-vectors", "hf-tsv", "clip"],
+            license=self.license,
+        )
+
+    @property
+    def license(self) -> str | None:
+        return common_license(self.inputs)
+
+    @property
+    def model_class(self) -> str:
+        return "CLIPModel" if self.full_model else "CLIPVisionModel"
+
+    @property
+    def ratio(self) -> float:
+        """Size as a share of that of the checkpoints."""
+        return self.output_bytes / self.checkpoints_bytes
+
+    @property
+    def layers(self) -> Sequence[str]:
+        """Short names of the layers that are looked at."""
+        return [short(layer) for layer in self.rule.layers]

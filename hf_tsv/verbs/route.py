@@ -1,0 +1,304 @@
+"""The verb `route`: fine-tunes become one model that finds out whose task an image is."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.formats import heads
+from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin
+from hf_tsv.checkpoints.formats.routing import RoutedTask, Routing, folder_of
+from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry
+from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.names import CONFIG_FILE, RECIPE_FILE, ROUTING_FILE, TASKS_FOLDER
+from hf_tsv.checkpoints.reference import listed
+from hf_tsv.checkpoints.sources import Access, Sources
+from hf_tsv.checkpoints.storage.tensors import TensorSpec
+from hf_tsv.compression.building import compressed, disk_bytes, most_bytes
+from hf_tsv.compression.candidates import Compression, candidates_of
+from hf_tsv.linalg.choices import AnyDevice, AnyDtype
+from hf_tsv.merging.building import built, follow
+from hf_tsv.merging.work import Merge, Merged, prepare, recipe_of
+from hf_tsv.models.building import check_clip
+from hf_tsv.recipes.compressing import Options, RankRule
+from hf_tsv.recipes.settings import Settings
+from hf_tsv.reports import cards
+from hf_tsv.reports.routing import RoutedCard, RouteReport
+from hf_tsv.routing.rule import LAYER, Rule, chosen_layers, short
+from hf_tsv.runs import journal
+from hf_tsv.runs.lifecycle import Run, underway
+from hf_tsv.runs.target import Target
+from hf_tsv.system import processes
+from hf_tsv.system.errors import CheckpointError, UsageError, public
+
+ROUTABLE = "Routing compares the updates of vision towers, by the singular vectors of each."
+
+
+@public
+def route(
+    checkpoints: Sequence[str | PathLike[str]],
+    *,
+    base_model: str | PathLike[str] | None = None,
+    output: str | Path | None = None,
+    push_to: str | None = None,
+    layers: str | Sequence[str] | None = None,
+    temperature: float | None = None,
+    threshold: float = Rule.threshold,
+    max_tasks: int = Rule.max_tasks,
+    dtype: AnyDtype = "bfloat16",
+    allow_other_base: bool = False,
+    max_shard_size: int | str = Settings.max_shard_size,
+    device: AnyDevice | None = None,
+    force: bool = False,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    subfolder: str | None = None,
+    max_memory: int | str | None = None,
+    dry_run: bool = False,
+    progress: bool | None = None,
+) -> RouteReport:
+    """Make one model of fine-tuned CLIPs that finds out by itself which tasks an image belongs to.
+
+    The output is the TSV-Merge of all tasks, with the factors of each task and a description of how
+    images are routed beside it. `hf_tsv.load_model` and `hf_tsv.pipeline` route; transformers loads
+    the merge.
+
+    Args:
+        checkpoints (`Sequence[str]`): `org/name`, `org/name@revision`, `hf://…` or folders, of
+            task factors, which are copied, or of whole checkpoints and adapters, which are
+            compressed to ⌊k/T⌋ singular vectors.
+        layers (`Sequence[str]`, *optional*): globs of the layers that are looked at, such as
+            `9.mlp.fc1`; default: queries and both layers of the MLP in the upper two thirds of the
+            blocks.
+        temperature (`float`, *optional*): divides the sums before the softmax; default: in
+            proportion to the number of layers.
+        threshold (`float`): score from which a task is chosen.
+        max_tasks (`int`): most tasks of an image.
+        dtype (`str` or `torch.dtype`): type of the factors that are made.
+        base_model, output, push_to, allow_other_base, max_shard_size, device, force, private,
+            revision, create_pr, commit_message, token, cache_dir, subfolder, max_memory, dry_run,
+            progress: as in [`merge`].
+
+    Returns:
+        [`RouteReport`]: what was done.
+
+    Raises:
+        [`HfTsvError`]: with the reason and what to do; nothing is written or pushed then.
+
+    Example:
+        >>> import hf_tsv
+        >>> hf_tsv.route(["me/clip-a-tsv", "me/clip-b-tsv"], output="routed")  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    access = Access.of(token, cache_dir, subfolder)
+    with processes.joined() as group:
+        if group.rank:
+            report: RouteReport = follow(group, device, access)
+            return report
+        with group.leading():
+            references, globs = listed(checkpoints), listed(layers)
+            numbers: dict[str, Any] = {"threshold": threshold, "max_tasks": max_tasks}
+            numbers |= {"temperature": temperature}
+            Rule(**numbers)  # refuses numbers before the checkpoints are looked for
+            if len(references) < 2:
+                problem = f"Routing chooses among tasks, and there is {len(references) or 'none'}."
+                raise UsageError(problem, "Name at least two checkpoints.")
+            options = Options(
+                RankRule(rank_fraction=1 / len(references)), dtype,  # type: ignore[arg-type]
+                max_shard_size=max_shard_size, allow_other_base=allow_other_base,
+            )  # fmt: skip
+            target = Target(
+                None if output is None else Path(output),
+                push_to, force, private, revision, create_pr, commit_message,
+            ).checked(token, dry_run=dry_run)  # fmt: skip
+            base_ref = None if base_model is None else fspath(base_model)
+            settings = Settings(out_format="transformers", max_shard_size=max_shard_size)
+            work, sources = prepare(references, base_ref, None, settings, access)
+            check_clip(sources.base)
+            work = replace(work, allow_other_base=allow_other_base).within(max_memory, sources)
+            jobs = [_job(item, sources, options) for item in sources.inputs]
+            held = [_held(item, job) for item, job in zip(sources.inputs, jobs, strict=True)]
+            rule = Rule(_layers(globs, sources.base, held), **numbers)
+            routing = _routing(sources, rule)
+            sizes = dict(zip(routing.names, map(_most_bytes, sources.inputs, jobs), strict=True))
+            merged = None
+            with underway(sources, target, progress) as run:
+                if not dry_run:
+                    needed = work.plan.shards.total_bytes + sum(sizes.values())
+                    needed += max((disk_bytes(job) for job in jobs if job), default=0)
+                    run.check_space(work.identity(sources, torch.device("cpu")), needed)
+                    with built(run, work, device, group) as (folder, merged):
+                        stored = _write_tasks(folder, merged, routing, options, show=run.show)
+                        held = [_factors_of(config) for config in stored]
+                        rule = Rule(_layers(globs, merged.sources.base, held), **numbers)
+                        routing = replace(routing, rule=rule)
+                        written = (config.factors_bytes for config in stored)
+                        sizes = dict(zip(routing.names, written, strict=True))
+                        (folder / ROUTING_FILE).write_text(routing.to_json(), encoding="utf-8")
+                        _describe(folder, merged, routing, stored)
+            done = _report(run, work, merged, routing, sizes)
+            done = replace(done, seconds=round(time.monotonic() - started, 3))
+            group.dismiss(done)
+            return done
+
+
+def _job(item: Task, sources: Sources, options: Options) -> Compression | None:
+    """Compression of a fine-tune; None for task factors, which are copied."""
+    if item.description is not None:
+        return None
+    job = Compression(replace(sources, inputs=(item,)), options, (), ())
+    return replace(job, candidates=candidates_of(job))
+
+
+def _held(item: Task, job: Compression | None) -> set[str]:
+    """Weights that are stored as factors, or may be."""
+    if item.description is not None:
+        return _factors_of(item.description)
+    return {c.name for c in job.candidates if c.limit} if job else set()
+
+
+def _factors_of(config: FactorsConfig) -> set[str]:
+    return {name for name, weight in config.weights.items() if weight.stored == "factors"}
+
+
+def _most_bytes(item: Task, job: Compression | None) -> int:
+    """Size of a task's factors, at most."""
+    if item.description is not None:
+        return item.description.factors_bytes
+    return sum(most_bytes(c, job.options.rule) for c in job.candidates) if job else 0
+
+
+def _layers(globs: Sequence[str], base: Task, held: Sequence[set[str]]) -> tuple[str, ...]:
+    """Layers that are looked at: those wanted whose weights all tasks have as factors."""
+    names = (name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight"))
+    every = sorted(filter(LAYER.fullmatch, names), key=lambda name: (int(name.split(".")[3]), name))
+    common = [name for name in every if all(f"{name}.weight" in own for own in held)]
+    wanted = chosen_layers(globs, every)
+    lacking = [name for name in wanted if name not in common]
+    if not common or (globs and lacking):
+        first = short(lacking[0]) if lacking else "layer of the vision tower"
+        raise CheckpointError(
+            f"Not every task has factors of {first}, so images cannot be compared there.",
+            "Routing needs layers that all tasks changed." if common else ROUTABLE,
+        )
+    return tuple(name for name in wanted if name in common) or tuple(common)
+
+
+def _routing(sources: Sources, rule: Rule) -> Routing:
+    """Description of the tasks, each of a name of its own that a folder can have."""
+    given = distinct_names([item.pinned for item in sources.inputs])
+    names = heads.file_stems([name.removesuffix("-tsv") for name in given])
+    pairs = zip(names, sources.inputs, strict=True)
+    tasks = tuple(RoutedTask(n, folder_of(n), _source(item)) for n, item in pairs)
+    return Routing(Origin.of(sources.base.pinned), tasks, rule)
+
+
+def _source(item: Task) -> Origin:
+    """Fine-tuned checkpoint behind an input."""
+    return Origin.of(item.pinned) if item.description is None else item.description.source
+
+
+def _write_tasks(
+    folder: Path, done: Merged, routing: Routing, options: Options, *, show: bool
+) -> list[FactorsConfig]:
+    """Write or copy the factors of every task, and return their descriptions."""
+    shutil.rmtree(folder / TASKS_FOLDER, ignore_errors=True)  # of a run that was stopped
+    stored = []
+    for task, item in zip(routing.tasks, done.sources.inputs, strict=True):
+        place, config = folder / task.folder, item.description
+        if config is not None:
+            place.mkdir(parents=True)
+            _copy(item, place)
+        else:
+            job = _job(item, done.sources, options)
+            assert job is not None  # there is no description
+            work = place.with_name(f".{place.name}")
+            (work / journal.FILES).mkdir(parents=True)
+            config = compressed(job, work, done.device, resumed=False, show=show).config
+            (work / journal.FILES).rename(place)
+            shutil.rmtree(work)
+        (place / CONFIG_FILE).write_text(config.model_json(), encoding="utf-8")
+        stored.append(config)
+    return stored
+
+
+def _copy(item: Task, place: Path) -> None:
+    """Copy the files of task factors, after a check that they are in their folder."""
+    files = item.pinned.files
+    for name in item.needed_files:
+        if files.is_elsewhere(name) or files.folder is None:
+            problem = f"{item}: {name} is a link to a file outside of its folder."
+            raise CheckpointError(problem, "Put the file itself there.")
+        shutil.copyfile(files.folder / name, place / name)
+
+
+def _describe(
+    folder: Path, done: Merged, routing: Routing, stored: Sequence[FactorsConfig]
+) -> None:
+    """Write recipe and card."""
+    (folder / RECIPE_FILE).write_text(recipe_of(done).to_yaml(), encoding="utf-8")
+    base, inputs = done.sources.base, done.sources.inputs
+    dtypes = {str(config.factor_dtype).removeprefix("torch.") for config in stored}
+    sizes = {
+        task.name: {"folder": task.folder, "bytes": config.factors_bytes}
+        for task, config in zip(routing.tasks, stored, strict=True)
+    }
+    merged = done.merge.plan.shards.total_bytes
+    card = RoutedCard(
+        base=cards.CardInput.of(Origin.of(base.pinned), card=base.pinned.card),
+        inputs=[cards.CardInput.of(Origin.of(i.pinned), card=i.pinned.card) for i in inputs],
+        tasks=sizes,
+        rule=routing.rule,
+        full_model=layout.is_full_model(base.tensors),
+        merged_bytes=merged,
+        output_bytes=merged + sum(config.factors_bytes for config in stored),
+        checkpoints_bytes=_checkpoints_bytes(base, inputs),
+        dtypes=sorted(dtypes),
+        warnings=list(map(done.published, done.warnings)),
+    )
+    (folder / "README.md").write_text(cards.render(card), encoding="utf-8")
+
+
+def _checkpoints_bytes(base: Checkpoint, inputs: Sequence[Task]) -> int:
+    """Size of as many whole checkpoints, each of the weights of the base model."""
+    return len(inputs) * sum(TensorSpec(i.dtype, i.shape).nbytes for i in base.tensors.values())
+
+
+def _report(
+    run: Run, planned: Merge, done: Merged | None, routing: Routing, sizes: Mapping[str, int]
+) -> RouteReport:
+    """Tell what was done, or of a dry run what was planned."""
+    base, inputs = run.sources.base, run.sources.inputs
+    merged, whole = planned.plan.shards.total_bytes, _checkpoints_bytes(base, inputs)
+    total = merged + sum(sizes.values())
+    return RouteReport(
+        output=None if run.target.output is None else str(run.target.output),
+        base_model=pinned_entry(base),
+        inputs=[pinned_entry(item) for item in inputs],
+        tasks={t.name: {"folder": t.folder, "bytes": sizes[t.name]} for t in routing.tasks},
+        rule=asdict(routing.rule) | {"layers": list(routing.rule.layers)},
+        merged_bytes=merged,
+        output_bytes=total,
+        checkpoints_bytes=whole,
+        ratio=total / whole,
+        seconds=0.0,
+        warnings=list(planned.warnings) if done is None else done.warnings,
+        download_bytes=run.download_bytes,
+        peak_memory_bytes=planned.peak_memory(run.sources),
+        timings={} if done is None else done.findings.seconds.rounded(),
+        device=None if done is None else done.device.type,
+        url=run.url,
+        dry_run=done is None,
+    )
