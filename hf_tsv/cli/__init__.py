@@ -16,6 +16,7 @@ from hf_tsv.cli.help import Command, Group
 COMMANDS = {  # with the first line of their help: only the command that is called is imported
     "merge": "Merge fine-tuned CLIP checkpoints into one multi-task model.",
     "tune": "Merge with a method, α or coefficients that are chosen on images.",
+    "route": "Make one model that finds out by itself which tasks an image belongs to.",
     "compress": "Compress a fine-tuned CLIP checkpoint into small task factors.",
     "reconstruct": "Rebuild a full checkpoint from task factors and their base model.",
     "push": "Upload an output folder to the Hub as one commit; re-run it to resume.",

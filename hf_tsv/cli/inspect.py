@@ -52,7 +52,7 @@ KINDS = {
 def _text(report: InspectReport) -> str:
     rows = [
         ("reference", pinned({"ref": report.ref, "revision": report.revision})),
-        ("kind", KINDS.get(report.kind, report.kind)),
+        ("kind", "routed merge" if report.routing else KINDS.get(report.kind, report.kind)),
         ("class", report.model_class or report.model_type or "unknown"),
         ("layout", report.layout or "unknown"),
         ("base model", ", ".join(report.base_model) or "unknown"),
@@ -73,6 +73,11 @@ def _text(report: InspectReport) -> str:
         rows += [("task", pinned(entry)) for entry in inputs]
         base = report.recipe["base_model"]
         rows += [("made from", pinned(base))] if base else []
+    if report.routing is not None:
+        tasks, rule = report.routing["tasks"], report.routing["rule"]
+        rows += [(task["name"], f"{task['folder']}, of {pinned(task['source'])}") for task in tasks]
+        most = counted(rule["max_tasks"], "task")
+        rows.append(("routing", f"{counted(len(rule['layers']), 'layer')}, at most {most}"))
     if report.heads:
         rows.append(("heads", ", ".join(report.heads)))
     if report.adapter is not None:

@@ -15,6 +15,7 @@ from hf_tsv.checkpoints.base_model import SaidBase, said_by
 from hf_tsv.checkpoints.formats.adapter_names import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.formats.description import FactorsConfig
 from hf_tsv.checkpoints.formats.heads import tasks_of
+from hf_tsv.checkpoints.formats.routing import open_routing
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.names import CONFIG_FILE, RECIPE_FILE
 from hf_tsv.checkpoints.opening import InputFormat, format_of, without_base
@@ -59,6 +60,8 @@ class InspectReport(Report):
         recipe (`dict`, *optional*): inputs and settings of a merge.
         factors (`dict`, *optional*): origin, rule, type, bytes and error of task factors.
         heads (`list[str]`): tasks whose heads are beside a merge.
+        routing (`dict`, *optional*): `tasks`, with the `folder` and `source` of each, and `rule` of
+            a merge that routes images.
         adapter (`dict`, *optional*): `rank`, `target_modules` and `alpha` of an adapter.
         unknown (`list[str]`): facts that headers cannot tell.
     """
@@ -79,6 +82,7 @@ class InspectReport(Report):
     recipe: dict[str, Any] | None = None
     factors: dict[str, Any] | None = None
     heads: list[str] = field(default_factory=list)
+    routing: dict[str, Any] | None = None
     adapter: dict[str, Any] | None = None
     unknown: list[str] = field(default_factory=list)
 
@@ -137,13 +141,14 @@ def _of_checkpoint(pinned: PinnedCheckpoint, form: InputFormat, opened: Task) ->
             entry |= {"reason": weight.reason} if weight.reason else {}
     for name, info in head.items():
         tensors[name] = {**_described(info), "merge": "left out", "reason": "a task head"}
-    config = opened.model_config
+    config, routing = opened.model_config, open_routing(pinned)
     clip = layout.is_clip(config)
     if not clip:
         unknown.append(f"Not CLIP but {config['model_type']!r}: generic layout.")
     model_class = layout.saved_class(config) if clip else _architecture(config)
     known = {"kind": kind, "model_class": model_class, "layout": form.layout or opened.format}
     more = {"tensors": tensors, "recipe": recipe, "heads": tasks_of(opened), "unknown": unknown}
+    more["routing"] = None if routing is None else asdict(routing)
     return _report(pinned, opened.says_base(), {**infos, **head}, config, **known, **more)
 
 

@@ -14,6 +14,7 @@ from hf_tsv import hub
 from hf_tsv.checkpoints import names
 from hf_tsv.checkpoints.formats.adapter_names import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.formats.factors import open_factors
+from hf_tsv.checkpoints.formats.routing import open_routing
 from hf_tsv.checkpoints.formats.whole import open_checkpoint
 from hf_tsv.checkpoints.names import FACTORS_CONFIG, MARKERS, RECIPE_FILE
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
@@ -163,9 +164,16 @@ def _check_weights(pinned: PinnedCheckpoint, folder: Path) -> None:
 
 
 def _check_beside(folder: Path, recipe: Recipe, owner: str) -> None:
-    """Refuse a merge that has lost heads or masks beside its weights."""
+    """Refuse a merge that has lost heads, masks or factors beside its weights."""
     if recipe.settings.keep_heads and not list(folder.glob("heads/*.safetensors")):
         raise CheckpointError(f"{owner} has lost its task heads.")
+    pinned = PinnedCheckpoint(str(folder), None, LocalFiles(folder), {})
+    routing = open_routing(pinned)
+    for task in () if routing is None else routing.tasks:
+        there = pinned.files.within(task.folder)
+        if there.size(FACTORS_CONFIG) is None:
+            raise CheckpointError(f"{owner} has lost the factors of the task {task.name}.")
+        open_factors(replace(pinned, ref=f"{pinned.ref}/{task.folder}", files=there))
     masks = len(list(folder.glob("masks/*/mask.safetensors")))
     if recipe.settings.row.beside and masks < len(recipe.inputs):
         raise CheckpointError(
