@@ -9,8 +9,7 @@ from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only, call
 from hf_tsv.cli.output import Out, pinned, shown, table
 from hf_tsv.recipes.settings import Dtype, Settings
-from hf_tsv.routing.rule import Rule
-from hf_tsv.system.errors import UsageError
+from hf_tsv.routing.rule import Rule, refuse_no_choice
 from hf_tsv.system.text import counted, human_bytes
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class RuleOptions:
-    PANEL = "Choice of tasks"
+    PANEL = options.METHOD
     layer: Annotated[
         list[str] | None,
         "GLOB",
@@ -72,15 +71,14 @@ def route(
     tower of the tasks whose updates span it best; transformers loads the merge.
     """
     out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
-    if not checkpoints:
-        raise UsageError("There is nothing to route to.", "Name at least two checkpoints.")
+    refuse_no_choice(checkpoints or [])
     Rule(temperature=rule.temperature, threshold=rule.threshold, max_tasks=rule.max_tasks)  # type: ignore[arg-type]
     from hf_tsv.verbs import route as route_
 
     size = files.shard_size or Settings.max_shard_size
     groups = (source, rule, target, factors, compute, run, access)
     own = {"layers": rule.layer, "max_shard_size": size, "progress": run.progress}
-    report = call(route_.route, groups, checkpoints, **own)
+    report = call(route_.route, groups, checkpoints or [], **own)
     out.delivered(report, _summary, _preview, timed=run.timings)
 
 

@@ -56,6 +56,13 @@ class Rule:
         check_counts(max_tasks=self.max_tasks)
 
 
+def refuse_no_choice(checkpoints: Sequence[object]) -> None:
+    """Refuse to choose among fewer than two tasks."""
+    if len(checkpoints) < 2:
+        problem = f"Routing chooses among tasks, and there is {len(checkpoints) or 'none'}."
+        raise UsageError(problem, "Name at least two checkpoints.")
+
+
 def short(layer: str) -> str:
     """Block and kind of a layer.
 

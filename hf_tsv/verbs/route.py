@@ -32,12 +32,12 @@ from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import cards
 from hf_tsv.reports.routing import RoutedCard, RouteReport
-from hf_tsv.routing.rule import LAYER, Rule, chosen_layers, short
+from hf_tsv.routing.rule import LAYER, Rule, chosen_layers, refuse_no_choice, short
 from hf_tsv.runs import journal
 from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
-from hf_tsv.system.errors import CheckpointError, UsageError, public
+from hf_tsv.system.errors import CheckpointError, public
 
 ROUTABLE = "Routing compares the updates of vision towers, by the singular vectors of each."
 
@@ -112,9 +112,7 @@ def route(
             numbers: dict[str, Any] = {"threshold": threshold, "max_tasks": max_tasks}
             numbers |= {"temperature": temperature}
             Rule(**numbers)  # refuses numbers before the checkpoints are looked for
-            if len(references) < 2:
-                problem = f"Routing chooses among tasks, and there is {len(references) or 'none'}."
-                raise UsageError(problem, "Name at least two checkpoints.")
+            refuse_no_choice(references)
             options = Options(
                 RankRule(rank_fraction=1 / len(references)), dtype,  # type: ignore[arg-type]
                 max_shard_size=max_shard_size, allow_other_base=allow_other_base,

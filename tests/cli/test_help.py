@@ -45,14 +45,14 @@ def test_a_page_fits_its_terminal(command: str, columns: int) -> None:
 def test_a_page_names_what_is_needed_and_shows_examples(command: str) -> None:
     page = hf_tsv(command, "-h", COLUMNS="80").out
     usage = page.split("\n\n")[0]
-    assert ("-o DIR" in usage) == (command in ("merge", "tune", "compress", "reconstruct"))
+    assert ("-o DIR" in usage) == (command in ("merge", "tune", "route", "compress", "reconstruct"))
     assert f"  $ hf-tsv {command}" in page.split("\nExamples:\n")[1]
     titles = set(re.findall(r"^(\S.*):$", page, re.MULTILINE))
     assert titles <= {
         "Arguments", "Inputs", "Output", "Method", "Decomposition", "Images", "Learning", "Run",
         "Size (give one)", "Storage", "Methods (--method)", "Examples", "Options",
     }  # fmt: skip
-    assert ("Method" in titles) == (command in ("merge", "tune"))
+    assert ("Method" in titles) == (command in ("merge", "tune", "route"))
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "env"])

@@ -15,8 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAP = ROOT / "docs" / "architecture.md"
 
 LONGEST_FILE = 400
-ALL_LINES = 26_500  # a new capability may need more; say in its commit what for
-FLOORS = 8
+ALL_LINES = 27_500  # a new capability may need more; say in its commit what for
+FLOORS = 10
 
 RIDDLES = re.compile(
     r"(Of|So many|So much|That which|As many|As it|As much|How many|How much|How often|Which of)\b"
