@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import clips
 import numpy as np
 import pytest
 import torch
-from cli import copied
+from cli import copied, ended
 from cli import hf_tsv as run
+from forks import fork
 from hub import Hub
 from PIL import Image
 from safetensors.torch import load_file
@@ -295,6 +297,20 @@ def test_to_and_from_the_hub(world: Path, hub: Hub) -> None:
     hf_tsv.route(["org/vision", "org/full"], output=world / "r", progress=False)
     hf_tsv.push(world / "r", "me/routed", progress=False)
     assert "tasks/flat/task_factors.safetensors" not in hub.files("me/routed")  # of the first one
+
+
+def test_a_warm_cache_serves_an_offline_run(world: Path, hub: Hub) -> None:
+    hf_tsv.route(["org/vision", "org/full"], push_to="me/routed", progress=False)
+    names = hf_tsv.load_model("me/routed", progress=False).router.names
+    code = (
+        "import hf_tsv, torch\n"
+        "model = hf_tsv.load_model('me/routed', progress=False)\n"
+        "model.get_image_features(torch.zeros(1, 3, 32, 32))\n"
+        "print(','.join(model.router.names))"
+    )
+    done = ended(fork("-c", code, environment={**os.environ, "HF_HUB_OFFLINE": "1"}))
+    assert done.code == 0, done.err
+    assert done.out.split() == [",".join(names)]
 
 
 def test_evaluate_routes(world_of_tasks: Path, routed: Path, tmp_path: Path) -> None:

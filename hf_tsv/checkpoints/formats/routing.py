@@ -85,12 +85,11 @@ class Routing:
             said = f"has format version {version} and this hf-tsv reads up to {FORMAT_VERSION}."
             raise CheckpointError(f"{owner}: {ROUTING_FILE} {said}", "Update hf-tsv.")
         entry = Entry(content, owner, file=ROUTING_FILE, again=AGAIN)
-        entry.get("tasks", lambda v: isinstance(v, list) and 2 <= len(v) <= MOST_TASKS)
-        listed = [
-            Entry({"task": task}, owner, f"tasks.{i}.", ROUTING_FILE, AGAIN).object("task")
-            for i, task in enumerate(content["tasks"])
-        ]
-        tasks = tuple(map(_task, listed))
+        listed = entry.get("tasks", _are_objects)
+        tasks = tuple(
+            _task(Entry(task, owner, f"tasks.{i}.", ROUTING_FILE, AGAIN))
+            for i, task in enumerate(listed)
+        )
         for names in ({t.name.lower() for t in tasks}, {t.folder.lower() for t in tasks}):
             if len(names) < len(tasks):
                 problem = f"{owner}: two tasks in {ROUTING_FILE} have one name or folder."
@@ -119,6 +118,12 @@ def _task(entry: Entry) -> RoutedTask:
     name = entry.get("name", _is_name)
     folder = entry.get("folder", _is_folder)
     return RoutedTask(name, folder, origin_of(entry.object("source")))
+
+
+def _are_objects(value: Any) -> bool:
+    """Tell whether a value is a list of objects, one for each of several tasks."""
+    fits = isinstance(value, list) and 2 <= len(value) <= MOST_TASKS
+    return fits and all(isinstance(one, dict) for one in value)
 
 
 def _is_name(value: Any) -> bool:
