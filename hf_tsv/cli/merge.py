@@ -84,7 +84,9 @@ class MethodOptions:
         "lines: more of the merged update in later layers. larv: also by what each update is like."
         " [default: none]",
     ] = None
-    calibrate: Annotated[bool, "Scale down directions that several tasks add up in (SVC)."] = False
+    calibrate: Annotated[
+        bool | None, "Scale down directions that several tasks add up in (SVC)."
+    ] = None
     wudi_filter: Annotated[
         WudiFilter | None, "NAME", "Of wudi: swudi-a, swudi or tact. [default: swudi-a]"
     ] = None

@@ -169,6 +169,8 @@ def leading_eigh(
     if spectrum or not isinstance(count, int):
         every = _all_eigenvalues(diagonal.clone(), beside.clone())
         count = count if isinstance(count, int) else count(every)
+    if not count:
+        return _doubles(0), _doubles(0, n), every
     values, vectors = _tridiagonal(diagonal, beside, count)
     _call(
         "dormtr", "L", "L", "N", n, count, upper, wide, reflectors, vectors, n, work, work.numel(),

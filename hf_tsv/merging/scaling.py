@@ -35,7 +35,10 @@ def scaled(
         for glob in settings.keep_base
         if not any(matches(name, [glob]) for name in names)
     ]
-    if settings.alpha and not any(_is_changed(weight, factors) for weight in weights):
+    scaled_anyway = settings.layer_scale == "lines"
+    if (settings.alpha or scaled_anyway) and not any(
+        _is_changed(weight, factors) for weight in weights
+    ):
         warnings.append("No update is left to merge: the result is the base model.")
     return replace(plan, warnings=(*plan.warnings, *warnings))
 

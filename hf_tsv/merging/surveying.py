@@ -47,7 +47,7 @@ def _by_task(merge: Merge, sources: Sources, device: torch.device, *, visible: b
             found[task][loaded.weight.label] = likeness
 
     _visit("Measuring layers", weights, measure, merge, sources, device, visible)
-    depths = {label: (block + 1) / count for label, block, count in _places(weights)}
+    depths = {label: (block + 1) / count for label, block, count in _places(weights, merge.plan)}
     factors = {task: larv(measured, depths) for task, measured in found.items()}
     every = [factor for own in factors.values() for factor in own.values()]
     if every:
@@ -81,7 +81,7 @@ def _by_depth(merge: Merge, sources: Sources, device: torch.device, *, visible: 
     _visit("Measuring layers", weights, measure, merge, sources, device, visible)
     depths = {
         label: block / max(count - 1, 1)
-        for label, block, count in _places(weights)
+        for label, block, count in _places(weights, merge.plan)
         if BLOCK.match(label)
     }
     layers = lines(sizes, tasks, depths)
@@ -111,16 +111,17 @@ def _visit(
             advance(1)
 
 
-def _places(weights: Iterable[Weight]) -> list[tuple[str, int, int]]:
-    """Label of each weight, its block, and the number of blocks of its tower.
+def _places(weights: Iterable[Weight], plan: MergePlan) -> list[tuple[str, int, int]]:
+    """Label of each weight, its block, and the number of blocks of its tower in the plan.
 
     What comes before the blocks counts as in the first, what comes after as in the last.
     """
     labels = [weight.label for weight in weights]
     blocks = {label: (found[1], int(found[2])) for label in labels if (found := BLOCK.match(label))}
     counts: dict[str, int] = defaultdict(int)
-    for tower, block in blocks.values():
-        counts[tower] = max(counts[tower], block + 1)
+    for weight in plan.weights:
+        if found := BLOCK.match(weight.label):
+            counts[found[1]] = max(counts[found[1]], int(found[2]) + 1)
     most = max(counts.values(), default=1)
     return [
         (label, blocks[label][1], counts[blocks[label][0]])

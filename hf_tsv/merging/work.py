@@ -197,7 +197,7 @@ def prepare(
     missing = companions.warnings(sources.base) if writes else []
     if len(checkpoints) == 1 and sources.inputs[0].is_whole and settings.alpha == 1:
         logger.info("%s is the only checkpoint: it is not merged with another.", *sources.inputs)
-    later = [*warnings, *_alpha_warnings(settings.alpha), *plan.warnings, *missing]
+    later = [*warnings, *_alpha_warnings(settings), *plan.warnings, *missing]
     for warning in later:
         logger.warning(warning)
     merge = Merge(
@@ -225,8 +225,11 @@ def _planned(sources: Sources, settings: Settings, factors: Sequence[Factor]) ->
     return scaled(plan, sources.inputs, settings, factors)
 
 
-def _alpha_warnings(alpha: float) -> list[str]:
-    """Warnings about values of α that work, and are rarely meant."""
+def _alpha_warnings(settings: Settings) -> list[str]:
+    """Warnings about values of α that work, and are rarely meant; LiNeS adds α to a factor."""
+    alpha = settings.alpha
+    if settings.layer_scale == "lines":
+        return []
     if alpha == 0:
         return ["α is 0: the result is the base model."]
     return [f"α is {alpha:g}: the updates are subtracted."] if alpha < 0 else []

@@ -61,7 +61,7 @@ def lines(sizes: Iterable[tuple[float, float]], tasks: int, depths: Mapping[str,
         depths (`Mapping[str, float]`): l/(L − 1) by label of a weight in a block.
     """
     pairs = list(sizes)
-    summed, merged = (math.fsum(column) for column in zip(*pairs, strict=True))
+    summed, merged = (math.fsum(pair[i] for pair in pairs) for i in (0, 1))
     return Layers(summed / (tasks * merged) if merged else 1 / tasks, dict(depths))
 
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from hf_tsv.checkpoints import places
 from hf_tsv.checkpoints.names import RECIPE_FILE
 from hf_tsv.checkpoints.reference import parse, pin
+from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.recipes.recipe import PinnedInput, Recipe, pinned_text
 from hf_tsv.recipes.scaling import Weights, by_name
 from hf_tsv.recipes.settings import Settings
+from hf_tsv.system.checks import choice
 from hf_tsv.system.errors import HfTsvError, RecipeError
 from hf_tsv.system.folders import local_kind
 from hf_tsv.system.progress import logger
@@ -61,8 +63,10 @@ def changed(
     for first, second in (("rank", "rank_fraction"), ("rank_fraction", "rank")):
         if first in given:
             own[second] = None
-    if given.get("method", recipe.settings.method) != recipe.settings.method:
+    name = choice("method", given.get("method", recipe.settings.method), tuple(METHODS))
+    if name != recipe.settings.method:
         own["alpha"] = own["wudi_filter"] = None  # those of the other method
+        own["calibrate"] = own["calibrate"] and METHODS[name].calibrates is not None
         recipe = replace(recipe, coefficients={}, adaptation=None)
     settings = Settings(**{**own, **given})
     for name in own:

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from hf_tsv.methods.catalogue import METHODS
@@ -107,7 +108,7 @@ class Search:
         """All points: by method, then by slope, then by α."""
         return [Trial(m, a, s) for m in self.methods for s in self.slopes for a in self.alphas]
 
-    @property
+    @cached_property
     def points(self) -> list[Trial]:
         """Points of the grid to try, in its order."""
         grid = self.grid
@@ -243,6 +244,7 @@ def _refuse_no_search(settings: Settings, alpha: float | None) -> None:
 
 def _values(name: str, given: Any, example: str) -> tuple[float, ...]:
     """Values of a grid, each once."""
+    given = [given] if isinstance(given, int | float) else given
     values = numbers_of(given, name) if isinstance(given, str) else list(given)
     for value in values:
         check_number(name, value)

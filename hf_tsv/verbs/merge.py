@@ -90,7 +90,7 @@ def merge(
     out_format: Format | None = None,
     keep_heads: bool = False,
     layer_scale: LayerScale | None = None,
-    calibrate: bool = False,
+    calibrate: bool | None = None,
     wudi_filter: WudiFilter | None = None,
     allow_other_base: bool = False,
     device: AnyDevice | None = None,
@@ -155,8 +155,8 @@ def merge(
             from a factor for the first, chosen by the size of the updates, to α more for the last
             (LiNeS); it merges twice. `larv` scales each task in each matrix, by depth and by what
             its update is like (LARV). Default: `none`.
-        calibrate (`bool`): divide each singular value of the merged update by how much larger its
-            response is than those of the tasks (singular value calibration).
+        calibrate (`bool`, *optional*): divide each singular value of the merged update by how much
+            larger its response is than those of the tasks (singular value calibration).
         wudi_filter (`str`, *optional*): filter of the method `wudi`: `swudi-a`, the default,
             `swudi` or `tact`.
         allow_other_base (`bool`): merge even checkpoints that are so far from the base model (half
@@ -214,7 +214,7 @@ def merge(
                 "keep_base": None if keep_base is None else tuple(listed(keep_base)),
                 "max_shard_size": max_shard_size, "precision": precision,
                 "out_format": out_format, "keep_heads": keep_heads or None,
-                "layer_scale": layer_scale, "calibrate": calibrate or None,
+                "layer_scale": layer_scale, "calibrate": calibrate,
                 "wudi_filter": wudi_filter,
             }  # fmt: skip
             given = {name: value for name, value in given.items() if value is not None}
@@ -224,22 +224,23 @@ def merge(
                 raise UsageError(problem, "Omit the recipe, or the other options.")
             target = target.checked(token, dry_run=dry_run)
             if recipe is not None:
-                found, beside = repeating.load(recipe, access)
-                found = repeating.changed(found, given, weights, base_ref)
+                before, beside = repeating.load(recipe, access)
+                found = repeating.changed(before, given, weights, base_ref)
                 work, sources = of_recipe(repeating.placed(found, references, beside), access)
+                is_own = found.settings.method != before.settings.method
             else:
                 refuse_no_images(settings.row, adaptation)
                 work, sources = prepare(references, base_ref, weights, settings, access)
-                if alpha is None:
-                    work = with_own_alpha(work, sources.inputs)
-                work = _learning(work, sources, search, adaptation)
+                work, is_own = _learning(work, sources, search, adaptation), True
+            work = with_own_alpha(work, sources.inputs) if is_own and alpha is None else work
             refuse_no_heads(work.settings, sources.inputs)
             if report:
                 refuse_no_report(work.settings)
                 refuse_nothing_decomposed(work.plan, sources.inputs)
             allowed = allow_other_base or work.allow_other_base
-            work = replace(work, measure=report, allow_other_base=allowed)
-            work = work.within(max_memory, sources)
+            work = replace(work, measure=report, allow_other_base=allowed).within(
+                max_memory, sources
+            )
             if search is not None and not dry_run:
                 from hf_tsv.verbs.learning.searching import tuned
 

@@ -182,3 +182,42 @@ def test_the_plan_shows_what_is_held(tmp_path: Path, deep: Path) -> None:
         words = command(deep, "out", "--method", "task-arithmetic", "--dry-run", "--json", *options)
         sizes.append(json.loads(hf_tsv(*words, cwd=tmp_path).out)["peak_memory_bytes"])
     assert all(a < b for a, b in itertools.pairwise(sizes))
+
+
+def test_lines_with_nothing_left_to_merge_is_the_base(tmp_path: Path, deep: Path) -> None:
+    words = command(deep, "out", "--layer-scale", "lines", "--keep-base", "*")
+    done = hf_tsv(*words, cwd=tmp_path)
+    assert done.code == 0 and "No update is left to merge" in done.err, done.err
+    for name, value in weights(tmp_path / "out").items():
+        assert np.array_equal(value, weights(deep / "base")[name]), name
+
+
+def test_with_lines_no_alpha_means_the_base(tmp_path: Path, deep: Path) -> None:
+    done = hf_tsv(*command(deep, "out", "--layer-scale", "lines", "--alpha", "0"), cwd=tmp_path)
+    assert done.code == 0 and "the result is the base model" not in done.err
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "the result is the base model" not in card
+
+
+def test_depth_is_that_of_the_tower_whatever_is_kept(tmp_path: Path, deep: Path) -> None:
+    plain = merged(deep, tmp_path / "all", method="task-arithmetic", layer_scale="lines", alpha=1.0)
+    kept = merged(deep, tmp_path / "kept", method="task-arithmetic", layer_scale="lines", alpha=1.0,
+                  keep_base=["vision_model.encoder.layers.2.*"])  # fmt: skip
+    for name, value in kept.items():
+        if ".layers.2." not in name:
+            assert_near(value, plain[name], name)
+
+
+def test_calibration_is_left_out_beside_a_recipe(tmp_path: Path, deep: Path) -> None:
+    words = command(deep, "calibrated", "--method", "task-arithmetic", "--calibrate")
+    assert hf_tsv(*words, cwd=tmp_path).code == 0
+    repeated = ["merge", "--recipe", "calibrated", "-o"]
+    assert hf_tsv(*repeated, "plain", "--no-calibrate", cwd=tmp_path).code == 0
+    other = hf_tsv(*repeated, "iso", "--method", "iso-c", cwd=tmp_path)
+    assert other.code == 0 and "calibrate is False here" in other.err, other.err
+    direct = command(deep, "direct", "--method", "task-arithmetic")
+    assert hf_tsv(*direct, cwd=tmp_path).code == 0
+    found, expected = (
+        (tmp_path / n / "model.safetensors").read_bytes() for n in ("plain", "direct")
+    )
+    assert found == expected

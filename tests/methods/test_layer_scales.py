@@ -51,4 +51,4 @@ def test_lines_runs_from_the_first_block_to_the_last() -> None:
     assert layers.start == 2.0  # 8 / (2 · 2)
     factors = [layers.factor(label, 0.8) for label in ("first", "middle", "last", "embedding")]
     assert factors == pytest.approx([2.0, 2.4, 2.8, 2.0])
-    assert lines([(0.0, 0.0)], 4, {}).start == 0.25
+    assert lines([(0.0, 0.0)], 4, {}).start == lines([], 4, {}).start == 0.25

@@ -173,6 +173,15 @@ def test_directions_below_the_noise_of_all_tasks_count_as_zero(size: float) -> N
     assert near(merged(list(deltas), "tact", floors=[floor] * 3), expected)
 
 
+@pytest.mark.parametrize("kind", FILTERS)
+def test_updates_that_are_all_noise(kind: WudiFilter, capfd: pytest.CaptureFixture[str]) -> None:
+    deltas = tasks(2, (20, 30))
+    found = merged(list(deltas), kind, floors=[100.0, 100.0])
+    total = torch.stack(deltas).sum(0).double().numpy()
+    assert near(found, total) if kind != "tact" else not found.any()
+    assert capfd.readouterr() == ("", "")  # nothing of LAPACK either
+
+
 def test_threads_do_not_change_the_bits() -> None:
     from hf_tsv.linalg import products
 
