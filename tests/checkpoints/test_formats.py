@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import hf_tsv
 from hf_tsv.checkpoints import opening
 from hf_tsv.checkpoints.formats.task import Task
-from hf_tsv.checkpoints.names import CONFIGS
+from hf_tsv.checkpoints.names import CONFIGS, ROUTING_FILE
 from hf_tsv.system.errors import CheckpointError
 
 PACKAGE = Path(hf_tsv.__file__).parent
@@ -76,7 +76,8 @@ def test_a_new_form_is_named_where_another_is_wanted(zoo: Path, tmp_path: Path, 
 
 def test_the_cache_is_searched_for_every_form() -> None:
     """Offline, a repository is found by the file that says what it holds."""
-    assert set(CONFIGS) == {marker for form in opening.FORMATS for marker in form.markers}
+    markers = {marker for form in opening.FORMATS for marker in form.markers}
+    assert set(CONFIGS) == markers | {ROUTING_FILE}  # beside a merge
 
 
 def kinds(task: type[Task]) -> set[str]:

@@ -177,7 +177,7 @@ def test_directions_below_the_noise_of_all_tasks_count_as_zero(size: float) -> N
 def test_updates_that_are_all_noise(kind: WudiFilter, capfd: pytest.CaptureFixture[str]) -> None:
     deltas = tasks(2, (20, 30))
     found = merged(list(deltas), kind, floors=[100.0, 100.0])
-    total = torch.stack(deltas).sum(0).double().numpy()
+    total = torch.stack(deltas).double().sum(0).numpy()
     assert near(found, total) if kind != "tact" else not found.any()
     assert capfd.readouterr() == ("", "")  # nothing of LAPACK either
 

@@ -85,13 +85,13 @@ def stopped(merge: Callable[..., hf_tsv.MergeReport], tmp_path: Path) -> Path:
 def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Labels of the weights that are computed."""
     labels: list[str] = []
-    merge_one = pipeline._merge_one
+    merge_one = pipeline.merge_one
 
     def noting(loaded: loading.LoadedWeight, *rest: Any, **options: Any) -> Any:
         labels.append(loaded.weight.label)
         return merge_one(loaded, *rest, **options)
 
-    monkeypatch.setattr(pipeline, "_merge_one", noting)
+    monkeypatch.setattr(pipeline, "merge_one", noting)
     return labels
 
 
@@ -258,7 +258,7 @@ def test_what_may_go_well_next_time_costs_no_finished_weight(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_merge_one", failing)
+        patch.setattr(pipeline, "merge_one", failing)
         with pytest.raises(seen):
             merge()
     assert len(lines(stopped)) == 5
@@ -576,7 +576,7 @@ def test_an_error_after_going_on_leaves_nothing(
     def failing(*_: Any, **__: Any) -> Any:
         raise CheckpointError("The disk on which it lies is gone.")
 
-    monkeypatch.setattr(pipeline, "_merge_one", failing)
+    monkeypatch.setattr(pipeline, "merge_one", failing)
     with pytest.raises(CheckpointError):
         merge()
     assert not stopped.exists()

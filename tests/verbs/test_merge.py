@@ -498,9 +498,10 @@ def test_the_exported_names() -> None:
         "Adaptation", "CheckpointError", "CompressReport", "DataError",
         "EvaluateReport", "EvaluationTask", "HfTsvError", "InspectReport", "InterferenceReport",
         "LostProcessError", "MergeReport", "OutputError", "PushReport", "Recipe", "RecipeError",
-        "ReconstructReport", "RepoError", "Search", "SweepReport", "TaskFactors", "TaskSwitcher",
-        "__version__", "compress", "evaluate", "export_peft", "inspect", "interference",
-        "load_model", "merge", "pipeline", "push", "reconstruct", "sweep", "tune",
+        "ReconstructReport", "RepoError", "RouteReport", "Search", "SweepReport", "TaskFactors",
+        "TaskSwitcher", "__version__", "compress", "evaluate", "export_peft", "inspect",
+        "interference", "load_model", "merge", "pipeline", "push", "reconstruct", "route", "sweep",
+        "tune",
     ]  # fmt: skip
     assert set(dir(hf_tsv)) - set(hf_tsv.__all__) == {"inspect", "pipeline"}  # names of others
     for name in dir(hf_tsv):
