@@ -46,6 +46,14 @@ ORDER = (
 """Pairs of methods of which the paper finds the second one at least as good."""
 
 
+COLOURS = {
+    "task-arithmetic": "#4878cf", "ties": "#d65f5f", "consensus": "#6acc65",
+    "low-rank": "#b47cc7", "orthogonal": "#c4ad66", "iso-c": "#77bedb", "iso-cts": "#8c613c",
+    "dc": "#e377c2", "wudi": "#17becf", "tsv": "#333",
+}  # fmt: skip
+"""Colours of the methods in pictures."""
+
+
 def summary(suite: Suite, seeds: Sequence[Seed]) -> Found:
     """Summary of everything that was measured, as one object; accuracies in per cent.
 
@@ -201,23 +209,19 @@ def pictures(found: Found, file: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    colours = (
-        "#4878cf", "#d65f5f", "#6acc65", "#b47cc7", "#c4ad66", "#77bedb", "#8c613c", "#e377c2",
-        "#17becf", "#333",
-    )  # fmt: skip
     with mpl.rc_context({"svg.hashsalt": "hf-tsv", "font.size": 9}):
-        figure = Figure((9, 3.4), layout="constrained")
+        figure = Figure((9, 3.6), layout="constrained")
         for axes, (count, curves) in zip(
             figure.subplots(1, len(found["alphas"]), sharey=True, squeeze=False)[0],
             found["alphas"].items(), strict=True,
         ):  # fmt: skip
-            for colour, (name, curve) in zip(colours, curves.items(), strict=False):
-                axes.plot(curve["alphas"], curve["accuracy"], color=colour, label=name)
+            for name, curve in curves.items():
+                axes.plot(curve["alphas"], curve["accuracy"], color=COLOURS[name], label=name)
             axes.set_title(f"{count} tasks", fontsize=10)
             axes.set_xlabel("α")
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.3)
         figure.axes[0].set_ylabel("accuracy on validation images (%)")
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=10, frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
         figure.savefig(file, metadata={"Date": None})

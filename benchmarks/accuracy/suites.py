@@ -77,7 +77,8 @@ def lora_recipe() -> dict[str, Any]:
     """Settings of the adapters."""
     from benchmarks.tiny_clip.adapters import AdapterRecipe
 
-    return asdict(AdapterRecipe())
+    recipe = AdapterRecipe()
+    return {**asdict(recipe), "modules": " ".join(recipe.modules)}
 
 
 def larger(number: int, cache: Path) -> Seed:

@@ -146,11 +146,8 @@ class MergeCard(Card):
     @property
     def front_matter(self) -> ModelCardData:
         """Metadata for the Hub: the merge descends from all checkpoints that are there."""
-        on_hub = [item.repo_id for item in (self.base, *self.inputs) if item.revision is not None]
         return ModelCardData(
-            base_model=list(dict.fromkeys(on_hub)) or None,
-            base_model_relation="merge" if on_hub else None,
-            datasets=list(dict.fromkeys(d for i in self.inputs for d in i.datasets)) or None,
+            **descent(self.base, self.inputs),
             library_name=self.out_format,
             pipeline_tag=None if self.masks else (FEATURES, ZERO_SHOT)[self.full_model],
             tags=["merge", "task-singular-vectors", "hf-tsv", _family(self.model_type)],
@@ -377,6 +374,16 @@ class ReconstructedCard(CompressedCard):
     def command(self) -> str:
         words = ["-o", "reconstructed"]
         return command("reconstruct", self.factors.public, self.base.public, words)
+
+
+def descent(base: CardInput, inputs: Sequence[CardInput]) -> dict[str, Any]:
+    """Metadata of what is merged of checkpoints on the Hub: these, and their datasets."""
+    on_hub = [item.repo_id for item in (base, *inputs) if item.revision is not None]
+    return {
+        "base_model": list(dict.fromkeys(on_hub)) or None,
+        "base_model_relation": "merge" if on_hub else None,
+        "datasets": list(dict.fromkeys(d for item in inputs for d in item.datasets)) or None,
+    }
 
 
 def common_license(inputs: Sequence[CardInput]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub import ModelCardData
 
-from hf_tsv.reports.cards import FEATURES, ZERO_SHOT, Card, CardInput, common_license
+from hf_tsv.reports.cards import FEATURES, ZERO_SHOT, Card, CardInput, common_license, descent
 from hf_tsv.reports.report import Report
 from hf_tsv.routing.rule import Rule, short
 
@@ -74,11 +74,8 @@ class RoutedCard(Card):
     @property
     def front_matter(self) -> ModelCardData:
         """Metadata for the Hub: it descends from all checkpoints that are there."""
-        on_hub = [item.repo_id for item in (self.base, *self.inputs) if item.revision is not None]
         return ModelCardData(
-            base_model=list(dict.fromkeys(on_hub)) or None,
-            base_model_relation="merge" if on_hub else None,
-            datasets=list(dict.fromkeys(d for i in self.inputs for d in i.datasets)) or None,
+            **descent(self.base, self.inputs),
             library_name="transformers",
             pipeline_tag=(FEATURES, ZERO_SHOT)[self.full_model],
             tags=["merge", "routing", "task-singular-vectors", "hf-tsv", "clip"],
