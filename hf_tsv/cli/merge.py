@@ -205,7 +205,9 @@ def _preview(report: MergeReport, result: ResultOptions) -> str:
     tasks = zip(report.inputs, report.scales, strict=True)
     for i, (entry, scale) in enumerate(tasks, start=1):
         rows.append((f"task {i}", pinned(entry) + (f", times {scale:g}" if scale != 1 else "")))
-    ranks = [entry["rank"] for entry in report.treatments.values() if entry.get("rank")]
+    ranks = []
+    if METHODS[report.method].ranks:
+        ranks = [entry["rank"] for entry in report.treatments.values() if entry.get("rank")]
     method = [("method", method_text(report.settings))]
     if report.tuning:
         counts = Counter(trial["method"] for trial in report.tuning["trials"])
