@@ -28,7 +28,8 @@ OLD_WEIGHTS = (
     *(f"{stem}-?????-of-?????.safetensors" for stem in STEMS),
     *MARKERS,
     "heads/*.safetensors", "masks/*/mask.safetensors", "masks/*/hf_tsv_mask.json",
-    "hf_tsv_routing.json", "tasks/*/tsv_config.json", "tasks/*/task_factors*.safetensors*",
+    "hf_tsv_routing.json", "hf_tsv_classes.safetensors",
+    "tasks/*/tsv_config.json", "tasks/*/task_factors*.safetensors*",
     "adapter_model.safetensors", "adapter_config.json",
     "interference.json", "interference.png", "compression.png",
 )  # fmt: skip
@@ -40,4 +41,5 @@ COMPRESSION = "compression.png"
 RECIPE_FILE = "hf_tsv_recipe.yaml"
 RECONSTRUCTION_FILE = "hf_tsv_reconstruction.json"  # says what a checkpoint was made of
 ROUTING_FILE = "hf_tsv_routing.json"  # makes a merge one that chooses among its tasks
+CLASSES_FILE = "hf_tsv_classes.safetensors"  # embeddings of the tasks' class names, beside it
 TASKS_FOLDER = "tasks"  # beside that file, with the factors of each task

@@ -14,7 +14,7 @@ from hf_tsv.checkpoints import base_model, companions, places
 from hf_tsv.checkpoints.base_model import SaidBase
 from hf_tsv.checkpoints.formats.task import Task, equals_base
 from hf_tsv.checkpoints.formats.whole import Checkpoint
-from hf_tsv.checkpoints.names import ROUTING_FILE
+from hf_tsv.checkpoints.names import CLASSES_FILE, ROUTING_FILE
 from hf_tsv.checkpoints.opening import format_of, open_base, open_task, without_base
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, Reference, at_revision, parse, pin
 from hf_tsv.checkpoints.storage.ahead import AHEAD_BYTES, AheadFiles, Connections
@@ -126,6 +126,8 @@ def _wanted(items: Sequence[Task], companions_of: Sequence[Task]) -> list[hub.Wa
             names.append("README.md")
         if files.size(ROUTING_FILE) is not None:  # without it, an offline run would not route
             names.append(files.path(ROUTING_FILE))
+            if files.size(CLASSES_FILE) is not None:
+                names.append(files.path(CLASSES_FILE))
         if any(item is other for other in companions_of):
             names += map(files.path, companions.present(item.pinned))
         wanted.append(hub.Wanted(repo, item.pinned.asked_revision, tuple(names)))

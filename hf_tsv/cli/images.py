@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from hf_tsv.cli.groups import Panel
 from hf_tsv.cli.output import table
+from hf_tsv.recipes.images import EvaluationTask, lines
 from hf_tsv.system.errors import UsageError
 from hf_tsv.system.text import counted
-
-if TYPE_CHECKING:
-    from hf_tsv.recipes.images import EvaluationTask
-
 
 PANEL = Panel("Images")
 
@@ -85,11 +82,12 @@ class ImageOptions:
         if given.template:
             choices["templates"] = tuple(given.template)
         if given.classes is not None:
-            choices["classes"] = _lines(given.classes, self.task or [])
+            if len(self.task or []) != 1:
+                problem = "--classes needs exactly one --task."
+                raise UsageError(problem, "Name one task at a time.")
+            choices["classes"] = lines(given.classes)
         if not self.task:
             return []
-        from hf_tsv.recipes.images import EvaluationTask  # a second, for transformers
-
         return [EvaluationTask.parse(text, **choices) for text in self.task]
 
     @property
@@ -97,7 +95,8 @@ class ImageOptions:
         """The fine-tunes by the name of their task; None: those of the suite."""
         if not self.fine_tunes and not self.no_references:
             return None
-        return dict(map(_named, self.fine_tunes or []))
+        example = "--reference dtd=org/clip-dtd"
+        return pairs("--reference", "NAME=REF", self.fine_tunes or [], example)
 
 
 def notes(limit: int | None, errors: Mapping[str, str]) -> list[str]:
@@ -107,27 +106,12 @@ def notes(limit: int | None, errors: Mapping[str, str]) -> list[str]:
     return [table(rows)] if rows else []
 
 
-def _named(text: str) -> tuple[str, str]:
-    """A `--reference`: the name of its task, and the checkpoint."""
-    name, equals, ref = text.partition("=")
-    if not equals or not name or not ref:
-        raise UsageError(
-            f"--reference: {text!r} is not NAME=REF.", "Write --reference dtd=org/clip-dtd."
-        )
-    return name, ref
-
-
-def _lines(file: Path, tasks: Sequence[str]) -> tuple[str, ...]:
-    """Names of classes, a line each."""
-    if len(tasks) != 1:
-        raise UsageError("--classes needs exactly one --task.", "Name one task at a time.")
-    try:
-        names = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{file} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.",
-            "Give a text file with one class name per line.",
-        ) from None
-    if not names or not all(name.strip() for name in names):
-        raise UsageError(f"{file} is empty or has an empty line.", "Write one class name per line.")
-    return tuple(name.strip() for name in names)
+def pairs(option: str, form: str, texts: Sequence[str], example: str) -> dict[str, str]:
+    """Values of an option of the form NAME=VALUE, by name."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise UsageError(f"{option}: {text!r} is not {form}.", f"Write {example}.")
+        found[name] = value
+    return found

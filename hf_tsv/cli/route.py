@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only, call
+from hf_tsv.cli.images import pairs
 from hf_tsv.cli.output import Out, pinned, shown, table
 from hf_tsv.recipes.settings import Dtype, Settings
 from hf_tsv.routing.rule import Rule, refuse_no_choice
@@ -38,6 +39,17 @@ class RuleOptions:
     ] = None
     threshold: Annotated[float, "F", "Score from which a task is chosen."] = Rule.threshold
     max_tasks: Annotated[int, "N", "Most tasks of an image."] = Rule.max_tasks
+    classes: Annotated[
+        list[str] | None,
+        "NAME=FILE",
+        "Class names of a task: a text file (.txt), one a line, or a dataset; repeatable. Candidate"
+        " labels of zero-shot requests then help to choose.",
+    ] = None
+    template: Annotated[
+        list[str] | None,
+        "TEXT",
+        "Prompt of class names, with {} for the name; repeatable. [default: a photo of a {}.]",
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -77,20 +89,29 @@ def route(
 
     size = files.shard_size or Settings.max_shard_size
     groups = (source, rule, target, factors, compute, run, access)
-    own = {"layers": rule.layer, "max_shard_size": size, "progress": run.progress}
+    known = pairs("--classes", "NAME=FILE", rule.classes or [], "--classes dtd=dtd.txt")
+    own: dict[str, Any] = {"layers": rule.layer, "classes": known, "progress": run.progress}
+    own |= {"templates": rule.template or (), "max_shard_size": size}
     report = call(route_.route, groups, checkpoints or [], **own)
     out.delivered(report, _summary, _preview, timed=run.timings)
 
 
 def _summary(report: RouteReport) -> str:
+    named = _with_classes(report)
     lines = [
         f"{counted(len(report.tasks), 'task')} in one model, in {report.seconds:.1f} s:"
         f" {human_bytes(report.output_bytes)}, {report.ratio:.1%} of as many checkpoints.",
-        f"Images are compared at {counted(len(report.rule['layers']), 'layer')}.",
+        f"Images are compared at {counted(len(report.rule['layers']), 'layer')}"
+        + (f", candidate labels with the class names of {named}." if named else "."),
     ]
     if report.output:
         lines.append(f"Test it: `hf-tsv evaluate {shown(report.output)} --task NAME=DATASET`")
     return "\n".join(lines)
+
+
+def _with_classes(report: RouteReport) -> str:
+    """Names of the tasks whose class names are known."""
+    return ", ".join(name for name, task in report.tasks.items() if task["classes"])
 
 
 def _preview(report: RouteReport) -> str:
@@ -104,6 +125,7 @@ def _preview(report: RouteReport) -> str:
             ),
             ("layers", str(len(rule["layers"]))),
             ("temperature", f"{rule['temperature']:g}"),
+            *([("class names", named)] if (named := _with_classes(report)) else []),
             ("threshold", f"{rule['threshold']:g}, at most {counted(rule['max_tasks'], 'task')}"),
             ("merge", human_bytes(report.merged_bytes)),
             ("output", f"{human_bytes(report.output_bytes)} at most"),

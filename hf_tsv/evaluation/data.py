@@ -126,6 +126,22 @@ def load(
     return LabelledImages(rows, image, label, classes, split, total, revision, _folder(task), every)
 
 
+def class_names(task: EvaluationTask, *, token: str | None = None) -> tuple[str, ...]:
+    """Names of the classes of a task; without its images, where the dataset describes them."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    source, options = _source(task, _commit(task, token) or task.revision)
+    try:
+        features = datasets.load_dataset_builder(source, token=token, **options).info.features
+    except Exception:  # of several libraries; loading the images says it well
+        features = None
+    named = [f for f in (features or {}).values() if isinstance(f, datasets.ClassLabel)]
+    if len(named) == 1 and task.label is None:
+        return tuple(named[0].names)
+    return load(task, token=token, labelled=False).classes
+
+
 def _folder(task: EvaluationTask) -> Path | None:
     """Folder that images of a local dataset may lie in."""
     kind, path = local_kind(task.dataset), Path(task.dataset)
@@ -142,18 +158,21 @@ def _commit(task: EvaluationTask, token: str | None) -> str | None:
         raise DataError(f"{task.name}: the dataset {error.message}", error.hint) from None
 
 
+def _source(task: EvaluationTask, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """What `datasets` calls the dataset of a task, and the options to load it with."""
+    if task.dataset.endswith(PARQUET):
+        path = str(Path(task.dataset).expanduser())
+        return "parquet", {"data_files": {task.split or SPLITS[0]: path}}
+    if local_kind(task.dataset) is not None:
+        return str(Path(task.dataset).expanduser()), {"name": task.config}
+    return task.dataset, {"name": task.config, "revision": revision}
+
+
 def _splits(
     task: EvaluationTask, revision: str | None, datasets: Any, token: str | None
 ) -> Mapping[str, Dataset]:
-    options: dict[str, Any] = {"name": task.config, "revision": revision}
-    source = task.dataset
+    source, options = _source(task, revision)
     try:
-        if task.dataset.endswith(PARQUET):
-            path = str(Path(task.dataset).expanduser())
-            source, options = "parquet", {"data_files": {task.split or SPLITS[0]: path}}
-        elif local_kind(task.dataset) is not None:
-            source = str(Path(task.dataset).expanduser())
-            options = {"name": task.config}
         found: Mapping[str, Dataset] = datasets.load_dataset(source, token=token, **options)
         return found
     except Exception as error:  # several libraries raise a dozen types

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_tsv.evaluation.data import LabelledImages
+from hf_tsv.models.routed import RoutedCLIPModel
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.system.progress import bar
 
@@ -56,7 +57,8 @@ def classify(model: Any, directions: Tensor, pixels: Tensor) -> Tensor:
     The pixels, shape (images, 3, height, width), come from the image processor of a `CLIPModel`.
     """
     pixels = pixels.to(model.device, model.dtype)
-    seen = _features(model.get_image_features(pixel_values=pixels))
+    known = {"text_embeds": directions} if isinstance(model, RoutedCLIPModel) else {}
+    seen = _features(model.get_image_features(pixel_values=pixels, **known))
     return (_normalised(seen) @ directions.mT).argmax(dim=1).cpu()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import reduce
 from typing import Any, cast
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPVisionModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPOutput, image_text_contrastive_loss
 from transformers.pipelines.zero_shot_image_classification import (
     ZeroShotImageClassificationPipeline,
 )
@@ -72,6 +73,8 @@ class Router(nn.Module):
             (tasks, r, d_in).
         merged (`Callable`): gives the weights of the tower of some tasks, by their places; they
             are computed on a device.
+        classes (`Mapping[str, Tensor]`): embeddings of class names by task, of those that have
+            some.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Router(nn.Module):
         rule: Rule,
         directions: Sequence[Tensor],
         merged: Callable[[tuple[int, ...], torch.device], Weights],
+        classes: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
         self.names, self.rule = tuple(names), rule
@@ -90,6 +94,8 @@ class Router(nn.Module):
         self._lock = threading.RLock()
         for i, vectors in enumerate(directions):
             self.register_buffer(f"directions_{i}", vectors)
+        for i, name in enumerate(self.names):
+            self.register_buffer(f"classes_{i}", classes.get(name))
 
     @property
     def max_towers(self) -> int:
@@ -110,14 +116,17 @@ class Router(nn.Module):
         return [tuple(self.names[i] for i in own) for own in self._towers]
 
     @torch.no_grad()
-    def route(self, pixel_values: Tensor) -> Route:
-        """Find the tasks that images belong to, by a pass through the base model's tower."""
+    def route(self, pixel_values: Tensor, text_embeds: Tensor | None = None) -> Route:
+        """Find the tasks that images belong to, by a pass through the base model's tower.
+
+        Embeddings of candidate labels, shape (labels, d), say more where class names are known.
+        """
         tokens = self._class_tokens(pixel_values)
         found = [
             scores.residuals(tokens[layer], self.get_buffer(f"directions_{i}"))
             for i, layer in enumerate(self.rule.layers)
         ]
-        shares = scores.scores(found, self.rule.temperature)
+        shares = scores.scores(found, self.rule.temperature, self._evidence(text_embeds))
         chosen = scores.choose(shares, self.rule.threshold, self.rule.max_tasks)
         return Route(shares, chosen, self.names)
 
@@ -135,13 +144,17 @@ class Router(nn.Module):
             return made
 
     def forward(
-        self, pixel_values: Tensor, all_tasks: Callable[..., Any], **options: Any
+        self,
+        pixel_values: Tensor,
+        all_tasks: Callable[..., Any],
+        text_embeds: Tensor | None = None,
+        **options: Any,
     ) -> BaseModelOutputWithPooling:
         """Features of images, each from its tower; `all_tasks` serves those of every task.
 
         The attribute `tasks` of the result has the names of the tasks of each image.
         """
-        route = self.route(pixel_values)
+        route = self.route(pixel_values, text_embeds)
         groups = defaultdict[tuple[int, ...], list[int]](list)
         for row, chosen in enumerate(route.chosen):
             groups[chosen].append(row)
@@ -156,6 +169,13 @@ class Router(nn.Module):
         found = _in_order(parts, order) if parts else all_tasks(pixel_values=pixel_values)
         found.tasks = route.tasks
         return cast(BaseModelOutputWithPooling, found)
+
+    def _evidence(self, text_embeds: Tensor | None) -> Tensor | None:
+        """What candidate labels say of the tasks, if there are any."""
+        if text_embeds is None:
+            return None
+        classes = [getattr(self, f"classes_{i}") for i in range(len(self.names))]
+        return scores.label_evidence(text_embeds, classes, self.rule.label_temperature)
 
     def _class_tokens(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Class tokens at the inputs of the layers, by layer."""
@@ -196,13 +216,53 @@ class RoutedCLIPModel(CLIPModel):  # type: ignore[no-untyped-call]
     router: Router
 
     @can_return_tuple  # type: ignore[untyped-decorator]
-    def get_image_features(self, pixel_values: Tensor, **options: Any) -> Any:
-        """Features of images, as those of `CLIPModel`, with the names of their tasks as `tasks`."""
-        return self.router(pixel_values, super().get_image_features, **options)
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        **options: Any,
+    ) -> CLIPOutput:
+        """Similarities of images and texts, as those of `CLIPModel`; the texts help to route."""
+        text_options = {k: v for k, v in options.items() if k != "interpolate_pos_encoding"}
+        texts = self.get_text_features(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **text_options,
+        )
+        images = self.get_image_features(pixel_values, text_embeds=texts.pooler_output, **options)
+        text_embeds, image_embeds = (
+            found.pooler_output / found.pooler_output.norm(dim=-1, keepdim=True)
+            for found in (texts, images)
+        )
+        logits = (text_embeds @ image_embeds.mT) * self.logit_scale.exp()
+        return CLIPOutput(
+            loss=image_text_contrastive_loss(logits) if return_loss else None,
+            logits_per_image=logits.mT,
+            logits_per_text=logits,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=texts,
+            vision_model_output=images,
+        )
 
-    def route(self, pixel_values: Tensor) -> Route:
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def get_image_features(
+        self, pixel_values: Tensor, text_embeds: Tensor | None = None, **options: Any
+    ) -> Any:
+        """Features of images, as those of `CLIPModel`, with the names of their tasks as `tasks`.
+
+        Embeddings of candidate labels help to route where the class names of tasks are known.
+        """
+        whole = super().get_image_features
+        return self.router(pixel_values, whole, text_embeds=text_embeds, **options)
+
+    def route(self, pixel_values: Tensor, text_embeds: Tensor | None = None) -> Route:
         """Find the tasks that images belong to: a score for each, and those that are chosen."""
-        return self.router.route(pixel_values.to(self.device, self.dtype))
+        return self.router.route(pixel_values.to(self.device, self.dtype), text_embeds)
 
 
 class RoutedCLIPVisionModel(CLIPVisionModel):  # type: ignore[no-untyped-call]

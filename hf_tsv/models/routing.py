@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hf_tsv.checkpoints.fit import check_fit
-from hf_tsv.checkpoints.formats.routing import Routing
+from hf_tsv.checkpoints.formats.routing import AGAIN, Routing, class_embeddings
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.sources import Access, Sources, open_sources
 from hf_tsv.linalg.choices import AnyDevice, AnyDtype
@@ -57,7 +58,9 @@ def routed(
     first = ImageTower(building.build(tower, model.dtype, model.device))
     directions = _directions(sources, routing)
     merged = Merging(sources, frozenset(dict(first.named_parameters())))
-    model.router = Router(routing.names, first, routing.rule, directions, merged).to(model.device)
+    classes = _classes(found.item.pinned, routing, model)
+    router = Router(routing.names, first, routing.rule, directions, merged, classes)
+    model.router = router.to(model.device)
     model.config.hf_tsv_routing = {"tasks": list(routing.names), **vars(routing.rule)}
     return model
 
@@ -93,6 +96,20 @@ def _sources(
     building.check_clip(sources.base)
     check_fit(sources.base, sources.inputs)
     return sources
+
+
+def _classes(
+    pinned: PinnedCheckpoint, routing: Routing, model: RoutedCLIPModel
+) -> dict[str, Tensor]:
+    """Embeddings of class names by task, for a model that embeds texts."""
+    if not isinstance(model, RoutedCLIPModel):
+        return {}
+    found = class_embeddings(pinned, routing)
+    for name, embeddings in found.items():
+        if embeddings.shape[1] != model.config.projection_dim:
+            problem = f"{pinned}: the embeddings of the classes of {name} are of another model."
+            raise CheckpointError(problem, AGAIN)
+    return {name: normalize(embeddings.float(), dim=-1) for name, embeddings in found.items()}
 
 
 def _directions(sources: Sources, routing: Routing) -> list[Tensor]:

@@ -121,3 +121,21 @@ def listed(
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"The task {twice} is given twice.", "Give each task its own name.")
     return found
+
+
+def lines(file: Path) -> tuple[str, ...]:
+    """Names of classes in a text file, one a line.
+
+    Raises:
+        [`UsageError`]: it cannot be read, or has an empty line.
+    """
+    try:
+        names = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{file} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.",
+            "Give a text file with one class name per line.",
+        ) from None
+    if not names or not all(name.strip() for name in names):
+        raise UsageError(f"{file} is empty or has an empty line.", "Write one class name per line.")
+    return tuple(name.strip() for name in names)

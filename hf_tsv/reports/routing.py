@@ -22,8 +22,9 @@ class RouteReport(Report):
         base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
         inputs (`list[dict[str, str | None]]`): the same of every task.
         tasks (`dict[str, dict]`): by name the `folder` of its factors and their `bytes`; with
-            `dry_run` at most that.
-        rule (`dict[str, Any]`): `layers`, `temperature`, `threshold` and `max_tasks`.
+            `dry_run` at most that; and the number of its `classes`, None if they are not known.
+        rule (`dict[str, Any]`): `layers`, `temperature`, `threshold`, `max_tasks` and
+            `label_temperature`.
         merged_bytes (`int`): size of the merged checkpoint's weights.
         output_bytes (`int`): size of those and of all factors.
         checkpoints_bytes (`int`): size of as many whole checkpoints.
@@ -94,6 +95,11 @@ class RoutedCard(Card):
     def ratio(self) -> float:
         """Size as a share of that of the checkpoints."""
         return self.output_bytes / self.checkpoints_bytes
+
+    @property
+    def label_tasks(self) -> Sequence[str]:
+        """Names of the tasks whose class names are known."""
+        return [name for name, task in self.tasks.items() if task["classes"]]
 
     @property
     def layers(self) -> Sequence[str]:

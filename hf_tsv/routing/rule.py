@@ -36,21 +36,24 @@ class Rule:
             by default in proportion to the number of layers.
         threshold (`float`): score from which a task is chosen, 0 to below 1.
         max_tasks (`int`): most tasks of an image.
+        label_temperature (`float`): divides the cosines of candidate labels and class names.
     """
 
     layers: tuple[str, ...] = ()
     temperature: float = None  # type: ignore[assignment]  # a number once it is made
     threshold: float = 0.15
     max_tasks: int = 3
+    label_temperature: float = 0.02
 
     def __post_init__(self) -> None:
         if self.temperature is None:
             object.__setattr__(self, "temperature", TEMPERATURE * max(1, len(self.layers)))
-        for name in ("temperature", "threshold"):
+        for name in ("temperature", "threshold", "label_temperature"):
             check_number(name, getattr(self, name))
             object.__setattr__(self, name, float(getattr(self, name)))
-        if not self.temperature > 0:
-            raise UsageError(f"`temperature=` must be above 0 (got {self.temperature:g}).")
+        for name in ("temperature", "label_temperature"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"`{name}=` must be above 0 (got {getattr(self, name):g}).")
         if not 0 <= self.threshold < 1:
             raise UsageError(f"`threshold=` must be from 0 to below 1 (got {self.threshold:g}).")
         check_counts(max_tasks=self.max_tasks)

@@ -52,13 +52,40 @@ def residuals(tokens: Tensor, directions: Tensor) -> Tensor:
     return apart.mT
 
 
-def scores(residuals_by_layer: Sequence[Tensor], temperature: float) -> Tensor:
-    """Softmax of the negative sum of the layers' residuals, standardised over the tasks."""
+def label_evidence(labels: Tensor, classes: Sequence[Tensor | None], temperature: float) -> Tensor:
+    """What candidate labels say of the tasks, shape (tasks,): 0 for the best, below it for others.
+
+    How well labels fit a task is the mean over them of the cosine to its nearest class. Nothing is
+    held against a task whose classes are not known.
+
+    Args:
+        labels (`Tensor`): embeddings of candidate labels, shape (labels, d).
+        classes (`Sequence[Tensor]`): embeddings of class names by task, each (classes, d), of
+            length 1; None where they are not known.
+        temperature (`float`): divides the differences.
+    """
+    x = torch.nn.functional.normalize(labels.float(), dim=-1)
+    fits = [None if own is None else (x @ own.float().mT).amax(dim=1).mean() for own in classes]
+    known = [fit for fit in fits if fit is not None]
+    if not known:
+        return x.new_zeros(len(fits))
+    best = torch.stack(known).max()
+    return torch.stack([best if fit is None else fit for fit in fits]).sub(best) / temperature
+
+
+def scores(
+    residuals_by_layer: Sequence[Tensor], temperature: float, evidence: Tensor | None = None
+) -> Tensor:
+    """Softmax of the negative sum of the layers' residuals, standardised over the tasks.
+
+    Evidence of the tasks, from [`label_evidence`], is added to the logarithms of the scores.
+    """
     R = torch.stack(list(residuals_by_layer))
     spread = R.std(dim=-1, correction=0, keepdim=True)
     standard = (R - R.mean(dim=-1, keepdim=True)) / spread
     standard = torch.where(spread < LEAST_SPREAD, 0.0, standard)
-    return torch.softmax(-standard.sum(dim=0) / temperature, dim=-1)
+    logits = -standard.sum(dim=0) / temperature
+    return torch.softmax(logits if evidence is None else logits + evidence, dim=-1)
 
 
 def choose(found: Tensor, threshold: float, max_tasks: int) -> list[tuple[int, ...]]:

@@ -11,24 +11,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.formats import heads
 from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin
 from hf_tsv.checkpoints.formats.routing import RoutedTask, Routing, folder_of
 from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry
 from hf_tsv.checkpoints.formats.whole import Checkpoint
-from hf_tsv.checkpoints.names import CONFIG_FILE, RECIPE_FILE, ROUTING_FILE, TASKS_FOLDER
+from hf_tsv.checkpoints.names import (
+    CLASSES_FILE,
+    CONFIG_FILE,
+    RECIPE_FILE,
+    ROUTING_FILE,
+    TASKS_FOLDER,
+)
 from hf_tsv.checkpoints.reference import listed
 from hf_tsv.checkpoints.sources import Access, Sources
 from hf_tsv.checkpoints.storage.tensors import TensorSpec
 from hf_tsv.compression.building import compressed, disk_bytes, most_bytes
 from hf_tsv.compression.candidates import Compression, candidates_of
+from hf_tsv.evaluation import class_names
+from hf_tsv.evaluation.class_names import Source
 from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.merging.building import built, follow
 from hf_tsv.merging.work import Merge, Merged, prepare, recipe_of
 from hf_tsv.models.building import check_clip
 from hf_tsv.recipes.compressing import Options, RankRule
+from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import cards
 from hf_tsv.reports.routing import RoutedCard, RouteReport
@@ -53,6 +63,8 @@ def route(
     temperature: float | None = None,
     threshold: float = Rule.threshold,
     max_tasks: int = Rule.max_tasks,
+    classes: Mapping[str, Source] | None = None,
+    templates: Sequence[str] = (),
     dtype: AnyDtype = "bfloat16",
     allow_other_base: bool = False,
     max_shard_size: int | str = Settings.max_shard_size,
@@ -86,6 +98,10 @@ def route(
             proportion to the number of layers.
         threshold (`float`): score from which a task is chosen.
         max_tasks (`int`): most tasks of an image.
+        classes (`Mapping[str, Sequence[str]]`, *optional*): names of the classes of tasks, by the
+            name of the task; or a text file (`.txt`) with one a line, or a dataset as in
+            [`evaluate`]. Candidate labels of zero-shot requests then help to choose.
+        templates (`Sequence[str]`): prompts of these names; default: `a photo of a {}.`
         dtype (`str` or `torch.dtype`): type of the factors that are made.
         base_model, output, push_to, allow_other_base, max_shard_size, device, force, private,
             revision, create_pr, commit_message, token, cache_dir, subfolder, max_memory, dry_run,
@@ -130,8 +146,11 @@ def route(
             held = [_held(item, job) for item, job in zip(sources.inputs, jobs, strict=True)]
             rule = Rule(_layers(globs, sources.base, held), **numbers)
             routing = _routing(sources, rule)
+            known = class_names.named(classes or {}, routing.names, templates, token)
+            if known:
+                _refuse_no_texts(sources.base)
             sizes = dict(zip(routing.names, map(_most_bytes, sources.inputs, jobs), strict=True))
-            merged = None
+            routing, merged = _with_classes(routing, known), None
             with underway(sources, target, progress) as run:
                 if not dry_run:
                     needed = work.plan.shards.total_bytes + sum(sizes.values())
@@ -142,6 +161,7 @@ def route(
                         held = [_factors_of(config) for config in stored]
                         rule = Rule(_layers(globs, merged.sources.base, held), **numbers)
                         routing = replace(routing, rule=rule)
+                        _write_classes(folder, known, merged.device, show=run.show)
                         written = (config.factors_bytes for config in stored)
                         sizes = dict(zip(routing.names, written, strict=True))
                         (folder / ROUTING_FILE).write_text(routing.to_json(), encoding="utf-8")
@@ -208,6 +228,33 @@ def _source(item: Task) -> Origin:
     return Origin.of(item.pinned) if item.description is None else item.description.source
 
 
+def _refuse_no_texts(base: Checkpoint) -> None:
+    """Refuse class names for a model that cannot embed them."""
+    if not layout.is_full_model(base.tensors):
+        problem = f"The base model {base} has no text tower that could embed names of classes."
+        raise CheckpointError(problem, "Omit `classes=`, or name a base model that is whole.")
+    if not set(companions.present(base.pinned)) & set(companions.TOKENIZER_FILES):
+        problem = f"The base model {base} has no tokenizer, which names of classes need."
+        raise CheckpointError(problem, "Omit `classes=`, or save the tokenizer beside it.")
+
+
+def _with_classes(routing: Routing, known: Sequence[EvaluationTask]) -> Routing:
+    """Description with the names of classes that are known."""
+    names = {task.name: task.classes for task in known}
+    tasks = (replace(task, classes=names.get(task.name, ())) for task in routing.tasks)
+    return replace(routing, tasks=tuple(tasks))
+
+
+def _write_classes(
+    folder: Path, known: Sequence[EvaluationTask], device: torch.device, *, show: bool
+) -> None:
+    """Write the embeddings of class names, if there are any."""
+    (folder / CLASSES_FILE).unlink(missing_ok=True)  # of a run that was stopped
+    if known:
+        embeddings = class_names.embedded(folder, known, device, show=show)
+        save_file(embeddings, folder / CLASSES_FILE)
+
+
 def _write_tasks(
     folder: Path, done: Merged, routing: Routing, options: Options, *, show: bool
 ) -> list[FactorsConfig]:
@@ -250,7 +297,7 @@ def _describe(
     base, inputs = done.sources.base, done.sources.inputs
     dtypes = {str(config.factor_dtype).removeprefix("torch.") for config in stored}
     sizes = {
-        task.name: {"folder": task.folder, "bytes": config.factors_bytes}
+        task.name: _told(task, config.factors_bytes)
         for task, config in zip(routing.tasks, stored, strict=True)
     }
     merged = done.merge.plan.shards.total_bytes
@@ -274,6 +321,11 @@ def _checkpoints_bytes(base: Checkpoint, inputs: Sequence[Task]) -> int:
     return len(inputs) * sum(TensorSpec(i.dtype, i.shape).nbytes for i in base.tensors.values())
 
 
+def _told(task: RoutedTask, size: int) -> dict[str, Any]:
+    """Entry of a task in the report."""
+    return {"folder": task.folder, "bytes": size, "classes": len(task.classes) or None}
+
+
 def _report(
     run: Run, planned: Merge, done: Merged | None, routing: Routing, sizes: Mapping[str, int]
 ) -> RouteReport:
@@ -285,7 +337,7 @@ def _report(
         output=None if run.target.output is None else str(run.target.output),
         base_model=pinned_entry(base),
         inputs=[pinned_entry(item) for item in inputs],
-        tasks={t.name: {"folder": t.folder, "bytes": sizes[t.name]} for t in routing.tasks},
+        tasks={t.name: _told(t, sizes[t.name]) for t in routing.tasks},
         rule=asdict(routing.rule) | {"layers": list(routing.rule.layers)},
         merged_bytes=merged,
         output_bytes=total,

@@ -54,13 +54,6 @@ def model(routed: Path) -> Any:
     return hf_tsv.load_model(routed, progress=False)
 
 
-def pixels(count: int, seed: int = 0) -> torch.Tensor:
-    """Images that differ in colour and pattern, so that not all belong to the same tasks."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = [torch.randn(count, 3, n, n, generator=generator) for n in (1, 4, 32)]
-    return sum(torch.nn.functional.interpolate(part, 32) for part in parts) * 2
-
-
 @torch.no_grad()
 def features(model: Any, images: torch.Tensor) -> torch.Tensor:
     return model.get_image_features(pixel_values=images).pooler_output
@@ -90,7 +83,7 @@ def tokens_of(base: Path, images: torch.Tensor) -> dict[str, np.ndarray]:
 def test_the_scores_are_the_equations_in_float64(
     world_of_tasks: Path, routed: Path, model: Any
 ) -> None:
-    images = pixels(9)
+    images = clips.patterned(9)
     said = json.loads((routed / ROUTING_FILE).read_text())
     tokens, total = tokens_of(world_of_tasks / "base", images), 0.0
     for layer in said["rule"]["layers"]:
@@ -115,7 +108,7 @@ def test_every_image_goes_through_the_merge_of_its_tasks(
     world_of_tasks: Path, routed: Path, model: Any, tmp_path: Path
 ) -> None:
     """One task, two and three, each against `hf_tsv.merge` of the factors beside the model."""
-    images = pixels(40)
+    images = clips.patterned(40)
     route, found = model.route(images), features(model, images)
     sets = set(route.tasks)
     assert {len(own) for own in sets} >= {1, 2}
@@ -134,7 +127,7 @@ def test_every_image_goes_through_the_merge_of_its_tasks(
 
 
 def test_a_batch_gives_what_single_images_give(model: Any) -> None:
-    images = pixels(12, 1)
+    images = clips.patterned(12, 1)
     together, route = features(model, images), model.route(images)
     assert len(set(route.chosen)) > 1
     for i in range(len(images)):
@@ -144,7 +137,7 @@ def test_a_batch_gives_what_single_images_give(model: Any) -> None:
 
 
 def test_all_outputs_are_in_the_order_of_the_images(model: Any) -> None:
-    images = pixels(6, 2)
+    images = clips.patterned(6, 2)
     with torch.no_grad():
         found = model.get_image_features(pixel_values=images, output_hidden_states=True)
         for i in range(6):
@@ -163,7 +156,7 @@ def test_all_tasks_are_served_by_the_merge(routed: Path, tmp_path: Path) -> None
     (folder / ROUTING_FILE).write_text(json.dumps(said))
     from transformers import CLIPModel
 
-    model, images = hf_tsv.load_model(folder, progress=False), pixels(3)
+    model, images = hf_tsv.load_model(folder, progress=False), clips.patterned(3)
     plain = clips.load(CLIPModel, folder)
     torch.testing.assert_close(features(model, images), features(plain, images))
     assert model.router.kept == []
@@ -206,7 +199,7 @@ def test_the_answers_of_the_pipeline_name_the_tasks(routed: Path, batch_size: in
 
 def test_features_of_the_vision_tower(routed: Path, model: Any) -> None:
     tower = hf_tsv.load_model(routed, kind="image-feature-extraction", progress=False)
-    images = pixels(4)
+    images = clips.patterned(4)
     with torch.no_grad():
         found = tower(pixel_values=images)
         expected = model.get_image_features(pixel_values=images).last_hidden_state
@@ -221,7 +214,7 @@ def test_the_cache_holds_the_towers_used_last(routed: Path) -> None:
     router: Router = model.router
     router.max_towers = 2
     seen = []
-    for image in pixels(20, 3).split(1):
+    for image in clips.patterned(20, 3).split(1):
         features(model, image)
         (own,) = model.route(image).tasks
         seen = [*(name for name in seen if name != own), own]
@@ -236,7 +229,7 @@ def test_the_cache_holds_the_towers_used_last(routed: Path) -> None:
 
 
 def test_a_model_that_is_moved_to_another_type_routes_alike(routed: Path, model: Any) -> None:
-    images = pixels(5)
+    images = clips.patterned(5)
     double = hf_tsv.load_model(routed, dtype="float32", progress=False).to(torch.float64)
     assert double.route(images).chosen == model.route(images).chosen
     found = features(double, images.double())
@@ -244,7 +237,7 @@ def test_a_model_that_is_moved_to_another_type_routes_alike(routed: Path, model:
 
 
 def test_towers_made_while_nothing_is_recorded_can_be_used_later(routed: Path) -> None:
-    model, image = hf_tsv.load_model(routed, progress=False), pixels(1).requires_grad_()
+    model, image = hf_tsv.load_model(routed, progress=False), clips.patterned(1).requires_grad_()
     with torch.inference_mode():
         features(model, image)
     model.get_image_features(pixel_values=image).pooler_output.sum().backward()
@@ -292,7 +285,7 @@ def test_to_and_from_the_hub(world: Path, hub: Hub) -> None:
     assert said["base_model"]["ref"] == "org/base" and len(said["base_model"]["revision"]) == 40
     assert said["tasks"][0]["source"]["ref"] == "org/vision"
     model = hf_tsv.load_model("me/routed", progress=False)
-    assert features(model, pixels(2)).shape == (2, 24)
+    assert features(model, clips.patterned(2)).shape == (2, 24)
     assert 'pipeline("zero-shot-image-classification", "me/routed")' in files["README.md"].decode()
     hf_tsv.route(["org/vision", "org/full"], output=world / "r", progress=False)
     hf_tsv.push(world / "r", "me/routed", progress=False)

@@ -175,3 +175,10 @@ def make_fine_tune(base: Path, folder: Path, seed: int, kind: str = "vision") ->
         file.unlink()
     whole.rmdir()
     return folder
+
+
+def patterned(count: int, seed: int = 0) -> torch.Tensor:
+    """Images that differ in colour and pattern, so that not all belong to the same tasks."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(count, 3, n, n, generator=generator) for n in (1, 4, 32)]
+    return sum(torch.nn.functional.interpolate(part, 32) for part in parts) * 2

@@ -12,28 +12,36 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from torch import Tensor
+
 from hf_tsv.checkpoints.formats.description import Entry, Origin, origin_of
-from hf_tsv.checkpoints.names import ROUTING_FILE, TASKS_FOLDER
+from hf_tsv.checkpoints.names import CLASSES_FILE, ROUTING_FILE, TASKS_FOLDER
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.storage.files import inside_folder, read_json
+from hf_tsv.checkpoints.storage.headers import read_header
+from hf_tsv.checkpoints.storage.tensors import read_tensor
 from hf_tsv.routing.rule import LAYER, Rule
 from hf_tsv.system.errors import CheckpointError, UsageError
 from hf_tsv.system.version import __version__
 
 FORMAT = "hf-tsv routing"
 FORMAT_VERSION = 1
-MOST_TASKS, MOST_LAYERS, LONGEST_NAME = 1000, 10_000, 200
+MOST_TASKS, MOST_LAYERS, MOST_CLASSES, LONGEST_NAME = 1000, 10_000, 100_000, 200
 NAME = re.compile(r"[\w-][\w.-]*")
 AGAIN = "Download it again, or make it again with `hf-tsv route`."
 
 
 @dataclass(frozen=True)
 class RoutedTask:
-    """Task beside a merge: its name, the folder of its factors, and where they come from."""
+    """Task beside a merge: its name, the folder of its factors, and where they come from.
+
+    `classes` are the names of its classes, if they are known.
+    """
 
     name: str
     folder: str
     source: Origin
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,10 +71,7 @@ class Routing:
             "format_version": FORMAT_VERSION,
             "hf_tsv_version": __version__,
             "base_model": _entry(self.base_model),
-            "tasks": [
-                {"name": task.name, "folder": task.folder, "source": _entry(task.source)}
-                for task in self.tasks
-            ],
+            "tasks": [_told(task) for task in self.tasks],
             "rule": {**vars(self.rule), "layers": list(self.rule.layers)},
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -105,6 +110,26 @@ def open_routing(pinned: PinnedCheckpoint) -> Routing | None:
     return Routing.from_dict(read_json(pinned.files, ROUTING_FILE, str(pinned)), str(pinned))
 
 
+def class_embeddings(pinned: PinnedCheckpoint, routing: Routing) -> dict[str, Tensor]:
+    """Embeddings of the class names, shape (classes, d), by task; of the tasks that have some.
+
+    Raises:
+        [`CheckpointError`]: the file is missing or damaged, or is not of these classes.
+    """
+    wanted = [task for task in routing.tasks if task.classes]
+    if not wanted:
+        return {}
+    infos = read_header(pinned.files, CLASSES_FILE, str(pinned))
+    found = {}
+    for task in wanted:
+        info = infos.get(task.name)
+        if info is None or len(info.shape) != 2 or info.shape[0] != len(task.classes):
+            problem = f"{pinned}: {CLASSES_FILE} does not have the classes of {task.name}."
+            raise CheckpointError(problem, AGAIN)
+        found[task.name] = read_tensor(pinned.files, info, task.name, str(pinned))
+    return found
+
+
 def folder_of(name: str) -> str:
     """Folder of a task's factors, in that of the merge."""
     return f"{TASKS_FOLDER}/{name}"
@@ -114,16 +139,31 @@ def _entry(origin: Origin) -> dict[str, str | None]:
     return {"ref": origin.ref, "revision": origin.revision}
 
 
+def _told(task: RoutedTask) -> dict[str, Any]:
+    """Entry of a task."""
+    told = {"name": task.name, "folder": task.folder, "source": _entry(task.source)}
+    return told | ({"classes": list(task.classes)} if task.classes else {})
+
+
 def _task(entry: Entry) -> RoutedTask:
     name = entry.get("name", _is_name)
     folder = entry.get("folder", _is_folder)
-    return RoutedTask(name, folder, origin_of(entry.object("source")))
+    classes = entry.get("classes", _are_classes) or ()
+    return RoutedTask(name, folder, origin_of(entry.object("source")), tuple(classes))
 
 
 def _are_objects(value: Any) -> bool:
     """Tell whether a value is a list of objects, one for each of several tasks."""
     fits = isinstance(value, list) and 2 <= len(value) <= MOST_TASKS
     return fits and all(isinstance(one, dict) for one in value)
+
+
+def _are_classes(value: Any) -> bool:
+    """Tell whether a value is a list of names of classes; none is one too."""
+    if value is None:
+        return True
+    fits = isinstance(value, list) and 1 <= len(value) <= MOST_CLASSES
+    return fits and all(isinstance(one, str) and one.strip() for one in value)
 
 
 def _is_name(value: Any) -> bool:
@@ -140,7 +180,7 @@ def _rule(entry: Entry) -> Rule:
     layers = entry.get("layers", _are_layers)
     numbers = {
         name: entry.get(name, lambda value: type(value) in (int, float))
-        for name in ("temperature", "threshold", "max_tasks")
+        for name in ("temperature", "threshold", "max_tasks", "label_temperature")
     }
     try:
         return Rule(tuple(layers), **numbers)
