@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
@@ -38,10 +38,25 @@ PIPELINES: dict[str, str] = {  # pipelines of transformers that CLIP has, and th
 
 
 @dataclass(frozen=True)
+class Head:
+    """Classification head: its tensors, and what config.json says of its labels."""
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+    @staticmethod
+    def of(item: Task) -> Head:
+        """The head of a fine-tune; without tensors where it has none."""
+        tensors = {name: item.head_tensor(name) for name in item.head}
+        return Head(tensors, companions.head_config(item.model_config, item.head))
+
+
+@dataclass(frozen=True)
 class Found:
     """Local fine-tune, its base model or itself where that is whole, and the model class.
 
-    `routing` says how a merge sends images to the tasks beside it.
+    `routing` says how a merge sends images to the tasks beside it; `head` takes the place of the
+    fine-tune's own.
     """
 
     item: Task
@@ -49,6 +64,7 @@ class Found:
     model_class: str
     processor: Path | None = None
     routing: Routing | None = None
+    head: Head | None = None
 
 
 def missing_parts(items: Sequence[Task], model_class: str) -> list[str]:
@@ -102,8 +118,9 @@ def build(
         for name in dict.fromkeys([*found.base.tensors, *found.item.tensors])
         if (own_name := layout.name_in_class(name, found.model_class)) is not None
     }
-    if found.model_class == "CLIPForImageClassification":
-        state |= {name: found.item.head_tensor(name) for name in found.item.head}
+    if found.model_class == PIPELINES["image-classification"]:
+        found = replace(found, head=found.head or Head.of(found.item))
+        state |= found.head.tensors if found.head else {}
     if not isinstance(dtype, torch.dtype | None):
         names = ("auto", *get_args(Dtype))
         dtype = getattr(torch, choice("dtype", dtype, names), None)
@@ -190,5 +207,5 @@ def _class_config(found: Found) -> dict[str, Any]:
     if found.model_class == PIPELINES["image-classification"]:
         labels = ("id2label", "label2id", "num_labels")
         config = {key: value for key, value in config.items() if key not in labels}
-        config |= companions.head_config(item.model_config, item.head)
+        config |= found.head.config if found.head else {}
     return {**config, "architectures": [found.model_class]}

@@ -93,7 +93,8 @@ def pipeline(  # noqa: PLR0913  (what users may ask for)
 ) -> Pipeline:
     """Make a transformers pipeline from task factors, or from any CLIP checkpoint.
 
-    Zero-shot answers of an output of [`route`] name the tasks of their image, as `tasks`.
+    Zero-shot answers of an output of [`route`] name the tasks of their image, as `tasks`; in
+    `image-classification` the head of one of them answers, named as `task`.
 
     Args:
         task (`str`): `zero-shot-image-classification`, `image-feature-extraction`, or
@@ -127,10 +128,10 @@ def pipeline(  # noqa: PLR0913  (what users may ask for)
                 found.processor, trust_remote_code=False
             )
     loaded = _built(found, dtype, device, base_model, access, progress)
-    if found.routing is not None and task == building.ZERO_SHOT:
-        from hf_tsv.models.routed import RoutedZeroShotPipeline
+    if found.routing is not None:
+        from hf_tsv.models import routed_pipelines
 
-        kwargs = {"pipeline_class": RoutedZeroShotPipeline, **kwargs}
+        kwargs = {"pipeline_class": routed_pipelines.CLASSES.get(task), **kwargs}
     make: Any = transformers.pipeline  # its overloads want a literal task
     made: Pipeline = make(task, model=loaded, device=loaded.device, **kwargs)
     return made
@@ -153,6 +154,9 @@ def _find(
     text = fspath(reference)
     pinned = pin(parse(text, access.subfolder), token=access.token, cache_dir=access.cache_dir)
     routing = open_routing(pinned)
+    if routing is not None and head is not None:
+        problem = f"{pinned} routes images, and each image chooses its head."
+        raise CheckpointError(problem, "Omit `head=`, or load one of its tasks.")
     form = format_of(pinned).task
     if not form.loads_as_model:
         raise CheckpointError(f"{pinned} {form.says}.", form.loading)
@@ -162,7 +166,8 @@ def _find(
     )
     own_processor = _has_processor(item, model_class)
     items = [item] if item is base else [item, base]
-    building.check_head(item, model_class)
+    if routing is None:  # else the heads are those of its tasks
+        building.check_head(item, model_class)
     building.check_parts(items, model_class)
     if processor and not (own_processor or _has_processor(base, model_class)):
         tokenizer = " and tokenizer" if model_class == "CLIPModel" else ""

@@ -14,12 +14,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPVisionModel, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import CLIPForImageClassification, CLIPModel, CLIPVisionModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.models.clip.modeling_clip import CLIPOutput, image_text_contrastive_loss
-from transformers.pipelines.zero_shot_image_classification import (
-    ZeroShotImageClassificationPipeline,
-)
 from transformers.utils.generic import can_return_tuple
 
 from hf_tsv.routing import scores
@@ -280,33 +277,49 @@ class RoutedCLIPVisionModel(CLIPVisionModel):  # type: ignore[no-untyped-call]
         return self.router.route(pixel_values.to(self.device, self.dtype))
 
 
-CLASSES = {"CLIPModel": RoutedCLIPModel, "CLIPVisionModel": RoutedCLIPVisionModel}
+class RoutedCLIPForImageClassification(CLIPForImageClassification):  # type: ignore[no-untyped-call]
+    """`CLIPForImageClassification` with the heads of all tasks, one after another.
+
+    Of the tasks of an image, the head that is most certain answers: the largest probability of its
+    first label. The logits of all other heads are -inf.
+    """
+
+    router: Router
+    places: Mapping[str, range]
+    """Labels of each task."""
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, **options: Any
+    ) -> ImageClassifierOutput:
+        """Logits of all labels, as those of `CLIPForImageClassification`.
+
+        The attribute `tasks` of the result has the names of the tasks of each image.
+        """
+        found = self.router(pixel_values, self.vision_model, **options)
+        logits = self.classifier(found.last_hidden_state[:, 1:].mean(dim=1))
+        for row, chosen in zip(logits, found.tasks, strict=True):
+            heads = [self.places[name] for name in chosen]
+            best = max(heads, key=lambda own: float(_of(row, own).softmax(dim=0).max()))
+            row[: best.start] = row[best.stop :] = -torch.inf
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        made = ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=found.hidden_states, attentions=found.attentions
+        )
+        made.tasks = found.tasks
+        return made
+
+    def route(self, pixel_values: Tensor) -> Route:
+        """Find the tasks that images belong to: a score for each, and those that are chosen."""
+        return self.router.route(pixel_values.to(self.device, self.dtype))
+
+
+CLASSES = {
+    "CLIPModel": RoutedCLIPModel,
+    "CLIPVisionModel": RoutedCLIPVisionModel,
+    "CLIPForImageClassification": RoutedCLIPForImageClassification,
+}
 """Routed classes by the class of transformers that they are like."""
-
-
-class RoutedZeroShotPipeline(ZeroShotImageClassificationPipeline):
-    """Zero-shot pipeline whose answers name the tasks of their image, as `tasks`."""
-
-    def check_model_type(self, supported_models: Any) -> None:
-        """Accept a routed model, which is a `CLIPModel` of another name."""
-
-    def _forward(self, model_inputs: Any) -> Any:  # type: ignore[override]
-        labels, texts = model_inputs.pop("candidate_labels"), model_inputs.pop("text_inputs")[0]
-        texts = texts[0] if isinstance(texts, list | tuple) else texts  # of a batch
-        answer = self.model(**texts, **model_inputs)
-        tasks = answer.vision_model_output.tasks
-        return {
-            "candidate_labels": labels,
-            "logits": answer.logits_per_image,
-            "tasks": [list(own) for own in tasks],
-        }
-
-    def postprocess(self, model_outputs: Any) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Labels with their scores, best first, and the tasks of the image."""
-        tasks = model_outputs.pop("tasks")
-        tasks = tasks[0] if tasks and isinstance(tasks[0], list) else tasks  # of a batch of one
-        answers = super().postprocess(model_outputs)  # type: ignore[no-untyped-call]
-        return [{**answer, "tasks": tasks} for answer in answers]
 
 
 def stacked(vectors: Sequence[Tensor], most: int) -> Tensor:
@@ -314,6 +327,11 @@ def stacked(vectors: Sequence[Tensor], most: int) -> Tensor:
     rank = min(most, *(len(own) for own in vectors))
     dtype = reduce(torch.promote_types, (own.dtype for own in vectors))
     return torch.stack([own[:rank].to(dtype) for own in vectors])
+
+
+def _of(row: Tensor, own: range) -> Tensor:
+    """Logits of the labels of one head, in float32."""
+    return row[own.start : own.stop].float()
 
 
 def _in_order(parts: Sequence[Any], order: Sequence[int]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -12,14 +12,22 @@ from torch.nn.functional import normalize
 
 from hf_tsv.checkpoints.fit import check_fit
 from hf_tsv.checkpoints.formats.routing import AGAIN, Routing, class_embeddings
+from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.sources import Access, Sources, open_sources
 from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.linalg.updates import TaskSingularVectors, default_rank
 from hf_tsv.merging.in_memory import merged_weights
 from hf_tsv.models import building
-from hf_tsv.models.building import Found
-from hf_tsv.models.routed import CLASSES, ImageTower, RoutedCLIPModel, Router, stacked
+from hf_tsv.models.building import Found, Head
+from hf_tsv.models.routed import (
+    CLASSES,
+    ImageTower,
+    RoutedCLIPForImageClassification,
+    RoutedCLIPModel,
+    Router,
+    stacked,
+)
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import one_of
 
@@ -52,9 +60,16 @@ def routed(
             f"Choose the `kind=` of {one_of(CLASSES)}, or load one of its tasks.",
         )
     sources = _sources(found.item.pinned, routing, base, access).within_reach(visible=show)
-    building.check_parts([sources.base], found.model_class)
+    first_class, places = found.model_class, dict[str, range]()
+    if model_class is RoutedCLIPForImageClassification:
+        first_class = "CLIPVisionModel"
+        heads = {n: Head.of(i) for n, i in zip(routing.names, sources.inputs, strict=True)}
+        width = sources.base.tensors["vision_model.post_layernorm.weight"].shape[0]
+        head, places = _joined(heads, width, found.item)
+        found = replace(found, head=head)
+    building.check_parts([sources.base], first_class)
     model = cast(RoutedCLIPModel, building.build(found, dtype, device, model_class))
-    tower = Found(sources.base, sources.base, found.model_class)
+    tower = Found(sources.base, sources.base, first_class)
     first = ImageTower(building.build(tower, model.dtype, model.device))
     directions = _directions(sources, routing)
     merged = Merging(sources, frozenset(dict(first.named_parameters())))
@@ -62,7 +77,41 @@ def routed(
     router = Router(routing.names, first, routing.rule, directions, merged, classes)
     model.router = router.to(model.device)
     model.config.hf_tsv_routing = {"tasks": list(routing.names), **vars(routing.rule)}
+    if isinstance(model, RoutedCLIPForImageClassification):
+        model.places = places
     return model
+
+
+def _joined(
+    heads: Mapping[str, Head], width: int, item: Task
+) -> tuple[Head, dict[str, range]]:
+    """One head of all labels, those of one task after those of another, and their places.
+
+    The width is that of the features.
+
+    Raises:
+        [`CheckpointError`]: a task has no head, or one that is not a single linear layer.
+    """
+    places, labels, start = dict[str, range](), dict[int, str](), 0
+    for name, head in heads.items():
+        if not head.tensors:
+            problem = f"The task {name} of {item} has no classification head."
+            raise CheckpointError(problem, "Use zero-shot-image-classification, or load one task.")
+        shapes = {part: tensor.shape for part, tensor in head.tensors.items()}
+        count = shapes[BIAS].numel() if BIAS in shapes else 0
+        if shapes != {WEIGHT: (count, width), BIAS: (count,)}:
+            raise CheckpointError(f"The head of the task {name} of {item} is not one linear layer.")
+        own = places[name] = range(start, start + count)
+        named = head.config.get("id2label", {})
+        labels |= {i: str(named.get(str(n), named.get(n, f"LABEL_{n}"))) for n, i in enumerate(own)}
+        start = own.stop
+    joined = {part: torch.cat([head.tensors[part] for head in heads.values()]) for part in PARTS}
+    config = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+    return Head(joined, config), places
+
+
+PARTS = WEIGHT, BIAS = "classifier.weight", "classifier.bias"
+"""Tensors of a head that is one linear layer."""
 
 
 @dataclass(frozen=True)

@@ -430,6 +430,7 @@ LAYER = "vision_model.encoder.layers.0.mlp.fc1"
         ("rule.temperature", 0), ("rule.temperature", "1"), ("rule.temperature", True),
         ("rule.temperature", float("inf")), ("rule.temperature", 10**400),
         ("rule.threshold", -0.1), ("rule.threshold", 1), ("rule.threshold", None),
+        ("rule.label_temperature", 0), ("rule.label_temperature", ...),
         ("rule.max_tasks", 0), ("rule.max_tasks", 1.5), ("rule.max_tasks", ...),
     ],
 )  # fmt: skip
@@ -478,11 +479,6 @@ def test_lost_tasks_and_other_base_models_are_named(
     other = clips.make_base(tmp_path / "other", seed=5)
     with pytest.raises(CheckpointError, match="belongs to the base model base"):
         hf_tsv.load_model(routed, base_model=other, progress=False)
-
-
-def test_a_routed_model_has_no_heads(routed: Path) -> None:
-    with pytest.raises(CheckpointError, match="no classification head"):
-        hf_tsv.load_model(routed, kind="image-classification", progress=False)
 
 
 @pytest.mark.parametrize("numbers", [{"temperature": -1}, {"threshold": 2}, {"max_tasks": "3"}])
