@@ -75,7 +75,10 @@ def _text(report: InspectReport) -> str:
         rows += [("made from", pinned(base))] if base else []
     if report.routing is not None:
         tasks, rule = report.routing["tasks"], report.routing["rule"]
-        rows += [(task["name"], f"{task['folder']}, of {pinned(task['source'])}") for task in tasks]
+        rows += [
+            (t["name"], f"{t['folder'] or pinned(t['factors'])}, of {pinned(t['source'])}")
+            for t in tasks
+        ]
         most = counted(rule["max_tasks"], "task")
         rows.append(("routing", f"{counted(len(rule['layers']), 'layer')}, at most {most}"))
     if report.heads:

@@ -58,6 +58,9 @@ class FactorOptions:
     dtype: Annotated[Dtype, "DTYPE", "Type of the factors that are made of whole checkpoints."] = (
         "bfloat16"
     )
+    reference_factors: Annotated[
+        bool, "Do not copy task factors on the Hub: refer to them at their commit."
+    ] = False
 
 
 def route(
@@ -120,7 +123,11 @@ def _preview(report: RouteReport) -> str:
         [
             ("base model", pinned(report.base_model)),
             *(
-                (name, f"{pinned(entry)}, {task['folder']}, {human_bytes(task['bytes'])} at most")
+                (
+                    name,
+                    f"{pinned(entry)}, {task['folder'] or 'not copied'},"
+                    f" {human_bytes(task['bytes'])} at most",
+                )
                 for entry, (name, task) in entries
             ),
             ("layers", str(len(rule["layers"]))),

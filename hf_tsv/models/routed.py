@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from hf_tsv.routing import scores
 from hf_tsv.routing.rule import Rule
 from hf_tsv.routing.scores import Route
+from hf_tsv.system.errors import UsageError
 
 MAX_TOWERS = 8
 """Towers that are kept by default; for CLIP ViT-B/32 in float32 each takes 350 MB."""
@@ -193,6 +194,14 @@ class Router(nn.Module):
                     hook.remove()
         return tokens
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: no towers, which it makes again."""
+        return {**self.__dict__, "_towers": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._lock = threading.RLock()
+
     def _shrink(self, count: int) -> None:
         while len(self._towers) > count:
             self._towers.popitem(last=False)
@@ -204,13 +213,31 @@ class Router(nn.Module):
         return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
 
 
-class RoutedCLIPModel(CLIPModel):  # type: ignore[no-untyped-call]
+class Routed(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """What routed models have in common."""
+
+    router: Router
+
+    def route(self, pixel_values: Tensor, text_embeds: Tensor | None = None) -> Route:
+        """Find the tasks that images belong to: a score for each, and those that are chosen.
+
+        Embeddings of candidate labels help where the class names of tasks are known.
+        """
+        return self.router.route(pixel_values.to(self.device, self.dtype), text_embeds)
+
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        """Refuse to save: the factors are not in the model."""
+        raise UsageError(
+            "A routed model cannot be saved from memory: copy its folder.",
+            "`hf-tsv push` uploads the folder.",
+        )
+
+
+class RoutedCLIPModel(Routed, CLIPModel):  # type: ignore[no-untyped-call]
     """`CLIPModel` whose images go through the tower of the tasks they belong to.
 
     Texts go through the text tower of the merge, and so does what is not routed.
     """
-
-    router: Router
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -257,27 +284,17 @@ class RoutedCLIPModel(CLIPModel):  # type: ignore[no-untyped-call]
         whole = super().get_image_features
         return self.router(pixel_values, whole, text_embeds=text_embeds, **options)
 
-    def route(self, pixel_values: Tensor, text_embeds: Tensor | None = None) -> Route:
-        """Find the tasks that images belong to: a score for each, and those that are chosen."""
-        return self.router.route(pixel_values.to(self.device, self.dtype), text_embeds)
 
-
-class RoutedCLIPVisionModel(CLIPVisionModel):  # type: ignore[no-untyped-call]
+class RoutedCLIPVisionModel(Routed, CLIPVisionModel):  # type: ignore[no-untyped-call]
     """`CLIPVisionModel` whose images go through the tower of the tasks they belong to."""
-
-    router: Router
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(self, pixel_values: Tensor, **options: Any) -> Any:
         """Features of images, as those of `CLIPVisionModel`, with the names of their tasks."""
         return self.router(pixel_values, super().forward, **options)
 
-    def route(self, pixel_values: Tensor) -> Route:
-        """Find the tasks that images belong to: a score for each, and those that are chosen."""
-        return self.router.route(pixel_values.to(self.device, self.dtype))
 
-
-class RoutedCLIPForImageClassification(CLIPForImageClassification):  # type: ignore[no-untyped-call]
+class RoutedCLIPForImageClassification(Routed, CLIPForImageClassification):  # type: ignore[no-untyped-call]
     """`CLIPForImageClassification` with the heads of all tasks, one after another.
 
     Of the tasks of an image, the head that is most certain answers: the largest probability of its
@@ -308,10 +325,6 @@ class RoutedCLIPForImageClassification(CLIPForImageClassification):  # type: ign
         )
         made.tasks = found.tasks
         return made
-
-    def route(self, pixel_values: Tensor) -> Route:
-        """Find the tasks that images belong to: a score for each, and those that are chosen."""
-        return self.router.route(pixel_values.to(self.device, self.dtype))
 
 
 CLASSES = {

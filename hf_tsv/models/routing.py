@@ -82,9 +82,7 @@ def routed(
     return model
 
 
-def _joined(
-    heads: Mapping[str, Head], width: int, item: Task
-) -> tuple[Head, dict[str, range]]:
+def _joined(heads: Mapping[str, Head], width: int, item: Task) -> tuple[Head, dict[str, range]]:
     """One head of all labels, those of one task after those of another, and their places.
 
     The width is that of the features.
@@ -141,7 +139,8 @@ def _sources(
     if base is None and said.revision is not None:
         base = f"hf://{at_revision(said.ref, said.revision)}"
     access = replace(access, subfolder=None)  # what is pinned names it
-    sources = open_sources(routing.references(pinned), base, access, only_factors=True)
+    references = [task.reference(pinned) for task in routing.tasks]
+    sources = open_sources(references, base, access, only_factors=True)
     building.check_clip(sources.base)
     check_fit(sources.base, sources.inputs)
     return sources

@@ -21,12 +21,13 @@ class RouteReport(Report):
         output (`str`, *optional*): folder written, if it is kept.
         base_model (`dict[str, str | None]`): `ref` and `revision` of W0.
         inputs (`list[dict[str, str | None]]`): the same of every task.
-        tasks (`dict[str, dict]`): by name the `folder` of its factors and their `bytes`; with
-            `dry_run` at most that; and the number of its `classes`, None if they are not known.
+        tasks (`dict[str, dict]`): by name the `folder` of its factors, or the repository of
+            `factors` that are not copied; their `bytes`, with `dry_run` at most that; and the
+            number of its `classes`, None if they are not known.
         rule (`dict[str, Any]`): `layers`, `temperature`, `threshold`, `max_tasks` and
             `label_temperature`.
         merged_bytes (`int`): size of the merged checkpoint's weights.
-        output_bytes (`int`): size of those and of all factors.
+        output_bytes (`int`): size of those and of the factors in folders.
         checkpoints_bytes (`int`): size of as many whole checkpoints.
         ratio (`float`): the second last over the last.
         seconds, warnings, download_bytes, peak_memory_bytes, timings, device, url, dry_run: as in

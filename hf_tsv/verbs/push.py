@@ -14,7 +14,7 @@ from hf_tsv import hub
 from hf_tsv.checkpoints import names
 from hf_tsv.checkpoints.formats.adapter_names import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.formats.factors import open_factors
-from hf_tsv.checkpoints.formats.routing import open_routing
+from hf_tsv.checkpoints.formats.routing import class_embeddings, open_routing
 from hf_tsv.checkpoints.formats.whole import open_checkpoint
 from hf_tsv.checkpoints.names import FACTORS_CONFIG, MARKERS, RECIPE_FILE
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
@@ -169,7 +169,11 @@ def _check_beside(folder: Path, recipe: Recipe, owner: str) -> None:
         raise CheckpointError(f"{owner} has lost its task heads.")
     pinned = PinnedCheckpoint(str(folder), None, LocalFiles(folder), {})
     routing = open_routing(pinned)
+    if routing is not None:
+        class_embeddings(pinned, routing)
     for task in () if routing is None else routing.tasks:
+        if task.folder is None:
+            continue
         there = pinned.files.within(task.folder)
         if there.size(FACTORS_CONFIG) is None:
             raise CheckpointError(f"{owner} has lost the factors of the task {task.name}.")

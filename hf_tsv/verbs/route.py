@@ -26,7 +26,7 @@ from hf_tsv.checkpoints.names import (
     ROUTING_FILE,
     TASKS_FOLDER,
 )
-from hf_tsv.checkpoints.reference import listed
+from hf_tsv.checkpoints.reference import at_revision, listed
 from hf_tsv.checkpoints.sources import Access, Sources
 from hf_tsv.checkpoints.storage.tensors import TensorSpec
 from hf_tsv.compression.building import compressed, disk_bytes, most_bytes
@@ -66,6 +66,7 @@ def route(
     classes: Mapping[str, Source] | None = None,
     templates: Sequence[str] = (),
     dtype: AnyDtype = "bfloat16",
+    reference_factors: bool = False,
     allow_other_base: bool = False,
     max_shard_size: int | str = Settings.max_shard_size,
     device: AnyDevice | None = None,
@@ -103,6 +104,8 @@ def route(
             [`evaluate`]. Candidate labels of zero-shot requests then help to choose.
         templates (`Sequence[str]`): prompts of these names; default: `a photo of a {}.`
         dtype (`str` or `torch.dtype`): type of the factors that are made.
+        reference_factors (`bool`): do not copy task factors that are on the Hub; whoever loads the
+            model gets them from there, at their commit.
         base_model, output, push_to, allow_other_base, max_shard_size, device, force, private,
             revision, create_pr, commit_message, token, cache_dir, subfolder, max_memory, dry_run,
             progress: as in [`merge`].
@@ -143,9 +146,10 @@ def route(
             check_clip(sources.base)
             work = replace(work, allow_other_base=allow_other_base).within(max_memory, sources)
             jobs = [_job(item, sources, options) for item in sources.inputs]
+            elsewhere = [reference_factors and _is_elsewhere(item) for item in sources.inputs]
             held = [_held(item, job) for item, job in zip(sources.inputs, jobs, strict=True)]
             rule = Rule(_layers(globs, sources.base, held), **numbers)
-            routing = _routing(sources, rule)
+            routing = _routing(sources, rule, elsewhere)
             known = class_names.named(classes or {}, routing.names, templates, token)
             if known:
                 _refuse_no_texts(sources.base)
@@ -153,7 +157,7 @@ def route(
             routing, merged = _with_classes(routing, known), None
             with underway(sources, target, progress) as run:
                 if not dry_run:
-                    needed = work.plan.shards.total_bytes + sum(sizes.values())
+                    needed = work.plan.shards.total_bytes + _beside(routing, sizes)
                     needed += max((disk_bytes(job) for job in jobs if job), default=0)
                     run.check_space(work.identity(sources, torch.device("cpu")), needed)
                     with built(run, work, device, group) as (folder, merged):
@@ -178,6 +182,16 @@ def _job(item: Task, sources: Sources, options: Options) -> Compression | None:
         return None
     job = Compression(replace(sources, inputs=(item,)), options, (), ())
     return replace(job, candidates=candidates_of(job))
+
+
+def _is_elsewhere(item: Task) -> bool:
+    """Tell whether an input is task factors on the Hub, which need not be copied."""
+    return item.description is not None and item.pinned.revision is not None
+
+
+def _beside(routing: Routing, sizes: Mapping[str, int]) -> int:
+    """Bytes of the factors that are stored in the folder."""
+    return sum(sizes[task.name] for task in routing.tasks if task.folder is not None)
 
 
 def _held(item: Task, job: Compression | None) -> set[str]:
@@ -214,12 +228,19 @@ def _layers(globs: Sequence[str], base: Task, held: Sequence[set[str]]) -> tuple
     return tuple(name for name in wanted if name in common) or tuple(common)
 
 
-def _routing(sources: Sources, rule: Rule) -> Routing:
+def _routing(sources: Sources, rule: Rule, elsewhere: Sequence[bool]) -> Routing:
     """Description of the tasks, each of a name of its own that a folder can have."""
     given = distinct_names([item.pinned for item in sources.inputs])
     names = heads.file_stems([name.removesuffix("-tsv") for name in given])
-    pairs = zip(names, sources.inputs, strict=True)
-    tasks = tuple(RoutedTask(n, folder_of(n), _source(item)) for n, item in pairs)
+    tasks = tuple(
+        RoutedTask(
+            name,
+            None if far else folder_of(name),
+            _source(item),
+            factors=Origin.of(item.pinned) if far else None,
+        )
+        for name, item, far in zip(names, sources.inputs, elsewhere, strict=True)
+    )
     return Routing(Origin.of(sources.base.pinned), tasks, rule)
 
 
@@ -262,7 +283,11 @@ def _write_tasks(
     shutil.rmtree(folder / TASKS_FOLDER, ignore_errors=True)  # of a run that was stopped
     stored = []
     for task, item in zip(routing.tasks, done.sources.inputs, strict=True):
-        place, config = folder / task.folder, item.description
+        config = item.description
+        if config is not None and task.folder is None:
+            stored.append(config)
+            continue
+        place = folder / str(task.folder)
         if config is not None:
             place.mkdir(parents=True)
             _copy(item, place)
@@ -308,7 +333,7 @@ def _describe(
         rule=routing.rule,
         full_model=layout.is_full_model(base.tensors),
         merged_bytes=merged,
-        output_bytes=merged + sum(config.factors_bytes for config in stored),
+        output_bytes=merged + _beside(routing, {n: int(t["bytes"]) for n, t in sizes.items()}),
         checkpoints_bytes=_checkpoints_bytes(base, inputs),
         dtypes=sorted(dtypes),
         warnings=list(map(done.published, done.warnings)),
@@ -323,7 +348,9 @@ def _checkpoints_bytes(base: Checkpoint, inputs: Sequence[Task]) -> int:
 
 def _told(task: RoutedTask, size: int) -> dict[str, Any]:
     """Entry of a task in the report."""
-    return {"folder": task.folder, "bytes": size, "classes": len(task.classes) or None}
+    where = None if task.factors is None else at_revision(task.factors.ref, task.factors.revision)
+    known = len(task.classes) or None
+    return {"folder": task.folder, "factors": where, "bytes": size, "classes": known}
 
 
 def _report(
@@ -332,7 +359,7 @@ def _report(
     """Tell what was done, or of a dry run what was planned."""
     base, inputs = run.sources.base, run.sources.inputs
     merged, whole = planned.plan.shards.total_bytes, _checkpoints_bytes(base, inputs)
-    total = merged + sum(sizes.values())
+    total = merged + _beside(routing, sizes)
     return RouteReport(
         output=None if run.target.output is None else str(run.target.output),
         base_model=pinned_entry(base),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -244,6 +246,22 @@ def test_towers_made_while_nothing_is_recorded_can_be_used_later(routed: Path) -
     assert image.grad is not None
 
 
+def test_a_copy_routes_by_itself(model: Any) -> None:
+    images = clips.patterned(4)
+    expected, kept = features(model, images), list(model.router.kept)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.router.kept == [] and model.router.kept == kept
+        torch.testing.assert_close(features(twin, images), expected)
+        twin.router.max_towers = 1
+    assert model.router.kept == kept
+
+
+def test_a_routed_model_is_saved_as_its_folder(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="copy its folder"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_the_same_command_gives_the_same_bytes(
     world_of_tasks: Path, routed: Path, tmp_path: Path
 ) -> None:
@@ -290,6 +308,33 @@ def test_to_and_from_the_hub(world: Path, hub: Hub) -> None:
     hf_tsv.route(["org/vision", "org/full"], output=world / "r", progress=False)
     hf_tsv.push(world / "r", "me/routed", progress=False)
     assert "tasks/flat/task_factors.safetensors" not in hub.files("me/routed")  # of the first one
+
+
+def test_factors_on_the_hub_need_not_be_copied(world: Path, hub: Hub, tmp_path: Path) -> None:
+    for name in ("vision", "full"):
+        hf_tsv.compress(f"org/{name}", push_to=f"me/{name}-tsv", progress=False)
+    refs = ["me/vision-tsv", "me/full-tsv", "org/flat"]
+    done = hf_tsv.route(refs, push_to="me/routed", reference_factors=True, progress=False)
+    copied_ = hf_tsv.route(refs, output=tmp_path / "copied", progress=False)
+    commit = done.inputs[0]["revision"]
+    assert done.tasks["vision"]["folder"] is None
+    assert done.tasks["vision"]["factors"] == f"me/vision-tsv@{commit}"
+    assert done.tasks["flat"]["folder"] == "tasks/flat"
+    lacking = sum(copied_.tasks[name]["bytes"] for name in ("vision", "full"))
+    assert done.output_bytes == copied_.output_bytes - lacking
+    files = hub.files("me/routed")
+    assert [n for n in files if n.endswith("tsv_config.json")] == ["tasks/flat/tsv_config.json"]
+    said = json.loads(files[ROUTING_FILE])["tasks"]
+    assert said[0]["factors"] == {"ref": "me/vision-tsv", "revision": commit}
+    assert "folder" not in said[0]
+    assert f"me/vision-tsv@{commit}, not copied" in files["README.md"].decode()
+    model, images = hf_tsv.load_model("me/routed", progress=False), clips.patterned(5)
+    other = hf_tsv.load_model(tmp_path / "copied", base_model="org/base", progress=False)
+    assert model.route(images).tasks == other.route(images).tasks
+    torch.testing.assert_close(features(model, images), features(other, images))
+    hf_tsv.route(refs, output=tmp_path / "r", reference_factors=True, progress=False)
+    hf_tsv.push(tmp_path / "r", "me/pushed", progress=False)
+    assert hub.files("me/pushed")[ROUTING_FILE] == files[ROUTING_FILE]
 
 
 def test_a_warm_cache_serves_an_offline_run(world: Path, hub: Hub) -> None:
@@ -423,6 +468,8 @@ LAYER = "vision_model.encoder.layers.0.mlp.fc1"
         ("tasks.0.folder", "/etc"), ("tasks.0.folder", "tasks/../.."), ("tasks.0.folder", "tasks"),
         ("tasks.0.folder", "tasks/a/b"), ("tasks.0.folder", "tasks/.."),
         ("tasks.0.folder", "tasks/.hidden"), ("tasks.0.folder", "tasks\\a"),
+        ("tasks.0.factors", {}), ("tasks.0.factors", {"ref": "org/a", "revision": None}),
+        ("tasks.0.factors", {"ref": "org/a", "revision": "main"}), ("tasks.0.factors", "org/a"),
         ("tasks.0.folder", "tasks/b"), ("tasks.0.source", ...), ("rule", ...), ("rule", []),
         ("rule.layers", []), ("rule.layers", LAYER), ("rule.layers", [LAYER, LAYER]),
         ("rule.layers", ["text_model.encoder.layers.0.mlp.fc1"]), ("rule.layers", [1]),

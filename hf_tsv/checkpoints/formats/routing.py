@@ -33,15 +33,25 @@ AGAIN = "Download it again, or make it again with `hf-tsv route`."
 
 @dataclass(frozen=True)
 class RoutedTask:
-    """Task beside a merge: its name, the folder of its factors, and where they come from.
+    """Task of a merge: its name, where its factors are, and what they were made from.
 
-    `classes` are the names of its classes, if they are known.
+    They are in a folder beside the merge, or in a repository of their own, at a commit. `classes`
+    are the names of its classes, if they are known.
     """
 
     name: str
-    folder: str
+    folder: str | None
     source: Origin
     classes: tuple[str, ...] = ()
+    factors: Origin | None = None
+
+    def reference(self, pinned: PinnedCheckpoint) -> str:
+        """Reference to its factors, for a merge that is pinned."""
+        if self.factors is not None:
+            return f"hf://{at_revision(self.factors.ref, self.factors.revision)}"
+        if pinned.is_local:
+            return f"{pinned.ref.rstrip('/')}/{self.folder}"
+        return f"hf://{at_revision(f'{pinned.ref}/{self.folder}', pinned.revision)}"
 
 
 @dataclass(frozen=True)
@@ -56,13 +66,6 @@ class Routing:
     def names(self) -> tuple[str, ...]:
         """Names of the tasks."""
         return tuple(task.name for task in self.tasks)
-
-    def references(self, pinned: PinnedCheckpoint) -> list[str]:
-        """References to the factors of the tasks, beside a merge that is pinned."""
-        if pinned.is_local:
-            return [f"{pinned.ref.rstrip('/')}/{task.folder}" for task in self.tasks]
-        refs = (f"{pinned.ref}/{task.folder}" for task in self.tasks)
-        return [f"hf://{at_revision(ref, pinned.revision)}" for ref in refs]
 
     def to_json(self) -> str:
         """Content of the file."""
@@ -95,8 +98,8 @@ class Routing:
             _task(Entry(task, owner, f"tasks.{i}.", ROUTING_FILE, AGAIN))
             for i, task in enumerate(listed)
         )
-        for names in ({t.name.lower() for t in tasks}, {t.folder.lower() for t in tasks}):
-            if len(names) < len(tasks):
+        for every in ([t.name for t in tasks], [t.folder for t in tasks if t.folder]):
+            if len({one.lower() for one in every}) < len(every):
                 problem = f"{owner}: two tasks in {ROUTING_FILE} have one name or folder."
                 raise CheckpointError(problem, AGAIN)
         base = origin_of(entry.object("base_model"))
@@ -141,15 +144,22 @@ def _entry(origin: Origin) -> dict[str, str | None]:
 
 def _told(task: RoutedTask) -> dict[str, Any]:
     """Entry of a task."""
-    told = {"name": task.name, "folder": task.folder, "source": _entry(task.source)}
+    there = {"folder": task.folder} if task.factors is None else {"factors": _entry(task.factors)}
+    told = {"name": task.name, **there, "source": _entry(task.source)}
     return told | ({"classes": list(task.classes)} if task.classes else {})
 
 
 def _task(entry: Entry) -> RoutedTask:
     name = entry.get("name", _is_name)
-    folder = entry.get("folder", _is_folder)
-    classes = entry.get("classes", _are_classes) or ()
-    return RoutedTask(name, folder, origin_of(entry.object("source")), tuple(classes))
+    classes = tuple(entry.get("classes", _are_classes) or ())
+    source, folder, factors = origin_of(entry.object("source")), None, None
+    if "factors" in entry.content:
+        there = entry.object("factors")
+        factors = origin_of(there)
+        there.get("revision", bool)  # a repository, not a folder of some machine
+    else:
+        folder = entry.get("folder", _is_folder)
+    return RoutedTask(name, folder, source, classes, factors)
 
 
 def _are_objects(value: Any) -> bool:

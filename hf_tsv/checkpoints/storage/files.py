@@ -82,6 +82,10 @@ class LocalFiles(Files):
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._descriptors)
 
+    def __reduce__(self) -> tuple[type[LocalFiles], tuple[Path]]:
+        """A copy opens its files itself."""
+        return LocalFiles, (self.root,)
+
     def within(self, subfolder: str) -> LocalFiles:
         return LocalFiles(self.root / subfolder)
 
