@@ -1,9 +1,9 @@
 """SIGKILL at every step that a run takes on the disk, and at random times; then a check.
 
-`python -m benchmarks.kills` runs merge, compress, reconstruct and push on tiny CLIPs, kills them,
-and checks the output folder and a local Hub: each must hold nothing, or the earlier result, or the
-complete one. Then it repeats the command, sometimes killing it again, until it ends, and compares
-every byte with those of an undisturbed run.
+`python -m benchmarks.kills` runs merge, compress, reconstruct, route and push on tiny CLIPs, kills
+them, and checks the output folder and a local Hub: each must hold nothing, or the earlier result,
+or the complete one. Then it repeats the command, sometimes killing it again, until it ends, and
+compares every byte with those of an undisturbed run.
 
 With `--disks` nothing is killed. Instead the disk is full from each step on, or small (a file
 system in memory of growing size, by `unshare`), or read-only. The run must print one error with a
@@ -307,6 +307,7 @@ def scenarios_of(place: Place) -> list[Scenario]:
             "compress, pushed", ("compress", full, *base, "--push-to", "me/x"), repo_id="me/x"
         ),
         Scenario("reconstruct", ("reconstruct", str(place.root / "factors"), *base, *to)),
+        Scenario("route", ("route", str(place.root / "factors"), vision, *base, *to)),
         Scenario("push", ("push", str(place.root / "done"), "me/x"), repo_id="me/x"),
     ]
 

@@ -6,7 +6,7 @@ in a journal what is finished.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -53,10 +53,12 @@ def built(
     group: Processes,
     *,
     before: Callable[[Merge, Run, torch.device], Merge] | None = None,
+    whole: Collection[str] = (),
 ) -> Iterator[tuple[Path, Merged]]:
     """Make a complete checkpoint: weights, config, companions; the body describes it.
 
-    `before` adds what has to be learned before the first weight. The body is given the folder,
+    `before` adds what has to be learned before the first weight. `whole` names folders of the body,
+    which a resumed run finds again. The body is given the folder,
     which gets its place when the body succeeds, and what was done.
     """
     device = pick_device(device_name)
@@ -80,6 +82,7 @@ def built(
             merge.plan.shards,
             force=run.target.force,
             until_pushed=run.target.output is None,
+            whole=whole,
         ) as (work, resumed),
     ):
         done = _computed(run, merge, work, device, group, resumed=resumed)

@@ -126,6 +126,7 @@ def under_construction(
     *,
     force: bool,
     until_pushed: bool = False,
+    whole: Collection[str] = (),
 ) -> Iterator[tuple[Path, bool]]:
     """Make or resume a folder that becomes `target` when the body succeeds; a folder there goes.
 
@@ -134,8 +135,10 @@ def under_construction(
     stays beside the result, so that the same job can resume from the finished result.
 
     `job` is everything that determines the result, and `plan` the layout of the weight files, if
-    known in advance. An [`OutputError`] says that another job began the folder (discarded with
-    `force`), another process is writing it, or it holds files that hf-tsv did not make.
+    known in advance. `whole` names folders among the files in which everything is complete, and
+    which a resumed run finds again. An [`OutputError`] says that another job began the folder
+    (discarded with `force`), another process is writing it, or it holds files that hf-tsv did not
+    make.
     """
     work = work_of(target)
     text = json.dumps(job, sort_keys=True, indent=1)
@@ -149,7 +152,7 @@ def under_construction(
                     _take_up(work, file, text, target)
                 if not (force or until_pushed):
                     _refuse_existing(target)
-                resumed = _begin(work, file, text, target, plan, force=force)
+                resumed = _begin(work, file, text, target, plan, whole, force=force)
                 before = folders.identity(target)
                 yield work, resumed
                 folders.replace_folder(target, work / FILES, before)
@@ -196,7 +199,14 @@ class _OthersError(OutputError):
 
 
 def _begin(
-    work: Path, file: IO[str], text: str, target: Path, plan: ShardPlan | None, *, force: bool
+    work: Path,
+    file: IO[str],
+    text: str,
+    target: Path,
+    plan: ShardPlan | None,
+    kept: Collection[str],
+    *,
+    force: bool,
 ) -> bool:
     """Create the files, or find them begun by the same job; return True if so."""
     begun, files = file.read(), work / FILES
@@ -211,7 +221,7 @@ def _begin(
     )
     if begun == text and whole:
         (work / FAILED).unlink(missing_ok=True)
-        _clear(files, sizes)  # the other files may be incomplete
+        _clear(files, {*sizes, *kept})  # the other files may be incomplete
         if plan is not None:
             write_index(files, plan)
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,18 +18,12 @@ from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin
 from hf_tsv.checkpoints.formats.routing import RoutedTask, Routing, folder_of
 from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry
 from hf_tsv.checkpoints.formats.whole import Checkpoint
-from hf_tsv.checkpoints.names import (
-    CLASSES_FILE,
-    CONFIG_FILE,
-    RECIPE_FILE,
-    ROUTING_FILE,
-    TASKS_FOLDER,
-)
+from hf_tsv.checkpoints.names import CLASSES_FILE, RECIPE_FILE, ROUTING_FILE, TASKS_FOLDER
 from hf_tsv.checkpoints.reference import at_revision, listed
 from hf_tsv.checkpoints.sources import Access, Sources
 from hf_tsv.checkpoints.storage.tensors import TensorSpec
-from hf_tsv.compression.building import compressed, disk_bytes, most_bytes
-from hf_tsv.compression.candidates import Compression, candidates_of
+from hf_tsv.compression import beside
+from hf_tsv.compression.building import disk_bytes
 from hf_tsv.evaluation import class_names
 from hf_tsv.evaluation.class_names import Source
 from hf_tsv.linalg.choices import AnyDevice, AnyDtype
@@ -43,7 +36,6 @@ from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports import cards
 from hf_tsv.reports.routing import RoutedCard, RouteReport
 from hf_tsv.routing.rule import LAYER, Rule, chosen_layers, refuse_no_choice, short
-from hf_tsv.runs import journal
 from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
@@ -145,24 +137,28 @@ def route(
             work, sources = prepare(references, base_ref, None, settings, access)
             check_clip(sources.base)
             work = replace(work, allow_other_base=allow_other_base).within(max_memory, sources)
-            jobs = [_job(item, sources, options) for item in sources.inputs]
+            jobs = [beside.job_of(item, sources, options) for item in sources.inputs]
             elsewhere = [reference_factors and _is_elsewhere(item) for item in sources.inputs]
-            held = [_held(item, job) for item, job in zip(sources.inputs, jobs, strict=True)]
+            held = [beside.held(item, job) for item, job in zip(sources.inputs, jobs, strict=True)]
             rule = Rule(_layers(globs, sources.base, held), **numbers)
             routing = _routing(sources, rule, elsewhere)
             known = class_names.named(classes or {}, routing.names, templates, token)
             if known:
                 _refuse_no_texts(sources.base)
-            sizes = dict(zip(routing.names, map(_most_bytes, sources.inputs, jobs), strict=True))
+            most = map(beside.most_bytes_of, sources.inputs, jobs)
+            sizes = dict(zip(routing.names, most, strict=True))
             routing, merged = _with_classes(routing, known), None
             with underway(sources, target, progress) as run:
                 if not dry_run:
                     needed = work.plan.shards.total_bytes + _beside(routing, sizes)
                     needed += max((disk_bytes(job) for job in jobs if job), default=0)
                     run.check_space(work.identity(sources, torch.device("cpu")), needed)
-                    with built(run, work, device, group) as (folder, merged):
-                        stored = _write_tasks(folder, merged, routing, options, show=run.show)
-                        held = [_factors_of(config) for config in stored]
+                    with built(run, work, device, group, whole={TASKS_FOLDER}) as (folder, merged):
+                        stored = beside.written(
+                            folder, merged.sources, routing.tasks, options, merged.device,
+                            show=run.show,
+                        )  # fmt: skip
+                        held = [beside.factors_of(config) for config in stored]
                         rule = Rule(_layers(globs, merged.sources.base, held), **numbers)
                         routing = replace(routing, rule=rule)
                         _write_classes(folder, known, merged.device, show=run.show)
@@ -176,14 +172,6 @@ def route(
             return done
 
 
-def _job(item: Task, sources: Sources, options: Options) -> Compression | None:
-    """Compression of a fine-tune; None for task factors, which are copied."""
-    if item.description is not None:
-        return None
-    job = Compression(replace(sources, inputs=(item,)), options, (), ())
-    return replace(job, candidates=candidates_of(job))
-
-
 def _is_elsewhere(item: Task) -> bool:
     """Tell whether an input is task factors on the Hub, which need not be copied."""
     return item.description is not None and item.pinned.revision is not None
@@ -192,24 +180,6 @@ def _is_elsewhere(item: Task) -> bool:
 def _beside(routing: Routing, sizes: Mapping[str, int]) -> int:
     """Bytes of the factors that are stored in the folder."""
     return sum(sizes[task.name] for task in routing.tasks if task.folder is not None)
-
-
-def _held(item: Task, job: Compression | None) -> set[str]:
-    """Weights that are stored as factors, or may be."""
-    if item.description is not None:
-        return _factors_of(item.description)
-    return {c.name for c in job.candidates if c.limit} if job else set()
-
-
-def _factors_of(config: FactorsConfig) -> set[str]:
-    return {name for name, weight in config.weights.items() if weight.stored == "factors"}
-
-
-def _most_bytes(item: Task, job: Compression | None) -> int:
-    """Size of a task's factors, at most."""
-    if item.description is not None:
-        return item.description.factors_bytes
-    return sum(most_bytes(c, job.options.rule) for c in job.candidates) if job else 0
 
 
 def _layers(globs: Sequence[str], base: Task, held: Sequence[set[str]]) -> tuple[str, ...]:
@@ -274,44 +244,6 @@ def _write_classes(
     if known:
         embeddings = class_names.embedded(folder, known, device, show=show)
         save_file(embeddings, folder / CLASSES_FILE)
-
-
-def _write_tasks(
-    folder: Path, done: Merged, routing: Routing, options: Options, *, show: bool
-) -> list[FactorsConfig]:
-    """Write or copy the factors of every task, and return their descriptions."""
-    shutil.rmtree(folder / TASKS_FOLDER, ignore_errors=True)  # of a run that was stopped
-    stored = []
-    for task, item in zip(routing.tasks, done.sources.inputs, strict=True):
-        config = item.description
-        if config is not None and task.folder is None:
-            stored.append(config)
-            continue
-        place = folder / str(task.folder)
-        if config is not None:
-            place.mkdir(parents=True)
-            _copy(item, place)
-        else:
-            job = _job(item, done.sources, options)
-            assert job is not None  # there is no description
-            work = place.with_name(f".{place.name}")
-            (work / journal.FILES).mkdir(parents=True)
-            config = compressed(job, work, done.device, resumed=False, show=show).config
-            (work / journal.FILES).rename(place)
-            shutil.rmtree(work)
-        (place / CONFIG_FILE).write_text(config.model_json(), encoding="utf-8")
-        stored.append(config)
-    return stored
-
-
-def _copy(item: Task, place: Path) -> None:
-    """Copy the files of task factors, after a check that they are in their folder."""
-    files = item.pinned.files
-    for name in item.needed_files:
-        if files.is_elsewhere(name) or files.folder is None:
-            problem = f"{item}: {name} is a link to a file outside of its folder."
-            raise CheckpointError(problem, "Put the file itself there.")
-        shutil.copyfile(files.folder / name, place / name)
 
 
 def _describe(

@@ -18,12 +18,14 @@ from cli import copied, ended
 from cli import hf_tsv as run
 from forks import fork
 from hub import Hub
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 
 import hf_tsv
 from hf_tsv.checkpoints.formats.routing import Routing
 from hf_tsv.checkpoints.names import ROUTING_FILE
+from hf_tsv.compression import beside
 from hf_tsv.models.routed import Router
 from hf_tsv.routing import scores
 from hf_tsv.routing.rule import Rule, chosen_layers, default_layers
@@ -335,6 +337,35 @@ def test_factors_on_the_hub_need_not_be_copied(world: Path, hub: Hub, tmp_path: 
     hf_tsv.route(refs, output=tmp_path / "r", reference_factors=True, progress=False)
     hf_tsv.push(tmp_path / "r", "me/pushed", progress=False)
     assert hub.files("me/pushed")[ROUTING_FILE] == files[ROUTING_FILE]
+
+
+def test_factors_that_are_finished_are_not_made_again(
+    zoo: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, whole = [], beside.compressed
+
+    def noting(job: Any, work: Path, *rest: Any, **more: Any) -> Any:
+        made.append(job.options.dtype)
+        return whole(job, work, *rest, **more)
+
+    monkeypatch.setattr(beside, "compressed", noting)
+    refs, more = [zoo / "vision", zoo / "full"], {"base_model": zoo / "base", "progress": False}
+    for dtype, count in (("bfloat16", 2), ("bfloat16", 0), ("float16", 2)):
+        made.clear()
+        hub.fail("/commit/", 403)
+        with pytest.raises(HfTsvError, match="complete in"):
+            hf_tsv.route(refs, push_to="me/r", dtype=dtype, **more)
+        assert made == [dtype] * count
+    made.clear()
+    (waiting,) = (Path(constants.HF_HOME) / "hf-tsv" / "unpushed").glob("*/r/tasks")
+    (waiting / "other").mkdir()
+    hf_tsv.route(refs, push_to="me/r", dtype="float16", **more)
+    assert made == []
+    hf_tsv.route(refs, output=tmp_path / "r", dtype="float16", **more)
+    pushed = hub.files("me/r")
+    assert not list(waiting.parents[1].glob("*"))
+    for path in (tmp_path / "r" / "tasks").rglob("*.safetensors"):
+        assert pushed[path.relative_to(tmp_path / "r").as_posix()] == path.read_bytes()
 
 
 def test_a_warm_cache_serves_an_offline_run(world: Path, hub: Hub) -> None:
