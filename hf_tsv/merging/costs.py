@@ -128,7 +128,7 @@ def _computing(weight: Weight, threads: int, measure: bool) -> int:
 def _calibrating(weight: Weight) -> int:
     """Bytes for calibrating the singular values of a merged update."""
     (m, n), k = weight.shape, min(weight.shape)
-    return 8 * (6 * m * n + 4 * k * k + 3 * k * (m + n))
+    return 8 * (8 * m * n + 4 * k * k + 3 * k * (m + n))
 
 
 def _surveying(weight: Weight, threads: int) -> int:
@@ -142,12 +142,12 @@ def _ruling(weight: Weight, threads: int, measure: bool) -> int:
     tasks, entries = len(weight.inputs), prod(weight.shape)
     result = (8 + 4) * entries  # update, cast
     if weight.treatment == "combined":  # trims or votes on all updates side by side
-        return result + 4 * entries * (tasks + 3)
+        return result + 4 * entries * (tasks + 6)
     if weight.treatment != "decomposed":
-        return result
+        return result + 12 * entries
     (m, n), columns = weight.shape, weight.rank * tasks
     if weight.forms == "covariance":
-        return 8 * (3 * n * n + 14 * m * n + 2 * min(m, n) ** 2)
+        return 8 * (5 * n * n + 14 * m * n + 2 * min(m, n) ** 2)
     vectors = 8 * columns * (m + n)
     one_task = 8 * (m * n + 4 * min(m, n) ** 2 + 4 * weight.rank * (m + n))
     inner = min(columns, max(m, n))
@@ -155,4 +155,6 @@ def _ruling(weight: Weight, threads: int, measure: bool) -> int:
     decomposing = min(threads, tasks) * one_task
     measuring = vectors + 8 * inner * (inner + 2 * ROWS) if measure else 0
     projecting = 3 * vectors + 16 * inner**2 if weight.forms == "projections" else 0
-    return vectors + max(decomposing, vectors + polar + result + measuring + projecting)
+    remaining = 16 * tasks * m * n if weight.forms == "remainders" else 0
+    besides = measuring + projecting
+    return vectors + remaining + result + max(decomposing, vectors + polar + besides)

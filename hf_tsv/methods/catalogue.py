@@ -62,8 +62,8 @@ class Method:
         beside (`str`): mask of a task in one weight, as `module:function` of Δ and of ΣΔ; the masks
             of all tasks are written beside the merge.
         forms (`str`, *optional*): matrices that the rule forms besides, which the plan counts:
-            `projections` of each task on the orthonormal vectors of all, or the `covariance` of
-            the inputs.
+            `projections` of each task on the orthonormal vectors of all, the `covariance` of the
+            inputs, or `remainders` of all tasks outside what they share.
         calibrates (`str`, *optional*): least ratio of a merged response to that of a task that
             `calibrate` takes, of a rule whose singular values may be calibrated: `one`, or `share`
             for 1/T. See [`hf_tsv.methods.calibration`].
@@ -85,7 +85,7 @@ class Method:
     vectors: Literal["kept", "orthogonal"] | None = None
     before: str = ""
     beside: str = ""
-    forms: Literal["projections", "covariance"] | None = None
+    forms: Literal["projections", "covariance", "remainders"] | None = None
     calibrates: Literal["one", "share"] | None = None
     learns: bool = False
     options: tuple[str, ...] = ()
@@ -162,7 +162,7 @@ BUILT_IN = (
     Method(
         "iso-cts", "hf_tsv.methods.isotropic:iso_cts",
         "iso-c with a fifth of its directions for each task's own",
-        source="2502.04959", alpha=1.3, alpha_of_adapters=2.0,
+        source="2502.04959", alpha=1.3, alpha_of_adapters=2.0, forms="remainders",
     ),
     Method(
         "dc", "hf_tsv.methods.dc:dc",

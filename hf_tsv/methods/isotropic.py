@@ -42,8 +42,7 @@ def iso_cts(updates: Updates) -> MergedUpdate:
     k = min(total.shape)
     own = round((k - int(COMMON_SHARE * k)) / updates.count)
     shared = truncated_svd(total, k - own * len(deltas), floor, how.precision)
-    wide = map(products.in_working_precision, deltas)
-    outside = [delta - shared.U @ (shared.U.mT @ delta) for delta in wide]
+    outside = [_outside(products.in_working_precision(delta), shared.U) for delta in deltas]
     found = truncated_svds(outside, own, floors, how.precision) if own else []
     *tasks, common = (TaskSingularVectors(svd.U, svd.S, svd.Vh) for svd in (*found, shared))
     if how.precision == "exact" and tasks:
@@ -62,3 +61,8 @@ def iso_cts(updates: Updates) -> MergedUpdate:
 def _total(deltas: Sequence[Tensor], floors: Sequence[float]) -> tuple[Tensor, float]:
     """Σ_i Δi in the working precision, and its noise floor."""
     return products.in_working_precision(sum_update(deltas)), math.hypot(*floors)
+
+
+def _outside(delta: Tensor, U: Tensor) -> Tensor:
+    """What of Δ lies outside the span of orthonormal columns."""
+    return delta - U @ (U.mT @ delta)
