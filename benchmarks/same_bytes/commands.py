@@ -150,6 +150,9 @@ def compressions() -> Iterator[Command]:
     yield cli("reconstruct", f"reconstruct {factors} --json +")
     yield cli("reconstruct-brain", "reconstruct @compress-brain/full-tsv --dtype float16 +")
     yield cli("reconstruct-heads", "reconstruct @compress-heads/heads-tsv --json +")
+    yield cli("route", f"route {factors} %vision {BASE} --json +")
+    yield cli("route-plan", f"route {factors} %vision {BASE} --layer *.mlp.fc1 --dry-run --json")
+    yield cli("route-evaluate", f"evaluate @route/out {IMAGES} --json")
     yield cli("reconstruct-plan", f"reconstruct {factors} --dry-run --json")
     yield cli("reconstruct-open-clip", "reconstruct @compress-open-clip/oc-tsv +")
 
@@ -185,6 +188,10 @@ def runs() -> Iterator[Command]:
               like="merge-tall-mask")  # fmt: skip
     evaluate = f"evaluate @merge-tsv/out {IMAGES} {REFERENCES} {BASE} --json +"
     yield cli("processes-evaluate", evaluate, processes=2)
+    routed = f"route @compress/full-tsv %vision {BASE} --json +"
+    yield cli("processes-route", routed, processes=2, like="route")
+    yield cli("processes-route-evaluate", f"evaluate @route/out {IMAGES} --json", processes=2)
+    yield cli("killed-route", routed, kill_after=8, like="route")
     yield cli("killed-merge", f"merge {PAIR} --json +", kill_after=8, like="merge-tsv")
     yield cli("killed-report", f"{report} --json +", kill_after=20, like="merge-report")
     whole = f"compress %full {BASE} --json -o"
