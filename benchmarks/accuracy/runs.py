@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_tsv.methods import catalogue
+
 VALIDATION_IMAGES = 100
 """Number of images per task on which α is chosen."""
 
@@ -43,8 +45,11 @@ STEPS = {
 }
 """Steps before and after a method, by the name of their runs."""
 
-STEPPED = {"tsv": STEPS, "wudi": STEPS, "task-arithmetic": ("calibrated",)}
-"""Steps that a method is run with."""
+MANY_TASKS = (
+    *(f"{name}+{step}" for name in ("tsv", "wudi") for step in STEPS),
+    "task-arithmetic+calibrated",
+)
+"""Methods with a step that are also run with the largest number of tasks."""
 
 ALONE: dict[str, tuple[object, ...]] = {
     "iso-c-1": ("--method", "iso-c", "--alpha", 1),
@@ -241,8 +246,12 @@ def _vision_bytes(folder: Path) -> int:
 
 def stepped() -> dict[str, tuple[str, tuple[str, ...]]]:
     """Methods with a step, as pairs of a method and its options, by the name of their runs."""
-    pairs = [(name, step) for name, steps in STEPPED.items() for step in steps]
-    return {f"{name}+{step}": (name, STEPS[step]) for name, step in pairs}
+    return {
+        f"{name}+{step}": (name, options)
+        for name in METHODS
+        for step, options in STEPS.items()
+        if step != "calibrated" or catalogue.METHODS[name].calibrates
+    }
 
 
 Runs = dict[str, Callable[[], Any]]
@@ -257,12 +266,13 @@ def method_runs(seed: Seed, counts: Sequence[int]) -> Runs:
         counts: numbers of tasks merged.
     """
     runs, add = _begun(seed)
-    ends = (min(counts), max(counts))
+    steps_of = {max(counts): MANY_TASKS, min(counts): tuple(stepped())}
     for count in counts:
         add("average", count, plain, "--method", "average")
         for name in METHODS:
             add(name, count, method, name)
-        for name, (row, options) in stepped().items() if count in ends else ():
+        for name in steps_of.get(count, ()):
+            row, options = stepped()[name]
             add(name, count, method, row, *options)
         for name, options in ALONE.items():
             add(name, count, plain, *options)

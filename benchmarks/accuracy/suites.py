@@ -110,7 +110,7 @@ SUITES = {
         ),
         Suite(
             "lora", "LoRA fine-tunes of the tiny CLIPs, on the images of the whole fine-tunes.",
-            (8,), (0,), lora, lora_recipe,
+            (8,), (0, 1, 2), lora, lora_recipe,
         ),
         Suite(
             "larger",

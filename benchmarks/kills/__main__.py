@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.kills import disks
 from benchmarks.kills.zygote import Order, Zygote
+from hf_tsv.checkpoints.names import TASKS_FOLDER
 
 if TYPE_CHECKING:
     from hub import Hub
@@ -146,11 +147,12 @@ class Place:
         return local, pushed or None
 
     def finished_weights(self) -> int:
-        """Number of whole lines in the journals."""
+        """Number of whole lines in the journals; not in those of tasks beside a merge."""
         return sum(
             file.read_bytes().count(b"\n")
             for folder in (self.work, self.unpushed)
             for file in folder.rglob("done.*.jsonl")
+            if TASKS_FOLDER not in file.parts
         )
 
 
