@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 USAGE = ("REF", "--task NAME=DATASET...", "[OPTIONS]")
 MISSING = "Name a model, and images with --task NAME=DATASET or --suite NAME."
+SENT = 3
+"""Most sets of tasks that a line names, of those that images were sent to."""
 EXAMPLES = (
     "hf-tsv evaluate me/merged --task sun397=tanganke/sun397 --task dtd=tanganke/dtd",
     f"hf-tsv evaluate me/merged --task dtd=tanganke/dtd --reference dtd={options.DTD} -o results",
@@ -86,7 +88,17 @@ def text_of(report: EvaluateReport) -> str:
     parts = [table(rows, head, mean)]
     if report.suite is not None:
         parts += _beside_published(report.suite, report)
+    if any("sent_to" in found for found in report.tasks.values()):
+        sent = [(name, _sent_to(found)) for name, found in report.tasks.items()]
+        parts.append(table(sent, ("task", "images sent to")))
     return "\n\n".join([*parts, *notes(report.limit, report.errors)])
+
+
+def _sent_to(found: Mapping[str, Any]) -> str:
+    """Tasks that most images were sent to, with their shares."""
+    sent = found.get("sent_to", {})
+    told = [f"{tasks} {count / found['images']:.0%}" for tasks, count in sent.items()]
+    return ", ".join(told[:SENT]) + (", …" if len(told) > SENT else "")
 
 
 def _beside_published(suite: dict[str, Any], report: EvaluateReport) -> Iterator[str]:

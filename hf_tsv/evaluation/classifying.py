@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +33,15 @@ T = TypeVar("T")
 
 Data = dict[str, tuple[EvaluationTask, LabelledImages]]
 Results = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Classified:
+    """True and predicted class of images, and the tasks chosen for each by a model that routes."""
+
+    labels: list[int] = field(default_factory=list)
+    predicted: list[int] = field(default_factory=list)
+    chosen: zero_shot.Chosen = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ class Scoring:
             logger.info("Resuming: %s is done.", task.name)
             return found
         classified = self._classified(model, task, images)
-        found = self._own(task.name, lambda: _counted(task, images, *classified))
+        found = self._own(task.name, lambda: _counted(task, images, classified))
         self.finished.add(key, found)
         return found
 
@@ -121,8 +131,8 @@ class Scoring:
 
     def _classified(
         self, model: Loaded, task: EvaluationTask, images: LabelledImages
-    ) -> tuple[list[int], list[int]]:
-        """True and predicted class of every image; the processes take batches in turn."""
+    ) -> Classified:
+        """Classes and tasks of every image; the processes take batches in turn."""
         starts = range(0, len(images.rows), self.job.batch_size)
         own = starts[self.group.rank :: self.group.count]
         count = sum(min(self.job.batch_size, len(images.rows) - start) for start in own)
@@ -131,9 +141,12 @@ class Scoring:
                 task.name, lambda: self._batches(model, task, images, own, advance)
             )
         batches = {start: batch for part in parts for start, batch in part.items()}
-        labels = [label for start in starts for label in batches[start][0]]
-        predicted = [label for start in starts for label in batches[start][1]]
-        return labels, predicted
+        every = Classified()
+        for start in starts:
+            every.labels.extend(batches[start].labels)
+            every.predicted.extend(batches[start].predicted)
+            every.chosen.extend(batches[start].chosen)
+        return every
 
     def _batches(
         self,
@@ -142,37 +155,39 @@ class Scoring:
         images: LabelledImages,
         starts: Sequence[int],
         advance: Callable[[int], None],
-    ) -> dict[int, tuple[list[int], list[int]]]:
+    ) -> dict[int, Classified]:
         directions = model.head(images.classes, task.templates)
         found = {}
         for start in starts:
             stop = min(start + self.job.batch_size, len(images.rows))
             pictures, labels = images.batch(start, stop, task.name)
             pixels = model.pipe.image_processor(pictures, return_tensors="pt")["pixel_values"]
-            predicted = zero_shot.classify(model.pipe.model, directions, pixels)
-            found[start] = labels, predicted.tolist()
+            predicted, chosen = zero_shot.classify(model.pipe.model, directions, pixels)
+            found[start] = Classified(labels, predicted.tolist(), chosen)
             advance(len(labels))
         return found
 
 
 def _counted(
-    task: EvaluationTask, images: LabelledImages, labels: list[int], predicted: list[int]
+    task: EvaluationTask, images: LabelledImages, classified: Classified
 ) -> dict[str, Any]:
     from sklearn.metrics import accuracy_score, confusion_matrix
 
-    every = list(range(len(images.classes)))
-    return {
+    every, both = list(range(len(images.classes))), (classified.labels, classified.predicted)
+    found = {
         "dataset": task.dataset,
         "revision": images.revision or task.revision,
         "config": task.config,
         "split": images.split,
-        "images": len(labels),
+        "images": len(classified.labels),
         "total": images.total,
         "classes": list(images.classes),
         "templates": list(task.templates),
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "confusion": confusion_matrix(labels, predicted, labels=every).tolist(),
+        "accuracy": float(accuracy_score(*both)),
+        "confusion": confusion_matrix(*both, labels=every).tolist(),
     }
+    sent = Counter(" + ".join(own) for own in classified.chosen)
+    return found | ({"sent_to": dict(sent.most_common())} if sent else {})
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,9 @@ def class_names(task: EvaluationTask, *, token: str | None = None) -> tuple[str,
     import datasets
 
     datasets.disable_progress_bars()
-    source, options = _source(task, _commit(task, token) or task.revision)
+    revision = _commit(task, token) or task.revision
     try:
+        source, options = _source(task, revision)
         features = datasets.load_dataset_builder(source, token=token, **options).info.features
     except Exception:  # of several libraries; loading the images says it well
         features = None
@@ -171,8 +172,9 @@ def _source(task: EvaluationTask, revision: str | None) -> tuple[str, dict[str, 
 def _splits(
     task: EvaluationTask, revision: str | None, datasets: Any, token: str | None
 ) -> Mapping[str, Dataset]:
-    source, options = _source(task, revision)
+    source, options = task.dataset, dict[str, Any]()
     try:
+        source, options = _source(task, revision)
         found: Mapping[str, Dataset] = datasets.load_dataset(source, token=token, **options)
         return found
     except Exception as error:  # several libraries raise a dozen types

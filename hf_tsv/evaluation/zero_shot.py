@@ -13,6 +13,9 @@ from hf_tsv.models.routed import RoutedCLIPModel
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.system.progress import bar
 
+Chosen = list[tuple[str, ...]]
+"""Names of the tasks of each image, of a model that routes; of any other nothing."""
+
 TEXTS_AT_ONCE = 256
 IMAGES_AT_ONCE = 512  # in memory while all variants classify them: 0.3 GB of 224 × 224 pixels
 
@@ -51,15 +54,17 @@ def head(model: Any, tokenizer: Any, classes: Sequence[str], templates: Sequence
 
 
 @torch.inference_mode()
-def classify(model: Any, directions: Tensor, pixels: Tensor) -> Tensor:
+def classify(model: Any, directions: Tensor, pixels: Tensor) -> tuple[Tensor, Chosen]:
     """Predict the class of each image, whose direction of [`head`] is nearest, on the CPU.
 
-    The pixels, shape (images, 3, height, width), come from the image processor of a `CLIPModel`.
+    The pixels, shape (images, 3, height, width), come from the image processor of a `CLIPModel`. Of
+    one that routes, the tasks of each image are told too.
     """
     pixels = pixels.to(model.device, model.dtype)
     known = {"text_embeds": directions} if isinstance(model, RoutedCLIPModel) else {}
-    seen = _features(model.get_image_features(pixel_values=pixels, **known))
-    return (_normalised(seen) @ directions.mT).argmax(dim=1).cpu()
+    seen = model.get_image_features(pixel_values=pixels, **known)
+    found = (_normalised(_features(seen)) @ directions.mT).argmax(dim=1).cpu()
+    return found, seen.tasks if known else []
 
 
 def _features(found: Any) -> Tensor:
@@ -106,7 +111,7 @@ def accuracies(
             for i, put in enumerate(variants):
                 put()
                 for pixels, labels in seen:
-                    found = classify(pipe.model, heads[i], pixels).tolist()
+                    found = classify(pipe.model, heads[i], pixels)[0].tolist()
                     right[i] += sum(a == b for a, b in zip(found, labels, strict=True))
             advance(stop - start)
     return [found / count for found in right]

@@ -51,8 +51,9 @@ class EvaluateReport(Report):
             the tasks that have one.
         tasks (`dict[str, dict]`): results by task: `dataset`, `revision` (the commit), `config`,
             `split`, `images` of its `total`, `classes`, `templates`, `accuracy`, `confusion` (rows:
-            the true class), and where the fine-tune is known `reference` with its `accuracy`, and
-            `normalised`.
+            the true class), of a model that routes `sent_to` (number of images by the tasks whose
+            tower they went through), and where the fine-tune is known `reference` with its
+            `accuracy`, and `normalised`.
         errors (`dict[str, str]`): error of each task that could not be evaluated; under `README.md`
             the error if the card could not be written.
         limit (`int`, *optional*): number of images per task, if not all.

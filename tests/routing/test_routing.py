@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -390,6 +391,14 @@ def test_evaluate_routes(world_of_tasks: Path, routed: Path, tmp_path: Path) -> 
             picture(i + 10 * (label == "a")).save(data / label / f"{i}.png")
     report = hf_tsv.evaluate(routed, {"it": str(data)}, templates=["{}"], progress=False)
     assert report.tasks["it"]["images"] == 6
+    pipe = hf_tsv.pipeline(Z, routed, progress=False)
+    images = [picture(i + 10 * (label == "a")) for label in ("a", "b") for i in range(3)]
+    route = pipe.model.route(pipe.image_processor(images, return_tensors="pt")["pixel_values"])
+    sent = Counter(" + ".join(own) for own in route.tasks)
+    assert report.tasks["it"]["sent_to"] == sent
+    done = run("evaluate", routed, "--task", f"it={data}", "--template", "{}")
+    most = sent.most_common(1)[0]
+    assert f"{most[0]} {most[1] / 6:.0%}" in done.out, done.out
 
 
 # The command line
