@@ -160,7 +160,7 @@ def _commit(task: EvaluationTask, token: str | None) -> str | None:
 
 
 def _source(task: EvaluationTask, revision: str | None) -> tuple[str, dict[str, Any]]:
-    """What `datasets` calls the dataset of a task, and the options to load it with."""
+    """Name by which `datasets` finds the dataset of a task, and the options to load it with."""
     if task.dataset.endswith(PARQUET):
         path = str(Path(task.dataset).expanduser())
         return "parquet", {"data_files": {task.split or SPLITS[0]: path}}

@@ -64,5 +64,5 @@ def _total(deltas: Sequence[Tensor], floors: Sequence[float]) -> tuple[Tensor, f
 
 
 def _outside(delta: Tensor, U: Tensor) -> Tensor:
-    """What of Δ lies outside the span of orthonormal columns."""
+    """Part of Δ outside the span of orthonormal columns."""
     return delta - U @ (U.mT @ delta)

@@ -169,7 +169,7 @@ class Router(nn.Module):
         return cast(BaseModelOutputWithPooling, found)
 
     def _evidence(self, text_embeds: Tensor | None) -> Tensor | None:
-        """What candidate labels say of the tasks, if there are any."""
+        """Evidence of candidate labels for the tasks, if there are any."""
         if text_embeds is None:
             return None
         classes = [getattr(self, f"classes_{i}") for i in range(len(self.names))]
@@ -195,7 +195,7 @@ class Router(nn.Module):
         return tokens
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has: no towers, which it makes again."""
+        """State of a copy, without towers, which it makes again."""
         return {**self.__dict__, "_towers": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ class Router(nn.Module):
 
 
 class Routed(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """What routed models have in common."""
+    """Model with a router, the same for all classes."""
 
     router: Router
 

@@ -46,7 +46,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "none": torch.clone,
 }
-"""What `function_to_apply` of the pipeline names."""
+"""Functions that `function_to_apply` of the pipeline names."""
 
 
 class RoutedImageClassificationPipeline(ImageClassificationPipeline):

@@ -53,7 +53,7 @@ def residuals(tokens: Tensor, directions: Tensor) -> Tensor:
 
 
 def label_evidence(labels: Tensor, classes: Sequence[Tensor | None], temperature: float) -> Tensor:
-    """What candidate labels say of the tasks, shape (tasks,): 0 for the best, below it for others.
+    """Evidence of candidate labels for the tasks, shape (tasks,): 0 for the best, less for others.
 
     How well labels fit a task is the mean over them of the cosine to its nearest class. Nothing is
     held against a task whose classes are not known.
