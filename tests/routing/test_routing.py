@@ -278,6 +278,28 @@ def test_the_same_command_gives_the_same_bytes(
         assert (routed / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
+def test_the_report_counts_the_bytes_of_the_folder(world_of_tasks: Path, tmp_path: Path) -> None:
+    """Weights of the merge, and r (m + n + 1) numbers of two bytes for each matrix and task."""
+    done = hf_tsv.route([world_of_tasks / name for name in "abc"], output=tmp_path / "r",
+                        base_model=world_of_tasks / "base", progress=False)  # fmt: skip
+    expected = (tmp_path / "r" / "model.safetensors").stat().st_size
+    assert done.merged_bytes == expected
+    for task in done.tasks.values():
+        config = json.loads((tmp_path / "r" / task["folder"] / "tsv_config.json").read_text())
+        own = 0
+        for weight in config["weights"].values():
+            if weight["stored"] == "factors":
+                m, n = weight["shape"]
+                assert weight["rank"] == min(m, n) // 3
+                own += 2 * weight["rank"] * (m + n + 1)
+            elif weight["stored"] == "dense":
+                own += 2 * int(np.prod(weight["shape"]))
+        stored = load_file(tmp_path / "r" / task["folder"] / "task_factors.safetensors")
+        assert task["bytes"] == own == sum(tensor.nbytes for tensor in stored.values())
+        expected += own
+    assert done.output_bytes == expected
+
+
 def test_task_factors_are_copied_and_the_rest_is_compressed(
     world_of_tasks: Path, tmp_path: Path
 ) -> None:
