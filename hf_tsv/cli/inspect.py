@@ -79,6 +79,8 @@ def _text(report: InspectReport) -> str:
             (t["name"], f"{t['folder'] or pinned(t['factors'])}, of {pinned(t['source'])}")
             for t in tasks
         ]
+        named = [f"{t['name']} ({len(t['classes'])})" for t in tasks if t["classes"]]
+        rows += [("class names", ", ".join(named))] if named else []
         most = counted(rule["max_tasks"], "task")
         rows.append(("routing", f"{counted(len(rule['layers']), 'layer')}, at most {most}"))
     if report.heads:

@@ -41,6 +41,9 @@ def named(
     if unknown := [name for name in classes if name not in tasks]:
         problem = f"`classes=` has {unknown[0]}, which is no task."
         raise UsageError(problem, f"The tasks are: {', '.join(tasks)}.")
+    if templates and not classes:
+        problem = "`templates=` are prompts of class names, and there are none."
+        raise UsageError(problem, "Give some with `classes=`.")
     prompts = tuple(templates) or EvaluationTask.templates
     found = []
     for task, source in classes.items():

@@ -27,6 +27,9 @@ from hf_tsv.system.errors import UsageError
 MAX_TOWERS = 8
 """Towers that are kept by default; for CLIP ViT-B/32 in float32 each takes 350 MB."""
 
+SIZED = ("interpolate_pos_encoding",)
+"""Options of a tower without which it refuses images of another size."""
+
 Weights = Iterable[tuple[str, Tensor]]
 """Weights of a vision tower and of the projection behind it, by canonical name."""
 
@@ -114,12 +117,15 @@ class Router(nn.Module):
         return [tuple(self.names[i] for i in own) for own in self._towers]
 
     @torch.no_grad()
-    def route(self, pixel_values: Tensor, text_embeds: Tensor | None = None) -> Route:
+    def route(
+        self, pixel_values: Tensor, text_embeds: Tensor | None = None, **options: Any
+    ) -> Route:
         """Find the tasks that images belong to, by a pass through the base model's tower.
 
-        Embeddings of candidate labels, shape (labels, d), say more where class names are known.
+        Embeddings of candidate labels, shape (labels, d), say more where class names are known. The
+        options are those of the pass.
         """
-        tokens = self._class_tokens(pixel_values)
+        tokens = self._class_tokens(pixel_values, options)
         found = [
             scores.residuals(tokens[layer], self.get_buffer(f"directions_{i}"))
             for i, layer in enumerate(self.rule.layers)
@@ -152,7 +158,8 @@ class Router(nn.Module):
 
         The attribute `tasks` of the result has the names of the tasks of each image.
         """
-        route = self.route(pixel_values, text_embeds)
+        sized = {key: options[key] for key in SIZED if key in options}
+        route = self.route(pixel_values, text_embeds, **sized)
         groups = defaultdict[tuple[int, ...], list[int]](list)
         for row, chosen in enumerate(route.chosen):
             groups[chosen].append(row)
@@ -173,9 +180,11 @@ class Router(nn.Module):
         if text_embeds is None:
             return None
         classes = [getattr(self, f"classes_{i}") for i in range(len(self.names))]
-        return scores.label_evidence(text_embeds, classes, self.rule.label_temperature)
+        device = next(self.first.parameters()).device
+        temperature = self.rule.label_temperature
+        return scores.label_evidence(text_embeds.to(device), classes, temperature)
 
-    def _class_tokens(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def _class_tokens(self, pixel_values: Tensor, options: Mapping[str, Any]) -> dict[str, Tensor]:
         """Class tokens at the inputs of the layers, by layer."""
         tokens: dict[str, Tensor] = {}
 
@@ -188,7 +197,7 @@ class Router(nn.Module):
                 for layer in self.rule.layers
             ]
             try:
-                self.first.vision_model(pixel_values=pixel_values)
+                self.first.vision_model(pixel_values=pixel_values, **options)
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -275,13 +284,18 @@ class RoutedCLIPModel(Routed, CLIPModel):  # type: ignore[no-untyped-call]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def get_image_features(
-        self, pixel_values: Tensor, text_embeds: Tensor | None = None, **options: Any
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        text_embeds: Tensor | None = None,
+        **options: Any,
     ) -> Any:
         """Features of images, as those of `CLIPModel`, with the names of their tasks as `tasks`.
 
         Embeddings of candidate labels help to route where the class names of tasks are known.
         """
         whole = super().get_image_features
+        options["interpolate_pos_encoding"] = interpolate_pos_encoding
         return self.router(pixel_values, whole, text_embeds=text_embeds, **options)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hf_tsv.checkpoints.fit import check_fit
-from hf_tsv.checkpoints.formats.routing import AGAIN, Routing, class_embeddings
+from hf_tsv.checkpoints.formats.routing import Routing, class_embeddings
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.sources import Access, Sources, open_sources
@@ -152,11 +152,7 @@ def _classes(
     """Embeddings of class names by task, for a model that embeds texts."""
     if not isinstance(model, RoutedCLIPModel):
         return {}
-    found = class_embeddings(pinned, routing)
-    for name, embeddings in found.items():
-        if embeddings.shape[1] != model.config.projection_dim:
-            problem = f"{pinned}: the embeddings of the classes of {name} are of another model."
-            raise CheckpointError(problem, AGAIN)
+    found = class_embeddings(pinned, routing, model.config.projection_dim)
     return {name: normalize(embeddings.float(), dim=-1) for name, embeddings in found.items()}
 
 

@@ -292,6 +292,7 @@ def _report(
     base, inputs = run.sources.base, run.sources.inputs
     merged, whole = planned.plan.shards.total_bytes, _checkpoints_bytes(base, inputs)
     total = merged + _beside(routing, sizes)
+    embedding = 2 * merged if any(task.classes for task in routing.tasks) else 0  # it is loaded
     return RouteReport(
         output=None if run.target.output is None else str(run.target.output),
         base_model=pinned_entry(base),
@@ -305,7 +306,7 @@ def _report(
         seconds=0.0,
         warnings=list(planned.warnings) if done is None else done.warnings,
         download_bytes=run.download_bytes,
-        peak_memory_bytes=planned.peak_memory(run.sources),
+        peak_memory_bytes=max(planned.peak_memory(run.sources), embedding),
         timings={} if done is None else done.findings.seconds.rounded(),
         device=None if done is None else done.device.type,
         url=run.url,

@@ -130,9 +130,9 @@ def test_evaluate_uses_the_classes(routed: Path, tmp_path: Path) -> None:
     pipe = hf_tsv.pipeline(Z, routed, progress=False)
     original = type(pipe.model.router).route
 
-    def noting(self: Any, pixel_values: Any, text_embeds: Any = None) -> Any:
+    def noting(self: Any, pixel_values: Any, text_embeds: Any = None, **options: Any) -> Any:
         seen.append(text_embeds)
-        return original(self, pixel_values, text_embeds)
+        return original(self, pixel_values, text_embeds, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(pipe.model.router), "route", noting)
@@ -169,14 +169,16 @@ def test_names_from_a_text_file_and_a_dataset(tasks: Path, tmp_path: Path) -> No
         ("a=missing.txt", "missing.txt cannot be read"),
         ("a=empty.txt", "is empty or has an empty line"),
         ("a=nowhere/at/all", "cannot be read"),
+        ("", "--template are prompts of class names"),
     ],
 )
 def test_wrong_class_names(tasks: Path, tmp_path: Path, value: str, said: str) -> None:
     (tmp_path / "empty.txt").write_text("")
     name, equals, file = value.partition("=")
     where = f"{tmp_path / file}" if file.endswith(".txt") else file
+    words = ["--classes", f"{name}{equals}{where}"] if value else ["--template", "{}"]
     done = run("route", tasks / "a", tasks / "b", "--base-model", tasks / "base", "-o",
-               tmp_path / "r", "--classes", f"{name}{equals}{where}")  # fmt: skip
+               tmp_path / "r", *words)  # fmt: skip
     assert done.code != 0 and said in done.err, done.err
     assert not (tmp_path / "r").exists()
 

@@ -249,6 +249,16 @@ def test_towers_made_while_nothing_is_recorded_can_be_used_later(routed: Path) -
     assert image.grad is not None
 
 
+def test_images_of_another_size(model: Any) -> None:
+    large = torch.nn.functional.interpolate(clips.patterned(3), 48)
+    with torch.no_grad():
+        found = model.get_image_features(large, True)
+        for i, own in enumerate(found.tasks):
+            tower = model.router.tower(tuple(map(list(SEEDS).index, own)))
+            alone = tower(large[i : i + 1], interpolate_pos_encoding=True)
+            torch.testing.assert_close(found.pooler_output[i], alone.pooler_output[0])
+
+
 def test_a_copy_routes_by_itself(model: Any) -> None:
     images = clips.patterned(4)
     expected, kept = features(model, images), list(model.router.kept)

@@ -113,8 +113,10 @@ def open_routing(pinned: PinnedCheckpoint) -> Routing | None:
     return Routing.from_dict(read_json(pinned.files, ROUTING_FILE, str(pinned)), str(pinned))
 
 
-def class_embeddings(pinned: PinnedCheckpoint, routing: Routing) -> dict[str, Tensor]:
-    """Embeddings of the class names, shape (classes, d), by task; of the tasks that have some.
+def class_embeddings(
+    pinned: PinnedCheckpoint, routing: Routing, width: int | None = None
+) -> dict[str, Tensor]:
+    """Embeddings of the class names, shape (classes, width), by task; of those that have some.
 
     Raises:
         [`CheckpointError`]: the file is missing or damaged, or is not of these classes.
@@ -126,7 +128,8 @@ def class_embeddings(pinned: PinnedCheckpoint, routing: Routing) -> dict[str, Te
     found = {}
     for task in wanted:
         info = infos.get(task.name)
-        if info is None or len(info.shape) != 2 or info.shape[0] != len(task.classes):
+        wide = width or (info.shape[-1] if info and info.shape else 0)
+        if info is None or tuple(info.shape) != (len(task.classes), wide):
             problem = f"{pinned}: {CLASSES_FILE} does not have the classes of {task.name}."
             raise CheckpointError(problem, AGAIN)
         found[task.name] = read_tensor(pinned.files, info, task.name, str(pinned))
