@@ -392,10 +392,12 @@ def test_factors_that_are_finished_are_not_made_again(
     made.clear()
     (waiting,) = (Path(constants.HF_HOME) / "hf-tsv" / "unpushed").glob("*/r/tasks")
     (waiting / "other").mkdir()
+    (waiting / "other" / "tsv_config.json").write_text("{}")
     hf_tsv.route(refs, push_to="me/r", dtype="float16", **more)
     assert made == []
     hf_tsv.route(refs, output=tmp_path / "r", dtype="float16", **more)
     pushed = hub.files("me/r")
+    assert not any(name.startswith("tasks/other") for name in pushed)
     assert not list(waiting.parents[1].glob("*"))
     for path in (tmp_path / "r" / "tasks").rglob("*.safetensors"):
         assert pushed[path.relative_to(tmp_path / "r").as_posix()] == path.read_bytes()
