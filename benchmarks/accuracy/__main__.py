@@ -2,10 +2,11 @@
 
 `python -m benchmarks.accuracy` merges 8, 14 and 20 tasks of three seeds of tiny CLIPs; with
 `--suite lora` eight LoRA fine-tunes of the same base models, with `--suite larger` eight fine-tunes
-of a CLIP of 12 layers; `--suite details` has ranks and variants of TSV-Merge, and compression. It
-trains models and runs methods unless their results exist, and writes JSON, Markdown and pictures
-into `benchmarks/accuracy/results/`. Everything is kept in `.accuracy/`, so that a stopped run
-resumes. All of it takes some hours on two cores.
+of a CLIP of 12 layers; `--suite details` has ranks and variants of TSV-Merge, and compression;
+`--suite routing` has models that route their images, beside the best merges. It trains models and
+runs methods unless their results exist, and writes JSON, Markdown and pictures into
+`benchmarks/accuracy/results/`. Everything is kept in `.accuracy/`, so that a stopped run resumes.
+All of it takes some hours on two cores.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import comparisons, details
-from benchmarks.accuracy.runs import METHODS, Seed, detail_runs
+from benchmarks.accuracy import choices, comparisons, details
+from benchmarks.accuracy.runs import METHODS, Seed
 from benchmarks.accuracy.scores import Found, row, spread, table
 from benchmarks.accuracy.suites import SUITES, Suite
 
@@ -34,6 +34,9 @@ ROWS = {
     "fine-tuned": "fine-tuned, one model a task",
 }
 
+
+OWN: dict[str, Any] = {"details": details, "routing": choices}
+"""Modules with the reports of suites that have one of their own."""
 
 ORDER = (
     ("average", "task-arithmetic"),
@@ -72,8 +75,8 @@ def summary(suite: Suite, seeds: Sequence[Seed]) -> Found:
         "seeds": [seed.number for seed in seeds],
         "recipe": suite.recipe(),
     }
-    if suite.runs is detail_runs:
-        return found | details.found(kept, seeds, counts)
+    if suite.name in OWN:
+        return found | OWN[suite.name].found(kept, seeds, counts)
     return found | {
         "methods": {str(count): _methods(kept, seeds, count) for count in counts},
         "comparisons": comparisons.found(kept, seeds, counts),
@@ -83,12 +86,6 @@ def summary(suite: Suite, seeds: Sequence[Seed]) -> Found:
 
 def _missing() -> Any:
     raise SystemExit("Not everything has been run.")
-
-
-def _methods(kept: Sequence[Found], seeds: Sequence[Seed], count: int) -> Found:
-    always = ("base", "fine-tuned")
-    names = [n for n in ROWS if n in always or all(f"{n}-{count}" in run for run in kept)]
-    return {name: row(kept, seeds, count, name) for name in names}
 
 
 def _methods(kept: Sequence[Found], seeds: Sequence[Seed], count: int) -> Found:
@@ -121,10 +118,14 @@ def write(found: Found, folder: Path = FOLDER) -> None:
     (folder / f"{name}.md").write_text(markdown(found), encoding="utf-8")
     if "alphas" in found:
         pictures(found, folder / f"{_file(found, 'alphas')}.svg")
+    if found["suite"] == "routing":
+        choices.picture(found, folder / choices.PICTURE)
 
 
 def _file(found: Found, kind: str) -> str:
     """Name of a file, without its ending; those of other suites than `tiny` are called so."""
+    if found["suite"] == "routing":
+        return "routing"
     return kind if found["suite"] == "tiny" else f"{kind}-{found['suite']}"
 
 
@@ -172,7 +173,7 @@ def markdown(found: Found) -> str:
         " without their labels. Mean ± standard deviation over the seeds. These are not the models"
         " of the paper, and its numbers are not to be compared with these: only the order of"
         " methods is.",
-        *(_sections(found) if "methods" in found else details.sections(found)),
+        *(OWN[found["suite"]].sections(found) if found["suite"] in OWN else _sections(found)),
     ]
     return "\n\n".join(parts) + "\n"
 

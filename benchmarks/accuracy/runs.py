@@ -321,14 +321,19 @@ def detail_runs(seed: Seed, counts: Sequence[int]) -> Runs:
 def _begun(seed: Seed) -> tuple[Runs, Callable[..., None]]:
     """Runs with the references alone, and a function that adds one."""
     runs: Runs = {"references": lambda: references(seed)}
+    return runs, adding(runs, seed)
+
+
+def adding(runs: Runs, seed: Seed) -> Callable[..., None]:
+    """Make a function that adds a run of some tasks of a seed."""
 
     def add(name: str, count: int, measure: Callable[..., Any], *arguments: object) -> None:
         runs[f"{name}-{count}"] = lambda: measure(seed, count, *arguments)
 
-    return runs, add
+    return add
 
 
 def clear(seed: Seed) -> None:
     """Remove the models that runs have left."""
-    for name in ("merged", "factors"):
+    for name in ("merged", "factors", "routed"):
         shutil.rmtree(seed.results / name, ignore_errors=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.routing import routing_runs
 from benchmarks.accuracy.runs import MORE_ALPHAS, Runs, Seed, core_runs, detail_runs, method_runs
 from benchmarks.prepared import bars, prepared_adapters, prepared_larger, trained
 
@@ -107,6 +108,10 @@ SUITES = {
         Suite(
             "details", "Tiny CLIPs, trained from scratch on rendered images and on scikit-learn's.",
             (8, 14, 20), (0, 1), tiny, tiny_recipe, detail_runs,
+        ),
+        Suite(
+            "routing", "Tiny CLIPs, trained from scratch on rendered images and on scikit-learn's.",
+            (8, 14, 20), (0, 1, 2), tiny, tiny_recipe, routing_runs,
         ),
         Suite(
             "lora", "LoRA fine-tunes of the tiny CLIPs, on the images of the whole fine-tunes.",
