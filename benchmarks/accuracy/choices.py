@@ -19,6 +19,7 @@ ROWS = {
     "images": "best merge with validation images",
     "routed-nearest": "routed, nearest task only (`--max-tasks 1`)",
     "routed": "**routed**",
+    "routed-classes": "routed, with class names (`--classes`)",
     "routed-own": "each task by its own factors",
     "fine-tuned": "fine-tuned, one model a task",
 }
@@ -27,7 +28,7 @@ ROWS = {
 BEST = {"alone": ("tsv-default", "average", *ALONE), "images": (*METHODS, *stepped(), "ada")}
 """Merges among which the best one of each seed is taken, by its accuracy on test images."""
 
-ROUTED = ("routed-nearest", "routed")
+ROUTED = ("routed-nearest", "routed", "routed-classes")
 PAIRS = 10
 """Number of pairs of tasks in the table of confusions."""
 

@@ -6,16 +6,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.accuracy import ablation
 from benchmarks.accuracy.routed import TEMPLATES, Images, images_of, made, opened
 from benchmarks.accuracy.runs import Accuracies, Runs, Seed, adding, method_runs
+from hf_tsv.evaluation import zero_shot
 
 ROUTED: dict[str, tuple[object, ...]] = {"routed-nearest": ("--max-tasks", 1), "routed": ()}
 """Options of `hf-tsv route` by the name of their runs."""
 
 MOST_TOWERS = 2000
 """Towers of sets of tasks that are kept, of 2.5 MB each."""
+
+
+def with_classes(seed: Seed, count: int) -> dict[str, Any]:
+    """Results as those of [`routed`] of a model that knows the names of the tasks' classes."""
+    options: list[object] = ["--template", TEMPLATES[0]]
+    for task in seed.tasks[:count]:
+        options += ["--classes", f"{task}={seed.images / f'{task}-validation.parquet'}"]
+    return routed(seed, count, *options)
 
 
 def routed(seed: Seed, count: int, *options: object) -> dict[str, Any]:
@@ -36,8 +46,9 @@ def routed(seed: Seed, count: int, *options: object) -> dict[str, Any]:
     accuracies, nearest, among, sets = {}, [], [], list[tuple[int, ...]]()
     for place, task in enumerate(tasks):
         images = images_of(seed, task, "test", pipe.image_processor)
-        accuracies[task] = accuracy(pipe, images)
-        route = pipe.model.route(images.pixels)
+        labels = zero_shot.head(pipe.model, pipe.tokenizer, images.classes, TEMPLATES)
+        accuracies[task] = accuracy(pipe, labels, images)
+        route = pipe.model.route(images.pixels, labels)
         first = torch.bincount(route.scores.argmax(dim=1), minlength=count)
         nearest.append((first / first.sum()).tolist())
         among.append(sum(place in own for own in route.chosen) / len(route.chosen))
@@ -52,13 +63,12 @@ def routed(seed: Seed, count: int, *options: object) -> dict[str, Any]:
     }
 
 
-def accuracy(pipe: Any, images: Images) -> float:
-    """Zero-shot accuracy of a pipeline's model, 0 to 1."""
-    from hf_tsv.evaluation import zero_shot
-
-    head = zero_shot.head(pipe.model, pipe.tokenizer, images.classes, TEMPLATES)
-    predicted = zero_shot.classify(pipe.model, head, images.pixels).tolist()
-    return sum(a == b for a, b in zip(predicted, images.labels, strict=True)) / len(predicted)
+def accuracy(pipe: Any, labels: Tensor, images: Images) -> float:
+    """Zero-shot accuracy of a pipeline's model, 0 to 1, with directions of the labels."""
+    predicted, _ = zero_shot.classify(pipe.model, labels, images.pixels)
+    return sum(a == b for a, b in zip(predicted.tolist(), images.labels, strict=True)) / len(
+        predicted
+    )
 
 
 def own_factors(seed: Seed, count: int) -> dict[str, Accuracies]:
@@ -80,6 +90,7 @@ def routing_runs(seed: Seed, counts: Sequence[int]) -> Runs:
     for count in counts:
         for name, options in ROUTED.items():
             add(name, count, routed, *options)
+        add("routed-classes", count, with_classes)
         add("routed-own", count, own_factors)
     for count in {min(counts), max(counts)}:
         add("routing-layers", count, ablation.compare_layers)
