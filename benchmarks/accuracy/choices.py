@@ -151,7 +151,10 @@ def sections(content: Found) -> list[str]:
         table(["images of", "nearest to", "share"], _pairs(content)),
         "## Layers and tokens",
         "Validation images whose own task is the nearest one, in per cent; in brackets among the"
-        " nearest three. One line differs from the default in one thing.",
+        " nearest three. The default is the class token of the base model's tower, at the queries,"
+        " fc1 and fc2 of the upper two thirds of the blocks. Each row differs from it in one thing;"
+        " single layers are those of the default, and the last fc1 is at three quarters of the"
+        " depth.",
         table(["", *(f"{count} tasks" for count in content["layers"])], _by_layers(content)),
         "## Sets of tasks",
         f"Normalised accuracy on validation images, {counts[0]} tasks; in brackets the mean number"
@@ -166,18 +169,14 @@ def _cells(content: Found, name: str) -> list[str]:
 
 
 def _names(content: Found) -> list[list[str]]:
-    """Names of the best merges of each seed, with their normalised accuracy."""
-    return [
-        [f"{count} tasks, {'α = 1' if kind == 'alone' else 'with images'}", *cells]
-        for count, rows in content["accuracy"].items()
-        for kind in BEST
-        for cells in [
-            [
-                f"{_title(name)} {value:.1f}"
-                for name, value in zip(rows[kind]["names"], rows[kind]["normalised"], strict=True)
-            ]
-        ]
-    ]
+    """Rows of the best merges of each seed, with their normalised accuracy."""
+    rows = []
+    for count, found_rows in content["accuracy"].items():
+        for kind, said in (("alone", "α = 1"), ("images", "with images")):
+            best = zip(found_rows[kind]["names"], found_rows[kind]["normalised"], strict=True)
+            cells = [f"{_title(name)} {value:.1f}" for name, value in best]
+            rows.append([f"{count} tasks, {said}", *cells])
+    return rows
 
 
 def _title(name: str) -> str:
