@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import public_names
@@ -310,8 +311,41 @@ def test_published_and_measured_numbers_are_those_of_the_files() -> None:
     found = [float(n) for n in re.findall(r"(?<!\()\b(\d+\.\d+)%", published)]
     assert found == list(pictures.published().values())
     found = [float(n) for n in re.findall(r"(?<!\()\b(\d+\.\d+)%", measured)]
-    assert found == [round(value, 1) for value in pictures.measured()]
+    *merges, fine_tuned = (round(value, 1) for value in pictures.measured())
+    assert found == [*merges, round(mean(routing()["8"]["routed"]["accuracy"]), 1), fine_tuned]
     assert (DOCS / "results.svg").read_text("utf-8") == pictures.picture()
+
+
+def routing() -> dict[str, Any]:
+    """Results of routing, by number of tasks and row."""
+    text = (ROOT / "benchmarks/accuracy/results/routing.json").read_text("utf-8")
+    found: dict[str, Any] = json.loads(text)["accuracy"]
+    return found
+
+
+def test_the_table_of_routing_is_that_of_the_benchmark() -> None:
+    page, readme = (DOCS / "routing.md").read_text("utf-8"), (ROOT / "README.md").read_text("utf-8")
+    titles = {
+        "tsv-default": "TSV-Merge, α = 1", "alone": "best merge of each seed, without images",
+        "images": "best merge of each seed, with validation images", "routed": "**routed**",
+        "routed-nearest": "routed, nearest task only", "routed-own": "each task by its own factors",
+        "routed-classes": "routed, with class names",
+    }  # fmt: skip
+    for name, title in titles.items():
+        (line,) = (x for x in page.splitlines() if x.startswith(f"| {title}"))
+        rows = [routing()[count][name]["normalised"] for count in ("8", "14", "20")]
+        expected = [f"{mean(row):.1f} ± {stdev(row):.1f}" for row in rows]
+        assert re.findall(r"\d+\.\d ± \d+\.\d", line) == expected
+    least = min(
+        one - max(pair)
+        for rows in routing().values()
+        for one, *pair in zip(
+            *(rows[kind]["normalised"] for kind in ("routed", "alone", "images")), strict=True
+        )
+    )
+    assert f"{least:.1f} points or more above them" in page
+    for count in ("8", "20"):
+        assert f"{mean(routing()[count]['routed-classes']['normalised']):.1f}%" in readme
 
 
 def test_the_measured_table_is_that_of_the_benchmark() -> None:
