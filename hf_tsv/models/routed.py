@@ -24,8 +24,8 @@ from hf_tsv.routing.rule import Rule
 from hf_tsv.routing.scores import Route
 from hf_tsv.system.errors import UsageError
 
-MAX_TOWERS = 8
-"""Towers that are kept by default; for CLIP ViT-B/32 in float32 each takes 350 MB."""
+MAX_TOWERS, MAX_BYTES = 8, 4_000_000_000
+"""Towers that are kept by default, and their bytes; one of ViT-B/32 in float32 has 350 MB."""
 
 SIZED = ("interpolate_pos_encoding",)
 """Options of a tower without which it refuses images of another size."""
@@ -90,7 +90,8 @@ class Router(nn.Module):
         super().__init__()
         self.names, self.rule = tuple(names), rule
         self.first = first.requires_grad_(False).eval()
-        self._merged, self._max_towers = merged, MAX_TOWERS
+        size = sum(weight.numel() * weight.element_size() for weight in first.parameters())
+        self._merged, self._max_towers = merged, max(1, min(MAX_TOWERS, MAX_BYTES // size))
         self._towers = OrderedDict[tuple[int, ...], ImageTower]()
         self._lock = threading.RLock()
         for i, vectors in enumerate(directions):

@@ -233,6 +233,15 @@ def test_the_cache_holds_the_towers_used_last(routed: Path) -> None:
         router.max_towers = 0
 
 
+def test_towers_that_are_kept_have_a_number_of_bytes_too(
+    routed: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(weight.nbytes for weight in model.router.first.parameters())
+    for most, count in ((10 * size, 8), (3 * size - 1, 2), (size - 1, 1)):
+        monkeypatch.setattr("hf_tsv.models.routed.MAX_BYTES", most)
+        assert hf_tsv.load_model(routed, progress=False).router.max_towers == count
+
+
 def test_a_model_that_is_moved_to_another_type_routes_alike(routed: Path, model: Any) -> None:
     images = clips.patterned(5)
     double = hf_tsv.load_model(routed, dtype="float32", progress=False).to(torch.float64)
