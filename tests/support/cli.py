@@ -135,7 +135,8 @@ def _own_loggers(err: io.TextIOWrapper) -> Iterator[None]:
             handler.setStream(stream)
         for log, handlers, level, propagate in before:
             log.handlers, log.propagate = handlers, propagate
-            log.setLevel(level)
+            if log.level != level:  # to set it empties the caches of all loggers
+                log.setLevel(level)
 
 
 @contextmanager
