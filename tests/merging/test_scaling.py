@@ -155,19 +155,19 @@ def merge(folder: Path, output: str, tasks: str = "abc", **options: Any) -> byte
 ALL = [name for name, row in METHODS.items() if not row.learns]
 
 
-@pytest.mark.parametrize("factor", [2.0, -0.5, 0.0])
+@pytest.mark.parametrize(
+    ("square", "tall", "bias"), [(2.0, -0.5, 0.0), (0.0, 2.0, -0.5)], ids=["first", "second"]
+)
 @pytest.mark.parametrize("method", ALL)
 def test_a_scaled_task_is_merged_as_the_fine_tune_with_that_update(
-    odd: Path, method: str, factor: float
+    odd: Path, method: str, square: float, tall: float, bias: float
 ) -> None:
     """Also by methods that look at all weights before the first is merged."""
     base = of(odd / "base")
-    tuned = {
-        n: base[n] + (factor if n.startswith("first.") else 1) * (w - base[n])
-        for n, w in of(odd / "b").items()
-    }
+    factors = {"first.square.weight": square, "first.tall.weight": tall, "first.bias": bias}
+    tuned = {n: base[n] + factors.get(n, 1.0) * (w - base[n]) for n, w in of(odd / "b").items()}
     save(odd / "scaled" / "b", tuned)
-    scale = {"b:first.*": factor}
+    scale = {f"b:{name}": factor for name, factor in factors.items()}
     assert merge(odd, "out", method=method, scale=scale) != merge(odd, "plain", method=method)
     tasks = [odd / "a", odd / "scaled" / "b", odd / "c"]
     merged(odd, odd / "expected", tasks, method=method)

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("vision", {}), ("full", {}),
-     ("full", {"scale": {"*.mlp.*": 0.5, "full:*": 0.5}, "keep_base": "*.layers.0.*"})],
+    [("vision", {}), ("full", {"scale": {"*.mlp.*": 0.5, "full:*": 0.5},
+                               "keep_base": "*.layers.0.*"})],
 )  # fmt: skip
 def test_every_alpha_scores_as_its_own_merge_does(
     zoo: Path, pets: Path, tmp_path: Path, kind: str, options: Any
@@ -112,22 +113,26 @@ GRID = {"method": ["tsv", "task-arithmetic"], "alphas": (4.0, 40.0), "slopes": (
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"layer_scale": "lines"}, {"qkv": "fused", "scale": {"vision_model.*.mlp.*": 0.5}}],
+    ("options", "merged"),
+    [({}, range(8)), ({"layer_scale": "lines"}, (1, 2, 4, 7)),
+     ({"qkv": "fused", "scale": {"vision_model.*.mlp.*": 0.5}}, (1, 2, 4, 7))],
     ids=["plain", "lines", "fused"],
-)
+)  # fmt: skip
 def test_every_trial_scores_as_its_own_merge_does(
-    zoo: Path, pets: Path, tmp_path: Path, options: Any
+    zoo: Path, pets: Path, tmp_path: Path, options: Any, merged: Sequence[int]
 ) -> None:
-    """`full` changes both towers, whose last block counts 1.75 times with the slope."""
+    """`full` changes both towers, whose last block counts 1.75 times with the slope.
+
+    All eight trials, or four in which every two values of method, slope and α meet.
+    """
     common: Any = {"base_model": zoo / "base", "progress": False, **options}
     found = hf_tsv.tune([zoo / "full", zoo / "flat"], {"pets": str(pets)}, **GRID, **common,
                         output=tmp_path / "m")  # fmt: skip
     assert found.tuning is not None
     task = hf_tsv.EvaluationTask("pets", str(pets), split="validation")
     trials, expected = found.tuning["trials"], []
-    for i, trial in enumerate(trials):
-        scale = dict(options.get("scale", {}))
+    for i in merged:
+        trial, scale = trials[i], dict(options.get("scale", {}))
         if slope := trial["slope"]:
             scale |= {f"*.layers.{n}.*": f for n, f in enumerate((1 - slope, 1 + slope))}
         own = {**common, "scale": scale, "output": tmp_path / str(i)}
@@ -138,8 +143,9 @@ def test_every_trial_scores_as_its_own_merge_does(
     points = [(t["method"], t["slope"], t["alpha"]) for t in trials]
     grid = [(m, s, a) for m in GRID["method"] for s in GRID["slopes"] for a in GRID["alphas"]]
     assert points == grid and len(set(expected)) > 2
-    assert [t["accuracies"]["pets"] for t in trials] == pytest.approx(expected, abs=1e-12)
-    best = trials[expected.index(max(expected))]
+    scores = [t["accuracies"]["pets"] for t in trials]
+    assert [scores[i] for i in merged] == pytest.approx(expected, abs=1e-12)
+    best = trials[scores.index(max(scores))]
     assert [found.tuning[n] for n in ("method", "alpha", "slope")] == [
         best[n] for n in ("method", "alpha", "slope")
     ]
@@ -406,6 +412,10 @@ def test_a_dry_run_counts_trials_and_merges(zoo: Path, pets: Path, tmp_path: Pat
 @pytest.fixture
 def stops(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts of `heads` and `images`; with `at`, the search is interrupted at that many heads."""
+    return counted(monkeypatch)
+
+
+def counted(patch: pytest.MonkeyPatch) -> dict[str, int]:
     seen = {"heads": 0, "images": 0}
     head, classify = zero_shot.head, zero_shot.classify
 
@@ -419,8 +429,8 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         seen["images"] += len(pixels)
         return classify(model, directions, pixels)
 
-    monkeypatch.setattr(zero_shot, "head", counted_head)
-    monkeypatch.setattr(zero_shot, "classify", counted_images)
+    patch.setattr(zero_shot, "head", counted_head)
+    patch.setattr(zero_shot, "classify", counted_images)
     return seen
 
 
@@ -453,23 +463,32 @@ def test_a_search_that_stopped_goes_on_with_the_next_task_of_a_method(
     ).read_bytes()
 
 
+@pytest.fixture(scope="module")
+def interrupted(zoo: Path, pets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a search keeps that stopped before the last of four results."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        counted(patch)["at"] = 3
+        searched(zoo, pets, folder / "m", method="tsv,dc")
+    return folder / ".m.hf-tsv-tasks"
+
+
 @pytest.mark.parametrize(
-    "change",
-    [{"alphas": "4,41"}, {"limit": 5}, {"slopes": "0.5"}, {"weights": [1, 0.5]}, {"rank": 3},
-     {"precision": "exact"}],
+    ("change", "heads"),
+    [({}, 1), *(({name: value}, 4) for name, value in (
+        ("alphas", "4,41"), ("limit", 5), ("slopes", "0.5"), ("weights", [1, 0.5]), ("rank", 3),
+        ("precision", "exact"),
+    ))],
     ids=str,
 )  # fmt: skip
 def test_results_of_another_search_are_not_used(
-    zoo: Path, pets: Path, tmp_path: Path, stops: dict[str, int], change: Any
-) -> None:
+    zoo: Path, pets: Path, tmp_path: Path, stops: dict[str, int], interrupted: Path, change: Any,
+    heads: int,
+) -> None:  # fmt: skip
     """With another grid, images or merge, all is evaluated."""
-    methods = {"method": "tsv,dc"}
-    stops["at"] = 3
-    with pytest.raises(KeyboardInterrupt):
-        searched(zoo, pets, tmp_path / "m", **methods)
-    stops |= {"heads": 0, "at": 99, "images": 0}
-    searched(zoo, pets, tmp_path / "m", **methods, **change)
-    assert stops["heads"] == 4
+    shutil.copy(interrupted, tmp_path)
+    searched(zoo, pets, tmp_path / "m", **{"method": "tsv,dc", **change})
+    assert stops["heads"] == heads
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
