@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -405,6 +406,38 @@ def test_a_server_that_ignores_ranges(hub: Hub) -> None:
     hub.fail("file.txt", ignore_range=True, delay=0.05)
     for expected in (200, 206):
         assert httpx2.get(url, headers={"Range": "bytes=2-4"}).status_code == expected
+
+
+def test_a_listing_as_the_real_client_asks_for_it(hub: Hub, api: HfApi) -> None:
+    card = "---\nbase_model: org/base\npipeline_tag: {}\nlicense: mit\n---\n"
+    for i in range(5):
+        hub.add_repo(f"org/clip-{i}", {"README.md": card.format("image-classification")})
+        hub.repos[f"org/clip-{i}"].downloads = i
+    hub.add_repo("you/other", {"README.md": card.format("feature-extraction")})
+    hub.repos["you/other"].created = "2026-01-01T00:00:00.000Z"
+    hub.add_repo("you/hidden", {"README.md": card.format("feature-extraction")}, private=True)
+    hub.add_repo("me/mine", {"README.md": card.format("feature-extraction")}, private=True)
+    hub.add_repo("org/data", {"README.md": card}, kind="datasets")
+    hub.page_size = 2
+
+    def ids(**asked: Any) -> list[str]:
+        return [info.id for info in api.list_models(filter="base_model:finetune:org/base", **asked)]
+
+    assert sorted(ids()) == sorted([*(f"org/clip-{i}" for i in range(5)), "you/other", "me/mine"])
+    assert len(hub.requests) == 4  # pages
+    assert ids(sort="downloads", limit=3) == ["org/clip-4", "org/clip-3", "org/clip-2"]
+    assert len(hub.requests) == 6
+    assert ids(sort="created_at", limit=1) == ["you/other"] == ids(author="You")
+    assert ids(search="CLIP-3") == ["org/clip-3"]
+    assert sorted(ids(pipeline_tag="feature-extraction")) == ["me/mine", "you/other"]
+    assert list(api.list_models(filter="base_model:adapter:org/base")) == []
+    asked: Any = ["downloads", "lastModified", "tags"]
+    (info,) = api.list_models(filter=["license:mit"], search="clip-4", expand=asked)
+    assert (info.downloads, info.likes, info.pipeline_tag) == (4, None, None)
+    assert info.last_modified is not None and "base_model:finetune:org/base" in (info.tags or [])
+    with pytest.raises(HfHubHTTPError) as error:
+        ids(sort="size")
+    assert status(error) == 400
 
 
 def test_a_fault_may_wait_for_its_turn_and_ends_with_the_hub(hub: Hub) -> None:

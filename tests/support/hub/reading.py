@@ -174,6 +174,39 @@ def resolve(call: Call) -> Response:
     return Response(302, b"", headers)
 
 
+LISTED = ("_id", "id", "modelId", "createdAt", "downloads", "library_name", "likes",
+          "pipeline_tag", "private", "tags")  # fmt: skip
+"""What a listing says of a repository if nothing else is asked for."""
+
+ORDERS = ("createdAt", "downloads", "lastModified", "likes", "trendingScore")
+
+
+@routes("GET", "/api/models")
+def models(call: Call) -> Response:
+    """Repositories with all of the tags asked for, the highest first; `limit` is that of a page."""
+    asked = {name: values[0] for name, values in call.query.items()}
+    order, limit = asked.get("sort", "trendingScore"), asked.get("limit", "1000")
+    if order not in ORDERS or asked.get("direction", "-1") != "-1" or not limit.isdigit():
+        raise HubError(400, "Invalid query: sort, direction or limit")
+    found = []
+    for repo in call.hub.repos.values():
+        mine = call.user is not None and call.user.may_read_private(repo.id)
+        if repo.kind != "models" or (repo.private and not mine):
+            continue
+        info = _info(repo, repo.resolve("main"), blobs=False)
+        if (
+            set(call.query.get("filter", [])) <= {*info["tags"]}
+            and asked.get("author", repo.namespace).lower() == repo.namespace.lower()
+            and asked.get("search", "").lower() in repo.id.lower()
+            and asked.get("pipeline_tag") in (None, info.get("pipeline_tag"))
+        ):
+            found.append(info)
+    found.sort(key=lambda info: info.get(order, 0), reverse=True)
+    wanted = {"_id", "id", *call.query["expand"]} if "expand" in call.query else {*LISTED}
+    listed = [{key: value for key, value in info.items() if key in wanted} for info in found]
+    return call.page(listed, min(int(limit), call.hub.page_size))
+
+
 @routes("GET", "/api/{kind}/{repo}(/revision/{rev})?")
 def repo_info(call: Call) -> Response:
     repo = call.repo()
@@ -193,12 +226,12 @@ def _info(repo: Repo, commit: Commit, *, blobs: bool) -> dict[str, Any]:
         "author": repo.namespace,
         "sha": commit.sha,
         "lastModified": commit.date,
-        "createdAt": next(iter(repo.commits.values())).date,
+        "createdAt": repo.created or next(iter(repo.commits.values())).date,
         "private": repo.private,
         "gated": repo.gated,
         "disabled": False,
-        "downloads": 0,
-        "likes": 0,
+        "downloads": repo.downloads,
+        "likes": repo.likes,
         "tags": cards.tags(card, commit.files),
         "siblings": [_sibling(path, blob, blobs) for path, blob in commit.files.items()],
         "usedStorage": sum(blob.size for blob in repo.lfs.values()),

@@ -74,10 +74,10 @@ class Call:
             raise HubError(404, "No such object")
         return self.hub.repos[self.key]
 
-    def page(self, items: Sequence[Any]) -> Response:
+    def page(self, items: Sequence[Any], size: int | None = None) -> Response:
         """One page of a listing, with a Link header to the next."""
         start = int(self.query.get("cursor", ["0"])[0])
-        stop = start + self.hub.page_size
+        stop = start + (self.hub.page_size if size is None else size)
         headers = {}
         if stop < len(items):
             query = urlencode({**self.query, "cursor": stop}, doseq=True)
