@@ -5,7 +5,8 @@ Example:
     >>> hf_tsv.merge(["org/clip-a", "org/clip-b"], output="merged")  # doctest: +SKIP
     >>> classify = hf_tsv.pipeline("zero-shot-image-classification", "merged")  # doctest: +SKIP
 
-Merging: `merge`, `interference` (what tasks do to one another), `evaluate`, `push`, `inspect`.
+Merging: `merge`, `interference` (what tasks do to one another), `evaluate`, `push`.
+Looking: `find` (fine-tunes on the Hub that can be merged), `inspect`.
 Routing: `route` (one model that finds out which tasks an image belongs to).
 Compressing: `compress` and `export_peft` (LoRA), `reconstruct`, `sweep` (accuracy by rank).
 Loading: `load_model`, `pipeline`, `TaskFactors`, `TaskSwitcher` (several tasks in one model).
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from hf_tsv.verbs.evaluate import evaluate as evaluate
     from hf_tsv.verbs.export_peft import export_peft as export_peft
     from hf_tsv.verbs.factors import TaskFactors as TaskFactors
+    from hf_tsv.verbs.find import FindReport as FindReport
+    from hf_tsv.verbs.find import find as find
     from hf_tsv.verbs.inspect import InspectReport as InspectReport
     from hf_tsv.verbs.inspect import inspect as inspect
     from hf_tsv.verbs.interference import interference as interference
@@ -87,6 +90,7 @@ _PUBLIC = {
     "verbs.evaluate": ["EvaluateReport", "evaluate"],
     "verbs.export_peft": ["export_peft"],
     "verbs.factors": ["TaskFactors"],
+    "verbs.find": ["FindReport", "find"],
     "verbs.inspect": ["InspectReport", "inspect"],
     "verbs.interference": ["interference"],
     "verbs.merge": ["merge"],

@@ -71,7 +71,7 @@ class Sources:
             far = filter(_far, self.all())
             parts = (item.parts(name) for item in far for name in item.tensors)
             return sum(info.nbytes for infos in parts for info in infos)
-        return sum(repo.sizes[name] for repo, name in hub.missing(_wanted(self.all(), [self.base])))
+        return download_bytes(self.all(), companions_of=[self.base])
 
     def waiting_bytes(self) -> int:
         """Memory of what is fetched before it is read."""
@@ -134,6 +134,11 @@ def _wanted(items: Sequence[Task], companions_of: Sequence[Task]) -> list[hub.Wa
     return wanted
 
 
+def download_bytes(items: Sequence[Task], *, companions_of: Sequence[Task] = ()) -> int:
+    """Size of the files of items, and of some's companions, that the cache lacks."""
+    return sum(repo.sizes[name] for repo, name in hub.missing(_wanted(items, companions_of)))
+
+
 def fetched(items: Sequence[Task], *, companions_of: Sequence[Task], visible: bool) -> list[Files]:
     """Files of items on this machine; fetches in parallel, with one bar, what the cache lacks.
 
@@ -192,6 +197,13 @@ def open_sources(
         names = {item: one.names for item, one in said.items() if not one.made_with}
         warnings = base_model.contradicted(names, base_pin, _parents(pinned))
     return Sources(base(), inputs, access, tuple(warnings))
+
+
+def open_beside(pinned: PinnedCheckpoint, base: Checkpoint) -> Task:
+    """Open a fine-tune as [`open_sources`] does, with a base model that is open already."""
+    item = open_task(pinned, lambda: base).completed(base)
+    _refuse_twice([pinned], base.pinned)
+    return item
 
 
 def _alone(pinned: PinnedCheckpoint) -> Task | None:

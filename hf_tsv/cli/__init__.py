@@ -21,6 +21,7 @@ COMMANDS = {  # with the first line of their help: only the command that is call
     "reconstruct": "Rebuild a full checkpoint from task factors and their base model.",
     "push": "Upload an output folder to the Hub as one commit; re-run it to resume.",
     "interference": "Measure how much tasks interfere, layer by layer, before merging.",
+    "find": "Find fine-tunes of a base model on the Hub, and tell which can be merged.",
     "inspect": "Show what a checkpoint, a merge or task factors contain, without a download.",
     "evaluate": "Measure zero-shot accuracy on labelled images.",
     "sweep": "Measure how accuracy falls as fine-tunes keep fewer singular vectors.",

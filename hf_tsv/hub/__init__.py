@@ -5,6 +5,7 @@ The client retries only some of its calls. Here every call is retried, and every
 """
 
 from hf_tsv.hub.downloads import Wanted, download, missing, uncached
+from hf_tsv.hub.listing import Listed, derived
 from hf_tsv.hub.ranges import read_range
 from hf_tsv.hub.snapshots import (
     WEIGHT_SUFFIXES,
@@ -25,7 +26,7 @@ from hf_tsv.hub.uploads import (
 )
 
 __all__ = [
-    "WEIGHT_SUFFIXES", "Names", "Pushed", "RepoSnapshot", "Wanted", "card_dict", "check_repo_id",
-    "conversion", "dataset_commit", "download", "files_to_push", "missing", "push", "push_file",
-    "read_range", "snapshot", "uncached", "writable_repo_id",
+    "WEIGHT_SUFFIXES", "Listed", "Names", "Pushed", "RepoSnapshot", "Wanted", "card_dict",
+    "check_repo_id", "conversion", "dataset_commit", "derived", "download", "files_to_push",
+    "missing", "push", "push_file", "read_range", "snapshot", "uncached", "writable_repo_id",
 ]  # fmt: skip

@@ -13,9 +13,9 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def in_parallel(call: Callable[[S], T], items: Iterable[S]) -> list[T]:
+def in_parallel(call: Callable[[S], T], items: Iterable[S], *, threads: int = THREADS) -> list[T]:
     """Results of `call` on every item, in order; the first failure cancels those not yet begun."""
-    pool = ThreadPoolExecutor(THREADS)
+    pool = ThreadPoolExecutor(threads)
     try:
         return [job.result() for job in [pool.submit(call, item) for item in items]]
     finally:

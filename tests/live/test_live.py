@@ -75,7 +75,9 @@ def place(request: pytest.FixtureRequest, zoo: Path, tmp_path: Path) -> Place:
     hub: Hub = request.getfixturevalue("hub")
     hub.add_repo("org/base", zoo / "base")
     for seed, name in enumerate(("one", "two")):
-        hub.add_repo(f"org/{name}", clips.make_fine_tune(zoo / "base", tmp_path / name, seed))
+        folder = clips.make_fine_tune(zoo / "base", tmp_path / name, seed)
+        (folder / "README.md").write_text(clips.CARD)
+        hub.add_repo(f"org/{name}", folder)
     here = partial(python, live=False)
     return Place(hf_tsv, here, "org/base", "org/base", ("org/one", "org/two"))
 
@@ -98,6 +100,15 @@ def test_weights_are_not_downloaded_for_their_headers(place: Place, tmp_path: Pa
         file for file in (tmp_path / "cache").rglob("*") if file.suffix in (".safetensors", ".bin")
     ]
     assert large == []
+
+
+def test_fine_tunes_of_a_base_model_are_found(place: Place) -> None:
+    for one in place.fine_tunes:
+        author, _, name = one.partition("/")
+        done = place.run("find", place.base, "--author", author, "--search", name, "--json")
+        assert done.code == 0, done.err
+        found = {model["ref"]: model for model in done.json["models"]}
+        assert found[one]["mergeable"] and found[one]["dtypes"] == ["F32"]
 
 
 def test_a_merge_is_planned_from_headers_alone(place: Place, tmp_path: Path) -> None:

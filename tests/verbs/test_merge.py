@@ -496,12 +496,12 @@ def test_importing_the_package_does_not_import_torch() -> None:
 def test_the_exported_names() -> None:
     assert dir(hf_tsv) == [
         "Adaptation", "CheckpointError", "CompressReport", "DataError",
-        "EvaluateReport", "EvaluationTask", "HfTsvError", "InspectReport", "InterferenceReport",
-        "LostProcessError", "MergeReport", "OutputError", "PushReport", "Recipe", "RecipeError",
-        "ReconstructReport", "RepoError", "RouteReport", "Search", "SweepReport", "TaskFactors",
-        "TaskSwitcher", "__version__", "compress", "evaluate", "export_peft", "inspect",
-        "interference", "load_model", "merge", "pipeline", "push", "reconstruct", "route", "sweep",
-        "tune",
+        "EvaluateReport", "EvaluationTask", "FindReport", "HfTsvError", "InspectReport",
+        "InterferenceReport", "LostProcessError", "MergeReport", "OutputError", "PushReport",
+        "Recipe", "RecipeError", "ReconstructReport", "RepoError", "RouteReport", "Search",
+        "SweepReport", "TaskFactors", "TaskSwitcher", "__version__", "compress", "evaluate",
+        "export_peft", "find", "inspect", "interference", "load_model", "merge", "pipeline", "push",
+        "reconstruct", "route", "sweep", "tune",
     ]  # fmt: skip
     assert set(dir(hf_tsv)) - set(hf_tsv.__all__) == {"inspect", "pipeline"}  # names of others
     for name in dir(hf_tsv):
