@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -267,7 +269,7 @@ def test_text_of_repositories_reaches_no_terminal(
 
 
 @pytest.mark.parametrize(
-    "name", ["-o", "../x", "a b/c", "$(id)/x", "a/b@c", "a/b/-o c", "", None, 3]
+    "name", ["-o", "../x", "a b/c", "$(id)/x", "org/full-1@main", "org/full-1/-o c", "", None, 3]
 )
 def test_a_name_that_is_none_is_never_a_word_of_the_command(
     hub: Hub, few: Path, name: object
@@ -277,6 +279,7 @@ def test_a_name_that_is_none_is_never_a_word_of_the_command(
     found = hf_tsv.find("org/base", kinds="finetune", progress=False)
     (model,) = found.models
     assert not model["mergeable"] and model["reason"] and found.mergeable == []
+    assert (model["likes"], model["gated"], model["created"]) == (0, False, "")
 
 
 # What goes wrong meanwhile
@@ -348,9 +351,6 @@ def test_without_a_network(few: Path) -> None:
 
 
 def test_ctrl_c_ends_it_at_once(hub: Hub, few: Path) -> None:
-    import signal
-    import time
-
     hub.fail("model.safetensors", delay=60, times=math.inf, after=2)
     process = fork("find", "org/base", cwd=few)
     limit = time.monotonic() + 60
