@@ -29,7 +29,7 @@ OLD_WEIGHTS = (
     *MARKERS,
     "heads/*.safetensors", "masks/*/mask.safetensors", "masks/*/hf_tsv_mask.json",
     "hf_tsv_routing.json", "hf_tsv_classes.safetensors",
-    "tasks/*/tsv_config.json", "tasks/*/task_factors*.safetensors*",
+    "tasks/*/tsv_config.json", "tasks/*/config.json", "tasks/*/task_factors*.safetensors*",
     "adapter_model.safetensors", "adapter_config.json",
     "interference.json", "interference.png", "compression.png",
 )  # fmt: skip

@@ -113,5 +113,7 @@ def pairs(option: str, form: str, texts: Sequence[str], example: str) -> dict[st
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
             raise UsageError(f"{option}: {text!r} is not {form}.", f"Write {example}.")
+        if name in found:
+            raise UsageError(f"{option}: {name} is given twice.", "Give each task once.")
         found[name] = value
     return found

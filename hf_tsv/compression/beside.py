@@ -11,11 +11,13 @@ from typing import cast
 import torch
 
 from hf_tsv.checkpoints.formats.description import FactorsConfig
+from hf_tsv.checkpoints.formats.factors import open_factors
 from hf_tsv.checkpoints.formats.routing import RoutedTask
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.names import CONFIG_FILE, FACTORS_CONFIG, TASKS_FOLDER
+from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.sources import Sources
-from hf_tsv.checkpoints.storage.files import LocalFiles, read_json
+from hf_tsv.checkpoints.storage.files import LocalFiles
 from hf_tsv.compression.building import compressed, most_bytes
 from hf_tsv.compression.candidates import Compression, candidates_of
 from hf_tsv.recipes.compressing import Options
@@ -65,7 +67,7 @@ def written(
     ours = {task.folder for task in tasks}
     for path in (folder / TASKS_FOLDER).glob("*"):  # of a run with other options
         if path.relative_to(folder).as_posix() not in ours:
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     stored = []
     for task, item in zip(tasks, sources.inputs, strict=True):
         config = item.description
@@ -82,7 +84,10 @@ def _finished(place: Path, item: Task, options: Options) -> FactorsConfig | None
     """Description of the factors of a task that are there already, with the same options."""
     if not (place / FACTORS_CONFIG).exists():
         return None
-    config = FactorsConfig.from_dict(read_json(LocalFiles(place), FACTORS_CONFIG, "."), ".")
+    try:
+        config = open_factors(PinnedCheckpoint(str(place), None, LocalFiles(place), {})).config
+    except CheckpointError:  # it has been damaged since
+        return None
     made = (config.rank_rule, config.factor_dtype) == (options.rule.to_dict(), options.torch_dtype)
     return config if made or item.description is not None else None
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+from transformers import AutoTokenizer
 
+from hf_tsv.checkpoints.formats.routing import MOST_CLASSES
 from hf_tsv.evaluation import data, zero_shot
 from hf_tsv.linalg.choices import AnyDevice
-from hf_tsv.models.building import ZERO_SHOT
-from hf_tsv.models.loading import pipeline
+from hf_tsv.models.building import ZERO_SHOT, understood
+from hf_tsv.models.loading import load_model
 from hf_tsv.recipes.images import EvaluationTask, lines
 from hf_tsv.system.errors import UsageError
 
@@ -38,29 +41,46 @@ def named(
     Raises:
         [`HfTsvError`]: names cannot be read, or there is no such task.
     """
+    if not isinstance(classes, Mapping):
+        raise UsageError("`classes=` are not names by task.", "Give a dict of lists of texts.")
     if unknown := [name for name in classes if name not in tasks]:
-        problem = f"`classes=` has {unknown[0]}, which is no task."
+        problem = f"`classes=` names {unknown[0]}, which is not one of the tasks."
         raise UsageError(problem, f"The tasks are: {', '.join(tasks)}.")
     if templates and not classes:
         problem = "`templates=` are prompts of class names, and there are none."
         raise UsageError(problem, "Give some with `classes=`.")
-    prompts = tuple(templates) or EvaluationTask.templates
-    found = []
-    for task, source in classes.items():
-        if isinstance(source, str | PathLike):
-            place = fspath(source)
-            if place.endswith(TEXT_FILE):
-                own = lines(Path(place))
-            else:
-                data.refuse_not_installed("Reading classes of a dataset")
-                own = data.class_names(EvaluationTask.parse(f"{task}={place}"), token=token)
+    prompts = (templates,) if isinstance(templates, str) else tuple(templates)
+    return [
+        EvaluationTask(
+            name, name, classes=_names(name, source, token),
+            templates=prompts or EvaluationTask.templates,
+        )
+        for name, source in classes.items()
+    ]  # fmt: skip
+
+
+def _names(task: str, source: Source, token: str | None) -> tuple[str, ...]:
+    """Names of the classes of one task, checked."""
+    if isinstance(source, str | PathLike):
+        place = fspath(source)
+        if place.lower().endswith(TEXT_FILE):
+            names = lines(Path(place).expanduser())
         else:
-            own = tuple(source)
-        if not own or not all(isinstance(name, str) and name.strip() for name in own):
-            problem = f"The classes of {task} are not names."
-            raise UsageError(problem, "Give a list of texts, a text file or a dataset.")
-        found.append(EvaluationTask(task, task, classes=own, templates=prompts))
-    return found
+            data.refuse_not_installed("Reading classes of a dataset")
+            names = data.class_names(EvaluationTask.parse(f"{task}={place}"), token=token)
+    else:
+        names = tuple(source) if isinstance(source, list | tuple) else ()
+    if not 0 < len(names) <= MOST_CLASSES or not all(map(_is_name, names)):
+        problem = f"The classes of {task} must be 1 to {MOST_CLASSES:,} texts that are not blank."
+        raise UsageError(problem, "Give a list of texts, a text file (.txt) or a dataset.")
+    return names
+
+
+def _is_name(name: Any) -> bool:
+    """Tell whether something is a text that a file can hold."""
+    if not isinstance(name, str) or not name.strip():
+        return False
+    return name.encode(errors="ignore").decode() == name
 
 
 def embedded(
@@ -74,8 +94,8 @@ def embedded(
         device: where its text tower computes.
         show: whether progress is shown.
     """
-    pipe = pipeline(ZERO_SHOT, folder, device=device, progress=show)
-    heads = {
-        t.name: zero_shot.head(pipe.model, pipe.tokenizer, t.classes, t.templates) for t in tasks
-    }
+    model = load_model(folder, kind=ZERO_SHOT, device=device, progress=show)
+    with understood(folder.name):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    heads = {t.name: zero_shot.head(model, tokenizer, t.classes, t.templates) for t in tasks}
     return {name: head.float().cpu().contiguous() for name, head in heads.items()}

@@ -96,19 +96,14 @@ def load(
     datasets.disable_progress_bars()  # our own bar counts images
     revision = _commit(task, token)
     splits = _splits(task, revision or task.revision, datasets, token)
-    wanted = [task.split] if task.split else [s for s in SPLITS if s in splits] or list(splits)
-    split = wanted[0]
-    if split not in splits:
-        said = f"{task.name}: {task.dataset} has no split {split!r}."
-        raise DataError(said, f"It has {', '.join(splits)}.")
+    split = _split(task, splits)
     rows = splits[split]
     if not len(rows):
         raise DataError(f"{task.name}: the split {split} of {task.dataset} is empty.")
     columns = rows.features
     stored = [name for name, feature in columns.items() if _holds_files(feature)]
-    named = [name for name in LABELS if name in columns][:1]
     image = _column(task, columns, task.image, "image", datasets.Image, stored)
-    label = _column(task, columns, task.label, "label", datasets.ClassLabel, named)
+    label = _label(task, columns, datasets)
     _check_images(task, columns, image, datasets.Image)
     if isinstance(columns[image], datasets.Image) and rows.info.builder_name != LISTED:
         # Rows of a table may name any path or address; those of a folder are what is in it.
@@ -126,6 +121,21 @@ def load(
     return LabelledImages(rows, image, label, classes, split, total, revision, _folder(task), every)
 
 
+def _split(task: EvaluationTask, splits: Mapping[str, Dataset]) -> str:
+    """Name of the split of a task."""
+    wanted = [task.split] if task.split else [s for s in SPLITS if s in splits] or list(splits)
+    if wanted[0] not in splits:
+        said = f"{task.name}: {task.dataset} has no split {wanted[0]!r}."
+        raise DataError(said, f"It has {', '.join(splits)}.")
+    return wanted[0]
+
+
+def _label(task: EvaluationTask, columns: Mapping[str, Any], datasets: Any) -> str:
+    """Name of the column of labels."""
+    named = [name for name in LABELS if name in columns][:1]
+    return _column(task, columns, task.label, "label", datasets.ClassLabel, named)
+
+
 def class_names(task: EvaluationTask, *, token: str | None = None) -> tuple[str, ...]:
     """Names of the classes of a task; without its images, where the dataset describes them."""
     import datasets
@@ -140,7 +150,11 @@ def class_names(task: EvaluationTask, *, token: str | None = None) -> tuple[str,
     named = [f for f in (features or {}).values() if isinstance(f, datasets.ClassLabel)]
     if len(named) == 1 and task.label is None:
         return tuple(named[0].names)
-    return load(task, token=token, labelled=False).classes
+    splits = _splits(task, revision, datasets, token)
+    split = _split(task, splits)
+    label = _label(task, splits[split].features, datasets)
+    labels.check_column(task, splits, split, label)
+    return labels.classes_of(task, splits, split, label)
 
 
 def _folder(task: EvaluationTask) -> Path | None:

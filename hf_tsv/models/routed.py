@@ -172,13 +172,13 @@ class Router(nn.Module):
             some = pixel_values if len(groups) == 1 else pixel_values[rows]
             parts.append(run(pixel_values=some, return_dict=True, **options))
             order += rows
-        found = _in_order(parts, order) if parts else all_tasks(pixel_values=pixel_values)
+        found = _in_order(parts, order)
         found.tasks = route.tasks
         return cast(BaseModelOutputWithPooling, found)
 
     def _evidence(self, text_embeds: Tensor | None) -> Tensor | None:
         """Evidence of candidate labels for the tasks, if there are any."""
-        if text_embeds is None:
+        if text_embeds is None or not len(text_embeds):
             return None
         classes = [getattr(self, f"classes_{i}") for i in range(len(self.names))]
         device = next(self.first.parameters()).device
@@ -237,10 +237,13 @@ class Routed(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def save_pretrained(self, *args: Any, **options: Any) -> None:
         """Refuse to save: the factors are not in the model."""
-        raise UsageError(
-            "A routed model cannot be saved from memory: copy its folder.",
-            "`hf-tsv push` uploads the folder.",
-        )
+        problem = "A routed model cannot be saved from memory: copy its folder."
+        raise UsageError(problem, "`hf-tsv push` uploads the folder.")
+
+    def push_to_hub(self, *args: Any, **options: Any) -> str:  # type: ignore[override]
+        """Refuse to save, before a repository is created."""
+        self.save_pretrained()
+        return ""
 
 
 class RoutedCLIPModel(Routed, CLIPModel):  # type: ignore[no-untyped-call]
@@ -330,10 +333,12 @@ class RoutedCLIPForImageClassification(Routed, CLIPForImageClassification):  # t
         """
         found = self.router(pixel_values, self.vision_model, **options)
         logits = self.classifier(found.last_hidden_state[:, 1:].mean(dim=1))
-        for row, chosen in zip(logits, found.tasks, strict=True):
+        kept = torch.zeros_like(logits, dtype=torch.bool)
+        for row, chosen in enumerate(found.tasks):
             heads = [self.places[name] for name in chosen]
-            best = max(heads, key=lambda own: float(_of(row, own).softmax(dim=0).max()))
-            row[: best.start] = row[best.stop :] = -torch.inf
+            best = max(heads, key=lambda own: _certainty(logits[row], own))
+            kept[row, best.start : best.stop] = True
+        logits = logits.masked_fill(~kept, -torch.inf)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         made = ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=found.hidden_states, attentions=found.attentions
@@ -357,9 +362,9 @@ def stacked(vectors: Sequence[Tensor], most: int) -> Tensor:
     return torch.stack([own[:rank].to(dtype) for own in vectors])
 
 
-def _of(row: Tensor, own: range) -> Tensor:
-    """Logits of the labels of one head, in float32."""
-    return row[own.start : own.stop].float()
+def _certainty(row: Tensor, own: range) -> float:
+    """Largest probability among the labels of one head."""
+    return float(row.detach()[own.start : own.stop].float().softmax(dim=0).max())
 
 
 def _in_order(parts: Sequence[Any], order: Sequence[int]) -> Any:

@@ -14,7 +14,7 @@ from hf_tsv.checkpoints.fit import check_fit
 from hf_tsv.checkpoints.formats.routing import Routing, class_embeddings
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
-from hf_tsv.checkpoints.sources import Access, Sources, open_sources
+from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, Sources, open_sources
 from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.linalg.updates import TaskSingularVectors, default_rank
 from hf_tsv.merging.in_memory import merged_weights
@@ -72,7 +72,8 @@ def routed(
     tower = Found(sources.base, sources.base, first_class)
     first = ImageTower(building.build(tower, model.dtype, model.device))
     directions = _directions(sources, routing)
-    merged = Merging(sources, frozenset(dict(first.named_parameters())))
+    public = replace(sources, access=DEFAULT_ACCESS)  # copies of the model hold no token
+    merged = Merging(public, frozenset(dict(first.named_parameters())))
     classes = _classes(found.item.pinned, routing, model)
     router = Router(routing.names, first, routing.rule, directions, merged, classes)
     model.router = router.to(model.device)

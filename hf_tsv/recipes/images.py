@@ -130,12 +130,12 @@ def lines(file: Path) -> tuple[str, ...]:
         [`UsageError`]: it cannot be read, or has an empty line.
     """
     try:
-        names = file.read_text(encoding="utf-8").splitlines()
+        names = file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{file} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}.",
             "Give a text file with one class name per line.",
         ) from None
-    if not names or not all(name.strip() for name in names):
+    if not all(name.strip() for name in names):
         raise UsageError(f"{file} is empty or has an empty line.", "Write one class name per line.")
     return tuple(name.strip() for name in names)

@@ -21,6 +21,7 @@ KINDS = ("self_attn.q_proj", "mlp.fc1", "mlp.fc2")
 """Layers of a block that take part by default; keys and values have the input of the queries."""
 
 
+LEAST = 1e-6  # temperature with which the scores stay finite
 TEMPERATURE = 0.25
 """Temperature by default, per layer; it and the threshold were chosen on images of tiny CLIPs."""
 
@@ -52,8 +53,9 @@ class Rule:
             check_number(name, getattr(self, name))
             object.__setattr__(self, name, float(getattr(self, name)))
         for name in ("temperature", "label_temperature"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"`{name}=` must be above 0 (got {getattr(self, name):g}).")
+            if not getattr(self, name) >= LEAST:
+                problem = f"`{name}=` must be at least {LEAST:g} (got {getattr(self, name):g})."
+                raise UsageError(problem)
         if not 0 <= self.threshold < 1:
             raise UsageError(f"`threshold=` must be from 0 to below 1 (got {self.threshold:g}).")
         check_counts(max_tasks=self.max_tasks)

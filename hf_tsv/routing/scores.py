@@ -8,6 +8,7 @@ looks at one layer of the merged model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,24 +54,24 @@ def residuals(tokens: Tensor, directions: Tensor) -> Tensor:
 
 
 def label_evidence(labels: Tensor, classes: Sequence[Tensor | None], temperature: float) -> Tensor:
-    """Evidence of candidate labels for the tasks, shape (tasks,): 0 for the best, less for others.
+    """Logarithm of the share of candidate labels that belong to each task, shape (tasks,).
 
-    How well labels fit a task is the mean over them of the cosine to its nearest class. Nothing is
-    held against a task whose classes are not known.
+    A label belongs to tasks by the softmax of the cosines to the nearest class of each. A task
+    whose classes are not known counts as near as the nearest one.
 
     Args:
         labels (`Tensor`): embeddings of candidate labels, shape (labels, d).
         classes (`Sequence[Tensor]`): embeddings of class names by task, each (classes, d), of
             length 1; None where they are not known.
-        temperature (`float`): divides the differences.
+        temperature (`float`): divides the cosines.
     """
     x = torch.nn.functional.normalize(labels.float(), dim=-1)
-    fits = [None if own is None else (x @ own.float().mT).amax(dim=1).mean() for own in classes]
-    known = [fit for fit in fits if fit is not None]
+    known = [(x @ own.float().mT).amax(dim=1) for own in classes if own is not None]
     if not known:
-        return x.new_zeros(len(fits))
-    best = torch.stack(known).max()
-    return torch.stack([best if fit is None else fit for fit in fits]).sub(best) / temperature
+        return x.new_zeros(len(classes))
+    best, near = torch.stack(known).amax(dim=0), iter(known)
+    fits = torch.stack([best if own is None else next(near) for own in classes])
+    return (fits / temperature).log_softmax(dim=0).logsumexp(dim=1) - math.log(len(x))
 
 
 def scores(

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from hf_tsv.checkpoints import companions, layout
 from hf_tsv.checkpoints.formats import heads
 from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin
-from hf_tsv.checkpoints.formats.routing import RoutedTask, Routing, folder_of
+from hf_tsv.checkpoints.formats.routing import CLASSES, RoutedTask, Routing, folder_of
 from hf_tsv.checkpoints.formats.task import Task, distinct_names, pinned_entry
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.names import CLASSES_FILE, RECIPE_FILE, ROUTING_FILE, TASKS_FOLDER
@@ -243,7 +243,8 @@ def _write_classes(
     (folder / CLASSES_FILE).unlink(missing_ok=True)  # of a run that was stopped
     if known:
         embeddings = class_names.embedded(folder, known, device, show=show)
-        save_file(embeddings, folder / CLASSES_FILE)
+        tensors = {f"{name}{CLASSES}": tensor for name, tensor in embeddings.items()}
+        save_file(tensors, folder / CLASSES_FILE)
 
 
 def _describe(

@@ -107,6 +107,8 @@ def test_a_loss_counts_the_labels_of_all_heads(routed: Path) -> None:
         found = model(pixel_values=images, labels=logits.argmax(dim=1))
     expected = torch.nn.functional.cross_entropy(logits, logits.argmax(dim=1))
     torch.testing.assert_close(found.loss, expected)
+    model(pixel_values=images, labels=logits.argmax(dim=1)).loss.backward()
+    assert model.classifier.weight.grad.abs().sum() > 0
 
 
 def test_a_task_without_a_head_and_a_head_by_name_are_refused(

@@ -53,14 +53,14 @@ def pictures(count: int) -> list[Image.Image]:
 
 def test_embeddings_are_those_of_the_prompts(routed: Path) -> None:
     found = load_file(routed / CLASSES_FILE)
-    assert set(found) == set(CLASSES)
+    assert set(found) == {f"{name}.classes" for name in CLASSES}
     pipe = hf_tsv.pipeline(Z, routed, progress=False)
     for name, own in CLASSES.items():
         texts = pipe.tokenizer([f"a {one}." for one in own], padding=True, return_tensors="pt")
         with torch.no_grad():
             embeddings = pipe.model.get_text_features(**texts).pooler_output
         expected = torch.nn.functional.normalize(embeddings, dim=-1)
-        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found[f"{name}.classes"], expected, rtol=0, atol=1e-5)
     said = json.loads((routed / ROUTING_FILE).read_text())["tasks"]
     assert [task.get("classes") for task in said] == [CLASSES["a"], CLASSES["b"], None]
 
@@ -70,13 +70,26 @@ def test_evidence_is_the_equation_in_float64() -> None:
     unit = lambda n: (x := generator.normal(size=(n, 6))) / np.linalg.norm(x, axis=1)[:, None]  # noqa: E731
     labels, classes = generator.normal(size=(4, 6)), [unit(3), None, unit(5)]
     x = labels / np.linalg.norm(labels, axis=1, keepdims=True)
-    fits = [np.nan if own is None else (x @ own.T).max(axis=1).mean() for own in classes]
-    fits[1] = max(fits[0], fits[2])
-    expected = (np.array(fits) - max(fits)) / 0.05
+    near = [None if own is None else (x @ own.T).max(axis=1) for own in classes]
+    best = np.maximum(near[0], near[2])
+    powers = np.exp(np.stack([near[0], best, near[2]]) / 0.05)
+    expected = np.log((powers / powers.sum(axis=0)).mean(axis=1))
     known = [None if own is None else torch.tensor(own) for own in classes]
     found = scores.label_evidence(torch.tensor(labels), known, 0.05)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
     assert scores.label_evidence(torch.tensor(labels), [None, None], 0.05).tolist() == [0, 0]
+
+
+def test_labels_of_two_tasks_leave_the_choice_to_the_image() -> None:
+    """Ten labels of one task and ninety of another: shares of a tenth and nine tenths."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (
+        torch.nn.functional.normalize(torch.randn(n, 64, generator=generator), dim=1)
+        for n in (10, 90, 20)
+    )
+    found = scores.label_evidence(torch.cat([a, b]), [a, b, c], 0.02).exp()
+    torch.testing.assert_close(found, torch.tensor([0.1, 0.9, 0.0]), rtol=0, atol=1e-4)
+    assert scores.label_evidence(a, [a, b, c], 0.02).exp()[0] > 0.999
 
 
 def test_labels_of_one_task_send_images_to_it_or_to_one_without_names(routed: Path) -> None:
@@ -138,7 +151,7 @@ def test_evaluate_uses_the_classes(routed: Path, tmp_path: Path) -> None:
         patch.setattr(type(pipe.model.router), "route", noting)
         hf_tsv.evaluate(routed, {"it": str(data)}, templates=["a {}."], progress=False)
     (embeds,) = seen
-    own = load_file(routed / CLASSES_FILE)["a"]
+    own = load_file(routed / CLASSES_FILE)["a.classes"]
     torch.testing.assert_close(embeds, own, rtol=0, atol=1e-5)
 
 
@@ -164,7 +177,7 @@ def test_names_from_a_text_file_and_a_dataset(tasks: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("x=names.txt", "has x, which is no task"),
+        ("x=names.txt", "names x, which is not one of the tasks"),
         ("a", "is not NAME=FILE"),
         ("a=missing.txt", "missing.txt cannot be read"),
         ("a=empty.txt", "is empty or has an empty line"),
@@ -191,10 +204,47 @@ def test_names_need_a_tokenizer_and_a_text_tower(tasks: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="has no tokenizer"):
         hf_tsv.route(refs, base_model=base, output=tmp_path / "r", classes={"a": ["x"]},
                      progress=False)  # fmt: skip
-    with pytest.raises(HfTsvError, match="are not names"):
-        hf_tsv.route(refs, base_model=tasks / "base", output=tmp_path / "r",
-                     classes={"a": ["x", " "]}, progress=False)  # fmt: skip
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"a": ["x", " "]}, "must be 1 to 100,000 texts"), ({"a": []}, "must be 1 to"),
+        ({"a": 5}, "must be 1 to"), ({"a": {"x", "y"}}, "must be 1 to"),
+        ({"a": ["\ud800"]}, "must be 1 to"), ({"a": ["x"] * 100_001}, "must be 1 to"),
+        (["a"], "not names by task"),
+    ],
+)  # fmt: skip
+def test_what_are_no_class_names(tasks: Path, tmp_path: Path, names: Any, said: str) -> None:
+    with pytest.raises(HfTsvError, match=said):
+        hf_tsv.route([tasks / "a", tasks / "b"], base_model=tasks / "base",
+                     output=tmp_path / "r", classes=names, progress=False)  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_need_no_image_processor_and_no_images(tasks: Path, tmp_path: Path) -> None:
+    import datasets
+
+    base = copied(tasks / "base", tmp_path / "base")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (base / name).unlink(missing_ok=True)
+    rows = datasets.Dataset.from_dict({"label": ["dog", "cat", "dog"]})
+    rows.to_parquet(tmp_path / "labels.parquet")
+    (tmp_path / "b.TXT").write_bytes(b"\xef\xbb\xbfzebra\r\nbus\n")
+    named = {"a": str(tmp_path / "labels.parquet"), "b": tmp_path / "b.TXT"}
+    hf_tsv.route([tasks / "a", tasks / "b"], base_model=base, output=tmp_path / "r",
+                 classes=named, templates="a {}.", progress=False)  # fmt: skip
+    said = json.loads((tmp_path / "r" / ROUTING_FILE).read_text())["tasks"]
+    assert [task["classes"] for task in said] == [["cat", "dog"], ["zebra", "bus"]]
+
+
+def test_a_task_may_have_any_name(tasks: Path, tmp_path: Path) -> None:
+    odd = copied(tasks / "b", tmp_path / "__metadata__")
+    hf_tsv.route([tasks / "a", odd], base_model=tasks / "base", output=tmp_path / "r",
+                 classes={"__metadata__": ["x"]}, progress=False)  # fmt: skip
+    model = hf_tsv.load_model(tmp_path / "r", base_model=tasks / "base", progress=False)
+    assert model.router.classes_1.shape[0] == 1
 
 
 @pytest.mark.parametrize("classes", [[], [1], ["x", ""], "cat", {}])
@@ -213,7 +263,9 @@ def test_embeddings_that_do_not_fit_are_refused(routed: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=CLASSES_FILE):
         hf_tsv.load_model(folder, progress=False)
     found = load_file(routed / CLASSES_FILE)
-    for wrong in ({"b": found["b"]}, {**found, "a": found["b"]}, {**found, "a": found["a"][:, :5]}):
+    a, b = found["a.classes"], found["b.classes"]
+    for own in ({}, {"a.classes": b}, {"a.classes": a[:, :5]}, {"a": a}):
+        wrong = {"b.classes": b, **own}
         save_file({name: t.clone() for name, t in wrong.items()}, folder / CLASSES_FILE)
         with pytest.raises(CheckpointError, match="classes of a"):
             hf_tsv.load_model(folder, progress=False)

@@ -279,9 +279,27 @@ def test_a_copy_routes_by_itself(model: Any) -> None:
 
 
 def test_a_routed_model_is_saved_as_its_folder(model: Any, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="copy its folder"):
-        model.save_pretrained(tmp_path / "saved")
+    for call in (lambda: model.save_pretrained(tmp_path / "saved"), lambda: model.push_to_hub("x")):
+        with pytest.raises(UsageError, match="copy its folder"):
+            call()
     assert not (tmp_path / "saved").exists()
+
+
+def test_a_copy_holds_no_token(routed: Path) -> None:
+    secret = "hf_not_to_be_seen"
+    model = hf_tsv.load_model(routed, token=secret, progress=False)
+    assert secret.encode() not in pickle.dumps(model)
+
+
+def test_a_loaded_model_goes_with_the_process_anywhere(
+    routed: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = clips.patterned(6)
+    monkeypatch.chdir(routed.parent)
+    here = hf_tsv.load_model(routed.name, progress=False)
+    monkeypatch.chdir("/")
+    for one in (here, copy.deepcopy(here)):
+        torch.testing.assert_close(features(one, images), features(model, images))
 
 
 def test_the_same_command_gives_the_same_bytes(
@@ -399,8 +417,17 @@ def test_factors_that_are_finished_are_not_made_again(
             hf_tsv.route(refs, push_to="me/r", dtype=dtype, **more)
         assert made == [dtype] * count
     made.clear()
+    hub.fail("/commit/", 403)
+    (waiting,) = (Path(constants.HF_HOME) / "hf-tsv" / "unpushed").glob("*/r/tasks")
+    weights = waiting / "full" / "task_factors.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(HfTsvError, match="complete in"):
+        hf_tsv.route(refs, push_to="me/r", dtype="float16", **more)
+    assert made == ["float16"]  # what has been damaged
+    made.clear()
     (waiting,) = (Path(constants.HF_HOME) / "hf-tsv" / "unpushed").glob("*/r/tasks")
     (waiting / "other").mkdir()
+    (waiting / ".DS_Store").write_bytes(b"0")
     (waiting / "other" / "tsv_config.json").write_text("{}")
     hf_tsv.route(refs, push_to="me/r", dtype="float16", **more)
     assert made == []
@@ -471,7 +498,7 @@ def test_the_command(world_of_tasks: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--temperature", "0"], "--temperature must be above 0"),
+        (["--temperature", "0"], "--temperature must be at least 1e-06"),
         (["--threshold", "1"], "--threshold must be from 0 to below 1"),
         (["--max-tasks", "0"], "--max-tasks must be at least 1"),
         (["--layer", "7.mlp.fc1"], "matches none of"),

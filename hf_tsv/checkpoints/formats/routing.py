@@ -26,6 +26,9 @@ from hf_tsv.system.version import __version__
 
 FORMAT = "hf-tsv routing"
 FORMAT_VERSION = 1
+CLASSES = ".classes"
+"""End of the names of tensors that hold embeddings of class names, after that of the task."""
+
 MOST_TASKS, MOST_LAYERS, MOST_CLASSES, LONGEST_NAME = 1000, 10_000, 100_000, 200
 NAME = re.compile(r"[\w-][\w.-]*")
 AGAIN = "Download it again, or make it again with `hf-tsv route`."
@@ -127,7 +130,7 @@ def class_embeddings(
     infos = read_header(pinned.files, CLASSES_FILE, str(pinned))
     found = {}
     for task in wanted:
-        info = infos.get(task.name)
+        info = infos.get(f"{task.name}{CLASSES}")
         wide = width or (info.shape[-1] if info and info.shape else 0)
         if info is None or tuple(info.shape) != (len(task.classes), wide):
             problem = f"{pinned}: {CLASSES_FILE} does not have the classes of {task.name}."

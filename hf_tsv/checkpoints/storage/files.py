@@ -78,13 +78,14 @@ class LocalFiles(Files):
 
     def __init__(self, root: Path) -> None:
         self.root = self.folder = root
+        self._place = root.absolute()  # wherever the process goes
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._descriptors)
 
     def __reduce__(self) -> tuple[type[LocalFiles], tuple[Path]]:
         """A copy opens its files itself."""
-        return LocalFiles, (self.root,)
+        return LocalFiles, (self._place,)
 
     def within(self, subfolder: str) -> LocalFiles:
         return LocalFiles(self.root / subfolder)
@@ -147,7 +148,7 @@ class LocalFiles(Files):
         with self._lock:
             if name not in self._descriptors:
                 try:
-                    self._descriptors[name] = os.open(self.root / name, os.O_RDONLY)
+                    self._descriptors[name] = os.open(self._place / name, os.O_RDONLY)
                 except OSError as error:
                     raise _lost(self.root / name, error) from None
             return self._descriptors[name]
