@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.accuracy.comparisons import title
 from benchmarks.accuracy.runs import ALONE, METHODS, Seed, stepped
@@ -49,7 +50,9 @@ def found(kept: Sequence[Found], seeds: Sequence[Seed], counts: Sequence[int]) -
         "tasks": list(seeds[0].tasks[: max(counts)]),
         "accuracy": {str(count): _rows(kept, seeds, count) for count in counts},
         "choice": {str(count): _choices(kept, count) for count in counts},
-        "confusion": {str(count): _confusion(kept, count) for count in counts},
+        "confusion": {str(count): _confusion(kept, count).mean(axis=0).round(3).tolist()
+                      for count in counts},
+        "pairs": _pairs(_confusion(kept, max(counts)), seeds[0].tasks),
         "layers": {count: _layers([run[f"routing-layers-{count}"] for run in kept])
                    for count in ends},
         "sets": _sets([run[f"routing-sets-{min(counts)}"] for run in kept]),
@@ -94,11 +97,21 @@ def _choices(kept: Sequence[Found], count: int) -> Found:
     }
 
 
-def _confusion(kept: Sequence[Found], count: int) -> list[list[float]]:
-    """Share of the images of each task that are nearest to each, mean over the seeds."""
-    matrices = [run[f"routed-{count}"]["nearest"] for run in kept]
-    mean: list[list[float]] = (100 * np.mean(matrices, axis=0)).round(3).tolist()
-    return mean
+def _confusion(kept: Sequence[Found], count: int) -> NDArray[np.float64]:
+    """Share of the images of each task that are nearest to each, shape (seeds, tasks, tasks)."""
+    return 100 * np.array([run[f"routed-{count}"]["nearest"] for run in kept])
+
+
+def _pairs(confusion: NDArray[np.float64], tasks: Sequence[str]) -> list[Found]:
+    """Pairs of tasks that are confused most in the mean over the seeds, with the shares of each."""
+    mean = confusion.mean(axis=0)
+    np.fill_diagonal(mean, 0)
+    order = np.argsort(-mean, axis=None, kind="stable")[:PAIRS]
+    places = zip(*np.unravel_index(order, mean.shape), strict=True)
+    return [
+        {"images": tasks[i], "nearest": tasks[j], "shares": confusion[:, i, j].round(3).tolist()}
+        for i, j in places
+    ]
 
 
 def _layers(runs: Sequence[Found]) -> Found:
@@ -145,10 +158,14 @@ def sections(content: Found) -> list[str]:
         table(head, _chosen(content)),
         f"## Confusion among {counts[-1]} tasks",
         "Test images whose nearest task is another one, in per cent of the images of their task,"
-        " mean over the seeds.",
+        " mean over the seeds; the numbers in the picture are the images whose own task is the"
+        " nearest.",
         f"![Share of the images of each task that are nearest to another]({PICTURE})",
         f"The {PAIRS} pairs most confused:",
-        table(["images of", "nearest to", "share"], _pairs(content)),
+        table(
+            ["images of", "nearest to", "mean", *seeds],
+            ([p["images"], p["nearest"], *_shares(p["shares"])] for p in content["pairs"]),
+        ),
         "## Layers and tokens",
         "Validation images whose own task is the nearest one, in per cent; in brackets among the"
         " nearest three. The default is the class token of the base model's tower, at the queries,"
@@ -211,14 +228,9 @@ def _chosen(content: Found) -> list[list[str]]:
     ]
 
 
-def _pairs(content: Found) -> list[list[str]]:
-    """Rows of the pairs of tasks that are confused most."""
-    shares = np.array(list(content["confusion"].values())[-1])
-    np.fill_diagonal(shares, 0)
-    order = np.argsort(-shares, axis=None, kind="stable")[:PAIRS]
-    names = content["tasks"]
-    places = zip(*np.unravel_index(order, shares.shape), strict=True)
-    return [[names[i], names[j], f"{shares[i, j]:.1f} %"] for i, j in places]
+def _shares(values: Sequence[float]) -> list[str]:
+    """Mean over the seeds, and the share of each."""
+    return [f"{value:.1f}" for value in (statistics.mean(values), *values)]
 
 
 def _by_layers(content: Found) -> list[list[str]]:
