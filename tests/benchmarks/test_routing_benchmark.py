@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import clips
-import labelled
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.accuracy import ablation, choices, results
@@ -23,21 +23,50 @@ from hf_tsv.routing import scores
 
 TASKS = ("a", "b", "c")
 COUNTS = (2, 3)
+IMAGES = 60
 SUITE = replace(SUITES["routing"], counts=COUNTS)
 
 
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory: pytest.TempPathFactory) -> Seed:
-    """Three fine-tunes of a tiny CLIP, with images of three colours for each."""
+    """Three fine-tunes of a tiny CLIP, with images for each, whose labels are random."""
     models = tmp_path_factory.mktemp("models")
     clips.make_base(models / "base")
-    (models / "images").mkdir()
     for number, task in enumerate(TASKS):
-        clips.make_fine_tune(models / "base", models / task, number + 1)
+        make_fine_tune(models / "base", models / task, number)
         for split, first in (("test", 0), ("validation", 50)):
-            file = models / "images" / f"{task}-{split}.parquet"
-            file.write_bytes(labelled.parquet(models, 24, seed=100 * number + first))
+            write_images(models / "images" / f"{task}-{split}.parquet", 100 * number + first)
     return Seed(0, models, models / "images", models / "results", TASKS)
+
+
+def make_fine_tune(base: Path, folder: Path, seed: int) -> None:
+    """Change the vision tower so much that it classifies otherwise."""
+    from transformers import CLIPModel
+
+    model = clips.load(CLIPModel, base)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.vision_model.parameters():
+        weight.data += 0.3 * weight.std() * torch.randn(weight.shape, generator=generator)
+    clips.save(model, folder)
+
+
+def write_images(file: Path, seed: int) -> None:
+    """Write images that differ in colour and pattern, so that they belong to several tasks."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    rng = np.random.default_rng(seed)
+    parts = [np.kron(rng.normal(size=(IMAGES, n, n, 3)), np.ones((1, 32 // n, 32 // n, 1)))
+             for n in (1, 4, 32)]  # fmt: skip
+    pixels = np.clip(128 + 60 * sum(parts), 0, 255).astype(np.uint8)
+    names = datasets.ClassLabel(names=["cat", "dog", "emu"])
+    rows = {
+        "image": list(map(Image.fromarray, pixels)),
+        "label": rng.integers(0, 3, IMAGES).tolist(),
+    }
+    features = datasets.Features({"image": datasets.Image(), "label": names})
+    file.parent.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
 
 
 def route_of(seed: Seed, folder: Path, split: str) -> Any:
@@ -49,12 +78,12 @@ def route_of(seed: Seed, folder: Path, split: str) -> Any:
 def test_a_run_tells_where_test_images_are_sent(seed: Seed) -> None:
     found = routed(seed, 3)
     folder = seed.results / "routed"
-    route, own = route_of(seed, folder, "test"), [i // 24 for i in range(72)]
+    route, own = route_of(seed, folder, "test"), [i // IMAGES for i in range(3 * IMAGES)]
     nearest = np.zeros((3, 3))
-    np.add.at(nearest, (own, route.scores.argmax(dim=1).tolist()), 1 / 24)
+    np.add.at(nearest, (own, route.scores.argmax(dim=1).tolist()), 1 / IMAGES)
     np.testing.assert_allclose(found["nearest"], nearest, atol=1e-6)
     among = [task in chosen for task, chosen in zip(own, route.chosen, strict=True)]
-    assert found["among"] == pytest.approx(np.reshape(among, (3, 24)).mean(axis=1).tolist())
+    assert found["among"] == pytest.approx(np.reshape(among, (3, IMAGES)).mean(axis=1).tolist())
     assert found["sets"] == len(set(route.chosen))
     assert found["chosen"] == pytest.approx(np.mean([len(c) for c in route.chosen]))
     assert found["accuracies"] == seed.accuracies(folder, TASKS)
@@ -67,16 +96,17 @@ def test_a_run_tells_where_test_images_are_sent(seed: Seed) -> None:
 
 
 def test_a_task_alone_is_measured_on_its_factors(seed: Seed) -> None:
-    found = own_factors(seed, 2)["accuracies"]
-    factors = seed.results / "routed" / "tasks" / "b"
-    assert found.keys() == {"a", "b"} and found["b"] == seed.accuracies(factors, ["b"])["b"]
+    found = own_factors(seed, 3)["accuracies"]
+    folders = {task: seed.results / "routed" / "tasks" / task for task in TASKS}
+    assert found == {t: seed.accuracies(folder, [t])[t] for t, folder in folders.items()}
+    assert found != seed.accuracies(seed.results / "routed", TASKS)
 
 
 def test_the_layers_by_default_are_compared_as_a_routed_model_compares_them(seed: Seed) -> None:
     found = ablation.compare_layers(seed, 3)
     folder, _ = made(seed, TASKS)
     route = route_of(seed, folder, "validation")
-    own = torch.arange(3).repeat_interleave(24)
+    own = torch.arange(3).repeat_interleave(IMAGES)
     right = (route.scores.argmax(dim=1) == own).float().mean().item()
     assert found["default"] == {"nearest": pytest.approx(right), "three": 1}
     assert found["only queries"].keys() == {"nearest", "three"} and len(found) > 12
@@ -125,6 +155,8 @@ def test_sets_are_measured_as_a_routed_model_classifies(seed: Seed) -> None:
     own = ablation.fine_tuned(seed, TASKS)
     expected = np.mean([found[t]["accuracy"] / own[i] for i, t in enumerate(TASKS)])
     assert one["normalised"] == pytest.approx(expected)
+    sent = [len(own) for own in route_of(seed, folder, "validation").chosen]
+    assert one["chosen"] == pytest.approx(np.mean(sent)) and {1, 2} == set(sent)
 
 
 def kept(rng: np.random.Generator, name: str) -> Any:
