@@ -33,9 +33,6 @@ ROUTED = ("routed-nearest", "routed", "routed-classes")
 PAIRS = 10
 """Number of pairs of tasks in the table of confusions."""
 
-DEFAULT = (0.25, 0.15)
-"""Temperature per layer and threshold by default."""
-
 
 def found(kept: Sequence[Found], seeds: Sequence[Seed], counts: Sequence[int]) -> Found:
     """Summary of routing, in per cent.
@@ -175,7 +172,7 @@ def sections(content: Found) -> list[str]:
         table(["", *(f"{count} tasks" for count in content["layers"])], _by_layers(content)),
         "## Sets of tasks",
         f"Normalised accuracy on validation images, {counts[0]} tasks; in brackets the mean number"
-        " of tasks of an image. The temperature is that per layer.",
+        " of tasks of an image. The temperature is that per layer; the default is 3, 0.15, 0.25.",
         table(["tasks at most", "threshold", "temperature", *seeds, "mean"], _by_sets(content)),
     ]
 
@@ -242,20 +239,19 @@ def _by_layers(content: Found) -> list[list[str]]:
 
 
 def _by_sets(content: Found) -> list[list[str]]:
-    """Rows by most tasks and threshold, at the default temperature, and by temperature."""
+    """Rows by most tasks, threshold and temperature; one for the nearest task alone."""
     rows = []
-    for one in content["sets"]:
-        single = one["max_tasks"] == 1
-        if single and (one["temperature"], one["threshold"]) != DEFAULT:
-            continue  # the nearest task, whatever the numbers are
-        if DEFAULT[0] != one["temperature"] and DEFAULT[1] != one["threshold"]:
-            continue
-        said = ["any", "any"] if single else [f"{one[k]:g}" for k in ("threshold", "temperature")]
+    keys = ("max_tasks", "threshold", "temperature")
+    for one in sorted(content["sets"], key=lambda one: [one[key] for key in keys]):
+        said = [f"{one[key]:g}" for key in keys]
+        if said[0] == "1":
+            if rows:
+                continue  # the nearest task, whatever the numbers are
+            said = ["1", "any", "any"]
         pairs = zip(one["normalised"], one["chosen"], strict=True)
         cells = [f"{value:.1f} ({chosen:.2f})" for value, chosen in pairs]
-        mean = f"{statistics.mean(one['normalised']):.1f}"
-        rows.append([str(one["max_tasks"]), *said, *cells, mean])
-    return sorted(rows, key=lambda cells: (cells[0], cells[2] != f"{DEFAULT[0]:g}"))
+        rows.append([*said, *cells, f"{statistics.mean(one['normalised']):.1f}"])
+    return rows
 
 
 # Picture

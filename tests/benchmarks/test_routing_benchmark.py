@@ -245,4 +245,4 @@ def test_the_report_of_routing_is_written(seeds: list[Seed], tmp_path: Path) -> 
     text = (tmp_path / "out" / "routing.md").read_text()
     assert "--suite routing" in text and "50.0 ± 0.0 (75.0 ± 0.0)" in text
     lines = [line for line in text.splitlines() if line.startswith(("| 1 |", "| 2 |", "| 3 |"))]
-    assert len(lines) == 1 + 2 * 5  # the nearest task; by threshold and by temperature
+    assert len(lines) == 1 + 2 * 9  # the nearest task; by threshold and temperature
