@@ -22,6 +22,10 @@ EIGH = 9.0
 """Factor of n³ in the operations of a full symmetric eigendecomposition. Leading pairs take 4/3 n³
 at a third of the speed of a matrix product, hence 4 n³ in `operations`."""
 
+SLACK = 1.12
+"""Memory of a process over that of its tensors: blocks that the allocator keeps, stacks of threads.
+Measured: up to 1.10, by `python -m benchmarks.speed.methods`."""
+
 NOTED, NOTED_PAIR = 8_000, 64
 """Bytes held per weight for the whole run (header entry, plan, finding, line of the report), and
 per pair of tasks in it. Measured: 7,700 with two tasks."""
@@ -74,7 +78,7 @@ def peak_memory(
         if parallelism.ahead and i + 1 < len(weights):
             now += int(largest * (1 + LITTLE)) + most_read
         peak = max(peak, now)
-    return peak
+    return int(peak * SLACK)
 
 
 def noted_bytes(weights: Sequence[Weight]) -> int:
