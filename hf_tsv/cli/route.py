@@ -41,9 +41,9 @@ class RuleOptions:
     max_tasks: Annotated[int, "N", "Most tasks of an image."] = Rule.max_tasks
     classes: Annotated[
         list[str] | None,
-        "NAME=FILE",
-        "Class names of a task: a text file (.txt), one a line, or a dataset; repeatable. Candidate"
-        " labels of zero-shot requests then help to choose.",
+        "NAME=FILE|DATASET",
+        "Class names of a task: a text file (.txt), one a line, or a dataset, which is read;"
+        " repeatable. Candidate labels of zero-shot requests then help to choose.",
     ] = None
     template: Annotated[
         list[str] | None,
@@ -103,13 +103,20 @@ def _summary(report: RouteReport) -> str:
     named = _with_classes(report)
     lines = [
         f"{counted(len(report.tasks), 'task')} in one model, in {report.seconds:.1f} s:"
-        f" {human_bytes(report.output_bytes)}, {report.ratio:.1%} of as many checkpoints.",
+        f" {_size(report)}, {report.ratio:.1%} of the size of the checkpoints.",
         f"Images are compared at {counted(len(report.rule['layers']), 'layer')}"
         + (f", candidate labels with the class names of {named}." if named else "."),
     ]
     if report.output:
         lines.append(f"Test it: `hf-tsv evaluate {shown(report.output)} --task NAME=DATASET`")
     return "\n".join(lines)
+
+
+def _size(report: RouteReport) -> str:
+    """Bytes of the folder, and of the factors that stay elsewhere."""
+    far = report.elsewhere_bytes
+    own = human_bytes(report.output_bytes)
+    return f"{own} and {human_bytes(far)} of factors elsewhere" if far else own
 
 
 def _with_classes(report: RouteReport) -> str:
@@ -135,7 +142,7 @@ def _preview(report: RouteReport) -> str:
             *([("class names", named)] if (named := _with_classes(report)) else []),
             ("threshold", f"{rule['threshold']:g}, at most {counted(rule['max_tasks'], 'task')}"),
             ("merge", human_bytes(report.merged_bytes)),
-            ("output", f"{human_bytes(report.output_bytes)} at most"),
+            ("output", f"{_size(report)} at most"),
             *([("folder", report.output)] if report.output else []),
             ("download", human_bytes(report.download_bytes)),
             ("peak memory", f"about {human_bytes(report.peak_memory_bytes)} beside the libraries"),

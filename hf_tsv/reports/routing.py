@@ -28,8 +28,9 @@ class RouteReport(Report):
             `label_temperature`.
         merged_bytes (`int`): size of the merged checkpoint's weights.
         output_bytes (`int`): size of those and of the factors in folders.
+        elsewhere_bytes (`int`): size of the factors that are not copied.
         checkpoints_bytes (`int`): size of as many whole checkpoints.
-        ratio (`float`): the second last over the last.
+        ratio (`float`): the two before over the last.
         seconds, warnings, download_bytes, peak_memory_bytes, timings, device, url, dry_run: as in
             [`MergeReport`].
     """
@@ -41,6 +42,7 @@ class RouteReport(Report):
     rule: dict[str, Any]
     merged_bytes: int
     output_bytes: int
+    elsewhere_bytes: int
     checkpoints_bytes: int
     ratio: float
     seconds: float
@@ -69,7 +71,9 @@ class RoutedCard(Card):
     full_model: bool
     merged_bytes: int
     output_bytes: int
+    elsewhere_bytes: int
     checkpoints_bytes: int
+    classifiers: bool
     dtypes: Sequence[str]
     warnings: Sequence[str] = ()
 
@@ -95,7 +99,7 @@ class RoutedCard(Card):
     @property
     def ratio(self) -> float:
         """Size as a share of that of the checkpoints."""
-        return self.output_bytes / self.checkpoints_bytes
+        return (self.output_bytes + self.elsewhere_bytes) / self.checkpoints_bytes
 
     @property
     def label_tasks(self) -> Sequence[str]:

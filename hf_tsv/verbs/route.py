@@ -254,19 +254,20 @@ def _describe(
     (folder / RECIPE_FILE).write_text(recipe_of(done).to_yaml(), encoding="utf-8")
     base, inputs = done.sources.base, done.sources.inputs
     dtypes = {str(config.factor_dtype).removeprefix("torch.") for config in stored}
-    sizes = {
-        task.name: _told(task, config.factors_bytes)
-        for task, config in zip(routing.tasks, stored, strict=True)
+    own = {
+        task.name: config.factors_bytes for task, config in zip(routing.tasks, stored, strict=True)
     }
-    merged = done.merge.plan.shards.total_bytes
+    merged, beside_bytes = done.merge.plan.shards.total_bytes, _beside(routing, own)
     card = RoutedCard(
         base=cards.CardInput.of(Origin.of(base.pinned), card=base.pinned.card),
         inputs=[cards.CardInput.of(Origin.of(i.pinned), card=i.pinned.card) for i in inputs],
-        tasks=sizes,
+        tasks={task.name: _told(task, own[task.name]) for task in routing.tasks},
         rule=routing.rule,
         full_model=layout.is_full_model(base.tensors),
         merged_bytes=merged,
-        output_bytes=merged + _beside(routing, {n: int(t["bytes"]) for n, t in sizes.items()}),
+        output_bytes=merged + beside_bytes,
+        elsewhere_bytes=sum(own.values()) - beside_bytes,
+        classifiers=all(config.task_head for config in stored),
         checkpoints_bytes=_checkpoints_bytes(base, inputs),
         dtypes=sorted(dtypes),
         warnings=list(map(done.published, done.warnings)),
@@ -303,7 +304,8 @@ def _report(
         merged_bytes=merged,
         output_bytes=total,
         checkpoints_bytes=whole,
-        ratio=total / whole,
+        elsewhere_bytes=sum(sizes.values()) - _beside(routing, sizes),
+        ratio=(merged + sum(sizes.values())) / whole,
         seconds=0.0,
         warnings=list(planned.warnings) if done is None else done.warnings,
         download_bytes=run.download_bytes,

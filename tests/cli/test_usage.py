@@ -81,7 +81,7 @@ WRONG = {
     "compress": "",
     "route org/a -o out": "Routing chooses among tasks, and there is 1.",
     "route org/a org/b": "No output given.",
-    "route org/a org/b -o out --temperature 0": "--temperature must be above 0 (got 0).",
+    "route org/a org/b -o out --temperature 0": "--temperature must be at least 1e-06 (got 0).",
     "route org/a org/b -o out --dtype nope": "nope",
     "reconstruct org/a": "No output given.",
     "reconstruct org/a -o out --dtype nope": "nope",

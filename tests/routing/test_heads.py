@@ -82,6 +82,10 @@ def test_the_most_certain_head_of_the_chosen_tasks_answers(routed: Path, tmp_pat
         assert (found.logits[row, others] == -torch.inf).all()
 
 
+def test_the_card_says_that_heads_answer(routed: Path) -> None:
+    assert 'hf_tsv.pipeline("image-classification"' in (routed / "README.md").read_text()
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_answers_of_the_pipeline(routed: Path, batch_size: int) -> None:
     pipe = hf_tsv.pipeline(KIND, routed, progress=False)

@@ -384,6 +384,8 @@ def test_factors_on_the_hub_need_not_be_copied(world: Path, hub: Hub, tmp_path: 
     assert done.tasks["flat"]["folder"] == "tasks/flat"
     lacking = sum(copied_.tasks[name]["bytes"] for name in ("vision", "full"))
     assert done.output_bytes == copied_.output_bytes - lacking
+    assert (done.elsewhere_bytes, copied_.elsewhere_bytes) == (lacking, 0)
+    assert done.ratio == copied_.ratio
     files = hub.files("me/routed")
     assert [n for n in files if n.endswith("tsv_config.json")] == ["tasks/flat/tsv_config.json"]
     said = json.loads(files[ROUTING_FILE])["tasks"]
