@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,16 @@ TASKS = ("a", "b", "c")
 COUNTS = (2, 3)
 IMAGES = 60
 SUITE = replace(SUITES["routing"], counts=COUNTS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _logger() -> Iterator[None]:
+    """Give the logger back as it was: the benchmark's commands run in this process, quietly."""
+    own = logging.getLogger("hf_tsv")
+    before = own.handlers, own.level, own.propagate
+    yield
+    own.handlers, own.propagate = before[0], before[2]
+    own.setLevel(before[1])
 
 
 @pytest.fixture(scope="module")
