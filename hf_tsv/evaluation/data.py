@@ -145,7 +145,7 @@ def class_names(task: EvaluationTask, *, token: str | None = None) -> tuple[str,
     try:
         source, options = _source(task, revision)
         features = datasets.load_dataset_builder(source, token=token, **options).info.features
-    except Exception:  # of several libraries; loading the images says it well
+    except Exception:  # of several libraries; reading its tables says it well
         features = None
     named = [f for f in (features or {}).values() if isinstance(f, datasets.ClassLabel)]
     if len(named) == 1 and task.label is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,8 @@ def route(
             jobs = [beside.job_of(item, sources, options) for item in sources.inputs]
             elsewhere = [reference_factors and _is_elsewhere(item) for item in sources.inputs]
             held = [beside.held(item, job) for item, job in zip(sources.inputs, jobs, strict=True)]
-            rule = Rule(_layers(globs, sources.base, held), **numbers)
-            routing = _routing(sources, rule, elsewhere)
+            ruled = partial(_rule, globs, numbers)
+            routing = _routing(sources, ruled(sources.base, held), elsewhere)
             known = class_names.named(classes or {}, routing.names, templates, token)
             if known:
                 _refuse_no_texts(sources.base)
@@ -154,22 +155,46 @@ def route(
                     needed += max((disk_bytes(job) for job in jobs if job), default=0)
                     run.check_space(work.identity(sources, torch.device("cpu")), needed)
                     with built(run, work, device, group, whole={TASKS_FOLDER}) as (folder, merged):
-                        stored = beside.written(
-                            folder, merged.sources, routing.tasks, options, merged.device,
-                            show=run.show,
-                        )  # fmt: skip
-                        held = [beside.factors_of(config) for config in stored]
-                        rule = Rule(_layers(globs, merged.sources.base, held), **numbers)
-                        routing = replace(routing, rule=rule)
-                        _write_classes(folder, known, merged.device, show=run.show)
-                        written = (config.factors_bytes for config in stored)
-                        sizes = dict(zip(routing.names, written, strict=True))
-                        (folder / ROUTING_FILE).write_text(routing.to_json(), encoding="utf-8")
-                        _describe(folder, merged, routing, stored)
+                        routing, sizes = _completed(
+                            folder, merged, routing, options, ruled, known, show=run.show
+                        )
             done = _report(run, work, merged, routing, sizes)
             done = replace(done, seconds=round(time.monotonic() - started, 3))
             group.dismiss(done)
             return done
+
+
+def _completed(
+    folder: Path,
+    done: Merged,
+    routing: Routing,
+    options: Options,
+    ruled: Callable[[Task, Sequence[set[str]]], Rule],
+    known: Sequence[EvaluationTask],
+    *,
+    show: bool,
+) -> tuple[Routing, dict[str, int]]:
+    """Write what stands beside a merge; return its description, and the bytes of each task.
+
+    The layers are those that are stored as factors, which may be fewer than were planned.
+    """
+    sources, device = done.sources, done.device
+    stored = beside.written(folder, sources, routing.tasks, options, device, show=show)
+    held = [beside.factors_of(config) for config in stored]
+    routing = replace(routing, rule=ruled(sources.base, held))
+    _write_classes(folder, known, device, show=show)
+    (folder / ROUTING_FILE).write_text(routing.to_json(), encoding="utf-8")
+    written = (config.factors_bytes for config in stored)
+    sizes = dict(zip(routing.names, written, strict=True))
+    _describe(folder, done, routing, stored, sizes)
+    return routing, sizes
+
+
+def _rule(
+    globs: Sequence[str], numbers: Mapping[str, Any], base: Task, held: Sequence[set[str]]
+) -> Rule:
+    """Rule with the layers that all tasks have, and the user's numbers."""
+    return Rule(_layers(globs, base, held), **numbers)
 
 
 def _is_elsewhere(item: Task) -> bool:
@@ -248,25 +273,26 @@ def _write_classes(
 
 
 def _describe(
-    folder: Path, done: Merged, routing: Routing, stored: Sequence[FactorsConfig]
+    folder: Path,
+    done: Merged,
+    routing: Routing,
+    stored: Sequence[FactorsConfig],
+    sizes: Mapping[str, int],
 ) -> None:
     """Write recipe and card."""
     (folder / RECIPE_FILE).write_text(recipe_of(done).to_yaml(), encoding="utf-8")
     base, inputs = done.sources.base, done.sources.inputs
     dtypes = {str(config.factor_dtype).removeprefix("torch.") for config in stored}
-    own = {
-        task.name: config.factors_bytes for task, config in zip(routing.tasks, stored, strict=True)
-    }
-    merged, beside_bytes = done.merge.plan.shards.total_bytes, _beside(routing, own)
+    merged, beside_bytes = done.merge.plan.shards.total_bytes, _beside(routing, sizes)
     card = RoutedCard(
         base=cards.CardInput.of(Origin.of(base.pinned), card=base.pinned.card),
         inputs=[cards.CardInput.of(Origin.of(i.pinned), card=i.pinned.card) for i in inputs],
-        tasks={task.name: _told(task, own[task.name]) for task in routing.tasks},
+        tasks={task.name: _told(task, sizes[task.name]) for task in routing.tasks},
         rule=routing.rule,
         full_model=layout.is_full_model(base.tensors),
         merged_bytes=merged,
         output_bytes=merged + beside_bytes,
-        elsewhere_bytes=sum(own.values()) - beside_bytes,
+        elsewhere_bytes=sum(sizes.values()) - beside_bytes,
         classifiers=all(config.task_head for config in stored),
         checkpoints_bytes=_checkpoints_bytes(base, inputs),
         dtypes=sorted(dtypes),

@@ -22,11 +22,9 @@ KIND = "image-classification"
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
-    clips.make_base(folder / "base")
-    for name, seed in SEEDS.items():
-        clips.make_fine_tune(folder / "base", folder / name, seed, "classifier")
-        named(folder / name, LABELS[name])
+    folder = clips.make_tasks(tmp_path_factory.mktemp("tasks"), SEEDS, "classifier")
+    for name, labels in LABELS.items():
+        named(folder / name, labels)
     return folder
 
 

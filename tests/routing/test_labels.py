@@ -28,11 +28,7 @@ Z = "zero-shot-image-classification"
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
-    clips.make_base(folder / "base")
-    for name, seed in SEEDS.items():
-        clips.make_fine_tune(folder / "base", folder / name, seed, "vision")
-    return folder
+    return clips.make_tasks(tmp_path_factory.mktemp("tasks"), SEEDS, "vision")
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,7 @@ Z = "zero-shot-image-classification"
 @pytest.fixture(scope="module")
 def world_of_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model and four full fine-tunes of it."""
-    folder = tmp_path_factory.mktemp("tasks")
-    clips.make_base(folder / "base")
-    for name, seed in SEEDS.items():
-        clips.make_fine_tune(folder / "base", folder / name, seed, "full" if seed % 2 else "vision")
-    return folder
+    return clips.make_tasks(tmp_path_factory.mktemp("tasks"), SEEDS, "full", "vision")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +184,11 @@ def patterned(count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     parts = [torch.randn(count, 3, n, n, generator=generator) for n in (1, 4, 32)]
     return sum(torch.nn.functional.interpolate(part, 32) for part in parts) * 2
+
+
+def make_tasks(folder: Path, seeds: Mapping[str, int], *kinds: str) -> Path:
+    """A base model and fine-tunes of it by name, of these kinds in turn."""
+    make_base(folder / "base")
+    for (name, seed), kind in zip(seeds.items(), cycle(kinds)):
+        make_fine_tune(folder / "base", folder / name, seed, kind)
+    return folder
