@@ -25,6 +25,7 @@ COMMANDS = {  # with the first line of their help: only the command that is call
     "inspect": "Show what a checkpoint, a merge or task factors contain, without a download.",
     "evaluate": "Measure zero-shot accuracy on labelled images.",
     "sweep": "Measure how accuracy falls as fine-tunes keep fewer singular vectors.",
+    "ui": "Find, merge, try and push models on a page in the browser.",
     "env": "Show versions, devices and settings, for a bug report.",
 }
 

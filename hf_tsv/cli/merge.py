@@ -17,7 +17,7 @@ from hf_tsv.linalg.choices import LayerScale, Orthogonalizer, Precision, WudiFil
 from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.recipes.settings import steps_of
 from hf_tsv.system.errors import UsageError
-from hf_tsv.system.text import counted, human_bytes
+from hf_tsv.system.text import counted, human_bytes, rough_time
 
 if TYPE_CHECKING:
     from hf_tsv.reports.merging import MergeReport
@@ -222,12 +222,14 @@ def _preview(report: MergeReport, result: ResultOptions) -> str:
         rows.append(("masks", f"{human_bytes(report.mask_bytes)} at most"))
     rows += [("left out", f"{name}: {', '.join(h)}") for name, h in report.left_out.items()]
     dtype = report.settings["dtype"] or "as the base model"
+    rough = report.expected_seconds and f"{rough_time(report.expected_seconds)} on the CPU"
     rows += [
         ("output", f"{human_bytes(report.output_bytes)}, {dtype}"),
         *([("folder", report.output)] if report.output else []),
         *([("push to", result.target.push_to)] if result.target.push_to else []),
         ("download", human_bytes(report.download_bytes)),
         ("peak memory", f"about {human_bytes(report.peak_memory_bytes)} beside the libraries"),
+        *([("time", rough)] if rough else []),
     ]
     return table(rows)
 

@@ -38,6 +38,8 @@ class MergeReport(Report):
         adaptation (`dict`, *optional*): how the coefficients in `treatments` were learned, and on
             which images; for the method `ada`.
         download_bytes (`int`): fetched from the Hub; what the cache held does not count.
+        expected_seconds (`float`, *optional*): of a dry run: rough time of the computation on this
+            machine's CPU, within a factor of about two.
         exact_decompositions (`int`): that took a full SVD: all with `precision="exact"`, else those
             that failed the check.
         peak_memory_bytes (`int`): estimate, on top of the interpreter and its libraries.
@@ -68,6 +70,7 @@ class MergeReport(Report):
     selected: list[str] = field(default_factory=list)
     tuning: dict[str, Any] | None = None
     adaptation: dict[str, Any] | None = None
+    expected_seconds: float | None = None
     exact_decompositions: int = 0
     timings: dict[str, float] = field(default_factory=dict)
     device: str | None = None

@@ -20,6 +20,9 @@ logger = logging.getLogger("hf_tsv")
 LINE_EVERY, LINE_SHARE, LINE_AFTER = 30.0, 0.1, 10.0
 """A log has a line after so many seconds, or after that share of the work and the last seconds."""
 
+watchers: list[Callable[[Progress], None]] = []
+"""Functions that are called, from any thread, when there is progress and every second."""
+
 _drawn: list[Any] = []
 """Bars on the terminal."""
 
@@ -169,6 +172,8 @@ def bar(
                 drawn.update(progress.share - drawn.n)
             elif line := progress.line():
                 print(line, file=sys.stderr, flush=True)
+            for watcher in watchers:
+                watcher(progress)
 
     def advance(steps: int, description: str | None = None) -> None:
         with lock:

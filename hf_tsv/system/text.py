@@ -57,6 +57,20 @@ def human_bytes(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+def rough_time(seconds: float) -> str:
+    """Time that is only roughly known.
+
+    Example:
+        >>> rough_time(3), rough_time(42), rough_time(200), rough_time(9000)
+        ('a few seconds', 'about 40 s', 'about 3 min', 'about 2.5 h')
+    """
+    if seconds < 10:
+        return "a few seconds"
+    if seconds < 90:
+        return f"about {seconds:.0f} s" if seconds < 20 else f"about {round(seconds, -1):.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
 def printable(text: str) -> str:
     """Text with its control characters escaped, except line breaks."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -31,6 +31,7 @@ from hf_tsv.linalg.choices import (
 )
 from hf_tsv.merging import scaling
 from hf_tsv.merging.building import built, follow
+from hf_tsv.merging.costs import expected_seconds
 from hf_tsv.merging.findings import Findings
 from hf_tsv.merging.masking import mask_bytes, mask_folders, write_masks
 from hf_tsv.merging.work import (
@@ -368,6 +369,7 @@ def _report(run: Run, planned: Merge, done: Merged | None, started: float) -> Me
         adaptation=None if merge.adaptation is None else merge.adaptation.to_dict(),
         download_bytes=run.download_bytes,
         peak_memory_bytes=merge.peak_memory(sources),
+        expected_seconds=expected_seconds(merge.plan.weights) if done is None else None,
         exact_decompositions=findings.exact,
         timings={} if done is None else findings.seconds.rounded(),
         device=None if done is None else done.device.type,

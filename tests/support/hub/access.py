@@ -13,6 +13,7 @@ from .store import HubError, Repo
 class User:
     """The owner of a token, and what that token allows.
 
+    kind: "access_token", or "oauth" for what a Space gets when its user signs in.
     role: "read", "write" or "fineGrained". A fine-grained token allows only what `scoped` lists, in
     the shape of the Hub's whoami, and `global_permissions` (such as "discussion.write"):
     `scoped=[{"entity": {"type": "org", "name": "org", "_id": "1"}, "permissions": ["repo.write"]}]`
@@ -21,6 +22,7 @@ class User:
     name: str
     orgs: Sequence[str] = ()
     role: str = "write"
+    kind: str = "access_token"
     scoped: list[dict[str, Any]] = field(default_factory=list)
     global_permissions: list[str] = field(default_factory=list)
     can_read_gated: bool = True  # fine-grained only
@@ -33,6 +35,7 @@ class User:
                 "global": self.global_permissions,
                 "scoped": self.scoped,
             }
+        access = {"type": "access_token", "accessToken": token}
         return {
             "type": "user",
             "id": f"user-{self.name}",
@@ -42,7 +45,7 @@ class User:
                 {"type": "org", "id": f"org-{name}", "name": name, "roleInOrg": "write"}
                 for name in self.orgs
             ],
-            "auth": {"type": "access_token", "accessToken": token},
+            "auth": {"type": "oauth"} if self.kind == "oauth" else access,
         }
 
     def belongs_to(self, namespace: str) -> bool:

@@ -8,14 +8,18 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import cdn, reading, writing
+from . import cdn, oauth, reading, writing
 from .access import User
 from .routing import dispatch
 from .store import MAIN, Blob, Repo, is_lfs
 from .wire import Fault, Request, Response, Server
 
 Content = bytes | str | Path | None
-ROUTES = {"api": [reading.routes, writing.routes], "cdn": [cdn.routes], "foreign": [cdn.routes]}
+ROUTES = {
+    "api": [oauth.routes, reading.routes, writing.routes],
+    "cdn": [cdn.routes],
+    "foreign": [cdn.routes],
+}
 
 
 class Hub:
@@ -27,6 +31,7 @@ class Hub:
     """
 
     users: dict[str, User]  # token -> user
+    signing_in: str  # token of the one who signs in to a Space
     repos: dict[str, Repo]
     requests: list[Request]
     page_size: int  # entries per page of a listing
@@ -49,6 +54,7 @@ class Hub:
                 "hf_write": User("me", orgs=["org"], role="write"),
                 "hf_read": User("reader", role="read"),
             }
+            self.signing_in = "hf_write"
             self.repos = {}
             self.requests = []
             self.page_size = 1000

@@ -1,0 +1,48 @@
+"""A command whose progress another program reads: `python -m hf_tsv.cli.worker merge …`.
+
+Lines on stderr that begin with `MARK` are progress, as JSON; all else is what the command says
+anyway. The command ends when its standard input does, which is when that program does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from threading import Thread
+
+from hf_tsv.cli import main
+from hf_tsv.system.progress import Progress, watchers
+from hf_tsv.system.text import one_line
+
+MARK = "\x1e"  # ASCII's record separator, which no printable text has
+EVERY = 0.2  # seconds between two lines of progress
+
+_said = 0.0
+
+
+def tell(progress: Progress) -> None:
+    """Write a line of progress, if it is time for one or the work is done."""
+    global _said  # noqa: PLW0603
+    now = time.monotonic()
+    if now - _said >= EVERY or progress.done == progress.steps:
+        _said = now
+        found = {"doing": one_line(progress.description), "share": round(progress.share, 4),
+                 "told": str(progress)}  # fmt: skip
+        sys.stderr.write(f"{MARK}{json.dumps(found)}\n")
+        sys.stderr.flush()
+
+
+def end_with_input() -> None:
+    """Wait for the end of standard input, and end the command as SIGTERM does."""
+    while os.read(0, 1):  # not by sys.stdin, whose lock a thread must not hold at the end
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    watchers.append(tell)
+    Thread(target=end_with_input, name="hf-tsv-input", daemon=True).start()
+    main()

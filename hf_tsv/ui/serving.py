@@ -1,0 +1,134 @@
+"""Servers of the page: one for this machine alone, and one in a Space."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gradio as gr
+from huggingface_hub import constants, get_token, whoami
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hf_tsv.system.errors import OutputError
+from hf_tsv.ui import fragments
+from hf_tsv.ui.desk import FREE_SPACE, Desk, Limits
+from hf_tsv.ui.page import Page
+
+HOST = "127.0.0.1"
+FIRST_PORT, PORTS = 7860, 100
+POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none';"
+    f" img-src 'self' data: blob: {constants.ENDPOINT}; connect-src 'self' {constants.ENDPOINT}"
+)
+"""The page asks this server and the Hub, and no other, whatever stands in it."""
+
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+"""Fonts that are there: the page asks no other server for one."""
+
+
+class ContentPolicy:
+    """Middleware that sends `POLICY` with every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
+            await send(message)
+
+        await self.app(scope, receive, sent)
+
+
+SAFE = Middleware(ContentPolicy)
+LOCAL = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
+"""A page elsewhere whose name is made to mean this machine must not reach the server."""
+
+SERVED: dict[str, Any] = {
+    "theme": THEME, "css": fragments.STYLE, "max_file_size": "20mb", "share": False,
+    "ssr_mode": False, "quiet": True, "footer_links": [], "enable_monitoring": False,
+    "mcp_server": False, "prevent_thread_lock": True,
+}  # fmt: skip
+
+
+def serve(port: int | None, *, max_memory: str | None, stream: bool) -> None:
+    """Serve the page to this machine alone, until Ctrl-C.
+
+    Args:
+        port (`int`, *optional*): default: the first free one from 7860.
+        max_memory (`str`, *optional*): of a merge.
+        stream (`bool`): read weights from the Hub without a copy on disk.
+
+    Raises:
+        [`OutputError`]: the port is not free.
+    """
+    chosen = _free_port(port)
+    limits = Limits(max_memory=max_memory, stream=stream)
+    with _served(limits, _account(), server_name=HOST, server_port=chosen,
+                 app_kwargs={"middleware": [SAFE, LOCAL]}) as address:  # fmt: skip
+        print(f"Open {address} in a browser; Ctrl-C ends it.", file=sys.stderr, flush=True)
+        _wait()
+
+
+def serve_space() -> None:
+    """Serve the page in a Space, until it is stopped."""
+    with _served(FREE_SPACE, None, app_kwargs={"middleware": [SAFE]}):
+        _wait()
+
+
+@contextmanager
+def _served(limits: Limits, account: str | None, **where: Any) -> Iterator[str]:
+    """Serve while the body runs; it gets the address."""
+    desk = Desk(limits)
+    os.environ["GRADIO_TEMP_DIR"] = str(desk.uploads)  # of images
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        page = Page(desk, account)
+        page.blocks.queue(max_size=100, api_open=False)
+        _, address, _ = page.blocks.launch(**SERVED, **where)
+        yield address
+        page.blocks.close(verbose=False)
+    finally:
+        desk.close()
+
+
+def _wait() -> None:
+    while True:
+        time.sleep(3600)
+
+
+def _account() -> str | None:
+    """Name of this machine's account, if it is signed in and the Hub answers."""
+    if get_token() is None:
+        return None
+    try:
+        return str(whoami()["name"])
+    except Exception:  # no connection, or a token that is no longer valid
+        return None
+
+
+def _free_port(port: int | None) -> int:
+    """The port, or the first free one."""
+    choices = range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]
+    for choice in choices:
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                tried.bind((HOST, choice))
+            except (OSError, OverflowError):
+                continue
+            return choice
+    raise OutputError(
+        f"Port {port or FIRST_PORT} cannot be used.", "Give another one: `port=8000`."
+    )

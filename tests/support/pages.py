@@ -1,0 +1,93 @@
+"""The page of `hf-tsv ui` in a process of its own, and a browser that looks at it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hub import oauth
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server: address, process, the folder of its temporary files, and what it says."""
+
+    address: str
+    process: subprocess.Popen[str]
+    temporary: Path
+    said: Path
+
+    def folders(self) -> list[Path]:
+        """Folders and files of visitors that are there now."""
+        return [path for root in self.temporary.glob("hf-tsv-ui-*") for path in root.rglob("*")]
+
+
+@contextmanager
+def served(endpoint: str, folder: Path, *, space: bool, **environment: str) -> Iterator[Served]:
+    """Serve the page while the body runs: `hf-tsv ui`, or the Space with sign-in."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    temporary, home, said = folder / "tmp", folder / "home", folder / "said"
+    for made in (temporary, home):
+        made.mkdir(parents=True)
+    variables = {**os.environ, "HF_ENDPOINT": endpoint, "TMPDIR": str(temporary),
+                 "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}  # fmt: skip
+    words = ["-m", "hf_tsv", "ui", "--port", str(port)]
+    if space:
+        words = [str(ROOT / "space" / "app.py")]
+        variables |= oauth.environment(endpoint)
+        variables |= {"SYSTEM": "spaces", "SPACE_ID": "org/hf-tsv"}
+        variables |= {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
+    with said.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=folder, env={**variables, **environment},
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        try:
+            address = f"http://localhost:{port}"
+            _answers(address, process, said)
+            yield Served(address, process, temporary, said)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
+
+
+def _answers(address: str, process: subprocess.Popen[str], said: Path) -> None:
+    for _ in range(600):
+        assert process.poll() is None, said.read_text()
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(said.read_text())
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Debian's Chromium, without a head."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    assert path is not None, "These tests need Chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=path, args=FLAGS, chromium_sandbox=os.geteuid() != 0
+        )
+        yield started
+        started.close()
