@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated
 
 from hf_tsv.cli import options
@@ -26,12 +27,8 @@ def ui(
     The page is served to this machine alone, and works with the account of `hf auth login`. Ctrl-C
     ends it and removes what was not pushed.
     """
-    try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError:
-        raise OutputError(
-            "The page needs gradio.", 'Install it: pip install "hf-tsv[ui]".'
-        ) from None
+    if find_spec("gradio") is None:
+        raise OutputError("The page needs gradio.", 'Install it: pip install "hf-tsv[ui]".')
     from hf_tsv.ui import serving
 
     serving.serve(port, max_memory=compute.max_memory, stream=access.stream)

@@ -16,6 +16,7 @@ from typing import Any
 
 MARK = "\x1e"  # of a line of progress, see hf_tsv.cli.worker
 KEPT_LINES = 200  # of a log
+FOR_AUTHORS = "shows where it failed."  # end of a hint that is of no use on a page
 PATIENCE = 10.0  # seconds to clean up in
 SECRET = ("TOKEN", "SECRET", "PASSWORD", "KEY")
 """Parts of names of variables that the commands of other people must not see."""
@@ -57,8 +58,7 @@ class Command:
     ) -> None:
         self.log: deque[str] = deque(maxlen=KEPT_LINES)
         self.stopped = self.late = False
-        self._errors: list[str] = []
-        self._hints: list[str] = []
+        self._error = CommandError("The command ended without a word.")
         self._printed = TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-P", "-m", "hf_tsv.cli.worker", *words],
@@ -80,12 +80,14 @@ class Command:
                     continue
                 text = line.rstrip("\n")
                 self.log.append(text)
-                for label, found in (("Error: ", self._errors), ("Hint: ", self._hints)):
-                    if text.startswith(label):
-                        found.append(text.removeprefix(label))
+                if text.startswith("Error: "):
+                    self._error = CommandError(text.removeprefix("Error: "))
+                elif text.startswith("Hint: ") and not text.endswith(FOR_AUTHORS):
+                    self._error.hint = text.removeprefix("Hint: ")
                 yield None
         finally:
             self.stop()
+            self._process.stderr.close()
 
     def result(self) -> dict[str, Any]:
         """JSON that it printed.
@@ -105,8 +107,7 @@ class Command:
         if self.stopped or code in (-15, -9, 143, 130):
             raise CommandError("Stopped.")
         if code:
-            last = self._errors[-1] if self._errors else f"The command ended with code {code}."
-            raise CommandError(last, self._hints[-1] if self._hints else "")
+            raise self._error
         found: dict[str, Any] = json.loads(text)
         return found
 
@@ -135,13 +136,6 @@ class Command:
         """Close its input, which it takes as SIGTERM."""
         if self._process.stdin is not None and not self._process.stdin.closed:
             self._process.stdin.close()
-
-
-def result_of(command: Command | None) -> dict[str, Any]:
-    """Result of a command that has been followed to its end."""
-    if command is None:
-        raise CommandError("Stopped.")
-    return command.result()
 
 
 def environment(token: str | None, home: Path | None) -> dict[str, str]:

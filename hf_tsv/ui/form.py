@@ -10,6 +10,7 @@ from hf_tsv.ui.commands import CommandError
 
 BETWEEN = re.compile(r"[\s,]+")
 ON_HUB = "hf://"
+PATHS = ("/", ".", "~")  # beginnings of paths of the server
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,6 @@ class Form:
 
     def _reference(self, ref: str) -> str:
         """A reference as a command takes it: no option, and of the Hub where only that is meant."""
-        if ref.startswith("-"):
+        if ref.startswith("-") or (self.only_hub and ref.startswith(PATHS)):
             raise CommandError(f"{ref} is no name of a checkpoint.", "Write org/name.")
         return ref if not self.only_hub or ref.startswith(ON_HUB) else f"{ON_HUB}{ref}"

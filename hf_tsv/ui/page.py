@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.system.text import counted, human_bytes
 from hf_tsv.ui import fragments
-from hf_tsv.ui.commands import Command, CommandError, result_of
+from hf_tsv.ui.commands import Command, CommandError
 from hf_tsv.ui.desk import INTERFERENCE, MERGED, Desk, Visitor
 from hf_tsv.ui.form import Form
 from hf_tsv.ui.trying import Trial
@@ -209,14 +209,13 @@ class Page:
     ) -> Iterator[str]:  # fmt: skip
         """Show how much the tasks interfere."""
         try:
-            visitor, form, last = self._visitor(request), self._form(given), None
+            visitor, form = self._visitor(request), self._form(given)
             words = [*form.interference(INTERFERENCE), "--force", *self.desk.limits.words()]
-            for text, command in self._in_turn(
-                visitor, self._person(profile), [*words, "--json"], token
-            ):
-                yield text
-                last = command
-            result_of(last)
+            with self.desk.turns.entered(self._person(profile)) as before:
+                yield from _waited(visitor, before)
+                with self.desk.running(visitor, [*words, "--json"], _of(token)) as command:
+                    yield from _followed(command)
+                    command.result()
             found = visitor.folder / INTERFERENCE / "interference.html"
             yield fragments.page(found.read_text(encoding="utf-8"))
         except CommandError as error:
@@ -226,46 +225,30 @@ class Page:
         self, given: Given, request: gr.Request, token: gr.OAuthToken | None,
         profile: gr.OAuthProfile | None,
     ) -> Iterator[tuple[Any, Any, Any, Any]]:  # fmt: skip
-        """Merge, after a look at what it takes, when it is this person's turn."""
+        """Merge when it is this person's turn, after a look at what it takes."""
         busy = gr.update(interactive=False), gr.update(interactive=True)
         idle = gr.update(interactive=True), gr.update(interactive=False)
-        log = ""
+        log: Any = gr.update()
         try:
             visitor, form = self._visitor(request), self._form(given)
-            person = self._person(profile)
-            yield fragments.state("Reading the headers of the files…"), "", *busy
-            self._dry_run(form, visitor, _of(token))
             words = [*form.merge(MERGED), "--force", *self.desk.limits.words(), "--json"]
-            command = None
-            for text, command in self._in_turn(visitor, person, words, token):
-                log = "\n".join(command.log) if command else ""
-                yield text, log, *busy
-            report = result_of(command)
+            with self.desk.turns.entered(self._person(profile)) as before:
+                for text in _waited(visitor, before):
+                    yield text, "", *busy
+                if self.desk.limits.max_output is not None:
+                    yield fragments.state("Reading the headers of the files…"), "", *busy
+                    self._dry_run(form, visitor, _of(token))
+                with self.desk.running(visitor, words, _of(token)) as command:
+                    for text in _followed(command):
+                        log = "\n".join(command.log)
+                        yield text, log, *busy
+                    report = command.result()
             size, tasks = human_bytes(report["output_bytes"]), len(report["inputs"])
             text = f"Merged {counted(tasks, 'model')} in {report['seconds']:.0f} s: {size}."
             then = "Try it below, and push it: it is removed when this window is closed."
             yield fragments.state(text, then, kind="done"), log, *idle
         except CommandError as error:
-            yield _failed(error), log or gr.update(), *idle
-
-    def _in_turn(
-        self, visitor: Visitor, person: str, words: Sequence[str], token: gr.OAuthToken | None
-    ) -> Iterator[tuple[str, Command | None]]:
-        """State and command, again and again until the command ends."""
-        with self.desk.turns.entered(person) as before:
-            visitor.waiting = True
-            while visitor.waiting and (number := before()):
-                people = counted(number, "merge is", "merges are")
-                yield fragments.state(f"Waiting: {people} before yours."), None
-                time.sleep(0.5)
-            if not visitor.waiting:
-                raise CommandError("Stopped.")
-            with self.desk.running(visitor, words, _of(token)) as command:
-                yield fragments.state("Starting…", share=0.0), command
-                for step in command.followed():
-                    if step is not None:
-                        text = f"{step.doing}: {step.share:.0%}"
-                        yield fragments.state(text, step.told, share=step.share), command
+            yield _failed(error), log, *idle
 
     def _stop(self, request: gr.Request) -> None:
         self.desk.cancel(self._visitor(request))
@@ -304,11 +287,8 @@ class Page:
             if self.desk.limits.public and token is None:
                 raise CommandError("You are not signed in.", "Sign in at the top of the page.")
             words = ["push", MERGED, repo_id.strip(), *(["--private"] if private else [])]
-            yield fragments.state("Uploading…", share=0.0)
             with self.desk.running(visitor, [*words, "--json"], _of(token)) as command:
-                for step in command.followed():
-                    if step is not None:
-                        yield fragments.state(step.doing, step.told, share=step.share)
+                yield from _followed(command)
                 report = command.result()
             text = "Pushed." if report["changed"] else "The repository has all of it already."
             yield fragments.linked(text, _page_of(report))
@@ -338,6 +318,26 @@ class Page:
         method = given[self.method] if given[self.method] in METHODS else "tsv"
         ticked, public = tuple(given[self.ticked]), self.desk.limits.public
         return Form(given[self.base], ticked, given[self.pasted], method, given[self.alpha], public)
+
+
+def _waited(visitor: Visitor, before: Callable[[], int]) -> Iterator[str]:
+    """States of somebody who waits, until nobody is before them."""
+    visitor.waiting = True
+    while visitor.waiting and (number := before()):
+        people = counted(number, "merge is", "merges are")
+        yield fragments.state(f"Waiting: {people} before yours.")
+        time.sleep(0.5)
+    if not visitor.waiting:
+        raise CommandError("Stopped.")
+
+
+def _followed(command: Command) -> Iterator[str]:
+    """States of a command that runs."""
+    yield fragments.state("Starting…", share=0.0)
+    for step in command.followed():
+        if step is not None:
+            text = f"{step.doing}: {step.share:.0%}"
+            yield fragments.state(text, step.told, share=step.share)
 
 
 def _merged(visitor: Visitor) -> Path:

@@ -91,3 +91,40 @@ def chromium() -> Iterator[Any]:
         )
         yield started
         started.close()
+
+
+class Window:
+    """A page in a browser, used by what stands on it."""
+
+    def __init__(self, context: Any, address: str) -> None:
+        self.page = context.new_page()
+        self.page.goto(address)
+        self.page.wait_for_selector("#find")
+
+    def sign_in(self) -> None:
+        """Press the button; the Hub's page agrees at once."""
+        self.page.click("#sign-in")
+        found = "document.querySelector('#sign-in')?.innerText.includes('Logout')"
+        self.page.wait_for_function(found, timeout=30_000)
+
+    def write(self, part: str, text: str) -> None:
+        """Fill in a field."""
+        self.page.fill(f"#{part} textarea, #{part} input", text)
+
+    def press(self, button: str) -> None:
+        self.page.click(f"button#{button}, #{button} button")
+
+    def tick(self, *names: str) -> None:
+        """Tick models of the list."""
+        for name in names:
+            self.page.get_by_text(f"{name} ·").click()
+
+    def said(self, part: str, *, kind: str = "", holding: str = "") -> str:
+        """Wait until a part has a state of that kind, which holds a text, and return the state."""
+        state = f"#{part} .hf-tsv-{kind or 'state'}"
+        found = self.page.locator(state).filter(has_text=holding)
+        found.wait_for(timeout=90_000)
+        return str(found.inner_text())
+
+    def text(self, part: str) -> str:
+        return str(self.page.inner_text(f"#{part}"))
