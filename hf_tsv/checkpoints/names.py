@@ -31,7 +31,7 @@ OLD_WEIGHTS = (
     "hf_tsv_routing.json", "hf_tsv_classes.safetensors",
     "tasks/*/tsv_config.json", "tasks/*/config.json", "tasks/*/task_factors*.safetensors*",
     "adapter_model.safetensors", "adapter_config.json",
-    "interference.json", "interference.png", "compression.png",
+    "interference.json", "interference.png", "compression.png", ".eval_results/hf-tsv-*.yaml",
 )  # fmt: skip
 """Patterns of an earlier upload's files that a new one replaces; all other files stay."""
 

@@ -44,7 +44,11 @@ def evaluate(
         ),
     ] = None,
     target: Annotated[options.TargetOptions, Only("force")],
-    card: Annotated[bool, options.TARGET, "Add the results to the model card of REF."] = False,
+    card: Annotated[
+        bool,
+        options.TARGET,
+        "Add the results to REF: to its card, and to .eval_results, which the Hub shows.",
+    ] = False,
     create_pr: Annotated[bool, options.TARGET, "With --card: as a pull request."] = False,
     run: Annotated[options.RunOptions, Only("as_json", "quiet", "verbose")],
     access: Annotated[options.AccessOptions, Only("token", "cache_dir")],
@@ -52,7 +56,8 @@ def evaluate(
     """Measure zero-shot accuracy on labelled images.
 
     Reports top-1 accuracy and a confusion matrix of every task; with --reference also the share of
-    the fine-tune's accuracy that is kept. With -o, the same command resumes a stopped run.
+    the fine-tune's accuracy that is kept. With -o, the same command resumes a stopped run; with
+    --card, the Hub shows the results.
     """
     out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
     refuse_no_card(card=card, create_pr=create_pr)

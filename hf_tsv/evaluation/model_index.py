@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from hf_tsv import hub
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, repo_id_of
+from hf_tsv.evaluation import eval_results
+from hf_tsv.evaluation.eval_results import DIGITS
 from hf_tsv.system.errors import OutputError
-from hf_tsv.system.folders import disk_errors, local_kind
+from hf_tsv.system.folders import disk_errors, replace_files
 from hf_tsv.system.untrusted import MAX_BYTES, parse_yaml
 
 CARD = "README.md"
-DIGITS = 4  # of an accuracy
 TASK = "zero-shot-image-classification"
 FRONT_MATTER = re.compile(r"\A(\s*---[ \t]*\r?\n)(.*?)(?=^---[ \t]*\r?$)", re.DOTALL | re.MULTILINE)
 BLOCK = re.compile(r"^([\"']?)model-index\1[ \t]*:.*?(?=^[^\s-]|\Z)", re.DOTALL | re.MULTILINE)
@@ -30,7 +30,8 @@ BLOCK = re.compile(r"^([\"']?)model-index\1[ \t]*:.*?(?=^[^\s-]|\Z)", re.DOTALL 
 class Card:
     """Model card and the place it is written to: a local path, or a repository.
 
-    `name` is the model's, `commit` the one that `text` was read at.
+    `name` is the model's, `commit` the one that `text` was read at; `results` are the texts of the
+    files in `.eval_results` that new entries may be added to, by their paths.
     """
 
     text: str
@@ -40,20 +41,33 @@ class Card:
     branch: str = "main"
     commit: str | None = None
     create_pr: bool = False
+    results: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return str(self.path) if self.path is not None else f"the card of {self.repo_id}"
 
 
-def open_card(pinned: PinnedCheckpoint, *, token: str | None, create_pr: bool) -> Card:
-    """Find the card of a model, and refuse now if it cannot be written later."""
+def open_card(
+    pinned: PinnedCheckpoint, tasks: Sequence[str], *, token: str | None, create_pr: bool
+) -> Card:
+    """Find the card of a model, and refuse now if it cannot be written later.
+
+    `tasks` are the names of those whose data set is on the Hub.
+    """
+    paths = [eval_results.path_of(task) for task in tasks]
     local = pinned.is_local
-    card = _local_card(pinned, create_pr) if local else _hub_card(pinned, token, create_pr)
+    card = (
+        _local_card(pinned, paths, create_pr)
+        if local
+        else _hub_card(pinned, paths, token, create_pr)
+    )
     with_results(card, [])  # raises if results cannot be added
+    for path, text in card.results.items():
+        eval_results.with_entry(text, eval_results.ANY, f"{path} of {pinned}")
     return card
 
 
-def _local_card(pinned: PinnedCheckpoint, create_pr: bool) -> Card:
+def _local_card(pinned: PinnedCheckpoint, paths: Sequence[str], create_pr: bool) -> Card:
     if create_pr:
         raise OutputError(
             f"{pinned} is a folder, and `create_pr=True` applies to a repository.",
@@ -62,13 +76,27 @@ def _local_card(pinned: PinnedCheckpoint, create_pr: bool) -> Card:
     path = Path(pinned.ref).expanduser() / CARD
     if not path.is_file():
         raise OutputError(f"{pinned} has no {CARD} to add results to.", "Write a model card first.")
-    if path.stat().st_size > MAX_BYTES:
-        raise OutputError(f"{path} is too large for a card.", "Omit `card=True`.")
+    folder = path.with_name(eval_results.FOLDER)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise OutputError(f"{folder} is not a folder.", "Delete it, or omit `card=True`.")
+    files = {name: file for name in paths if (file := path.parent / name).is_file()}
     with disk_errors(path):
-        return Card(_decoded(path.read_bytes(), str(path)), path.parent.resolve().name, path=path)
+        _check_sizes({str(file): file.stat().st_size for file in (path, *files.values())})
+        text = _decoded(path.read_bytes(), str(path))
+        results = {name: _decoded(file.read_bytes(), str(file)) for name, file in files.items()}
+    return Card(text, path.parent.resolve().name, path=path, results=results)
 
 
-def _hub_card(pinned: PinnedCheckpoint, token: str | None, create_pr: bool) -> Card:
+def _check_sizes(sizes: Mapping[str, int]) -> None:
+    """Refuse files that are too large to be read, by the names that an error shows."""
+    for name, size in sizes.items():
+        if size > MAX_BYTES:
+            raise OutputError(f"{name} is too large to add results to.", "Omit `card=True`.")
+
+
+def _hub_card(
+    pinned: PinnedCheckpoint, paths: Sequence[str], token: str | None, create_pr: bool
+) -> Card:
     repo_id, branch = repo_id_of(pinned.ref), pinned.asked_revision or "main"
     repo = pinned.files.downloads
     if repo is None:
@@ -91,12 +119,16 @@ def _hub_card(pinned: PinnedCheckpoint, token: str | None, create_pr: bool) -> C
             f"Evaluate {repo_id} or {repo_id}@BRANCH.",
         )
     hub.writable_repo_id(repo_id, token=token, create_pr=create_pr)
-    size = repo.sizes.get(CARD, 0)
-    if size > MAX_BYTES:
-        raise OutputError(f"The card of {repo_id} is too large for one.", "Omit `card=True`.")
-    text = _decoded(bytes(hub.read_range(repo, CARD, 0, size)), f"the card of {repo_id}")
+    sizes = {CARD: repo.sizes.get(CARD, 0)}
+    sizes |= {path: repo.sizes[path] for path in paths if path in repo.sizes}
+    _check_sizes({f"{path} of {repo_id}": size for path, size in sizes.items()})
+    texts = {
+        path: _decoded(bytes(hub.read_range(repo, path, 0, size)), f"{path} of {repo_id}")
+        for path, size in sizes.items()
+    }
     name = repo_id.rpartition("/")[2]
-    return Card(text, name, None, repo_id, branch, pinned.revision, create_pr)
+    at = {"branch": branch, "commit": pinned.revision, "create_pr": create_pr}
+    return Card(texts.pop(CARD), name, None, repo_id, results=texts, **at)  # type: ignore[arg-type]
 
 
 def _decoded(content: bytes, what: str) -> str:
@@ -109,29 +141,28 @@ def _decoded(content: bytes, what: str) -> str:
 def write(
     card: Card,
     tasks: Mapping[str, Mapping[str, Any]],
+    date: str,
     *,
     token: str | None,
+    cache_dir: str | None = None,
     body: Callable[[str], str] = str,
 ) -> str:
     """Write results by task into a card; return its path, or the address of the commit.
 
-    The text with results in its front matter goes through `body` before it is written.
+    Results on data sets of the Hub are also written into `.eval_results`, by the same commit. The
+    text with results in its front matter goes through `body` before it is written. `date` is that
+    of the evaluation.
     """
+    files = eval_results.texts(tasks, card.results, date, token=token, cache_dir=cache_dir)
     text = body(with_results(card, [eval_result(name, found) for name, found in tasks.items()]))
+    contents = {name: new.encode() for name, new in {**files, CARD: text}.items()}
     if card.path is None:
         assert card.repo_id is not None
-        return hub.push_file(
-            card.repo_id, CARD, text.encode(), branch=card.branch, parent=card.commit,
+        return hub.commit_files(
+            card.repo_id, contents, branch=card.branch, parent=card.commit,
             create_pr=card.create_pr, commit_message="Add evaluation results", token=token,
         )  # fmt: skip
-    new = card.path.with_name(f".{CARD}.hf-tsv")
-    with disk_errors(card.path):
-        try:
-            new.write_bytes(text.encode())
-            shutil.copymode(card.path, new)
-            new.replace(card.path)
-        finally:
-            new.unlink(missing_ok=True)
+    replace_files(card.path.parent, contents)
     return str(card.path)
 
 
@@ -143,12 +174,11 @@ def eval_result(name: str, found: Mapping[str, Any]) -> EvalResult:
     elif path.exists():
         kind = "imagefolder"
     few = found["images"] < found["total"]
-    args: dict[str, Any] = {"images": found["images"]} if few else {}
+    args: dict[str, Any] = {"images": found["images"], "total": found["total"]} if few else {}
     args |= {"templates": found["templates"]} if "templates" in found else {}
-    if own := found.get("reference"):
-        ref = str(own["ref"])
-        args["reference"] = ref if local_kind(ref) is None else Path(ref).expanduser().name
-        args["reference_accuracy"] = round(own["accuracy"], DIGITS)
+    if own := eval_results.reference_of(found):
+        args["reference"] = own
+        args["reference_accuracy"] = round(found["reference"]["accuracy"], DIGITS)
     drawn = f" on {found['images']} of {found['total']} images, drawn at random"
     return EvalResult(
         task_type=TASK,

@@ -13,20 +13,22 @@ from hf_tsv.hub.snapshots import (
     card_dict,
     conversion,
     dataset_commit,
+    dataset_file,
     snapshot,
 )
 from hf_tsv.hub.uploads import (
     Names,
     Pushed,
     check_repo_id,
+    commit_files,
     files_to_push,
     push,
-    push_file,
     writable_repo_id,
 )
 
 __all__ = [
     "WEIGHT_SUFFIXES", "Listed", "Names", "Pushed", "RepoSnapshot", "Wanted", "card_dict",
-    "check_repo_id", "conversion", "dataset_commit", "derived", "download", "files_to_push",
-    "missing", "push", "push_file", "read_range", "snapshot", "uncached", "writable_repo_id",
+    "check_repo_id", "commit_files", "conversion", "dataset_commit", "dataset_file", "derived",
+    "download", "files_to_push", "missing", "push", "read_range", "snapshot", "uncached",
+    "writable_repo_id",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from httpx2 import TransportError
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import RepoFile, try_to_load_from_cache
 from huggingface_hub.errors import OfflineModeIsEnabled, RevisionResolutionError
 
 from hf_tsv.hub import client
@@ -84,6 +84,34 @@ def dataset_commit(repo_id: str, revision: str | None, *, token: str | None = No
         except (OfflineModeIsEnabled, TransportError):
             return None
     return info.sha
+
+
+def dataset_file(
+    repo_id: str,
+    name: str,
+    revision: str | None,
+    *,
+    most: int,
+    token: str | None = None,
+    cache_dir: str | None = None,
+) -> bytes | None:
+    """Content of a small file of a dataset, or None where there is none.
+
+    A [`RepoError`] says that the Hub cannot be reached, or that the file has more than `most`
+    bytes.
+    """
+    where: dict[str, Any] = {"repo_type": "dataset", "revision": revision}
+    with translated(repo_id, revision):
+        found = retried(lambda: api(token).get_paths_info(repo_id, [name], **where))
+        size = next((item.size for item in found if isinstance(item, RepoFile)), None)
+        if size is None:
+            return None
+        if size > most:
+            raise RepoError(f"{name} of {repo_id} has {size} bytes and is not read.")
+        path = retried(
+            lambda: api(token).hf_hub_download(repo_id, name, cache_dir=cache_dir, **where)
+        )
+        return Path(path).read_bytes()
 
 
 def card_dict(data: Any) -> dict[str, Any]:

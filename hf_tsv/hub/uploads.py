@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from httpx2 import RequestError
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, errors, get_token
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    constants,
+    errors,
+    get_token,
+)
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils._validators import validate_repo_id
 
@@ -35,6 +42,9 @@ NOTHING_NEW = "No files have been modified"
 getLogger("huggingface_hub.hf_api").addFilter(
     lambda said: not str(said.msg).startswith(NOTHING_NEW)
 )
+
+RESULTS = f"{constants.EVAL_RESULTS_FOLDER}/"
+"""Beginning of the names of files with evaluation results."""
 
 HUB_ERRORS = (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.HFValidationError)
 
@@ -117,11 +127,12 @@ def _check_visibility(info: ModelInfo, private: bool) -> None:
 def files_to_push(folder: Path, markers: Sequence[str]) -> dict[str, Path]:
     """Files of a finished folder that a push uploads, by name: all but hidden ones.
 
-    An [`OutputError`] says that the folder is absent or unfinished (no file of it is named in
-    `markers`), or holds links that lead out of it or names that are not printable.
+    Results in `.eval_results`, which the Hub shows, are not hidden. An [`OutputError`] says that
+    the folder is absent or unfinished (no file of it is named in `markers`), or holds links that
+    lead out of it or names that are not printable.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
-    hidden = {name for name in files if "/." in f"/{name}"}
+    hidden = {name for name in files if "/." in "/" + f"{name}/".removeprefix(RESULTS)}
     files = {name: path for name, path in files.items() if path.is_file() and name not in hidden}
     if not files.keys() & set(markers):
         problem = f"{folder} is not a finished output of hf-tsv (it has no {' or '.join(markers)})."
@@ -225,10 +236,9 @@ def push(
     raise AssertionError("the last try returns or raises")
 
 
-def push_file(
+def commit_files(
     repo_id: str,
-    name: str,
-    content: bytes,
+    contents: Mapping[str, bytes],
     *,
     branch: str,
     parent: str | None,
@@ -236,7 +246,7 @@ def push_file(
     commit_message: str,
     token: str | None = None,
 ) -> str:
-    """Replace one file of a repository by a commit on top of the commit it was read from.
+    """Write files of a repository by one commit on top of the commit they were read from.
 
     The result is the address of the commit or pull request. A [`RepoError`] says that nothing was
     written, for example because the branch has changed.
@@ -245,7 +255,8 @@ def push_file(
     def commit() -> CommitInfo:
         return api(token).create_commit(
             repo_id,
-            [CommitOperationAdd(name, content)],  # new for each try, as it records the branch
+            # new for each try, as they record the branch
+            [CommitOperationAdd(name, content) for name, content in contents.items()],
             commit_message=commit_message,
             revision=branch,
             create_pr=create_pr,

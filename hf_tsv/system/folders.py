@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -106,6 +106,39 @@ def whole_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
             remove_empty(made)
             raise
+
+
+def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files into a folder, all of them or none, each in its place in this order.
+
+    Each is written whole beside its place before the first one gets there. Where one replaces
+    another, it keeps its mode.
+    """
+    places = {folder / name: content for name, content in contents.items()}
+    new = {path: path.with_name(f".{path.name}.hf-tsv") for path in places}
+    before: dict[Path, bytes | None] = {}
+    made: list[Path] = []
+    with disk_errors(folder):
+        try:
+            for path, content in places.items():
+                made += make_parents(path)
+                new[path].write_bytes(content)
+                if path.exists():
+                    shutil.copymode(path, new[path])
+            for path in places:
+                before[path] = path.read_bytes() if path.exists() else None
+                new[path].replace(path)
+        except BaseException:
+            for path, old in before.items():
+                if old is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    path.write_bytes(old)
+            raise
+        finally:
+            for path in new.values():
+                path.unlink(missing_ok=True)
+            remove_empty(made)
 
 
 def make_parents(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from datetime import UTC, datetime
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from hf_tsv.checkpoints.sources import Access
 from hf_tsv.evaluation import model_index, suites
 from hf_tsv.evaluation.classifying import Results, Scoring
 from hf_tsv.evaluation.data import refuse_not_installed
+from hf_tsv.evaluation.eval_results import is_nameable
 from hf_tsv.evaluation.finished import Finished, finished_tasks
 from hf_tsv.evaluation.job import (
     Evaluation,
@@ -62,6 +63,7 @@ class EvaluateReport(Report):
             list of `source`, `origin`, `fine_tunes`, `comparable` (measured with the suite's
             fine-tunes) and `rows` by method.
         device (`str`): type of the device that computed.
+        date (`str`): end of the evaluation, in UTC (ISO 8601).
         seconds (`float`): wall time.
         versions (`dict[str, str]`): versions of hf-tsv and torch.
     """
@@ -74,6 +76,7 @@ class EvaluateReport(Report):
     errors: dict[str, str]
     limit: int | None
     device: str
+    date: str
     seconds: float
     card: str | None = None
     suite: dict[str, Any] | None = None
@@ -128,8 +131,9 @@ def evaluate(
             the model's is divided; default: those of the suite; {} for none.
         output (`str` or `Path`, *optional*): folder to write `evaluation.json` to, and with
             matplotlib the pictures `accuracy.png`, `radar.png` and `confusion-….png`.
-        card (`bool`): add the results to the model's card, as `model-index` and as a table: to the
-            README.md of a folder, or by a commit to a repository.
+        card (`bool`): add the results to the model's card, as `model-index` and as a table, and
+            those on data sets of the Hub to `.eval_results`: in a folder, or by one commit to a
+            repository.
         create_pr (`bool`): add them by a pull request.
         limit (`int`, *optional*): number of images per task, for a quick look; default: all.
         batch_size (`int`): images at a time.
@@ -161,10 +165,12 @@ def evaluate(
             folder = checked_folder(output, RESULTS_FILE, force=force)
             named = parse(fspath(reference), subfolder)
             pinned = pin(named, token=token, cache_dir=access.cache_dir)
-            open_card = partial(model_index.open_card, token=token, create_pr=create_pr)
+            on_hub = [task.name for task in choice.tasks if is_nameable(task.dataset)]
+            may_write: Any = {"token": token, "create_pr": create_pr}
+            to_write = model_index.open_card(pinned, on_hub, **may_write) if card else None
             job = Evaluation(
                 **vars(choice), ref=pinned.ref, revision=pinned.revision, limit=limit,
-                batch_size=batch_size, folder=folder, card=open_card(pinned) if card else None,
+                batch_size=batch_size, folder=folder, card=to_write,
             )  # fmt: skip
             finished = stack.enter_context(finished_tasks(folder))
         job = group.shared(job)
@@ -190,10 +196,11 @@ def evaluate(
             errors=errors,
             limit=limit,
             device=where,
+            date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             seconds=round(time.monotonic() - started, 3),
             suite=None if job.suite is None else _of_suite(job.suite, results),
         )
-        report = _delivered(report, job, token)
+        report = _delivered(report, job, access)
         group.dismiss(report)
         return report
 
@@ -215,14 +222,15 @@ def _of_suite(suite: suites.Suite, results: Results) -> dict[str, Any]:
     }
 
 
-def _delivered(report: EvaluateReport, job: Evaluation, token: str | None) -> EvaluateReport:
+def _delivered(report: EvaluateReport, job: Evaluation, access: Access) -> EvaluateReport:
     """Write folder and card, as asked."""
     if job.folder is not None:
         report.write(job.folder, RESULTS_FILE, lambda: pictures.of_evaluation(report.tasks))
     if job.card is None:
         return report
     try:
-        card = model_index.write(job.card, report.tasks, token=token, body=with_table)
+        where: Any = {"token": access.token, "cache_dir": access.cache_dir}
+        card = model_index.write(job.card, report.tasks, report.date, body=with_table, **where)
         return replace(report, card=card)
     except HfTsvError as error:  # the measured results must not be lost
         logger.warning("The results were not added to the card.")

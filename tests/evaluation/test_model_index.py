@@ -21,6 +21,7 @@ from hf_tsv.system.errors import HfTsvError, OutputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
 
+DATE = "2026-01-02T03:04:05Z"
 FULL = {
     "dataset": "org/data",
     "config": None,
@@ -87,7 +88,7 @@ def test_a_quick_look_says_so_and_replaces_no_other() -> None:
     found = read(with_results(Card("", "model"), results))
     name = "Accuracy on 5 of 12 images, drawn at random"
     assert set(found) == {("org/data", "Accuracy", 0.25), ("org/data", name, 0.5)}
-    assert found["org/data", name, 0.5].metric_args == {"images": 5}
+    assert found["org/data", name, 0.5].metric_args == {"images": 5, "total": 12}
 
 
 def test_paths_of_this_machine_are_not_told(tmp_path: Path) -> None:
@@ -114,19 +115,26 @@ def test_the_table_in_the_card_says_what_was_compared_and_is_replaced() -> None:
     found = {**FULL, "accuracy": 1 / 3, "templates": ["a photo of a {}."], "reference": reference}
     card = Card("---\nlicense: mit\n---\n\n# Mine\n\n## License\n\nMIT.\n", "m")
     text = with_table(with_results(card, [eval_result("a|b", found)]))
-    row = "| `a\\|b` | `org/data` | `test` | all | 33.3% | `org/fine-tune` | 50.0% | 66.7% |\n"
+    sha = "a" * 40
+    data = f"[`org/data`](https://huggingface.co/datasets/org/data/tree/{sha}) at `{sha[:12]}`"
+    row = f"| `a\\|b` | {data} | `test` | all | 33.3% | `org/fine-tune` | 50.0% | 66.7% |\n"
     assert row in text and "with `a photo of a {}.`, measured by" in text
     assert "value: 0.3333\n" in text and read(text)["org/data", "Accuracy", 0.3333]
     assert text.index("# Mine") < text.index("## Evaluation results") < text.index("## License")
-    plain = {**FULL, "dataset": "org/other", "accuracy": 0.25}
-    again = with_table(with_results(Card(text, "m"), [eval_result("c", plain)]))
-    assert row in again and again.count("## Evaluation results") == 1
-    assert "| `c` | `org/other` | `test` | all | 25.0% | – | – | – |\n" in again
+    few = {"dataset": "org/other", "revision": None, "config": "x", "images": 5}
+    few |= {"templates": ["a {}.", "the {}.", "{}"]}
+    again = with_table(with_results(Card(text, "m"), [eval_result("c", {**FULL, **few})]))
+    first, second = row.partition(" 33.3%")[0], row.partition("all |")[2]
+    assert f"{first} `a photo of a {{}}.` |{second}" in again
+    assert again.count("## Evaluation results") == 1
+    prompts = "`a {}.`, 2 more"
+    row = f"| `c` | `org/other:x` | `test` | 5 of 12 | {prompts} | 25.0% | – | – | – |\n"
+    assert row in again
     assert again.endswith("## License\n\nMIT.\n")
     worse = with_table(with_results(Card(again, "m"), [eval_result("a|b", FULL)]))
     assert (
         "org/fine-tune" not in worse
-        and "| `a\\|b` | `org/data` | `test` | all | 25.0% |\n" in worse
+        and f"| `a\\|b` | {data} | `test` | all | – | 25.0% |\n" in worse
     )
 
 
@@ -143,13 +151,13 @@ def test_carriage_returns_stay() -> None:
 
 
 def test_the_card_of_a_folder(hub: Hub, zoo: Path, tmp_path: Path) -> None:
-    add_dataset(hub, "org/data", tmp_path)
+    sha = add_dataset(hub, "org/data", tmp_path)
     folder = copied(zoo / "base", tmp_path / "clip")
     with pytest.raises(OutputError, match=r"clip has no README.md"):
         hf_tsv.evaluate(folder, {"data": "org/data"}, card=True)
     (folder / "README.md").write_bytes(f"---\n{HEAD}{BODY}".encode())
     (folder / "README.md").chmod(0o640)
-    before = {path.name for path in folder.iterdir()}
+    before = {path.name for path in folder.iterdir()} | {".eval_results"}
     report = hf_tsv.evaluate(folder, {"data": "org/data", "gone": "org/gone"}, card=True, limit=5)
     assert report.card == str(folder / "README.md") and list(report.errors) == ["gone"]
     text = (folder / "README.md").read_bytes().decode()
@@ -157,7 +165,7 @@ def test_the_card_of_a_folder(hub: Hub, zoo: Path, tmp_path: Path) -> None:
     assert (kind, value) == ("org/data", report.accuracy) and "5 of 12 images" in name
     assert text.startswith(f"---\n{HEAD}model-index:\n- name: clip\n")
     assert f"{BODY}\n<!-- results of hf-tsv evaluate -->\n## Evaluation results\n" in text
-    assert f"\n| `data` | `org/data` | `test` | 5 | {value:.1%} |\n" in text
+    assert f" at `{sha[:12]}` | `test` | 5 of 12 | {value:.1%} |\n" in text
     assert {path.name for path in folder.iterdir()} == before
     assert (folder / "README.md").stat().st_mode & 0o777 == 0o640
 
@@ -170,7 +178,7 @@ def test_the_card_of_a_repository(hub: Hub, zoo: Path, tmp_path: Path) -> None:
     text = hub.files("org/clip")["README.md"].decode()
     assert read(text) and text.startswith(f"---\n{HEAD}") and BODY.rstrip() in text
     assert report.card and "/org/clip/commit/" in report.card
-    assert len(hub.files("org/clip")) == len(list((zoo / "base").iterdir())) + 1
+    assert len(hub.files("org/clip")) == len(list((zoo / "base").iterdir())) + 2
     report = hf_tsv.evaluate("org/clip", {"other": "org/data"}, card=True, create_pr=True, limit=3)
     assert report.card and report.card.endswith("/discussions/1")
     assert hub.files("org/clip")["README.md"].decode() == text
@@ -184,11 +192,13 @@ def test_a_branch_that_moved_on_is_not_overwritten(
     hub: Hub, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add_repo("org/clip", zoo / "base")
-    card = open_card(pin(parse("org/clip")), token=None, create_pr=False)
+    add_dataset(hub, "org/data", tmp_path)
+    card = open_card(pin(parse("org/clip")), ["data"], token=None, create_pr=False)
     hub.commit("org/clip", {"README.md": "---\nlicense: mit\n---\n"})
     with pytest.raises(HfTsvError, match="org/clip received another commit in the meantime"):
-        model_index.write(card, {"data": FULL}, token=None)
+        model_index.write(card, {"data": {**FULL, "revision": None}}, DATE, token=None)
     assert hub.files("org/clip")["README.md"] == b"---\nlicense: mit\n---\n"
+    assert not any(name.startswith(".eval_results") for name in hub.files("org/clip"))
 
 
 def test_rights_are_checked_before_the_work(hub: Hub, zoo: Path) -> None:

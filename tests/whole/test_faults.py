@@ -23,7 +23,7 @@ from pushes import contents, published, pushed, sent
 
 import hf_tsv as api
 from hf_tsv.hub import client as client_module
-from hf_tsv.hub import push_file
+from hf_tsv.hub import commit_files
 from hf_tsv.hub.client import translated
 from hf_tsv.system.errors import HfTsvError
 
@@ -613,12 +613,12 @@ def test_a_card_whose_answer_is_lost_is_written_once(hub: Hub) -> None:
     }  # fmt: skip
     hub.fail("/commit/", drop_after=0)
     hub.fail("/commit/", 503)
-    url = push_file("me/new", "README.md", new, **words)
+    url = commit_files("me/new", {"README.md": new, "a/b": b"c"}, **words)
     repo = hub.repos["me/new"]
     assert len(repo.commits) == 2 and url.endswith(repo.branches["main"])
     with pytest.raises(HfTsvError, match="received another commit in the meantime"):
-        push_file("me/new", "README.md", new + b"er", **words)
-    assert hub.files("me/new")["README.md"] == new
+        commit_files("me/new", {"README.md": new + b"er"}, **words)
+    assert hub.files("me/new") == {"README.md": new, "a/b": b"c"}
 
 
 @pytest.mark.parametrize("status", [429, 503])

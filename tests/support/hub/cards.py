@@ -89,6 +89,25 @@ def tags(card: Mapping[str, Any], files: Mapping[str, Blob]) -> list[str]:
     return list(dict.fromkeys(str(tag) for tag in found))
 
 
+def eval_results(files: Mapping[str, Blob]) -> list[dict[str, Any]]:
+    """Entries of `.eval_results/*.yaml` with the names of their files, or a file's error."""
+    found: list[dict[str, Any]] = []
+    for path, blob in files.items():
+        folder, _, name = path.rpartition("/")
+        if folder != ".eval_results" or not name.endswith(".yaml"):
+            continue
+        try:
+            entries = yaml.safe_load(blob.read().decode())
+            for entry in entries:
+                required = entry["dataset"]["id"], entry["dataset"]["task_id"], entry["value"]
+                if not all(isinstance(text, str) for text in required[:2]):
+                    raise TypeError("dataset")
+            found += [{"filename": path, "data": entry} for entry in entries]
+        except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+            found.append({"filename": path, "error": f"Invalid results: {error!r}"})
+    return found
+
+
 def parameter_counts(files: Mapping[str, Blob]) -> dict[str, int]:
     """Parameters by dtype, from the headers of the safetensors files in the root folder."""
     counts: Counter[str] = Counter()

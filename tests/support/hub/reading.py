@@ -213,6 +213,8 @@ def repo_info(call: Call) -> Response:
     commit = repo.resolve(call.args.get("rev", "main"))
     info = _info(repo, commit, blobs="blobs" in call.query)
     if wanted := call.query.get("expand"):
+        if "evalResults" in wanted:
+            info["evalResults"] = cards.eval_results(commit.files)
         info = {key: value for key, value in info.items() if key in ("_id", "id", *wanted)}
     return Response.of_json(info)
 
