@@ -64,6 +64,7 @@ class TargetOptions:
     ] = None
     create_pr: Annotated[bool, "Push as a pull request."] = False
     commit_message: Annotated[str | None, "TEXT", "Title of the commit."] = None
+    collection: Annotated[str | None, "SLUG", "Hub collection to add it to: slug or URL."] = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def push(
     repo_id: Annotated[str, "REPO_ID", "Hub repository to upload to; created if needed."],
     *,
     target: Annotated[
-        options.TargetOptions, Only("private", "revision", "create_pr", "commit_message")
+        options.TargetOptions,
+        Only("private", "revision", "create_pr", "commit_message", "collection"),
     ],
     run: Annotated[options.RunOptions, Only("dry_run", "as_json", "quiet", "verbose")],
     access: Annotated[options.AccessOptions, Only("token")],

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hf_tsv.merging import scaling
 from hf_tsv.reports.report import Report
+
+if TYPE_CHECKING:
+    from hf_tsv.merging.findings import Findings
+    from hf_tsv.merging.work import Merge
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,3 +81,27 @@ class MergeReport(Report):
     device: str | None = None
     url: str | None = None
     dry_run: bool = False
+
+
+def treatments(merge: Merge, findings: Findings) -> dict[str, dict[str, Any]]:
+    """Tell of each weight what was done with it, as far as findings say; else what is planned."""
+    found = {finding.label: finding for finding in findings.weights}
+    told: dict[str, dict[str, Any]] = {}
+    for weight in merge.plan.weights:
+        here = found.get(weight.label)
+        entry: dict[str, Any] = {"treatment": weight.treatment}
+        if here and here.frozen:
+            entry = {"treatment": "copied", "reason": scaling.frozen_reason(weight, merge.scales)}
+        elif weight.treatment == "decomposed":
+            entry["rank"] = weight.rank
+            if here and here.ranks:
+                entry["ranks"] = list(here.ranks)
+        elif weight.reason:
+            entry["reason"] = weight.reason
+        entry |= scaling.entry(weight)
+        if weight.label in merge.coefficients and not weight.is_kept:
+            entry["coefficients"] = list(merge.coefficients[weight.label])
+        if here:
+            entry["seconds"] = here.seconds.rounded()
+        told[weight.label] = entry
+    return told

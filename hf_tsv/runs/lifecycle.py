@@ -17,7 +17,7 @@ from typing import Any
 
 from hf_tsv.checkpoints.sources import Sources
 from hf_tsv.runs import journal
-from hf_tsv.runs.target import Target, final_folder, push, waiting
+from hf_tsv.runs.target import Target, collect, final_folder, push, waiting
 from hf_tsv.system.folders import check_free_space
 from hf_tsv.system.progress import logger, visible_by_default
 
@@ -63,6 +63,7 @@ class Run:
             self.url = None if pushed is None else pushed.url
             if pushed is not None and not pushed.changed:
                 logger.info("%s has all of these files already.", self.target.push_to)
+        collect(self.target, pushed, self.sources.access.token)
 
 
 @contextmanager

@@ -31,7 +31,8 @@ UNPUSHED = Path(constants.HF_HOME) / "hf-tsv" / "unpushed"
 class Target:
     """Destination of a result, as the user asked: a folder to write, a repository to push to.
 
-    `force` replaces an output folder that hf-tsv wrote; the rest is about the push.
+    `force` replaces an output folder that hf-tsv wrote; the rest is about the push, after which the
+    repository is added to the `collection`, a slug or an address.
     """
 
     output: Path | None = None
@@ -41,6 +42,7 @@ class Target:
     revision: str | None = None
     create_pr: bool = False
     commit_message: str | None = None
+    collection: str | None = None
 
     def refuse_unusable(self, *, dry_run: bool) -> None:
         """Refuse what no run can use; only a dry run may lack both a folder and a repository.
@@ -50,6 +52,9 @@ class Target:
         """
         about = {"private": self.private is not None, "revision": self.revision}
         about |= {"create_pr": self.create_pr, "commit_message": self.commit_message}
+        about |= {"collection": self.collection}
+        if self.collection is not None:
+            hub.collection_slug(self.collection)
         if self.push_to is None and (given := [name for name, value in about.items() if value]):
             hint = "Add `push_to=REPO_ID`."
             if given[0] == "revision":
@@ -83,6 +88,9 @@ class Target:
                 self.push_to, token=token, private=self.private, create_pr=self.create_pr
             )
             target = replace(target, push_to=repo_id)
+        if self.collection is not None:
+            slug = hub.writable_collection(self.collection, token=token)
+            target = replace(target, collection=slug)
         return target
 
     def refuse_inputs(self, inputs: Sequence[PinnedCheckpoint]) -> None:
@@ -118,6 +126,7 @@ class Target:
         words += ["--revision", self.revision] if self.revision else []
         words += ["--create-pr"] if self.create_pr else []
         words += ["--commit-message", self.commit_message] if self.commit_message else []
+        words += ["--collection", self.collection] if self.collection else []
         return shlex.join(words)
 
 
@@ -167,6 +176,12 @@ def push(folder: Path, target: Target, token: str | None, *, show: bool) -> hub.
     except BaseException:
         logger.warning(later)
         raise
+
+
+def collect(target: Target, pushed: hub.Pushed | None, token: str | None) -> None:
+    """Add the repository of a target, once it is pushed, to the collection that was asked for."""
+    if pushed is not None and target.collection is not None:
+        hub.add_to_collection(target.collection, str(target.push_to), pushed.url, token=token)
 
 
 def upload(folder: Path, target: Target, token: str | None, *, show: bool) -> hub.Pushed:

@@ -35,6 +35,10 @@ class RepoError(HfTsvError):
     """A Hub repository cannot be read or written: unknown, gated, a wrong revision or token."""
 
 
+class CollectionError(RepoError):
+    """A model is uploaded, and could not be added to a collection."""
+
+
 class CheckpointError(HfTsvError):
     """A checkpoint is damaged, or does not fit the base model."""
 

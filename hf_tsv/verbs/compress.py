@@ -33,7 +33,7 @@ from hf_tsv.runs.lifecycle import underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
 from hf_tsv.system.device import pick_device
-from hf_tsv.system.errors import public
+from hf_tsv.system.errors import CollectionError, public
 from hf_tsv.system.progress import logger
 from hf_tsv.verbs.factors import TaskFactors
 
@@ -104,6 +104,7 @@ def compress(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    collection: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     subfolder: str | None = None,
@@ -128,7 +129,8 @@ def compress(
         report (`bool`): put table and picture of what is kept into the card.
         dry_run (`bool`): plan only; the result is the report.
         allow_other_base, push_to, max_shard_size, device, force, private, revision, create_pr,
-            commit_message, token, cache_dir, subfolder, stream, progress: as in [`merge`].
+            commit_message, collection, token, cache_dir, subfolder, stream, progress: as in
+            [`merge`].
 
     Returns:
         [`TaskFactors`]: with a [`CompressReport`] as `report`; with `dry_run` the report alone.
@@ -154,7 +156,8 @@ def compress(
     if output is None:
         owned = Path(tempfile.mkdtemp(prefix="hf-tsv-"))
         output = owned / "factors"
-    target = Target(Path(output), push_to, force, private, revision, create_pr, commit_message)
+    place = Path(output)
+    target = Target(place, push_to, force, private, revision, create_pr, commit_message, collection)
     try:
         done = run(
             fspath(checkpoint),
@@ -166,8 +169,9 @@ def compress(
             dry_run=dry_run,
             progress=progress,
         )
-    except BaseException:
-        if owned is not None and not Path(output).exists():  # else the upload failed: kept
+    except BaseException as error:
+        uploaded = isinstance(error, CollectionError)
+        if owned is not None and (uploaded or not place.exists()):  # else the upload failed: kept
             shutil.rmtree(owned, ignore_errors=True)
         raise
     if owned is not None:

@@ -63,9 +63,9 @@ class EvaluateReport(Report):
             list of `source`, `origin`, `fine_tunes`, `comparable` (measured with the suite's
             fine-tunes) and `rows` by method.
         device (`str`): type of the device that computed.
-        date (`str`): end of the evaluation, in UTC (ISO 8601).
         seconds (`float`): wall time.
         versions (`dict[str, str]`): versions of hf-tsv and torch.
+        date (`str`): end of the evaluation, in UTC (ISO 8601).
     """
 
     ref: str
@@ -76,11 +76,11 @@ class EvaluateReport(Report):
     errors: dict[str, str]
     limit: int | None
     device: str
-    date: str
     seconds: float
     card: str | None = None
     suite: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=current_versions)
+    date: str = ""
 
     def table(self) -> list[list[str | float]]:
         """Accuracy of each task, and the share of its fine-tune's."""

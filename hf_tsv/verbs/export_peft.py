@@ -35,6 +35,7 @@ def export_peft(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    collection: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     subfolder: str | None = None,
@@ -53,7 +54,8 @@ def export_peft(
         model_class (`str`, *optional*): the class it will be loaded into; default: that of the
             checkpoint.
         allow_other_base, output, push_to, device, force, private, revision, create_pr,
-            commit_message, token, cache_dir, subfolder, stream, dry_run, progress: as in [`merge`].
+            commit_message, collection, token, cache_dir, subfolder, stream, dry_run, progress: as
+            in [`merge`].
 
     Returns:
         [`CompressReport`]: results; `left_out` names what an adapter has no place for.
@@ -75,7 +77,7 @@ def export_peft(
         allow_other_base=allow_other_base,
     )
     place = None if output is None else Path(output)
-    target = Target(place, push_to, force, private, revision, create_pr, commit_message)
+    target = Target(place, push_to, force, private, revision, create_pr, commit_message, collection)
     return run(
         fspath(checkpoint),
         None if base_model is None else fspath(base_model),

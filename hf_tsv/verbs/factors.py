@@ -21,7 +21,7 @@ from hf_tsv.reports import cards
 from hf_tsv.reports.cards import FEATURES
 from hf_tsv.reports.compression import CompressReport
 from hf_tsv.reports.kept import KeptSection
-from hf_tsv.runs.target import Target, upload
+from hf_tsv.runs.target import Target, collect, upload
 from hf_tsv.system.errors import CheckpointError, public
 from hf_tsv.system.folders import whole_folder
 from hf_tsv.system.progress import visible_by_default
@@ -137,6 +137,7 @@ class TaskFactors(Factors):
         revision: str | None = None,
         create_pr: bool = False,
         commit_message: str | None = None,
+        collection: str | None = None,
         token: str | None = None,
         progress: bool | None = None,
     ) -> str:
@@ -144,13 +145,16 @@ class TaskFactors(Factors):
 
         Args:
             repo_id (`str`): `org/name`; created if needed.
-            private, revision, create_pr, commit_message, token, progress: as in [`merge`].
+            private, revision, create_pr, commit_message, collection, token, progress: as in
+                [`merge`].
 
         Returns:
             `str`: address of the commit or pull request.
         """
         show = visible_by_default() if progress is None else progress
-        target = Target(None, repo_id, False, private, revision, create_pr, commit_message)
+        target = Target(
+            None, repo_id, False, private, revision, create_pr, commit_message, collection
+        )
         target = target.checked(token, dry_run=False)
         for origin in (self.config.source, self.config.base_model):
             if origin.revision is not None:
@@ -159,7 +163,9 @@ class TaskFactors(Factors):
         with tempfile.TemporaryDirectory(prefix="hf-tsv-") as parent:
             folder = Path(parent) / "factors"
             self._copy(folder)
-            return upload(folder, target, token, show=show).url
+            pushed = upload(folder, target, token, show=show)
+        collect(target, pushed, token)
+        return pushed.url
 
     def _copy(self, folder: Path) -> None:
         files = self.pinned.files

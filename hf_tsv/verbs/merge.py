@@ -52,7 +52,7 @@ from hf_tsv.recipes.searching import settings_of
 from hf_tsv.recipes.settings import Qkv, refuse_no_report
 from hf_tsv.reports import cards, drawing, pictures
 from hf_tsv.reports.interference import InterferenceReport
-from hf_tsv.reports.merging import MergeReport
+from hf_tsv.reports.merging import MergeReport, treatments
 from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
 from hf_tsv.system import processes
@@ -100,6 +100,7 @@ def merge(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    collection: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     subfolder: str | None = None,
@@ -169,6 +170,8 @@ def merge(
         revision (`str`, *optional*): branch to push to.
         create_pr (`bool`): push as a pull request.
         commit_message (`str`, *optional*): of the upload.
+        collection (`str`, *optional*): slug (`owner/title-id`) or address of a collection on the
+            Hub to add the repository to, after the upload.
         token (`str`, *optional*): default: the one the Hub client is logged in with.
         cache_dir (`str` or `Path`, *optional*): default: the Hub client's cache.
         subfolder (`str`, *optional*): where the checkpoints are in their repositories or folders,
@@ -206,7 +209,7 @@ def merge(
             base_ref = None if base_model is None else fspath(base_model)
             target = Target(
                 None if output is None else Path(output),
-                push_to, force, private, revision, create_pr, commit_message,
+                push_to, force, private, revision, create_pr, commit_message, collection,
             )  # fmt: skip
             given: dict[str, Any] = {
                 "method": method, "orthogonalizer": orthogonalizer, "alpha": alpha, "rank": rank,
@@ -358,7 +361,7 @@ def _report(run: Run, planned: Merge, done: Merged | None, started: float) -> Me
         warnings=list(merge.warnings) if done is None else done.warnings,
         method=settings.method,
         settings=asdict(settings),
-        treatments=_treatments(merge, findings),
+        treatments=treatments(merge, findings),
         scales=list(merge.scales),
         selected=scaling.told(merge.plan, inputs, settings, merge.factors),
         left_out={str(item): list(item.left_out) for item in _cut(merge, inputs)},
@@ -376,27 +379,3 @@ def _report(run: Run, planned: Merge, done: Merged | None, started: float) -> Me
         url=run.url,
         dry_run=done is None,
     )
-
-
-def _treatments(merge: Merge, findings: Findings) -> dict[str, dict[str, Any]]:
-    """Tell of each weight what was done with it, as far as findings say; else what is planned."""
-    found = {finding.label: finding for finding in findings.weights}
-    treatments: dict[str, dict[str, Any]] = {}
-    for weight in merge.plan.weights:
-        here = found.get(weight.label)
-        entry: dict[str, Any] = {"treatment": weight.treatment}
-        if here and here.frozen:
-            entry = {"treatment": "copied", "reason": scaling.frozen_reason(weight, merge.scales)}
-        elif weight.treatment == "decomposed":
-            entry["rank"] = weight.rank
-            if here and here.ranks:
-                entry["ranks"] = list(here.ranks)
-        elif weight.reason:
-            entry["reason"] = weight.reason
-        entry |= scaling.entry(weight)
-        if weight.label in merge.coefficients and not weight.is_kept:
-            entry["coefficients"] = list(merge.coefficients[weight.label])
-        if here:
-            entry["seconds"] = here.seconds.rounded()
-        treatments[weight.label] = entry
-    return treatments

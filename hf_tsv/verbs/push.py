@@ -65,6 +65,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    collection: str | None = None,
     token: str | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
@@ -78,7 +79,7 @@ def push(
     Args:
         folder (`str`): output of a merge, a compression or a reconstruction.
         repo_id (`str`): repository to upload to; created if needed.
-        private, revision, create_pr, commit_message, token, progress: as in [`merge`].
+        private, revision, create_pr, commit_message, collection, token, progress: as in [`merge`].
         dry_run (`bool`): check the folder and the rights only.
 
     Returns:
@@ -95,7 +96,7 @@ def push(
     show = visible_by_default() if progress is None else progress
     place = absolute(Path(fspath(folder)))
     inputs = _check_finished(place)
-    target = Target(None, repo_id, False, private, revision, create_pr, commit_message)
+    target = Target(None, repo_id, False, private, revision, create_pr, commit_message, collection)
     target = target.checked(token, dry_run=dry_run)
     target.refuse_inputs(inputs)
     files = hub.files_to_push(place, MARKERS)
@@ -106,6 +107,7 @@ def push(
     else:
         with waiting(place):
             done = target_.push(place, target, token, show=show)
+        target_.collect(target, done, token)
     return PushReport(
         folder=str(place),
         repo_id=str(target.push_to),

@@ -78,6 +78,7 @@ def reconstruct(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    collection: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     subfolder: str | None = None,
@@ -94,8 +95,8 @@ def reconstruct(
         factors (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
         base_model (`str`, *optional*): W0; default: the one the factors were made from.
         output, push_to, dtype, max_shard_size, device, force, private, revision, create_pr,
-            commit_message, token, cache_dir, subfolder, stream, max_memory, dry_run, progress: as
-            in [`merge`].
+            commit_message, collection, token, cache_dir, subfolder, stream, max_memory, dry_run,
+            progress: as in [`merge`].
 
     Returns:
         [`ReconstructReport`]: what was done.
@@ -117,7 +118,7 @@ def reconstruct(
         with group.leading():
             target = Target(
                 None if output is None else Path(output),
-                push_to, force, private, revision, create_pr, commit_message,
+                push_to, force, private, revision, create_pr, commit_message, collection,
             )  # fmt: skip
             settings = Settings(exclude=(), dtype=dtype, max_shard_size=max_shard_size)  # type: ignore[arg-type]
             target = target.checked(token, dry_run=dry_run)

@@ -68,6 +68,7 @@ def route(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    collection: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     subfolder: str | None = None,
@@ -100,8 +101,8 @@ def route(
         reference_factors (`bool`): do not copy task factors that are on the Hub; whoever loads the
             model gets them from there, at their commit.
         base_model, output, push_to, allow_other_base, max_shard_size, device, force, private,
-            revision, create_pr, commit_message, token, cache_dir, subfolder, max_memory, dry_run,
-            progress: as in [`merge`].
+            revision, create_pr, commit_message, collection, token, cache_dir, subfolder,
+            max_memory, dry_run, progress: as in [`merge`].
 
     Returns:
         [`RouteReport`]: what was done.
@@ -131,7 +132,7 @@ def route(
             )  # fmt: skip
             target = Target(
                 None if output is None else Path(output),
-                push_to, force, private, revision, create_pr, commit_message,
+                push_to, force, private, revision, create_pr, commit_message, collection,
             ).checked(token, dry_run=dry_run)  # fmt: skip
             base_ref = None if base_model is None else fspath(base_model)
             settings = Settings(out_format="transformers", max_shard_size=max_shard_size)

@@ -23,7 +23,7 @@ from hf_tsv.system.device import available, pick_device
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.version import __version__
 
-MOST_LINES = {"merge": 111, "tune": 130}
+MOST_LINES = {"merge": 112, "tune": 131}
 """Two screens of 50 lines; what learns has the options of a merge and of images."""
 
 

@@ -8,15 +8,16 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import cdn, oauth, reading, writing
+from . import cdn, collections, oauth, reading, writing
 from .access import User
+from .collections import Collection
 from .routing import dispatch
 from .store import MAIN, Blob, Repo, is_lfs
 from .wire import Fault, Request, Response, Server
 
 Content = bytes | str | Path | None
 ROUTES = {
-    "api": [oauth.routes, reading.routes, writing.routes],
+    "api": [collections.routes, oauth.routes, reading.routes, writing.routes],
     "cdn": [cdn.routes],
     "foreign": [cdn.routes],
 }
@@ -33,6 +34,7 @@ class Hub:
     users: dict[str, User]  # token -> user
     signing_in: str  # token of the one who signs in to a Space
     repos: dict[str, Repo]
+    collections: dict[str, Collection]  # by their slugs
     requests: list[Request]
     page_size: int  # entries per page of a listing
     multipart_above: int  # bytes; larger LFS files are uploaded in parts of this size
@@ -56,6 +58,7 @@ class Hub:
             }
             self.signing_in = "hf_write"
             self.repos = {}
+            self.collections = {}
             self.requests = []
             self.page_size = 1000
             self.multipart_above = 20_000_000
@@ -156,6 +159,10 @@ class Hub:
             start = parent or repo.refs.get(ref) or repo.refs.get(MAIN)
             base = repo.resolve(start) if start else None
             return repo.commit(ref, changes, parent=base, message=message).sha
+
+    def add_collection(self, slug: str, *, private: bool = False) -> Collection:
+        """Create an empty collection, `owner/title-id`."""
+        return self.collections.setdefault(slug, Collection(slug, private))
 
     def tag(self, repo_id: str, name: str, sha: str) -> None:
         self.repos[repo_id].refs[f"refs/tags/{name}"] = self.repos[repo_id].resolve(sha).sha

@@ -21,6 +21,7 @@ SEGMENTS = {
     "kind": "models|datasets",
     "repo": "[^/]+(?:/[^/]+)?",
     "path": ".+",
+    "collection": "[^/]+/[^/]+",
     "oid": "[0-9a-f]{64}",
 }
 
