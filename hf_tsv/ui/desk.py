@@ -26,7 +26,7 @@ QUEUE = 20  # people who wait at most
 
 @dataclass(frozen=True)
 class Limits:
-    """What the page may use.
+    """Limits of what visitors may use.
 
     Args:
         public (`bool`): strangers use it: each signs in to merge, only repositories of the Hub are
@@ -75,7 +75,7 @@ class Visitor:
 
     @property
     def merged(self) -> Path:
-        """Where the result is, if there is one."""
+        """Folder of the result, if there is one."""
         return self.folder / MERGED
 
 

@@ -1,4 +1,4 @@
-"""What a person filled in, as words of a command."""
+"""Fields that a person filled in, as words of a command."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Form:
     def shown(self, repo_id: str, *, private: bool) -> str:
         """Command that does the same in a terminal, and uploads if a repository is named."""
         if not self.checkpoints:
-            return "hf-tsv merge CHECKPOINTS... -o merged"
+            return ""
         words = ["hf-tsv", "merge", *self.checkpoints]
         words += ["--base-model", self.base.strip()] if self.base.strip() else []
         words += [*self._choices(), "-o", "merged"]

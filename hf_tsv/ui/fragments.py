@@ -8,24 +8,6 @@ from typing import Any
 
 from hf_tsv.system.text import counted, human_bytes, one_line, rough_time
 
-STYLE = """
-.hf-tsv-state {padding: .6rem .8rem; border-radius: 8px; overflow-wrap: anywhere;
-  border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary);
-  color: var(--body-text-color)}
-.hf-tsv-state progress {width: 100%; height: .6rem; accent-color: var(--color-accent)}
-.hf-tsv-state small {color: var(--body-text-color-subdued)}
-.hf-tsv-error {border-color: #dc2626; border-left-width: 4px}
-.hf-tsv-done {border-color: #16a34a; border-left-width: 4px}
-.hf-tsv-rows {overflow-x: auto}
-.hf-tsv-rows table {border-collapse: collapse; width: 100%}
-.hf-tsv-rows th, .hf-tsv-rows td {text-align: left; vertical-align: top; padding: .25rem .6rem;
-  border-bottom: 1px solid var(--border-color-primary); overflow-wrap: anywhere;
-  color: var(--body-text-color)}
-.hf-tsv-rows th {font-weight: 600; white-space: nowrap}
-.hf-tsv-page {width: 100%; height: 70vh; border: 1px solid var(--border-color-primary);
-  border-radius: 8px; background: Canvas}
-"""
-
 
 def state(text: str, more: str = "", *, kind: str = "", share: float | None = None) -> str:
     """A line on how things are, with a bar if a share of the work is done.

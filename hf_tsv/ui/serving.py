@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -18,7 +19,6 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hf_tsv.system.errors import OutputError
-from hf_tsv.ui import fragments
 from hf_tsv.ui.desk import FREE_SPACE, Desk, Limits
 from hf_tsv.ui.page import Page
 
@@ -56,8 +56,8 @@ LOCAL = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
 """A page elsewhere whose name is made to mean this machine must not reach the server."""
 
 SERVED: dict[str, Any] = {
-    "theme": THEME, "css": fragments.STYLE, "max_file_size": "20mb", "share": False,
-    "ssr_mode": False, "quiet": True, "footer_links": [], "enable_monitoring": False,
+    "theme": THEME, "css_paths": Path(__file__).with_name("page.css"), "max_file_size": "20mb",
+    "share": False, "ssr_mode": False, "quiet": True, "footer_links": [], "enable_monitoring": False,
     "mcp_server": False, "prevent_thread_lock": True,
 }  # fmt: skip
 
@@ -91,8 +91,7 @@ def serve_space() -> None:
 def _served(limits: Limits, account: str | None, **where: Any) -> Iterator[str]:
     """Serve while the body runs; it gets the address."""
     desk = Desk(limits)
-    os.environ["GRADIO_TEMP_DIR"] = str(desk.uploads)  # of images
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.update(GRADIO_TEMP_DIR=str(desk.uploads), GRADIO_ANALYTICS_ENABLED="False")
     try:
         page = Page(desk, account)
         page.blocks.queue(max_size=100, api_open=False)

@@ -270,7 +270,7 @@ def test_what_is_wrong_is_told(models: Hub, opened: Callable[..., Window], space
         window.write("pasted", pasted)
         refused("plan", "planned", beginning)
     filled(window).write("alpha", "much")
-    refused("plan", "planned", "Invalid value for '--alpha': not a valid number.")
+    refused("plan", "planned", "Invalid value for '--alpha': not a number.")
     window.write("alpha", "")
     window.write("base", "")
     refused("find", "found", "No base model is named.")

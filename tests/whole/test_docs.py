@@ -276,6 +276,7 @@ def test_the_owner_is_named_alike_everywhere() -> None:
         ROOT / "CITATION.cff",
         *(ROOT / ".github").rglob("*.yml"),
         ROOT / "pyproject.toml",
+        *(ROOT / "space" / name for name in ("README.md", "requirements.txt")),
     ]
     named = {
         found
