@@ -33,6 +33,9 @@ from hf_tsv.system.text import redacted
 RACES = len(RETRY_WAITS) + 1
 """Most times that a push lists the repository, in order to commit on top of its newest state."""
 
+TOGETHER = 250_000_000
+"""Bytes of files that are uploaded side by side; hf_xet holds up to twice as much in memory."""
+
 STORAGE_REFUSES = "LFS batch API returned errors"
 """First words of the client's error for a full storage, or a storage without the right to it."""
 
@@ -206,19 +209,21 @@ def push(
             if old and race == 0 and not create_pr and not set(names.markers) & set(there):
                 replacing = "The upload replaces %s of %s; earlier commits keep them."
                 logger.warning(replacing, ", ".join(old), repo_id)
+            added = [CommitOperationAdd(name, new) for name, new in contents.items()]
+            gone = [CommitOperationDelete(name) for name in old if name not in files]
+            branch: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
             commit = partial(
                 client.create_commit,
                 repo_id,
-                [
-                    *(CommitOperationDelete(name) for name in old if name not in files),
-                    *(CommitOperationAdd(name, new) for name, new in contents.items()),
-                ],
+                [*gone, *added],
                 commit_message=commit_message or "Upload model made with hf-tsv",
-                revision=revision,
-                create_pr=create_pr,
                 parent_commit=head.sha,
+                **branch,
             )
             try:
+                for group in _groups(added)[:-1]:  # the commit uploads the last one itself
+                    send = partial(client.preupload_lfs_files, free_memory=False, **branch)
+                    retried(partial(send, repo_id, group))
                 made = _committed(commit, create_pr)
                 new = race > 0 or made.oid != head.sha  # a race may be lost to our own commit
                 return Pushed(redacted(str(made.pr_url or made.commit_url)), new)
@@ -234,6 +239,19 @@ def push(
                     raise
                 logger.info("The storage of %s refused a file; trying again.", repo_id)
     raise AssertionError("the last try returns or raises")
+
+
+def _groups(added: Sequence[CommitOperationAdd]) -> list[list[CommitOperationAdd]]:
+    """Split files into groups of [`TOGETHER`] bytes; a larger file is a group of its own."""
+    groups: list[list[CommitOperationAdd]] = [[]]
+    size = 0
+    for file in added:
+        size += file.upload_info.size
+        if groups[-1] and size > TOGETHER:
+            groups.append([])
+            size = file.upload_info.size
+        groups[-1].append(file)
+    return groups
 
 
 def commit_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -272,6 +273,63 @@ def test_large_files_are_uploaded_in_parts(hub: Hub, api: HfApi) -> None:
     parts = [request.body_received for request in hub.requests if request.method == "PUT"]
     assert parts == [50_000, 50_000, 2_400]
     assert hub.files("me/model")["model.bin"] == WEIGHTS
+
+
+def announced(hub: Hub) -> tuple[str, dict[str, Any]]:
+    """The sha256 of WEIGHTS, and what the Hub says about its upload."""
+    oid = hashlib.sha256(WEIGHTS).hexdigest()
+    answer = httpx2.post(
+        f"{hub.endpoint}/me/model.git/info/lfs/objects/batch",
+        json={"objects": [{"oid": oid, "size": len(WEIGHTS)}], "ref": {"name": "main"}},
+        headers={"Authorization": "Bearer hf_write"},
+    )
+    return oid, answer.json()["objects"][0]["actions"]
+
+
+def test_a_body_that_is_not_what_was_announced_is_refused(hub: Hub, api: HfApi) -> None:
+    api.create_repo("me/model")
+    oid, actions = announced(hub)
+    wrong = WEIGHTS[:-1] + b"\0"
+    for body in (wrong, WEIGHTS[:-1], b""):
+        assert httpx2.put(actions["upload"]["href"], content=body).status_code == 400
+    verify = {"url": actions["verify"]["href"], "headers": {"Authorization": "Bearer hf_write"}}
+    seen = {"oid": oid, "size": len(WEIGHTS)}
+    assert httpx2.post(**verify, json=seen).status_code == 404
+    assert httpx2.put(actions["upload"]["href"], content=WEIGHTS).status_code == 200
+    assert httpx2.post(**verify, json=seen).status_code == 200
+    assert httpx2.post(**verify, json={**seen, "size": 1}).status_code == 404
+
+
+def test_parts_that_are_not_what_was_announced_are_refused(hub: Hub, api: HfApi) -> None:
+    hub.multipart_above = 50_000
+    api.create_repo("me/model")
+    whole = [WEIGHTS[at : at + 50_000] for at in (0, 50_000, 100_000)]
+    swapped, short = [whole[1], whole[0], whole[2]], whole[:2]
+    for parts in ([*short, whole[2][:-1] + b"\0"], swapped, short, whole):
+        oid, actions = announced(hub)
+        header = actions["upload"]["header"]
+        assert header.pop("chunk_size") == "50000"
+        urls = list(header.values())[: len(parts)]
+        puts = [httpx2.put(url, content=part) for url, part in zip(urls, parts, strict=True)]
+        etags = [{"partNumber": n, "etag": put.headers["ETag"]} for n, put in enumerate(puts, 1)]
+        done = httpx2.post(actions["upload"]["href"], json={"oid": oid, "parts": etags})
+        assert done.status_code == (200 if parts is whole else 400)
+    assert hub.repos["me/model"].lfs[oid].read() == WEIGHTS
+
+
+def test_a_commit_that_names_a_file_of_another_size_is_refused(hub: Hub, api: HfApi) -> None:
+    api.create_repo("me/model")
+    oid, actions = announced(hub)
+    assert httpx2.put(actions["upload"]["href"], content=WEIGHTS).status_code == 200
+    for size, code in ((len(WEIGHTS) + 1, 400), (len(WEIGHTS), 200)):
+        file = {"path": "model.bin", "algo": "sha256", "oid": oid, "size": size}
+        lines = [{"key": "header", "value": {"summary": "Add"}}, {"key": "lfsFile", "value": file}]
+        made = httpx2.post(
+            f"{hub.endpoint}/api/models/me/model/commit/main",
+            content="\n".join(map(json.dumps, lines)),
+            headers={"Authorization": "Bearer hf_write"},
+        )
+        assert made.status_code == code
 
 
 def test_a_pull_request_needs_no_right_to_write(hub: Hub, api: HfApi) -> None:

@@ -15,5 +15,6 @@ from .access import User
 from .hub import Hub
 from .store import Blob, Commit, PullRequest, Repo
 from .wire import Request
+from .xet import Storage
 
-__all__ = ["Blob", "Commit", "Hub", "PullRequest", "Repo", "Request", "User"]
+__all__ = ["Blob", "Commit", "Hub", "PullRequest", "Repo", "Request", "Storage", "User"]

@@ -8,25 +8,28 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import cdn, collections, oauth, reading, writing
+from . import cdn, collections, oauth, reading, writing, xet
 from .access import User
 from .collections import Collection
 from .routing import dispatch
 from .store import MAIN, Blob, Repo, is_lfs
 from .wire import Fault, Request, Response, Server
+from .xet import Storage
 
 Content = bytes | str | Path | None
 ROUTES = {
-    "api": [collections.routes, oauth.routes, reading.routes, writing.routes],
+    "api": [collections.routes, oauth.routes, xet.hub_routes, reading.routes, writing.routes],
     "cdn": [cdn.routes],
     "foreign": [cdn.routes],
+    "xet": [xet.routes],
 }
 
 
 class Hub:
     """A Hub on 127.0.0.1: `endpoint` is its API, `cdn` the other origin, which stores LFS files.
 
-    `foreign` is a third one that nothing points to, and that has the same files.
+    `foreign` is a third one that nothing points to, and that has the same files. `storage` is what
+    hf_xet speaks to, once `xet` is a `Storage`.
 
     Users, repositories and faults may be changed at any time, from any thread.
     """
@@ -39,10 +42,11 @@ class Hub:
     page_size: int  # entries per page of a listing
     multipart_above: int  # bytes; larger LFS files are uploaded in parts of this size
     signature: str  # query of every address of the storage
+    xet: Storage | None  # what is uploaded through Xet; None: the Hub has no such storage
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._ports = {"api": 0, "cdn": 0, "foreign": 0}
+        self._ports = {"api": 0, "cdn": 0, "foreign": 0, "xet": 0}
         self._faults: list[Fault] = []
         self._servers: list[Server] = []
         self._threads: list[threading.Thread] = []
@@ -63,6 +67,7 @@ class Hub:
             self.page_size = 1000
             self.multipart_above = 20_000_000
             self.signature = ""
+            self.xet = None
             self.heal()
 
     # Listening
@@ -78,6 +83,10 @@ class Hub:
     @property
     def foreign(self) -> str:
         return f"http://127.0.0.1:{self._ports['foreign']}"
+
+    @property
+    def storage(self) -> str:
+        return f"http://127.0.0.1:{self._ports['xet']}"
 
     def start(self) -> None:
         """Serve, in daemon threads; after `stop`, on the same ports again."""
@@ -254,6 +263,7 @@ class Hub:
         return None
 
     def respond(self, request: Request, raw_path: str, body: bytes) -> Response:
+        xet.receive(self, request)  # without the lock, which the storage needs for its answers
         with self.lock:
             return dispatch(self, ROUTES[request.origin], request, raw_path, body)
 

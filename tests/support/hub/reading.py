@@ -117,6 +117,8 @@ def _path_info(repo: Repo, commit: Commit, path: str, expand: bool) -> dict[str,
         }
         if blob.lfs:
             info["lfs"] = {"oid": blob.oid, "size": blob.size, "pointerSize": len(blob.pointer)}
+            if blob.oid in repo.xet:
+                info["xetHash"] = repo.xet[blob.oid]
     else:
         info = {"type": "directory", "path": path, "size": 0, "oid": commit.folder_oid(path)}
     if expand:
@@ -171,6 +173,10 @@ def resolve(call: Call) -> Response:
         "X-Linked-Size": str(blob.size),
         "X-Linked-Etag": f'"{blob.oid}"',
     }
+    if blob.oid in repo.xet:
+        api = f"{call.hub.endpoint}/api/{repo.kind}/{repo.id}"
+        headers["X-Xet-Hash"] = repo.xet[blob.oid]
+        headers["Link"] = f'<{api}/xet-read-token/{commit.sha}>; rel="xet-auth"'
     return Response(302, b"", headers)
 
 

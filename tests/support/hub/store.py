@@ -168,6 +168,7 @@ class Repo:
     pull_requests: dict[int, PullRequest] = field(default_factory=dict)
     lfs: dict[str, Blob] = field(default_factory=dict)  # sha256 -> content
     parts: dict[str, dict[int, bytes]] = field(default_factory=dict)  # multipart uploads under way
+    xet: dict[str, str] = field(default_factory=dict)  # sha256 -> Xet hash, if it came that way
     downloads: int = 0
     likes: int = 0
     created: str = ""  # a date; empty: that of its first commit

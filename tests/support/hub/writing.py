@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from base64 import b64decode
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import cards
 from .access import check_visible, check_write
@@ -13,6 +13,9 @@ from .reading import pull_request_info
 from .routing import Call, Routes
 from .store import MAIN, Blob, Commit, HubError, Repo, is_lfs
 from .wire import Response
+
+if TYPE_CHECKING:
+    from .hub import Hub
 
 routes = Routes()
 
@@ -189,7 +192,9 @@ def commit(call: Call) -> Response:
     ref = repo.writable_ref(call.args["rev"])
     parent = _parent(repo, ref, header.get("parentCommit"), stale_ok=propose)
     changes = dict(
-        change for line in lines for change in _changes(repo, parent, line["key"], line["value"])
+        change
+        for line in lines
+        for change in _changes(call.hub, repo, parent, line["key"], line["value"])
     )
     _check_card(changes.get("README.md"))
     said = {"description": header.get("description", ""), "author": user.name}
@@ -214,16 +219,21 @@ def _parent(repo: Repo, ref: str, named: str | None, *, stale_ok: bool) -> Commi
 
 
 def _changes(
-    repo: Repo, parent: Commit, key: str, value: dict[str, Any]
+    hub: Hub, repo: Repo, parent: Commit, key: str, value: dict[str, Any]
 ) -> Iterator[tuple[str, Blob | None]]:
     """What one line of the commit's body changes: paths and their new content, None if deleted."""
     path = value.get("path", "")
     if key == "file":
         yield path, Blob.of(b64decode(value["content"]), lfs=False)
     elif key == "lfsFile":
-        if value["oid"] not in repo.lfs:
+        oid, storage = value["oid"], hub.xet
+        if storage and oid not in repo.lfs and oid in storage.blobs:
+            repo.lfs[oid], repo.xet[oid] = storage.blobs[oid], storage.hashes[oid]
+        if oid not in repo.lfs:
             raise HubError(400, f"The LFS pointer of {path} points to a file that does not exist")
-        yield path, repo.lfs[value["oid"]]
+        if repo.lfs[oid].size != value["size"]:
+            raise HubError(400, f"{path} has {repo.lfs[oid].size} bytes, not {value['size']}")
+        yield path, repo.lfs[oid]
     elif key in ("deletedFile", "deletedFolder"):
         gone = [path] if key == "deletedFile" else _inside(parent, path)
         if not gone or (key == "deletedFile" and path not in parent.files):
