@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -40,6 +41,8 @@ PAGES = [
 ]
 GENERATED = {"index.md", "contributing.md", "changelog.md", "cli.md", "api.md", "errors.md"}
 EXCUSE = re.compile(r"<!-- (needs the network|not run: \S.+) -->$")
+
+HF = Path(sys.executable).with_name("hf")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
 
@@ -116,6 +119,7 @@ class Shell:
         script = folder / "bin" / "hf-tsv"
         script.write_text(CLIENT.format(python=sys.executable, address=address))
         script.chmod(0o755)
+        (folder / "bin" / "hf").symlink_to(HF)
         self.environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
 
     def run(self, text: str, cwd: Path) -> Result:
@@ -212,19 +216,103 @@ def test_options_that_are_named_exist() -> None:
         for name in cli.COMMANDS
     }
     every = set().union(*options.values(), {"--help", "--install-completion", "--version", "-V"})
+    jobs = {" ".join(words): hf_options("jobs", *words) for words in HF_JOBS}
     wrong = []
     for page in PAGES:
         for code in code_of(page):
             ours = re.search(rf"hf[-_]tsv ({'|'.join(options)})\b(.*)", code)
+            theirs = re.match(rf"hf jobs ({'|'.join(jobs)})\b(.*?)( bash -c | -- |$)", code)
+            said = []
             if ours:
-                known, rest = options[ours[1]] | {"--help"}, ours[2].partition(" #")[0]
-            elif code.startswith("--") and page.name != "benchmarks.md":
-                known, rest = every, code
-            else:
-                continue
-            given = re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", rest, re.IGNORECASE)
-            wrong += [(page.name, code, flag) for flag in given if flag not in known]
+                said.append((options[ours[1]] | {"--help"}, ours[2].partition(" #")[0]))
+            if theirs:
+                said.append((jobs[theirs[1]], theirs[2].partition(" #")[0]))
+            elif not ours and code.startswith("--") and page.name != "benchmarks.md":
+                said.append((every.union(*(jobs.values() if page == JOBS else ())), code))
+            for known, rest in said:
+                given = re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", rest, re.IGNORECASE)
+                wrong += [(page.name, code, flag) for flag in given if flag not in known]
     assert wrong == []
+
+
+# Jobs
+
+HF_JOBS = [("uv", "run"), ("run",), ("ps",), ("hardware",), ("logs",), ("stats",), ("wait",),
+           ("inspect",), ("cancel",)]  # fmt: skip
+JOBS = DOCS / "jobs.md"
+INSTALLED = "hf-tsv @ git+https://github.com/OWNER/hf-tsv"
+LARGE = "openai/clip-vit-large-patch14"
+
+
+def hf_options(*words: str) -> set[str]:
+    """Options of a command of `hf`, with those that it has from click."""
+    from huggingface_hub.cli.hf import app
+    from typer import Context
+
+    command: Any = app
+    for word in words:
+        command = command.get_command(Context(command), word)
+    return {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+
+
+def words_in_job(job: dict[str, Any]) -> list[str]:
+    """Words of the command of hf-tsv that a job runs, after its installation."""
+    command = job["command"]
+    if command[:2] == ["bash", "-c"]:
+        install, _, text = command[2].partition(" &&")
+        assert shlex.split(install) == ["pip", "install", INSTALLED]
+        done = subprocess.run(
+            ["bash", "-c", f"printf '%s\\0' {text.strip()}"], capture_output=True, check=True
+        )
+        return done.stdout.decode().split("\0")[:-1]
+    assert command[:4] == ["uv", "run", "--with", INSTALLED]
+    return command[4:]
+
+
+def test_the_jobs_of_the_page_are_what_it_says(
+    hub: Hub, models: Path, desk: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the client sends them; the merge on a CPU is made, of tiny models of these names."""
+    from hf_tsv import cli
+    from hf_tsv.evaluation.suites import named as suite
+
+    monkeypatch.chdir(desk)
+    run_page(JOBS, desk, shell)
+    cpu, gpu, small = hub.jobs
+    for job, flavour, seconds in ((cpu, "cpu-basic", 7200), (gpu, "l4x1", 7200),
+                                  (small, "cpu-basic", 3600)):  # fmt: skip
+        assert (job["flavor"], job["timeoutSeconds"]) == (flavour, seconds)
+        assert job["secrets"] == {"HF_TOKEN": "hf_write"}
+        assert "hf_write" not in repr({**job, "secrets": None})
+        program, verb, *words = words_in_job(job)
+        assert (program, verb) == ("hf-tsv", "merge")
+        given = cli._command("merge").make_context("merge", list(words)).params
+        assert given["stream"] and given["push_to"].startswith("me/") and given["output"] is None
+    assert cpu["dockerImage"] == "python:3.12"
+    assert cpu["environment"] == {"PIP_EXTRA_INDEX_URL": "https://download.pytorch.org/whl/cpu"}
+    named = words_in_job(cpu)[2:22]
+    assert named == words_in_job(gpu)[2:22]
+    assert named == list(suite("vit-l-14-20").references.values())
+
+    for number, name in enumerate(named):
+        folder = models / public_names.TASKS[number % len(public_names.TASKS)]
+        files = {file.name: file for file in folder.iterdir()}
+        hub.add_repo(name, {**files, "README.md": f"---\nbase_model: {LARGE}\n---\n"})
+    hub.add_repo(LARGE, models / "base")
+    done = shell.run(shlex.join(words_in_job(cpu)), desk)
+    assert done.code == 0 and "Merged 20 checkpoints" in done.err, done.err
+    assert "model.safetensors" in hub.files("me/clip-vit-large-20-tasks")
+
+
+def test_a_job_can_be_watched_and_stopped(
+    hub: Hub, desk: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(desk)
+    run_page(JOBS, desk, shell)
+    (block,) = (b for b in blocks(JOBS) if "JOB_ID" in b.text)
+    done = shell.run(block.text.replace("JOB_ID", "job1"), desk)
+    assert done.code == 0 and "COMPLETED" in done.out, (done.out, done.err)
+    assert hub.jobs[0]["status"]["stage"] == "CANCELED"
 
 
 # Links
@@ -300,7 +388,9 @@ def test_the_readme_is_short() -> None:
 def test_no_page_tells_to_install_what_is_not_released() -> None:
     for page in PAGES:
         text = page.read_text("utf-8").replace("`pip install hf-tsv`", "")
-        assert not re.search(r"(pip|pipx|uv tool) install '?\"?hf-tsv(?!\[[\w,]+\] @)", text), page
+        assert not re.search(r"(pip|pipx|uv tool) install '?\"?hf-tsv(?!(\[[\w,]+\])? @)", text), (
+            page
+        )
 
 
 def test_published_and_measured_numbers_are_those_of_the_files() -> None:

@@ -7,8 +7,9 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from . import cdn, collections, oauth, reading, writing, xet
+from . import cdn, collections, jobs, oauth, reading, writing, xet
 from .access import User
 from .collections import Collection
 from .routing import dispatch
@@ -18,7 +19,8 @@ from .xet import Storage
 
 Content = bytes | str | Path | None
 ROUTES = {
-    "api": [collections.routes, oauth.routes, xet.hub_routes, reading.routes, writing.routes],
+    "api": [collections.routes, jobs.routes, oauth.routes, xet.hub_routes, reading.routes,
+            writing.routes],  # fmt: skip
     "cdn": [cdn.routes],
     "foreign": [cdn.routes],
     "xet": [xet.routes],
@@ -42,6 +44,7 @@ class Hub:
     page_size: int  # entries per page of a listing
     multipart_above: int  # bytes; larger LFS files are uploaded in parts of this size
     signature: str  # query of every address of the storage
+    jobs: list[dict[str, Any]]  # as they were asked for
     xet: Storage | None  # what is uploaded through Xet; None: the Hub has no such storage
 
     def __init__(self) -> None:
@@ -67,6 +70,7 @@ class Hub:
             self.page_size = 1000
             self.multipart_above = 20_000_000
             self.signature = ""
+            self.jobs = []
             self.xet = None
             self.heal()
 
