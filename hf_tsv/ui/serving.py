@@ -57,8 +57,8 @@ LOCAL = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
 
 SERVED: dict[str, Any] = {
     "theme": THEME, "css_paths": Path(__file__).with_name("page.css"), "max_file_size": "20mb",
-    "share": False, "ssr_mode": False, "quiet": True, "footer_links": [], "enable_monitoring": False,
-    "mcp_server": False, "prevent_thread_lock": True,
+    "share": False, "ssr_mode": False, "quiet": True, "footer_links": [],
+    "enable_monitoring": False, "mcp_server": False, "prevent_thread_lock": True,
 }  # fmt: skip
 
 

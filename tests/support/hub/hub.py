@@ -18,9 +18,9 @@ from .wire import Fault, Request, Response, Server
 from .xet import Storage
 
 Content = bytes | str | Path | None
+OWN = [module.routes for module in (collections, jobs, oauth, reading, writing)]
 ROUTES = {
-    "api": [collections.routes, jobs.routes, oauth.routes, xet.hub_routes, reading.routes,
-            writing.routes],  # fmt: skip
+    "api": [xet.hub_routes, *OWN],
     "cdn": [cdn.routes],
     "foreign": [cdn.routes],
     "xet": [xet.routes],
