@@ -16,11 +16,13 @@ from typing import Any
 
 from hf_tsv.system.text import human_bytes
 from hf_tsv.ui.commands import Command, CommandError, environment
+from hf_tsv.ui.trying import Trial
 from hf_tsv.ui.turns import Turns
 
 MERGED, INTERFERENCE, HOME = "merged", "interference", "home"
 PREFIX = "hf-tsv-ui-"
 FOLDER = re.compile(rf"{PREFIX}(\d+)-")
+SHORT = 300.0  # seconds of a command that reads headers
 QUEUE = 20  # people who wait at most
 
 
@@ -54,12 +56,13 @@ class Limits:
 FREE_SPACE = Limits(
     public=True,
     stream=True,
-    max_memory="12GB",
-    max_output=8_000_000_000,
+    max_memory="8GB",
+    max_output=4_000_000_000,
     seconds=3600,
     kept_seconds=3600,
 )
-"""For a Space on the free hardware: 2 processors, 16 GB of memory and 50 GB of disk."""
+"""For a Space on the free hardware: 2 processors, 16 GB of memory and 50 GB of disk. Beside a merge
+there are the server, a model that is tried, and three short commands."""
 
 
 @dataclass
@@ -87,7 +90,7 @@ class Desk:
     """
 
     def __init__(self, limits: Limits) -> None:
-        self.limits, self.turns = limits, Turns(QUEUE)
+        self.limits, self.turns, self.trial = limits, Turns(QUEUE), Trial()
         _remove_leftovers()
         self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         self.uploads = self.root / "uploads"
@@ -115,6 +118,7 @@ class Desk:
             others = (other.uploads for other in self._visitors.values())
             uploads = visitor.uploads.difference(*others)
         self.cancel(visitor)
+        self.trial.forget(visitor.merged)
         for path in uploads:
             shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(visitor.folder, ignore_errors=True)
@@ -133,14 +137,15 @@ class Desk:
 
     @contextmanager
     def running(
-        self, visitor: Visitor, words: Sequence[str], token: str | None
+        self, visitor: Visitor, words: Sequence[str], token: str | None, *, short: bool = False
     ) -> Iterator[Command]:
-        """Run a command for a visitor while the body follows it."""
+        """Run a command for a visitor while the body follows it; a short one gets less time."""
+        most = SHORT if short and self.limits.seconds else self.limits.seconds
         home = visitor.folder / HOME if self.limits.public else None
         with self._lock:
             if visitor.left:
                 raise CommandError("Stopped.")
-            command = Command(words, visitor.folder, environment(token, home), self.limits.seconds)
+            command = Command(words, visitor.folder, environment(token, home), most)
             visitor.commands.append(command)
         try:
             yield command
@@ -151,7 +156,7 @@ class Desk:
 
     def finished(self, visitor: Visitor, words: Sequence[str], token: str | None) -> dict[str, Any]:
         """Run a short command, and return what it found."""
-        with self.running(visitor, words, token) as command:
+        with self.running(visitor, words, token, short=True) as command:
             for _ in command.followed():
                 pass
             return command.result()

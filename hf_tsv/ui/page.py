@@ -16,7 +16,6 @@ from hf_tsv.ui import fragments
 from hf_tsv.ui.commands import Command, CommandError
 from hf_tsv.ui.desk import INTERFERENCE, MERGED, Desk, Visitor
 from hf_tsv.ui.form import Form
-from hf_tsv.ui.trying import Trial
 
 BASE = "openai/clip-vit-base-patch32"
 TITLE = "Merge fine-tuned CLIP models"
@@ -30,7 +29,8 @@ METHOD_CHOICES = [
     for row in METHODS.values()
     if not row.learns and not row.beside
 ]
-TOGETHER = 20  # handlers at a time: nearly all only wait for commands
+TOGETHER = 25  # merges that run or wait, and handlers that do little
+SHORT_TOGETHER = 3  # commands that take no turn
 
 
 Given = dict[Any, Any]
@@ -46,7 +46,7 @@ class Page:
     """
 
     def __init__(self, desk: Desk, account: str | None = None) -> None:
-        self.desk, self.account, self.trial = desk, account, Trial()
+        self.desk, self.account = desk, account
         with gr.Blocks(
             title="hf-tsv", analytics_enabled=False, delete_cache=(600, 3600)
         ) as self.blocks:
@@ -140,12 +140,14 @@ class Page:
     def _wire(self) -> None:
         own: Any = {"api_visibility": "private", "concurrency_limit": TOGETHER}
         hidden: Any = {**own, "show_progress": "hidden"}
+        short: Any = {**own, "concurrency_limit": SHORT_TOGETHER, "concurrency_id": "short",
+                      "show_progress": "minimal"}  # fmt: skip
         fields: set[Any] = {self.base, self.ticked, self.pasted, self.method, self.alpha}
         all_fields: set[Any] = {*fields, self.repo_id, self.private}
         looked: set[Any] = {self.base, self.ticked, self.author, self.search, self.limit}
         lists = [self.found, self.ticked, self.others_box, self.others]
-        self.find.click(self._find, looked, lists, **hidden)
-        self.plan.click(self._plan, fields, [self.planned], **hidden)
+        self.find.click(self._find, looked, lists, **short)
+        self.plan.click(self._plan, fields, [self.planned], **short)
         self.measure.click(self._measure, fields, [self.interference], **hidden)
         state = [self.state, self.log, self.merge, self.stop]
         self.merge.click(self._merge, fields, state, **hidden)
@@ -153,7 +155,7 @@ class Page:
         self.image.upload(self._uploaded, [self.image], None, **hidden)
         tried = [self.tried, self.answer]
         self.classify.click(self._classify, [self.image, self.labels], tried, **hidden)
-        self.push.click(self._push, [self.repo_id, self.private], [self.pushed], **hidden)
+        self.push.click(self._push, [self.repo_id, self.private], [self.pushed], **short)
         for part in all_fields:
             part.change(self._shown, all_fields, [self.command], **hidden)
         self.blocks.unload(self._leave)
@@ -271,7 +273,7 @@ class Page:
             if not names:
                 raise CommandError("There are no labels.", NO_LABELS)
             yield fragments.state("Loading the model and looking at the image…"), hidden
-            yield "", gr.update(value=self.trial.scores(folder, image, names), visible=True)
+            yield "", gr.update(value=self.desk.trial.scores(folder, image, names), visible=True)
         except CommandError as error:
             yield _failed(error), hidden
 

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 from huggingface_hub import constants, get_token, whoami
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hf_tsv.system.errors import OutputError
@@ -34,8 +36,11 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 """Fonts that are there: the page asks no other server for one."""
 
 
-class ContentPolicy:
-    """Middleware that sends `POLICY` with every answer."""
+class Guard:
+    """Middleware that refuses what other pages send, and sends `POLICY` with every answer.
+
+    A browser sends cookies along when another page makes it ask this server.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -48,10 +53,22 @@ class ContentPolicy:
                 MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
             await send(message)
 
-        await self.app(scope, receive, sent)
+        if scope["type"] == "http" and _is_foreign(scope):
+            await PlainTextResponse("Another page asks.", 403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, sent)
 
 
-SAFE = Middleware(ContentPolicy)
+def _is_foreign(scope: Scope) -> bool:
+    """Tell whether a page of another server sends something."""
+    headers = Headers(scope=scope)
+    own = {headers.get("host"), headers.get("x-forwarded-host")}
+    origin = headers.get("origin")
+    reads = scope["method"] in ("GET", "HEAD", "OPTIONS")
+    return not reads and origin is not None and urlsplit(origin).netloc not in own
+
+
+SAFE = Middleware(Guard)
 LOCAL = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
 """A page elsewhere whose name is made to mean this machine must not reach the server."""
 

@@ -52,3 +52,9 @@ class Trial:
             except HfTsvError as error:
                 raise CommandError(error.message, error.hint or "") from None
         return {entry["label"]: entry["score"] for entry in found}
+
+    def forget(self, folder: Path) -> None:
+        """Unload the model of a folder, if it is loaded."""
+        with self._lock:
+            if self._loaded is not None and self._loaded[0] == folder:
+                self._classify = self._loaded = None

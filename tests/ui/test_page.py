@@ -276,7 +276,7 @@ def test_what_is_wrong_is_told(models: Hub, opened: Callable[..., Window], space
     refused("find", "found", "No base model is named.")
     window.write("base", "org/base")
     models.fail("/api/models", 500, times=INF)
-    refused("find", "found", "The Hub")
+    refused("find", "found", "org/base: the Hub answered 500")
     models.heal()
     window.press("merge")
     window.said("state", kind="done")
@@ -375,6 +375,13 @@ def test_on_this_machine(models: Hub, browser: Any, zoo: Path, tmp_path: Path) -
             urlopen(asked, timeout=10)
         with pytest.raises(OSError, match="refused"), socket.socket() as outside:
             outside.connect(("127.0.0.2", int(port)))  # which 0.0.0.0 would listen on too
+        result = next(server.temporary.glob("hf-tsv-ui-*/*/merged/model.safetensors"))
+        with pytest.raises(HTTPError, match="403"):
+            urlopen(f"{server.address}/gradio_api/file={result}", timeout=10)
+        for origin in ("http://evil.example", "null", f"http://localhost:{int(port) + 1}"):
+            asked = URLRequest(f"{server.address}/gradio_api/queue/join", b"{}", {"Origin": origin})
+            with pytest.raises(HTTPError, match="403"):
+                urlopen(asked, timeout=10)
         taken = hf_tsv_process("ui", "--port", port)
         assert taken.code == 1
         assert taken.err == (

@@ -82,7 +82,7 @@ def test_a_stranger_sees_nothing_of_the_server(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_result_can_be_too_large() -> None:
     desk = Desk(FREE_SPACE)
-    with pytest.raises(CommandError, match=r"has 9\.0 GB, and this page makes at most 8\.0 GB"):
+    with pytest.raises(CommandError, match=r"has 9\.0 GB, and this page makes at most 4\.0 GB"):
         desk.check_size(PLAN)
     desk.close()
     own = Desk(Limits())
