@@ -18,6 +18,8 @@ LONGEST_NAME = 500
 LONGEST_CHAIN = 8  # steps from a fine-tune back to its base, to the base of that one, and so on
 MOST_ASKED = 40  # models that are looked up on the Hub for this
 MOST_SHOWN = 5  # base models of one input that an error lists
+NOT_ASKED = "not looked up"
+ABOVE = "see above"
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,37 @@ class SaidBase:
     fingerprint: str | None = None  # sha256 that stands for its weights
 
 
+@dataclass(frozen=True)
+class Ancestor:
+    """Model that another one names as a parent, with the parents it names itself.
+
+    `reason` says why those are not known, or not repeated.
+    """
+
+    ref: str
+    parents: tuple[Ancestor, ...] = ()
+    reason: str | None = None
+
+
 def said_by(item: PinnedCheckpoint) -> SaidBase:
     """Base models in the card or config of a fine-tune."""
     return SaidBase(tuple(named_by(item)))
 
 
 def named_by(item: PinnedCheckpoint) -> list[str]:
-    """Repository ids of the base models that a fine-tune names: in its card, else in its config."""
+    """Repository ids of the base models that a fine-tune names, none if its config is damaged."""
+    try:
+        return parents_of(item)
+    except HfTsvError:  # reported when the checkpoint is opened
+        return []
+
+
+def parents_of(item: PinnedCheckpoint) -> list[str]:
+    """Repository ids of the models that a model names in its card, else in its config.
+
+    Raises:
+        [`HfTsvError`]: the config cannot be read.
+    """
     value = item.card.get("base_model")
     names = [value] if isinstance(value, str) else value
     if isinstance(names, list) and any(names):
@@ -44,10 +70,7 @@ def named_by(item: PinnedCheckpoint) -> list[str]:
     for file, key in (("adapter_config.json", "base_model_name_or_path"), CONFIG):
         if item.files.size(file) is None:
             continue
-        try:
-            name = read_json(item.files, file, str(item)).get(key)
-        except HfTsvError:  # reported when the checkpoint is opened
-            return []
+        name = read_json(item.files, file, str(item)).get(key)
         if _is_name(name) and name.count("/") == 1:
             return [name] if name != item.ref else []
     return []
@@ -58,6 +81,36 @@ def _is_name(value: Any) -> TypeGuard[str]:
     if not isinstance(value, str) or not 0 < len(value) < LONGEST_NAME:
         return False
     return value.isprintable() and not value.startswith((".", "/", "~"))
+
+
+def lineage(
+    ref: str, names: Sequence[str], parents: Callable[[str], Sequence[str]] | None
+) -> tuple[Ancestor, ...]:
+    """Parents that a model names, their parents, and so on up to those that name none.
+
+    `parents` looks up those of a model; its error is the reason why they are unknown. Without it
+    none are looked up. Models that several others descend from have their parents only once.
+    """
+    reasons: dict[str, str] = {}
+
+    def found(name: str) -> Sequence[str]:
+        try:
+            return () if parents is None else parents(name)[:MOST_ASKED]
+        except HfTsvError as error:
+            reasons[name] = error.message
+            return ()
+
+    known = {} if parents is None else _followed(list(dict.fromkeys(names))[:MOST_ASKED], found)
+    told = {ref}
+
+    def ancestor(name: str) -> Ancestor:
+        if name in told and (name == ref or known.get(name)):
+            return Ancestor(name, reason=ABOVE)
+        told.add(name)
+        own = tuple(ancestor(up) for up in dict.fromkeys(known.get(name, ())))
+        return Ancestor(name, own, reasons.get(name) if name in known else NOT_ASKED)
+
+    return tuple(ancestor(name) for name in dict.fromkeys(names))
 
 
 def infer(

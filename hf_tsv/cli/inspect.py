@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from hf_tsv.cli import options
 from hf_tsv.cli.groups import Only
@@ -32,7 +32,8 @@ def inspect(
 ) -> None:
     """Show what a checkpoint, a merge or task factors contain, without a download.
 
-    Reads small files and the headers of the weight files.
+    Reads small files and the headers of the weight files. For a repository also the cards of the
+    models it descends from.
     """
     out = Out(as_json=run.as_json, quiet=run.quiet, verbose=run.verbose)
     from hf_tsv.verbs import inspect as inspect_
@@ -56,6 +57,7 @@ def _text(report: InspectReport) -> str:
         ("class", report.model_class or report.model_type or "unknown"),
         ("layout", report.layout or "unknown"),
         ("base model", ", ".join(report.base_model) or "unknown"),
+        *_descent(report),
         ("license", report.license or "unknown"),
         *(("file", f"{name}  {human_bytes(size)}") for name, size in report.files.items()),
         ("parameters", f"{report.parameters:,}"),
@@ -107,6 +109,25 @@ def _text(report: InspectReport) -> str:
         ]
     rows += [("note", text) for text in report.unknown]
     return table(rows)
+
+
+def _descent(report: InspectReport) -> list[tuple[str, str]]:
+    """Rows of a tree, if there is more to tell than the base models."""
+    from hf_tsv.checkpoints.base_model import NOT_ASKED
+
+    rows: list[str] = []
+
+    def add(ancestors: Sequence[Mapping[str, Any]], depth: int) -> None:
+        for one in ancestors:
+            name, why = one["ref"], one["reason"] or ""
+            why = why.removeprefix(f"{name} ").removesuffix(".")
+            rows.append("  " * depth + name + (f"  ({why})" if why else ""))
+            add(one["parents"], depth + 1)
+
+    add(report.lineage, 0)
+    known = report.base_model == [one["ref"] for one in report.lineage]
+    told = any(one["parents"] or one["reason"] not in (None, NOT_ASKED) for one in report.lineage)
+    return [("descends from", row) for row in rows] if told or not known else []
 
 
 def _modules(names: Sequence[str]) -> str:

@@ -9,39 +9,37 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_tsv.checkpoints.layout import MODEL_CLASSES, is_clip
+from hf_tsv.checkpoints.layout import is_clip
 from hf_tsv.checkpoints.reference import at_revision, card_datasets, repo_id_of
 from hf_tsv.recipes.settings import current_versions, steps_of
-from hf_tsv.reports.kept import stored_text
-from hf_tsv.reports.templates import cell, command, counted, environment, plain
+from hf_tsv.reports.templates import cell, counted, environment, plain
 
 if TYPE_CHECKING:
-    from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin, StoredWeight
+    from hf_tsv.checkpoints.formats.description import Origin
     from hf_tsv.checkpoints.names import Format
     from hf_tsv.methods.catalogue import Method
     from hf_tsv.recipes.recipe import Recipe
     from hf_tsv.recipes.searching import Search
     from hf_tsv.reports.drawing import Picture
     from hf_tsv.reports.interference import InterferenceReport
-    from hf_tsv.reports.kept import KeptSection
 
 FEATURES, ZERO_SHOT = "image-feature-extraction", "zero-shot-image-classification"
 NO_CARD: Mapping[str, Any] = {}
-LARGEST_SHOWN = 10  # weights that a card of factors lists; all are in its configuration file
 
 
 @dataclass(frozen=True)
 class CardInput:
     """Checkpoint that a card names, see [`Origin`], with the factor of its update.
 
-    `datasets` are those that its own card names.
+    `datasets` are those that its own card names; `parents` repositories that it descends from, if
+    it is a folder and says so.
     """
 
     ref: str
@@ -49,13 +47,24 @@ class CardInput:
     license: str | None = None
     weight: float = 1.0
     datasets: Sequence[str] = ()
+    parents: Sequence[str] = ()
 
     @classmethod
     def of(
-        cls, origin: Origin, weight: float = 1.0, card: Mapping[str, Any] = NO_CARD
+        cls,
+        origin: Origin,
+        weight: float = 1.0,
+        card: Mapping[str, Any] = NO_CARD,
+        source: Origin | None = None,
     ) -> CardInput:
-        """Checkpoint that an origin names, with the front matter of its card."""
-        return cls(origin.ref, origin.revision, origin.license, weight, card_datasets(card))
+        """Checkpoint that an origin names, with the front matter of its card.
+
+        `source` is the fine-tune of task factors, which stands for those in a folder.
+        """
+        own = cls(origin.ref, origin.revision, origin.license, weight, card_datasets(card))
+        if origin.revision is not None or source is None or source.revision is None:
+            return own
+        return replace(own, parents=(repo_id_of(source.ref),))
 
     @property
     def name(self) -> str:
@@ -150,7 +159,7 @@ class MergeCard(Card):
             **descent(self.base, self.inputs),
             library_name=self.out_format,
             pipeline_tag=None if self.masks else (FEATURES, ZERO_SHOT)[self.full_model],
-            tags=["merge", "task-singular-vectors", "hf-tsv", _family(self.model_type)],
+            tags=["merge", "task-singular-vectors", "hf-tsv", family(self.model_type)],
             license=self.license,
         )
 
@@ -214,171 +223,20 @@ class MergeCard(Card):
 
     @property
     def clip(self) -> bool:
-        return _family(self.model_type) == "clip"
+        return family(self.model_type) == "clip"
 
     @property
     def model_class(self) -> str:
         return "CLIPModel" if self.full_model and self.clip else "AutoModel"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompressedCard(Card):
-    """Card of a compressed task, or of its reconstruction.
-
-    `full_model`: its base model has both towers of CLIP; `datasets` are those of the fine-tune,
-    `kept` is a section on what is kept.
-    """
-
-    config: FactorsConfig
-    full_model: bool
-    datasets: Sequence[str] = ()
-    kept: KeptSection | None = None
-
-    @property
-    def base(self) -> CardInput:
-        return CardInput.of(self.config.base_model)
-
-    @property
-    def source(self) -> CardInput:
-        return CardInput.of(self.config.source)
-
-    @property
-    def license(self) -> str | None:
-        return self.source.license
-
-    @property
-    def energy(self) -> float:
-        """Share of the squared norm of the update that is kept."""
-        return max(0.0, 1 - self.config.update_error**2)
-
-    @property
-    def dtype(self) -> str:
-        return str(self.config.factor_dtype).removeprefix("torch.")
-
-    @property
-    def family(self) -> str:
-        return _family(str(self.config.model_config.get("model_type", "clip")))
-
-    @property
-    def clip(self) -> bool:
-        return self.family == "clip"
-
-    @property
-    def pipeline_tag(self) -> str:
-        head = bool(self.config.task_head)
-        return "image-classification" if head else (FEATURES, ZERO_SHOT)[self.full_model]
-
-    def _data(
-        self, relation: str, library: str, tags: list[str], parent: CardInput
-    ) -> ModelCardData:
-        """Metadata with the model it descends from, if that is on the Hub."""
-        return ModelCardData(
-            base_model=parent.repo_id if parent.revision else None,
-            base_model_relation=relation if parent.revision else None,
-            datasets=list(self.datasets) or None,
-            library_name=library,
-            pipeline_tag=self.pipeline_tag,
-            tags=tags,
-            license=self.license,
-        )
-
-    def _compress_command(self, *options: str) -> str:
-        """Command that makes the same files again."""
-        config = self.config
-        words: list[str] = []
-        for key, value in config.rank_rule.items():
-            words += [f"--{key.replace('_', '-')}", str(value)]
-        words += ["--compress-conv"] if config.compress_conv else []
-        words += ["--dtype", self.dtype, *options, "-o", "compressed"]
-        return command("compress", self.source.public, self.base.public, words)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FactorsCard(CompressedCard):
-    """Card of task factors."""
-
-    template: ClassVar[str] = "factors.md.jinja"
-
-    @property
-    def front_matter(self) -> ModelCardData:
-        tags = ["task-singular-vectors", "task-factors", "hf-tsv", self.family]
-        return self._data("adapter", "hf-tsv", tags, self.base)
-
-    @property
-    def stored(self) -> str:
-        """Number of weights by how they are stored."""
-        return stored_text(weight.stored for weight in self.config.weights.values())
-
-    @property
-    def largest(self) -> list[tuple[str, StoredWeight]]:
-        """Weights with the largest updates, and their names."""
-        return sorted(self.config.weights.items(), key=lambda w: -w[1].norm)[:LARGEST_SHOWN]
-
-    @property
-    def command(self) -> str:
-        return self._compress_command()
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterCard(CompressedCard):
-    """Card of a LoRA adapter made from a compressed task; `dense`: of more than its matrices."""
-
-    template: ClassVar[str] = "adapter.md.jinja"
-    model_class: str
-    dense: bool
-
-    @property
-    def front_matter(self) -> ModelCardData:
-        tags = ["lora", "task-singular-vectors", "hf-tsv", "clip"]
-        return self._data("adapter", "peft", tags, self.base)
-
-    @property
-    def pipeline_tag(self) -> str:
-        return (FEATURES, ZERO_SHOT)[self.model_class == "CLIPModel"]
-
-    @property
-    def unfit_classes(self) -> list[str]:
-        """Classes of other names, which apply nothing of it, without an error."""
-        flat = MODEL_CLASSES[self.model_class].flat_prefix
-        return ["CLIPModel", "AutoModel"] if flat else ["CLIPVisionModel"]
-
-    @property
-    def command(self) -> str:
-        dense = [] if self.dense else ["--no-dense"]
-        return self._compress_command(
-            "--out-format", "peft", "--model-class", self.model_class, *dense
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReconstructedCard(CompressedCard):
-    """Card of a checkpoint made from task factors."""
-
-    template: ClassVar[str] = "reconstructed.md.jinja"
-    factors: CardInput
-    out_format: Format
-
-    @property
-    def front_matter(self) -> ModelCardData:
-        tags = ["task-singular-vectors", "hf-tsv", self.family]
-        parent = self.source if self.source.revision else self.base
-        return self._data("finetune", self.out_format, tags, parent)
-
-    @property
-    def model_class(self) -> str:
-        if self.config.task_head:
-            return "CLIPForImageClassification"
-        return "CLIPModel" if self.full_model and self.clip else "AutoModel"
-
-    @property
-    def command(self) -> str:
-        words = ["-o", "reconstructed"]
-        return command("reconstruct", self.factors.public, self.base.public, words)
 
 
 def descent(base: CardInput, inputs: Sequence[CardInput]) -> dict[str, Any]:
-    """Metadata of what is merged of checkpoints on the Hub: these, and their datasets."""
-    on_hub = [item.repo_id for item in (base, *inputs) if item.revision is not None]
+    """Metadata of what is merged of checkpoints on the Hub: these, and their datasets.
+
+    Task factors in a folder are represented by the fine-tune that they were made from.
+    """
+    parents = [[i.repo_id] if i.revision is not None else i.parents for i in (base, *inputs)]
+    on_hub = [name for names in parents for name in names]
     return {
         "base_model": list(dict.fromkeys(on_hub)) or None,
         "base_model_relation": "merge" if on_hub else None,
@@ -392,6 +250,6 @@ def common_license(inputs: Sequence[CardInput]) -> str | None:
     return next(iter(licenses)) if len(licenses) == 1 else None
 
 
-def _family(model_type: str) -> str:
+def family(model_type: str) -> str:
     """Tag of an architecture; the towers of a CLIP are CLIP too."""
     return "clip" if is_clip({"model_type": model_type}) else model_type

@@ -26,7 +26,7 @@ from hf_tsv.compression.measuring import energy_curves
 from hf_tsv.linalg.choices import AnyDevice, AnyDtype
 from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.recipes.settings import Settings
-from hf_tsv.reports import cards, drawing, pictures
+from hf_tsv.reports import cards, compressed_cards, drawing, pictures
 from hf_tsv.reports.compression import CompressReport
 from hf_tsv.reports.kept import KeptSection
 from hf_tsv.runs.lifecycle import underway
@@ -230,10 +230,10 @@ def _describe(folder: Path, job: Compression, done: Compressed) -> None:
     }
     card: cards.Card
     if job.options.out_format == "factors":
-        card = cards.FactorsCard(**said)
+        card = compressed_cards.FactorsCard(**said)
     else:
         dense = job.options.dense
-        card = cards.AdapterCard(**said, model_class=job.model_class, dense=dense)
+        card = compressed_cards.AdapterCard(**said, model_class=job.model_class, dense=dense)
     (folder / "README.md").write_text(cards.render(card), encoding="utf-8")
 
 

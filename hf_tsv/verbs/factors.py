@@ -17,7 +17,7 @@ from hf_tsv.checkpoints.reference import PinnedCheckpoint, card_datasets, parse,
 from hf_tsv.checkpoints.storage.files import LocalFiles
 from hf_tsv.hub import Wanted, download
 from hf_tsv.linalg.updates import Update
-from hf_tsv.reports import cards
+from hf_tsv.reports import cards, compressed_cards
 from hf_tsv.reports.cards import FEATURES
 from hf_tsv.reports.compression import CompressReport
 from hf_tsv.reports.kept import KeptSection
@@ -179,7 +179,7 @@ class TaskFactors(Factors):
                 shutil.copyfile(files.folder / COMPRESSION, staging / COMPRESSION)
                 kept = KeptSection.of(self.config, COMPRESSION)
             (staging / CONFIG_FILE).write_text(self.config.model_json(), encoding="utf-8")
-            card = cards.FactorsCard(
+            card = compressed_cards.FactorsCard(
                 config=self.config,
                 full_model=self.pinned.card.get("pipeline_tag") != FEATURES,
                 datasets=card_datasets(self.pinned.card),

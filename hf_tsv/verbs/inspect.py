@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 from hf_tsv.checkpoints import layout
-from hf_tsv.checkpoints.base_model import SaidBase, said_by
+from hf_tsv.checkpoints.base_model import SaidBase, lineage, named_by, parents_of, said_by
 from hf_tsv.checkpoints.formats.adapter_names import CONFIG_FILE as ADAPTER_CONFIG
 from hf_tsv.checkpoints.formats.description import FactorsConfig
 from hf_tsv.checkpoints.formats.heads import tasks_of
@@ -64,6 +64,8 @@ class InspectReport(Report):
             a merge that routes images.
         adapter (`dict`, *optional*): `rank`, `target_modules` and `alpha` of an adapter.
         unknown (`list[str]`): facts that headers cannot tell.
+        lineage (`list[dict]`): models that it names as parents. Each has `ref`, its own `parents`,
+            which are looked up if this model is on the Hub, and a `reason` if those are not told.
     """
 
     ref: str
@@ -85,6 +87,7 @@ class InspectReport(Report):
     routing: dict[str, Any] | None = None
     adapter: dict[str, Any] | None = None
     unknown: list[str] = field(default_factory=list)
+    lineage: list[dict[str, Any]] = field(default_factory=list)
 
 
 @public
@@ -96,6 +99,9 @@ def inspect(
     subfolder: str | None = None,
 ) -> InspectReport:
     """Describe the content of a reference from headers and small files, without its weights.
+
+    The models that a repository descends from are looked up by their cards, a request or two each;
+    those of a folder are only named.
 
     Args:
         reference (`str`): `org/name`, `org/name@revision`, `hf://…` or a folder.
@@ -113,20 +119,32 @@ def inspect(
     """
     cache = None if cache_dir is None else str(cache_dir)
     pinned = pin(parse(fspath(reference), subfolder), token=token, cache_dir=cache)
-    files = pinned.files
+    with closing(pinned.files):
+        report, names = _of_any_form(pinned), named_by(pinned)
+
+    def look_up(name: str) -> list[str]:
+        return parents_of(pin(parse(f"hf://{name}"), token=token, cache_dir=cache))
+
+    # Without a name in card or config it is that of a folder, for which no Hub is asked.
+    on_hub = names and not pinned.is_local
+    descent = lineage(pinned.ref, names or report.base_model, look_up if on_hub else None)
+    return replace(report, lineage=[asdict(ancestor) for ancestor in descent])
+
+
+def _of_any_form(pinned: PinnedCheckpoint) -> InspectReport:
+    """Report on what a reference holds, without the models it descends from."""
     form = format_of(pinned)
-    with closing(files):
-        if form.needs_base:
-            return _of_other(pinned, form, "An adapter is read together with its base model.")
-        try:
-            opened = form.open(pinned, without_base)
-        except CheckpointError as error:
-            if form.layout is not None:  # its tensors alone say nothing
-                raise
-            return _of_other(pinned, None, error.message)
-        if opened.description is not None:
-            return _of_factors(pinned, form, opened, opened.description)
-        return _of_checkpoint(pinned, form, opened)
+    if form.needs_base:
+        return _of_other(pinned, form, "An adapter is read together with its base model.")
+    try:
+        opened = form.open(pinned, without_base)
+    except CheckpointError as error:
+        if form.layout is not None:  # its tensors alone say nothing
+            raise
+        return _of_other(pinned, None, error.message)
+    if opened.description is not None:
+        return _of_factors(pinned, form, opened, opened.description)
+    return _of_checkpoint(pinned, form, opened)
 
 
 def _of_checkpoint(pinned: PinnedCheckpoint, form: InputFormat, opened: Task) -> InspectReport:

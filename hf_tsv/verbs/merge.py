@@ -315,7 +315,8 @@ def _card(
     merge, base, inputs = done.merge, done.sources.base, done.sources.inputs
 
     def card_input(item: Task, scale: float = 1.0) -> cards.CardInput:
-        return cards.CardInput.of(Origin.of(item.pinned), scale, item.pinned.card)
+        source = None if item.description is None else item.description.source
+        return cards.CardInput.of(Origin.of(item.pinned), scale, item.pinned.card, source)
 
     specs = merge.plan.specs.values()
     dtypes = {

@@ -18,7 +18,7 @@ from hf_tsv.merging.building import built, follow
 from hf_tsv.merging.plan import lay_out, spec_of
 from hf_tsv.merging.work import Merge, Merged, prepare
 from hf_tsv.recipes.settings import Settings
-from hf_tsv.reports import cards
+from hf_tsv.reports import cards, compressed_cards
 from hf_tsv.reports.report import Report
 from hf_tsv.runs.lifecycle import Run, underway
 from hf_tsv.runs.target import Target
@@ -186,7 +186,7 @@ def _describe(folder: Path, done: Merged) -> None:
     }
     text = json.dumps(origin, indent=2, ensure_ascii=False) + "\n"
     (folder / RECONSTRUCTION_FILE).write_text(text, encoding="utf-8")
-    card = cards.ReconstructedCard(
+    card = compressed_cards.ReconstructedCard(
         config=config,
         datasets=card_datasets(item.pinned.card),
         factors=cards.CardInput(item.pinned.name, item.pinned.revision),

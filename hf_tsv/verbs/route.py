@@ -287,7 +287,14 @@ def _describe(
     merged, beside_bytes = done.merge.plan.shards.total_bytes, _beside(routing, sizes)
     card = RoutedCard(
         base=cards.CardInput.of(Origin.of(base.pinned), card=base.pinned.card),
-        inputs=[cards.CardInput.of(Origin.of(i.pinned), card=i.pinned.card) for i in inputs],
+        inputs=[
+            cards.CardInput.of(
+                Origin.of(item.pinned),
+                card=item.pinned.card,
+                source=None if item.description is None else item.description.source,
+            )
+            for item in inputs
+        ],
         tasks={task.name: _told(task, sizes[task.name]) for task in routing.tasks},
         rule=routing.rule,
         full_model=layout.is_full_model(base.tensors),

@@ -20,15 +20,8 @@ from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin, Stored
 from hf_tsv.checkpoints.reference import card_datasets, card_license, task_name
 from hf_tsv.recipes.recipe import PinnedInput, Recipe
 from hf_tsv.recipes.settings import Settings
-from hf_tsv.reports.cards import (
-    AdapterCard,
-    CardInput,
-    FactorsCard,
-    MergeCard,
-    ReconstructedCard,
-    common_license,
-    render,
-)
+from hf_tsv.reports.cards import CardInput, MergeCard, common_license, render
+from hf_tsv.reports.compressed_cards import AdapterCard, FactorsCard, ReconstructedCard
 from hf_tsv.reports.templates import code, plain, templates
 from hf_tsv.runs.publishing import named
 
@@ -331,7 +324,7 @@ def test_the_front_matter_of_compressed_tasks() -> None:
     assert found == {
         "factors": {
             **common,
-            "base_model": "org/base",
+            "base_model": ["org/base", "org/clip-a"],
             "base_model_relation": "adapter",
             "library_name": "hf-tsv",
             "tags": ["task-singular-vectors", "task-factors", "hf-tsv", "clip"],
@@ -345,7 +338,7 @@ def test_the_front_matter_of_compressed_tasks() -> None:
         },
         "reconstructed": {
             **common,
-            "base_model": "org/clip-a",
+            "base_model": ["org/base", "org/clip-a"],
             "base_model_relation": "finetune",
             "library_name": "transformers",
             "tags": tags,
