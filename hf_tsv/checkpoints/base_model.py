@@ -100,7 +100,7 @@ def lineage(
             reasons[name] = error.message
             return ()
 
-    known = {} if parents is None else _followed(list(dict.fromkeys(names))[:MOST_ASKED], found)
+    known = {} if parents is None else _followed(list(dict.fromkeys(names)), found)
     told = {ref}
 
     def ancestor(name: str) -> Ancestor:

@@ -34,7 +34,7 @@ FOLDER = constants.EVAL_RESULTS_FOLDER
 DIGITS = 4  # of an accuracy
 DEFINITION = "eval.yaml"  # file in which a data set that is a benchmark defines its tasks
 DEFINITION_BYTES = 1_000_000
-TASK = "default"  # id of the only task of a data set that defines none
+TASK = "default"  # id of the only task of a data set that defines none; also a configuration
 LONGEST_NAME = 60  # characters of a task's name that are kept in the name of its file
 LONGEST_TEXT = 200  # characters of a name in a note
 SHA = re.compile(r"[0-9a-f]{40}")
@@ -148,7 +148,7 @@ def _task_id(found: Mapping[str, Any], token: str | None, cache_dir: str | None)
         matching = [
             task["id"]
             for task in defined
-            if task.get("split", split) == split and config in (None, task.get("config"))
+            if task.get("split", split) == split and config in (None, task.get("config", TASK))
         ]
         if matching and isinstance(matching[0], str) and 0 < len(matching[0]) < LONGEST_TEXT:
             return matching[0]

@@ -90,8 +90,8 @@ def add_to_collection(slug: str, repo_id: str, url: str, *, token: str | None = 
 def _explained(slug: str) -> Iterator[None]:
     """Turn the client's errors, and those of an answer that is none, into a [`RepoError`]."""
     try:
-        with translated(f"The collection {slug}", None, writing=True):
+        with translated(f"collection {slug}", None, writing=True):
             yield
     except (AttributeError, KeyError, TypeError, ValueError):
-        problem = f"The collection {slug}: the answer is not that of a Hub."
+        problem = f"collection {slug}: the answer is not that of a Hub."
         raise RepoError(problem, "Check HF_ENDPOINT and any proxy.") from None

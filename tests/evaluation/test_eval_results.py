@@ -17,7 +17,7 @@ from huggingface_hub import EvalResultEntry, HfApi, ModelCard, parse_eval_result
 from labelled import add_dataset
 
 import hf_tsv
-from hf_tsv.evaluation.eval_results import ANY, entry_of, is_nameable, path_of, with_entry
+from hf_tsv.evaluation.eval_results import ANY, entry_of, is_nameable, path_of, texts, with_entry
 from hf_tsv.system.errors import HfTsvError, OutputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(datasets|multiprocess|dill).*")
@@ -172,6 +172,25 @@ def test_the_dataset_says_which_of_its_tasks_it_is(
     assert f"of large {said} org/large has 1000001 bytes" in caplog.text
     data = ModelCard(hub.files("org/clip")["README.md"].decode()).data
     assert len(data.eval_results or []) == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "defined", "task_id"),
+    [
+        (None, None, "default"),
+        ("small", None, "small"),
+        (None, [{"id": "a", "config": "any"}, {"id": "b"}], "a"),
+        ("default", [{"id": "a", "config": "any"}, {"id": "b", "split": "test"}], "b"),
+        ("small", [{"id": "a"}, {"id": "b", "config": "small", "split": "test"}], "b"),
+    ],
+)
+def test_the_id_of_a_task(
+    hub: Hub, config: str | None, defined: list[dict[str, str]] | None, task_id: str
+) -> None:
+    files = {} if defined is None else {"eval.yaml": yaml.safe_dump({"tasks": defined})}
+    sha = hub.add_repo("org/data", {"a.csv": "", **files}, kind="datasets")
+    new = texts({"data": {**FOUND, "config": config, "revision": sha}}, {}, "2026-01-02")
+    assert [entry.task_id for entry in read(new[FILE].encode())] == [task_id]
 
 
 @pytest.mark.parametrize("create_pr", [True, False])

@@ -131,9 +131,11 @@ def test_a_long_or_wide_tree_ends(hub: Hub, world: Path) -> None:
         (one,), depth = one["parents"], depth + 1
     assert (depth, one["reason"]) == (9, NOT_ASKED)
     hub.commit("org/vision", named(*(f"org/w{i}" for i in range(100))))
+    hub.add_repo("org/w0", named(*(f"org/v{i}" for i in range(100))))
     before = len(hub.requests)
     wide = hf_tsv.inspect("org/vision").lineage
-    assert len(wide) == 100 and len(hub.requests) - before < 50
+    assert len(wide) == 100 and len(wide[0]["parents"]) == 40
+    assert len(hub.requests) - before < 50
 
 
 def test_a_folder_names_its_parents_and_asks_no_hub(hub: Hub, family: Path) -> None:
