@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hf_tsv.ui.commands import CommandError
 
 BETWEEN = re.compile(r"[\s,]+")
+MOST_LISTED = 100
 ON_HUB = "hf://"
 PATHS = ("/", ".", "~")  # beginnings of paths of the server
 
@@ -39,9 +40,10 @@ class Form:
         pasted = [ref for ref in BETWEEN.split(self.pasted) if ref]
         return list(dict.fromkeys([*self.ticked, *pasted]))
 
-    def find(self, author: str, search: str, limit: int) -> list[str]:
-        """Words of the command that lists fine-tunes of the base."""
-        words = ["find", self._reference(self._named_base()), "--limit", str(limit), "--json"]
+    def find(self, author: str, search: str, limit: float) -> list[str]:
+        """Words of the command that lists fine-tunes of the base, up to `MOST_LISTED`."""
+        most = str(min(int(limit), MOST_LISTED))
+        words = ["find", self._reference(self._named_base()), "--limit", most, "--json"]
         words += [f"--author={author.strip()}"] if author.strip() else []
         words += [f"--search={search.strip()}"] if search.strip() else []
         return words

@@ -23,7 +23,8 @@ ABOUT = (
     "Choose fine-tunes of one base model. They become one model that does all their tasks,"
     " without training and without data."
 )
-NO_LABELS = "Write the labels that the image may have, between commas."
+MOST_LABELS = 100
+LABELS = f"Write up to {MOST_LABELS} labels that the image may have, between commas."
 METHOD_CHOICES = [
     (f"{row.name}: {row.says}", row.name)
     for row in METHODS.values()
@@ -171,7 +172,7 @@ class Page:
         yield fragments.state(f"Looking for fine-tunes of {base.strip()}…"), *nothing
         try:
             form = Form(base, only_hub=self.desk.limits.public)
-            words = form.find(given[self.author], given[self.search], int(given[self.limit]))
+            words = form.find(given[self.author], given[self.search], given[self.limit])
             models = self.desk.finished(self._visitor(request), words, _of(token))["models"]
         except CommandError as error:
             yield _failed(error), *nothing
@@ -240,6 +241,7 @@ class Page:
                 if self.desk.limits.max_output is not None:
                     yield fragments.state("Reading the headers of the files…"), "", *busy
                     self._dry_run(form, visitor, _of(token))
+                    _refuse_stopped(visitor)
                 with self.desk.running(visitor, words, _of(token)) as command:
                     for text in _followed(command):
                         log = "\n".join(command.log)
@@ -270,8 +272,8 @@ class Page:
             folder = _merged(visitor)
             if not image:
                 raise CommandError("There is no image.", "Upload one.")
-            if not names:
-                raise CommandError("There are no labels.", NO_LABELS)
+            if not 0 < len(names) <= MOST_LABELS:
+                raise CommandError(f"There are {len(names)} labels.", LABELS)
             yield fragments.state("Loading the model and looking at the image…"), hidden
             yield "", gr.update(value=self.desk.trial.scores(folder, image, names), visible=True)
         except CommandError as error:
@@ -329,6 +331,10 @@ def _waited(visitor: Visitor, before: Callable[[], int]) -> Iterator[str]:
         people = counted(number, "merge is", "merges are")
         yield fragments.state(f"Waiting: {people} before yours.")
         time.sleep(0.5)
+    _refuse_stopped(visitor)
+
+
+def _refuse_stopped(visitor: Visitor) -> None:
     if not visitor.waiting:
         raise CommandError("Stopped.")
 

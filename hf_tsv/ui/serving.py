@@ -32,7 +32,13 @@ POLICY = (
 )
 """The page asks this server and the Hub, and no other, whatever stands in it."""
 
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+THEME = gr.themes.Default(
+    font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+).set(
+    body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
+    block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+    input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
+)  # fmt: skip
 """Fonts that are there: the page asks no other server for one."""
 
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.browser
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 TASKS = ("digits", "letters", "shapes")
 CARD = "---\nbase_model: org/base\nlicense: mit\n---\n# A fine-tune\n"
-TOKEN, OTHER = "hf_oauth_me", "hf_oauth_you"
+TOKEN, OTHER, THIRD = "hf_oauth_me", "hf_oauth_you", "hf_oauth_they"
 INF = float("inf")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MARK = "hf-tsv-to-be-killed"
@@ -59,7 +59,8 @@ def models(hub: Hub) -> Hub:
         hub.add_repo(f"org/{task}", {**files, "README.md": CARD})
     broken = {"config.json": "{}", "model.safetensors": b"\0" * 100, "README.md": CARD}
     hub.add_repo("org/broken", broken)
-    hub.users |= {TOKEN: User("me", ["org"], kind="oauth"), OTHER: User("you", kind="oauth")}
+    hub.users[TOKEN] = User("me", ["org"], kind="oauth")
+    hub.users |= {OTHER: User("you", kind="oauth"), THIRD: User("they", kind="oauth")}
     hub.users["hf_owner"] = User("owner")
     hub.signing_in = TOKEN
     return hub
@@ -207,8 +208,14 @@ def test_a_browser_that_stops_leaves_nothing(
     if how == "window":
         window = opened()
         window.sign_in()
+        models.signing_in = THIRD
+        third = opened()
+        third.sign_in()
         slow_merge(filled(window), models)
-        assert commands()
+        filled(third).press("merge")
+        third.said("state", holding="Waiting: 1 merge is before yours.")
+        assert len(commands()) == 1
+        third.page.close()
         window.page.close()
         wait_until(lambda: not commands())
     else:
@@ -229,6 +236,12 @@ def test_a_browser_that_stops_leaves_nothing(
     filled(second).press("merge")  # whose turn it is
     assert "Merged" in second.said("state", kind="done")
     assert len({path.relative_to(space.temporary).parts[1] for path in files_of(space)}) == 1
+    if how == "window":
+        models.signing_in = THIRD
+        again = opened()
+        again.sign_in()
+        filled(again).press("merge")  # who is not in the queue any more
+        assert "Merged" in again.said("state", kind="done")
 
 
 def test_a_merge_is_stopped(models: Hub, opened: Callable[..., Window], space: Served) -> None:
@@ -317,7 +330,8 @@ def test_it_fits(models: Hub, opened: Callable[..., Window], scheme: str) -> Non
         assert window.page.evaluate("document.documentElement.scrollWidth") <= width
     names = window.page.locator("input, textarea, button, [role=combobox]").evaluate_all(UNNAMED)
     assert names == []
-    for part in ("#found .hf-tsv-state", "#planned td", "#planned th"):
+    for part in ("#found .hf-tsv-state", "#planned td", "#planned th", "text=Author (optional)",
+                 "text=Names between spaces", "text=org/name, org/name@revision"):  # fmt: skip
         text, behind = window.page.locator(part).first.evaluate(COLOURS)
         assert contrast(text, behind) > 4.5, (part, text, behind)
 

@@ -48,6 +48,7 @@ def test_strangers_name_repositories_only() -> None:
     form = Form("org/base", ("org/a", "hf://org/b"), only_hub=True)
     assert form.merge("out")[1:4] == ["hf://org/a", "hf://org/b", "--base-model"]
     assert form.find("", "", 5)[1] == "hf://org/base"
+    assert form.find("", "", 1e9)[3] == "100"
     for path in ("/etc", "./x", "../x", "~/x", "--recipe"):
         with pytest.raises(CommandError, match="is no name of a checkpoint"):
             Form("org/base", (path,), only_hub=True).merge("out")
