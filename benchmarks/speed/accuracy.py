@@ -107,10 +107,11 @@ def _stored(
     base = (torch.randn(shape, generator=generator) * WEIGHT_RMS).to(spectrum.dtype)
     drawn = updates(shape, tasks, spectrum, generator)
     stored = [(base.float() + delta).to(spectrum.dtype) for delta in drawn]
-    return _deltas(base, stored)
+    return changes(base, stored)
 
 
-def _deltas(base: Tensor, stored: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
+def changes(base: Tensor, stored: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
+    """Updates of stored weights, and their storage noise."""
     deltas = [weight.float() - base.float() for weight in stored]
     return deltas, [storage_noise(base, weight) for weight in stored]
 
@@ -161,7 +162,7 @@ def _weight_errors(
 ) -> tuple[dict[str, float], bool]:
     """Errors of both updates and both files, and whether the files agree with float64."""
     base, *stored = (_read(file, name) for file in zoo.files())
-    deltas, floors = _deltas(base, stored)
+    deltas, floors = changes(base, stored)
     rank = plain.rank_of(base.shape, len(deltas))
     update = exact.merge(deltas, rank, floors)
     expected = base.double() + update

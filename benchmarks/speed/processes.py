@@ -52,19 +52,24 @@ class Run:
     estimate_bytes: int | None = None
 
 
-def run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Run:
+def run(
+    command: Sequence[str | Path],
+    environment: Mapping[str, str] | None = None,
+    python: str | Path = sys.executable,
+) -> Run:
     """Run a Python module with its arguments, and wait for it.
 
     Args:
         command: words after `python -m`.
         environment: variables besides those of this process.
+        python: interpreter of its environment.
 
     Raises:
         [`FailedError`]: it failed; the message has the last lines of its errors.
     """
     with tempfile.NamedTemporaryFile("r", suffix=".json") as usage:
         done = subprocess.run(
-            [sys.executable, __file__, usage.name, sys.executable, "-m", *map(str, command)],
+            [sys.executable, __file__, usage.name, str(python), "-m", *map(str, command)],
             cwd=ROOT,
             env={**os.environ, **OFFLINE, **(environment or {})},
             capture_output=True,

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,15 +97,23 @@ class Window:
     """A page in a browser, used by what stands on it."""
 
     def __init__(self, context: Any, address: str) -> None:
+        from playwright.sync_api import TimeoutError as TooLate
+
+        self.too_late = TooLate
         self.page = context.new_page()
         self.page.goto(address)
         self.page.wait_for_selector("#find")
 
     def sign_in(self) -> None:
-        """Press the button; the Hub's page agrees at once."""
-        self.page.click("#sign-in")
-        found = "document.querySelector('#sign-in')?.innerText.includes('Logout')"
-        self.page.wait_for_function(found, timeout=30_000)
+        """Press the button, again if the page was not ready yet; the Hub agrees at once."""
+        signed_in = self.page.locator("#sign-in").filter(has_text="Logout")
+        for _ in range(6):
+            if not signed_in.count():
+                self.page.click("#sign-in")
+            with suppress(self.too_late):
+                signed_in.wait_for(timeout=15_000)
+                return
+        raise AssertionError(self.page.content())
 
     def write(self, part: str, text: str) -> None:
         """Fill in a field."""
