@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats import open_clip
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.names import Format
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.storage.dtypes import DType
 from hf_tsv.checkpoints.storage.files import read_json
 from hf_tsv.checkpoints.storage.tensors import TensorInfo
 from hf_tsv.system.errors import CheckpointError
@@ -123,7 +122,7 @@ def without_code(content: Any) -> Any:
 
 
 def output_config(
-    base: Checkpoint, dtypes: set[torch.dtype], out_format: Format = "transformers"
+    base: Checkpoint, dtypes: set[DType], out_format: Format = "transformers"
 ) -> dict[str, Any]:
     """Configuration of the output: the base's, with the dtype that was written.
 
@@ -140,7 +139,7 @@ def output_config(
         return dict(CLIPConfig(**config).to_dict())
     floating = {dtype for dtype in dtypes if dtype.is_floating_point}
     if len(floating) == 1:
-        name = str(next(iter(floating))).removeprefix("torch.")
+        name = next(iter(floating)).in_torch
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         config[key] = name
         for part in (config.get("text_config"), config.get("vision_config")):

@@ -12,7 +12,6 @@ from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.storage.tensors import TensorInfo
-from hf_tsv.linalg.updates import norm_of
 from hf_tsv.system.errors import CheckpointError, debugging
 from hf_tsv.system.text import counted
 
@@ -49,6 +48,8 @@ def refuse_other_base(base: Checkpoint, inputs: Sequence[Task]) -> None:
     Only what is far from the base in all of them is refused here; the norms of all weights are
     compared when they have been read. Updates that are stored as such do not depend on the base.
     """
+    from hf_tsv.linalg.updates import norm_of
+
     matrices = [name for name, info in base.tensors.items() if _is_matrix(info)]
     matrices.sort(key=lambda name: base.tensors[name].nbytes)
     for item in inputs if matrices else ():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_tsv.compression.candidates import DENSE, Compression, Measured
 from hf_tsv.compression.files import plan_adapter, spec_of
-from hf_tsv.linalg.updates import matrix_shape
+from hf_tsv.linalg.shapes import matrix_shape
 from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.system.errors import RecipeError
 from hf_tsv.system.text import human_bytes
@@ -210,7 +210,7 @@ def _fixed_bytes(measured: Sequence[Measured], job: Compression) -> tuple[int, i
     if not plan.biases:
         return values, 0
     biases = (
-        sum(math.prod(base[name].shape) for name in plan.biases) * job.options.torch_dtype.itemsize
+        sum(math.prod(base[name].shape) for name in plan.biases) * job.options.stored_dtype.itemsize
     )
     pairs = (m.candidate.triplet_bytes for m in measured if m.candidate.name in plan.pairs)
     return values + biases + sum(pairs), 1  # a bias needs a pair of rank 1 or more beside it

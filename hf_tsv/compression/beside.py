@@ -88,7 +88,7 @@ def _finished(place: Path, item: Task, options: Options) -> FactorsConfig | None
         config = open_factors(PinnedCheckpoint(str(place), None, LocalFiles(place), {})).config
     except CheckpointError:  # it has been damaged since
         return None
-    made = (config.rank_rule, config.factor_dtype) == (options.rule.to_dict(), options.torch_dtype)
+    made = (config.rank_rule, config.factor_dtype) == (options.rule.to_dict(), options.stored_dtype)
     return config if made or item.description is not None else None
 
 

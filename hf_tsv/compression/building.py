@@ -29,7 +29,7 @@ from hf_tsv.compression.allocation import choose_ranks, refuse_small_budget
 from hf_tsv.compression.candidates import Candidate, Compression, Measured, Spool, candidates_of
 from hf_tsv.compression.files import Written, write_adapter, write_factors
 from hf_tsv.compression.measuring import measure
-from hf_tsv.linalg.updates import matrix_shape
+from hf_tsv.linalg.shapes import matrix_shape
 from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.runs import journal
 from hf_tsv.runs.lifecycle import Run
@@ -146,7 +146,7 @@ def _config(job: Compression, measured: Sequence[Measured], written: Written) ->
         base_model=Origin.of(base.pinned),
         source=Origin.of(source.pinned),
         rank_rule=options.rule.to_dict(),
-        factor_dtype=options.torch_dtype,
+        factor_dtype=options.stored_dtype,
         compress_conv=options.compress_conv,
         checkpoint_bytes=job.checkpoint_bytes,
         base_bytes=job.base_bytes,

@@ -16,10 +16,12 @@ from torch import Tensor
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats.task import Task, identity_entry
 from hf_tsv.checkpoints.sources import Sources
+from hf_tsv.checkpoints.storage.dtypes import DType
 from hf_tsv.checkpoints.storage.tensors import Described, TensorSpec, byte_view
 from hf_tsv.compression import peft
 from hf_tsv.linalg import svd, updates
-from hf_tsv.linalg.updates import TaskSingularVectors, matrix_shape
+from hf_tsv.linalg.shapes import matrix_shape
+from hf_tsv.linalg.updates import TaskSingularVectors
 from hf_tsv.recipes.compressing import Options
 from hf_tsv.recipes.settings import current_versions
 from hf_tsv.system.errors import CheckpointError
@@ -38,7 +40,7 @@ class Candidate:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
     limit: int
     triplet_bytes: int
     dense_bytes: int | None
@@ -164,12 +166,12 @@ def candidates_of(job: Compression) -> tuple[Candidate, ...]:
 
 def _candidate(name: str, info: Described, job: Compression) -> Candidate:
     options = job.options
-    dense_bytes = math.prod(info.shape) * options.torch_dtype.itemsize
+    dense_bytes = math.prod(info.shape) * options.stored_dtype.itemsize
     only_dense = Candidate(name, info.shape, info.dtype, 0, 0, dense_bytes)
     if len(info.shape) != 2 and not (options.compress_conv and len(info.shape) == 4):
         return only_dense
     rows, columns = matrix_shape(info.shape)
-    triplet_bytes = (rows + 1 + columns) * options.torch_dtype.itemsize
+    triplet_bytes = (rows + 1 + columns) * options.stored_dtype.itemsize
     most = min(rows, columns, (dense_bytes - 1) // triplet_bytes)  # eq. 10
     wanted = options.rule.rank_before(min(rows, columns))
     if most == 0:
@@ -186,10 +188,10 @@ def _adapter_candidate(name: str, info: Described, job: Compression) -> Candidat
     if peft.is_target(name):
         rows, columns = info.shape
         limit = options.rule.rank_before(min(rows, columns)) or min(rows, columns)
-        triplet_bytes = (rows + columns) * options.torch_dtype.itemsize
+        triplet_bytes = (rows + columns) * options.stored_dtype.itemsize
         return Candidate(name, info.shape, info.dtype, limit, triplet_bytes, None)
     # The change of a bias is stored in the dtype of the pairs, anything else as it is.
-    dtype = options.torch_dtype if peft.is_bias(name) else info.dtype
+    dtype = options.stored_dtype if peft.is_bias(name) else info.dtype
     nbytes = TensorSpec(dtype, info.shape).nbytes if options.dense else 0
     return Candidate(name, info.shape, info.dtype, 0, 0, nbytes)
 

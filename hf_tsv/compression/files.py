@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_tsv.checkpoints.formats.description import StoredWeight, tensor_specs
 from hf_tsv.checkpoints.names import ADAPTER_FILE, FACTORS_FILE
+from hf_tsv.checkpoints.storage.dtypes import DType
 from hf_tsv.checkpoints.storage.tensors import TensorSpec
 from hf_tsv.checkpoints.storage.writer import ShardWriter, plan_shards
 from hf_tsv.compression import peft
@@ -60,7 +61,7 @@ def write_factors(
     head = job.source.head
     pairs = zip(measured, ranks, strict=True)
     weights = {item.candidate.name: _stored(item, rank) for item, rank in pairs}
-    specs = tensor_specs(weights, job.options.torch_dtype, head)
+    specs = tensor_specs(weights, job.options.stored_dtype, head)
     plan = plan_shards(specs, job.options.max_shard_size, FACTORS_FILE)
     rounding = 0.0
     writer = ShardWriter(folder, plan)
@@ -80,7 +81,7 @@ def _write_update(
     writer: ShardWriter, job: Compression, spool: Spool, item: Measured, weight: StoredWeight
 ) -> float:
     """Write the update of one weight, and return the squared error of rounding it."""
-    name, dtype = item.candidate.name, job.options.torch_dtype
+    name, dtype = item.candidate.name, job.options.stored_dtype
     if weight.stored == "none":
         return 0.0
     if weight.stored == "dense":
@@ -94,14 +95,14 @@ def _write_update(
     )
     for part in ("U", "S", "Vh"):
         writer.write(f"{name}.{part}", getattr(stored, part))
-    return 0.0 if dtype == torch.float32 else _squared(vectors.matrix() - stored.matrix())
+    return 0.0 if dtype.name == "F32" else _squared(vectors.matrix() - stored.matrix())
 
 
 @products.threads(1)
 def write_adapter(
     folder: Path, job: Compression, spool: Spool, measured: Sequence[Measured], ranks: Sequence[int]
 ) -> Written:
-    dtype, base = job.options.torch_dtype, job.sources.base
+    dtype, base = job.options.stored_dtype, job.sources.base
     by_name = {item.candidate.name: item for item in measured}
     by_rank = zip(by_name.items(), ranks, strict=True)
     kept = {name: rank for (name, item), rank in by_rank if item.candidate.limit}
@@ -122,7 +123,7 @@ def write_adapter(
             A, B = (cast(factor, dtype, name) for factor in peft.lora_pair(vectors))
             for key, factor in zip(peft.pair_keys(module), (A, B), strict=True):
                 writer.write(key, factor)
-            if dtype != torch.float32:
+            if dtype.name != "F32":
                 rounding += _squared(vectors.matrix() - B.double() @ A.double())
         for name, key in plan.biases.items():
             delta = job.delta(name) if name in job.source.tensors else base.read(name).float() * 0
@@ -177,12 +178,12 @@ def _fine_tuned(job: Compression, name: str) -> Tensor:
     return job.source.weight(w0) if name in job.source.tensors else w0.tensor
 
 
-def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def cast(tensor: Tensor, dtype: DType, name: str) -> Tensor:
     """Round an update to the type it is stored in, and refuse values too large for that."""
-    rounded = tensor.to(dtype)
+    rounded = tensor.to(dtype.torch)
     if not rounded.isfinite().all():
         raise CheckpointError(
-            f"The update of {name} does not fit into {str(dtype).removeprefix('torch.')}.",
+            f"The update of {name} does not fit into {dtype.in_torch}.",
             "Use `dtype=bfloat16`, which has the range of float32.",
         )
     return rounded

@@ -20,8 +20,9 @@ from hf_tsv.checkpoints.formats.change import update_of
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.compression.candidates import Candidate, Compression, Measured, Spool
 from hf_tsv.linalg import products, updates
+from hf_tsv.linalg.shapes import matrix_shape
 from hf_tsv.linalg.svd import truncated_svd
-from hf_tsv.linalg.updates import TaskSingularVectors, matrix_shape
+from hf_tsv.linalg.updates import TaskSingularVectors
 from hf_tsv.runs.journal import Journal
 from hf_tsv.runs.reading import Seconds, expect, named, read_ahead, stop_fetching
 from hf_tsv.system.memory import reused, share_one_heap

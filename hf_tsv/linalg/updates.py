@@ -1,4 +1,4 @@
-"""The update of one weight, Δ or its singular triplets, with its rounding noise and ranks."""
+"""The update of one weight, Δ or its singular triplets, with its rounding noise."""
 
 from __future__ import annotations
 
@@ -64,16 +64,6 @@ Update = Tensor | TaskSingularVectors
 """The update of one weight by one task: Δ itself, or its leading singular triplets."""
 
 
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a weight seen as a matrix: a convolution has one row an output channel.
-
-    Example:
-        >>> matrix_shape((768, 3, 32, 32))
-        (768, 3072)
-    """
-    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-
-
 def norm_of(tensor: Tensor) -> float:
     """Frobenius norm of a tensor of any shape and floating-point type."""
     wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
@@ -93,26 +83,6 @@ def scaled(update: Update, scale: float) -> Update:
 def matrix_of(update: Update) -> Tensor:
     """Δ of an update that may be given by its triplets."""
     return update if isinstance(update, Tensor) else update.matrix()
-
-
-def rank_at(fraction: float, shape: Sequence[int]) -> int:
-    """⌊fraction · k⌋ of a weight (d_out, d_in), at least 1.
-
-    Example:
-        >>> rank_at(0.29, (100, 300)), rank_at(0.001, (100, 300))
-        (29, 1)
-    """
-    return max(1, int(fraction * min(shape) + 1e-9))
-
-
-def default_rank(shape: Sequence[int], tasks: int) -> int:
-    """Rank kept of each task, r = max(1, ⌊k/T⌋) (section 4.1).
-
-    Example:
-        >>> default_rank((768, 3072), tasks=8)
-        96
-    """
-    return max(1, min(shape) // tasks)
 
 
 def difference(fine_tuned: Tensor, base: Tensor) -> Tensor:

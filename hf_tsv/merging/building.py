@@ -227,7 +227,7 @@ def _complete(folder: Path, done: Merged) -> None:
     if done.merge.task_head and item.head:
         writer = ShardWriter(folder, plan.shards, create=False)
         for name in item.head:
-            writer.write(name, item.head_tensor(name).to(plan.specs[name].dtype))
+            writer.write(name, item.head_tensor(name).to(plan.specs[name].dtype.torch))
         writer.close()
         config |= companions.head_config(item.model_config, item.head)
     companions.write(base, folder, config, kind)

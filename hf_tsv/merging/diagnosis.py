@@ -200,7 +200,7 @@ def _output_rounding(plan: MergePlan, findings: Findings) -> Iterator[Diagnosis]
     """Warning about a merged update that is small beside the steps of the type it is written in."""
     share, kinds = findings.lost, {spec.dtype for spec in plan.specs.values()}
     if share >= MOSTLY_ROUNDING:
-        narrow = " and ".join(sorted(_name(kind) for kind in kinds if kind.itemsize == 2))
+        narrow = " and ".join(sorted(kind.in_torch for kind in kinds if kind.itemsize == 2))
         text = (
             f"About {min(share, 1):.0%} of the merged update is lost by rounding to {narrow}; write"
             " it with `dtype=float32`."
@@ -215,8 +215,4 @@ def _rounded(item: Task, task: int, findings: Findings) -> tuple[float, str]:
     if dtype is None or not norm:
         return 0.0, ""
     share = ROUNDING * torch.finfo(dtype).eps * base_norm / norm
-    return share, _name(dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return share, str(dtype).removeprefix("torch.")

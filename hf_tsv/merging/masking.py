@@ -15,6 +15,7 @@ from hf_tsv.checkpoints.formats.task import Task, distinct_names
 from hf_tsv.checkpoints.formats.whole import Checkpoint, open_checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.sources import Sources
+from hf_tsv.checkpoints.storage.dtypes import DTYPES
 from hf_tsv.checkpoints.storage.files import LocalFiles
 from hf_tsv.checkpoints.storage.tensors import TensorSpec, digest
 from hf_tsv.checkpoints.storage.writer import ShardPlan, ShardWriter, plan_shards
@@ -84,5 +85,5 @@ def _changed(plan: MergePlan, unchanged: frozenset[str]) -> list[Weight]:
 
 def _layout(base: Checkpoint, weights: Sequence[Weight]) -> ShardPlan:
     shapes = {name: base.tensors[name].shape for w in weights for name in w.names}
-    specs = {n: TensorSpec(torch.uint8, masks.packed_shape(shape)) for n, shape in shapes.items()}
+    specs = {n: TensorSpec(DTYPES["U8"], masks.packed_shape(shape)) for n, shape in shapes.items()}
     return plan_shards(specs, "1000GB", single=masks.MASK_FILE)

@@ -80,7 +80,7 @@ def merge_weights(
 def merge_one(loaded: LoadedWeight, merge: Merge, *, writes: bool) -> tuple[Tensor, Finding]:
     """The merged weight, in the dtype it will be stored in."""
     weight, finding = loaded.weight, loaded.finding
-    dtype, update = merge.plan.specs[weight.names[0]].dtype, loaded.update
+    dtype, update = merge.plan.specs[weight.names[0]].dtype.torch, loaded.update
     if loaded.deltas:
         merged = merged_update(loaded, merge)
         update = merged.matrix

@@ -9,16 +9,15 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Literal, get_args
 
-import torch
-
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.fit import check_fit, config_warnings
 from hf_tsv.checkpoints.formats import open_clip
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import Checkpoint
+from hf_tsv.checkpoints.storage.dtypes import DTYPES_OF_TORCH
 from hf_tsv.checkpoints.storage.tensors import TensorInfo, TensorSpec
 from hf_tsv.checkpoints.storage.writer import ShardPlan, plan_shards
-from hf_tsv.linalg.updates import default_rank, rank_at
+from hf_tsv.linalg.shapes import default_rank, rank_at
 from hf_tsv.recipes.scaling import kept
 from hf_tsv.recipes.settings import AVERAGED_BY_DEFAULT, Qkv, Settings
 from hf_tsv.system.errors import CheckpointError
@@ -236,7 +235,7 @@ def _wanted_rank(shape: tuple[int, ...], tasks: int, settings: Settings) -> int:
 def spec_of(info: TensorInfo, settings: Settings) -> TensorSpec:
     """Data type and shape of a tensor in the output."""
     wanted = settings.dtype if info.dtype.is_floating_point else None
-    return TensorSpec(getattr(torch, wanted) if wanted else info.dtype, info.shape)
+    return TensorSpec(DTYPES_OF_TORCH[wanted] if wanted else info.dtype, info.shape)
 
 
 def _rank_warnings(weights: Sequence[Weight], tasks: int, settings: Settings) -> Iterator[str]:

@@ -16,7 +16,8 @@ from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.sources import DEFAULT_ACCESS, Access, Sources, open_sources
 from hf_tsv.linalg.choices import AnyDevice, AnyDtype
-from hf_tsv.linalg.updates import TaskSingularVectors, default_rank
+from hf_tsv.linalg.shapes import default_rank
+from hf_tsv.linalg.updates import TaskSingularVectors
 from hf_tsv.merging.in_memory import merged_weights
 from hf_tsv.models import building
 from hf_tsv.models.building import Found, Head

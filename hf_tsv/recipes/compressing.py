@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from hf_tsv.checkpoints import layout
+from hf_tsv.checkpoints.storage.dtypes import DTYPES_OF_TORCH, DType
 from hf_tsv.recipes.settings import Dtype, Settings, share
 from hf_tsv.system.checks import argument, check_counts, choice, size_in_bytes
 from hf_tsv.system.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
 
 FactorFormat = Literal["factors", "peft"]
 DEFAULT_RANK_FRACTION = 0.1
@@ -98,8 +96,5 @@ class Options:
             )
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        import torch
-
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+    def stored_dtype(self) -> DType:
+        return DTYPES_OF_TORCH[self.dtype]

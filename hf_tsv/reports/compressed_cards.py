@@ -53,7 +53,7 @@ class CompressedCard(Card):
 
     @property
     def dtype(self) -> str:
-        return str(self.config.factor_dtype).removeprefix("torch.")
+        return self.config.factor_dtype.in_torch
 
     @property
     def family(self) -> str:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from hf_tsv.system.progress import logger
 from hf_tsv.system.text import first_line, one_line
 
@@ -123,6 +121,8 @@ def heat_map(
     **bar: Any,
 ) -> None:
     """Draw a matrix, with its numbers if it is small; NaN stays empty."""
+    import numpy as np
+
     image = axes.imshow(
         values, cmap=HEAT, vmin=low, vmax=top, aspect="auto", interpolation="nearest"
     )

@@ -8,11 +8,13 @@ import shlex
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from typing import TYPE_CHECKING
 
 from hf_tsv.runs.publishing import THIS_FOLDER
 from hf_tsv.system.text import human_bytes, one_line
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 def templates() -> Path:
@@ -25,6 +27,8 @@ def templates() -> Path:
 @cache
 def environment() -> Environment:
     """Environment of the Markdown cards and the HTML page; only HTML is escaped by itself."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
     made = Environment(
         loader=FileSystemLoader(templates()),
         autoescape=select_autoescape(["html.jinja"], default=False),

@@ -17,7 +17,6 @@ from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.opening import format_of, open_base
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, parse, pin
 from hf_tsv.checkpoints.sources import download_bytes, open_beside
-from hf_tsv.checkpoints.storage.tensors import DTYPE_NAMES
 from hf_tsv.hub import Listed
 from hf_tsv.merging.plan import make_plan, resolved
 from hf_tsv.recipes.finding import RELATIONS, Query, Relation, Sort
@@ -174,4 +173,4 @@ def _entry(
 def _dtypes(item: Task) -> list[str]:
     """Types of the numbers that it stores."""
     infos = (info for name in item.tensors for info in item.parts(name))
-    return sorted({DTYPE_NAMES[info.dtype] for info in infos if info.dtype.is_floating_point})
+    return sorted({info.dtype.name for info in infos if info.dtype.is_floating_point})

@@ -22,7 +22,7 @@ from hf_tsv.checkpoints.opening import InputFormat, format_of, without_base
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, card_license, parse, pin
 from hf_tsv.checkpoints.storage.files import read_json
 from hf_tsv.checkpoints.storage.headers import read_header
-from hf_tsv.checkpoints.storage.tensors import DTYPE_NAMES, Described, TensorInfo, TensorSpec
+from hf_tsv.checkpoints.storage.tensors import Described, TensorInfo, TensorSpec
 from hf_tsv.hub import WEIGHT_SUFFIXES
 from hf_tsv.merging.plan import treatments
 from hf_tsv.recipes.recipe import Recipe
@@ -184,7 +184,7 @@ def _of_factors(
         "source": {"ref": config.source.ref, "revision": config.source.revision},
         "base_model": {"ref": config.base_model.ref, "revision": config.base_model.revision},
         "rank_rule": dict(config.rank_rule),
-        "factor_dtype": DTYPE_NAMES[config.factor_dtype],
+        "factor_dtype": config.factor_dtype.name,
         "bytes": kept,
         "checkpoint_bytes": config.checkpoint_bytes,
         "ratio": kept / config.checkpoint_bytes if config.checkpoint_bytes else 0.0,
@@ -261,7 +261,7 @@ def _report(
     dtypes: dict[str, dict[str, int]] = {}
     parts: dict[str, dict[str, int]] = {}
     for name, info in infos.items():
-        by_type = dtypes.setdefault(DTYPE_NAMES[info.dtype], {"tensors": 0, "bytes": 0})
+        by_type = dtypes.setdefault(info.dtype.name, {"tensors": 0, "bytes": 0})
         none = {"tensors": 0, "parameters": 0, "bytes": 0}
         by_part = parts.setdefault(name.partition(".")[0], none)
         for counts in (by_type, by_part):
@@ -289,7 +289,7 @@ def _infos(tensors: Mapping[str, Described]) -> dict[str, TensorInfo]:
 
 
 def _described(info: TensorInfo) -> dict[str, Any]:
-    return {"shape": list(info.shape), "dtype": DTYPE_NAMES[info.dtype], "bytes": info.nbytes}
+    return {"shape": list(info.shape), "dtype": info.dtype.name, "bytes": info.nbytes}
 
 
 def _recipe(pinned: PinnedCheckpoint) -> tuple[dict[str, Any] | None, list[str]]:

@@ -319,9 +319,7 @@ def _card(
         return cards.CardInput.of(Origin.of(item.pinned), scale, item.pinned.card, source)
 
     specs = merge.plan.specs.values()
-    dtypes = {
-        str(spec.dtype).removeprefix("torch.") for spec in specs if spec.dtype.is_floating_point
-    }
+    dtypes = {spec.dtype.in_torch for spec in specs if spec.dtype.is_floating_point}
     return cards.MergeCard(
         recipe=recipe,
         base=card_input(base),

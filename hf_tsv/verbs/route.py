@@ -283,7 +283,7 @@ def _describe(
     """Write recipe and card."""
     (folder / RECIPE_FILE).write_text(recipe_of(done).to_yaml(), encoding="utf-8")
     base, inputs = done.sources.base, done.sources.inputs
-    dtypes = {str(config.factor_dtype).removeprefix("torch.") for config in stored}
+    dtypes = {config.factor_dtype.in_torch for config in stored}
     merged, beside_bytes = done.merge.plan.shards.total_bytes, _beside(routing, sizes)
     card = RoutedCard(
         base=cards.CardInput.of(Origin.of(base.pinned), card=base.pinned.card),

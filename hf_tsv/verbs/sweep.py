@@ -27,8 +27,9 @@ from hf_tsv.evaluation.job import (
     refuse_no_fine_tune,
 )  # fmt: skip
 from hf_tsv.evaluation.zero_shot import accuracies
-from hf_tsv.linalg import products, updates
+from hf_tsv.linalg import products
 from hf_tsv.linalg.choices import AnyDevice
+from hf_tsv.linalg.shapes import rank_at
 from hf_tsv.linalg.svd import SVD, truncated_svd
 from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import load_model, pipeline
@@ -189,7 +190,7 @@ class _Matrix:
 
     def rank(self, fraction: float) -> int:
         """Number of triplets for a share, ⌊fraction · k⌋, at least 1."""
-        return updates.rank_at(fraction, self.base.shape)
+        return rank_at(fraction, self.base.shape)
 
     def stored(self, fraction: float) -> int:
         """Numbers that a share of the update takes: as factors, or whole if that is less."""
@@ -254,7 +255,7 @@ class _Run:
                 dense += parameter.numel()
                 continue
             delta = parameter.data.double() - base.double()
-            rank = updates.rank_at(max(self.fractions), delta.shape)
+            rank = rank_at(max(self.fractions), delta.shape)
             with named(name, [reference]), products.threads(1):
                 svd = truncated_svd(products.in_working_precision(delta), rank)
             matrices.append(_Matrix(parameter.data, base, svd))

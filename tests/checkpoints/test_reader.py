@@ -20,9 +20,9 @@ from safetensors.torch import load as library_load
 from safetensors.torch import load_file, save_file
 
 from hf_tsv.checkpoints.names import SINGLE_FILE
+from hf_tsv.checkpoints.storage.dtypes import DTYPES
 from hf_tsv.checkpoints.storage.files import LocalFiles, inside_folder
 from hf_tsv.checkpoints.storage.headers import FIRST_READ_BYTES
-from hf_tsv.checkpoints.storage.tensors import DTYPES
 from hf_tsv.system.errors import CheckpointError
 
 fuzz = settings(
@@ -51,7 +51,8 @@ def sharded(base: Path) -> Path:
 
 def test_tensors_of_every_dtype_and_shape_are_read_as_they_were_saved(tmp_path: Path) -> None:
     saved = {
-        f"{dtype}".lower(): torch.arange(6).reshape(2, 3).to(dtype) for dtype in DTYPES.values()
+        f"{dtype}".lower(): torch.arange(6).reshape(2, 3).to(dtype.torch)
+        for dtype in DTYPES.values()
     }
     saved |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "ä 層": torch.ones(1)}
     folder_of(tmp_path, {})
@@ -92,7 +93,7 @@ def test_a_bfloat16_checkpoint_stays_bfloat16(tmp_path: Path) -> None:
     from transformers import CLIPModel
 
     save(CLIPModel(clip_config()).to(torch.bfloat16), tmp_path)
-    dtypes = {info.dtype for info in opened(tmp_path).tensors.values()}
+    dtypes = {info.dtype.torch for info in opened(tmp_path).tensors.values()}
     assert torch.bfloat16 in dtypes and torch.float32 not in dtypes
 
 

@@ -14,6 +14,7 @@ from clips import clip_config
 
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.storage.dtypes import DTYPES_OF_TORCH
 from hf_tsv.checkpoints.storage.files import LocalFiles
 from hf_tsv.checkpoints.storage.tensors import TensorInfo
 from hf_tsv.merging.costs import Parallelism, fitting, operations, peak_memory
@@ -35,7 +36,8 @@ def headers(
         dtype, shape = (
             value if value and isinstance(value[0], torch.dtype) else (torch.float32, value)
         )
-        tensors[key] = TensorInfo("f", dtype, tuple(shape), 0, prod(shape) * dtype.itemsize)
+        kind = DTYPES_OF_TORCH[f"{dtype}".removeprefix("torch.")]
+        tensors[key] = TensorInfo("f", kind, tuple(shape), 0, prod(shape) * dtype.itemsize)
     pinned = PinnedCheckpoint(name, None, LocalFiles(Path("/absent")), {})
     return Checkpoint(pinned, dict(config or {"model_type": "clip"}), tensors, ("f",))
 
@@ -108,7 +110,7 @@ def test_integers_are_copied(base: Checkpoint, shapes: dict[str, Any]) -> None:
         plan = make_plan(base, tasks(shapes), Settings(method=method))  # type: ignore[arg-type]
         weight = by_label(plan)[POSITION_IDS]
         assert (weight.treatment, weight.reason) == ("copied", "not a floating-point tensor")
-        assert plan.specs[POSITION_IDS].dtype == torch.int64
+        assert plan.specs[POSITION_IDS].dtype.torch == torch.int64
 
 
 @pytest.mark.parametrize("missing_in", ["base", "task"])
@@ -454,8 +456,8 @@ def test_the_output_has_the_base_s_dtype_unless_told_otherwise(
     half = {n: s if n == POSITION_IDS else (torch.float16, s) for n, s in shapes.items()}
     plan = make_plan(headers("base", half), tasks(shapes), Settings(dtype=dtype))
     wanted = torch.float16 if dtype is None else getattr(torch, dtype)
-    assert {spec.dtype for n, spec in plan.specs.items() if n != POSITION_IDS} == {wanted}
-    assert plan.specs[POSITION_IDS].dtype == torch.int64
+    assert {spec.dtype.torch for n, spec in plan.specs.items() if n != POSITION_IDS} == {wanted}
+    assert plan.specs[POSITION_IDS].dtype.torch == torch.int64
     assert {n: s.shape for n, s in plan.specs.items()} == {
         n: info.shape for n, info in headers("base", half).tensors.items()
     }

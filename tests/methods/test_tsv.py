@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hf_tsv.linalg import eigen, svd, updates
 from hf_tsv.linalg.polar import orthogonal_product, polar
+from hf_tsv.linalg.shapes import default_rank
 from hf_tsv.methods import tsv
 from hf_tsv.methods.ada import orthonormal_vectors
 
@@ -55,16 +56,14 @@ def cases(draw: st.DrawFn, *, smallest: int = 1, explicit_rank: bool = False) ->
     rows, columns = draw(st.integers(smallest, 32)), draw(st.integers(smallest, 32))
     tasks = draw(st.integers(1, 20))
     g = generator(draw(st.integers(0, 2**32)))
-    largest = updates.default_rank((rows, columns), tasks)
+    largest = default_rank((rows, columns), tasks)
     rank = draw(st.integers(1, largest)) if explicit_rank else largest
     return Case([3e-4 * gaussian(rows, columns, g).float() for _ in range(tasks)], rank)
 
 
 def related(tasks: int = 3, shape: tuple[int, int] = (24, 30), seed: int = 0) -> Case:
     """Updates of tasks that share directions partly."""
-    return Case(
-        fine_tunes(shape, tasks, 0.5, seed, smallest_angle=0.1), updates.default_rank(shape, tasks)
-    )
+    return Case(fine_tunes(shape, tasks, 0.5, seed, smallest_angle=0.1), default_rank(shape, tasks))
 
 
 def merged(deltas: Sequence[Tensor], rank: int, solver: str = "fast", **kwargs) -> Tensor:
@@ -266,7 +265,7 @@ def test_updates_that_share_no_direction_are_only_truncated_and_summed(solver: s
 @examples
 def test_one_task_is_itself(solver: str, case: Case) -> None:
     delta = case.deltas[0]
-    result = merged([delta], updates.default_rank(delta.shape, 1), solver)
+    result = merged([delta], default_rank(delta.shape, 1), solver)
     assert torch.equal(result.float(), delta)
 
 
@@ -282,7 +281,7 @@ def test_one_task_of_explicit_rank_is_truncated_only(solver: str) -> None:
 def test_the_default_rank_is_an_equal_share_of_k_but_never_zero(
     rows: int, columns: int, tasks: int
 ) -> None:
-    rank = updates.default_rank((rows, columns), tasks)
+    rank = default_rank((rows, columns), tasks)
     k = min(rows, columns)
     assert rank == (1 if tasks > k else k // tasks)
     assert tasks > k or rank * tasks <= k
@@ -293,7 +292,7 @@ def test_the_default_rank_is_an_equal_share_of_k_but_never_zero(
 def test_more_tasks_than_directions_still_merge(solver: str, shape: tuple[int, int]) -> None:
     g = generator(3)
     deltas = [gaussian(*shape, g) for _ in range(20)]
-    result = merged(deltas, updates.default_rank(shape, 20), solver)
+    result = merged(deltas, default_rank(shape, 20), solver)
     assert relative_error(result, reference.tsv(deltas, [1] * 20)) < 1e-9
 
 
@@ -301,9 +300,7 @@ def test_more_tasks_than_directions_still_merge(solver: str, shape: tuple[int, i
 def test_the_remainder_of_k_by_tasks_is_unused(solver: str) -> None:
     g = generator(4)
     deltas = [gaussian(11, 13, g) for _ in range(4)]
-    singular_values = torch.linalg.svdvals(
-        merged(deltas, updates.default_rank((11, 13), 4), solver)
-    )
+    singular_values = torch.linalg.svdvals(merged(deltas, default_rank((11, 13), 4), solver))
     assert int((singular_values > 1e-12 * singular_values[0]).sum()) == 4 * (11 // 4)
 
 
@@ -328,7 +325,7 @@ def test_a_rank_above_k_is_k(solver: str) -> None:
 @both_solvers
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_only_unchanged_tasks_give_no_update(solver: str, tasks: int) -> None:
-    result = merge([torch.zeros(4, 6)] * tasks, updates.default_rank((4, 6), tasks), **how(solver))
+    result = merge([torch.zeros(4, 6)] * tasks, default_rank((4, 6), tasks), **how(solver))
     assert not result.matrix.any()
     assert result.matrix.shape == (4, 6)
     assert result.null_directions == 0
@@ -594,7 +591,7 @@ def spectrum(
 ) -> tuple[list[Tensor], int, Tensor]:
     """Fine-tuned updates, their rank, and what they merge to."""
     deltas = fine_tunes(shape, tasks, exponent, seed=tasks, noise=noise)
-    rank = updates.default_rank(shape, tasks)
+    rank = default_rank(shape, tasks)
     return deltas, rank, reference.tsv(deltas, [rank] * tasks)
 
 
@@ -616,7 +613,7 @@ def test_gaussian_updates_are_merged_accurately(
 ) -> None:
     g = generator(8)
     deltas = [3e-4 * gaussian(*shape, g).float() for _ in range(tasks)]
-    rank = updates.default_rank(shape, tasks)
+    rank = default_rank(shape, tasks)
     expected = reference.tsv(deltas, [rank] * tasks)
     assert relative_error(merged(deltas, rank, solver), expected) < BAR
 
@@ -628,7 +625,7 @@ def test_updates_of_low_rank_are_merged_accurately(
 ) -> None:
     g = generator(9)
     deltas = [lora(shape, 3, 3e-4, g) for _ in range(tasks)]  # rank 3 to float64 rounding
-    rank = updates.default_rank(shape, tasks)
+    rank = default_rank(shape, tasks)
     result = merge(deltas, rank, **how(solver))
     assert result.ranks == (min(rank, 3),) * tasks
     assert relative_error(result.matrix, reference.tsv(deltas, result.ranks)) < BAR
@@ -641,7 +638,7 @@ def test_a_repeated_opposite_or_unchanged_task_is_merged_accurately(
     solver: str, factor: int, shape: tuple[int, int], tasks: int
 ) -> None:
     deltas, _, _ = spectrum(shape, tasks, 0.5, 0.0)
-    rank = updates.default_rank(shape, tasks + 1)
+    rank = default_rank(shape, tasks + 1)
     expected = reference.tsv([*deltas, factor * deltas[0]], [*[rank] * tasks, rank * abs(factor)])
     result = merged([*deltas, factor * deltas[0]], rank, solver)
     assert relative_error(result, expected) < BAR
@@ -810,7 +807,7 @@ def test_a_full_fine_tune_loses_nothing_to_the_floor(
     base, shape = base_weights("normal", (128, 128), g), (128, 128)
     exact = [power_law(shape, exponent, g) for _ in range(tasks)]
     deltas, floors = zip(*(stored(base, delta, dtype) for delta in exact), strict=True)
-    rank = updates.default_rank(shape, tasks)
+    rank = default_rank(shape, tasks)
     result = merge(deltas, rank, floors=floors)
     assert result.ranks == (rank,) * tasks
     assert torch.equal(result.matrix, merged(deltas, rank))

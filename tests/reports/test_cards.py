@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
@@ -18,6 +17,7 @@ from names import prose
 
 from hf_tsv.checkpoints.formats.description import FactorsConfig, Origin, StoredWeight
 from hf_tsv.checkpoints.reference import card_datasets, card_license, task_name
+from hf_tsv.checkpoints.storage.dtypes import DTYPES
 from hf_tsv.recipes.recipe import PinnedInput, Recipe
 from hf_tsv.recipes.settings import Settings
 from hf_tsv.reports.cards import CardInput, MergeCard, common_license, render
@@ -281,16 +281,16 @@ def described(
     text: str = "fc1", *, local: bool = False, head: Sequence[str] = (), weights: int = 1
 ) -> FactorsConfig:
     """Of a matrix as factors, a bias, and an unchanged weight; `text` wherever it may come from."""
-    matrix = StoredWeight("factors", (64, 32), torch.float32, 3, 32, 0.5, 2.0, 1164, "0" * 64)
-    bias = StoredWeight("dense", (64,), torch.float32, 0, 0, 1.0, 1.0, 256, "1" * 64)
-    none = StoredWeight("none", (64,), torch.float32, 0, 0, 1.0, 0.0, 0, "2" * 64)
+    matrix = StoredWeight("factors", (64, 32), DTYPES["F32"], 3, 32, 0.5, 2.0, 1164, "0" * 64)
+    bias = StoredWeight("dense", (64,), DTYPES["F32"], 0, 0, 1.0, 1.0, 256, "1" * 64)
+    none = StoredWeight("none", (64,), DTYPES["F32"], 0, 0, 1.0, 0.0, 0, "2" * 64)
     base = Origin(f"/data/{text}") if local else Origin("org/base", SHA)
     source = Origin(f"/data/{text}", None, text) if local else Origin("org/clip-a", SHA, "mit")
     matrices = {f"{text}.{i}.weight": matrix for i in range(weights)}
     rule = {"budget": text if local else "10%"}
     weights_of = {**matrices, f"{text}.bias": bias, f"{text}.scale": none}
     return FactorsConfig(
-        base_model=base, source=source, rank_rule=rule, factor_dtype=torch.float32,
+        base_model=base, source=source, rank_rule=rule, factor_dtype=DTYPES["F32"],
         compress_conv=False, checkpoint_bytes=10_000, base_bytes=10_000, factors_bytes=1420,
         update_error=0.25, weights=weights_of, task_head=tuple(head), model_config={},
         left_out=(text,) if local else (),

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hub import Hub
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import hf_tsv
+from hf_tsv.checkpoints.storage.dtypes import DTYPES
 from hf_tsv.checkpoints.storage.files import LocalFiles
 from hf_tsv.checkpoints.storage.tensors import TensorSpec
 from hf_tsv.checkpoints.storage.writer import plan_shards
@@ -584,7 +584,7 @@ def test_an_error_after_going_on_leaves_nothing(
 
 def hold(work: str, ready: Any, end: Any) -> None:
     """Write an output in another process until told to end."""
-    shards = plan_shards({"a": TensorSpec(torch.float32, (2,))}, "1GB")
+    shards = plan_shards({"a": TensorSpec(DTYPES["F32"], (2,))}, "1GB")
     with journal.under_construction(Path(work), {"job": 1}, shards, force=False):
         ready.set()
         end.wait(60)
@@ -597,7 +597,7 @@ def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
     first.start()
     try:
         assert ready.wait(60)
-        shards = plan_shards({"a": TensorSpec(torch.float32, (2,))}, "1GB")
+        shards = plan_shards({"a": TensorSpec(DTYPES["F32"], (2,))}, "1GB")
         for force in (False, True):
             with (
                 pytest.raises(OutputError, match="Another process is writing"),
@@ -629,7 +629,7 @@ def test_a_folder_that_is_in_the_way_stays_as_it_is(
 def test_what_appears_before_the_work_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").touch()
-    shards = plan_shards({"a": TensorSpec(torch.float32, (2,))}, "1GB")
+    shards = plan_shards({"a": TensorSpec(DTYPES["F32"], (2,))}, "1GB")
     with (
         pytest.raises(OutputError, match="in the meantime"),
         journal.under_construction(tmp_path / "out", {}, shards, force=False),
@@ -650,7 +650,7 @@ def test_a_damaged_companion_is_found_before_the_work(
 
 
 def test_nothing_finished_is_nothing_kept(tmp_path: Path) -> None:
-    shards = plan_shards({"a": TensorSpec(torch.float32, (2,))}, "1GB")
+    shards = plan_shards({"a": TensorSpec(DTYPES["F32"], (2,))}, "1GB")
     with (
         pytest.raises(KeyboardInterrupt),
         journal.under_construction(tmp_path / "deep" / "out", {}, shards, force=False),

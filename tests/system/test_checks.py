@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from cli import hf_tsv as run
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hf_tsv.checkpoints.sources import Access
+from hf_tsv.checkpoints.storage.dtypes import DTYPES
 from hf_tsv.checkpoints.storage.tensors import TensorSpec
 from hf_tsv.checkpoints.storage.writer import plan_shards
 from hf_tsv.merging.work import prepare
@@ -62,9 +62,9 @@ def test_a_limit_of_memory_in_every_spelling(zoo: Path, monkeypatch: pytest.Monk
 def test_a_largest_file_in_every_spelling() -> None:
     """Two tensors that just fit stay together, and with a byte more they do not."""
     for size, expected in SIZES.items():
-        half = TensorSpec(torch.int8, (expected // 2,))
+        half = TensorSpec(DTYPES["I8"], (expected // 2,))
         for more, files in ((0, 1), (1, 2)):
-            rest = TensorSpec(torch.int8, (expected - expected // 2 + more,))
+            rest = TensorSpec(DTYPES["I8"], (expected - expected // 2 + more,))
             assert len(plan_shards({"a": half, "b": rest}, size).sizes) == files, size
         assert Settings(max_shard_size=size).max_shard_size == size  # as recipes have it
 

@@ -17,7 +17,7 @@ import pytest
 from hub import Hub
 
 import hf_tsv as api
-from hf_tsv.linalg.updates import default_rank
+from hf_tsv.linalg.shapes import default_rank
 from hf_tsv.merging.costs import steps
 from hf_tsv.merging.plan import Weight
 from hf_tsv.system.progress import Progress, bar

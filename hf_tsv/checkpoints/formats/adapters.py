@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats import adapter_names, lora, open_clip, peft_modules
 from hf_tsv.checkpoints.formats.adapter_names import CONFIG_FILE, Fits, Place
-from hf_tsv.checkpoints.formats.change import Change, Original, refuse_huge
 from hf_tsv.checkpoints.formats.lora import Lora
 from hf_tsv.checkpoints.formats.peft_modules import Tuned, Tuner
-from hf_tsv.checkpoints.formats.task import Task
+from hf_tsv.checkpoints.formats.task import Task, coarsest
 from hf_tsv.checkpoints.formats.whole import Checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.storage.files import read_json
 from hf_tsv.checkpoints.storage.headers import read_headers
 from hf_tsv.checkpoints.storage.tensors import TensorInfo, digest, read_tensor
-from hf_tsv.linalg.updates import TaskSingularVectors
 from hf_tsv.system.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hf_tsv.checkpoints.formats.change import Change, Original
+    from hf_tsv.linalg.updates import TaskSingularVectors
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 OWN_KINDS = ("LORA", "ADALORA", "TRAINABLE_TOKENS")  # read here; the others are PEFT's work
@@ -64,8 +66,7 @@ class Adapter(Task):
     @property
     def rounded_to(self) -> torch.dtype | None:
         """Coarsest type of the tensors that it holds whole; elsewhere Δ is exact."""
-        dtypes = [v.dtype for v in self.values.values() if v.dtype.is_floating_point]
-        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+        return coarsest(info.dtype for info in self.values.values())
 
     def parts(self, name: str) -> list[TensorInfo]:
         """Tensors of the adapter's files that reading one weight needs."""
@@ -84,6 +85,8 @@ class Adapter(Task):
         self, w0: Original, *, decomposed: bool = False, digests: dict[str, str] | None = None
     ) -> Change | None:
         """Find Δ of a weight, by its own triplets where these are wanted; see [`Task.change`]."""
+        from hf_tsv.checkpoints.formats.change import Change, refuse_huge
+
         if not any(map(self.parts, w0.names)):
             return None
         own = self.triplets(w0.name, digests) if decomposed and len(w0.names) == 1 else None
@@ -133,6 +136,8 @@ class Adapter(Task):
             state = {own: self._part(info, name) for own, info in infos.items()}
             merged = found.merged(name.rpartition(".")[2], merged, state)
         if name in self.embedded:
+            import torch
+
             tokens = self.embedded[name]
             merged = merged.index_copy(0, torch.tensor(tokens.rows), read(tokens.values))
         return merged

@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from hf_tsv.checkpoints import layout, reference
 from hf_tsv.checkpoints.names import FACTORS_CONFIG
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
 from hf_tsv.checkpoints.storage import tensors
-from hf_tsv.checkpoints.storage.tensors import DTYPE_NAMES, DTYPES, TensorInfo, TensorSpec
-from hf_tsv.linalg.updates import matrix_shape
+from hf_tsv.checkpoints.storage.dtypes import DTYPES, DType
+from hf_tsv.checkpoints.storage.tensors import TensorInfo, TensorSpec
+from hf_tsv.linalg.shapes import matrix_shape
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.version import __version__
 
@@ -38,7 +37,7 @@ class StoredWeight:
 
     stored: str  # `factors`, `dense`, or `none`: the update is zero, or had no room
     shape: tuple[int, ...]
-    dtype: torch.dtype  # of the weight in the fine-tuned checkpoint
+    dtype: DType  # of the weight in the fine-tuned checkpoint
     rank: int  # triplets kept
     numerical_rank: int  # triplets above the rounding of the stored checkpoints
     energy: float  # share of the squared norm of the update that is kept, 0 to 1
@@ -48,7 +47,7 @@ class StoredWeight:
 
     def to_dict(self) -> dict[str, Any]:
         """The entry in the configuration file."""
-        return {**vars(self), "shape": list(self.shape), "dtype": DTYPE_NAMES[self.dtype]}
+        return {**vars(self), "shape": list(self.shape), "dtype": self.dtype.name}
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class FactorsConfig:
     base_model: Origin
     source: Origin  # the fine-tuned checkpoint
     rank_rule: Mapping[str, Any]  # the one rule that applied, by name
-    factor_dtype: torch.dtype  # of every stored update
+    factor_dtype: DType  # of every stored update
     compress_conv: bool  # convolutions could be stored as factors
     checkpoint_bytes: int  # size of the tensors of the fine-tuned checkpoint
     base_bytes: int  # size of the same weights in the base model
@@ -99,7 +98,7 @@ class FactorsConfig:
             **vars(self),  # in the order of the fields
             "base_model": base,
             "source": vars(self.source),
-            "factor_dtype": DTYPE_NAMES[self.factor_dtype],
+            "factor_dtype": self.factor_dtype.name,
             "weights": {name: weight.to_dict() for name, weight in self.weights.items()},
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -138,7 +137,7 @@ class FactorsConfig:
 
 
 def tensor_specs(
-    weights: Mapping[str, StoredWeight], dtype: torch.dtype, head: Mapping[str, TensorInfo]
+    weights: Mapping[str, StoredWeight], dtype: DType, head: Mapping[str, TensorInfo]
 ) -> dict[str, TensorSpec]:
     """Every tensor of a factor file, by stored name; those of a task head keep their dtype."""
     specs: dict[str, TensorSpec] = {}

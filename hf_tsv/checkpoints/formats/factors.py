@@ -8,23 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from hf_tsv.checkpoints.base_model import SaidBase
-from hf_tsv.checkpoints.formats.change import Change, Original, refuse_huge
 from hf_tsv.checkpoints.formats.description import PARTS, FactorsConfig, StoredWeight, tensor_specs
-from hf_tsv.checkpoints.formats.task import Task
+from hf_tsv.checkpoints.formats.task import Task, coarsest
 from hf_tsv.checkpoints.names import FACTORS_CONFIG, FACTORS_FILE
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
 from hf_tsv.checkpoints.storage.files import read_json
 from hf_tsv.checkpoints.storage.headers import read_headers
-from hf_tsv.checkpoints.storage.tensors import DTYPE_NAMES, TensorInfo, digest, read_tensor
-from hf_tsv.linalg import products, updates
-from hf_tsv.linalg.updates import TaskSingularVectors, Update, rounding_noise, storage_noise
+from hf_tsv.checkpoints.storage.tensors import TensorInfo, digest, read_tensor
 from hf_tsv.system.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hf_tsv.checkpoints.formats.change import Change, Original
+    from hf_tsv.linalg.updates import Update
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Factors(Task):
         Raises:
             [`CheckpointError`]: the base model is another one, or the sum does not fit its type.
         """
+        from hf_tsv.linalg import products, updates
+
         self.check_base(w0.name, w0.digest(), w0.base)
         update, base = self.update(w0.name), w0.tensor.cpu()
         if update is None:
@@ -93,6 +96,10 @@ class Factors(Task):
         self, w0: Original, *, decomposed: bool = False, digests: dict[str, str] | None = None
     ) -> Change | None:
         """Read what is stored of the update of a weight, see [`Task.change`]."""
+        from torch import Tensor
+
+        from hf_tsv.checkpoints.formats.change import Change, refuse_huge
+
         for part in w0.parts():
             self.check_base(part.name, part.digest(), w0.base)
         update = self._stacked_update(w0, digests)
@@ -130,6 +137,8 @@ class Factors(Task):
             return None
         if weight.stored == "dense":
             return self._read(f"{name}.delta", digests)
+        from hf_tsv.linalg.updates import TaskSingularVectors
+
         vectors = TaskSingularVectors(*(self._read(f"{name}.{part}", digests) for part in PARTS))
         S = vectors.S.double()
         if (S < 0).any() or (S[1:] > S[:-1]).any():
@@ -157,6 +166,10 @@ class Factors(Task):
 
     def _stacked_update(self, w0: Original, digests: dict[str, str] | None) -> Update | None:
         """The stored update of a weight; of stacked ones as one dense matrix."""
+        import torch
+
+        from hf_tsv.linalg import updates
+
         found = {name: self.update(name, digests) for name in w0.names}
         if len(found) == 1 or all(update is None for update in found.values()):
             return found[w0.names[0]]
@@ -168,10 +181,11 @@ class Factors(Task):
 
     def _stored_noise(self, w0: Original, update: Tensor) -> float:
         """Rounding in an update stored whole: of the checkpoint it was made from, and its own."""
-        dtypes = [self.tensors[name].dtype for name in w0.names]
-        dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        from hf_tsv.linalg.updates import rounding_noise, storage_noise
+
+        dtype = coarsest(self.tensors[name].dtype for name in w0.names)
         w1 = (w0.tensor.double() + update.double()).to(dtype)
-        return storage_noise(w0.tensor, w1) + rounding_noise(update, self.config.factor_dtype)
+        return storage_noise(w0.tensor, w1) + rounding_noise(update, self.config.factor_dtype.torch)
 
     def _read(self, name: str, digests: dict[str, str] | None) -> Tensor:
         tensor = read_tensor(self.pinned.files, self.stored[name], name, str(self))
@@ -210,8 +224,8 @@ def _check_tensors(config: FactorsConfig, stored: Mapping[str, TensorInfo], owne
             raise damaged(f"{name} is missing from the factor files")
         if spec is not None and (found.shape, found.dtype) != (spec.shape, spec.dtype):
             raise damaged(
-                f"{name} is {DTYPE_NAMES[found.dtype]} {list(found.shape)};"
-                f" {FACTORS_CONFIG} says {DTYPE_NAMES[spec.dtype]} {list(spec.shape)}"
+                f"{name} is {found.dtype.name} {list(found.shape)};"
+                f" {FACTORS_CONFIG} says {spec.dtype.name} {list(spec.shape)}"
             )
     if extra := sorted(stored.keys() - {*expected, *values}):
         raise CheckpointError(f"{owner}: {FACTORS_CONFIG} does not mention {extra[0]}.")

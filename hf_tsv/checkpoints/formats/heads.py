@@ -7,14 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.storage.headers import read_header, read_metadata
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.untrusted import parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER = "heads"
 SUFFIX = ".safetensors"

@@ -6,17 +6,17 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from hf_tsv.checkpoints.formats.adapter_names import CONFIG_FILE
 from hf_tsv.checkpoints.storage.tensors import TensorInfo
-from hf_tsv.linalg import svd
-from hf_tsv.linalg.updates import TaskSingularVectors
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import quoted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_tsv.linalg.updates import TaskSingularVectors
 
 PART = re.compile(
     r"(.+)\.lora_(?:(A|B)(?:\.weight)?|B\.(bias)|(E)|embedding_(A|B)|(magnitude)_vector(?:\.weight)?)"
@@ -44,7 +44,7 @@ VARIANTS = (
 )  # fmt: skip
 """Settings that, unless they are off, make of a pair something else than B A."""
 
-Read = Callable[[TensorInfo], Tensor]
+Read = Callable[[TensorInfo], "Tensor"]
 """Reads a tensor, in float32."""
 
 
@@ -67,6 +67,8 @@ class Lora:
 
     def weight(self, w0: Tensor, read: Read) -> Tensor:
         """Compute W0 + Δ in float32, as PEFT merges it; W0 is in float32."""
+        import torch
+
         A, B = self.factors(read)
         base = w0 if self.taken_out is None else w0 - self._taken_out(w0, A.shape[0])
         delta = torch.mm(B.flatten(1), A.flatten(1)).reshape(w0.shape)
@@ -80,6 +82,8 @@ class Lora:
 
     def _taken_out(self, w0: Tensor, r: int) -> Tensor:
         """First value of scale · B A, which PiSSA and OLoRA took out of W0."""
+        import torch
+
         if self.taken_out == "olora":
             Q, R = torch.linalg.qr(w0)
             return torch.mm(self.scale * Q[:, :r], R[:r])
@@ -98,6 +102,11 @@ class Lora:
 
     def triplets(self, A: Tensor, B: Tensor) -> TaskSingularVectors:
         """Singular triplets of Δ from its factors, where it is their product."""
+        import torch
+
+        from hf_tsv.linalg import svd
+        from hf_tsv.linalg.updates import TaskSingularVectors
+
         left, inner = torch.linalg.qr(B.double())
         right, outer = torch.linalg.qr(A.double().mT)
         U, S, Vh = svd.svd(self.scale * inner @ outer.mT)

@@ -7,22 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_tsv.checkpoints import places
 from hf_tsv.checkpoints.base_model import SaidBase
-from hf_tsv.checkpoints.formats.change import Original
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.formats.whole import open_checkpoint
 from hf_tsv.checkpoints.reference import PinnedCheckpoint, at_revision
+from hf_tsv.checkpoints.storage.dtypes import DTYPES
 from hf_tsv.checkpoints.storage.files import Files, HubFiles, LocalFiles, read_json
 from hf_tsv.checkpoints.storage.headers import read_header
 from hf_tsv.checkpoints.storage.tensors import TensorInfo, fingerprint, read_tensor
 from hf_tsv.system.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_tsv.checkpoints.formats.change import Original
 
 FOLDER = "masks"  # beside the weights of a merge, with a folder for each task
 MASK_FILE = "mask.safetensors"
@@ -64,6 +65,8 @@ class Masked(Task):
 
     def weight(self, w0: Original) -> Tensor:
         """Compute one weight of the task."""
+        import torch
+
         name, files = w0.name, self.pinned.files
         if self.digests.get(name) != w0.digest():
             made_with = at_revision(self.base_ref, self.base_revision)
@@ -73,7 +76,7 @@ class Masked(Task):
             )
         base, info = w0.tensor.cpu(), self.tensors[name]
         if name not in self.masks:
-            return base.to(info.dtype, copy=True)
+            return base.to(info.dtype.torch, copy=True)
         merged = read_tensor(files, info, name, str(self), pinned=w0.device.type == "cuda")
         packed = read_tensor(files, self.masks[name], name, str(self))
         return torch.where(unpacked(packed, base.shape), merged, base.to(merged.dtype))
@@ -91,11 +94,17 @@ def packed(mask: Tensor) -> Tensor:
         >>> packed(torch.tensor([[True, False], [True, True]])).tolist()
         [176]
     """
+    import numpy as np
+    import torch
+
     return torch.from_numpy(np.packbits(mask.reshape(-1).numpy()))
 
 
 def unpacked(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Unpack a mask into the shape of its weight."""
+    import numpy as np
+    import torch
+
     flat = np.unpackbits(bits.numpy(), count=prod(shape))
     return torch.from_numpy(flat).bool().reshape(shape)
 
@@ -133,7 +142,7 @@ def open_masked(pinned: PinnedCheckpoint) -> Masked:
     masks = read_header(there, file, owner)
     for name, info in masks.items():
         weight = merged.tensors.get(name)
-        if weight is None or (info.dtype, info.shape) != (torch.uint8, packed_shape(weight.shape)):
+        if weight is None or (info.dtype, info.shape) != (DTYPES["U8"], packed_shape(weight.shape)):
             problem = f"{owner}: the mask of {name} does not fit the merge beside it."
             raise CheckpointError(problem, "Download both again, or merge again.")
     files = (*merged.weight_files, file, f"{within}/{CONFIG_FILE}")

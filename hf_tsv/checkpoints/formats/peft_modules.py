@@ -12,16 +12,16 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from hf_tsv.checkpoints.formats.adapter_names import CONFIG_FILE
 from hf_tsv.checkpoints.formats.lora import refuse_slow, unreadable
 from hf_tsv.checkpoints.storage.tensors import TensorInfo
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import quoted
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 WEIGHT, BIAS = ("weight",), ("bias",)
 BOTH = (*WEIGHT, *BIAS)
@@ -111,6 +111,8 @@ class Tuned:
 
         `state` are the tensors of the module and the shared ones, by name in the adapted model.
         """
+        import torch
+
         with _in_one_line(self.tuner.owner, self.module), torch.no_grad():
             layer = self._injected(kind, w0, state)
             layer.merge()
@@ -119,13 +121,20 @@ class Tuned:
 
     def check(self) -> None:
         """Refuse tensors that are not those that PEFT gives such a module with such a config."""
+        import torch
+
         infos = {**self.tensors, **self.tuner.shared}
-        state = {name: torch.zeros(info.shape, dtype=info.dtype) for name, info in infos.items()}
+        state = {
+            name: torch.zeros(info.shape, dtype=info.dtype.torch) for name, info in infos.items()
+        }
         with _in_one_line(self.tuner.owner, self.module), torch.no_grad():
             self._injected("weight", torch.zeros(self.shape), state)
 
     def _injected(self, kind: str, w0: Tensor, state: Mapping[str, Tensor]) -> Any:
         """Layer of PEFT around the base layer, with the adapter's tensors in it."""
+        import torch
+        from torch import nn
+
         peft = _peft()
         layer = _layer(self.module, self.shape, has_bias=self.has_bias)
         setattr(layer, kind, nn.Parameter(w0.clone(), requires_grad=False))
@@ -205,6 +214,9 @@ def _peft() -> Any:
 
 def _layer(path: str, shape: tuple[int, ...], *, has_bias: bool) -> Any:
     """Layer of such a weight, zeros: what it computes is not asked for."""
+    import torch
+    from torch import nn
+
     options: dict[str, Any] = {"device": "meta"}
     if len(shape) == 1:
         layer: nn.Module = nn.LayerNorm(shape, bias=has_bias, **options)
@@ -223,6 +235,8 @@ def _layer(path: str, shape: tuple[int, ...], *, has_bias: bool) -> Any:
 
 def _plant(root: nn.Module, path: str, layer: nn.Module) -> None:
     """Put a layer into a module under its path."""
+    from torch import nn
+
     *folders, last = path.split(".")
     for folder in folders:
         root.add_module(folder, inner := nn.Module())
@@ -233,6 +247,8 @@ def _plant(root: nn.Module, path: str, layer: nn.Module) -> None:
 @contextmanager
 def _in_one_line(owner: str, module: str) -> Iterator[None]:
     """Say in one line what PEFT cannot do; its warnings are about training."""
+    import torch
+
     try:
         with ONE_AT_A_TIME, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")

@@ -10,9 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from hf_tsv.checkpoints.formats.description import Entry, Origin, origin_of
 from hf_tsv.checkpoints.names import CLASSES_FILE, ROUTING_FILE, TASKS_FOLDER
@@ -23,6 +21,9 @@ from hf_tsv.checkpoints.storage.tensors import read_tensor
 from hf_tsv.routing.rule import LAYER, Rule
 from hf_tsv.system.errors import CheckpointError, UsageError
 from hf_tsv.system.version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = "hf-tsv routing"
 FORMAT_VERSION = 1

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.base_model import SaidBase, said_by
-from hf_tsv.checkpoints.formats.change import Change, Original, stacked, update_of
 from hf_tsv.checkpoints.formats.description import FactorsConfig
 from hf_tsv.checkpoints.names import CONFIG_FILE, Format
 from hf_tsv.checkpoints.reference import PinnedCheckpoint
+from hf_tsv.checkpoints.storage.dtypes import DType
 from hf_tsv.checkpoints.storage.files import Files
 from hf_tsv.checkpoints.storage.tensors import Described, TensorInfo, read_tensor
-from hf_tsv.linalg import updates
 from hf_tsv.system.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hf_tsv.checkpoints.formats.change import Change, Original
 
 T = TypeVar("T", bound="Task")
 
@@ -84,6 +86,9 @@ class Task(ABC):
         Raises:
             [`CheckpointError`]: a file is damaged, of another base model, or the change overflows.
         """
+        from hf_tsv.checkpoints.formats.change import Change, stacked, update_of
+        from hf_tsv.linalg import updates
+
         w1 = stacked([self.exact(part) for part in w0.parts()], w0.names, w0.device, digests)
         update, largest = update_of(w0.label, self, w1, w0.tensor)
         if not largest:
@@ -95,6 +100,8 @@ class Task(ABC):
 
     def differs(self, w0: Original) -> bool:
         """Tell whether it changed a weight at all."""
+        from hf_tsv.linalg import updates
+
         return bool(updates.difference(self.exact(w0), w0.tensor).any())
 
     def head_tensor(self, name: str) -> Tensor:
@@ -123,8 +130,7 @@ class Task(ABC):
     @property
     def rounded_to(self) -> torch.dtype | None:
         """Coarsest type that W0 + Δ was rounded to; None: Δ itself, or its factors, are stored."""
-        dtypes = [info.dtype for info in self.tensors.values() if info.dtype.is_floating_point]
-        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+        return coarsest(info.dtype for info in self.tensors.values())
 
     def missing_energy(self, name: str, rank: int | None) -> tuple[float, float]:
         """Squared norm that is missing of the leading triplets of a change, and all of it.
@@ -141,6 +147,14 @@ class Task(ABC):
     def reading_from(self: T, files: Files) -> T:
         """Make the same task, read from a copy of its files."""
         return replace(self, pinned=replace(self.pinned, files=files))
+
+
+def coarsest(dtypes: Iterable[DType]) -> torch.dtype | None:
+    """Find the coarsest of these types that is a floating-point type; None: none is."""
+    import torch
+
+    floating = {dtype.torch for dtype in dtypes if dtype.is_floating_point}
+    return max(floating, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
 
 def pinned_entry(item: Task) -> dict[str, str | None]:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.formats import open_clip, shapes
-from hf_tsv.checkpoints.formats.change import CPU, Original, stacked
 from hf_tsv.checkpoints.formats.finding import refuse_loose_lora, weight_file
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.checkpoints.names import CONFIG_FILE, Format
@@ -21,6 +17,12 @@ from hf_tsv.checkpoints.storage.headers import read_headers
 from hf_tsv.checkpoints.storage.tensors import TensorInfo, read_tensor
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import quoted
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hf_tsv.checkpoints.formats.change import Original
 
 
 @dataclass(frozen=True)
@@ -71,21 +73,26 @@ class Checkpoint(Task):
         self,
         names: Sequence[str],
         label: str = "",
-        device: torch.device = CPU,
+        device: torch.device | None = None,
         digests: dict[str, str] | None = None,
     ) -> Original:
         """Weights of this base model, stacked if several, read when they are first asked for.
 
-        The label is by default the first name; `digests` are those known so far, and get W0's.
+        The label is by default the first name, the device the CPU; `digests` are those known so
+        far, and get W0's.
         """
 
+        from hf_tsv.checkpoints.formats.change import CPU, Original, stacked
+
+        place = device or CPU
+
         def read() -> Tensor:
-            tensors = [self.read(name, pinned=device.type == "cuda") for name in names]
-            return stacked(tensors, names, device, digests)
+            tensors = [self.read(name, pinned=place.type == "cuda") for name in names]
+            return stacked(tensors, names, place, digests)
 
         shapes = [self.tensors[name].shape for name in names] if len(names) > 1 else []
         known = {} if digests is None else digests
-        return Original(names, label or names[0], str(self), shapes, read, device, known)
+        return Original(names, label or names[0], str(self), shapes, read, place, known)
 
     def read(self, name: str, *, pinned: bool = False) -> Tensor:
         """Read one tensor as stored, by its canonical name, see [`read_tensor`]."""

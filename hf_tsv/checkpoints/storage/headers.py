@@ -9,9 +9,10 @@ from typing import Any
 
 from hf_tsv.checkpoints import layout
 from hf_tsv.checkpoints.storage import tensors
+from hf_tsv.checkpoints.storage.dtypes import DTYPES
 from hf_tsv.checkpoints.storage.files import AGAIN, Files, inside_folder, read_json, refuse_stand_in
 from hf_tsv.checkpoints.storage.pickles import SUFFIXES, read_pickle
-from hf_tsv.checkpoints.storage.tensors import DTYPES, TensorInfo, is_tensor_name
+from hf_tsv.checkpoints.storage.tensors import TensorInfo, is_tensor_name
 from hf_tsv.system.errors import CheckpointError
 from hf_tsv.system.text import quoted
 from hf_tsv.system.threads import in_parallel

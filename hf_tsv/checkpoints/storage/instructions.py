@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
+from hf_tsv.checkpoints.storage.dtypes import DTYPES, DTYPES_OF_TORCH
 
 # Most instructions of a pickle, of which 50,000 tensors take 1.6 million; most arguments of a call,
 # since long tuples that are used over and over would take for ever.
@@ -22,11 +23,18 @@ MAX_STEPS, MOST_ARGUMENTS = 2_500_000, 20
 MAPPINGS = ("OrderedDict", "defaultdict", "Counter")
 
 STORAGES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "UntypedStorage": torch.uint8, "BoolStorage": torch.bool,
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
+    "ByteStorage": "U8", "UntypedStorage": "U8", "BoolStorage": "BOOL",
 }  # fmt: skip
+
+DTYPE_NAME = re.compile(r"bool|bit|(b?float|complex|u?int|qu?int|bits)\d\w*")
+"""Names of torch's data types, which are not looked up there: its `getattr` runs code."""
+ALIASES = {
+    "half": "float16", "float": "float32", "double": "float64", "short": "int16", "int": "int32",
+    "long": "int64", "chalf": "complex32", "cfloat": "complex64", "cdouble": "complex128",
+}  # fmt: skip
+"""Other names of some of them."""
 
 # Supported instructions by name, besides those of `_Steps`.
 VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
@@ -83,17 +91,12 @@ class SavedTensor:
     as_stored: bool
 
 
-def _of_torch(name: str) -> object:
-    """Value of a name in torch, if it is there: its `getattr` imports modules and runs code."""
-    return vars(torch).get(name)
-
-
 def _is_attack(module: str, name: str) -> bool:
     """Tell whether a pickle that imports this name would run code of its author's choice."""
     if module in ("builtins", "__builtin__"):
         return name not in TYPES_OF_PYTHON
     if module == "torch":
-        is_dtype = isinstance(_of_torch(name), torch.dtype)
+        is_dtype = name in ALIASES or DTYPE_NAME.fullmatch(name)
         return not (is_dtype or name.endswith("Storage") or name in ("Size", "Tensor", "device"))
     if module == "torch._utils":
         return not name.startswith("_rebuild_")
@@ -103,11 +106,15 @@ def _is_attack(module: str, name: str) -> bool:
 
 
 def _dtype_of(value: object) -> object:
-    """Data type of a storage or type object: torch's, or the name of an unknown one for errors."""
+    """Data type of a storage or type object, or the name of an unknown one for errors."""
     if not isinstance(value, _Named):
         return None
-    own = _of_torch(value.name) if value.module == "torch" else None
-    return own if isinstance(own, torch.dtype) else STORAGES.get(value.name, value.name)
+    if value.name in STORAGES:
+        return DTYPES[STORAGES[value.name]]
+    if value.module != "torch":
+        return value.name
+    name = ALIASES.get(value.name, value.name)
+    return DTYPES_OF_TORCH.get(name, name)
 
 
 def _called(function: object, arguments: object) -> Any:

@@ -15,12 +15,10 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
+from hf_tsv.checkpoints.storage.dtypes import DType
 from hf_tsv.checkpoints.storage.files import AGAIN, Files, refuse_stand_in
 from hf_tsv.checkpoints.storage.instructions import SavedTensor, Skipped, described
 from hf_tsv.checkpoints.storage.tensors import (
-    DTYPE_NAMES,
     MAX_DIMENSIONS,
     TensorInfo,
     is_tensor_name,
@@ -162,7 +160,7 @@ def _info(
 ) -> TensorInfo:
     """Location of a tensor within an entry of `size` bytes that begins at `start`."""
     dtype = tensor.dtype
-    if not isinstance(dtype, torch.dtype) or dtype not in DTYPE_NAMES:
+    if not isinstance(dtype, DType):
         raise unknown_dtype(owner, key, str(dtype).removeprefix("torch."))
     shape, stride = tensor.shape, tensor.stride
     if not _is_size(shape) or not _is_size(stride) or len(shape) != len(stride):

@@ -6,23 +6,16 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
+from hf_tsv.checkpoints.storage.dtypes import DType, dtype_of
 from hf_tsv.checkpoints.storage.files import Files
-from hf_tsv.linalg.products import largest_entry
 from hf_tsv.system.errors import CheckpointError
-from hf_tsv.system.memory import empty
 from hf_tsv.system.text import quoted
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+if TYPE_CHECKING:
+    from torch import Tensor
+
 MAX_DIMENSIONS = 64  # torch's own limit
 LONGEST_NAME = 1000  # many times the longest in any model
 
@@ -31,7 +24,7 @@ class Described(Protocol):
     """A tensor of which type and shape are known."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> DType: ...
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -46,7 +39,7 @@ class TensorInfo:
     """
 
     file: str
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
     start: int
     nbytes: int
@@ -90,11 +83,16 @@ def read_tensor(
     Raises:
         [`CheckpointError`]: the file is truncated, or a value is NaN or Inf.
     """
+    import torch
+
+    from hf_tsv.linalg.products import largest_entry
+    from hf_tsv.system.memory import empty
+
     raw = empty(info.nbytes, dtype=torch.uint8, pinned=pinned)
     if info.nbytes:
         files.read_into(info.file, info.start, byte_view(raw))
     order = info.order or range(len(info.shape))
-    tensor = raw.view(info.dtype).reshape([info.shape[axis] for axis in order])
+    tensor = raw.view(info.dtype.torch).reshape([info.shape[axis] for axis in order])
     if info.order:
         tensor = tensor.permute([info.order.index(axis) for axis in range(len(order))]).contiguous()
     if tensor.is_floating_point() and tensor.numel() and not math.isfinite(largest_entry(tensor)):
@@ -111,7 +109,7 @@ def digest(tensor: Tensor) -> str:
         >>> digest(torch.zeros(2))[:12]
         '46b46b5d4b1b'
     """
-    result = hashlib.sha256(f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)} ".encode())
+    result = hashlib.sha256(f"{dtype_of(tensor).name} {list(tensor.shape)} ".encode())
     result.update(byte_view(tensor))
     return result.hexdigest()
 
@@ -124,6 +122,8 @@ def fingerprint(digests: Mapping[str, str]) -> str:
 
 def byte_view(tensor: Tensor) -> memoryview:
     """Bytes of a contiguous CPU tensor, without a copy."""
+    import torch
+
     flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 
@@ -132,7 +132,7 @@ def byte_view(tensor: Tensor) -> memoryview:
 class TensorSpec:
     """Data type and shape of one tensor to be written."""
 
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
 
     @property

@@ -8,16 +8,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from torch import Tensor
 
 from hf_tsv.checkpoints.names import SINGLE_FILE
 from hf_tsv.checkpoints.storage.headers import index_of
-from hf_tsv.checkpoints.storage.tensors import DTYPE_NAMES, Part, TensorSpec, byte_view
+from hf_tsv.checkpoints.storage.tensors import Part, TensorSpec, byte_view
 from hf_tsv.system.checks import size_in_bytes
-from hf_tsv.system.memory import empty
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The library sorts by dtype, in this order, and then by name.
 DTYPE_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
@@ -100,10 +101,10 @@ def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int], int
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     relative: dict[str, int] = {}
-    for name in sorted(specs, key=lambda n: (DTYPE_ORDER.index(DTYPE_NAMES[specs[n].dtype]), n)):
+    for name in sorted(specs, key=lambda n: (DTYPE_ORDER.index(specs[n].dtype.name), n)):
         spec = specs[name]
         entries[name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
+            "dtype": spec.dtype.name,
             "shape": list(spec.shape),
             "data_offsets": [position, position + spec.nbytes],
         }
@@ -150,13 +151,17 @@ class ShardWriter:
     def read_back(self, name: str, spec: TensorSpec) -> Tensor:
         """Read one tensor from its place."""
         file, offset = self._plan.places[name]
+        import torch
+
+        from hf_tsv.system.memory import empty
+
         raw = empty(spec.nbytes, dtype=torch.uint8)
         view = byte_view(raw)
         while view and (got := os.preadv(self._descriptors[file], [view], offset)):
             view, offset = view[got:], offset + got
         if name in self._plan.transposed:
-            return raw.view(spec.dtype).reshape(spec.shape[::-1]).mT.contiguous()
-        return raw.view(spec.dtype).reshape(spec.shape)
+            return raw.view(spec.dtype.torch).reshape(spec.shape[::-1]).mT.contiguous()
+        return raw.view(spec.dtype.torch).reshape(spec.shape)
 
     def close(self) -> None:
         """Flush to disk and close."""
