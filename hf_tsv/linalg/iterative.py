@@ -65,11 +65,12 @@ def leading_eigh(grams: Tensor, count: int, floors: Tensor) -> tuple[Tensor, Ten
             found, mix = torch.linalg.eigh(core[near])
             found, mix = found.flip(1), mix.flip(2)
             residuals = (rest[near] @ mix).norm(dim=1)
-            settled = _excess(found, residuals, floors[near], count) <= SLACK
+            # Places rather than masks, for which the CPU would wait each time.
+            settled = (_excess(found, residuals, floors[near], count) <= SLACK).nonzero()[:, 0]
             done = near[settled]
-            values[todo[done]] = found[settled, :count]
-            vectors[todo[done]] = (block[done] @ mix[settled, :, :count]).mT
-            left = torch.ones_like(todo, dtype=torch.bool).index_fill(0, done, False)
+            values[todo[done]] = found[settled][:, :count]
+            vectors[todo[done]] = (block[done] @ mix[settled][:, :, :count]).mT
+            left = torch.ones_like(todo).index_fill(0, done, 0).nonzero()[:, 0]
             todo, grams, floors, excess = todo[left], grams[left], floors[left], excess[left]
             block, image, ritz = block[left], image[left], ritz[left]
             if not len(todo):

@@ -35,7 +35,12 @@ _POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
 
 def in_working_precision(matrix: Tensor) -> Tensor:
     """Return `matrix` in the dtype decompositions run in: float64, or float32 on MPS."""
-    return matrix.to(torch.float32 if matrix.device.type == "mps" else torch.float64)
+    return matrix.to(working_dtype(matrix))
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """Dtype that decompositions, and long sums, run in where a tensor is."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 @contextmanager
@@ -69,7 +74,8 @@ def norms(matrix: Tensor) -> tuple[float, float, float]:
     a, scale = _with_safe_squares(matrix)
     rows, columns = _squares(a, 0), _squares(a, 1)
     zero = rows.new_zeros(1)
-    squares = rows.double().sum(), torch.cat([rows, zero]).max(), torch.cat([columns, zero]).max()
+    total = in_working_precision(rows).sum()
+    squares = total, torch.cat([rows, zero]).max(), torch.cat([columns, zero]).max()
     whole, row, column = (scale * math.sqrt(s) for s in squares)
     return whole, row, column
 
@@ -79,7 +85,7 @@ def frobenius_norm(matrix: Tensor) -> float:
     a, scale = _with_safe_squares(matrix)
     if a.dim() < 2:
         return scale * float(torch.linalg.vector_norm(a))
-    return scale * math.sqrt(_squares(a, 0).double().sum())
+    return scale * math.sqrt(in_working_precision(_squares(a, 0)).sum())
 
 
 def _with_safe_squares(matrix: Tensor) -> tuple[Tensor, float]:

@@ -90,8 +90,9 @@ def effective_rank(S: Tensor) -> float:
 
     `S` holds all singular values. Source: Roy and Vetterli, "The effective rank" (2007).
     """
-    total = float(S.double().sum())
-    return float(torch.special.entr(S.double() / total).sum().exp()) if total else 0.0
+    values = S.cpu().double()
+    total = float(values.sum())
+    return float(torch.special.entr(values / total).sum().exp()) if total else 0.0
 
 
 def profile(S: Tensor, k: int) -> tuple[Row, Row]:
@@ -104,7 +105,7 @@ def profile(S: Tensor, k: int) -> tuple[Row, Row]:
         >>> sigma[0], sigma[-1], energy[0], energy[-1]
         (2.0, 0.0, 0.0, 5.0)
     """
-    values = S.double().cpu().numpy()
+    values = S.cpu().double().numpy()
     after = np.concatenate([values, np.zeros(k + 1 - len(values))])  # σ of the triplet to come
     energy = np.concatenate([[0.0], np.cumsum(after[:k] ** 2)])
     at = np.asarray(RANK_SHARES) * k
@@ -126,5 +127,5 @@ def measured(merged: MergedUpdate) -> Interference | None:
     made = found.orthonormal
     after = sti if made is None else singular_task_interference(made)
     pairs = tuple(map(tuple, pairwise_interference(found.tasks).tolist()))
-    kept = tuple(float(task.S.double().square().sum()) for task in found.tasks)
+    kept = tuple(float(task.S.cpu().double().square().sum()) for task in found.tasks)
     return Interference(sti, after, pairs, kept, ranks, spectra, energies)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_tsv.linalg.products import for_each, in_working_precision, product
+from hf_tsv.linalg.products import for_each, in_working_precision, product, working_dtype
 from hf_tsv.linalg.updates import Update, dense, matrix_of
 from hf_tsv.methods.sums import sum_update
 
@@ -46,7 +46,7 @@ def sum_of(deltas: Sequence[Update]) -> Tensor:
 
 def size(update: Tensor) -> float:
     """‖·‖₁ of an update of any shape."""
-    return float(update.abs().sum(dtype=torch.float64))
+    return float(update.abs().sum(dtype=working_dtype(update)))
 
 
 def lines(sizes: Iterable[tuple[float, float]], tasks: int, depths: Mapping[str, float]) -> Layers:

@@ -181,10 +181,12 @@ class Factors(Task):
 
     def _stored_noise(self, w0: Original, update: Tensor) -> float:
         """Rounding in an update stored whole: of the checkpoint it was made from, and its own."""
+        from hf_tsv.linalg.products import in_working_precision
         from hf_tsv.linalg.updates import rounding_noise, storage_noise
 
         dtype = coarsest(self.tensors[name].dtype for name in w0.names)
-        w1 = (w0.tensor.double() + update.double()).to(dtype)
+        W0, delta = map(in_working_precision, (w0.tensor, update))
+        w1 = (W0 + delta).to(dtype)
         return storage_noise(w0.tensor, w1) + rounding_noise(update, self.config.factor_dtype.torch)
 
     def _read(self, name: str, digests: dict[str, str] | None) -> Tensor:
