@@ -28,6 +28,8 @@ import yaml
 from cli import Result, hf_tsv, hf_tsv_process
 from hub import Hub
 
+from benchmarks.speed import start
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
@@ -445,6 +447,12 @@ def test_the_measured_table_is_that_of_the_benchmark() -> None:
     rows = [line for line in table.splitlines() if line.startswith("| ") and "±" in line]
     page = (DOCS / "benchmarks.md").read_text("utf-8")
     assert len(rows) > 10 and all(row in page for row in rows)
+
+
+def test_the_table_of_the_start_is_that_of_the_benchmark() -> None:
+    results = json.loads((start.RESULTS / "start.json").read_text("utf-8"))
+    page = (DOCS / "benchmarks.md").read_text("utf-8")
+    assert all(row in page for row in start.rows(results["commands"]))
 
 
 def test_every_kind_of_error_and_warning_is_explained() -> None:
