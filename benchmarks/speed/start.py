@@ -50,10 +50,11 @@ def commands(zoo: Zoo, out: Path) -> dict[str, list[str]]:
     }
 
 
-def run(command: Sequence[str], codes: Sequence[int] = (0, 2)) -> tuple[float, str]:
+def run(command: Sequence[str], compiled: Path, codes: Sequence[int] = (0, 2)) -> tuple[float, str]:
     """Seconds of a command, and what it says on stderr; 2 is the code of a usage error."""
     started = time.perf_counter()
-    environment = {**os.environ, **OFFLINE}
+    environment = {**os.environ, **OFFLINE, "PYTHONPYCACHEPREFIX": str(compiled)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # everything is compiled, as once installed
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -73,19 +74,19 @@ def imports(said: str) -> dict[str, float]:
 
 def measured(zoo: Zoo, rounds: int, out: Path) -> dict[str, Any]:
     """Seconds of every command in each round, and the costs of its imports in one run more."""
-    chosen = commands(zoo, out)
+    chosen, compiled = commands(zoo, out), out.with_name("compiled")
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
-    for number in range(rounds + 1):  # the first one fills the memory of the disk
+    for number in range(rounds + 1):  # the first one compiles, and fills the memory of the disk
         for name, command in chosen.items():
             shutil.rmtree(out, ignore_errors=True)
-            spent, _ = run(command)
+            spent, _ = run(command, compiled)
             if number:
                 seconds[name].append(round(spent, 3))
     costs = {}
     for name, command in chosen.items():
         if command[0] == sys.executable:
             shutil.rmtree(out, ignore_errors=True)
-            costs[name] = imports(run([command[0], "-X", "importtime", *command[1:]])[1])
+            costs[name] = imports(run([command[0], "-X", "importtime", *command[1:]], compiled)[1])
     shutil.rmtree(out, ignore_errors=True)
     return {
         name: {

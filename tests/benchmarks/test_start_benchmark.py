@@ -26,6 +26,6 @@ def test_the_commands_run_and_what_is_measured_is_told(tmp_path: Path) -> None:
     chosen = start.commands(zoo, tmp_path / "out")
     results = json.loads((start.RESULTS / "start.json").read_text("utf-8"))["commands"]
     assert list(results) == list(chosen)
-    seconds, _ = start.run(chosen["hf-tsv inspect"], codes=(0,))
+    seconds, _ = start.run(chosen["hf-tsv inspect"], tmp_path / "compiled", codes=(0,))
     assert seconds > 0
-    start.run(chosen["hf-tsv merge, without an argument"], codes=(2,))
+    start.run(chosen["hf-tsv merge, without an argument"], tmp_path / "compiled", codes=(2,))
