@@ -116,6 +116,19 @@ def changes(base: Tensor, stored: Sequence[Tensor]) -> tuple[list[Tensor], list[
     return deltas, [storage_noise(base, weight) for weight in stored]
 
 
+def update_errors(zoo: Zoo, name: str, device: str) -> tuple[float, float, int]:
+    """Errors of one merged update, of the plain algorithm and of hf-tsv; and its full SVDs."""
+    base, *stored = (_read(file, name) for file in zoo.files())
+    deltas, floors = _deltas(base, stored)
+    rank = plain.rank_of(base.shape, len(deltas))
+    expected = exact.merge(deltas, rank, floors)
+    with exact.one_thread_each():
+        simple = plain.merge([delta.to(device) for delta in deltas], rank)
+    ours = merged(deltas, rank, floors, device)
+    errors = (exact.relative_error(found, expected) for found in (simple, ours.matrix))
+    return *errors, ours.exact
+
+
 def file_errors(zoo: Zoo, plain_file: Path, ours_file: Path, device: str) -> FileErrors:
     """Compare the files of two merges with each other, and a sample with float64.
 

@@ -30,23 +30,30 @@ class Seconds:
     writing: float = 0.0
 
 
-def svd(matrix: Tensor, transpose: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute U, S, Vh; with `transpose` a wide matrix is transposed first, faster in LAPACK."""
+def svd(
+    matrix: Tensor, transpose: bool = False, driver: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute U, S, Vh; with `transpose` a wide matrix is transposed first, faster in LAPACK.
+
+    On a GPU `driver` is a routine of cuSOLVER: gesvd, gesvdj or gesvda.
+    """
     if transpose and matrix.shape[0] < matrix.shape[1]:
-        V, S, Uh = torch.linalg.svd(matrix.mT.contiguous(), full_matrices=False)
+        V, S, Uh = svd(matrix.mT.contiguous(), driver=driver)
         return Uh.mT, S, V.mT
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
     return U, S, Vh
 
 
-def merge(deltas: Sequence[Tensor], rank: int, transpose: bool = False) -> Tensor:
+def merge(
+    deltas: Sequence[Tensor], rank: int, transpose: bool = False, driver: str | None = None
+) -> Tensor:
     """Merged update of one weight (algorithm 1 of the paper), in the dtype given."""
-    factors = [svd(delta, transpose) for delta in deltas]
+    factors = [svd(delta, transpose, driver) for delta in deltas]
     U = torch.cat([U[:, :rank] for U, _, _ in factors], dim=1)
     S = torch.cat([S[:rank] for _, S, _ in factors])
     V = torch.cat([Vh[:rank] for _, _, Vh in factors])
-    P, _, Qh = svd(U, transpose)
-    R, _, Th = svd(V, transpose)
+    P, _, Qh = svd(U, transpose, driver)
+    R, _, Th = svd(V, transpose, driver)
     return ((P @ Qh) * S) @ (R @ Th)
 
 
@@ -62,7 +69,12 @@ def task_vector(task: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def merge_checkpoints(
-    base: Path, tasks: Sequence[Path], out: Path, device: str, transpose: bool
+    base: Path,
+    tasks: Sequence[Path],
+    out: Path,
+    device: str,
+    transpose: bool,
+    driver: str | None = None,
 ) -> Seconds:
     """Merge whole checkpoints.
 
@@ -72,6 +84,7 @@ def merge_checkpoints(
         out: folder to write.
         device: device that computes.
         transpose: transpose wide matrices first, see [`svd`].
+        driver: routine of cuSOLVER, see [`svd`].
     """
     seconds, started = Seconds(), time.perf_counter()
     w0 = load_file(base / FILE)
@@ -81,7 +94,7 @@ def merge_checkpoints(
     for name, tensor in w0.items():
         deltas = [vector[name].to(device) for vector in vectors]
         if tensor.ndim == 2 and len(tasks) <= min(tensor.shape):
-            update = merge(deltas, rank_of(tensor.shape, len(tasks)), transpose)
+            update = merge(deltas, rank_of(tensor.shape, len(tasks)), transpose, driver)
         else:
             update = torch.stack(deltas).mean(0)
         merged[name] = (tensor.to(device).float() + update).to(tensor.dtype).cpu()

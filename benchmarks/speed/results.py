@@ -137,17 +137,17 @@ def _merges(rows: Iterable[Row]) -> list[str]:
         "The floor reads all files once and computes at the rate of a float64 matrix product: here"
         f" {_rates(rows)}.",
         "",
-        *_table(head, times),
+        *table(head, times),
         "",
         f"The bound is the interpreter with its libraries, and {BOUND} times the largest weight of"
         " the base and all tasks in float32.",
         "Errors are those of merged updates against float64, relative, the largest of a sample.",
         "",
-        *_table(sizes_head, sizes),
+        *table(sizes_head, sizes),
         "",
         "Seconds of hf-tsv by what was done, side by side; waiting is what the computation lost.",
         "",
-        *_table([*head[:4], *PHASES], phases),
+        *table([*head[:4], *PHASES], phases),
     ]
 
 
@@ -172,7 +172,7 @@ def _alone(rows: Iterable[Row]) -> list[str]:
         ]
         for row in rows
     ]
-    return ["## Whole towers, hf-tsv alone", "", *_table(head, lines)]
+    return ["## Whole towers, hf-tsv alone", "", *table(head, lines)]
 
 
 def _compressions(rows: Iterable[Row]) -> list[str]:
@@ -206,7 +206,7 @@ def _compressions(rows: Iterable[Row]) -> list[str]:
         "",
         "At r = k/T; the bytes of the factors are a share of the checkpoint's.",
         "",
-        *_table(head, lines),
+        *table(head, lines),
     ]
 
 
@@ -234,7 +234,7 @@ def _reports(rows: Iterable[Row]) -> list[str]:
         "",
         "Ratios are to the time of the merge without a report: below 1 is less.",
         "",
-        *_table(head, lines),
+        *table(head, lines),
     ]
 
 
@@ -256,7 +256,7 @@ def _spectra(rows: Iterable[Row]) -> list[str]:
         "A weight of 768 × 768. Where tasks are of low rank, unchanged or equal, the answer is that"
         " without noise of storage and without null directions.",
         "",
-        *_table(head, lines),
+        *table(head, lines),
     ]
 
 
@@ -281,7 +281,7 @@ def _curve(curve: Row) -> list[str]:
             [name, value, f"{time:.2f} s", f"{first / time if shared else time / first:.2f} ×"]
             for value, time in sorted(times.items())
         ]
-    return _table(["", curve["over"], "time", "faster" if shared else "growth"], lines)
+    return table(["", curve["over"], "time", "faster" if shared else "growth"], lines)
 
 
 def _circumstances(known: Iterable[Row]) -> list[str]:
@@ -342,6 +342,7 @@ def _megabytes(count: float) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> list[str]:
+def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> list[str]:
+    """Write lines of cells as a Markdown table."""
     rule = ["---"] * 1 + ["---:"] * (len(head) - 1)
     return ["| " + " | ".join(map(str, line)) + " |" for line in (head, rule, *lines)]
