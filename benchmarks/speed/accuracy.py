@@ -119,7 +119,7 @@ def changes(base: Tensor, stored: Sequence[Tensor]) -> tuple[list[Tensor], list[
 def update_errors(zoo: Zoo, name: str, device: str) -> tuple[float, float, int]:
     """Errors of one merged update, of the plain algorithm and of hf-tsv; and its full SVDs."""
     base, *stored = (_read(file, name) for file in zoo.files())
-    deltas, floors = _deltas(base, stored)
+    deltas, floors = changes(base, stored)
     rank = plain.rank_of(base.shape, len(deltas))
     expected = exact.merge(deltas, rank, floors)
     with exact.one_thread_each():
