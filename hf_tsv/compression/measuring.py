@@ -55,6 +55,8 @@ def measure(
 ) -> tuple[list[Measured], Seconds]:
     """Decompose every weight once, one per thread, while the next one is read.
 
+    On a GPU there are two threads: it does one thing after the other, in memory for each thread.
+
     Singular vectors go to the spool, whose weights are not decomposed again, all else to the
     journal; `advance(1)` is called after each weight. The result is every weight, and the time of
     reading and decomposing.
@@ -65,7 +67,7 @@ def measure(
     left = [candidate for candidate in job.candidates if candidate.name not in measured]
     for item in (job.sources.base, job.source):
         expect(item, (candidate.name for candidate in left))
-    workers = torch.get_num_threads()
+    workers = torch.get_num_threads() if device.type in ("cpu", "mps") else 2
     sizes = [4 * math.prod(candidate.shape) for candidate in left]
     reading_seconds: list[float] = []
     pending: deque[Future[tuple[Measured, TaskSingularVectors | None]]] = deque()

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
+import torch
+
 from hf_tsv.checkpoints.formats.task import Task
 from hf_tsv.linalg.lapack import NotConvergedError
 from hf_tsv.system.errors import CheckpointError
@@ -41,7 +43,10 @@ class Seconds:
 
 @contextmanager
 def named(label: str, tasks: Sequence[object]) -> Iterator[None]:
-    """Name the tasks, in the order of their updates, whose weight cannot be decomposed."""
+    """Name the tasks, in the order of their updates, whose weight cannot be decomposed.
+
+    Of a weight that a GPU has no memory for, the weight is named.
+    """
     try:
         yield
     except NotConvergedError as error:
@@ -51,6 +56,9 @@ def named(label: str, tasks: Sequence[object]) -> Iterator[None]:
             "Drop the checkpoint or save it again; a merge can also average the weight with"
             f" `exclude={label.replace('{q,k,v}', '?')}`.",
         ) from None
+    except torch.OutOfMemoryError:
+        problem = f"The device has not enough memory for {label}."
+        raise CheckpointError(problem, "Compute on the CPU with `device=cpu`.") from None
 
 
 def stop_fetching(items: Iterable[Task]) -> None:

@@ -86,6 +86,7 @@ class Device(TorchFunctionMode):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind, self.counts, self.lock = kind, Counter[tuple[str, str]](), threading.Lock()
+        self.largest: int | None = None  # bytes of a tensor that there is memory for
 
     def note(self, what: str) -> None:
         thread = threading.current_thread().name.rpartition("_")[0] or "main"
@@ -110,6 +111,8 @@ class Device(TorchFunctionMode):
     def _made(self, near: Tensor) -> Elsewhere:
         if self.kind == "mps" and near.dtype == torch.float64:
             raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        if self.largest is not None and near.nbytes > self.largest:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         return Elsewhere(near, self)
 
     # What Python calls

@@ -356,6 +356,16 @@ def test_each_tensor_crosses_once(zoo: Path, tmp_path: Path) -> None:
     assert device.counted(FROM, WRITING) == device.counted(WAIT, WRITING) <= weights
 
 
+@pytest.mark.parametrize("largest", [4 * 16 * 16, 8 * 64 * 32 - 1])
+def test_a_device_without_memory_is_told_of(zoo: Path, tmp_path: Path, largest: int) -> None:
+    """As is read, and where it is decomposed."""
+    with elsewhere() as device, pytest.raises(hf_tsv.CheckpointError) as error:
+        device.largest = largest
+        merged(zoo, zoo / "full", tmp_path / "out", "cuda")
+    assert "The device has not enough memory for " in str(error.value)
+    assert "device=" in str(error.value)
+
+
 @every_kind
 def test_compression_and_interference_are_the_same_on_a_device(
     zoo: Path, tmp_path: Path, kind: str

@@ -82,7 +82,8 @@ def stacked(
     """Weights of these names side by side on a device, after their digests are noted."""
     if digests is not None:
         digests.update({n: digest(t) for n, t in zip(names, tensors, strict=True)})
-    return (tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))).to(device)
+    there = [tensor.to(device) for tensor in tensors]  # from pinned memory, if they are
+    return there[0] if len(there) == 1 else torch.cat(there)
 
 
 def update_of(name: str, task: object, fine_tuned: Tensor, base: Tensor) -> tuple[Tensor, float]:
