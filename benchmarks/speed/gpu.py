@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "speed" / "results"
-DRIVERS = ("gesvd", "gesvdj", "gesvda")
+DRIVERS = ("gesvdj", "gesvda", "gesvd")
 BESIDES = ("pytest", "rich")
 """Packages that the steps need besides those of hf-tsv."""
 PLAIN_LAYERS = 1
@@ -66,8 +66,8 @@ FULL = Scale(
     tasks=(8, 20),
     model="ViT-B/32",
     zoos=[
-        ("ViT-B/32", 8, 1), ("ViT-L/14", 8, 1), ("ViT-B/32", 8, 12), ("ViT-L/14", 20, 1),
-        ("ViT-L/14", 8, 6), ("ViT-L/14", 20, 4), ("ViT-L/14", 8, 24),
+        ("ViT-B/32", 8, 1), ("ViT-B/32", 8, 12), ("ViT-L/14", 8, 1), ("ViT-L/14", 8, 6),
+        ("ViT-L/14", 20, 4), ("ViT-L/14", 20, 1), ("ViT-L/14", 8, 24),
     ],
     rounds=3,
     tests=["tests/linalg", "tests/merging/test_pipeline.py"],
@@ -249,6 +249,7 @@ def kernels(session: Session) -> None:
     from hf_tsv.linalg.svd import truncated_svds
     from hf_tsv.linalg.updates import TaskSingularVectors, concatenate
 
+    rows = []
     for tasks in session.scale.tasks:
         for shape in session.scale.shapes:
             drawn = deltas_of(shape, tasks, synthetic.DEFAULT_SPECTRUM)
@@ -270,11 +271,15 @@ def kernels(session: Session) -> None:
             row["exact"] = accuracy.merged(deltas, rank, floors, session.device).exact
             row["peak_bytes"] = session.peak()
             session.say(f"{shape}, {tasks}", row)
-            for driver in session.drivers:
-                seconds = _plain_seconds(session, deltas, rank, driver)
-                row["plain"][driver or "LAPACK"] = seconds
-                session.say(f"{shape}, {tasks}", row)
+            rows.append(row)
             del deltas, found, whole, calls
+    for row in rows:  # may take longer than there is time for
+        shape, tasks = row["shape"], row["tasks"]
+        drawn = deltas_of(shape, tasks, synthetic.DEFAULT_SPECTRUM)
+        deltas, rank = [d.to(session.device) for d in drawn], plain.rank_of(shape, tasks)
+        for driver in session.drivers:
+            row["plain"][driver or "LAPACK"] = _plain_seconds(session, deltas, rank, driver)
+            session.say(f"{shape}, {tasks}", row)
 
 
 def _plain_seconds(
@@ -293,9 +298,9 @@ def _plain_seconds(
 def merges(session: Session) -> None:
     """Whole merges: seconds by activity, memory, overlap; the plain algorithm on shallow towers."""
     import hf_tsv
-    from benchmarks.speed import plain, synthetic
+    from benchmarks.speed import synthetic
 
-    out = synthetic.CACHE / "gpu-out"
+    out, driver = synthetic.CACHE / "gpu-out", _fastest_driver(session)
     first = synthetic.checkpoints("tiny", 2, 1)  # loads libraries
     options: dict[str, Any] = {"device": session.device, "force": True, "output": out / "ours"}
     hf_tsv.merge(list(first.tasks), base_model=first.base, **options)
@@ -314,20 +319,36 @@ def merges(session: Session) -> None:
             run = {"wall": wall, **report.timings, "peak_bytes": session.peak()}
             row["ours"].append(run)
             session.say(f"{model}, {tasks}, {layers}", row)
-        for driver in session.drivers if layers == PLAIN_LAYERS else ():
-            started = time.perf_counter()
-            try:
-                seconds = plain.merge_checkpoints(
-                    zoo.base, zoo.tasks, out / "plain", session.device, False, driver
-                )
-                row["plain"][driver or "LAPACK"] = {
-                    "wall": time.perf_counter() - started,
-                    "computing": seconds.computing,
-                }
-            except RuntimeError as error:
-                row["plain"][driver or "LAPACK"] = str(error).splitlines()[0]
+        if layers == PLAIN_LAYERS:
+            row["plain"][driver or "LAPACK"] = _plain_merge(session, zoo, out / "plain", driver)
             session.say(f"{model}, {tasks}, {layers}", row)
         shutil.rmtree(out, ignore_errors=True)
+
+
+def _fastest_driver(session: Session) -> str | None:
+    """Routine of cuSOLVER that takes least for one matrix; None on the CPU."""
+    from benchmarks.speed.kernels import deltas_of
+    from benchmarks.speed.synthetic import DEFAULT_SPECTRUM
+
+    shape = session.scale.shapes[0]
+    deltas = [d.to(session.device) for d in deltas_of(shape, 2, DEFAULT_SPECTRUM)][:1]
+    found = {d: _plain_seconds(session, deltas, min(shape), d) for d in session.drivers}
+    seconds = {driver: s for driver, s in found.items() if isinstance(s, float)}
+    return min(seconds, key=lambda driver: seconds[driver]) if seconds else None
+
+
+def _plain_merge(
+    session: Session, zoo: Any, out: Path, driver: str | None
+) -> dict[str, float] | str:
+    """Seconds of a merge by the plain algorithm, or why it fails."""
+    from benchmarks.speed import plain
+
+    started = time.perf_counter()
+    try:
+        seconds = plain.merge_checkpoints(zoo.base, zoo.tasks, out, session.device, False, driver)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return {"wall": time.perf_counter() - started, "computing": seconds.computing}
 
 
 def profile(session: Session) -> None:
@@ -382,7 +403,8 @@ def run_all(chosen: argparse.Namespace) -> dict[str, Any]:
     for name, (_, limit) in STEPS.items():
         if name not in (chosen.step or STEPS):
             continue
-        left = min(limit, chosen.seconds - (time.monotonic() - began))
+        left = chosen.seconds - (time.monotonic() - began)
+        left = left if chosen.small else min(limit, left)  # a rehearsal may be slow
         rows = out.with_suffix(f".{name}.jsonl")
         rows.unlink(missing_ok=True)
         command = [sys.executable, "-m", "benchmarks.speed.gpu", "--only", name, "--out", str(rows)]

@@ -91,6 +91,7 @@ def lineage(
     `parents` looks up those of a model; its error is the reason why they are unknown. Without it
     none are looked up. Models that several others descend from have their parents only once.
     """
+    names = list(dict.fromkeys(names))[:MOST_ASKED]
     reasons: dict[str, str] = {}
 
     def found(name: str) -> Sequence[str]:
@@ -100,7 +101,7 @@ def lineage(
             reasons[name] = error.message
             return ()
 
-    known = {} if parents is None else _followed(list(dict.fromkeys(names)), found)
+    known = {} if parents is None else _followed(names, found)
     told = {ref}
 
     def ancestor(name: str) -> Ancestor:
@@ -110,7 +111,7 @@ def lineage(
         own = tuple(ancestor(up) for up in dict.fromkeys(known.get(name, ())))
         return Ancestor(name, own, reasons.get(name) if name in known else NOT_ASKED)
 
-    return tuple(ancestor(name) for name in dict.fromkeys(names))
+    return tuple(map(ancestor, names))
 
 
 def infer(

@@ -7,13 +7,11 @@ anyway. The command ends when its standard input does, which is when that progra
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 import time
-from threading import Thread
 
 from hf_tsv.cli import main
+from hf_tsv.system.processes import end_with_input
 from hf_tsv.system.progress import Progress, watchers
 from hf_tsv.system.text import one_line
 
@@ -35,14 +33,7 @@ def tell(progress: Progress) -> None:
         sys.stderr.flush()
 
 
-def end_with_input() -> None:
-    """Wait for the end of standard input, and end the command as SIGTERM does."""
-    while os.read(0, 1):  # not by sys.stdin, whose lock a thread must not hold at the end
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 if __name__ == "__main__":
     watchers.append(tell)
-    Thread(target=end_with_input, name="hf-tsv-input", daemon=True).start()
+    end_with_input()
     main()

@@ -79,6 +79,9 @@ def _local_card(pinned: PinnedCheckpoint, paths: Sequence[str], create_pr: bool)
     folder = path.with_name(eval_results.FOLDER)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise OutputError(f"{folder} is not a folder.", "Delete it, or omit `card=True`.")
+    for name in paths:
+        if (path.parent / name).is_dir():
+            raise OutputError(f"{path.parent / name} is a folder.", "Delete it.")
     files = {name: file for name in paths if (file := path.parent / name).is_file()}
     with disk_errors(path):
         _check_sizes({str(file): file.stat().st_size for file in (path, *files.values())})

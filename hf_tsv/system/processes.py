@@ -8,10 +8,12 @@ gloo, also on GPUs.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
 from typing import Any
 
 from hf_tsv.system.errors import HfTsvError, LostProcessError, RecipeError
@@ -169,3 +171,17 @@ def _noticing() -> Iterator[Any]:
         yield dist
     except RuntimeError:
         raise LostProcessError(LOST, AGAIN) from None
+
+
+def end_with_input() -> None:
+    """End this process, as SIGTERM does, when its standard input ends.
+
+    A program that holds the other side of it need not live to say so.
+    """
+
+    def wait() -> None:
+        while os.read(0, 1):  # not by sys.stdin, whose lock a thread must not hold at the end
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=wait, name="hf-tsv-input", daemon=True).start()

@@ -14,6 +14,9 @@ from tempfile import TemporaryFile
 from threading import Timer
 from typing import Any
 
+COMMANDS, TRYING = "hf_tsv.cli.worker", "hf_tsv.ui.trying"
+"""Modules that are run."""
+
 MARK = "\x1e"  # of a line of progress, see hf_tsv.cli.worker
 KEPT_LINES = 200  # of a log
 FOR_AUTHORS = "shows where it failed."  # end of a hint that is of no use on a page
@@ -47,6 +50,7 @@ class Command:
         folder (`Path`): where it runs.
         environment (`Mapping[str, str]`): all of its variables, see [`environment`].
         seconds (`float`, *optional*): most time that it may take.
+        module (`str`): module that is run.
     """
 
     def __init__(
@@ -55,13 +59,15 @@ class Command:
         folder: Path,
         environment: Mapping[str, str],
         seconds: float | None = None,
+        *,
+        module: str = COMMANDS,
     ) -> None:
         self.log: deque[str] = deque(maxlen=KEPT_LINES)
         self.stopped = self.late = False
         self._error = CommandError("The command ended without a word.")
         self._printed = TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-P", "-m", "hf_tsv.cli.worker", *words],
+            [sys.executable, "-P", "-m", module, *words],
             cwd=folder, env=dict(environment), text=True, encoding="utf-8", errors="replace",
             stdin=subprocess.PIPE, stdout=self._printed, stderr=subprocess.PIPE,
         )  # fmt: skip
@@ -130,7 +136,7 @@ class Command:
 
     def _too_late(self) -> None:
         self.late = True
-        self._ask_to_end()
+        self.stop()
 
     def _ask_to_end(self) -> None:
         """Close its input, which it takes as SIGTERM."""

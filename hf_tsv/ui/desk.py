@@ -15,14 +15,15 @@ from threading import RLock
 from typing import Any
 
 from hf_tsv.system.text import human_bytes
-from hf_tsv.ui.commands import Command, CommandError, environment
-from hf_tsv.ui.trying import Trial
+from hf_tsv.ui.commands import COMMANDS, Command, CommandError, environment
 from hf_tsv.ui.turns import Turns
 
 MERGED, INTERFERENCE, HOME = "merged", "interference", "home"
 PREFIX = "hf-tsv-ui-"
 FOLDER = re.compile(rf"{PREFIX}(\d+)-")
-SHORT = 300.0  # seconds of a command that reads headers
+MOST_BYTES = 30_000_000_000  # of all results on a page with limits
+TRIAL_BYTES = 6_000_000_000  # of memory, of a model that is tried
+SHORT = 120.0  # seconds of a command that reads headers
 QUEUE = 20  # people who wait at most
 
 
@@ -90,7 +91,7 @@ class Desk:
     """
 
     def __init__(self, limits: Limits) -> None:
-        self.limits, self.turns, self.trial = limits, Turns(QUEUE), Trial()
+        self.limits, self.turns = limits, Turns(QUEUE)
         _remove_leftovers()
         self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
         self.uploads = self.root / "uploads"
@@ -118,7 +119,6 @@ class Desk:
             others = (other.uploads for other in self._visitors.values())
             uploads = visitor.uploads.difference(*others)
         self.cancel(visitor)
-        self.trial.forget(visitor.merged)
         for path in uploads:
             shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(visitor.folder, ignore_errors=True)
@@ -137,15 +137,16 @@ class Desk:
 
     @contextmanager
     def running(
-        self, visitor: Visitor, words: Sequence[str], token: str | None, *, short: bool = False
-    ) -> Iterator[Command]:
+        self, visitor: Visitor, words: Sequence[str], token: str | None, *, short: bool = False,
+        module: str = COMMANDS,
+    ) -> Iterator[Command]:  # fmt: skip
         """Run a command for a visitor while the body follows it; a short one gets less time."""
         most = SHORT if short and self.limits.seconds else self.limits.seconds
         home = visitor.folder / HOME if self.limits.public else None
         with self._lock:
             if visitor.left:
                 raise CommandError("Stopped.")
-            command = Command(words, visitor.folder, environment(token, home), most)
+            command = Command(words, visitor.folder, environment(token, home), most, module=module)
             visitor.commands.append(command)
         try:
             yield command
@@ -154,17 +155,26 @@ class Desk:
             visitor.commands.remove(command)
             visitor.seen = time.monotonic()
 
-    def finished(self, visitor: Visitor, words: Sequence[str], token: str | None) -> dict[str, Any]:
+    def finished(
+        self, visitor: Visitor, words: Sequence[str], token: str | None, *, module: str = COMMANDS
+    ) -> dict[str, Any]:
         """Run a short command, and return what it found."""
-        with self.running(visitor, words, token, short=True) as command:
+        with self.running(visitor, words, token, short=True, module=module) as command:
             for _ in command.followed():
                 pass
             return command.result()
 
-    def note_upload(self, visitor: Visitor, file: Path) -> None:
-        """Note a file, which lies in a folder of its own and goes with its visitors."""
-        if file.parent.parent == self.uploads:
-            visitor.uploads.add(file.parent)
+    def upload_of(self, visitor: Visitor, path: str) -> Path:
+        """An uploaded file, which lies in a folder of its own and goes with its visitors.
+
+        Raises:
+            [`CommandError`]: it is none.
+        """
+        file = Path(path)
+        if file.parent.parent != self.uploads or ".." in file.parts or not file.is_file():
+            raise CommandError("There is no such image.", "Upload it again.")
+        visitor.uploads.add(file.parent)
+        return file
 
     def check_size(self, plan: dict[str, Any]) -> None:
         """Refuse a merge whose result is too large for this page, by its dry run."""
@@ -175,6 +185,9 @@ class Desk:
                 f" {human_bytes(most)}.",
                 "Copy the command and run it on a machine of your own.",
             )
+        files = (path for path in self.root.rglob("*") if path.is_file())
+        if most is not None and sum(path.stat().st_size for path in files) + size > MOST_BYTES:
+            raise CommandError("This page has no room for another result.", "Try again later.")
 
     def _forget_idle(self, window: str) -> None:
         """Let visitors leave who have been idle for long."""
@@ -189,7 +202,7 @@ def _remove_leftovers() -> None:
     """Remove folders of servers that were killed."""
     for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         found = FOLDER.match(path.name)
-        if found and path.stat().st_uid == os.getuid() and not _runs(int(found[1])):
+        if found and path.lstat().st_uid == os.getuid() and not _runs(int(found[1])):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -197,6 +210,6 @@ def _runs(process: int) -> bool:
     """Tell whether a process of ours runs."""
     try:
         os.kill(process, 0)
-    except OSError:
+    except (OSError, OverflowError):
         return False
     return True

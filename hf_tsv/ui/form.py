@@ -22,7 +22,7 @@ class Form:
         base (`str`): base model.
         ticked (`tuple[str, ...]`): fine-tunes that were chosen from the list.
         pasted (`str`): further references, between spaces, commas or lines.
-        method (`str`): merging method.
+        method (`str`): merging method; empty: the default.
         alpha (`str`): scale of the merged update, as written; empty: that of the method.
         only_hub (`bool`): whether folders of this machine are no checkpoints.
     """
@@ -30,7 +30,7 @@ class Form:
     base: str
     ticked: tuple[str, ...] = ()
     pasted: str = ""
-    method: str = "tsv"
+    method: str = ""
     alpha: str = ""
     only_hub: bool = False
 
@@ -75,11 +75,11 @@ class Form:
         if not self.checkpoints:
             raise CommandError("No checkpoint is chosen.", "Tick some, or paste their names.")
         refs = [self._reference(ref) for ref in self.checkpoints]
-        base = self.base.strip()
+        base = self._named_base() if self.only_hub else self.base.strip()  # none is looked for here
         return [*refs, *(["--base-model", self._reference(base)] if base else [])]
 
     def _choices(self) -> list[str]:
-        words = ["--method", self.method] if self.method != "tsv" else []
+        words = ["--method", self.method] if self.method else []
         return [*words, *([f"--alpha={self.alpha.strip()}"] if self.alpha.strip() else [])]
 
     def _named_base(self) -> str:

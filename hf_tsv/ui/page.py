@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from huggingface_hub import constants
 from hf_tsv.methods.catalogue import METHODS
 from hf_tsv.system.text import counted, human_bytes
 from hf_tsv.ui import fragments
-from hf_tsv.ui.commands import Command, CommandError
-from hf_tsv.ui.desk import INTERFERENCE, MERGED, Desk, Visitor
+from hf_tsv.ui.commands import TRYING, Command, CommandError
+from hf_tsv.ui.desk import INTERFERENCE, MERGED, TRIAL_BYTES, Desk, Visitor
 from hf_tsv.ui.form import Form
 
 BASE = "openai/clip-vit-base-patch32"
@@ -23,7 +24,7 @@ ABOUT = (
     "Choose fine-tunes of one base model. They become one model that does all their tasks,"
     " without training and without data."
 )
-MOST_LABELS = 100
+MOST_LABELS, LONGEST_LABEL = 100, 200
 LABELS = f"Write up to {MOST_LABELS} labels that the image may have, between commas."
 METHOD_CHOICES = [
     (f"{row.name}: {row.says}", row.name)
@@ -153,10 +154,13 @@ class Page:
         state = [self.state, self.log, self.merge, self.stop]
         self.merge.click(self._merge, fields, state, **hidden)
         self.stop.click(self._stop, None, None, **hidden)
-        self.image.upload(self._uploaded, [self.image], None, **hidden)
+        one: Any = {**hidden, "concurrency_limit": 1, "concurrency_id": "images"}
+        undecoded = {**one, "preprocess": False}  # an image of a stranger may be of any size
+        self.image.upload(self._uploaded, [self.image], None, **undecoded)
         tried = [self.tried, self.answer]
-        self.classify.click(self._classify, [self.image, self.labels], tried, **hidden)
-        self.push.click(self._push, [self.repo_id, self.private], [self.pushed], **short)
+        self.classify.click(self._classify, [self.image, self.labels], tried, **undecoded)
+        pushing = {**short, "concurrency_id": "pushes"}
+        self.push.click(self._push, [self.repo_id, self.private], [self.pushed], **pushing)
         for part in all_fields:
             part.change(self._shown, all_fields, [self.command], **hidden)
         self.blocks.unload(self._leave)
@@ -257,25 +261,32 @@ class Page:
     def _stop(self, request: gr.Request) -> None:
         self.desk.cancel(self._visitor(request))
 
-    def _uploaded(self, image: str | None, request: gr.Request) -> None:
+    def _uploaded(self, image: dict[str, Any] | None, request: gr.Request) -> None:
         """Note an uploaded image, which goes with its visitor."""
-        if image:
-            self.desk.note_upload(self._visitor(request), Path(image))
+        with suppress(CommandError):
+            self._image(image, self._visitor(request))
+
+    def _image(self, image: dict[str, Any] | None, visitor: Visitor) -> Path:
+        """File of an uploaded image."""
+        if not image:
+            raise CommandError("There is no image.", "Upload one.")
+        return self.desk.upload_of(visitor, str(image.get("path")))
 
     def _classify(
-        self, image: str | None, labels: str, request: gr.Request
+        self, image: dict[str, Any] | None, labels: str, request: gr.Request
     ) -> Iterator[tuple[Any, Any]]:
         """Classify an image by its labels with the merged model."""
         visitor, hidden = self._visitor(request), gr.update(visible=False)
         names = list(dict.fromkeys(filter(None, map(str.strip, labels.split(",")))))
         try:
-            folder = _merged(visitor)
-            if not image:
-                raise CommandError("There is no image.", "Upload one.")
+            folder, file = _merged(visitor), self._image(image, visitor)
             if not 0 < len(names) <= MOST_LABELS:
                 raise CommandError(f"There are {len(names)} labels.", LABELS)
             yield fragments.state("Loading the model and looking at the image…"), hidden
-            yield "", gr.update(value=self.desk.trial.scores(folder, image, names), visible=True)
+            names = [name[:LONGEST_LABEL] for name in names]
+            words = [str(folder), str(file), str(TRIAL_BYTES), *names]
+            scores = self.desk.finished(visitor, words, None, module=TRYING)
+            yield "", gr.update(value=scores, visible=True)
         except CommandError as error:
             yield _failed(error), hidden
 
@@ -319,7 +330,7 @@ class Page:
 
     def _form(self, given: Given) -> Form:
         """The form as it is filled in."""
-        method = given[self.method] if given[self.method] in METHODS else "tsv"
+        method = given[self.method] if given[self.method] in METHODS else ""
         ticked, public = tuple(given[self.ticked]), self.desk.limits.public
         return Form(given[self.base], ticked, given[self.pasted], method, given[self.alpha], public)
 
@@ -328,6 +339,7 @@ def _waited(visitor: Visitor, before: Callable[[], int]) -> Iterator[str]:
     """States of somebody who waits, until nobody is before them."""
     visitor.waiting = True
     while visitor.waiting and (number := before()):
+        visitor.seen = time.monotonic()
         people = counted(number, "merge is", "merges are")
         yield fragments.state(f"Waiting: {people} before yours.")
         time.sleep(0.5)

@@ -63,7 +63,7 @@ def test_what_a_step_had_measured_is_kept_when_it_is_stopped(tmp_path: Path) -> 
     file = tmp_path / "rows.jsonl"
     write = f'open({str(file)!r}, \'w\').write(\'["a", 1]\\n["a", 2]\\n["b", \')'
     code = f"import time; {write}; time.sleep(600)"
-    assert gpu._outcome([sys.executable, "-c", code], 2) == "stopped after 2 s"
+    assert gpu._outcome([sys.executable, "-c", code], 5) == "stopped after 5 s"
     assert list(gpu._rows(file)) == [("a", 1), ("a", 2)]
     assert gpu._outcome([sys.executable, "-c", "raise ValueError('odd')"], 20) == (
         "failed: ValueError: odd"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -14,11 +15,14 @@ import yaml
 from cli import hf_tsv
 from hub import Hub
 from huggingface_hub import SpaceCard
+from PIL import Image
 
 from hf_tsv.system.text import rough_time
-from hf_tsv.ui.commands import Command, CommandError, environment
+from hf_tsv.ui import desk as desk_
+from hf_tsv.ui.commands import TRYING, Command, CommandError, environment
 from hf_tsv.ui.desk import FREE_SPACE, Desk, Limits
 from hf_tsv.ui.form import Form
+from hf_tsv.ui.page import _waited
 from hf_tsv.ui.turns import Turns
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +44,7 @@ def test_a_form_is_a_command() -> None:
 
 
 def test_what_is_shown_can_be_pasted() -> None:
-    form = Form("org/base", ("a b", "x;rm -rf $HOME"), "", "tsv")
+    form = Form("org/base", ("a b", "x;rm -rf $HOME"), "")
     assert shlex.split(form.shown("", private=False))[2:4] == ["a b", "x;rm -rf $HOME"]
 
 
@@ -54,6 +58,9 @@ def test_strangers_name_repositories_only() -> None:
             Form("org/base", (path,), only_hub=True).merge("out")
         with pytest.raises(CommandError, match="is no name of a checkpoint"):
             Form(path, ("org/a",), only_hub=True).merge("out")
+    # Otherwise factors name the base model, which may be a folder of the server.
+    with pytest.raises(CommandError, match="No base model is named"):
+        Form("", ("org/a",), only_hub=True).interference("out")
     assert Form("org/base", ("./x",)).merge("out")[1] == "./x"
 
 
@@ -105,9 +112,11 @@ def test_visitors_leave_nothing() -> None:
     image = desk.uploads / "hash" / "image.png"
     image.parent.mkdir(parents=True)
     image.touch()
-    desk.note_upload(last, image)
-    desk.note_upload(last, Path("/etc/passwd"))
-    desk.note_upload(desk.visitor("d"), image)
+    assert desk.upload_of(last, str(image)) == image
+    for path in ("/etc/passwd", f"{desk.uploads}/../x/y", f"{desk.uploads}/hash", "None"):
+        with pytest.raises(CommandError, match="no such image"):
+            desk.upload_of(last, path)
+    desk.upload_of(desk.visitor("d"), str(image))
     desk.leave("c")
     assert image.is_file()  # d has it too
     desk.leave("d")
@@ -116,6 +125,52 @@ def test_visitors_leave_nothing() -> None:
         pass
     desk.close()
     assert not desk.root.exists()
+
+
+def test_who_waits_is_not_idle() -> None:
+    desk = Desk(Limits(kept_seconds=0.2))
+    waiting = desk.visitor("a")
+    before = iter([1, 0])
+    states = _waited(waiting, lambda: next(before))
+    waiting.seen -= 10
+    assert "Waiting" in next(states)
+    desk.visitor("b")
+    assert not waiting.left
+    desk.close()
+
+
+def test_a_page_with_limits_has_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk_, "MOST_BYTES", 1000)
+    desk = Desk(FREE_SPACE)
+    desk.check_size({"output_bytes": 900})
+    (desk.visitor("a").folder / "model").write_bytes(b"x" * 200)
+    with pytest.raises(CommandError, match="no room"):
+        desk.check_size({"output_bytes": 900})
+    desk.close()
+
+
+def test_a_model_or_image_that_is_too_much_is_one_message(zoo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(zoo / "base", folder)
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "large.png")
+    Image.new("L", (40, 40)).save(tmp_path / "small.png")
+    (tmp_path / "none.png").write_text("no image")
+
+    def said(image: str, *labels: str, memory: int = 6_000_000_000) -> dict[str, float]:
+        words = [str(folder), str(tmp_path / image), str(memory), *labels]
+        command = Command(words, tmp_path, environment(None, None), 60, module=TRYING)
+        for _ in command.followed():
+            pass
+        return command.result()
+
+    assert sum(said("small.png", "cat", "dog").values()) == pytest.approx(1)
+    for image, problem in (("large.png", "too large"), ("none.png", "cannot be read")):
+        with pytest.raises(CommandError, match=problem):
+            said(image, "cat")
+    with pytest.raises(CommandError, match="cannot classify"):
+        said("small.png", "word " * 200)
+    with pytest.raises(CommandError, match=r"cannot classify|without a word|Stopped"):
+        said("small.png", "cat", memory=1_000_000_000)
 
 
 def test_folders_of_a_killed_server_go() -> None:
