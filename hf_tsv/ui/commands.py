@@ -121,13 +121,12 @@ class Command:
         """End the process, if it runs, and wait for it."""
         if self._timer is not None:
             self._timer.cancel()
-        if self._process.poll() is None and self._process.stdin is not None:
-            self._ask_to_end()
-            try:
-                self._process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        self._ask_to_end()
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def cancel(self) -> None:
         """Stop it because somebody asks for it."""

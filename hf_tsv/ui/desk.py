@@ -77,11 +77,6 @@ class Visitor:
     waiting: bool = False
     left: bool = False
 
-    @property
-    def merged(self) -> Path:
-        """Folder of the result, if there is one."""
-        return self.folder / MERGED
-
 
 class Desk:
     """All visitors; their files are in one temporary folder, which `close` removes.

@@ -279,12 +279,13 @@ class Page:
         visitor, hidden = self._visitor(request), gr.update(visible=False)
         names = list(dict.fromkeys(filter(None, map(str.strip, labels.split(",")))))
         try:
-            folder, file = _merged(visitor), self._image(image, visitor)
+            _refuse_unmerged(visitor)
+            file = self._image(image, visitor)
             if not 0 < len(names) <= MOST_LABELS:
                 raise CommandError(f"There are {len(names)} labels.", LABELS)
             yield fragments.state("Loading the model and looking at the image…"), hidden
             names = [name[:LONGEST_LABEL] for name in names]
-            words = [str(folder), str(file), str(TRIAL_BYTES), *names]
+            words = [f"./{MERGED}", str(file), str(TRIAL_BYTES), *names]
             scores = self.desk.finished(visitor, words, None, module=TRYING)
             yield "", gr.update(value=scores, visible=True)
         except CommandError as error:
@@ -296,7 +297,7 @@ class Page:
         """Upload the merged model with its card and recipe."""
         visitor = self._visitor(request)
         try:
-            _merged(visitor)
+            _refuse_unmerged(visitor)
             if not repo_id.strip() or repo_id.strip().startswith("-"):
                 raise CommandError("No repository is named.", "Write me/name.")
             if self.desk.limits.public and token is None:
@@ -360,11 +361,9 @@ def _followed(command: Command) -> Iterator[str]:
             yield fragments.state(text, step.told, share=step.share)
 
 
-def _merged(visitor: Visitor) -> Path:
-    """Folder of the merged model."""
-    if not (visitor.merged / "config.json").is_file():
+def _refuse_unmerged(visitor: Visitor) -> None:
+    if not (visitor.folder / MERGED / "config.json").is_file():
         raise CommandError("There is no merged model yet.", "Merge first.")
-    return visitor.merged
 
 
 def _of(token: gr.OAuthToken | None) -> str | None:
