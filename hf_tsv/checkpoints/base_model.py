@@ -89,7 +89,8 @@ def lineage(
     """Parents that a model names, their parents, and so on up to those that name none.
 
     `parents` looks up those of a model; its error is the reason why they are unknown. Without it
-    none are looked up. Models that several others descend from have their parents only once.
+    none are looked up. Models that several others descend from have their parents only once, and of
+    the parents of one model there are `MOST_ASKED` at most.
     """
     names = list(dict.fromkeys(names))[:MOST_ASKED]
     reasons: dict[str, str] = {}
