@@ -188,6 +188,14 @@ def check(place: Place, scenario: Scenario, before: Result, whole: Result) -> No
                 raise WrongError(f"{scenario.name}: {file.parent} loads and is not whole")
 
 
+def _different(found: Result, whole: Result) -> set[str]:
+    """Paths that only one of two results has, or whose bytes differ."""
+    pairs = [
+        (one or {}, other or {}) for one, other in zip(found, whole, strict=True) if one != other
+    ]
+    return {path for one, other in pairs for path, _ in one.items() ^ other.items()}
+
+
 def finish(
     place: Place, scenario: Scenario, tally: Tally, whole: Result, again: Callable[[], bool]
 ) -> None:
@@ -200,14 +208,16 @@ def finish(
         if not again():
             tally.kills += 1
         else:
-            found = re.search(r"(\d+) of \d+ weights are done", place.log())
-            if found and done:
+            said = re.search(r"(\d+) of \d+ weights are done", place.log())
+            if said and done:
                 tally.resumed += 1
-                if int(found[1]) < done:
-                    raise WrongError(f"{scenario.name}: {done} weights were finished: {found[0]}")
+                if int(said[1]) < done:
+                    raise WrongError(f"{scenario.name}: {done} weights were finished: {said[0]}")
             break
-    if place.there(scenario) != whole:
-        raise WrongError(f"{scenario.name}: other bytes than those of an undisturbed run")
+    if (found := place.there(scenario)) != whole:
+        files = ", ".join(sorted(_different(found, whole)))
+        raise WrongError(f"{scenario.name}: other bytes than those of an undisturbed run: {files}")
+
     left = sorted(path.name for path in place.work.iterdir() if path.name != "out")
     left += [str(path) for path in place.unpushed.rglob("*") if path.is_file()]
     if left:
