@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 
 from hf_tsv.cli import main
 from hf_tsv.system.processes import end_with_input
 from hf_tsv.system.progress import Progress, watchers
 from hf_tsv.system.text import one_line
+from hf_tsv.ui.commands import MARK, Step
 
-MARK = "\x1e"  # ASCII's record separator, which no printable text has
 EVERY = 0.2  # seconds between two lines of progress
 
 _said = 0.0
@@ -27,9 +28,8 @@ def tell(progress: Progress) -> None:
     now = time.monotonic()
     if now - _said >= EVERY or progress.done == progress.steps:
         _said = now
-        found = {"doing": one_line(progress.description), "share": round(progress.share, 4),
-                 "told": str(progress)}  # fmt: skip
-        sys.stderr.write(f"{MARK}{json.dumps(found)}\n")
+        step = Step(one_line(progress.description), round(progress.share, 4), str(progress))
+        sys.stderr.write(f"{MARK}{json.dumps(asdict(step))}\n")
         sys.stderr.flush()
 
 

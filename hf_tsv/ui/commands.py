@@ -17,7 +17,7 @@ from typing import Any
 COMMANDS, TRYING = "hf_tsv.cli.worker", "hf_tsv.ui.trying"
 """Modules that are run."""
 
-MARK = "\x1e"  # of a line of progress, see hf_tsv.cli.worker
+MARK = "\x1e"  # of a line of progress: ASCII's record separator, which no printable text has
 KEPT_LINES = 200  # of a log
 FOR_AUTHORS = "shows where it failed."  # end of a hint that is of no use on a page
 PATIENCE = 10.0  # seconds to clean up in

@@ -185,11 +185,12 @@ class Desk:
             raise CommandError("This page has no room for another result.", "Try again later.")
 
     def _forget_idle(self, window: str) -> None:
-        """Let visitors leave who have been idle for long."""
-        most = self.limits.kept_seconds
-        for other, visitor in list(self._visitors.items()) if most is not None else ():
-            idle = time.monotonic() - visitor.seen
-            if other != window and not visitor.commands and most is not None and idle > most:
+        """Let visitors leave who have been idle for long; not the one of this window."""
+        if self.limits.kept_seconds is None:
+            return
+        latest = time.monotonic() - self.limits.kept_seconds
+        for other, visitor in list(self._visitors.items()):
+            if other != window and not visitor.commands and visitor.seen < latest:
                 self.leave(other)
 
 

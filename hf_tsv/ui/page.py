@@ -52,12 +52,17 @@ class Page:
         with gr.Blocks(
             title="hf-tsv", analytics_enabled=False, delete_cache=(600, 3600)
         ) as self.blocks:
-            self._lay_out()
+            self._account()
+            self._models()
+            self._method()
+            self._merging()
+            self._trial()
+            self._keeping()
             self._wire()
 
     # Parts
 
-    def _lay_out(self) -> None:
+    def _account(self) -> None:
         gr.Markdown(f"# {TITLE}\n{ABOUT}")
         if self.desk.limits.public:
             gr.LoginButton(size="sm", elem_id="sign-in")
@@ -66,6 +71,8 @@ class Page:
                 "Not signed in: run `hf auth login` to push, or to read private models."
             )  # fmt: skip
             gr.Markdown(signed, elem_id="account")
+
+    def _models(self) -> None:
         gr.Markdown("## 1. Models")
         self.base = gr.Textbox(
             BASE, label="Base model", info="org/name, org/name@revision", elem_id="base"
@@ -85,6 +92,8 @@ class Page:
             label="Further models", lines=2, elem_id="pasted",
             info="Names between spaces, commas or lines: fine-tunes, task factors or adapters.",
         )  # fmt: skip
+
+    def _method(self) -> None:
         gr.Markdown("## 2. Method")
         with gr.Row():
             self.method = gr.Dropdown(
@@ -100,6 +109,8 @@ class Page:
             self.measure = gr.Button("Measure interference", elem_id="measure")
         self.planned = gr.HTML(elem_id="planned")
         self.interference = gr.HTML(elem_id="interference")
+
+    def _merging(self) -> None:
         gr.Markdown("## 3. Merge")
         with gr.Row():
             self.merge = gr.Button("Merge", variant="primary", elem_id="merge")
@@ -110,6 +121,8 @@ class Page:
                 show_label=False, container=False, lines=6, max_lines=16, interactive=False,
                 elem_id="log",
             )  # fmt: skip
+
+    def _trial(self) -> None:
         gr.Markdown("## 4. Try it")
         with gr.Row():
             self.image = gr.Image(
@@ -124,6 +137,8 @@ class Page:
                 self.classify = gr.Button("Classify", elem_id="classify")
                 self.tried = gr.HTML(elem_id="tried")
                 self.answer = gr.Label(visible=False, show_label=False, elem_id="answer")
+
+    def _keeping(self) -> None:
         gr.Markdown("## 5. Keep it")
         with gr.Row():
             self.repo_id = gr.Textbox(
@@ -353,12 +368,14 @@ def _refuse_stopped(visitor: Visitor) -> None:
 
 
 def _followed(command: Command) -> Iterator[str]:
-    """States of a command that runs."""
-    yield fragments.state("Starting…", share=0.0)
+    """State of a command that runs, again and again."""
+    state = fragments.state("Starting…", share=0.0)
+    yield state
     for step in command.followed():
         if step is not None:
             text = f"{step.doing}: {step.share:.0%}"
-            yield fragments.state(text, step.told, share=step.share)
+            state = fragments.state(text, step.told, share=step.share)
+        yield state  # also with a new line of the log
 
 
 def _refuse_unmerged(visitor: Visitor) -> None:

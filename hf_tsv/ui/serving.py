@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -101,13 +101,13 @@ def serve(port: int | None, *, max_memory: str | None, stream: bool) -> None:
     with _served(limits, _account(), server_name=HOST, server_port=chosen,
                  app_kwargs={"middleware": [SAFE, LOCAL]}) as address:  # fmt: skip
         print(f"Open {address} in a browser; Ctrl-C ends it.", file=sys.stderr, flush=True)
-        _wait()
+        Event().wait()
 
 
 def serve_space() -> None:
     """Serve the page in a Space, until it is stopped."""
     with _served(FREE_SPACE, None, app_kwargs={"middleware": [SAFE]}):
-        _wait()
+        Event().wait()
 
 
 @contextmanager
@@ -123,11 +123,6 @@ def _served(limits: Limits, account: str | None, **where: Any) -> Iterator[str]:
         page.blocks.close(verbose=False)
     finally:
         desk.close()
-
-
-def _wait() -> None:
-    while True:
-        time.sleep(3600)
 
 
 def _account() -> str | None:

@@ -82,6 +82,14 @@ def opened(browser: Any, space: Served) -> Iterator[Callable[..., Window]]:
     wait_until(lambda: not files_of(space))
 
 
+def signed_in(opened: Callable[..., Window], models: Hub, token: str) -> Window:
+    """A window of the one with this token."""
+    models.signing_in = token
+    window = opened()
+    window.sign_in()
+    return window
+
+
 def files_of(server: Served) -> list[Path]:
     """Files of visitors."""
     return [path for path in server.folders() if path.is_file()]
@@ -104,8 +112,7 @@ def filled(window: Window) -> Window:
 def test_from_sign_in_to_the_pushed_model(
     models: Hub, opened: Callable[..., Window], space: Served, tmp_path: Path
 ) -> None:
-    window = opened()
-    window.sign_in()
+    window = signed_in(opened, models, TOKEN)
     window.write("base", "org/base")
     window.press("find")
     assert window.said("found", holding="can be merged") == "3 of 4 models can be merged."
@@ -163,12 +170,9 @@ def test_from_sign_in_to_the_pushed_model(
 
 
 def test_a_second_user_waits_and_is_told(models: Hub, opened: Callable[..., Window]) -> None:
-    first = opened()
-    first.sign_in()
+    first = signed_in(opened, models, TOKEN)
     again = Window(first.page.context, first.page.url)
-    models.signing_in = OTHER
-    second = opened()
-    second.sign_in()
+    second = signed_in(opened, models, OTHER)
     slow_merge(filled(first), models)
     filled(second).press("merge")
     second.said("state", holding="Waiting: 1 merge is before yours.")
@@ -202,16 +206,10 @@ def commands(server: Served) -> list[int]:
 def test_a_browser_that_stops_leaves_nothing(
     models: Hub, opened: Callable[..., Window], browser: Any, space: Served, how: str
 ) -> None:
-    models.signing_in = OTHER
-    second = opened()
-    second.sign_in()
-    models.signing_in = TOKEN
+    second = signed_in(opened, models, OTHER)
     if how == "window":
-        window = opened()
-        window.sign_in()
-        models.signing_in = THIRD
-        third = opened()
-        third.sign_in()
+        window = signed_in(opened, models, TOKEN)
+        third = signed_in(opened, models, THIRD)
         slow_merge(filled(window), models)
         filled(third).press("merge")
         third.said("state", holding="Waiting: 1 merge is before yours.")
@@ -220,6 +218,7 @@ def test_a_browser_that_stops_leaves_nothing(
         window.page.close()
         wait_until(lambda: not commands(space))
     else:
+        models.signing_in = TOKEN
         other = browser.browser_type.launch(
             executable_path=CHROMIUM, args=[*FLAGS, f"--class={MARK}"],
             chromium_sandbox=os.geteuid() != 0,
@@ -238,16 +237,13 @@ def test_a_browser_that_stops_leaves_nothing(
     assert "Merged" in second.said("state", kind="done")
     assert len({path.relative_to(space.temporary).parts[1] for path in files_of(space)}) == 1
     if how == "window":
-        models.signing_in = THIRD
-        again = opened()
-        again.sign_in()
+        again = signed_in(opened, models, THIRD)
         filled(again).press("merge")  # who is not in the queue any more
         assert "Merged" in again.said("state", kind="done")
 
 
 def test_a_merge_is_stopped(models: Hub, opened: Callable[..., Window], space: Served) -> None:
-    window = opened()
-    window.sign_in()
+    window = signed_in(opened, models, TOKEN)
     slow_merge(filled(window), models)
     window.press("stop")
     assert window.said("state", kind="error") == "Stopped."
@@ -301,8 +297,7 @@ def test_what_is_wrong_is_told(models: Hub, opened: Callable[..., Window], space
 
 
 def test_interference_is_shown(models: Hub, opened: Callable[..., Window]) -> None:
-    window = opened()
-    window.sign_in()
+    window = signed_in(opened, models, TOKEN)
     filled(window).press("measure")
     frame = window.page.frame_locator("#interference iframe")
     frame.get_by_role("heading", name="Task interference").wait_for(timeout=60_000)

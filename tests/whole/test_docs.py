@@ -353,6 +353,17 @@ def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
     assert wrong == []
 
 
+def test_programs_that_are_named_are_there() -> None:
+    named = {
+        path
+        for page in PAGES
+        for path in re.findall(
+            r"(?:tests|benchmarks|docs)/[\w/]+\.(?:py|sh)\b", page.read_text("utf-8")
+        )
+    }
+    assert named and all((ROOT / path).is_file() for path in named), named
+
+
 def test_pages_are_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text("utf-8")
     named = set(re.findall(r"[\w-]+\.md", text))
