@@ -31,9 +31,14 @@ class Served:
     temporary: Path
     said: Path
 
-    def folders(self) -> list[Path]:
-        """Folders and files of visitors that are there now."""
-        return [path for root in self.temporary.glob("hf-tsv-ui-*") for path in root.rglob("*")]
+    def files(self) -> list[Path]:
+        """Files of visitors that are there now; folders may go while it looks."""
+        return [
+            Path(folder, name)
+            for root in self.temporary.glob("hf-tsv-ui-*")
+            for folder, _, names in os.walk(root)
+            for name in names
+        ]
 
 
 @contextmanager

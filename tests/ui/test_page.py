@@ -79,7 +79,7 @@ def opened(browser: Any, space: Served) -> Iterator[Callable[..., Window]]:
     for context in contexts:
         context.close()
     HUB.heal()
-    wait_until(lambda: not files_of(space))
+    wait_until(lambda: not space.files())
 
 
 def signed_in(opened: Callable[..., Window], models: Hub, token: str) -> Window:
@@ -88,11 +88,6 @@ def signed_in(opened: Callable[..., Window], models: Hub, token: str) -> Window:
     window = opened()
     window.sign_in()
     return window
-
-
-def files_of(server: Served) -> list[Path]:
-    """Files of visitors."""
-    return [path for path in server.folders() if path.is_file()]
 
 
 def wait_until(found: Callable[[], Any], seconds: float = 40) -> None:
@@ -163,7 +158,7 @@ def test_from_sign_in_to_the_pushed_model(
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == files["model.safetensors"]
 
     everywhere = [space.said.read_text(), window.page.content(), *map(str, files.values())]
-    everywhere += [path.read_text(errors="replace") for path in files_of(space)]
+    everywhere += [path.read_text(errors="replace") for path in space.files()]
     assert not any(secret in text for text in everywhere for secret in (TOKEN, "hf_owner"))
     # Nothing was asked with the token of the Space's owner.
     assert not any("hf_owner" in str(request.headers) for request in models.requests)
@@ -235,7 +230,7 @@ def test_a_browser_that_stops_leaves_nothing(
     models.heal()
     filled(second).press("merge")  # whose turn it is
     assert "Merged" in second.said("state", kind="done")
-    assert len({path.relative_to(space.temporary).parts[1] for path in files_of(space)}) == 1
+    assert len({path.relative_to(space.temporary).parts[1] for path in space.files()}) == 1
     if how == "window":
         again = signed_in(opened, models, THIRD)
         filled(again).press("merge")  # who is not in the queue any more

@@ -198,6 +198,7 @@ def test_a_command_that_takes_too_long(tmp_path: Path, hub: Hub) -> None:
     with pytest.raises(CommandError, match="too long") as caught:
         command.result()
     assert "machine of your own" in caught.value.hint
+    assert list(command.log) == ["Terminated."]  # it was stopped, and did not give up by itself
 
 
 def test_a_command_ends_with_its_server(tmp_path: Path, hub: Hub) -> None:
