@@ -76,7 +76,7 @@ def leading_eigh(a: Tensor, rank: int, floor: float = 0.0, spectrum: bool = Fals
             return Eigen(values[:rank], vectors[:rank], values)
         if rank == a.shape[1]:
             values, vectors = lapack.eigh(gram)
-            return Eigen(values.flip(0), vectors.flip(0), values.flip(0))
+            return Eigen(values.flip(0), vectors.mT.flip(0), values.flip(0))
         found = None if spectrum else lanczos.leading_eigh(gram, rank, floor**2)
         return Eigen(*(found or lapack.leading_eigh(gram, rank, spectrum=spectrum)))
     except (NotConvergedError, LinAlgError):

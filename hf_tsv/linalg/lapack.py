@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,16 @@ BLOCK = 64  # block size that workspaces are made for; LAPACK uses what fits
 # A row whose length is a multiple of 512 doubles (one page) is padded by 24: otherwise rows map to
 # the same cache sets, and `dsytrd` takes 10 % longer.
 PAGE, PADDING = 512, 24
+
+# Ratio of the size of a tridiagonal matrix to the number of wanted eigenpairs below which it is
+# faster to find all eigenvalues than to bisect for the wanted ones.
+MANY = 13
+
+# What LAPACK's `dstemr` gives its two halves: relative precisions of bounds, and the least gap of
+# eigenvalues, relative to them, that separates their vectors.
+EPS = float(np.finfo(float).eps)
+PRECISIONS = (math.sqrt(EPS), 5e-3 * math.sqrt(EPS))
+LEAST_GAP = 1e-3
 
 
 class NotConvergedError(ArithmeticError):
@@ -133,11 +144,55 @@ def tridiagonal_eigh(diagonal: Vector, beside: Vector, count: int) -> tuple[Vect
 
 
 def _tridiagonal(diagonal: Tensor, beside: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Largest eigenvalues, ascending, in room for n, and eigenvectors as rows; overwrites both."""
+    """Largest eigenvalues of a tridiagonal matrix, ascending, in room for n, and vectors as rows.
+
+    Both arguments may be overwritten; the last entry of the second counts for nothing.
+    """
+    if MANY * count > diagonal.numel():
+        with suppress(NotConvergedError):
+            return _by_all_eigenvalues(diagonal, beside, count)
+    return _by_bisection(diagonal, beside, count)
+
+
+def _by_all_eigenvalues(diagonal: Tensor, beside: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same as [`_tridiagonal`] by the two halves of `dstemr`.
+
+    The first half finds all eigenvalues, by differential quotients and differences, which takes
+    less than bisection does for a tenth of them, and the second the vectors that are wanted. A
+    matrix that falls into blocks is left to `dstemr`: what is found of them is not in order.
+    """
+    n = diagonal.numel()
+    main, off = diagonal.clone(), beside.clone()
+    off[-1] = 0.0
+    values, errors, gaps, rings = (_doubles(size) for size in (n, n, n, 2 * n))
+    ends, block, index, support = (_integers(size) for size in (n, n, n, 2 * n))
+    blocks, found, info = (ctypes.c_int(0) for _ in range(3))
+    low, high, pivot = (ctypes.c_double(0.0) for _ in range(3))
+    work, iwork = _doubles(12 * n), _integers(7 * n)
+    _call(
+        "dlarre", "A", n, low, high, 1, n, main, off, off.square(), *PRECISIONS, -EPS, blocks, ends,
+        found, values, errors, gaps, block, index, rings, pivot, work, iwork, info,
+    )  # fmt: skip
+    if info.value or blocks.value != 1 or found.value != n:
+        raise NotConvergedError(f"dlarre: info {info.value}, {blocks.value} blocks")
+    first = n - count + 1
+    beyond = 1 if first > 1 else 0  # it works in the row before the first one, too
+    rows = _doubles(count + beyond, n)
+    start = ctypes.c_void_p(rows.data_ptr() - (first - 1 - beyond) * n * rows.itemsize)
+    _call(
+        "dlarrv", n, low, high, main, off, pivot, ends, n, first, n, LEAST_GAP, *PRECISIONS, values,
+        errors, gaps, block, index, rings, start, n, support, work, iwork, info,
+    )  # fmt: skip
+    if info.value:
+        raise NotConvergedError(f"dlarrv: info {info.value}")
+    return values[n - count :], rows[beyond:]
+
+
+def _by_bisection(diagonal: Tensor, beside: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same as [`_tridiagonal`] by `dstemr`, which bisects for a part of the spectrum."""
     n = diagonal.numel()
     values, vectors = _doubles(n), _doubles(count, n)
-    work, iwork = _doubles(18 * n), torch.empty(10 * n, dtype=torch.int32)
-    support = torch.empty(2 * count, dtype=torch.int32)
+    work, iwork, support = _doubles(18 * n), _integers(10 * n), _integers(2 * count)
     found, info, relative = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(1)
     _call(
         "dstemr", "V", "I", n, diagonal, beside, 0.0, 0.0, n - count + 1, n, found, values,
@@ -201,19 +256,12 @@ def _all_eigenvalues(diagonal: Tensor, beside: Tensor) -> Tensor:
 
 
 def eigh(upper: Tensor) -> tuple[Tensor, Tensor]:
-    """All eigenvalues of a symmetric matrix, ascending, and eigenvectors as rows."""
+    """All eigenvalues of a symmetric matrix, ascending, and eigenvectors as columns."""
     n = upper.shape[0]
     if 1 + 6 * n + 2 * n * n >= 2**31:
         raise NotConvergedError(f"{n} rows are more than 32-bit sizes allow")
-    values, info = _doubles(n), ctypes.c_int(0)
-    work, iwork = _doubles(1 + 6 * n + 2 * n * n), torch.empty(3 + 5 * n, dtype=torch.int32)
-    wide = upper.stride(0)
-    _call(
-        "dsyevd", "V", "L", n, upper, wide, values, work, work.numel(), iwork, iwork.numel(), info
-    )
-    if info.value:
-        raise NotConvergedError(f"dsyevd: info {info.value}")
-    return values, upper
+    values, vectors = torch.linalg.eigh(upper, UPLO="U")
+    return values, vectors
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,3 +285,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _doubles(*shape: int) -> Tensor:
     return empty(*shape, dtype=torch.float64)
+
+
+def _integers(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int32)

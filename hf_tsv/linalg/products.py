@@ -27,7 +27,7 @@ PROBES = 8
 SMALL = 1e-12
 """Largest entry up to which, and from the inverse of which, squares are summed after scaling."""
 
-COLUMNS = 384  # of a product that are computed at a time, whatever the number of threads
+LINES = 384  # rows or columns of a product computed at a time, whatever the number of threads
 
 _POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
 """Threads for independent parts; none in those threads themselves."""
@@ -132,21 +132,23 @@ def chain(factors: Sequence[Tensor]) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, of shapes (m, k) and (k, n), on the CPU by columns in several threads."""
+    """a b, of shapes (m, k) and (k, n), on the CPU by rows in several threads."""
     if a.device.type != "cpu" or a.dtype != torch.float64:
         return a @ b
-    n = b.shape[1]
-    result = empty(a.shape[0], n, dtype=a.dtype)
-    parts = max(1, -(-n // COLUMNS))
-    bounds = [n * i // parts for i in range(parts + 1)]
-    left, right, out = a.numpy(), b.numpy(), result.numpy()
+    result = empty(a.shape[0], b.shape[1], dtype=a.dtype)
 
     def multiply(span: tuple[int, int]) -> None:
-        columns = slice(*span)
-        np.matmul(left, right[:, columns], out=out[:, columns])
+        rows = slice(*span)
+        torch.mm(a[rows], b, out=result[rows])
 
-    for_each(multiply, list(pairwise(bounds)))
+    for_each(multiply, spans(a.shape[0]))
     return result
+
+
+def spans(n: int) -> list[tuple[int, int]]:
+    """First and last rows of n, so that a few hundred are computed at a time."""
+    parts = max(1, -(-n // LINES))
+    return list(pairwise(n * i // parts for i in range(parts + 1)))
 
 
 def for_each(call: Callable[[S], T], items: Sequence[S]) -> list[T]:

@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -276,11 +275,9 @@ def _add_upper(total: Tensor, rows: Tensor, weight: float) -> None:
     if total.device.type != "cpu":
         total += (rows.mT @ rows) * weight
         return
-    parts = max(1, -(-n // products.COLUMNS))
-    bounds = [n * i // parts for i in range(parts + 1)]
 
     def add(span: tuple[int, int]) -> None:
         start, stop = span
         total[:stop, start:stop] += rows[:, :stop].mT @ (rows[:, start:stop] * weight)
 
-    for_each(add, list(pairwise(bounds)))
+    for_each(add, products.spans(n))

@@ -420,17 +420,62 @@ def test_the_transpose_of_a_matrix_in_memory_is_decomposed_as_it_is() -> None:
     assert relative_error(U * S @ Vh, matrix) < 1e-14
 
 
-@pytest.mark.parametrize("routine", ["dstemr", "dsyevd", "dsterf"])
+@pytest.mark.parametrize("routines", [["dstemr"], ["dlarre", "dstemr"], ["eigh"], ["dsterf"]])
 def test_an_eigensolver_that_fails_leaves_it_to_the_svd(
-    unconverged: Callable[..., None], routine: str
+    monkeypatch: pytest.MonkeyPatch, unconverged: Callable[..., None], routines: list[str]
 ) -> None:
-    matrix, rank = gaussian(60, 40, generator(82)), 40 if routine == "dsyevd" else 3
-    spectrum = routine == "dsterf"
+    matrix, rank = gaussian(60, 40, generator(82)), 3
+    rank = {"eigh": 40, "dlarre": 20}.get(routines[0], rank)
+    spectrum = routines == ["dsterf"]
     plain = truncated_svd(matrix, rank, spectrum=spectrum)
-    unconverged(routine)
+    unconverged(*routines)
+    if routines == ["eigh"]:
+        monkeypatch.setattr(torch.linalg, "eigh", refuse)
     found = truncated_svd(matrix, rank, spectrum=spectrum)
     assert (plain.exact, found.exact) == (False, True)
     assert relative_error(found.U * found.S @ found.Vh, plain.U * plain.S @ plain.Vh) < 1e-12
+
+
+SPECTRA = {
+    "power": lambda j: j**-0.5,
+    "steep": lambda j: 10.0 ** (-j / 8),
+    "flat": torch.ones_like,
+    "low rank": lambda j: torch.where(j <= 9, j**-0.5, 0.0),
+    "noisy": lambda j: torch.where(j <= 9, j**-0.5, 1e-7 / j),
+    "pairs": lambda j: ((j + 1) // 2) ** -0.5,
+    "cluster": lambda j: 1 + 1e-9 * j.cos(),
+    "nothing": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("fails", [None, "dlarre", "dlarrv"])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_leading_eigenpairs_of_every_spectrum(
+    unconverged: Callable[..., None], spectrum: str, fails: str | None
+) -> None:
+    unconverged(*filter(None, [fails]))
+    for n, counts in ((2, (1, 2)), (30, (1, 4, 30)), (97, (1, 12, 60, 96))):
+        values = SPECTRA[spectrum](torch.arange(1, n + 1, dtype=torch.float64))
+        Q = torch.linalg.qr(gaussian(n, n, generator(n)))[0]
+        gram = (Q * values) @ Q.mT
+        gram = (gram + gram.mT) / 2
+        expected = torch.linalg.eigvalsh(gram).flip(0)
+        for count in counts:
+            found, rows, _ = lapack.leading_eigh(gram.clone(), count)
+            assert (found - expected[:count]).abs().max() < 1e-14
+            assert (gram @ rows.mT - rows.mT * found).abs().max() < 1e-14
+            assert (rows @ rows.mT - torch.eye(count, dtype=torch.float64)).abs().max() < 1e-11
+
+
+def test_all_eigenvalues_are_found_where_many_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    called, call = [], lapack._call
+    monkeypatch.setattr(lapack, "_call", lambda name, *a: [called.append(name), call(name, *a)])
+    gram = gaussian(64, 64, generator(5))
+    gram = gram @ gram.mT
+    for count, routine in ((3, "dstemr"), (8, "dlarrv")):
+        lapack.leading_eigh(gram.clone(), count)
+        assert routine in called and len({"dstemr", "dlarrv"} & {*called}) == 1
+        called.clear()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
