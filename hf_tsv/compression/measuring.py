@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -70,15 +70,18 @@ def measure(
     workers = torch.get_num_threads() if device.type in ("cpu", "mps") else 2
     sizes = [4 * math.prod(candidate.shape) for candidate in left]
     reading_seconds: list[float] = []
-    pending: deque[Future[tuple[Measured, TaskSingularVectors | None]]] = deque()
+    pending: set[Future[tuple[Measured, TaskSingularVectors | None]]] = set()
 
     def finish() -> None:
-        item, vectors = pending.popleft().result()
-        if vectors is not None:
-            item = spool.put(item, vectors)
-        notes.add(item.to_entry())
-        measured[item.candidate.name] = item
-        advance(1)
+        """Keep what is done, after waiting for the first."""
+        for future in wait(pending, return_when=FIRST_COMPLETED).done:
+            pending.remove(future)
+            item, vectors = future.result()
+            if vectors is not None:
+                item = spool.put(item, vectors)
+            notes.add(item.to_entry())
+            measured[item.candidate.name] = item
+            advance(1)
 
     with (
         reused(),
@@ -95,7 +98,7 @@ def measure(
                     break
                 waited += time.monotonic() - asked
                 reading_seconds.append(loaded.seconds)
-                pending.append(computing.submit(_decompose, loaded, job.source, device))
+                pending.add(computing.submit(_decompose, loaded, job.source, device))
                 del loaded
                 if len(pending) >= workers:
                     finish()

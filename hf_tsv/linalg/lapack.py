@@ -139,22 +139,37 @@ def tridiagonal_eigh(diagonal: Vector, beside: Vector, count: int) -> tuple[Vect
     eigenvectors are rows (count, n).
     """
     padded = np.append(beside, 0.0)
-    values, vectors = _tridiagonal(torch.tensor(diagonal), torch.tensor(padded), count)
-    return values[:count].flip(0).numpy(), vectors.flip(0).numpy()
+    values, vectors, _ = _tridiagonal(torch.tensor(diagonal), torch.tensor(padded), count)
+    return values.flip(0).numpy(), vectors.flip(0).numpy()
 
 
-def _tridiagonal(diagonal: Tensor, beside: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Largest eigenvalues of a tridiagonal matrix, ascending, in room for n, and vectors as rows.
+Count = int | Callable[[Tensor], int]
+"""How many eigenvalues are wanted: maybe a function of all of them, descending."""
+
+Found = tuple[Tensor, Tensor, Tensor | None]
+"""Largest eigenvalues, ascending, eigenvectors as rows, and maybe all eigenvalues, descending."""
+
+
+def _tridiagonal(
+    diagonal: Tensor, beside: Tensor, count: Count, *, spectrum: bool = False
+) -> Found:
+    """Eigenpairs of a tridiagonal matrix; all eigenvalues if the spectrum is asked for.
 
     Both arguments may be overwritten; the last entry of the second counts for nothing.
     """
-    if MANY * count > diagonal.numel():
+    every = spectrum or not isinstance(count, int)
+    if every or MANY * count > diagonal.numel():
         with suppress(NotConvergedError):
             return _by_all_eigenvalues(diagonal, beside, count)
-    return _by_bisection(diagonal, beside, count)
+    values = _all_eigenvalues(diagonal.clone(), beside.clone()) if every else None
+    return *_by_bisection(diagonal, beside, _number(count, values)), values
 
 
-def _by_all_eigenvalues(diagonal: Tensor, beside: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _number(count: Count, every: Tensor | None) -> int:
+    return count if isinstance(count, int) or every is None else count(every)
+
+
+def _by_all_eigenvalues(diagonal: Tensor, beside: Tensor, count: Count) -> Found:
     """The same as [`_tridiagonal`] by the two halves of `dstemr`.
 
     The first half finds all eigenvalues, by differential quotients and differences, which takes
@@ -175,9 +190,12 @@ def _by_all_eigenvalues(diagonal: Tensor, beside: Tensor, count: int) -> tuple[T
     )  # fmt: skip
     if info.value or blocks.value != 1 or found.value != n:
         raise NotConvergedError(f"dlarre: info {info.value}, {blocks.value} blocks")
-    first = n - count + 1
+    every = (values + off[-1]).flip(0)  # it has shifted the matrix by that
+    if not (number := _number(count, every)):
+        return _doubles(0), _doubles(0, n), every
+    first = n - number + 1
     beyond = 1 if first > 1 else 0  # it works in the row before the first one, too
-    rows = _doubles(count + beyond, n)
+    rows = _doubles(number + beyond, n)
     start = ctypes.c_void_p(rows.data_ptr() - (first - 1 - beyond) * n * rows.itemsize)
     _call(
         "dlarrv", n, low, high, main, off, pivot, ends, n, first, n, LEAST_GAP, *PRECISIONS, values,
@@ -185,13 +203,15 @@ def _by_all_eigenvalues(diagonal: Tensor, beside: Tensor, count: int) -> tuple[T
     )  # fmt: skip
     if info.value:
         raise NotConvergedError(f"dlarrv: info {info.value}")
-    return values[n - count :], rows[beyond:]
+    return values[n - number :], rows[beyond:], every
 
 
 def _by_bisection(diagonal: Tensor, beside: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same as [`_tridiagonal`] by `dstemr`, which bisects for a part of the spectrum."""
+    """The `count` largest eigenpairs by `dstemr`, which bisects for a part of the spectrum."""
     n = diagonal.numel()
     values, vectors = _doubles(n), _doubles(count, n)
+    if not count:
+        return values[:0], vectors
     work, iwork, support = _doubles(18 * n), _integers(10 * n), _integers(2 * count)
     found, info, relative = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(1)
     _call(
@@ -200,39 +220,32 @@ def _by_bisection(diagonal: Tensor, beside: Tensor, count: int) -> tuple[Tensor,
     )  # fmt: skip
     if info.value or found.value != count:
         raise NotConvergedError(f"dstemr: info {info.value}, {found.value} of {count} eigenvalues")
-    return values, vectors
+    return values[:count], vectors
 
 
 def leading_eigh(
-    upper: Tensor, count: int | Callable[[Tensor], int], *, spectrum: bool = False
+    upper: Tensor, count: Count, *, spectrum: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The largest eigenvalues of a symmetric matrix and their eigenvectors.
 
-    How many may depend on the spectrum: a function of all eigenvalues, descending, is called then.
-
     The ways are tridiagonal form and multiple relatively robust representations. LAPACK's driver
-    for both, `dsyevr`, takes bisection and inverse iteration for a part of the spectrum, which is a
-    quarter slower. The result is eigenvalues, descending (count,), eigenvectors as rows (count, n),
-    and all eigenvalues, descending (n,), if the spectrum is asked for.
+    for both, `dsyevr`, takes bisection and inverse iteration for a part of the spectrum, which is
+    slower. The result is eigenvalues, descending (count,), eigenvectors as rows (count, n), and all
+    eigenvalues, descending (n,), if the spectrum is asked for.
     """
     n = upper.shape[0]
     diagonal, beside, reflectors = _doubles(n), _doubles(n), _doubles(n)
     work, info = _doubles(BLOCK * n), ctypes.c_int(0)
     wide = upper.stride(0)
     _call("dsytrd", "L", n, upper, wide, diagonal, beside, reflectors, work, work.numel(), info)
-    every = None
-    if spectrum or not isinstance(count, int):
-        every = _all_eigenvalues(diagonal.clone(), beside.clone())
-        count = count if isinstance(count, int) else count(every)
-    if not count:
-        return _doubles(0), _doubles(0, n), every
-    values, vectors = _tridiagonal(diagonal, beside, count)
-    _call(
-        "dormtr", "L", "L", "N", n, count, upper, wide, reflectors, vectors, n, work, work.numel(),
-        info,
-    )  # fmt: skip
+    values, vectors, every = _tridiagonal(diagonal, beside, count, spectrum=spectrum)
+    if len(vectors):
+        _call(
+            "dormtr", "L", "L", "N", n, len(vectors), upper, wide, reflectors, vectors, n, work,
+            work.numel(), info,
+        )  # fmt: skip
     _reverse(vectors)
-    return values[:count].flip(0), vectors, every
+    return values.flip(0), vectors, every
 
 
 def _reverse(rows: Tensor) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from torch import Tensor
 
 import hf_tsv as api
 from hf_tsv import CheckpointError, HfTsvError, OutputError, RecipeError
+from hf_tsv.compression import measuring
 from hf_tsv.compression.candidates import Candidate, Measured
 from hf_tsv.compression.measuring import energy_curves
+from hf_tsv.linalg.svd import SVD, truncated_svd
 from hf_tsv.linalg.updates import TaskSingularVectors, dense
 from hf_tsv.recipes.compressing import Options, RankRule
 from hf_tsv.runs.target import Target
@@ -1137,3 +1140,24 @@ def test_energy_curves_are_the_spectra(zoo: Path) -> None:
     for rank in (0, 4, 8):
         expected = sum(float(s[:rank].square().sum()) for s in sigmas) / total
         assert energy[at.index(rank / k)] == pytest.approx(expected, rel=1e-9)
+
+
+def test_weights_are_decomposed_side_by_side(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Biases between them, which are not decomposed, keep no thread from working."""
+    two, met = threading.Barrier(2, timeout=20), []
+
+    def decompose(*arguments: Any, **options: Any) -> SVD:
+        if not met:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                two.wait()
+                met.append(True)
+        return truncated_svd(*arguments, **options)
+
+    monkeypatch.setattr(measuring, "truncated_svd", decompose)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        compress(zoo, "vision")
+    finally:
+        torch.set_num_threads(threads)
+    assert met
