@@ -134,13 +134,11 @@ def _load(job: Compression, candidate: Candidate) -> _Loaded:
     rows, columns = matrix_shape(candidate.shape)
     w0 = original.tensor.reshape(rows, columns)
     w1 = job.source.exact(original).reshape(rows, columns)
-    delta, _ = update_of(candidate.name, job.source, w1, w0)
-    norm = products.frobenius_norm(delta)
-    norm = norm if norm**2 else 0.0  # no stored type has numbers so small
-    floor = updates.storage_noise(w0, w1, norm, overwrite=True) if candidate.limit else 0.0
+    found = update_of(candidate.name, job.source, w1, w0, noisy=candidate.limit > 0)
+    norm = found.norm if found.norm**2 else 0.0  # no stored type has numbers so small
     base_norm, sha256 = updates.norm_of(w0), original.digest()
     seconds = time.monotonic() - started
-    return _Loaded(candidate, delta, norm, base_norm, sha256, floor, seconds)
+    return _Loaded(candidate, found.update, norm, base_norm, sha256, found.floor, seconds)
 
 
 def _decompose(

@@ -157,16 +157,16 @@ def _tridiagonal(
 
     Both arguments may be overwritten; the last entry of the second counts for nothing.
     """
-    every = spectrum or not isinstance(count, int)
-    if every or MANY * count > diagonal.numel():
+    alone = isinstance(count, int) and not spectrum
+    if not isinstance(count, int) or spectrum or MANY * count > diagonal.numel():
         with suppress(NotConvergedError):
             return _by_all_eigenvalues(diagonal, beside, count)
-    values = _all_eigenvalues(diagonal.clone(), beside.clone()) if every else None
-    return *_by_bisection(diagonal, beside, _number(count, values)), values
+    every = diagonal[:0] if alone else _all_eigenvalues(diagonal.clone(), beside.clone())
+    return *_by_bisection(diagonal, beside, _number(count, every)), None if alone else every
 
 
-def _number(count: Count, every: Tensor | None) -> int:
-    return count if isinstance(count, int) or every is None else count(every)
+def _number(count: Count, every: Tensor) -> int:
+    return count if isinstance(count, int) else count(every)
 
 
 def _by_all_eigenvalues(diagonal: Tensor, beside: Tensor, count: Count) -> Found:

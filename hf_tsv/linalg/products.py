@@ -70,27 +70,29 @@ def largest_entry(matrix: Tensor) -> float:
 
 
 def norms(matrix: Tensor) -> tuple[float, float, float]:
-    """Frobenius norm, and the largest norms of a row and of a column, in float32 or float64."""
-    a, scale = _with_safe_squares(matrix)
-    rows, columns = _squares(a, 0), _squares(a, 1)
-    zero = rows.new_zeros(1)
-    total = in_working_precision(rows).sum()
-    squares = total, torch.cat([rows, zero]).max(), torch.cat([columns, zero]).max()
-    whole, row, column = (scale * math.sqrt(s) for s in squares)
-    return whole, row, column
+    """Largest norms of a row and of a column of a matrix in float32 or float64, largest entry."""
+    a, scale = _with_safe_squares(matrix, largest := _largest(matrix))
+    rows, columns = (torch.cat([_squares(a, i), a.new_zeros(1)]).max() for i in (0, 1))
+    return scale * math.sqrt(rows), scale * math.sqrt(columns), largest
 
 
-def frobenius_norm(matrix: Tensor) -> float:
-    """Root of the sum of all squares of a matrix or vector in float32 or float64."""
-    a, scale = _with_safe_squares(matrix)
+def frobenius_norm(matrix: Tensor, largest: float | None = None) -> float:
+    """Root of the sum of all squares of a matrix or vector in float32 or float64.
+
+    It is read once less if its largest entry is known.
+    """
+    a, scale = _with_safe_squares(matrix, _largest(matrix) if largest is None else largest)
     if a.dim() < 2:
         return scale * float(torch.linalg.vector_norm(a))
     return scale * math.sqrt(in_working_precision(_squares(a, 0)).sum())
 
 
-def _with_safe_squares(matrix: Tensor) -> tuple[Tensor, float]:
+def _largest(matrix: Tensor) -> float:
+    return largest_entry(matrix) if matrix.numel() else 0.0
+
+
+def _with_safe_squares(matrix: Tensor, largest: float) -> tuple[Tensor, float]:
     """The matrix, divided by its largest entry where squares would leave the range of float32."""
-    largest = largest_entry(matrix) if matrix.numel() else 0.0
     if SMALL < largest < 1 / SMALL or not largest:
         return matrix, 1.0
     return matrix / largest, largest

@@ -64,10 +64,11 @@ Update = Tensor | TaskSingularVectors
 """The update of one weight by one task: Δ itself, or its leading singular triplets."""
 
 
-def norm_of(tensor: Tensor) -> float:
-    """Frobenius norm of a tensor of any shape and floating-point type."""
+def norm_of(tensor: Tensor, largest: float | None = None) -> float:
+    """Frobenius norm of a tensor of any shape and floating-point type, maybe of a known largest."""
     wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-    return products.frobenius_norm(wide.reshape(len(wide), -1) if wide.dim() > 1 else wide)
+    flat = wide.reshape(len(wide), -1) if wide.dim() > 1 else wide
+    return products.frobenius_norm(flat, largest)
 
 
 def scaled(update: Update, scale: float) -> Update:
@@ -85,10 +86,13 @@ def matrix_of(update: Update) -> Tensor:
     return update if isinstance(update, Tensor) else update.matrix()
 
 
-def difference(fine_tuned: Tensor, base: Tensor) -> Tensor:
-    """Δ = W1 − W0 of two stored weights, in float32, or in float64 where one of the two is."""
+def difference(fine_tuned: Tensor, base: Tensor, *, overwrite: bool = False) -> Tensor:
+    """Δ = W1 − W0 of two stored weights, in float32, or in float64 where one of the two is.
+
+    `overwrite` puts it into the memory of W1, whose type must be that of Δ.
+    """
     dtype = _dtype_of_difference(fine_tuned, base)
-    result = empty(*base.shape, dtype=dtype, device=base.device)
+    result = fine_tuned if overwrite else empty(*base.shape, dtype=dtype, device=base.device)
     return torch.sub(fine_tuned.to(dtype), base.to(dtype), out=result)
 
 
@@ -97,9 +101,7 @@ def _dtype_of_difference(fine_tuned: Tensor, base: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def storage_noise(
-    base: Tensor, fine_tuned: Tensor, norm: float | None = None, *, overwrite: bool = False
-) -> float:
+def storage_noise(base: Tensor, fine_tuned: Tensor, norm: float | None = None) -> float:
     """Spectral norm below which a task matrix is rounding of the stored checkpoints.
 
     W0 + Δ is rounded to the dtype of W1, so W1 − W0 differs from Δ by noise of about eps · |w| an
@@ -112,20 +114,62 @@ def storage_noise(
     2016), which also holds where few columns carry most of the weight.
 
     W0 and W1 are given as stored, (d_out, d_in), and ‖W1 − W0‖, Frobenius, where it is known; the
-    result is in their units. `overwrite` uses the memory of W1 for the work.
+    result is in their units.
     """
-    dtype = _dtype_of_difference(fine_tuned, base)
-    own = grid_of(fine_tuned, base)
+    dtype, own = _dtype_of_difference(fine_tuned, base), grid_of(fine_tuned, base)
     eps = max(torch.finfo(kind).eps for kind in (own, dtype))
     tiny = max(torch.finfo(kind).smallest_normal for kind in (own, dtype))
     most = torch.finfo(dtype).max
     if torch.promote_types(base.dtype, own) == own:
-        # W0 lies on the grid that W1 was rounded to: a change below half a step is lost rather
-        # than replaced by noise, so no entry is wrong by more than it should have changed.
         change = products.frobenius_norm(difference(fine_tuned, base)) if norm is None else norm
-        most = min(change / math.sqrt(base.numel()) / (ROUNDING_SPREAD * eps), most)
-    size = fine_tuned.to(dtype, copy=not overwrite).abs_().clamp_(min(tiny, most), most)
+        most = min(_largest_that_rounds(change, base.numel(), eps), most)
+    size = fine_tuned.to(dtype, copy=True).abs_().clamp_(min(tiny, most), most)
     return noise(size, eps)
+
+
+def _largest_that_rounds(change: float, entries: int, eps: float) -> float:
+    """Largest |w| whose rounding is noise in a change of this norm.
+
+    W0 lies on the grid that W1 was rounded to: a change below half a step is lost rather than
+    replaced by noise, so no entry is wrong by more than it should have changed.
+    """
+    return change / math.sqrt(entries) / (ROUNDING_SPREAD * eps)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Δ, its Frobenius norm, its largest absolute entry, and its storage noise if that is wanted.
+
+    See [`storage_noise`].
+    """
+
+    update: Tensor
+    norm: float
+    largest: float
+    floor: float = 0.0
+
+
+def measured(fine_tuned: Tensor, base: Tensor, *, noisy: bool) -> Measured:
+    """Measure Δ of W1 and W0 as stored, in the memory of W1 if its type allows that.
+
+    `noisy` asks for the storage noise, of matrices.
+    """
+    own = fine_tuned.dtype
+    overwrite = own == base.dtype and own == _dtype_of_difference(fine_tuned, base)
+    row, column, size = products.norms(fine_tuned) if overwrite and noisy else (0.0, 0.0, 0.0)
+    update = difference(fine_tuned, base, overwrite=overwrite)
+    largest = products.largest_entry(update) if update.numel() else 0.0
+    norm = norm_of(update, largest) if largest < math.inf else math.inf
+    if not noisy or not 0 < norm < math.inf:
+        return Measured(update, norm, largest)
+    if not overwrite:
+        return Measured(update, norm, largest, storage_noise(base, fine_tuned, norm))
+    eps = torch.finfo(own).eps
+    if size > _largest_that_rounds(norm, base.numel(), eps):
+        floor = storage_noise(base, base + update, norm)
+    else:
+        floor = ROUNDING_SPREAD * eps * (row + column)
+    return Measured(update, norm, largest, floor)
 
 
 def grid_of(fine_tuned: Tensor, base: Tensor) -> torch.dtype:
@@ -155,7 +199,7 @@ def rounding_noise(matrix: Tensor, dtype: torch.dtype) -> float:
 
 def noise(size: Tensor, eps: float) -> float:
     """Spectral norm of the rounding of entries of this size."""
-    _, row, column = products.norms(size)
+    row, column, _ = products.norms(size)
     return ROUNDING_SPREAD * eps * (row + column)
 
 

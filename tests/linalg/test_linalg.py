@@ -420,7 +420,9 @@ def test_the_transpose_of_a_matrix_in_memory_is_decomposed_as_it_is() -> None:
     assert relative_error(U * S @ Vh, matrix) < 1e-14
 
 
-@pytest.mark.parametrize("routines", [["dstemr"], ["dlarre", "dstemr"], ["eigh"], ["dlarre", "dsterf"]])
+@pytest.mark.parametrize(
+    "routines", [["dstemr"], ["dlarre", "dstemr"], ["eigh"], ["dlarre", "dsterf"]]
+)
 def test_an_eigensolver_that_fails_leaves_it_to_the_svd(
     monkeypatch: pytest.MonkeyPatch, unconverged: Callable[..., None], routines: list[str]
 ) -> None:

@@ -693,6 +693,28 @@ def test_the_noise_floor_of_transposed_weights_is_the_same(dtype: torch.dtype, k
     assert updates.storage_noise(W0.T, W1.T) == pytest.approx(updates.storage_noise(W0, W1))
 
 
+@pytest.mark.parametrize("base", STORED, ids=["base fp32", "base fp16", "base bf16"])
+@pytest.mark.parametrize("change", [1e-3, 1e-7, 0.0])
+@every_dtype
+@every_kind
+def test_what_is_measured_in_the_memory_of_the_fine_tune_is_the_same(
+    dtype: torch.dtype, kind: str, change: float, base: torch.dtype
+) -> None:
+    """Entries that a small change is lost in count for less in both."""
+    g = generator(13)
+    W0 = base_weights(kind, (40, 56), g).to(base)
+    W1 = (W0.double() + change * gaussian(40, 56, g)).to(dtype)
+    delta, place = updates.difference(W1, W0), W1.data_ptr()
+    floor = updates.storage_noise(W0, W1)
+    found = updates.measured(W1, W0, noisy=True)
+    assert torch.equal(found.update, delta)
+    assert found.largest == float(delta.abs().max())
+    assert found.norm == pytest.approx(float(delta.double().norm()), rel=1e-6)
+    assert found.floor == (pytest.approx(floor, rel=1e-5) if found.norm else 0.0)
+    alone = dtype == base == torch.float32
+    assert (found.update.data_ptr() == place) is alone
+
+
 @every_dtype
 def test_without_the_floor_a_saved_lora_has_full_rank(dtype: torch.dtype) -> None:
     g = generator(12)

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_tsv.checkpoints.storage.tensors import digest
 from hf_tsv.linalg import updates
 from hf_tsv.linalg.products import largest_entry
-from hf_tsv.linalg.updates import Update
+from hf_tsv.linalg.updates import Measured, Update
 from hf_tsv.system.errors import CheckpointError
 
 LARGEST_UPDATE = 1e30  # entries beyond it are no update; sums of their squares would overflow
@@ -86,25 +86,33 @@ def stacked(
     return there[0] if len(there) == 1 else torch.cat(there)
 
 
-def update_of(name: str, task: object, fine_tuned: Tensor, base: Tensor) -> tuple[Tensor, float]:
-    """Δ of W1 and W0 as stored, and its largest absolute entry, refused where it overflows."""
-    update = updates.difference(fine_tuned, base)
-    return update, refuse_huge(name, task, update)
+def update_of(
+    name: str, task: object, fine_tuned: Tensor, base: Tensor, *, noisy: bool
+) -> Measured:
+    """Δ of W1 and W0 as stored, which takes the memory of W1; one that overflows is refused."""
+    found = updates.measured(fine_tuned, base, noisy=noisy)
+    if not found.largest < LARGEST_UPDATE:
+        raise _huge(name, task)
+    return found
 
 
-def refuse_huge(name: str, task: object, update: Update, scale: float | None = None) -> float:
-    """Largest absolute entry of an update, or singular value of triplets, refused if it is none."""
+def refuse_huge(name: str, task: object, update: Update, scale: float | None = None) -> None:
+    """Refuse an update, or one times a scale, of which an entry or singular value is too large."""
     if scale is not None and abs(scale) <= 1:  # as it was before
-        return 0.0
+        return
     if isinstance(update, Tensor):
         largest = largest_entry(update) if update.numel() else 0.0
     else:
         largest = float(update.S[0]) if update.rank else 0.0
     if largest * abs(scale or 1.0) < LARGEST_UPDATE:
-        return largest
-    if scale is not None:
-        what = f"the update of {name} times {scale:g}, the factor of the task,"
-        problem = f"{task}: {what} is more than {LARGEST_UPDATE:g}."
-        raise CheckpointError(problem, "Give it a smaller `weights=` or `scale=`.")
+        return
+    if scale is None:
+        raise _huge(name, task)
+    what = f"the update of {name} times {scale:g}, the factor of the task,"
+    problem = f"{task}: {what} is more than {LARGEST_UPDATE:g}."
+    raise CheckpointError(problem, "Give it a smaller `weights=` or `scale=`.")
+
+
+def _huge(name: str, task: object) -> CheckpointError:
     problem = f"{task}: {name} differs from the base model by more than {LARGEST_UPDATE:g}."
-    raise CheckpointError(problem, "The checkpoint is damaged; drop it or save it again.")
+    return CheckpointError(problem, "The checkpoint is damaged; drop it or save it again.")

@@ -90,13 +90,11 @@ class Task(ABC):
         from hf_tsv.linalg import updates
 
         w1 = stacked([self.exact(part) for part in w0.parts()], w0.names, w0.device, digests)
-        update, largest = update_of(w0.label, self, w1, w0.tensor)
-        if not largest:
+        found = update_of(w0.label, self, w1, w0.tensor, noisy=decomposed)
+        if not found.largest:
             return None
-        norm = updates.norm_of(update)
-        evidence = updates.evidence_of_rounded_base(w1, w0.tensor, update)
-        floor = updates.storage_noise(w0.tensor, w1, norm, overwrite=True) if decomposed else 0.0
-        return Change(update, norm, floor, evidence)
+        evidence = updates.evidence_of_rounded_base(w1, w0.tensor, found.update)
+        return Change(found.update, found.norm, found.floor, evidence)
 
     def differs(self, w0: Original) -> bool:
         """Tell whether it changed a weight at all."""
