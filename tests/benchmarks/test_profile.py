@@ -20,7 +20,7 @@ def test_the_steps_are_those_of_a_merge(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.speed.profile", *words, "--cache", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)  # clocks stay in a process
     found = json.loads(file.read_text("utf-8"))
-    calls, matrices = found["calls"], 2 * 6
+    calls, matrices = found["calls"], 2 * 6 + 1  # with the table of positions
     assert calls["tridiagonal form of the tasks' Gram matrices"] == 3 * matrices
     assert calls["eigendecompositions for the polar factors"] == 2 * matrices
     assert calls["writing"] == calls["sum of base and update"] == calls["the rest of reading"]
