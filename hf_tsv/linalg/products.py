@@ -20,12 +20,13 @@ from hf_tsv.system.memory import empty
 
 S = TypeVar("S")
 T = TypeVar("T")
+F = TypeVar("F", bound=tuple[float, ...])
 
 # Vectors that residuals are estimated with: an estimate is ten times too small once in ten million.
 PROBES = 8
 
 SMALL = 1e-12
-"""Largest entry up to which, and from the inverse of which, squares are summed after scaling."""
+"""Norm up to which, and from the inverse of which, squares are summed after scaling."""
 
 LINES = 384  # rows or columns of a product computed at a time, whatever the number of threads
 
@@ -69,33 +70,39 @@ def largest_entry(matrix: Tensor) -> float:
     return float(torch.maximum(-low, high))
 
 
-def norms(matrix: Tensor) -> tuple[float, float, float]:
-    """Largest norms of a row and of a column of a matrix in float32 or float64, largest entry."""
-    a, scale = _with_safe_squares(matrix, largest := _largest(matrix))
-    rows, columns = (torch.cat([_squares(a, i), a.new_zeros(1)]).max() for i in (0, 1))
-    return scale * math.sqrt(rows), scale * math.sqrt(columns), largest
+def norms(matrix: Tensor) -> tuple[float, float]:
+    """Largest norms of a row and of a column of a matrix in float32 or float64."""
+
+    def largest(a: Tensor) -> tuple[float, float]:
+        rows, columns = (torch.cat([_squares(a, i), a.new_zeros(1)]).max() for i in (0, 1))
+        return float(rows), float(columns)
+
+    (rows, columns), scale = _scaled_squares(matrix, largest)
+    return scale * math.sqrt(rows), scale * math.sqrt(columns)
 
 
-def frobenius_norm(matrix: Tensor, largest: float | None = None) -> float:
-    """Root of the sum of all squares of a matrix or vector in float32 or float64.
+def frobenius_norm(tensor: Tensor) -> float:
+    """Root of the sum of all squares of a matrix or vector in float32 or float64."""
 
-    It is read once less if its largest entry is known.
+    def total(a: Tensor) -> tuple[float]:
+        if a.dim() < 2:
+            return (float(torch.linalg.vector_norm(a)) ** 2,)
+        return (float(in_working_precision(_squares(a, 0)).sum()),)
+
+    (square,), scale = _scaled_squares(tensor, total)
+    return scale * math.sqrt(square)
+
+
+def _scaled_squares(a: Tensor, sums: Callable[[Tensor], F]) -> tuple[F, float]:
+    """Sums of squares of a tensor, divided by its largest entry where they would leave the range.
+
+    The second is the entry. A sum that is neither small nor large has lost nothing.
     """
-    a, scale = _with_safe_squares(matrix, _largest(matrix) if largest is None else largest)
-    if a.dim() < 2:
-        return scale * float(torch.linalg.vector_norm(a))
-    return scale * math.sqrt(in_working_precision(_squares(a, 0)).sum())
-
-
-def _largest(matrix: Tensor) -> float:
-    return largest_entry(matrix) if matrix.numel() else 0.0
-
-
-def _with_safe_squares(matrix: Tensor, largest: float) -> tuple[Tensor, float]:
-    """The matrix, divided by its largest entry where squares would leave the range of float32."""
-    if SMALL < largest < 1 / SMALL or not largest:
-        return matrix, 1.0
-    return matrix / largest, largest
+    found = sums(a)
+    if min(found) > SMALL**2 and max(found) < SMALL**-2:
+        return found, 1.0
+    largest = largest_entry(a) if a.numel() else 0.0
+    return (sums(a / largest), largest) if largest else (found, 1.0)
 
 
 def _squares(a: Tensor, kept: int) -> Tensor:

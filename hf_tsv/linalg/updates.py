@@ -64,11 +64,10 @@ Update = Tensor | TaskSingularVectors
 """The update of one weight by one task: Δ itself, or its leading singular triplets."""
 
 
-def norm_of(tensor: Tensor, largest: float | None = None) -> float:
-    """Frobenius norm of a tensor of any shape and floating-point type, maybe of a known largest."""
+def norm_of(tensor: Tensor) -> float:
+    """Frobenius norm of a tensor of any shape and floating-point type."""
     wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-    flat = wide.reshape(len(wide), -1) if wide.dim() > 1 else wide
-    return products.frobenius_norm(flat, largest)
+    return products.frobenius_norm(wide.reshape(len(wide), -1) if wide.dim() > 1 else wide)
 
 
 def scaled(update: Update, scale: float) -> Update:
@@ -156,16 +155,16 @@ def measured(fine_tuned: Tensor, base: Tensor, *, noisy: bool) -> Measured:
     """
     own = fine_tuned.dtype
     overwrite = own == base.dtype and own == _dtype_of_difference(fine_tuned, base)
-    row, column, size = products.norms(fine_tuned) if overwrite and noisy else (0.0, 0.0, 0.0)
+    row, column = products.norms(fine_tuned) if overwrite and noisy else (0.0, 0.0)
     update = difference(fine_tuned, base, overwrite=overwrite)
     largest = products.largest_entry(update) if update.numel() else 0.0
-    norm = norm_of(update, largest) if largest < math.inf else math.inf
+    norm = norm_of(update) if largest < math.inf else math.inf
     if not noisy or not 0 < norm < math.inf:
         return Measured(update, norm, largest)
     if not overwrite:
         return Measured(update, norm, largest, storage_noise(base, fine_tuned, norm))
     eps = torch.finfo(own).eps
-    if size > _largest_that_rounds(norm, base.numel(), eps):
+    if row > _largest_that_rounds(norm, base.numel(), eps):  # and an entry may be, too
         floor = storage_noise(base, base + update, norm)
     else:
         floor = ROUNDING_SPREAD * eps * (row + column)
@@ -199,7 +198,7 @@ def rounding_noise(matrix: Tensor, dtype: torch.dtype) -> float:
 
 def noise(size: Tensor, eps: float) -> float:
     """Spectral norm of the rounding of entries of this size."""
-    row, column, _ = products.norms(size)
+    row, column = products.norms(size)
     return ROUNDING_SPREAD * eps * (row + column)
 
 
