@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +17,7 @@ from hf_tsv.evaluation import prompt_heads, zero_shot
 from hf_tsv.evaluation.data import LabelledImages, load
 from hf_tsv.evaluation.finished import Finished
 from hf_tsv.evaluation.job import Evaluation, in_one_line, noted
+from hf_tsv.evaluation.pixels import batches
 from hf_tsv.linalg.choices import AnyDevice
 from hf_tsv.models.building import ZERO_SHOT
 from hf_tsv.models.loading import pipeline
@@ -157,15 +159,28 @@ class Scoring:
         advance: Callable[[int], None],
     ) -> dict[int, Classified]:
         directions = model.head(images.classes, task.templates)
-        found = {}
-        for start in starts:
-            stop = min(start + self.job.batch_size, len(images.rows))
-            pictures, labels = images.batch(start, stop, task.name)
-            pixels = model.pipe.image_processor(pictures, return_tensors="pt")["pixel_values"]
-            predicted, chosen = zero_shot.classify(model.pipe.model, directions, pixels)
-            found[start] = Classified(labels, predicted.tolist(), chosen)
+        every = range(len(images.rows))
+        parts = [every[start : start + self.job.batch_size] for start in starts]
+        found = by_batches(model.pipe, directions, images, parts, task.name, advance)
+        return dict(zip(starts, found, strict=True))
+
+
+def by_batches(
+    pipe: Any,
+    directions: Tensor,
+    images: LabelledImages,
+    parts: Sequence[Sequence[int]],
+    task: str,
+    advance: Callable[[int], None],
+) -> list[Classified]:
+    """Classify parts of the rows with a zero-shot pipeline and the head of their classes."""
+    found = []
+    with closing(batches(images, pipe.image_processor, parts, task)) as read:
+        for pixels, labels in read:
+            predicted, chosen = zero_shot.classify(pipe.model, directions, pixels)
+            found.append(Classified(labels, predicted.tolist(), chosen))
             advance(len(labels))
-        return found
+    return found
 
 
 def _counted(

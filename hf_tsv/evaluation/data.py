@@ -17,6 +17,7 @@ from hf_tsv.system.text import counted, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL.Image import Image
 
 # Names of label columns where no column has class labels, the likeliest first.
 LABELS = ("label", "labels", "fine_label", "class")
@@ -54,21 +55,22 @@ class LabelledImages:
 
     def batch(self, start: int, stop: int, task: str) -> tuple[list[Any], list[int]]:
         """Images as RGB, and their classes, of a range of rows; `task` is for errors."""
-        images, classes = [], []
-        for i in range(start, stop):
-            try:
-                row = self.rows[i]
-                images.append(decoding.read(row[self.image], self.folder))
-            except Exception as error:  # Pillow raises many types for damaged files
-                raise DataError(
-                    f"{task}: image {i} of the split {self.split} cannot be read:"
-                    f" {first_line(error)}.",
-                    "Repair or remove it.",
-                ) from None
-            found = labels.class_of(row[self.label], self.classes)
-            assert found is not None  # checked by load
-            classes.append(found)
-        return images, classes
+        found = [self.read(i, task) for i in range(start, stop)]
+        return [image for image, _ in found], [label for _, label in found]
+
+    def read(self, i: int, task: str) -> tuple[Image, int]:
+        """Image of a row as RGB, and its class; several threads may read at a time."""
+        try:
+            row = self.rows[i]
+            image = decoding.read(row[self.image], self.folder)
+        except Exception as error:  # Pillow raises many types for damaged files
+            raise DataError(
+                f"{task}: image {i} of the split {self.split} cannot be read: {first_line(error)}.",
+                "Repair or remove it.",
+            ) from None
+        found = labels.class_of(row[self.label], self.classes)
+        assert found is not None  # checked by load
+        return image, found
 
 
 def refuse_not_installed(what: str, **also: str) -> None:

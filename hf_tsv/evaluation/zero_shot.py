@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_tsv.evaluation.data import LabelledImages
+from hf_tsv.evaluation.pixels import batches
 from hf_tsv.models.routed import RoutedCLIPModel
 from hf_tsv.recipes.images import EvaluationTask
 from hf_tsv.system.progress import bar
@@ -101,17 +104,17 @@ def accuracies(
         heads.append(head(pipe.model, pipe.tokenizer, images.classes, task.templates))
     right, count = [0] * len(variants), len(images.rows)
     with bar(f"Classifying {task.name}", count, visible=show) as advance:
-        for start in range(0, count, IMAGES_AT_ONCE):
-            stop = min(start + IMAGES_AT_ONCE, count)
-            seen = []
-            for first in range(start, stop, batch_size):
-                pictures, labels = images.batch(first, min(first + batch_size, stop), task.name)
-                pixels = pipe.image_processor(pictures, return_tensors="pt")["pixel_values"]
-                seen.append((pixels, labels))
-            for i, put in enumerate(variants):
-                put()
-                for pixels, labels in seen:
-                    found = classify(pipe.model, heads[i], pixels)[0].tolist()
-                    right[i] += sum(a == b for a, b in zip(found, labels, strict=True))
-            advance(stop - start)
+        every = [range(count)[i : i + IMAGES_AT_ONCE] for i in range(0, count, IMAGES_AT_ONCE)]
+        parts = [
+            [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)] for rows in every
+        ]
+        with closing(batches(images, pipe.image_processor, chain(*parts), task.name)) as read:
+            for rows, own in zip(every, parts, strict=True):
+                seen = list(islice(read, len(own)))
+                for i, put in enumerate(variants):
+                    put()
+                    for pixels, labels in seen:
+                        found = classify(pipe.model, heads[i], pixels)[0].tolist()
+                        right[i] += sum(a == b for a, b in zip(found, labels, strict=True))
+                advance(len(rows))
     return [found / count for found in right]
