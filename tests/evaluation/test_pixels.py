@@ -173,3 +173,21 @@ def test_an_evaluation_reads_ahead_of_its_model(
     monkeypatch.setattr(zero_shot, "classify", noted)
     assert hf_tsv.evaluate(zoo / "base", task, batch_size=SIZE).tasks == expected
     assert seen == [10, 15, 20, 24, 24]
+
+
+def test_all_variants_see_every_image_once(
+    zoo: Path, images: LabelledImages, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More images than are held at once, and neither number divides the other."""
+    from hf_tsv.evaluation import zero_shot
+
+    monkeypatch.setattr(zero_shot, "IMAGES_AT_ONCE", 7)
+    task = hf_tsv.EvaluationTask("pets", str(images.folder))
+    pipe = hf_tsv.pipeline("zero-shot-image-classification", zoo / "base", progress=False)
+    calls = list[str]()
+    variants = [lambda: calls.append("a"), lambda: calls.append("b")]
+    found = zero_shot.accuracies(pipe, variants, task, images, batch_size=3, show=False)
+    assert sorted(read) == list(range(len(images.rows)))
+    assert calls == ["a", "b"] * 5  # the heads, and four times 7 images or less
+    assert found == [hf_tsv.evaluate(zoo / "base", [task]).accuracy] * 2
+    assert not workers()
