@@ -13,6 +13,7 @@ from benchmarks.speed.accuracy import FileErrors, file_errors
 from benchmarks.speed.machine import Rates
 from benchmarks.speed.processes import Run
 from benchmarks.speed.synthetic import Zoo
+from hf_tsv.runs.journal import work_of
 
 PLAIN, TRANSPOSED, OURS = "plain", "plain, transposed", "hf-tsv"
 OUT = synthetic.CACHE / "out"
@@ -70,6 +71,12 @@ class MergeRow:
     errors: FileErrors | None = field(default=None)
 
 
+def clear(out: Path) -> None:
+    """Remove an output, and an unfinished run of it, which the next one would resume."""
+    for folder in (out, work_of(out)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def plain_command(zoo: Zoo, out: Path, device: str, *options: str) -> list[Any]:
     """Command of the plain algorithm for a zoo."""
     where = ("--base", zoo.base, "--out", out, "--device", device)
@@ -110,7 +117,7 @@ def in_turn(
     for _ in range(conditions.rounds):
         for name, command in commands.items():
             out = output_of(name)
-            shutil.rmtree(out, ignore_errors=True)
+            clear(out)
             if conditions.cold:
                 machine.forget(files)
             with processes.busy(conditions.busy):

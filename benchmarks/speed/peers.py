@@ -56,7 +56,7 @@ def fits(zoo: Zoo) -> bool:
 
 def merged_by(name: str, zoo: Zoo, out: Path, python: Path) -> Run:
     """Merge a zoo by one of the two."""
-    shutil.rmtree(out, ignore_errors=True)
+    merges.clear(out)
     if name == OURS:
         return processes.run(merges.our_command(zoo.base, zoo.tasks, out, "cpu"))
     words = ["benchmarks.speed.peer", "--base", zoo.base, "--out", out, *zoo.tasks]
@@ -111,7 +111,7 @@ def measured(zoo: Zoo, rounds: int, *, check: bool) -> Found:
         "layers": zoo.layers,
         "spectrum": zoo.spectrum,
         "bytes": sum(file.stat().st_size for file in zoo.files()),
-        "facts": machine.facts(sys.argv[1:], "cpu"),
+        "facts": machine.facts([], "cpu") | {"command": _command()},
         "runs": {
             name: [
                 {"wall": run.wall, "computing": run.seconds["computing"], "cpu": run.cpu,
@@ -122,6 +122,10 @@ def measured(zoo: Zoo, rounds: int, *, check: bool) -> Found:
         },
         "errors": errors(zoo, files) if check else None,
     }  # fmt: skip
+
+
+def _command() -> str:
+    return " ".join(["python -m benchmarks.speed.peers", *sys.argv[1:]])
 
 
 def ratio(row: Found, what: str) -> str:

@@ -75,12 +75,20 @@ def leading_eigh(a: Tensor, rank: int, floor: float = 0.0, spectrum: bool = Fals
             values, vectors = values.flip(0), vectors.mT.flip(0)
             return Eigen(values[:rank], vectors[:rank], values)
         if rank == a.shape[1]:
-            values, vectors = lapack.eigh(gram)
-            return Eigen(values.flip(0), vectors.mT.flip(0), values.flip(0))
+            return _full_eigh(gram)
         found = None if spectrum else lanczos.leading_eigh(gram, rank, floor**2)
         return Eigen(*(found or lapack.leading_eigh(gram, rank, spectrum=spectrum)))
     except (NotConvergedError, LinAlgError):
         return None
+
+
+def _full_eigh(upper: Tensor) -> Eigen:
+    """All eigenvalues of a symmetric matrix, given by its upper triangle, and eigenvectors."""
+    n = upper.shape[0]
+    if 1 + 6 * n + 2 * n * n >= 2**31:
+        raise NotConvergedError(f"{n} rows are more than 32-bit sizes allow")
+    values, vectors = torch.linalg.eigh(upper, UPLO="U")
+    return Eigen(values.flip(0), vectors.mT.flip(0), values.flip(0))
 
 
 def largest_eigen(gram: Tensor, count: Callable[[Tensor], int]) -> tuple[Eigen, bool]:

@@ -144,7 +144,7 @@ def tridiagonal_eigh(diagonal: Vector, beside: Vector, count: int) -> tuple[Vect
 
 
 Count = int | Callable[[Tensor], int]
-"""How many eigenvalues are wanted: maybe a function of all of them, descending."""
+"""Number of wanted eigenvalues, or a function of all of them, descending, that tells it."""
 
 Found = tuple[Tensor, Tensor, Tensor | None]
 """Largest eigenvalues, ascending, eigenvectors as rows, and maybe all eigenvalues, descending."""
@@ -170,7 +170,7 @@ def _number(count: Count, every: Tensor) -> int:
 
 
 def _by_all_eigenvalues(diagonal: Tensor, beside: Tensor, count: Count) -> Found:
-    """The same as [`_tridiagonal`] by the two halves of `dstemr`.
+    """Eigenpairs of a tridiagonal matrix, and all eigenvalues, by the two halves of `dstemr`.
 
     The first half finds all eigenvalues, by differential quotients and differences, which takes
     less than bisection does for a tenth of them, and the second the vectors that are wanted. A
@@ -266,15 +266,6 @@ def _all_eigenvalues(diagonal: Tensor, beside: Tensor) -> Tensor:
     if info.value:
         raise NotConvergedError(f"dsterf: info {info.value}")
     return diagonal.flip(0)
-
-
-def eigh(upper: Tensor) -> tuple[Tensor, Tensor]:
-    """All eigenvalues of a symmetric matrix, ascending, and eigenvectors as columns."""
-    n = upper.shape[0]
-    if 1 + 6 * n + 2 * n * n >= 2**31:
-        raise NotConvergedError(f"{n} rows are more than 32-bit sizes allow")
-    values, vectors = torch.linalg.eigh(upper, UPLO="U")
-    return values, vectors
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAP = ROOT / "docs" / "architecture.md"
 
 LONGEST_FILE = 400
-ALL_LINES = 30_700  # a new capability may need more; say in its commit what for
+ALL_LINES = 30_850  # a new capability may need more; say in its commit what for
 FLOORS = 10
 
 RIDDLES = re.compile(
