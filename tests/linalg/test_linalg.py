@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -241,6 +242,35 @@ def test_polar_factors_of_stored_numbers_are_computed_in_float64(polar, dtype) -
     X, _ = polar(A)
     assert X.dtype == torch.float64
     assert relative_error(X, polar(A.double())[0]) < 1e-14
+
+
+# Norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [-1000, -140, -70, -38, 0, 38, 70, 120, 1000])
+def test_norms_of_numbers_of_any_size(exponent: int, dtype: torch.dtype) -> None:
+    if dtype == torch.float32 and abs(exponent) > 140:
+        exponent //= 10
+    plain = gaussian(9, 6, generator(15)).to(dtype)
+    matrix = torch.ldexp(plain, torch.tensor(exponent))
+    size = math.ldexp(1, exponent)
+    for tensor in (matrix, matrix[0]):
+        expected = float(torch.linalg.vector_norm(torch.ldexp(tensor, torch.tensor(-exponent))))
+        assert products.frobenius_norm(tensor) / size == pytest.approx(expected, rel=1e-5)
+    row, column = products.norms(matrix)
+    assert row / size == pytest.approx(float(plain.norm(dim=1).max()), rel=1e-2)
+    assert column / size == pytest.approx(float(plain.norm(dim=0).max()), rel=1e-2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_norms_of_what_is_not_finite_are_not_finite(value: float) -> None:
+    matrix = torch.ones(4, 3)
+    matrix[1, 2] = value
+    assert not math.isfinite(products.frobenius_norm(matrix))
+    assert not any(map(math.isfinite, products.norms(matrix)))
+    assert products.norms(torch.zeros(4, 3)) == (0.0, 0.0)
+    assert products.norms(torch.zeros(0, 3)) == (0.0, 0.0)
 
 
 # The certified kernels

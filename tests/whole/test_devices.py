@@ -37,8 +37,11 @@ from hf_tsv.routing import scores
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
-BARS = {"cuda": 1e-9, "mps": 1e-4}
-"""Largest relative errors: float64, and float32, which is all that there is on MPS."""
+BARS = {"cuda": 3e-9, "mps": 1e-4}
+"""Largest relative errors: float64, and float32, which is all that there is on MPS.
+
+The CPU's own way is wrong by up to 1e-9 here, in Iso-CTS, with one eigensolver or another.
+"""
 
 WAITS = {"tsv": 12, "ada": 12, "orthogonal": 12, "low-rank": 11, "dc": 12, "iso-cts": 9, "iso-c": 2}
 """Times that the CPU may wait for a GPU, per task of a weight; for WUDI see below."""

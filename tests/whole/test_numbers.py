@@ -332,17 +332,20 @@ class Failing:
         def failing(name: str, *arguments: Any) -> None:
             call(name, *arguments)
             sizes = sorted(a for a in arguments if isinstance(a, int))
-            if name in ("dstemr", "dsyevd", "dgesvd") and (only is None or max(only) in sizes):
+            if name in ("dlarre", "dstemr", "dgesvd") and (only is None or max(only) in sizes):
                 arguments[-1].value = 1
 
-        def refusing(a: Tensor, **_: Any) -> Any:
-            if only is None or sorted(a.shape) == sorted(only):
-                raise torch.linalg.LinAlgError("did not converge")
-            return svd(a, **_)
+        def refusing(routine: Callable[..., Any]) -> Callable[..., Any]:
+            def call(a: Tensor, **options: Any) -> Any:
+                if only is None or sorted(a.shape) == sorted(only):
+                    raise torch.linalg.LinAlgError("did not converge")
+                return routine(a, **options)
 
-        svd = torch.linalg.svd
+            return call
+
         self.patch.setattr(lapack, "_call", failing)
-        self.patch.setattr(torch.linalg, "svd", refusing)
+        for routine in ("svd", "eigh"):
+            self.patch.setattr(torch.linalg, routine, refusing(getattr(torch.linalg, routine)))
 
 
 @pytest.fixture
