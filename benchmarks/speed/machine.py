@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -140,3 +141,10 @@ def weights_bytes(zoo: Zoo) -> int:
     """Bytes of the largest weight of the base and all tasks in float32, the least a merge holds."""
     largest = max(math.prod(shape) for shape in synthetic.shapes(zoo.model, zoo.layers).values())
     return 4 * (len(zoo.tasks) + 1) * largest
+
+
+def publish(results: Path, found: Any, text: str) -> None:
+    """Write results and, beside them, their table; print the table."""
+    results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    results.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)

@@ -205,10 +205,7 @@ def main() -> None:
     row = measured(zoo, chosen.rounds, check=not chosen.no_check)
     before = json.loads(chosen.results.read_text("utf-8")) if chosen.results.exists() else []
     rows = sorted([*(r for r in before if _key(r) != _key(row)), row], key=_key)
-    chosen.results.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    text = markdown(rows)
-    chosen.results.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    machine.publish(chosen.results, rows, markdown(rows))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 import threading
 import time
@@ -30,7 +29,6 @@ ROUTINES = {
     "dlarrv": "their leading eigenvectors",
     "dstemr": "their leading eigenvectors",
     "dormtr": "their leading eigenvectors",
-    "dsymv": "Lanczos' method",
 }
 STEPS = {
     "linalg.eigen._full_eigh": "eigendecompositions for the polar factors",
@@ -105,11 +103,11 @@ def clocked() -> Clocks:
 
 def _owner(path: str) -> tuple[Any, str]:
     """Module or class of a function, and its name there."""
-    module, _, name = f"hf_tsv.{path}".rpartition(".")
-    if module[-1].islower() and not module.rpartition(".")[2][0].isupper():
-        return import_module(module), name
-    module, _, kind = module.rpartition(".")
-    return getattr(import_module(module), kind), name
+    owner, _, name = f"hf_tsv.{path}".rpartition(".")
+    module, _, kind = owner.rpartition(".")
+    if kind[0].isupper():
+        return getattr(import_module(module), kind), name
+    return import_module(owner), name
 
 
 def measured(zoo: Zoo, out: Path) -> dict[str, Any]:
@@ -178,10 +176,7 @@ def main() -> None:
     layers = chosen.layers or MODELS[chosen.model].layers
     zoo = synthetic.checkpoints(chosen.model, chosen.tasks, layers, folder=chosen.cache)
     found = measured(zoo, chosen.cache / "out" / "profile")
-    chosen.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    text = markdown(found)
-    chosen.results.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    machine.publish(chosen.results, found, markdown(found))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ routes between two synthetic fine-tunes stands in both loops too. It writes
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -268,10 +267,7 @@ def main() -> None:
         sizes = (chosen.images, chosen.batch_size, chosen.rounds)
         rows = compared(zoo, Path(place), *sizes)
     found = {"facts": facts, "rows": rows}
-    chosen.results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    text = markdown(found)
-    chosen.results.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    machine.publish(chosen.results, found, markdown(found))
 
 
 if __name__ == "__main__":
